@@ -133,7 +133,7 @@ def _add_data_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_peek(parser: argparse.ArgumentParser) -> None:
     _add_config(parser, "a run, or a file whose config() returns only its data")
-    _add_int(parser, "--step", 0, default=0, help="step, from 0 (default %(default)s)")
+    _add_int(parser, "--step", 1, default=1, help="step, from 1 as in the logs (default %(default)s)")
     _add_int(parser, "--rank", 0, default=0, help="process, from 0 (default %(default)s)")
     _add_int(parser, "--of", 1, default=1, metavar="PROCESSES", help="number of processes (default 1)")
     parser.add_argument("--global-batch", type=int, metavar="N", help="batch size, if CONFIG returns only data")

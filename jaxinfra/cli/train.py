@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def _plot_loss(metrics: Path) -> None:
     """Plots the training loss, the mean over each logged interval; in ASCII where the terminal has no more."""
     rows = read_metrics(metrics) if metrics.exists() else []
-    losses = [(int(row["step"]) + 1, row.get("loss_mean", row["loss"])) for row in rows if "loss" in row]
+    losses = [(int(row["step"]), row.get("loss_mean", row["loss"])) for row in rows if "loss" in row]
     if losses:
         is_ascii = "utf" not in (sys.stdout.encoding or "").lower()
         print(f"Training loss\n{plot_curve(losses, ascii=is_ascii)}")

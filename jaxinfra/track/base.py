@@ -13,10 +13,10 @@ type RunStatistics = Mapping[str, tuple[int | float | str, str]]
 
 
 class Tracker:
-    """Receives the metrics of a run; this base class ignores them. Steps count from 0."""
+    """Receives the metrics of a run; this base class ignores them. `step` is the number of completed steps."""
 
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
-        """Receives the run record and statistics; a resumed run drops what was logged from `start_step` on.
+        """Receives the run record and statistics; a resumed run drops what was logged after `start_step`.
 
         Raises StorageError if the output cannot be written.
         """

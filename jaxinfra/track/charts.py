@@ -111,7 +111,7 @@ def run_curves(
     for row in rows:
         for metric, value in row.items():
             steps, values = points.setdefault(metric, ([], []))
-            steps.append(int(row["step"]) + 1)
+            steps.append(int(row["step"]))
             values.append(value)
     curves = {
         metric: Curve(steps=np.array(steps), values=np.array(values, float))

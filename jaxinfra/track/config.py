@@ -29,6 +29,6 @@ class TrackConfig:
     sample_prompt: str | None = None
     trackers: tuple[TrackerConfig, ...] = ()
 
-    def due(self, step: int, total_steps: int) -> bool:
-        """Returns whether to log this step, counted from 0: every `log_every`-th and the last."""
-        return (step + 1) % self.log_every == 0 or step + 1 == total_steps
+    def due(self, completed_steps: int, total_steps: int) -> bool:
+        """Returns whether to log after this number of steps: every `log_every`-th and the last."""
+        return completed_steps % self.log_every == 0 or completed_steps == total_steps

@@ -123,7 +123,7 @@ class RunProgress:
 
     def finish_step(self, step: int) -> None:
         """Counts a step that ends now."""
-        self.completed_steps = max(self.completed_steps, step + 1)
+        self.completed_steps = max(self.completed_steps, step)
         self._now_s = time.monotonic()
         if self._first is None:
             self._first = (self.completed_steps, self._now_s)  # after compilation, which is not part of the speed
@@ -173,7 +173,7 @@ class ConsoleTracker(Tracker):
         self._progress.update(metrics)
         if evaluation := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
             cells = [f"{metric_label(name.removeprefix('eval/'))} {value:.4f}" for name, value in evaluation.items()]
-            self._line(step + 1, ["validation", *cells], style="green")
+            self._line(step, ["validation", *cells], style="green")
 
     @override
     def finish_step(self, step: int) -> None:
@@ -181,7 +181,7 @@ class ConsoleTracker(Tracker):
 
     @override
     def log_save(self, step: int) -> None:
-        self._line(step + 1, [f"saving {self._run_dir / 'checkpoints' / str(step + 1)}"], style="dim")
+        self._line(step, [f"saving {self._run_dir / 'checkpoints' / str(step)}"], style="dim")
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -215,9 +215,9 @@ class PlainTextTracker(ConsoleTracker):
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log(step, metrics)
-        if not any(name.startswith("eval/") for name in metrics) and self._due(step + 1):
-            self._printed = step + 1
-            self._line(step + 1, self._columns())
+        if not any(name.startswith("eval/") for name in metrics) and self._due(step):
+            self._printed = step
+            self._line(step, self._columns())
 
     def _due(self, completed: int) -> bool:
         if self._printed is None or completed == self._progress.total_steps:

@@ -6,7 +6,8 @@ kill, there is none.
 
 Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
 time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
-"inf" and "-inf", which `read_metrics` turns back into floats. A run that resumes at step s drops the lines from s on.
+"inf" and "-inf", which `read_metrics` turns back into floats. `step` is the number of completed
+steps. A run that resumes at step s drops the lines after s.
 """
 
 import json
@@ -43,7 +44,7 @@ class JsonlTracker(FileTracker):
             (self._run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of the last stop: the run goes on
             elapsed_s = truncate_metrics(path, start_step)
             if (samples := self._run_dir / SAMPLES_FILE).exists():
-                kept = [each for each in read_samples(samples) if each[0] < start_step]
+                kept = [each for each in read_samples(samples) if each[0] <= start_step]
                 write_bytes_atomic(samples, b"".join(map(_sample_line, kept)))
             self._file = Appender(path)  # FileTracker._append writes to it
         self._start_s = time.monotonic() - elapsed_s
@@ -115,14 +116,14 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def truncate_metrics(path: Path, start_step: int) -> float:
-    """Drops unreadable lines and lines of steps >= `start_step`; returns `time_s` of the last line kept, or 0."""
+    """Drops unreadable lines and lines of steps after `start_step`; returns `time_s` of the last line kept, or 0."""
     if not path.exists():
         return 0.0
     old = path.read_bytes()
     rows = [(line, _parse_line(line)) for line in old.splitlines()]
     if unreadable := sum(row is None for _, row in rows):
         _log.warning("%s: %d unreadable lines dropped; a killed run leaves at most one", path, unreadable)
-    kept = [(line, row) for line, row in rows if row is not None and row["step"] < start_step]
+    kept = [(line, row) for line, row in rows if row is not None and row["step"] <= start_step]
     new = b"".join(line + b"\n" for line, _ in kept)
     if new != old:
         write_bytes_atomic(path, new)

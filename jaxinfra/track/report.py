@@ -107,7 +107,7 @@ def _last_values(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     if not last:
         return {}
     validation = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
-    values = {"steps": int(last["step"]) + 1, "wall_s": last.get("time_s"), "final_loss": last.get("loss")}
+    values = {"steps": int(last["step"]), "wall_s": last.get("time_s"), "final_loss": last.get("loss")}
     return {**values, "validation": validation}
 
 
@@ -173,7 +173,7 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
 def _own_tables(run: RunFiles) -> Iterator[Table]:
     """Yields the tables of the page of one run."""
     record = run.record
-    samples = [(f"step {step + 1:,}", text) for step, text in reversed(run.samples)]
+    samples = [(f"step {step:,}", text) for step, text in reversed(run.samples)]
     older = samples[_SHOWN_SAMPLES:][:_MAX_OLDER_SAMPLES]
     title = f"{len(older)} older samples"
     yield Table(title=_SAMPLES, head=(), rows=samples[:_SHOWN_SAMPLES], folded=older, folded_title=title)
@@ -203,7 +203,7 @@ def _results(runs: Sequence[RunFiles]) -> Table:
 def _difference_tables(runs: Sequence[RunFiles]) -> Iterator[Table]:
     """Yields the tables of a comparison: newest samples, and what differs between the runs."""
     names = [run.name for run in runs]
-    samples = [(f"{run.name}, step {step + 1:,}", text) for run in runs for step, text in run.samples[-1:]]
+    samples = [(f"{run.name}, step {step:,}", text) for run in runs for step, text in run.samples[-1:]]
     yield Table(title=_SAMPLES, head=(), rows=samples)
     configs = [config_leaves({**run.record.get("config", {}), "name": None}) for run in runs]
     statistics = [{name: value for name, (value, _) in _statistics(run.record).items()} for run in runs]

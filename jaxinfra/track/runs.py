@@ -56,7 +56,7 @@ def run_overview(path: Path) -> RunOverview:
     except JaxinfraError as error:
         return RunOverview(path=path, state=f"damaged: {error}", age_s=age_s)
     last, validations = _read_metrics(path / METRICS_FILE)
-    completed = max(int(last.get("step", -1)) + 1, summary.get("steps", 0))
+    completed = max(int(last.get("step", 0)), summary.get("steps", 0))
     return RunOverview(
         path=path,
         state=_state(path, summary, completed),

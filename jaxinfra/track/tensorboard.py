@@ -40,8 +40,8 @@ class TensorBoardTracker(FileTracker):
             # FileTracker._append writes to this file.
             self._file = Appender(folder / f"events.out.tfevents.{start}")
             self._add(start_step, file_version="brain.Event:2")
-            # A session start makes TensorBoard drop later steps from earlier files: they will run again.
-            self._add(start_step, session_log=_events.SessionLog(status=_events.SessionLog.START))
+            # A session start makes TensorBoard drop its step and later ones from earlier files: they will run again.
+            self._add(start_step + 1, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
             code = indent(json.dumps(config, indent=2, default=str), "    ")  # a code block in Markdown
             rows = [f"| {name} | {format_number(value)} | {how} |" for name, (value, how) in statistics.items()]

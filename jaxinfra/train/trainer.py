@@ -155,7 +155,7 @@ class Trainer:
     ) -> str | None:
         """Trains until the batches end or `stop_reason` returns a reason, and returns that reason.
 
-        `batches` are pairs of the step's number, from `completed_steps` on, and arrays on the devices.
+        `batches` are pairs of the steps before it, from `completed_steps` on, and arrays on the devices.
         """
         assert self.state is not None
         config, reason = self.run.train, None
@@ -165,11 +165,12 @@ class Trainer:
             self.state, metrics = self.program.train_step(self.state, batch)
             if pending is not None:
                 self.report(*pending)
-            pending, self.completed_steps = (step, metrics), step + 1
+            self.completed_steps = step + 1
+            pending = (self.completed_steps, metrics)
             if config.evaluates_after(self.completed_steps):
                 self.report(*pending)
                 pending = None
-                self._log_evaluation(step)
+                self._log_evaluation()
             self.save(metrics)
             if reason := stop_reason():
                 break
@@ -179,7 +180,10 @@ class Trainer:
         return reason if self.completed_steps < config.steps else None
 
     def report(self, step: int, metrics: Metrics) -> None:
-        """Waits for a step and logs its metrics if they are due; NonFiniteError if loss or gradient is not finite."""
+        """Waits for a step, counted from 1, and logs its metrics if they are due.
+
+        Raises NonFiniteError if the loss or the gradient is not finite.
+        """
         jax.block_until_ready(metrics)
         self._timer.finish_step()
         self._trackers.finish_step(step)
@@ -229,17 +233,17 @@ class Trainer:
         assert self._checkpoints is not None
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:
             if metrics is not None:
-                require_finite(self.completed_steps - 1, metrics)
+                require_finite(self.completed_steps, metrics)
             assert self.state is not None
             # The loss of a step is computed before its update, which may be the one that is not finite.
             if not jax.device_get(self.program.all_finite(self.state)):
                 raise NonFiniteError(
-                    f"step {self.completed_steps - 1}: its update made a parameter NaN or infinite; it was not saved: "
+                    f"step {self.completed_steps}: its update made a parameter NaN or infinite; it was not saved: "
                     "use a lower optim.peak_lr, and check optim.optimizer and optim.schedule"
                 )
         try:
             if self._checkpoints.save(self.completed_steps, self.state, self._record, force=force):
-                self._trackers.log_save(self.completed_steps - 1)
+                self._trackers.log_save(self.completed_steps)
         except StorageError as error:
             _log.error("%s", error)
             if force:  # the error may come from the save before, which runs in the background
@@ -348,13 +352,13 @@ class Trainer:
             _log.warning("%s", warning)
         return reason
 
-    def _log_evaluation(self, step: int) -> None:
+    def _log_evaluation(self) -> None:
         self._eval_metrics = self.evaluate()
         text = self._sample()
         self._timer.pause()
-        self._trackers.log(step, self._eval_metrics)
+        self._trackers.log(self.completed_steps, self._eval_metrics)
         if text is not None:
-            self._trackers.log_sample(step, text)
+            self._trackers.log_sample(self.completed_steps, text)
 
     def _sample(self) -> str | None:
         """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""

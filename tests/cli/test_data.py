@@ -32,7 +32,7 @@ ROW = re.compile(r"^row (\d+): sample (\d+), (\d+) documents, (\d+) of 32 target
 
 def peek(tiny: Tiny, step: int, rank: int, of: int, *overrides: str) -> list[tuple[int, int]]:
     """The rows that are shown, and their samples."""
-    ended = tiny.launch("--step", str(step), "--rank", str(rank), "--of", str(of), *overrides, command="data peek")
+    ended = tiny.launch("--step", str(step + 1), "--rank", str(rank), "--of", str(of), *overrides, command="data peek")
     assert (ended.code, ended.err) == (0, "")
     return [(int(row), int(sample)) for row, sample, _, _ in ROW.findall(ended.out)]
 
@@ -47,7 +47,7 @@ def test_peek_shows_every_process_its_part_of_the_same_batch(tiny: Tiny, of: int
 def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
     data = tiny.loaded().data.open()
     tokens = data.store.read("train", data.sample_ids(7, 8)[:1] * 32, 33)[0]
-    ended = tiny.launch("--step", "7", "--rows", "1", "--chars", "10000", command="data peek")
+    ended = tiny.launch("--step", "8", "--rows", "1", "--chars", "10000", command="data peek")
     lines = ended.out.splitlines()
     assert lines[1] == f"{data.name}: {7 * 8 / len(data.train):.3f} epochs before"
     line = lines[3]
@@ -109,8 +109,8 @@ def test_peek_at_data_alone(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--step -1", "--step 0"),
-        (f"--step {10**30}", "576460752303423487"),
+        ("--step 0", "--step 1"),
+        (f"--step {10**30}", "576460752303423488"),
         ("--rows -1", "--rows 0"),
         ("--chars -1", "--chars 0"),
         ("--rank 2 --of 2", "--rank 2 --rank 0"),

@@ -30,7 +30,7 @@ def test_from_the_first_step_to_text(tiny: Tiny) -> None:
     shutil.rmtree(directory / "checkpoints" / "12")
     assert tiny.launch(*MIXTURE, "mesh.fsdp=4", "mesh.tensor=2").code == 0
     rows = [row for row in read_metrics(directory / "metrics.jsonl") if "loss" in row]
-    assert [int(row["step"]) for row in rows][-1] == 11 and rows[-1]["loss"] < rows[0]["loss"]
+    assert [int(row["step"]) for row in rows][-1] == 12 and rows[-1]["loss"] < rows[0]["loss"]
     assert all(sum(row[f"expert_load/{e}"] for e in range(4)) == pytest.approx(4) for row in rows)
     assert all(row["expert_dropped"] == 0 and row["expert_load_max"] >= 1 and row["balance_loss"] > 0 for row in rows)
     check_greedy(Sampler.from_run(directory))

@@ -52,7 +52,7 @@ def test_an_expert_model_has_fewer_active_parameters() -> None:
 def test_runs_shows_the_state_of_each(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     (run,) = list_runs(begun.runs)
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert run.completed_steps == run.total_steps == rows[-1]["step"] + 1
+    assert run.completed_steps == run.total_steps == rows[-1]["step"]
     assert run.loss == [row["loss"] for row in rows if "loss" in row][-1]
     assert run.best_validation == min(row["eval/loss"] for row in rows if "eval/loss" in row)
     assert run.state == "finished"

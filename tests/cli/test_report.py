@@ -76,7 +76,7 @@ def test_samples_at_evaluations(tiny: Tiny) -> None:
     """Each continues the prompt; they are in the page, the newest first."""
     assert tiny.launch("track.sample_prompt=w1 w8", "name=sampled").code == 0
     samples = read_samples(tiny.directory("sampled") / "samples.jsonl")
-    assert [step for step, _ in samples] == [4, 9, 11]
+    assert [step for step, _ in samples] == [5, 10, 12]
     assert all(text.startswith("w1 w8") and len(text) > len("w1 w8") for _, text in samples)
     html = (tiny.directory("sampled") / "report.html").read_text()
     assert html.index("step 12") < html.index("step 10<") < html.index("step 5<")

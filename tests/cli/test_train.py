@@ -28,8 +28,8 @@ def test_whole_run(tiny: Tiny) -> None:
     }
     rows = read_metrics(directory / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in trained] == list(range(STEPS))
-    assert [row["step"] for row in rows if "eval/loss" in row] == [4, 9, STEPS - 1]
+    assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "eval/loss" in row] == [5, 10, STEPS]
     assert trained[-1]["loss"] < 0.7 * trained[0]["loss"]
     names = {"loss", "z_loss", "weight", "grad_norm", "lr", "step_time_s", "tokens_per_s", "mfu", "data_wait_s"}
     assert names <= trained[-1].keys()

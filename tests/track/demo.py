@@ -19,13 +19,13 @@ derived = {"parameters": (12_345_678, "count"), "tokens a parameter": (20.0, "to
 with make_trackers(TrackConfig(console=mode), run_dir) as trackers:
     record = {"config": {"a": {"b": 1}}, "origins": {"a.b": "command line"}}
     trackers.start(record, derived, start_step=0, total_steps=steps)
-    for step in range(steps):
+    for step in range(1, steps + 1):
         time.sleep(sleep_s)
         trackers.finish_step(step)
-        metrics = dict(loss=9.0, loss_mean=3.5 - step / 100, lr=2.9e-4, grad_norm=0.81, tokens_per_s=41234.4)
+        metrics = dict(loss=9.0, loss_mean=3.51 - step / 100, lr=2.9e-4, grad_norm=0.81, tokens_per_s=41234.4)
         metrics["mfu"] = 0.3121
         trackers.log(step, metrics)
-        if step == 19:
+        if step == 20:
             trackers.log(step, {"eval/loss": 3.25, "eval/bits_per_byte": 1.5})
             trackers.log_save(step)
             print("printed by the run")

@@ -40,8 +40,8 @@ def test_one_spike_does_not_reach_beyond_its_neighbors():
     assert set(means.values[abs(means.steps - 501) > covered]) == {1.0}
 
 
-def test_steps_count_from_one_and_lines_have_tokens_and_time():
-    rows = [{"step": step, "time_s": 10.0 + step, "loss": 1.0 / (step + 1)} for step in range(5)]
+def test_lines_have_steps_tokens_and_time():
+    rows = [{"step": step, "time_s": 9.0 + step, "loss": 1.0 / step} for step in range(1, 6)]
     run = run_curves("a", rows, {"derived": {"tokens a step": [64, ""]}}, {})
     charts = make_charts([run])
     data = page_data([run], charts.drawn)

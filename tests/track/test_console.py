@@ -88,9 +88,9 @@ def test_log_draws_nothing(monkeypatch, tmp_path):
     for tracker in (ProgressBarTracker(terminal, tmp_path), PlainTextTracker(terminal, tmp_path, 10_000)):
         tracker.start({}, {}, start_step=0, total_steps=10_000)
         drew.clear()
-        tracker.log(0, metrics)  # Plain prints the first step, and then no other for a while
+        tracker.log(1, metrics)  # Plain prints the first step, and then no other for a while
         written = len(terminal.file.getvalue()) if isinstance(tracker, PlainTextTracker) else None
-        for step in range(1, 2000):
+        for step in range(2, 2000):
             tracker.log(step, metrics)
         assert threading.get_ident() not in drew
         assert written is None or len(terminal.file.getvalue()) == written
@@ -103,7 +103,7 @@ def test_plain_prints_once_every_log_every_steps_however_often_it_is_told(tmp_pa
         plain = PlainTextTracker(console, tmp_path, every)
         plain.start({}, {}, start_step=0, total_steps=41)
         for step in logged:
-            plain.log(step, {"loss": 1.0})
+            plain.log(step + 1, {"loss": 1.0})
         assert abs(len(re.findall(r"^step +\d+/41", out.getvalue(), re.MULTILINE)) - 41 / every) <= 2
 
 
@@ -111,10 +111,10 @@ def test_eta_counts_from_the_first_log_after_a_resume():
     progress = RunProgress(100, 200)
     assert math.isnan(progress.eta_s())
     assert progress.is_compiling
-    progress.finish_step(100)
+    progress.finish_step(101)
     assert not progress.is_compiling
     assert math.isnan(progress.eta_s())
     time.sleep(0.02)
-    progress.finish_step(101)
+    progress.finish_step(102)
     assert 0.02 * 98 <= progress.eta_s() < 20 * 98
     assert progress.steps() == "102/200"

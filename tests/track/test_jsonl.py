@@ -35,19 +35,19 @@ def test_values_come_back_exactly_and_each_line_is_valid_json(tmp_path):
 
 def test_resume_drops_what_will_be_run_again(tmp_path):
     tracker = start(tmp_path)
-    for step in range(15):
+    for step in range(1, 16):
         tracker.log(step, {"loss": float(step)})
-    tracker.log(9, {"eval/loss": 1.0})
+    tracker.log(10, {"eval/loss": 1.0})
     tracker.close()
     before_s = read_metrics(tmp_path / "metrics.jsonl")[9]["time_s"]
     tracker = start(tmp_path, 10)
-    for step in range(10, 20):
+    for step in range(11, 21):
         tracker.log(step, {"loss": -float(step)})
     tracker.close()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    assert [row["step"] for row in rows if "loss" in row] == list(range(20)) == list(losses)
-    assert losses[9] == 9 and losses[10] == -10
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21)) == list(losses)
+    assert losses[10] == 10 and losses[11] == -11
     assert any("eval/loss" in row for row in rows)
     assert rows[-1]["time_s"] >= rows[11]["time_s"] >= before_s
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -143,7 +143,7 @@ def test_samples_after_the_step_of_a_resume_are_dropped(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 12, "te')
     assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "after 9\nsecond line")]
-    tracker = start(tmp_path, 9)
+    tracker = start(tmp_path, 8)
     tracker.log_sample(9, "again")
     tracker.close()
     assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "again")]

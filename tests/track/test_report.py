@@ -66,9 +66,9 @@ def make(run_dir, steps, run_record=None, value=lambda step: 1.0 + 1 / (step + 1
     with make_trackers(TrackConfig(tensorboard=False, console="off"), run_dir) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=steps)
         for step in range(steps):
-            trackers.log(step, {name: value(step) for name in METRICS})
+            trackers.log(step + 1, {name: value(step) for name in METRICS})
             if step % 10 == 9:
-                trackers.log(step, {"eval/loss": 2.0, "eval/bits_per_byte": 1.25})
+                trackers.log(step + 1, {"eval/loss": 2.0, "eval/bits_per_byte": 1.25})
         if summary:
             trackers.log_summary(
                 {
@@ -142,7 +142,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
     with make_trackers(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=2)
         for step in range(2):
-            trackers.log(step, {EVIL: 1.0 + step, f"device_{EVIL}_bytes": 1.0 + step})
+            trackers.log(step + 1, {EVIL: 1.0 + step, f"device_{EVIL}_bytes": 1.0 + step})
         summary = {"error": EVIL, "validation": {EVIL: 1.0}, "baselines": {EVIL: {EVIL: 2.0}}, EVIL: EVIL}
         trackers.log_summary({"status": EVIL, **summary})
     page = Page(write_report(tmp_path).read_text())
@@ -165,7 +165,7 @@ def test_a_run_of_few_points(tmp_path, steps, summary):
 
 def test_constants_are_text(tmp_path):
     make(tmp_path, 0)
-    rows = [{"step": step, "loss": 2.0, "lr": 1e-3, "weight": 4096.0, "mfu": 0.3 + step} for step in range(3)]
+    rows = [{"step": step, "loss": 2.0, "lr": 1e-3, "weight": 4096.0, "mfu": 0.3 + step} for step in range(1, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     page = Page(write_report(tmp_path).read_text())
     assert page.texts["h3"] == ["Loss", "MFU"]

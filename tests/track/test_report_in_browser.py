@@ -138,7 +138,7 @@ def test_values_at_the_edge(tmp_path, page, value):
 
 def test_text_from_outside_is_only_text(tmp_path, page):
     make(tmp_path, 0, record(config={"name": EVIL}))
-    rows = [{"step": step, "loss": 2.0 + step, EVIL: step} for step in range(3)]
+    rows = [{"step": step, "loss": 2.0 + step, EVIL: step} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     page.open(write_report(tmp_path))
     assert page.evaluate("document.title") == EVIL
@@ -164,7 +164,7 @@ def test_a_long_run_is_a_small_page(tmp_path, page):
     (tmp_path / "run.json").write_text(json.dumps(record()))
     names = ("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu", "data_wait_s", "rss_bytes")
     with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step in range(100_000):
+        for step in range(1, 100_001):
             file.write(
                 json.dumps({"step": step, "time_s": step / 3, **dict.fromkeys(names, 1 + step * 7919 % 97 / 97)}) + "\n"
             )

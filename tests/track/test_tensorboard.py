@@ -35,7 +35,7 @@ def events(path):
 def run(run_dir, start_step, stop):
     tracker = TensorBoardTracker(run_dir)
     tracker.start(RECORD, DERIVED, start_step=start_step, total_steps=20)
-    for step in range(start_step, stop):
+    for step in range(start_step + 1, stop + 1):
         tracker.log(step, {"loss": step / 2, "eval/loss": 3.0})
     tracker.log_summary({})
     tracker.close()
@@ -48,7 +48,7 @@ def test_scalars_config_and_hyperparameters_are_read_back(tmp_path):
     values = [(event.step, value) for event in events(path) for value in event.summary.value]
     scalars = [(step, value.tag, value.simple_value) for step, value in values if value.HasField("simple_value")]
     assert scalars == [
-        (step, tag, value) for step in range(3) for tag, value in (("train/loss", step / 2), ("eval/loss", 3.0))
+        (step, tag, value) for step in (1, 2, 3) for tag, value in (("train/loss", step / 2), ("eval/loss", 3.0))
     ]
     texts = {value.tag: value.tensor.string_val[0].decode() for _, value in values if value.tensor.string_val}
     assert '    "layers": 4' in texts["config/text_summary"].replace("      ", "    ")
@@ -72,7 +72,7 @@ def test_a_resume_purges_the_steps_that_are_run_again(tmp_path):
             if value.tag == "train/loss":
                 assert event.step not in shown
                 shown[event.step] = value.simple_value
-    assert shown == {step: step / 2 for step in range(20)}
+    assert shown == {step: step / 2 for step in range(1, 21)}
 
 
 def test_an_unwritable_directory_is_found_before_the_first_step(tmp_path):

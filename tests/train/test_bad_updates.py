@@ -43,7 +43,7 @@ class NanUpdate(Optimizer):
 def test_a_state_that_is_not_finite_is_not_saved(tiny: Tiny, optim: dict[str, Any]) -> None:
     run = tiny.loaded("train.eval_every=none", "track.console=off")
     trainer = Trainer(replace(run, optim=replace(run.optim, **optim)))
-    with pytest.raises(NonFiniteError, match="step 11"):
+    with pytest.raises(NonFiniteError, match="step 12"):
         trainer.train()
     assert sorted(int(path.name) for path in trainer.run_dir.checkpoints.iterdir()) == [5, 10]
 

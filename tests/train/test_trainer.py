@@ -66,16 +66,16 @@ def test_order_of_events(tiny: Tiny) -> None:
     assert (int(made.state), made.completed_steps) == (4, 4)
     assert [event[:2] for event in made.events] == [
         ("save", 1),
-        ("log", 0),
-        ("save", 2),
         ("log", 1),
+        ("save", 2),
         ("log", 2),
+        ("log", 3),
         ("evaluate", 3),
-        ("log", 2),
+        ("log", 3),
         ("save", 3),
-        ("log", 3),
+        ("log", 4),
         ("evaluate", 4),
-        ("log", 3),
+        ("log", 4),
         ("save", 4),
     ]
     assert [event[2]["loss"] for event in made.events if event[0] == "log" and "loss" in event[2]] == [0, 1, 2, 3]
@@ -88,7 +88,7 @@ def test_stop(tiny: Tiny) -> None:
     reasons = itertools.chain([None, None], itertools.repeat("SIGTERM"))
     assert fit(made, lambda: next(reasons)) == "SIGTERM"
     assert (int(made.state), made.completed_steps) == (3, 3)
-    assert [event[1] for event in made.events if event[0] == "log"] == [0, 1, 2]
+    assert [event[1] for event in made.events if event[0] == "log"] == [1, 2, 3]
     assert ("save", 3, 3) in made.events
     at_the_end = trainer(tiny, steps=3, eval_every=None, done=2)
     assert fit(at_the_end, lambda: "SIGTERM") is None and at_the_end.completed_steps == 3
@@ -107,7 +107,7 @@ def test_only_due_metrics_leave_the_devices(tiny: Tiny, monkeypatch: pytest.Monk
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda values: fetched.append(values) or get(values))
     fit(made)
-    assert [event[1] for event in made.events if event[0] == "log" and "loss" in event[2]] == [3, 7, 9]
+    assert [event[1] for event in made.events if event[0] == "log" and "loss" in event[2]] == [4, 8, 10]
     assert len(fetched) == 2 * 3  # the metrics of a step, and the losses since the last log
     assert all(isinstance(values["loss"], jax.Array) for values in fetched[::2])
     logged = [event[2] for event in made.events if event[0] == "log" and "loss" in event[2]]

@@ -26,12 +26,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.rank >= options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
     data, global_batch, rows, hint = _data_and_rows(options)
-    if options.step >= (end := _MAX_SAMPLES // global_batch):
-        raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {end - 1} or less")
+    if options.step > (last := _MAX_SAMPLES // global_batch):
+        raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last} or less")
+    before = options.step - 1  # the code counts steps from 0
     opened = data.open(hint=hint)
-    ids = opened.sample_ids(options.step, global_batch)[rows]
+    ids = opened.sample_ids(before, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
-    print("\n".join(opened.epochs_at(options.step, global_batch)))
+    print("\n".join(opened.epochs_at(before, global_batch)))
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
         print("\n".join(opened.format_rows(sample[None], int(row), options.chars)))
     return 0
