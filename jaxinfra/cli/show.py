@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxinfra.cli import config_argument
 from jaxinfra.config import dump, validate
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _parameter_table(program: Program) -> Table:
     """Lists the name, shape, sharding, role and size of every parameter."""
-    table = titled_table("Parameters", "name", "shape", "sharded over", "role")
+    name_column = Column("name", overflow="fold")  # a narrow terminal breaks long names, but shows them in full
+    table = titled_table("Parameters", name_column, "shape", "sharded over", "role")
     table.add_column("elements", justify="right")
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):

@@ -210,8 +210,12 @@ def vision_shape(name: str) -> VisionTransformerConfig:
     return _find(name, VISION_SHAPES, "vision_shape", "vit-b16")
 
 
+_OTHER_NAMES = {"gpt2-small": "gpt2", "gpt2-124m": "gpt2", "gpt2-1.5b": "gpt2-xl", "llama3-8b": "llama-3.1-8b"}
+
+
 def _find[S](name: str, shapes: Mapping[str, S], function: str, example: str) -> S:
     if name not in shapes:
-        near = difflib.get_close_matches(name.lower(), shapes, n=1, cutoff=0.4) or [example]
+        near = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in shapes else []
+        near = near or difflib.get_close_matches(name.lower(), shapes, n=1, cutoff=0.4) or [example]
         raise ConfigError(f'zoo.{function}("{name}"): there is no such model; did you mean "{near[0]}"?')
     return shapes[name]

@@ -36,7 +36,7 @@ def peak_flops(device: Device, dtype: jnp.dtype, num_local_devices: int) -> tupl
     For accelerators of `PEAK_FLOPS` it is the bfloat16 peak. For others it is measured in `dtype`. On CPU the emulated
     devices share the cores, so the measured value is divided by their number.
     """
-    measured = f"measured, {jnp.dtype(dtype).name} matmul"
+    measured = f"estimated from a {jnp.dtype(dtype).name} matmul"
     if device.platform == "cpu":
         return measure_flops(device, dtype) / num_local_devices, measured
     kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]

@@ -102,7 +102,7 @@ class Trainer:
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
         self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
-        self._peak_flops, self._peak_source = math.nan, ""  # of one device
+        self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
 
     # Training
 
@@ -126,9 +126,7 @@ class Trainer:
             needed_bytes = self._checkpoints.needed_bytes(self.program.state)
             fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
             check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
-            # Before the loop, as the peak of a CPU is measured.
-            dtype = jnp.dtype(self.run.precision.compute)
-            self._peak_flops, self._peak_source = peak_flops(jax.devices()[0], dtype, len(jax.local_devices()))
+            self._peak = self._find_peak()
             statistics = run_statistics(self.program, dataset.train_units)
             with make_trackers(self.run.track, self.run_dir.path) as self._trackers, self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
@@ -196,7 +194,7 @@ class Trainer:
         if step_time_s is not None:
             values["step_time_s"] = step_time_s
             values[f"{self.run.data.modality}s_per_s"] = units_per_step(self.program) / step_time_s
-            values["mfu"] = step_flops(self.program) / step_time_s / (self._peak_flops * self.program.mesh.size)
+            values["mfu"] = step_flops(self.program) / step_time_s / (self._peak["flops"] * self.program.mesh.size)
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
         values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
         values["rss_bytes"] = rss_bytes()
@@ -378,6 +376,19 @@ class Trainer:
                 )
             return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
 
+    def _find_peak(self) -> dict[str, Any]:
+        """Returns the peak FLOP/s of a device, its source and what it holds for.
+
+        The peak of a CPU is measured, which varies; a resumed run keeps the first one, so that its MFU does not jump.
+        """
+        device, dtype, count = jax.devices()[0], jnp.dtype(self.run.precision.compute), len(jax.local_devices())
+        holds_for = {"device_kind": device.device_kind, "local_devices": count, "dtype": dtype.name}
+        known = self.run_dir.existing_record().get("peak", {})
+        if known.get("holds_for") == holds_for:
+            return known
+        flops, source = peak_flops(device, dtype, count)
+        return {"flops": flops, "source": source, "holds_for": holds_for}
+
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         devices = {
             "count": len(jax.devices()),
@@ -398,6 +409,7 @@ class Trainer:
             "fingerprint": fingerprint(loaded.run),
             "data": dataset.fingerprint,
             "data_versions": [*dataset.versions],
+            "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
             "host": host_state(),
             "baselines": self._baselines,
@@ -419,8 +431,8 @@ class Trainer:
             "baselines": self._baselines,
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
-            "peak_flops_per_device": self._peak_flops,
-            "peak_source": self._peak_source,
+            "peak_flops_per_device": self._peak["flops"],
+            "peak_source": self._peak["source"],
             "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
             "checkpoint": str(self.run_dir.checkpoints / str(self.completed_steps)),
             "report": str(self.run_dir.report),

@@ -63,3 +63,5 @@ def test_published_shapes_have_the_published_parameters(name: str) -> None:
 def test_an_unknown_name_suggests_a_similar_one() -> None:
     with raises(ConfigError, '"Llama3.1-8B" "llama-3.1-8b"'):
         shape("Llama3.1-8B")
+    with raises(ConfigError, '"gpt2-small" "gpt2"'):
+        shape("gpt2-small")

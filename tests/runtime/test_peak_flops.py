@@ -25,13 +25,13 @@ def test_known_chips(kind: str, flops: float) -> None:
 
 def test_cpu_devices_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxinfra.runtime.peak_flops.measure_flops", lambda device, dtype: 80.0)
-    assert peak_flops(jax.devices()[0], jnp.dtype("float32"), 8) == (10.0, "measured, float32 matmul")
+    assert peak_flops(jax.devices()[0], jnp.dtype("float32"), 8) == (10.0, "estimated from a float32 matmul")
 
 
 def test_unknown_chips_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxinfra.runtime.peak_flops.measure_flops", lambda device, dtype: 80.0)
     chip = SimpleNamespace(platform="gpu", device_kind="Another Chip")
-    assert peak_flops(chip, jnp.dtype("bfloat16"), 8) == (80.0, "measured, bfloat16 matmul on Another Chip")
+    assert peak_flops(chip, jnp.dtype("bfloat16"), 8) == (80.0, "estimated from a bfloat16 matmul on Another Chip")
 
 
 def test_measured() -> None:

@@ -1,6 +1,7 @@
 """The loop: what it waits for, what it reports, and what it does after a step."""
 
 import itertools
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.errors import Preempted
 from jaxinfra.run import Run
+from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.train.statistics import step_flops
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.train.trainer import Trainer
@@ -27,7 +30,7 @@ class Recorded(Trainer):
         self.events: list[tuple[Any, ...]] = []
         self.program.train_step = step
         self._trackers = self
-        self._peak_flops = 1000.0 / self.program.mesh.size
+        self._peak = {"flops": 1000.0 / self.program.mesh.size}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.events.append(("log", step, dict(metrics)))
@@ -165,3 +168,14 @@ def test_step_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     timer.pause()
     timer.finish_step()
     assert timer.read() == 2.0
+
+
+def test_a_resumed_run_keeps_its_peak(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured on CPUs: otherwise MFU would jump at a resume."""
+    stopping = Trainer(tiny.loaded("track.console=off"))
+    monkeypatch.setattr(StopRequest, "reason", property(lambda self: "SIGTERM"))
+    with pytest.raises(Preempted):
+        stopping.train()
+    monkeypatch.undo()
+    first = json.loads(stopping.run_dir.record.read_text())["peak"]
+    assert Trainer(tiny.loaded("track.console=off")).train()["peak_flops_per_device"] == first["flops"]
