@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from types import ModuleType
 
 from jaxinfra.errors import ConfigError
@@ -22,6 +23,13 @@ def import_optional(module: str, *submodules: str, needed_by: str, install: str)
     except ImportError as error:
         package, cause = module.partition(".")[0], str(error).partition("\n")[0]
         raise ConfigError(f"{needed_by}: needs {package} ({cause}); run {install_command(install)}") from None
+
+
+def require_optional(module: str, *, needed_by: str, install: str) -> None:
+    """Raises the ConfigError of `import_optional` if a package is not installed, without importing it."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:  # a folder of that name here is no package
+        raise ConfigError(f"{needed_by}: needs {module}, which is not installed; run {install_command(install)}")
 
 
 def install_command(requirement: str) -> str:

@@ -13,7 +13,15 @@ _SIGNED = re.compile(
     r"|client_secret|password)=(?:[^&#\s]*[^&#\s\"'`)\]}>,;:.]|[^&#\s]+)",
     re.IGNORECASE,
 )
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING", "HF_TOKEN")
+_SECRETS = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING",
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "WANDB_API_KEY",
+)
 _MIN_SECRET_LENGTH = 8  # a shorter value may be part of an ordinary word
 
 

@@ -1,10 +1,71 @@
 """The config of trackers. Imports none of them."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveInt
 from jaxinfra.track.base import TrackerConfig
+
+_NOT_IN_PROJECTS = re.compile(r"[/\\#?%:]")  # W&B refuses these characters
+_MLFLOW_URI = re.compile(r"(https?://|sqlite:///|file://|databricks(://|$)).*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Where Weights & Biases shows the run; the key comes from WANDB_API_KEY or `wandb login`.
+
+    Attributes:
+        project: name of the project; None sends nothing.
+        entity: user or team that owns the project; None is your default.
+        group: name that runs of one experiment share.
+        tags: labels of the run.
+        mode: "online" sends to WANDB_BASE_URL, by default https://api.wandb.ai; "offline" only writes files into the
+            run directory, which `wandb sync` sends later.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] = "online"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields a problem if W&B would refuse the project's name."""
+        if self.project is not None and (not self.project or _NOT_IN_PROJECTS.search(self.project)):
+            yield Problem(
+                fields=("project",),
+                message=r"must be the name of a W&B project, without the characters / \ # ? % :",
+                fix="use project=my-project; the user or team goes into entity=",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLflow:
+    """The MLflow server that shows the run; credentials come from MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN.
+
+    Attributes:
+        uri: address of the tracking server, such as http://127.0.0.1:5000, or sqlite:///FILE; None sends nothing.
+        experiment: name of the experiment, which is created if there is none.
+        tags: labels of the run, such as team=speech.
+    """
+
+    uri: str | None = None
+    experiment: str = "jaxinfra"
+    tags: tuple[str, ...] = ()
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields a problem for an address that MLflow does not know, and for a tag without a value."""
+        if self.uri is not None and not _MLFLOW_URI.fullmatch(self.uri):
+            yield Problem(
+                fields=("uri",),
+                message="expected http://HOST:PORT, https://HOST, sqlite:///FILE or databricks",
+                fix="use uri=http://127.0.0.1:5000",
+            )
+        if not all(re.fullmatch("[^=]+=.*", tag) for tag in self.tags):
+            yield Problem(fields=("tags",), message="expected NAME=VALUE", fix='use tags=("team=speech",)')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +80,8 @@ class TrackConfig:
             terminal and "plain" elsewhere, "off" prints nothing.
         sample_prompt: a text that a language model continues at each evaluation, for the report. The parameters are
             copied to the first device for it, so the model must fit there. None samples nothing.
+        wandb: Weights & Biases.
+        mlflow: MLflow.
         trackers: your own trackers, besides these.
     """
 
@@ -27,6 +90,8 @@ class TrackConfig:
     tensorboard: bool = True
     console: Literal["auto", "bar", "plain", "off"] = "auto"
     sample_prompt: str | None = None
+    wandb: Wandb = Wandb()
+    mlflow: MLflow = MLflow()
     trackers: tuple[TrackerConfig, ...] = ()
 
     def due(self, completed_steps: int, total_steps: int) -> bool:

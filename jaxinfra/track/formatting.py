@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_PERF_METRICS = ("step_time_s", "data_wait_s", "mfu")
 
 
 def format_number(value: object) -> str:
@@ -77,6 +78,21 @@ def format_age(seconds: float) -> str:
 def metric_label(name: str) -> str:
     """Returns a metric's name for people: "bits per byte" for `bits_per_byte`, "tokens/s" for `tokens_per_s`."""
     return name.replace("_per_s", "/s").replace("_", " ")
+
+
+def grouped_name(metric: str) -> str:
+    """Returns a metric's name with its group: "train/loss", "eval/loss", "perf/mfu", "memory/rss_bytes"."""
+    if "/" in metric:
+        return metric
+    if metric.endswith("_bytes"):
+        return f"memory/{metric}"
+    return f"perf/{metric}" if metric.endswith("_per_s") or metric in _PERF_METRICS else f"train/{metric}"
+
+
+def statistics_markdown(statistics: Mapping[str, tuple[int | float | str, str]]) -> str:
+    """Makes a Markdown table of the statistics of a run."""
+    rows = [f"| {name} | {format_number(value)} | {how} |" for name, (value, how) in statistics.items()]
+    return "\n".join(["| number | value | unit or formula |", "| --- | --- | --- |", *rows])
 
 
 def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:

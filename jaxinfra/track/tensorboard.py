@@ -1,5 +1,7 @@
 """Writes TensorBoard event files without TensorFlow: scalars, the config as text, and its fields as hyperparameters.
 
+Scalars are in the groups train, eval, perf and memory.
+
 It uses the messages of tensorboardX but not its `SummaryWriter`: after a failed write its thread ends, and training
 blocks forever once the queue is full.
 """
@@ -20,7 +22,7 @@ from tensorboardX.summary import hparams, text
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.base import FileTracker, RunStatistics
-from jaxinfra.track.formatting import flatten, format_number
+from jaxinfra.track.formatting import flatten, grouped_name, statistics_markdown
 
 _events: Any = event_pb2  # protobuf makes its classes on import, invisible to type checkers
 _summaries: Any = summary_pb2
@@ -44,10 +46,8 @@ class TensorBoardTracker(FileTracker):
             self._add(start_step + 1, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
             code = indent(json.dumps(config, indent=2, default=str), "    ")  # a code block in Markdown
-            rows = [f"| {name} | {format_number(value)} | {how} |" for name, (value, how) in statistics.items()]
-            table = "\n".join(["| number | value | unit or formula |", "| --- | --- | --- |", *rows])
             self._add(start_step, summary=text("config", code))
-            self._add(start_step, summary=text("derived", table))
+            self._add(start_step, summary=text("derived", statistics_markdown(statistics)))
             scalars = bool | int | float | str  # the types of hyperparameters
             fields = {key: leaf if isinstance(leaf, scalars) else str(leaf) for key, leaf in flatten(config).items()}
             for summary in hparams(fields, _HPARAM_METRICS):
@@ -56,8 +56,7 @@ class TensorBoardTracker(FileTracker):
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [
-            _summaries.Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
-            for name, value in metrics.items()
+            _summaries.Summary.Value(tag=grouped_name(name), simple_value=value) for name, value in metrics.items()
         ]
         self._add(step, summary=_summaries.Summary(value=values))
 

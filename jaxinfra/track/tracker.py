@@ -11,12 +11,16 @@ from typing import Any, Self, override
 
 from jaxinfra.config.extensible import is_user_class
 from jaxinfra.errors import ConfigError
+from jaxinfra.packages import require_optional
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.mlflow import MLflowRun
+from jaxinfra.track.remote import RemoteTracker
 from jaxinfra.track.report_tracker import ReportTracker
 from jaxinfra.track.tensorboard import TensorBoardTracker
+from jaxinfra.track.wandb import WandbRun
 from jaxinfra.user_code import user_code
 
 _log = logging.getLogger(__name__)
@@ -115,6 +119,13 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
     trackers.append(ReportTracker(run_dir))  # after the tracker that writes what the report is made from
     if config.tensorboard:
         trackers.append(TensorBoardTracker(run_dir))
+    announce = config.console != "off"
+    if config.wandb.project is not None:
+        require_optional("wandb", needed_by="track.wandb", install="jaxinfra[wandb]")
+        trackers.append(RemoteTracker(WandbRun(config.wandb, run_dir), "track.wandb", announce=announce))
+    if config.mlflow.uri is not None:
+        require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
+        trackers.append(RemoteTracker(MLflowRun(config.mlflow, run_dir), "track.mlflow", announce=announce))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, run_dir))
