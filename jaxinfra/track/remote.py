@@ -24,6 +24,7 @@ from jaxinfra.track.jsonl import read_json_object
 
 _MAX_ROWS = 10_000  # about 10 MB of host memory
 _BATCH_ROWS = 50
+_SEND_EVERY_S = 1.0  # rows are sent together: a request costs Python time that the training loop needs, too
 _FIRST_RETRY_S, _MAX_RETRY_S = 5.0, 120.0
 CLOSE_S = 15.0
 
@@ -124,6 +125,7 @@ class RemoteTracker(Tracker):
                 if not self._retry(lambda batch=batch: self._remote.send(batch)):
                     return
                 self._sent += len(batch)
+            self._closing.wait(_SEND_EVERY_S)
         self._retry(lambda: self._remote.finish(*self._end))
 
     def _retry(self, call: Callable[[], None]) -> bool:
