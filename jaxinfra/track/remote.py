@@ -80,7 +80,7 @@ class RemoteTracker(Tracker):
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         named = {grouped_name(name): value for name, value in metrics.items()}
-        self._rows.append(Row(step + 1, round(1000 * time.time()), named))
+        self._rows.append(Row(step, round(1000 * time.time()), named))
         self._logged += 1
         self._has_rows.set()
 

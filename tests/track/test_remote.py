@@ -1,0 +1,150 @@
+"""What a tracker of a server does when the server is slow, dead or refuses; servers are stood in for."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from jaxinfra import packages
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.track import remote
+from jaxinfra.track.config import MLflow, TrackConfig, Wandb
+from jaxinfra.track.remote import RemoteRun, RemoteTracker, remote_id
+from jaxinfra.track.tracker import MultiTracker, make_trackers
+from tests.refusals import problem, raises
+
+
+class Server(RemoteRun):
+    """Fails with each of `errors` first; while it is not `open`, its calls do not return."""
+
+    def __init__(self, *errors: Exception, is_open: bool = True) -> None:
+        self.errors, self.open = list(errors), threading.Event()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.status = ""
+        if is_open:
+            self.open.set()
+
+    def answer(self) -> None:
+        self.open.wait(20)
+        if self.errors:
+            raise self.errors.pop(0)
+
+    def start(self, record, statistics) -> str:
+        self.answer()
+        return "http://server/run"
+
+    def send(self, rows) -> None:
+        self.answer()
+        self.rows += [(row.step, dict(row.metrics)) for row in rows]
+
+    def finish(self, status, summary) -> None:
+        self.answer()
+        self.status = status
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(remote, "_SEND_EVERY_S", 0.0)
+
+
+def log(tracker: RemoteTracker, steps: int) -> None:
+    for step in range(1, steps + 1):
+        tracker.log(step, {"loss": float(step)})
+
+
+def started(server: Server) -> RemoteTracker:
+    tracker = RemoteTracker(server, "track.server")
+    tracker.start({}, {}, start_step=0, total_steps=9)
+    return tracker
+
+
+def test_rows_arrive_in_order_and_in_groups(caplog, capsys) -> None:
+    server = Server()
+    tracker = started(server)
+    tracker.log(1, {"loss": 2.0, "mfu": 0.5, "rss_bytes": 7.0, "tokens_per_s": 9.0, "eval/loss": 3.0})
+    log(tracker, 200)
+    tracker.log_summary({"status": "stopped"})
+    tracker.close()
+    first, *rest = server.rows
+    named = {"train/loss": 2.0, "perf/mfu": 0.5, "memory/rss_bytes": 7.0, "perf/tokens_per_s": 9.0, "eval/loss": 3.0}
+    assert first == (1, named)
+    assert rest == [(step, {"train/loss": float(step)}) for step in range(1, 201)]
+    assert server.status == "stopped" and not caplog.records
+    assert capsys.readouterr().err == "track.server: http://server/run\n"
+
+
+def test_an_outage_loses_nothing_and_is_reported_once_without_secrets(caplog, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-key-that-is-never-shown")
+    server = Server(OSError("a-key-that-is-never-shown is refused"), OSError("down"), OSError("down"))
+    tracker = started(server)
+    log(tracker, 3)
+    while server.errors:
+        pass
+    tracker.log_summary({"status": "finished"})
+    tracker.close()
+    assert [step for step, _ in server.rows] == [1, 2, 3] and server.status == "finished"
+    (record,) = caplog.records
+    assert "track.server: $WANDB_API_KEY is refused; training goes on" in record.getMessage()
+
+
+def test_a_dead_server_holds_up_neither_steps_nor_the_end(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "CLOSE_S", 0.1)
+    server = Server(is_open=False)
+    tracker = started(server)
+    log(tracker, 5)
+    tracker.close()
+    assert "track.server: 5 of 5 logged rows were not sent within" in caplog.text
+    server.open.set()
+
+
+def test_the_queue_is_bounded_and_drops_the_oldest(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "_MAX_ROWS", 10)
+    server = Server(is_open=False)
+    tracker = started(server)
+    log(tracker, 25)
+    server.open.set()
+    tracker.close()
+    assert [step for step, _ in server.rows] == list(range(16, 26))
+    assert "15 of 25 logged rows were not sent" in caplog.text
+
+
+def test_an_error_that_ends_the_run_ends_the_remote_run_as_failed() -> None:
+    server = Server()
+    with pytest.raises(KeyError), MultiTracker([started(server)]):
+        raise KeyError("of the run")
+    assert server.status == "failed"
+
+
+def test_the_id_of_a_remote_run_is_kept_for_its_target(tmp_path: Path) -> None:
+    path = tmp_path / "server.json"
+    assert remote_id(path, "here", lambda: "1") == "1"
+    assert remote_id(path, "here", lambda: "2") == "1"
+    assert remote_id(path, "there", lambda: "3") == "3"
+    path.write_text("{")
+    with raises(StorageError, f"{path}"):
+        remote_id(path, "here", lambda: "4")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (MLflow(uri="localhost:5000"), "uri=localhost:5000 use uri=http://127.0.0.1:5000"),
+        (MLflow(uri="http://me:secret-word@host"), "uri= *** environment"),
+        (MLflow(uri="http://host", tags=("team",)), "tags NAME=VALUE"),
+        (Wandb(project="team/project"), "project=team/project use project=my-project entity="),
+        (Wandb(project=""), "project use"),
+    ],
+)
+def test_a_wrong_address_is_refused(config: MLflow | Wandb, named: str) -> None:
+    assert "secret-word" not in problem(config, named)
+
+
+def test_a_missing_package_is_named_before_the_run_starts(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    for config, name in (
+        (TrackConfig(wandb=Wandb(project="p")), "wandb"),
+        (TrackConfig(mlflow=MLflow(uri="x")), "mlflow"),
+    ):
+        with raises(ConfigError, f"track.{name} pip install {name}"):
+            make_trackers(config, tmp_path)
