@@ -63,6 +63,7 @@ def history(uri: str, run_id: str) -> list[tuple[int, float]]:
     return [(each.step, each.value) for each in MlflowClient(uri).get_metric_history(run_id, "train/loss")]
 
 
+@pytest.mark.slow(8)
 def test_a_dead_server_is_named_and_training_goes_on(tmp_path: Path) -> None:
     ended = demo.start(RUN, tmp_path, 0, "http://127.0.0.1:9", "finished")
     assert ended.returncode == 0

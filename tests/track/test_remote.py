@@ -1,6 +1,7 @@
 """What a tracker of a server does when the server is slow, dead or refuses; servers are stood in for."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,15 @@ def log(tracker: RemoteTracker, steps: int) -> None:
         tracker.log(step, {"loss": float(step)})
 
 
-def started(server: Server) -> RemoteTracker:
-    tracker = RemoteTracker(server, "track.server")
+def started(server: Server, *, announce: bool = False) -> RemoteTracker:
+    tracker = RemoteTracker(server, "track.server", announce=announce)
     tracker.start({}, {}, start_step=0, total_steps=9)
     return tracker
 
 
 def test_rows_arrive_in_order_and_in_groups(caplog, capsys) -> None:
     server = Server()
-    tracker = started(server)
+    tracker = started(server, announce=True)
     tracker.log(1, {"loss": 2.0, "mfu": 0.5, "rss_bytes": 7.0, "tokens_per_s": 9.0, "eval/loss": 3.0})
     log(tracker, 200)
     tracker.log_summary({"status": "stopped"})
@@ -80,7 +81,7 @@ def test_an_outage_loses_nothing_and_is_reported_once_without_secrets(caplog, mo
     tracker = started(server)
     log(tracker, 3)
     while server.errors:
-        pass
+        time.sleep(0.01)
     tracker.log_summary({"status": "finished"})
     tracker.close()
     assert [step for step, _ in server.rows] == [1, 2, 3] and server.status == "finished"
