@@ -7,8 +7,8 @@ Collectives of the train step: each microbatch all-gathers its weights over `fsd
 gradients, and adds them to a buffer that is a partial sum over `replica`. After the last microbatch one all-reduce over
 `replica` completes the buffer. Then the optimizer updates the parameters.
 
-In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient.
+In JAX's explicit sharding, an *unreduced* array is a partial sum on each device. A *reduced* array is replicated, and
+its gradient is *unreduced*.
 """
 
 import fnmatch
@@ -40,7 +40,7 @@ from jaxinfra.parallel.sharding import Partitioner, unit_cotangent, unreduced_ze
 from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, PyTree, merge_trees, param_key, select_trainable
 from jaxinfra.run import Run
 from jaxinfra.stages import Stages
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 type Batch = Mapping[str, jax.Array]
 type Metrics = dict[str, jax.Array]
@@ -83,7 +83,7 @@ class Forward:
         train = train and self._train
         if not train:
             batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
-        with user_code(type(self._program.run.model), "model"):
+        with user_code_errors(type(self._program.run.model), "model"):
             output, stats = self._program.model(params).forward(batch)
         if train:  # an objective may call the model several times
             self.stats = jax.tree.map(jnp.add, self.stats, stats) if self.stats else stats
@@ -116,7 +116,7 @@ class Program:
         self.run, self.mesh, self.objective = run, mesh, run.objective
         platform = _platform(mesh) if platform is None else platform
         self._compiler_options = compiler_options(run.train.compiler, platform)
-        # With several chunks a stage's layers are not consecutive, so they cannot be stored on it.
+        # With several chunks a stage's layers are not consecutive, so stacked layers cannot be sharded over stages.
         rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
         self.partitioner = Partitioner(
             rules=rules,
@@ -127,7 +127,7 @@ class Program:
             # A sum over positions does not depend on their order.
             zigzag=self.objective.by_position,
         )
-        with user_code(type(run.model), "model"):
+        with user_code_errors(type(run.model), "model"):
             self.module = run.model.build(self.partitioner)
         if not isinstance(self.module, nnx.Module):
             raise ConfigError(
@@ -135,16 +135,16 @@ class Program:
             )
         # A built module has a `ParamSpec` in place of each array. The trees below have its path, its declaration, and
         # the `PartitionSpec` that it is stored with.
-        self.graphdef, state = nnx.split(self.module)
-        declared: ParamSpecs = nnx.to_pure_dict(state)
+        self.graphdef, specs = nnx.split(self.module)
+        declared: ParamSpecs = nnx.to_pure_dict(specs)
         self._paths = jax.tree.map_with_path(lambda path, _: _dotted(path), declared)
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         self._stages: Stages | None = None
         if self.partitioner.mesh.stage > 1:
             self._stages = Stages(run, self.partitioner, self.specs, self._stored)
-        trainable = select_trainable(self.specs, self.specs)
-        self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable)
+        trainable_specs = select_trainable(self.specs, self.specs)
+        self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable_specs)
         self._schedule = optax_schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
 
     # Shapes and shardings
@@ -268,7 +268,7 @@ class Program:
 
     def _init_params(self, key: jax.Array) -> Params:
         params = self.module.init_params(key, self._stored)
-        if params is not None:
+        if params is not None:  # a module of Flax, which has no `ParamSpec`s with initializers
             return params
 
         def init_param(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
@@ -304,7 +304,7 @@ class Program:
         """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
         forward = Forward(self, train=train)
         objective_params = WithReference(params, reference) if reference is not None else params
-        with user_code(type(self.objective), "objective"):
+        with user_code_errors(type(self.objective), "objective"):
             total, sums = losses.check_result(self.objective, self.objective.loss(forward, objective_params, batch))
         return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
 
@@ -314,6 +314,7 @@ class Program:
         """Returns sums, statistics and float32 gradients of one microbatch, all partial sums over `replica`."""
         loss = partial(self._loss, batch=batch, reference=reference, train=True)
         total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
+        # Not `value_and_grad`: the cotangent of an unreduced total must be *reduced*, which its 1 is not.
         (grads,) = vjp(unit_cotangent(total))
         # A buffer of integers has no gradient.
         return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
@@ -342,18 +343,19 @@ class Program:
     ) -> tuple[Params, Sums, LayerStats]:
         """Returns gradients of the mean loss, sums and statistics."""
         batch = self._to_shard_order(batch)
-        if self._stages is not None:
+        if self._stages is not None:  # the config cannot have both stages and a reference
             grads, sums, stats = self._stages.gradients(params, self._microbatches(batch))
+            grads = select_trainable(grads, self.specs)
         else:
             grads, sums, stats = self._accumulate_gradients(params, batch, reference)
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums, stats
+        return jax.tree.map(lambda g: g * scale, grads), sums, stats
 
     def _accumulate_gradients(
         self, params: Params, batch: Batch, reference: Params | None
     ) -> tuple[Params, Sums, LayerStats]:
         """Returns gradients of the summed loss, sums and statistics; reduces over `replica` once."""
-        if self.module.partial_gradients:
+        if self.module.partial_gradients:  # *reduced* parameters keep their gradients partial sums until the end
             params = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
         step = partial(self._loss_and_grads, params, reference=reference)
         if self.run.train.accumulate == 1:
@@ -383,7 +385,7 @@ class Program:
         grads, sums, stats = self._gradients(state.params, batch, state.reference)
         grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm)
         trainable = select_trainable(state.params, self.specs)
-        with user_code(type(optim.optimizer), "optim.optimizer"):
+        with user_code_errors(type(optim.optimizer), "optim.optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
         check_update(type(optim.optimizer).__qualname__, trainable, updates, state.opt_state, opt_state)
         # In float32, also if parameters are stored in bfloat16.

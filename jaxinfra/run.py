@@ -22,7 +22,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.track.config import TrackConfig
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Run:
                 fix=f"name a model of {data.modality}s or data of {model.modality}s",
             )
             return  # the checks below rely on a model, an objective and data that go together
-        with user_code(type(data), "data"):
+        with user_code_errors(type(data), "data"):
             arrays = data.batch_spec(validation=False)
         if missing := [name for name in objective.batch_fields if name not in arrays]:
             yield Problem(
@@ -165,7 +165,7 @@ class Run:
                 fix="name an objective and data that go together",
             )
             return
-        with user_code(type(model), "model"), user_code(type(data), "data"):
+        with user_code_errors(type(model), "model"), user_code_errors(type(data), "data"):
             conflicts = [*model.problems_with(data), *objective.problems_with(data)]
         yield from conflicts
         if -1 in self.mesh.sizes:  # `with_mesh_size` sets it once the number of devices is known

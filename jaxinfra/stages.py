@@ -29,7 +29,7 @@ from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, with
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpecs, PyTree
 from jaxinfra.run import Run
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 type Batch = Mapping[str, jax.Array]
 type Sums = dict[str, jax.Array]
@@ -145,7 +145,7 @@ class Stages(PipelineModel):
         }
         objective = self.run.objective
         forward = LastStage(self._merge(self._output_graph, shared), x, batch, objective)
-        with user_code(type(objective), "objective"):
+        with user_code_errors(type(objective), "objective"):
             return losses.check_result(objective, objective.loss(forward, forward.params, batch))
 
     @override

@@ -12,7 +12,7 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 @contextmanager
-def user_code(owner: type, path: str) -> Iterator[None]:
+def user_code_errors(owner: type, path: str) -> Iterator[None]:
     """Converts exceptions from a user's class, at `path` in the config, to ConfigError.
 
     The message shows the innermost line in a user's file, not in JAX or this package. Exceptions from classes of this

@@ -78,7 +78,8 @@ def _matmul_forward(x_MK: jax.Array, w_KN: jax.Array) -> tuple[jax.Array, tuple[
 def _matmul_backward(residuals: tuple[jax.Array, jax.Array], g_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_MK, w_KN = residuals
     x_KM = with_layout_constraint(x_MK.T, Layout(major_to_minor=(0, 1)))
-    # Not `g @ w.T`: an explicit transpose of w makes XLA use the slow kernel here, too.
+    # `dot_general` contracts the last dimension of both, which is fast without a copy; with `g @ w.T`, whose transpose
+    # is an operation of its own, XLA uses the slow kernel here, too.
     return jax.lax.dot_general(g_MN, w_KN, (((1,), (1,)), ((), ()))), x_KM @ g_MN
 
 

@@ -12,7 +12,7 @@ from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_short
 
 COLUMNS = ("name", "layers", "hidden", "heads/KV", "vocab", "params", "active")
-COLUMNS += (*BYTES_PER_PARAM, "context")
+COLUMNS += (*BYTES_PER_PARAM, "context")  # the keys are "weights" and "training": GiB of memory
 _LESS_IMPORTANT = ("heads/KV", "vocab", "active")  # left out of a narrow terminal
 _MIN_WIDTH = 100  # characters that all columns need
 
@@ -31,8 +31,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         row = dict(zip(COLUMNS, cells(entry), strict=True))
         table.add_row(*(row[name] for name in shown))
     console.print(table)
+    example = entries[-1]  # its function in the zoo is `shape` or `vision_shape`
     console.print(
-        f'In a config: model={entries[-1].function}("{entries[-1].name}"), imported from jaxinfra.models.zoo. '
+        f'In a config: model={example.function}("{example.name}"), imported from jaxinfra.models.zoo. '
         "Memory in GiB: of bfloat16 weights; in training, of float32 parameters, gradients and AdamW's moments.",
         markup=False,
     )

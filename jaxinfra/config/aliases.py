@@ -44,6 +44,7 @@ _ALIASES = {
     "precision.compute": ("dtype", "bf16", "fp16", "torch_dtype", "mixed_precision", "compute_dtype"),
     "precision.params": ("weight_dtype", "param_dtype", "params_dtype"),
     "precision.quantize": ("quantization", "fp8", "int8"),
+    # Where only the number of devices is configured, they all shard the parameters.
     "mesh.fsdp": ("ici_fsdp_parallelism", "data_parallel_shard_degree", "dp_shard", "num_devices"),
     "mesh.replica": ("dcn_data_parallelism", "data_parallel_replicate_degree", "dp_replicate", "num_slices"),
     "mesh.tensor": ("ici_tensor_parallelism", "tensor_parallel_degree", "tensor_parallel_size", "tp", "tp_size"),

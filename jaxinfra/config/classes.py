@@ -1,6 +1,8 @@
 """Finds user classes, which are defined outside jaxinfra, by name.
 
-A run record is data: reading one imports only jaxinfra, and what the user names with `--import`.
+A run record is data: reading one imports only jaxinfra, and what the user names with `--import`. The modules in the
+folder of a config file can be imported only inside `with folder.importable()` (see `ModuleFolder`). An *open base* is a
+base class whose subclasses may be user classes (see `Extensible`).
 """
 
 import functools
@@ -39,7 +41,7 @@ RESTORE = "restore the file, or name a config file instead of the record"
 def source_of(cls: type) -> dict[str, str | None]:
     """Returns the file that defines a class, and the first 16 hex digits of the file's SHA-256.
 
-    For a class from the folder of a config file, the first call must be made while the folder is `importable`.
+    Cached, since the module of a class from the folder of a config file is known only while the folder is `importable`.
     """
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if file is None or not os.path.isfile(file):
@@ -48,7 +50,7 @@ def source_of(cls: type) -> dict[str, str | None]:
 
 
 def user_classes(root: object) -> list[type]:
-    """Returns the classes of all objects in a config and their bases, as far as they are user classes."""
+    """Returns the user classes among the classes of all objects in a config and the bases of these classes."""
     parts = (type(value) for _, _, value in walk(type(root), root))
     return list(dict.fromkeys(base for cls in parts if is_config(cls) for base in _user_bases(cls)))
 
@@ -145,7 +147,7 @@ class ClassFinder:
         return cls
 
     def _not_importable(self, module: str, file: str | None) -> str:
-        if self.known is not None:
+        if self.known is not None:  # overrides of a run that goes on; another class needs another run
             return "the config of this run does not use the class; use name=ANOTHER"
         if file is not None and not os.path.exists(file):
             return f"the file is gone; {RESTORE}"
@@ -153,20 +155,21 @@ class ClassFinder:
         if file and module.endswith(".py"):
             to_import = file
         elif file and not module_spec(module.partition(".")[0]):
-            # The module is not installed: names the folder that it was imported from.
+            # The module is not installed: names the folder that it was imported from, `/a/` for module `b.c` of the
+            # file `/a/b/c.py` or `/a/b/c/__init__.py`.
             parts = [*module.split("."), *(["__init__"] if file.endswith("__init__.py") else [])]
             to_import = file.removesuffix(f"{os.sep.join(parts)}.py")
         return f"a record imports only what you name; add --import {to_import}"
 
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:
-    """Returns the class with the import path `name`; None if `name` is no path, or no open base takes user classes."""
+    """Returns the class with the import path `name`; None if `name` is no path, or the annotation no open base."""
     bases = open_bases(annotation)
     if ":" not in name or not bases:
         return None
     cls = finder.find(name, anywhere=anywhere)
     if issubclass(cls, bases):
-        require_complete(cls)
+        require_complete(cls)  # its message says what the class lacks; the one below only that it does not fit
     if not accepts(annotation, cls):
         raise ConfigError(f"{name}: {describe_mismatch(annotation, cls)}")
     return cls

@@ -13,7 +13,7 @@ from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig, Samples
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import ConfigError
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 
 class ArrayData(DataConfig):
@@ -115,7 +115,7 @@ class ArrayDataset:
 def _arrays(config: ArrayData, split: Split) -> Batch:
     """Returns the arrays of a split; ConfigError if they are not NumPy arrays of equally many samples."""
     where = f"{type(config).__qualname__}.arrays({split!r})"
-    with user_code(type(config), "data"):
+    with user_code_errors(type(config), "data"):
         arrays = config.arrays(split)
     if not isinstance(arrays, dict) or not arrays:
         raise ConfigError(f'{where}: returned {type(arrays).__name__}; return a dict, such as {{"inputs": array}}')

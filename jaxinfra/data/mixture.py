@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import zip_longest
 from typing import Annotated, Self, override
 
 import numpy as np
@@ -33,6 +32,7 @@ class MixSource:
         packing: what a row holds, as in `TokenData`.
     """
 
+    # Where the data is does not change the results; a run records the fingerprints of the stores' contents.
     store: Annotated[NonEmptyStr, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
     recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
@@ -79,10 +79,10 @@ class Mixture(TokenRows):
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:
-        pairs = zip_longest(
-            self.sources, versions[: len(self.sources)]
-        )  # a source without a known version keeps its own
-        sources = (replace(source, version=resolve_version(source.version, known)) for source, known in pairs)
+        sources = list(self.sources)
+        # Sources that were added after the versions were recorded have none; they keep their own.
+        for i, (source, recorded) in enumerate(zip(sources, versions, strict=False)):
+            sources[i] = replace(source, version=resolve_version(source.version, recorded))
         return replace(self, sources=tuple(sources))
 
     @property
@@ -129,6 +129,7 @@ class MixtureSamples(Samples):
             own_rows = self._parts[source].read(ids[own_B] - self.offsets[source], weighted=weighted)
             for name, array in own_rows.items():
                 if name not in batch:
+                    # Unlike `np.empty`, it reuses the memory of earlier batches.
                     batch[name] = buffers.empty((len(ids), *array.shape[1:]), array.dtype)
                 batch[name][own_B] = array
         return batch
@@ -152,8 +153,8 @@ class MixtureDataset:
         self.versions: Sequence[str] = [part.fingerprint for part in parts]
         self.fingerprint = digest_of(self.versions)
         self.train = MixtureSamples([part.train for part in parts])
-        self.train_units = sum(part.train_units for part in parts)
-        self.baselines: Mapping[str, Mapping[str, float]] = {}  # a store's baselines do not hold for a mixture
+        self.train_units = sum(part.train_units for part in parts)  # tokens
+        self.baselines: Mapping[str, Mapping[str, float]] = {}  # losses of simple models hold only for one store
         lengths = [len(part.train) for part in parts]
 
         def make_sampler(global_batch: int) -> MixtureSampler:

@@ -15,6 +15,7 @@ class ModelConfig(Extensible):
     """A model. Yours is a frozen dataclass that inherits from this class and defines `build`.
 
     Attributes:
+        builtins: import paths of the models that have short names (see `Extensible`).
         modality: what the model reads, such as "token" or "image"; None for a model that reads any data.
         implementation: in place of `build`: "package.module:Class", where the class takes `(config, partitioner)`.
         supports_context: whether sequences may be sharded over the context axis.
@@ -47,7 +48,10 @@ class ModelConfig(Extensible):
 
     @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Config fields that set the size of a sharded dimension: field name to (size, logical axis)."""
+        """Config fields whose value must divide by the mesh axes that shard it: `{"mlp_dim": (4096, "mlp")}`.
+
+        Maps the name of a field to the size of the dimension and its logical axis.
+        """
         return {}
 
     def positions(self, data: Any) -> int:
@@ -55,15 +59,15 @@ class ModelConfig(Extensible):
         return 1
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
-        """Yields conflicts between the model and the data config; field paths start at the run."""
+        """Yields conflicts between the model and the data config; fields are named as in `data.seq_len`."""
         return ()
 
 
 class LayeredModelConfig(ModelConfig):
-    """A model of `num_layers` layers that pipeline stages can split, with a dropout rate; both are fields."""
+    """A model whose layers pipeline stages can split. Subclasses declare its two attributes as fields."""
 
     num_layers: int
-    dropout: float
+    dropout: float  # rate
 
     @property
     @override

@@ -2,7 +2,7 @@
 
 Every number is from the `config.json` published with the weights, under the name in the comment of each family. Number
 formats, dropout and context lengths belong to the run. Vocabularies are as published, with their padding, so that
-parameter counts are exact; a mesh with `tensor` above 1 may need a `vocab_size` that it divides.
+parameter counts are exact; a mesh with `tensor` above 1 may need a `vocab_size` that is a multiple of `tensor`.
 """
 
 import difflib
@@ -31,6 +31,7 @@ _qwen2_5_large = partial(_qwen2_5, vocab_size=152064)
 # Qwen/Qwen3-{0.6B,...,32B}, Qwen3-30B-A3B and Qwen3-235B-A22B
 _qwen3 = partial(TransformerConfig, vocab_size=151936, head_dim=128, norm_eps=1e-6, qk_norm=True, rope=THETA_1M)
 _qwen3_dense = partial(_qwen3, num_kv_heads=8)
+# All layers have experts, so `mlp_dim`, which is as published, is unused.
 _qwen3_experts = partial(MixtureOfExperts, num_experts=128, top_k=8, balance_loss=0.001)
 
 # mistralai/Mistral-7B-v0.1, Mistral-7B-v0.3 and Mixtral-8x7B-v0.1
@@ -38,7 +39,7 @@ _mistral = partial(
     TransformerConfig, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, mlp_dim=14336, rope=THETA_1M
 )
 
-# Queries are scaled by the width of a head, except in the 27B models: by `hidden_size / num_heads`.
+# Scores are divided by the square root of the width of a head; in the 27B models, of `hidden_size / num_heads`.
 _gemma = partial(
     TransformerConfig,
     head_dim=256,
@@ -164,7 +165,7 @@ SHAPES: dict[str, TransformerConfig] = {
     # "DeepSeek-V3 technical report", section 4.2.
     "deepseek-v3": TransformerConfig(
         vocab_size=129280,
-        num_layers=58,
+        num_layers=58,  # with experts, after 3 dense layers: 61 in all
         num_dense_layers=3,
         hidden_size=7168,
         num_heads=128,

@@ -27,8 +27,8 @@ class Classification(Objective):
     """
 
     batch_fields: ClassVar[tuple[str, ...]] = ("labels",)
-    partial_sums: ClassVar[bool] = True  # each device may return the sum over its own samples
-    label_smoothing: DecayRate = 0.0
+    partial_sums: ClassVar[bool] = True
+    label_smoothing: DecayRate = 0.0  # at least 0, below 1
 
     @override
     def loss(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -41,10 +41,10 @@ class Classification(Objective):
         is_label_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
         entropy_B = -jnp.sum(jnp.where(is_label_BC, log_probs_BC, 0.0), axis=-1)
         correct_B = (jnp.argmax(logits_BC, axis=-1) == labels_B).astype(jnp.float32)
-        batch_axes = axis_names(jax.typeof(labels_B).sharding.spec.partitions[0])
+        batch_axes = axis_names(jax.typeof(labels_B).sharding.spec.partitions[0])  # mesh axes that shard the batch
 
         def weighted_sum(values_B: jax.Array) -> jax.Array:
-            # A partial sum: each device adds up its own samples.
+            # A partial sum: each device adds up its own samples. `reduce_partial_sums` completes it if `apply` says so.
             out = PartitionSpec(unreduced=frozenset(batch_axes))
             return jnp.einsum("b,b->", values_B, weights_B, out_sharding=out)
 

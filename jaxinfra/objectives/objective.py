@@ -47,9 +47,10 @@ class Objective(Extensible, ABC):
         batch_fields: names of arrays that the batch must have.
         by_position: whether the loss is a sum over positions in any order. Then context parallelism may reorder
             positions to balance causal attention, and pipeline stages may split the positions for the loss.
-        uses_reference: whether `params` is a `WithReference`, with a frozen copy of the parameters of `Run.init`.
-        partial_sums: whether `loss` returns partial sums if `apply.partial_sums` is true: fewer collectives. It is not
-            inherited, since a subclass may override `loss` without support for it.
+        uses_reference: whether `params` is a `WithReference`, with a frozen copy of the parameters that the run
+            started from, which `Run.init` names.
+        partial_sums: whether `loss` can return partial sums, which it does if `apply.partial_sums` is true: fewer
+            collectives. Each class must declare it itself, since a subclass may override `loss` without support for it.
     """
 
     builtins: ClassVar[tuple[str, ...]] = (
@@ -66,21 +67,24 @@ class Objective(Extensible, ABC):
     def loss(self, apply: Apply, params: Any, batch: Batch) -> "tuple[jax.Array, dict[str, jax.Array]]":
         """Returns the loss to minimize, summed over the batch, and other sums by name, all float32 scalars.
 
-        `sums["weight"]`, such as the number of targets, divides the loss, and all other sums when they are logged.
-        `sums["loss"]` is the loss to report, by default the one to minimize. A batch may have `weights`: they are 0 for
-        samples that pad the last batch of an evaluation.
+        Nothing is divided here: the train step divides the gradient, and every sum that is logged, by `sums["weight"]`,
+        such as the number of targets. `sums["loss"]` is the loss to report, by default the one to minimize. A batch may
+        have `weights`: they are 0 for samples that pad the last batch of an evaluation.
         """
 
     def flops(self, model_flops: float) -> float:
-        """Returns the FLOPs of training on one sample; `model_flops` are those of the model on a sequence or image."""
+        """Returns the FLOPs of training on one sample.
+
+        `model_flops` are those of the model, forward and backward, on one sequence or image.
+        """
         return model_flops
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
-        """Yields conflicts between the objective and the data config; field paths start at the run."""
+        """Yields conflicts between the objective and the data config; fields are named as in `data.seq_len`."""
         return ()
 
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
-        """Yields conflicts with the number of positions of a sequence on one device; field paths start at the run."""
+        """Yields conflicts with the number of positions of a sequence on one device; fields as in `problems_with`."""
         return ()
 
     def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:

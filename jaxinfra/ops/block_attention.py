@@ -99,7 +99,10 @@ class BlockAttention:
 
 
 def block_is_visible[I: (np.ndarray, jax.Array)](spec: AttentionSpec, offset: I, q_len: int, kv_len: int) -> I | bool:
-    """Returns whether any query of a block attends to any of its keys; arguments as in `QKVBlock`."""
+    """Returns whether any query of a block attends to any of its keys; arguments as in `QKVBlock`.
+
+    Offsets are NumPy arrays in `context_cost`, which counts blocks before anything is traced.
+    """
     visible = True
     if spec.causal:
         visible &= offset + q_len - 1 >= 0  # the last query and the first key
@@ -123,6 +126,8 @@ def empty_partial(q_BHTK: jax.Array, value_dim: int) -> SoftmaxPartial:
 def merge_partials(a: SoftmaxPartial, b: SoftmaxPartial) -> SoftmaxPartial:
     """Returns the attention over the keys of both; `b.out` is ignored where `b.lse` is `EMPTY_LSE`."""
     lse = jnp.logaddexp(a.lse, b.lse)
+    # If all keys of `b` are masked for a query, `b.out` is a mean of masked values. That of `a` is zero where it has
+    # no keys, as every running total starts from `empty_partial`.
     b_out = jnp.where(b.lse[..., None] > EMPTY_LSE, b.out, 0.0)
     return SoftmaxPartial(a.out * jnp.exp(a.lse - lse)[..., None] + b_out * jnp.exp(b.lse - lse)[..., None], lse)
 
@@ -155,8 +160,11 @@ def _chunk_forward(block: QKVBlock, spec: AttentionSpec) -> SoftmaxPartial:
 
 
 def _chunk_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient) -> Gradients:
-    f32, (k, v, _) = jnp.float32, block.kv
-    q_BGRTK, lse, di, do = (_split_heads(a, k.shape[1]) for a in (block.q, *gradient))
+    k, v, _ = block.kv
+    f32, kv_heads = jnp.float32, k.shape[1]
+    q_BGRTK = _split_heads(block.q, kv_heads)
+    lse, di = _split_heads(gradient.lse, kv_heads), _split_heads(gradient.di, kv_heads)
+    do = _split_heads(gradient.do, kv_heads)
     scores = _scores(q_BGRTK, block, spec)
     p = jnp.exp(scores - lse[..., None])
     dv = jnp.einsum("bgrts,bgrtv->bgsv", p.astype(do.dtype), do, preferred_element_type=f32)
@@ -172,11 +180,14 @@ def _chunk_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradie
 
 
 type Chunk = tuple[jax.Array, KV]
-"""The index of a chunk's first key in its block, and the keys and values of the chunk."""
+"""The index of a chunk's first key in its block, and the keys and values of the chunk.
+
+For a scan, all chunks of a block are stacked in a new first dimension of the arrays.
+"""
 
 
 def _split_keys(kv: KV) -> Chunk:
-    """Splits a block into chunks of at most `KEY_CHUNK` keys, stacked in a new first dimension."""
+    """Splits a block into stacked chunks of at most `KEY_CHUNK` keys."""
     num_keys = kv.k.shape[2]
     chunk_len = next(n for n in range(min(KEY_CHUNK, num_keys), 0, -1) if num_keys % n == 0)
 

@@ -49,7 +49,7 @@ class LRSchedule(Extensible, ABC):
     """A learning-rate schedule: a frozen dataclass that inherits from this class and defines `multiplier`.
 
     Attributes:
-        warmup_steps: steps of linear warmup from 0, in which `multiplier` is 1.
+        warmup_steps: steps of linear warmup from 0 to the peak, which the framework adds to every schedule.
     """
 
     builtins: ClassVar[tuple[str, ...]] = tuple(
@@ -59,9 +59,10 @@ class LRSchedule(Extensible, ABC):
 
     @abstractmethod
     def multiplier(self, step: "jax.Array | np.ndarray", steps: int, xp: ModuleType) -> "jax.Array | np.ndarray":
-        """Returns the learning rate after warmup as a fraction of the peak.
+        """Returns the learning rate as a fraction of the peak; during warmup, whose ramp it is multiplied by, 1.
 
-        `step` is an array of floats, traced or not, in a run of `steps` steps; `xp` is `jax.numpy` or `numpy`.
+        `step` is an array of floats, traced or not, counted from the start of the run, which has `steps` steps. `xp` is
+        `jax.numpy` or `numpy`.
         """
 
     def problems_in_run(self, steps: int, path: str) -> Iterable[Problem]:

@@ -12,7 +12,9 @@ from jaxinfra.parallel.spec import ParamSpec
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixDims:
-    """The dimensions of a parameter by their role: of `[layers, embed, heads, head_dim]` 0, 1, and 2 and 3.
+    """The dimensions of a parameter by their role.
+
+    `[layers, embed, heads, head_dim]` has batch (0,), rows (1,) and cols (2, 3).
 
     Attributes:
         batch: dimensions of independent matrices, such as stacked layers.

@@ -26,7 +26,7 @@ from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import store_state_as
 from jaxinfra.parallel.spec import ParamSpec, PyTree
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
 
 def _transform(optimizer: Optimizer, specs: PyTree) -> optax.GradientTransformation:
     """Returns the optimizer's transformation; ConfigError if it is not an optax.GradientTransformation."""
-    with user_code(type(optimizer), "optim.optimizer"):
+    with user_code_errors(type(optimizer), "optim.optimizer"):
         tx = optimizer.transform(specs)
     if not isinstance(tx, optax.GradientTransformation):
         name = type(optimizer).__qualname__

@@ -20,7 +20,7 @@ import numpy as np
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Fraction, NonNegativeInt, PositiveFraction
 from jaxinfra.optim.config import LRSchedule
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 type Array = jax.Array | np.ndarray
 
@@ -133,7 +133,7 @@ def optax_schedule(config: LRSchedule, *, peak_lr: float, steps: int) -> Callabl
         xp = jnp if isinstance(step, jax.Array) else np
         t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
         warmup = xp.minimum(t / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-        with user_code(type(config), "optim.schedule"):
+        with user_code_errors(type(config), "optim.schedule"):
             return peak_lr * warmup * config.multiplier(t, steps, xp)
 
     return learning_rate

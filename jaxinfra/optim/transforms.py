@@ -22,17 +22,20 @@ def clip_by_global_norm(grads: PyTree, max_norm: float | None) -> tuple[PyTree, 
 
 def _square_sum(x: jax.Array) -> jax.Array:
     """Sums the squares of all elements, one unsharded dimension first."""
-    # XLA's CPU backend vectorizes a sum over rows, but not a sum over all elements of an array.
     squares = jnp.square(x.astype(jnp.float32))
-    unsharded = [dim for dim, entry in enumerate(jax.typeof(x).sharding.spec) if entry is None]
-    return jnp.sum(jnp.sum(squares, axis=unsharded[0]) if unsharded and x.ndim > 1 else squares)
+    unsharded = [dim for dim, mesh_axes in enumerate(jax.typeof(x).sharding.spec) if mesh_axes is None]
+    if unsharded and x.ndim > 1:
+        # XLA's CPU backend vectorizes a sum over one dimension, but not a sum over all elements of an array.
+        squares = jnp.sum(squares, axis=unsharded[0])
+    return jnp.sum(squares)
 
 
 def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int) -> PyTree:
-    """Updates the exponential moving average of the parameters, which starts as a copy, after update `step` (from 0).
+    """Moves the exponential moving average, which starts as a copy of the parameters, toward the updated parameters.
 
-    The decay is `min(decay, (1 + step) / (10 + step))`, so that the initial values are soon forgotten. Computes in
-    float32; the average should be float32 as well, as bfloat16 would round away the changes of a large decay.
+    `step` is the number of updates before this one. The decay is `min(decay, (1 + step) / (10 + step))`, so that the
+    initial values are soon forgotten. Computes in float32; the average should be float32 as well, as bfloat16 would
+    round away the changes of a large decay.
     """
     t = jnp.asarray(step).astype(jnp.float32)
     keep = jnp.minimum(decay, (1 + t) / (10 + t))

@@ -9,7 +9,8 @@ TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad the row
 inverse of every gather is known, so its gradient is a gather too, not a slow scatter-add.
 
 Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, O experts of one
-shard, S rows sent, R rows received, M rows of the device's own experts, D features.
+shard, S rows sent, R rows received, in the order in which they arrive, M the same rows sorted by expert, D features.
+In gathers: I input rows, J output rows.
 """
 
 from collections.abc import Callable
@@ -128,29 +129,29 @@ def sort_by_expert(expert_A: jax.Array, num_experts: int) -> SortedByExpert:
     )
 
 
-def _gather_or_zero(x_RD: jax.Array, index_S: jax.Array) -> jax.Array:
-    return jnp.where(index_S[:, None] == NO_ROW, 0, x_RD.at[index_S].get(mode="clip"))
+def _gather_or_zero(x_ID: jax.Array, index_J: jax.Array) -> jax.Array:
+    return jnp.where(index_J[:, None] == NO_ROW, 0, x_ID.at[index_J].get(mode="clip"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def gather_rows(x_RD: jax.Array, index_S: jax.Array, inverse: jax.Array, num_choices: int) -> jax.Array:
-    """Returns `x_RD[index_S]`, with zeros for `NO_ROW`; a row appears at most `num_choices` times.
+def gather_rows(x_ID: jax.Array, index_J: jax.Array, inverse: jax.Array, num_choices: int) -> jax.Array:
+    """Returns `x_ID[index_J]`, with zeros for `NO_ROW`; a row appears at most `num_choices` times.
 
-    `inverse` `[R * num_choices]` has the places of each row in `index_S`. They make the gradient a gather, which is
+    `inverse` `[I * num_choices]` has the places of each row in `index_J`. They make the gradient a gather, which is
     summed over the places of a row in float32.
     """
-    return _gather_or_zero(x_RD, index_S)
+    return _gather_or_zero(x_ID, index_J)
 
 
-def _gather_rows_forward(x_RD, index_S, inverse, num_choices):
-    return _gather_or_zero(x_RD, index_S), inverse
+def _gather_rows_forward(x_ID, index_J, inverse, num_choices):
+    return _gather_or_zero(x_ID, index_J), inverse
 
 
-def _gather_rows_backward(num_choices, inverse, dy_SD):
+def _gather_rows_backward(num_choices, inverse, dy_JD):
     if num_choices == 1:
-        return _gather_or_zero(dy_SD, inverse), None, None
-    dy_RKD = _gather_or_zero(dy_SD, inverse).reshape(-1, num_choices, dy_SD.shape[1])
-    return jnp.sum(dy_RKD, axis=1, dtype=jnp.float32).astype(dy_SD.dtype), None, None
+        return _gather_or_zero(dy_JD, inverse), None, None
+    dy_IKD = _gather_or_zero(dy_JD, inverse).reshape(-1, num_choices, dy_JD.shape[1])
+    return jnp.sum(dy_IKD, axis=1, dtype=jnp.float32).astype(dy_JD.dtype), None, None
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -212,8 +213,11 @@ def _ragged_dispatch(
     shard, counts_PE = jax.lax.axis_index(placement.axes), counts_PPO.reshape(placement.num_shards, -1)
     # Where the rows of each sender for each expert start: among its own rows, and among the rows of the expert's shard.
     sent_from_PPO = _exclusive_cumsum(counts_PE, 1).reshape(counts_PPO.shape)
-    sent_to_PPO = _exclusive_cumsum(jnp.sum(counts_PPO, axis=0), 1) + _exclusive_cumsum(counts_PPO, 0)
-    # Dimensions: sender, shard of experts, expert. This device is the sender of rows, and the shard of received ones.
+    expert_start_PO = _exclusive_cumsum(jnp.sum(counts_PPO, axis=0), 1)  # in the rows that a shard receives
+    before_sender_PPO = _exclusive_cumsum(counts_PPO, 0)  # rows for the same expert from earlier senders
+    sent_to_PPO = expert_start_PO + before_sender_PPO
+    # Index `shard` of dimension 0, the sender, selects what this device sends; of dimension 1, the shard of experts,
+    # what it receives. `recv_from` are places in the rows of the senders, `recv_to` in the rows that it receives.
     select = partial(jax.lax.dynamic_index_in_dim, index=shard, keepdims=False)
     send_from, send_size, send_to = (select(x, axis=0).reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
     recv_from, recv_size, recv_to = (select(x, axis=1).reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))

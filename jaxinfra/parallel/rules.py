@@ -13,7 +13,7 @@ type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
 type LogicalAxes = tuple[str | None, ...]
 type Quantize = Literal["none", "int8", "fp8"]
-"""The number format of matmuls with the layers' weights (see `ops.quantized`)."""
+"""The number format of matmuls with the layers' weights (see `ops.quantized`, which imports JAX)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class ShardingRules:
         sequence: positions of a sequence, everywhere (context parallelism).
         block_sequence: additional axes for positions of the residual stream between blocks (sequence parallelism).
         layers: stacked layers.
-        embed: hidden size of parameters, or the rank of a low-rank projection; it is unsharded in activations.
-            Parameters of experts do not use the axes that shard `experts`.
+        embed: hidden size of parameters, or the rank of a low-rank projection. In activations it is unsharded. In
+            parameters of experts it is sharded only by the axes that do not shard `experts`.
         heads: attention heads.
         kv_heads: heads of keys and values.
         mlp: hidden size of the MLP and of each expert.
@@ -60,23 +60,24 @@ class ShardingRules:
             ("stage", ("layers",), "mesh axis stage may shard only layers"),
             ("replica", ("batch", "sequence"), "mesh axis replica may shard only batch and sequence"),
         )
-        for name, (axis, allowed, message) in itertools.product((field.name for field in fields(self)), reserved):
-            if axis in getattr(self, name) and name not in allowed:
-                yield Problem(fields=(name,), message=message, fix=f"remove {axis} from {name}")
+        for name in (field.name for field in fields(self)):
+            for axis, allowed, message in reserved:
+                if axis in getattr(self, name) and name not in allowed:
+                    yield Problem(fields=(name,), message=message, fix=f"remove {axis} from {name}")
         if self.heads != self.kv_heads:
             yield Problem(
                 fields=("heads", "kv_heads"),
                 message="queries and keys of one head must be on one device",
                 fix="use the same mesh axes for both",
             )
-        if set(self.layers) - {"stage"}:
+        if set(self.layers) - {"stage"}:  # the converse of what is reserved for stage above
             yield Problem(
                 fields=("layers",),
                 message="only mesh axis stage may shard layers",
                 fix="use rules.layers=stage or rules.layers=()",
             )
         if {*self.experts} - {*self.batch}:
-            shared = "".join(f"{axis}," for axis in self.experts if axis in self.batch)
+            shared = "".join(f"{axis}," for axis in self.experts if axis in self.batch)  # `expert,` makes a tuple
             yield Problem(
                 fields=("experts", "batch"),
                 message="experts must use mesh axes of batch, whose devices exchange tokens",

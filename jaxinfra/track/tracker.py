@@ -21,7 +21,7 @@ from jaxinfra.track.remote import RemoteTracker
 from jaxinfra.track.report_tracker import ReportTracker
 from jaxinfra.track.tensorboard import TensorBoardTracker
 from jaxinfra.track.wandb import WandbRun
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class MultiTracker(Tracker):
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         for tracker in self._trackers:
-            with user_code(type(tracker), "track.trackers"):
+            with user_code_errors(type(tracker), "track.trackers"):
                 tracker.start(record, statistics, start_step=start_step, total_steps=total_steps)
 
     @override
@@ -136,7 +136,7 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
 
 def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:
     """Makes a tracker; raises ConfigError if `make_tracker` returns something else."""
-    with user_code(type(config), "track.trackers"):
+    with user_code_errors(type(config), "track.trackers"):
         tracker = config.make_tracker(run_dir)
     if not isinstance(tracker, Tracker):
         name = type(config).__qualname__

@@ -44,7 +44,7 @@ from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
-from jaxinfra.user_code import user_code
+from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class Trainer:
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
         objective = self.program.objective
-        with user_code(type(objective), "objective"):
+        with user_code_errors(type(objective), "objective"):
             metrics = objective.evaluation_metrics(sums, self._validation.samples)
             return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
@@ -284,7 +284,7 @@ class Trainer:
         run = self._loaded.run
         recipe = next(iter(self.run.data.recipes.values()), "RECIPE")
         hint = self._prepare_command or f"{COMMAND} data prepare {recipe}"
-        with user_code(type(run.data), "data"):
+        with user_code_errors(type(run.data), "data"):
             dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
             dataset.check(self.run.model)
             dataset.validation()  # raises if there are no validation samples

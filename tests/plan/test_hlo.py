@@ -65,7 +65,7 @@ def trip_count(module: HloModule) -> int | None:
         (loop(condition="ROOT %more = pred[] compare(%i.1, %limit.1), direction=GT"), None),
         (loop(carried="%x, %x, %limit"), None),
         (loop(body="%next = s32[] multiply(%i, %one)"), None),
-        (loop(body="%next = s32[] add(%limit.2, %one)"), None),  # of another value than the counter
+        (loop(body="%next = s32[] add(%x.1, %one)"), None),  # of another value than the counter
         (loop(body="%next = s32[] add(%i, %limit.2)"), 1),  # of 20, which the loop carries unchanged
         (loop(body="%next = s32[] fusion(%limit.2, %i), kind=kLoop, calls=%fused"), 4),
         (loop(body="%next = s32[] fusion(%i, %limit.2), kind=kLoop, calls=%fused"), None),

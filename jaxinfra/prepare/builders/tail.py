@@ -1,6 +1,8 @@
 """Cuts the tail of a text off for validation, after it was tokenized.
 
-Shape suffixes: N tokens and D documents of a part.
+A record is one document, or several that stay together, such as the two answers of a preference pair.
+
+Shape suffixes: N tokens and D documents of a part, 2 halves of a 128-bit hash, P permutations of a MinHash signature.
 """
 
 from dataclasses import replace
@@ -19,11 +21,11 @@ _DECODE_TOKENS = 16  # tokens to decode before a cut, to see whether it splits a
 
 
 def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Tokenizer) -> PartSplits:
-    """Splits the tail off parts that hold training data only; raises as `PartSplits.read`.
+    """Splits the tail off parts that hold training data only; DataError if a part is damaged.
 
     The document in which the tail begins is split between two tokens if it is plain text; other records stay whole.
     """
-    if not splits.num_parts:  # `select_documents` refuses a corpus without records
+    if not splits.num_parts:  # nothing to split; `select_documents`, which the caller calls next, raises the error
         return splits
     per_record = corpus.format.documents_per_record
     bytes_of_parts = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
@@ -40,7 +42,8 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
     cut = document - num_before  # documents of this part that are for training
     if document < len(document_bytes) and per_record == 1 and not corpus.format.has_loss_mask:
         num_bytes = int(document_bytes[document])
-        fraction = (train_bytes - (int(document_ends[document]) - num_bytes)) / num_bytes
+        document_start = int(document_ends[document]) - num_bytes  # in bytes, like `train_bytes`
+        fraction = (train_bytes - document_start) / num_bytes
         if halved := _split_document(arrays, cut, fraction, tokenizer, corpus.dedup):
             arrays, cut = halved, cut + 1
     cut = cut // per_record * per_record  # before the first document of its record
@@ -51,6 +54,7 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
     train = {name: values[: cuts[name]] for name, values in arrays.items()}
     validation = {name: values[cuts[name] :] for name, values in arrays.items()}
     later_parts = range(part_index + 1, splits.num_parts)
+    # The parts of each split in order: the number of a whole part, or the arrays of the part that is cut.
     return replace(splits, tail={"train": [*range(part_index), train], "validation": [validation, *later_parts]})
 
 
@@ -75,7 +79,9 @@ def _split_document(
         "digest_D2": [hash128(half_N.tobytes()) for half_N in halves],
     }
     if dedup is not None:
-        values_of_halves["exact_D2"], values_of_halves["near_DP"] = zip(*map(Signer(dedup), texts), strict=True)
+        signer = Signer(dedup)
+        (first_exact, first_near), (second_exact, second_near) = signer(texts[0]), signer(texts[1])
+        values_of_halves |= {"exact_D2": [first_exact, second_exact], "near_DP": [first_near, second_near]}
     split = {"tokens_N": np.insert(arrays["tokens_N"], start + cut, eot_id)}
     for name, values in arrays.items():
         if name != "tokens_N":

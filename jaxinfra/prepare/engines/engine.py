@@ -28,11 +28,12 @@ class WorkerTraceback(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A started engine."""
+    """Started workers: local processes, or those of Dask, Ray or Spark."""
 
-    # Starts `run_job(function, job)` on a worker; its future raises only errors of the engine itself.
+    # `submit(function, job)` starts `run_job(function, job)` on a worker. Its future raises only errors of the engine
+    # itself; an error of the function is in the result.
     submit: Callable[[Callable[[Any], object], Any], Future[JobResult]]
-    workers: int  # number of jobs to submit at once
+    workers: int  # as many jobs are submitted at a time
 
 
 def run_job[J](function: Callable[[J], object], job: J) -> JobResult:
