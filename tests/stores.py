@@ -79,7 +79,7 @@ def write_files(root: Path, count: int = 40, words: int = 300) -> None:
     """Files of random words, the same on every call."""
     rng = random.Random(0)
     for number in range(count):
-        path = root / f"part{number % 3}" / f"file{number}.py"
+        path = root / f"part{number % 3}" / f"file{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(" ".join(rng.choices(WORDS, k=words)) + "\n", encoding="utf-8")
 
