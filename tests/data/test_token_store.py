@@ -34,7 +34,7 @@ def use(path):
 def test_the_store_holds_every_document_and_its_end(store_path, corpus):
     store = TokenStore.open(store_path)
     tokenizer, eot_id = store.tokenizer, store.manifest.tokenizer_info.eot_id
-    names = sorted(path.relative_to(corpus.source.root).as_posix() for path in Path(corpus.source.root).rglob("*.py"))
+    names = sorted(path.relative_to(corpus.source.root).as_posix() for path in Path(corpus.source.root).rglob("*.txt"))
     for split in ("train", "validation"):
         own = [name for name in names if (hash_to_unit(name) < corpus.validation.fraction) == (split == "validation")]
         texts = [(Path(corpus.source.root) / name).read_text(encoding="utf-8") for name in own]
