@@ -21,6 +21,7 @@ from jaxinfra.parallel.divisibility import MeshFit
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.runtime.profile_config import ProfileConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.user_code import user_code_errors
 
@@ -36,6 +37,8 @@ class TrainConfig:
         eval_every: steps between evaluations. The last step is always followed by one; None evaluates only there.
         eval_samples: number of validation samples to evaluate on; None takes all.
         compiler: name of a set of compiler options (see `jaxinfra.compiler`).
+        compile_cache: folder or URL that keeps compiled programs for the next start. "auto" is a folder in the user's
+            cache folder, or JAX_COMPILATION_CACHE_DIR; None compiles at every start.
     """
 
     steps: Annotated[int, Ge(1), Lt(2**31)] = 1000
@@ -44,6 +47,7 @@ class TrainConfig:
     eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
     eval_samples: PositiveInt | None = None
     compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
+    compile_cache: Annotated[str | None, NOT_FINGERPRINTED] = "auto"
 
     def evaluates_after(self, completed_steps: int) -> bool:
         """Whether to evaluate after this number of steps."""
@@ -101,6 +105,7 @@ class Run:
         train: number of steps, batch size, evaluation.
         checkpoint: when to save checkpoints.
         track: where to log metrics.
+        profile: which steps to profile.
     """
 
     name: Annotated[str, NOT_FINGERPRINTED]
@@ -118,6 +123,7 @@ class Run:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: Annotated[CheckpointConfig, NOT_FINGERPRINTED] = field(default_factory=CheckpointConfig)
     track: Annotated[TrackConfig, NOT_FINGERPRINTED] = field(default_factory=TrackConfig)
+    profile: Annotated[ProfileConfig, NOT_FINGERPRINTED] = ProfileConfig()
 
     @property
     def mesh_fit(self) -> MeshFit:
@@ -148,6 +154,7 @@ class Run:
         if "://" in self.root:
             yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
+        yield from self.profile.problems_in_run(self.train.steps, "profile.")
         model, objective, data = self.model, self.objective, self.data
         if model.modality not in (None, data.modality):
             yield Problem(

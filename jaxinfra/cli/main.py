@@ -19,6 +19,7 @@ from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
+from jaxinfra.runtime.compile_cache import cache_environment
 
 EPILOG = f"""\
 examples:
@@ -120,13 +121,6 @@ def choose_devices(devices: str | None) -> None:
         os.environ |= emulation.emulation_env(int(count))
 
 
-def set_compilation_cache() -> None:
-    """Sets the folder in which JAX keeps compiled programs, unless the environment names one."""
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxinfra", "compiled")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
-
 def _print_error(message: str, exit_code: int) -> int:
     """Prints an error on one line."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -152,7 +146,7 @@ def _run_command(argv: Sequence[str]) -> int:
     try:
         options = parse_command_line(argv)
         choose_devices(options.devices)
-        set_compilation_cache()
+        os.environ |= cache_environment(os.environ)
         module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
         return module.run(options, argv)
     except Preempted as error:  # asked for: no error

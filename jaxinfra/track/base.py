@@ -30,6 +30,9 @@ class Tracker:
     def log_sample(self, step: int, text: str) -> None:
         """Receives a text that the model wrote after a step."""
 
+    def log_profile(self, step: int, text: str) -> None:
+        """Receives the operations that take longest, as a table, from a profile that ends with a step."""
+
     def finish_step(self, step: int) -> None:
         """Is called after every step, logged or not; must return at once."""
 

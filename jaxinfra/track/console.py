@@ -184,6 +184,10 @@ class ConsoleTracker(Tracker):
         self._line(step, [f"saving {self._run_dir / 'checkpoints' / str(step)}"], style="dim")
 
     @override
+    def log_profile(self, step: int, text: str) -> None:
+        self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
+
+    @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self.close()
         self._console.print(summary_table(values))

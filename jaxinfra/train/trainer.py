@@ -33,6 +33,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, load_params, parse_source
+from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
@@ -42,6 +43,7 @@ from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import MultiTracker, make_trackers
+from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.user_code import user_code_errors
@@ -100,6 +102,7 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
+        self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile")
         self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
@@ -115,6 +118,8 @@ class Trainer:
         dataset, steps = self.dataset, self.run.train.steps
         with (
             StopRequest() as stop,
+            self._profiler,
+            compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.locked(),
             CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint) as self._checkpoints,
         ):
@@ -160,14 +165,20 @@ class Trainer:
         # The step whose metrics are not reported yet: one step late, so that the devices work while the host waits.
         pending: tuple[int, Metrics] | None = None
         for step, batch in batches:
+            self._profiler.begin_step(step, self.state)
             self.state, metrics = self.program.train_step(self.state, batch)
             if pending is not None:
                 self.report(*pending)
             self.completed_steps = step + 1
             pending = (self.completed_steps, metrics)
-            if config.evaluates_after(self.completed_steps):
+            evaluates = config.evaluates_after(self.completed_steps)
+            profile_ends = self._profiler.ends_after(self.completed_steps)
+            if evaluates or profile_ends:
                 self.report(*pending)
                 pending = None
+            if profile_ends:
+                self._finish_profile()
+            if evaluates:
                 self._log_evaluation()
             self.save(metrics)
             if reason := stop_reason():
@@ -175,6 +186,7 @@ class Trainer:
         if pending is not None:
             self.report(*pending)
             require_finite(*pending)
+        self._finish_profile()
         return reason if self.completed_steps < config.steps else None
 
     def report(self, step: int, metrics: Metrics) -> None:
@@ -357,6 +369,12 @@ class Trainer:
         self._trackers.log(self.completed_steps, self._eval_metrics)
         if text is not None:
             self._trackers.log_sample(self.completed_steps, text)
+
+    def _finish_profile(self) -> None:
+        """Ends the profile, if there is one, and logs its text."""
+        if (text := self._profiler.finish(self.completed_steps, self.state)) is not None:
+            self._timer.pause()
+            self._trackers.log_profile(self.completed_steps, text)
 
     def _sample(self) -> str | None:
         """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""

@@ -1,0 +1,74 @@
+"""Where compiled programs are kept, so that the second start of a run does not compile again.
+
+Importing this module imports nothing heavy: JAX reads the variables of `cache_environment` when it is imported.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+MAX_BYTES = 4 * 2**30
+"""Size of the cache; the programs that were not used for longest are deleted."""
+
+_MIN_COMPILE_S = 0.2  # faster programs are not kept; JAX's own default of 1 s leaves out most of a small run
+
+
+def user_folder() -> Path:
+    """Returns the folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxinfra", "compiled")
+
+
+def cache_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables to add for JAX, so that it keeps programs in `user_folder` if it has no other folder."""
+    variables = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_MIN_COMPILE_S)}
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(user_folder())
+        variables["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(MAX_BYTES)
+    return {name: value for name, value in variables.items() if name not in environment}
+
+
+@contextmanager
+def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[None]:
+    """Keeps the programs that are compiled within this context in a folder.
+
+    Raises StorageError if the folder is given but not writable.
+
+    Args:
+        folder: "auto" is the folder that JAX is configured with, or else `user_folder`; None keeps nothing.
+        exact_lines: takes a program from the cache only if its source lines are those of today, as profiles show them.
+    """
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    from jaxinfra.storage.checks import is_remote, make_writable
+
+    options: dict[str, object] = {"jax_compilation_cache_include_metadata_in_key": True} if exact_lines else {}
+    if folder is None:
+        options["jax_enable_compilation_cache"] = False
+    elif folder != "auto" or jax.config.jax_compilation_cache_dir is None:
+        if folder == "auto":
+            folder = str(user_folder())
+        else:
+            folder = folder if is_remote(folder) else str(Path(folder).expanduser().absolute())
+            make_writable(folder)
+        options |= {
+            "jax_compilation_cache_dir": folder,
+            "jax_compilation_cache_max_size": MAX_BYTES,
+            "jax_persistent_cache_min_compile_time_secs": _MIN_COMPILE_S,
+        }
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        _update(options)
+        reset_cache()  # else JAX remembers the cache that it used first
+        yield
+    finally:
+        _update(before)
+        reset_cache()
+
+
+def _update(options: Mapping[str, object]) -> None:
+    import jax
+
+    for name, value in options.items():
+        jax.config.update(name, value)

@@ -1,0 +1,99 @@
+"""Compiled programs are kept for the next start, in a folder of limited size."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxinfra.errors import StorageError
+from jaxinfra.runtime import compile_cache as module
+from jaxinfra.runtime.compile_cache import cache_environment, compile_cache
+from tests.refusals import refused
+from tests.tiny_run import Tiny
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
+
+
+def programs(folder: Path) -> dict[str, bytes]:
+    """The programs in a cache, with the times when they were last used."""
+    entries = (path.name.removesuffix("-cache") for path in folder.glob("*-cache"))
+    return {name: (folder / f"{name}-atime").read_bytes() for name in entries}
+
+
+def compile_program(number: int) -> None:
+    jax.jit(lambda x: x @ x + number)(jnp.ones((4, 4))).block_until_ready()
+
+
+@pytest.fixture
+def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MIN_COMPILE_S", 0.0)
+
+
+def test_second_start_compiles_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "programs"
+    assert tiny.launch("name=first", f"train.compile_cache={folder}", "track.console=off").code == 0
+    first = programs(folder)
+    assert any(name.startswith("jit__train_step-") for name in first)
+    assert tiny.launch("name=second", f"train.compile_cache={folder}", "track.console=off").code == 0
+    second = programs(folder)
+    assert first.keys() == second.keys()
+    assert all(second[name] > first[name] for name in first if "train_step" in name), "not read"
+
+
+def test_off(keeps_all: None, tmp_path: Path) -> None:
+    with compile_cache(str(tmp_path)), compile_cache(None):
+        compile_program(1)
+    assert programs(tmp_path) == {}
+    assert jax.config.jax_enable_compilation_cache
+
+
+def test_size_is_bounded(keeps_all: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that was not used for longest goes."""
+    with compile_cache(str(tmp_path)):
+        compile_program(0)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*-cache"))
+    monkeypatch.setattr(module, "MAX_BYTES", 2 * size + size // 2)
+    for number in range(1, 5):
+        with compile_cache(str(tmp_path)):
+            compile_program(number)
+    left = sum(path.stat().st_size for path in tmp_path.glob("*-cache"))
+    assert size < left <= module.MAX_BYTES
+
+
+def test_auto_is_the_folder_of_jax(tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir  # tests have one
+    with compile_cache("auto"):
+        assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_auto_without_one_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with compile_cache("auto"):
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxinfra" / "compiled")
+            assert jax.config.jax_compilation_cache_max_size == module.MAX_BYTES
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_environment_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    added = cache_environment({})
+    assert added["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jaxinfra" / "compiled")
+    assert int(added["JAX_COMPILATION_CACHE_MAX_SIZE"]) == module.MAX_BYTES
+    # A folder of the user's own has the size that the user gives it.
+    assert cache_environment({"JAX_COMPILATION_CACHE_DIR": "x"}).keys() == {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    }
+    assert not cache_environment(os.environ | added)
+
+
+def test_a_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    refused(tiny.launch(f"train.compile_cache={file}"), str(file), code=StorageError.exit_code)
