@@ -43,7 +43,7 @@ class Wandb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLflow:
+class Mlflow:
     """The MLflow server that shows the run; credentials come from MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN.
 
     Attributes:
@@ -91,7 +91,7 @@ class TrackConfig:
     console: Literal["auto", "bar", "plain", "off"] = "auto"
     sample_prompt: str | None = None
     wandb: Wandb = Wandb()
-    mlflow: MLflow = MLflow()
+    mlflow: Mlflow = Mlflow()
     trackers: tuple[TrackerConfig, ...] = ()
 
     def due(self, completed_steps: int, total_steps: int) -> bool:

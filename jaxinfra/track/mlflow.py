@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, override
 
 from jaxinfra.track.base import RunStatistics
-from jaxinfra.track.config import MLflow
+from jaxinfra.track.config import Mlflow
 from jaxinfra.track.formatting import flatten, statistics_markdown
 from jaxinfra.track.remote import RemoteRun, Row, remote_id
 
@@ -18,7 +18,7 @@ _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 class MLflowRun(RemoteRun):
     """A run of an MLflow experiment; `mlflow.json` in the run directory keeps its id."""
 
-    def __init__(self, config: MLflow, run_dir: Path) -> None:
+    def __init__(self, config: Mlflow, run_dir: Path) -> None:
         self._config, self._run_dir = config, run_dir
 
     @override

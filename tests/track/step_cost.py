@@ -1,7 +1,7 @@
 """Measures what trackers add to a step: `python -m tests.track.step_cost`.
 
-A step waits for 5 ms, as for a device, and every tenth step logs twelve metrics, as by default. Prints the median time of
-`log`, and the processor time of all threads a step, less that without a tracker: a step waits at most that long for
+A step waits for 5 ms, as for a device, and every tenth step logs twelve metrics, as by default. Prints the median time
+of `log`, and the processor time of all threads a step, less that without a tracker: a step waits at most that long for
 Python's lock. Processor time does not depend on what else the machine does.
 """
 
@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from jaxinfra.track.base import Tracker
-from jaxinfra.track.config import MLflow, TrackConfig, Wandb
+from jaxinfra.track.config import Mlflow, TrackConfig, Wandb
 from jaxinfra.track.tracker import make_trackers
 from tests.servers.guard import free_ports
 from tests.servers.mlflow import mlflow_server
@@ -55,8 +55,8 @@ def main() -> None:
             "metrics.jsonl": TrackConfig(**{**OFF, "jsonl": True}),
             "TensorBoard": TrackConfig(**{**OFF, "tensorboard": True}),
             "W&B, offline": TrackConfig(**OFF, wandb=Wandb(project="p", mode="offline")),
-            "MLflow": TrackConfig(**OFF, mlflow=MLflow(uri=server)),
-            "MLflow, dead server": TrackConfig(**OFF, mlflow=MLflow(uri=f"http://127.0.0.1:{free_ports(1)[0]}")),
+            "MLflow": TrackConfig(**OFF, mlflow=Mlflow(uri=server)),
+            "MLflow, dead server": TrackConfig(**OFF, mlflow=Mlflow(uri=f"http://127.0.0.1:{free_ports(1)[0]}")),
         }
         without_s = measure(Tracker())[1]
         for number, (name, config) in enumerate(configs.items()):

@@ -12,11 +12,11 @@ pytest.importorskip("mlflow", reason="pip install mlflow-skinny")
 RUN = """
 import sys
 from pathlib import Path
-from jaxinfra.track.config import MLflow, TrackConfig
+from jaxinfra.track.config import Mlflow, TrackConfig
 from jaxinfra.track.tracker import make_trackers
 
 run_dir, start_step, uri, status = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-config = TrackConfig(mlflow=MLflow(uri=uri, experiment="words", tags=("team=speech",)), tensorboard=False)
+config = TrackConfig(mlflow=Mlflow(uri=uri, experiment="words", tags=("team=speech",)), tensorboard=False)
 with make_trackers(config, run_dir) as trackers:
     record = {"config": {"optim": {"peak_lr": 0.1}, "mesh": {"fsdp": start_step}}}
     trackers.start(record, {"parameters": (7, "count")}, start_step=start_step, total_steps=9)

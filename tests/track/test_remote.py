@@ -9,7 +9,7 @@ import pytest
 from jaxinfra import packages
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.track import remote
-from jaxinfra.track.config import MLflow, TrackConfig, Wandb
+from jaxinfra.track.config import Mlflow, TrackConfig, Wandb
 from jaxinfra.track.remote import RemoteRun, RemoteTracker, remote_id
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from tests.refusals import problem, raises
@@ -130,14 +130,14 @@ def test_the_id_of_a_remote_run_is_kept_for_its_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (MLflow(uri="localhost:5000"), "uri=localhost:5000 use uri=http://127.0.0.1:5000"),
-        (MLflow(uri="http://me:secret-word@host"), "uri= *** environment"),
-        (MLflow(uri="http://host", tags=("team",)), "tags NAME=VALUE"),
+        (Mlflow(uri="localhost:5000"), "uri=localhost:5000 use uri=http://127.0.0.1:5000"),
+        (Mlflow(uri="http://me:secret-word@host"), "uri= *** environment"),
+        (Mlflow(uri="http://host", tags=("team",)), "tags NAME=VALUE"),
         (Wandb(project="team/project"), "project=team/project use project=my-project entity="),
         (Wandb(project=""), "project use"),
     ],
 )
-def test_a_wrong_address_is_refused(config: MLflow | Wandb, named: str) -> None:
+def test_a_wrong_address_is_refused(config: Mlflow | Wandb, named: str) -> None:
     assert "secret-word" not in problem(config, named)
 
 
@@ -145,7 +145,7 @@ def test_a_missing_package_is_named_before_the_run_starts(tmp_path, monkeypatch)
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     for config, name in (
         (TrackConfig(wandb=Wandb(project="p")), "wandb"),
-        (TrackConfig(mlflow=MLflow(uri="x")), "mlflow"),
+        (TrackConfig(mlflow=Mlflow(uri="x")), "mlflow"),
     ):
         with raises(ConfigError, f"track.{name} pip install {name}"):
             make_trackers(config, tmp_path)
