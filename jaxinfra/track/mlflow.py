@@ -25,7 +25,7 @@ class MLflowRun(RemoteRun):
     def start(self, record: Mapping[str, Any], statistics: RunStatistics) -> str:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of the client itself, to its makers
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `RemoteTracker` tries again
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # `RemoteTracker` tries again
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         from mlflow import MlflowClient, entities
 

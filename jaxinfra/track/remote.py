@@ -59,12 +59,13 @@ class RemoteTracker(Tracker):
     """Passes the metrics of a run to a `RemoteRun` in a thread.
 
     Args:
-        field: path of its config, for messages.
+        path: of its config, for messages.
+        setting: what tells where the run is sent, such as uri=http://host.
         announce: whether to print where to look at the run.
     """
 
-    def __init__(self, remote: RemoteRun, field: str, *, announce: bool = True) -> None:
-        self._remote, self._field, self._announce = remote, field, announce
+    def __init__(self, remote: RemoteRun, path: str, setting: str, *, announce: bool = True) -> None:
+        self._remote, self._path, self._setting, self._announce = remote, path, setting, announce
         self._rows: deque[Row] = deque(maxlen=_MAX_ROWS)
         self._logged = self._sent = 0  # rows
         self._end: tuple[str, Mapping[str, Any]] = "failed", {}
@@ -74,7 +75,7 @@ class RemoteTracker(Tracker):
 
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
-        self._thread = threading.Thread(target=self._run, args=(record, statistics), name=self._field, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(record, statistics), name=self._path, daemon=True)
         self._thread.start()
 
     @override
@@ -100,10 +101,10 @@ class RemoteTracker(Tracker):
         if lost := self._logged - self._sent:
             _log.error(
                 "%s: %d of %d logged rows were not sent%s; the run directory has them all",
-                *(self._field, lost, self._logged, waited),
+                *(self._path, lost, self._logged, waited),
             )
         elif waited:
-            _log.error("%s: the end of the run was not confirmed%s", self._field, waited)
+            _log.error("%s: the end of the run was not confirmed%s", self._path, waited)
 
     def _run(self, record: Mapping[str, Any], statistics: RunStatistics) -> None:
         """The thread: starts the remote run, sends rows until the end, and finishes it."""
@@ -111,7 +112,7 @@ class RemoteTracker(Tracker):
         def start() -> None:
             address = self._remote.start(record, statistics)
             if self._announce:
-                print(f"{self._field}: {address}", file=sys.stderr)
+                print(f"{self._path}: {address}", file=sys.stderr)
 
         if not self._retry(start):
             return
@@ -139,7 +140,8 @@ class RemoteTracker(Tracker):
                 if not self._reported:
                     self._reported = True
                     _log.error(
-                        "%s: %s; training goes on, and metrics are sent when that works", self._field, cause_of(error)
+                        "%s.%s: %s; training goes on, and metrics are sent when that works",
+                        *(self._path, self._setting, cause_of(_system_error(error) or error)),
                     )
             else:
                 return True
@@ -147,6 +149,13 @@ class RemoteTracker(Tracker):
                 return False
             self._closing.wait(wait_s)
             wait_s = min(2 * wait_s, _MAX_RETRY_S)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Returns the operating system's error that a client's exception wraps, such as "Connection refused"."""
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def remote_id(path: Path, target: str, create: Callable[[], str]) -> str:

@@ -126,10 +126,12 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
     announce = config.console != "off"
     if config.wandb.project is not None:
         require_optional("wandb", needed_by="track.wandb", install="jaxinfra[wandb]")
-        trackers.append(RemoteTracker(WandbRun(config.wandb, run_dir), "track.wandb", announce=announce))
+        setting = f"project={config.wandb.project}"
+        trackers.append(RemoteTracker(WandbRun(config.wandb, run_dir), "track.wandb", setting, announce=announce))
     if config.mlflow.uri is not None:
         require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
-        trackers.append(RemoteTracker(MLflowRun(config.mlflow, run_dir), "track.mlflow", announce=announce))
+        setting = f"uri={config.mlflow.uri}"
+        trackers.append(RemoteTracker(MLflowRun(config.mlflow, run_dir), "track.mlflow", setting, announce=announce))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, run_dir))

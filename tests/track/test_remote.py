@@ -55,7 +55,7 @@ def log(tracker: RemoteTracker, steps: int) -> None:
 
 
 def started(server: Server, *, announce: bool = False) -> RemoteTracker:
-    tracker = RemoteTracker(server, "track.server", announce=announce)
+    tracker = RemoteTracker(server, "track.server", "uri=here", announce=announce)
     tracker.start({}, {}, start_step=0, total_steps=9)
     return tracker
 
@@ -86,7 +86,7 @@ def test_an_outage_loses_nothing_and_is_reported_once_without_secrets(caplog, mo
     tracker.close()
     assert [step for step, _ in server.rows] == [1, 2, 3] and server.status == "finished"
     (record,) = caplog.records
-    assert "track.server: $WANDB_API_KEY is refused; training goes on" in record.getMessage()
+    assert "track.server.uri=here: $WANDB_API_KEY is refused; training goes on" in record.getMessage()
 
 
 def test_a_dead_server_holds_up_neither_steps_nor_the_end(caplog, monkeypatch) -> None:
