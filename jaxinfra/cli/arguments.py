@@ -165,7 +165,12 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("field", metavar="FIELD", nargs="?", help="such as optim.peak_lr (default: list the fields)")
+    parser.add_argument(
+        "field",
+        metavar="FIELD",
+        nargs="?",
+        help="such as optim.peak_lr or tokenizer.vocab_size (default: list the fields)",
+    )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

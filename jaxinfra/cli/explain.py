@@ -1,9 +1,9 @@
-"""`python -m launch explain [FIELD]`: explains a config field, or lists the fields; uses no devices."""
+"""`python -m launch explain [FIELD]`: explains a field of a run or recipe, or lists them; uses no devices."""
 
 import argparse
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from jaxinfra.command import COMMAND
 from jaxinfra.config.explain import Field, fields_below, find
@@ -18,14 +18,29 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the type, default and meaning of a field, and the fields below it."""
     width = min(shutil.get_terminal_size(fallback=(_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
     if options.field is None:
-        print("\n".join(tree(fields_below(Run), width)))
+        print("\n".join(tree(fields_below(Run), width)), flush=True)
+        corpus, image_set = ([_line(field, "", width) for field in fields_below(recipe)] for recipe in _recipes())
+        print("\nCorpus: a recipe of text, for data prepare", *corpus, sep="\n")
+        only = (line for line in image_set if line not in corpus)
+        print("\nImageSet: a recipe of images, with these fields besides the common ones", *only, sep="\n")
         print(f"\nA field in full: {COMMAND} explain optim.peak_lr. All of them: docs/configs.md.")
         return 0
     same: dict[tuple[str, ...], list[Field]] = {}  # a field of several classes is explained once
-    for field in find(Run, options.field):
+    for field in find(_roots(), options.field):
         same.setdefault((field.path, field.allowed, field.default, field.meaning), []).append(field)
     print("\n\n".join("\n".join(describe_field(fields, width)) for fields in same.values()))
     return 0
+
+
+def _roots() -> Iterator[type]:
+    yield Run
+    yield from _recipes()
+
+
+def _recipes() -> tuple[type, ...]:
+    from jaxinfra.prepare.recipes import Corpus, ImageSet  # imports NumPy, fsspec and tokenizers
+
+    return Corpus, ImageSet
 
 
 def tree(fields: Iterable[Field], width: int) -> list[str]:

@@ -3,8 +3,6 @@
 From the trainers and model configs of Hugging Face, and from the config files of MaxText, torchtitan and Levanter.
 """
 
-from collections.abc import Container
-
 _ALIASES = {
     "train.steps": ("max_steps", "num_train_steps", "num_steps", "training_steps", "total_steps", "iterations"),
     "train.global_batch": (
@@ -62,7 +60,6 @@ _ALIASES = {
 _PATHS = {alias: path for path, aliases in _ALIASES.items() for alias in aliases}
 
 
-def path_of_alias(name: str, known: Container[str]) -> str | None:
-    """Returns the path of the field that other frameworks call `name`, if it is one of the `known` paths."""
-    path = _PATHS.get(name.rpartition(".")[2].lower().replace("-", "_"))
-    return path if path is not None and path in known else None
+def path_of_alias(name: str) -> str | None:
+    """Returns the path of the field of a `Run` that other frameworks call `name`; None for other names."""
+    return _PATHS.get(name.rpartition(".")[2].lower().replace("-", "_"))

@@ -6,7 +6,7 @@ class. The classes of an open base are imported only when a path below it is ask
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -111,29 +111,33 @@ def all_fields(root: type, parent: Field | None = None) -> Iterator[Field]:
             yield from all_fields(cls, field)
 
 
-def find(root: type, path: str) -> list[Field]:
-    """Returns the fields at a path, one for each class of a choice that has it.
+def find(roots: Iterable[type], path: str) -> list[Field]:
+    """Returns the fields at a path of the first root that has it, one for each class of a choice that has it.
 
-    A name without dots may also be a field further down, or another framework's name for it. Raises ConfigError with
-    the nearest path if there is no such field.
+    The path may also be another framework's name for a field, or else the last name of a path further down. Asks for
+    the next root only if those before have no such path. Raises ConfigError with the nearest path if none has it.
     """
-    names = [name for name in path.split(".") if not name.isdigit()]  # an index into a tuple
-    if found := _descend(root, names):
-        return found
+    searched: list[type] = []
+    alias = path_of_alias(path)
+    for root in roots:
+        if found := _descend(root, path) or (alias and _descend(root, alias)):
+            return found
+        searched.append(root)
     known: dict[str, list[Field]] = {}
-    for field in all_fields(root):
-        known.setdefault(field.path, []).append(field)
-    if alias := path_of_alias(path, known):
-        return known[alias]
-    same_name = [each for each in known if each.rpartition(".")[2] == path]
-    if same_name:
-        return [field for each in same_name for field in known[each]]
+    for root in searched:  # comes last, because it imports all classes of open bases
+        fields = list(all_fields(root))
+        if same_name := [field for field in fields if field.field.name == path]:
+            return same_name
+        for field in fields:
+            known.setdefault(field.path, []).append(field)
     near = nearest(path, known) or nearest(path.rpartition(".")[2], [each.rpartition(".")[2] for each in known])
-    hint = f"did you mean {near}?" if near else f"the fields are {', '.join(field.name for field in fields_of(root))}"
-    raise ConfigError(f"{path}: no such config field; {hint}")
+    top = ", ".join(each for each in known if "." not in each)
+    raise ConfigError(f"{path}: no such config field; {f'did you mean {near}?' if near else f'the fields are {top}'}")
 
 
-def _descend(root: type, names: Sequence[str]) -> list[Field]:
+def _descend(root: type, path: str) -> list[Field]:
+    """Returns the fields at a full path; imports open classes only where the path leads."""
+    names = [name for name in path.split(".") if not name.isdigit()]  # an index into a tuple
     fields = fields_below(root)
     for depth, name in enumerate(names):
         if depth:

@@ -176,4 +176,6 @@ class _Assignment:
         known = [each for each, _, _ in walk(type(self.root), self.root) if each]
         full = self.override.path
         same_name = [each for each in known if each.rpartition(".")[2] == full.rpartition(".")[2]]
-        return path_of_alias(full, known) or nearest(full, known, cutoff=0.75) or nearest(full, same_name, cutoff=0.0)
+        if (alias := path_of_alias(full)) in known:
+            return alias
+        return nearest(full, known, cutoff=0.75) or nearest(full, same_name, cutoff=0.0)

@@ -17,7 +17,17 @@ from tests.tiny_run import Tiny, launch
 
 
 @pytest.mark.parametrize(
-    "command", [["explain"], ["explain", "optim.peak_lr"], ["models"], ["runs", "."], ["report", "."], ["--version"]]
+    "command",
+    [
+        ["explain"],
+        ["explain", "optim.peak_lr"],
+        ["explain", "lr"],
+        ["explain", "source.pattern"],
+        ["models"],
+        ["runs", "."],
+        ["report", "."],
+        ["--version"],
+    ],
 )
 def test_it_answers_without_importing_jax(command: list[str], tmp_path: Path, repo_root: Path) -> None:
     """The import alone takes longer than such a command may."""
@@ -32,6 +42,14 @@ def test_explain_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "optim.peak_lr = 0.0003" in printed and "float above 0" in printed and "highest learning rate" in printed
     refused(launch("explain", "optim.shedule"), "optim.shedule optim.schedule")
+
+
+def test_explain_knows_the_fields_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tokenizer.vocab_size"]) == 0
+    assert "tokenizer.vocab_size = 8192" in capsys.readouterr().out
+    assert main(["explain"]) == 0
+    listed = capsys.readouterr().out
+    assert "tokenizer = train_bpe" in listed and "classes = ()" in listed
 
 
 def test_models_shows_those_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:

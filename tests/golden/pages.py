@@ -12,7 +12,7 @@ from jaxinfra.config.schema import is_choice
 from jaxinfra.models.catalog import CatalogEntry, catalog, catalog_text, published_context
 from jaxinfra.models.zoo import SHAPES, VISION_SHAPES
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes import Corpus, ImageSet
 from jaxinfra.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -86,23 +86,32 @@ CONFIGS_INTRODUCTION = """\
 # Config fields
 
 Every field of a `Run` can be set in a config file and on the command line, as `path=value`. This page lists the fields
-of `Run` and of all classes that it can hold. `explain` finds a field also by the name that Hugging Face, MaxText or
-torchtitan give it:
+of `Run`, of the recipes of `data prepare`, and of all classes that they can hold. `explain` finds a field also by the
+name that Hugging Face, MaxText or torchtitan give it:
 
     python -m launch explain                    # lists the fields
     python -m launch explain optim.peak_lr      # type, default and meaning of a field
     python -m launch explain lr                 # finds the same field
+    python -m launch explain source.pattern     # a field of a recipe
 
 Fields with a * may change when a run resumes: losses stay the same but for rounding. A field that takes the name of a
 class, such as `optim.schedule=cosine`, also takes the import path of a class of your own ([extend](extend.md)).
 """
 
+RECIPES_INTRODUCTION = """\
+## Recipes
+
+`data prepare` reads a recipe: a `Corpus` for text, an `ImageSet` for images. Its overrides are written in the same way.
+Classes of both recipes are listed once, below `Corpus`.
+"""
+
 
 def configs_page() -> str:
     """docs/configs.md: a table for each config class."""
-    parts = [CONFIGS_INTRODUCTION, "\n".join(_tables(Run))]
-    recipe = "\n## Recipes\n\n`data prepare` reads a recipe, a `Corpus`. Its overrides are written in the same way.\n"
-    return "\n".join([*parts, recipe, "\n".join(_tables(Corpus))]) + "\n"
+    recipes, done = [], set[type]()
+    for recipe in (Corpus, ImageSet):
+        recipes += _tables(recipe, done=done)  # the classes of both are described once
+    return "\n".join([CONFIGS_INTRODUCTION, *_tables(Run), "", RECIPES_INTRODUCTION, *recipes]) + "\n"
 
 
 def _default(field: Field) -> str:

@@ -35,12 +35,18 @@ class Dedup:
     (Broder 1997) estimates it with an error of about sqrt(s (1 - s) / num_permutations), 0.035 by default. Locality-
     sensitive hashing proposes the pairs to compare: nine of ten at the threshold, nearly all above it. Case and
     punctuation are ignored, and a Chinese or Japanese character is a word.
+
+    Attributes:
+        near: whether to look for near duplicates too.
+        threshold: Jaccard similarity from which on documents are near duplicates.
+        num_permutations: hash functions of MinHash; a larger number is more exact, and slower.
+        ngram_size: words of an n-gram.
     """
 
-    near: bool = False  # whether to look for near duplicates too
-    threshold: PositiveFraction = 0.8  # Jaccard similarity from which on documents are near duplicates
-    num_permutations: Annotated[int, Ge(2), Le(4096)] = 128  # a larger number is more exact, and slower
-    ngram_size: PositiveInt = 5  # words of an n-gram
+    near: bool = False
+    threshold: PositiveFraction = 0.8
+    num_permutations: Annotated[int, Ge(2), Le(4096)] = 128
+    ngram_size: PositiveInt = 5
 
 
 class Signer:

@@ -53,7 +53,11 @@ class RecordFormat(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(RecordFormat):
-    """Takes one field of the record as the document; all of it counts in the loss."""
+    """Takes one field of the record as the document; all of it counts in the loss.
+
+    Attributes:
+        field: field of the text.
+    """
 
     has_loss_mask = False
     field: NonEmptyStr = "text"

@@ -39,12 +39,34 @@ class Filters(Filter):
     """Rules that a text must pass, tried in this order; `Filters.gopher()` has the values of the paper.
 
     `min_` is the least value that passes, `max_` the greatest; None and () turn a rule off. Words are separated by
-    white space. Symbols are `#` and ellipses; punctuation is all but letters, digits and white space. Empty lines and
-    paragraphs are ignored; a duplicate repeats an earlier one. Stop words are lower case, and each counts once.
+    white space. Empty lines and paragraphs are ignored; a duplicate repeats an earlier one.
 
-    The n-gram rules have a limit for each n-gram size: 2, 3, ... words (top) or 5, 6, ... words (duplicate). They limit
-    the fraction of the characters of all words that are in the most frequent n-gram, if it occurs twice, or in n-grams
-    that repeat an earlier one.
+    Attributes:
+        min_chars: least number of characters.
+        max_chars: greatest number of characters.
+        min_words: least number of words, which are separated by white space.
+        max_words: greatest number of words, which are separated by white space.
+        min_mean_word_length: least mean length of the words, in characters.
+        max_mean_word_length: greatest mean length of the words, in characters.
+        max_symbol_to_word_ratio: greatest number of symbols per word; symbols are `#` and ellipses.
+        max_bullet_line_fraction: greatest fraction of the lines that begin with a bullet.
+        max_ellipsis_line_fraction: greatest fraction of the lines that end in an ellipsis.
+        max_duplicate_line_fraction: greatest fraction of the lines that repeat an earlier one.
+        max_duplicate_line_char_fraction: greatest fraction of the characters of all lines that are in lines that
+            repeat an earlier one.
+        max_duplicate_paragraph_fraction: greatest fraction of the paragraphs that repeat an earlier one.
+        max_duplicate_paragraph_char_fraction: greatest fraction of the characters of all paragraphs that are in
+            paragraphs that repeat an earlier one.
+        min_stop_words: least number of different `stop_words`; each counts once.
+        stop_words: the words that `min_stop_words` counts, in lower case.
+        max_digit_fraction: greatest fraction of the characters that are digits.
+        max_punctuation_fraction: greatest fraction of the characters that are punctuation, which is all but letters,
+            digits and white space.
+        min_alphabetic_word_fraction: least fraction of the words that have a letter.
+        max_top_ngram_fractions: for n-grams of 2, 3, ... words, the greatest fraction of the characters of all words
+            that are in the most frequent n-gram, if it occurs twice.
+        max_duplicate_ngram_fractions: for n-grams of 5, 6, ... words, the greatest fraction of the characters of all
+            words that are in n-grams that repeat an earlier one.
     """
 
     min_chars: NonNegativeInt | None = _rule(lambda text: len(text.text))

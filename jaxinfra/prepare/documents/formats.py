@@ -21,13 +21,18 @@ _ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "u
 class Chat(TemplateFormat[str]):
     """Formats a conversation: messages of `role` and `content`, or of `from` and `value` (ShareGPT).
 
-    `train_on` says what counts in the loss: all answers with the token that ends each, the last answer, or all text.
+    Attributes:
+        field: field of the messages.
+        template: chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json.
+        train_on: what counts in the loss: "assistant" all answers with the token that ends each, "last" the last
+            answer, "all" all text.
+        system: system message for conversations that have none, or an empty one; None adds none.
     """
 
     field: NonEmptyStr = "messages"
-    template: str = "chatml"  # chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json
+    template: str = "chatml"
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    system: str | None = None  # system message for conversations that have none, or an empty one
+    system: str | None = None
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -83,14 +88,22 @@ class _PromptFormat(TemplateFormat[str | None]):
 
 @dataclass(frozen=True, kw_only=True)
 class Preference(_PromptFormat):
-    """Formats a prompt, a chosen and a rejected answer: strings, or lists of messages, also with the prompt."""
+    """Formats a prompt, a chosen and a rejected answer: strings, or lists of messages, also with the prompt.
+
+    Attributes:
+        prompt: field of the prompt; None: the answers are conversations, whose common beginning is the prompt.
+        chosen: field of the chosen answer.
+        rejected: field of the rejected answer.
+        template: chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json; a string prompt
+            becomes a user message. None joins the strings.
+    """
 
     documents_per_record = 2
     answers = ("chosen", "rejected")
-    prompt: NonEmptyStr | None = "prompt"  # None: the answers are conversations, whose common beginning is the prompt
+    prompt: NonEmptyStr | None = "prompt"
     chosen: NonEmptyStr = "chosen"
     rejected: NonEmptyStr = "rejected"
-    template: str | None = "chatml"  # as in `Chat`; a string prompt becomes a user message. None joins the strings
+    template: str | None = "chatml"
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -103,7 +116,14 @@ class Preference(_PromptFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Completion(_PromptFormat):
-    """Formats a prompt and its completion; `template` is as in `Preference`."""
+    """Formats a prompt and its completion: strings, or lists of messages.
+
+    Attributes:
+        prompt: field of the prompt.
+        completion: field of the completion.
+        template: chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json; a string prompt
+            becomes a user message. None joins the strings.
+    """
 
     answers = ("completion",)
     prompt: NonEmptyStr = "prompt"

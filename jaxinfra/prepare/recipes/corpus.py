@@ -25,19 +25,26 @@ SHARD_BYTES = 16 * 1024 * 1024
 class StoreRecipe:
     """Fields of all recipes.
 
-    Documents that are in both splits are counted; `on_overlap` makes them an error, drops them from training, or keeps
-    them. The default keeps them, because short documents (empty files, licenses) repeat in almost every corpus.
-    `baselines` measures simple models on the validation split: compression and n-grams, or the nearest training image
-    (small sets only).
+    Attributes:
+        store: folder or URL (`s3://`, `gs://`), which holds the versions.
+        source: where the records come from.
+        on_overlap: "fail" makes documents that are in both splits an error, "drop" drops them from training, "keep"
+            keeps them; they are counted. The default keeps them, because short documents (empty files, licenses)
+            repeat in almost every corpus.
+        on_bad: "fail" makes a bad record an error, "skip" skips it; skipped records are counted and listed.
+        baselines: whether to measure simple models on the validation split: compression and n-grams, or the nearest
+            training image (small sets only).
+        shard_bytes: bytes of the source that a job reads.
+        work_dir: folder of unfinished work, which all workers can reach. None is in the store, or in the user's cache
+            if the store is remote.
     """
 
-    store: NonEmptyStr  # folder or URL (`s3://`, `gs://`), which holds the versions
+    store: NonEmptyStr
     source: AnySource
     on_overlap: Literal["fail", "drop", "keep"] = "keep"
-    on_bad: Literal["fail", "skip"] = "fail"  # skipped records are counted and listed
+    on_bad: Literal["fail", "skip"] = "fail"
     baselines: bool = False
-    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES  # bytes of the source that a job reads
-    # Folder of unfinished work, which all workers can reach. None is in the store, or in the user's cache if remote.
+    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES
     work_dir: NonEmptyStr | None = None
 
     def problems(self) -> Iterable[Problem]:
@@ -48,14 +55,23 @@ class StoreRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(StoreRecipe):
-    """Makes a store of text, or of pairs of texts."""
+    """Makes a store of text, or of pairs of texts.
+
+    Attributes:
+        validation: where the validation split comes from: a fraction of the source, another source, or another store.
+        format: how records become documents, and what of them counts in the loss.
+        filters: rules that a document must pass; those that do not are left out.
+        dedup: which repeated documents to leave out; None keeps them.
+        tokenizer: how text becomes tokens.
+        packs: packings of whole documents into rows, for runs with `packing=best_fit`.
+    """
 
     validation: AnyValidation = ByKey()
     format: AnyFormat = Text()
     filters: Filters | Filter = Filters()
-    dedup: Dedup | None = None  # which repeated documents to leave out
+    dedup: Dedup | None = None
     tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
-    packs: tuple[PackSpec, ...] = ()  # packings of whole documents into rows, for runs with `packing=best_fit`
+    packs: tuple[PackSpec, ...] = ()
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -86,9 +102,16 @@ class Corpus(StoreRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet(StoreRecipe):
-    """Makes a store of images, which must all have the same shape."""
+    """Makes a store of images, which must all have the same shape.
+
+    Attributes:
+        validation: where the validation split comes from: a fraction of the source, or another source.
+        image: field of the image: uint8[height, width, channels] or [height, width], or lists.
+        label: field of the class, a number from 0.
+        classes: names of the classes by number; () if they have none.
+    """
 
     validation: ImageValidation = ByKey()
-    image: NonEmptyStr = "image"  # field of the image: uint8[height, width, channels] or [height, width], or lists
-    label: NonEmptyStr = "label"  # field of the class, a number from 0
-    classes: tuple[str, ...] = ()  # names by number; () if they have none
+    image: NonEmptyStr = "image"
+    label: NonEmptyStr = "label"
+    classes: tuple[str, ...] = ()

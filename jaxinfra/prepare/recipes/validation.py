@@ -20,9 +20,13 @@ type Fraction = Annotated[float, Gt(0), Lt(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ByKey:
-    """Draws each record by a hash of its key, so its split stays the same when other records are added or removed."""
+    """Draws each record by a hash of its key, so its split stays the same when other records are added or removed.
 
-    fraction: Fraction = 0.05  # expected fraction of the records
+    Attributes:
+        fraction: expected fraction of the records.
+    """
+
+    fraction: Fraction = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +34,26 @@ class Tail:
     """Takes the end of the text, in source order.
 
     Plain text is split between two tokens, so one long document is enough; conversations and pairs stay whole.
+
+    Attributes:
+        fraction: fraction of the bytes of text.
     """
 
-    fraction: Fraction = 0.05  # fraction of the bytes of text
+    fraction: Fraction = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherStore:
-    """Copies a split of another store, which must have the same tokenizer and format."""
+    """Copies a split of another store, which must have the same tokenizer and format.
 
-    store: NonEmptyStr = ""  # folder or URL
-    version: str | None = None  # a fingerprint or its beginning; None is the newest
+    Attributes:
+        store: folder or URL.
+        version: a fingerprint or its beginning; None is the newest.
+        split: the split to copy.
+    """
+
+    store: NonEmptyStr = ""
+    version: str | None = None
     split: Split = "validation"
 
     def open(self, fingerprint: str | None = None) -> TokenStore:

@@ -18,10 +18,15 @@ from jaxinfra.storage.files import FileInfo, list_files
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(Source):
-    """Files below a root."""
+    """Files below a root.
 
-    root: NonEmptyStr = ""  # folder or URL
-    pattern: str = "**/*"  # which files below the root, as in `pathlib.Path.glob`
+    Attributes:
+        root: folder or URL.
+        pattern: which files below the root, as in `pathlib.Path.glob`.
+    """
+
+    root: NonEmptyStr = ""
+    pattern: str = "**/*"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""

@@ -33,10 +33,14 @@ class PythonSource(Source):
     The function yields mappings, or strings for records `{"text": str}`, always the same ones in the same order. If you
     change it to yield other records, change its attribute `version` too, a string or number, so that the store is made
     again. The key of a record is its shard and its index there, so another `num_shards` changes the validation split.
+
+    Attributes:
+        factory: `package.module:function`, importable by every worker.
+        num_shards: shards that are read in parallel; if it is 1, the function takes no arguments.
     """
 
-    factory: str = ""  # `package.module:function`, importable by every worker
-    num_shards: PositiveInt = 1  # read in parallel; if it is 1, the function takes no arguments
+    factory: str = ""
+    num_shards: PositiveInt = 1
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""
@@ -79,11 +83,17 @@ class Synthetic(Source):
 
     Seven of eight words are one of the three words that may follow the previous one. A document is a function of the
     seed and its number, so any range can be generated alone. Another seed gives other documents of the same language.
+
+    Attributes:
+        num_documents: number of documents.
+        mean_words: words per document, uniform from half to one and a half of it.
+        vocab_size: distinct words.
+        seed: seed of the documents.
     """
 
     num_documents: PositiveInt = 1000
-    mean_words: PositiveInt = 200  # words per document, uniform from half to one and a half of it
-    vocab_size: Annotated[int, Ge(2)] = 1000  # distinct words
+    mean_words: PositiveInt = 200
+    vocab_size: Annotated[int, Ge(2)] = 1000
     seed: NonNegativeInt = 0
 
     @override

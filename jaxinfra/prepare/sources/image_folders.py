@@ -25,8 +25,10 @@ class ImageFolders(FileSource):
     """Images `class/name.png`, as records `{"image": uint8[height, width, channels], "label": int, "class": str}`.
 
     A label is the index of the class in the sorted folder names. The key is the file name relative to the root.
-    Images are rotated according to their EXIF data. Files that do not end in a known image suffix are ignored. `mode`
-    RGB converts to 3 channels, L (gray) to 1.
+    Images are rotated according to their EXIF data. Files that do not end in a known image suffix are ignored.
+
+    Attributes:
+        mode: "RGB" converts to 3 channels, "L" (gray) to 1.
     """
 
     pattern: str = "*/**/*"

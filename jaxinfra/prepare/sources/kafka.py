@@ -32,12 +32,18 @@ _BATCH_MESSAGES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Kafka(StreamSource):
-    """The messages of a topic; an empty message is a bad record."""
+    """The messages of a topic; an empty message is a bad record.
 
-    bootstrap_servers: str = ""  # brokers to connect to first, as HOST:PORT separated by commas
+    Attributes:
+        bootstrap_servers: brokers to connect to first, as HOST:PORT separated by commas.
+        topic: topic whose messages are read.
+        group: consumer group whose offsets are written.
+        settings: path of a file with more settings of librdkafka, one `name=value` a line. Credentials belong there.
+    """
+
+    bootstrap_servers: str = ""
     topic: NonEmptyStr = ""
-    group: NonEmptyStr = "jaxinfra"  # consumer group whose offsets are written
-    # Path of a file with more settings of librdkafka, one `name=value` a line. Credentials belong there.
+    group: NonEmptyStr = "jaxinfra"
     settings: str | None = None
 
     @property

@@ -37,10 +37,14 @@ _ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # pyarrow does not notice if a
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(FileSource):
-    """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them."""
+    """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them.
+
+    Attributes:
+        columns: columns to read; () reads all.
+    """
 
     pattern: str = "**/*.parquet"
-    columns: tuple[NonEmptyStr, ...] = ()  # columns to read; () reads all
+    columns: tuple[NonEmptyStr, ...] = ()
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -80,10 +84,15 @@ class Parquet(FileSource):
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
-    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split into shards."""
+    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split into shards.
 
-    path: NonEmptyStr = ""  # folder or URL that `save_to_disk` wrote to
-    split: NonEmptyStr | None = None  # None if there is only one
+    Attributes:
+        path: folder or URL that `save_to_disk` wrote to.
+        split: split to read; None if there is only one.
+    """
+
+    path: NonEmptyStr = ""
+    split: NonEmptyStr | None = None
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""
@@ -165,7 +174,8 @@ class HuggingFace(Source):
 class ArrayRecords(FileSource):
     """Records of ArrayRecord files (Grain, TFDS), which must be on a local disk.
 
-    `decode` json parses an object, text decodes UTF-8 to `{"text": str}`, bytes gives `{"bytes": bytes}`.
+    Attributes:
+        decode: "json" parses an object, "text" decodes UTF-8 to `{"text": str}`, "bytes" gives `{"bytes": bytes}`.
     """
 
     pattern: str = "**/*.array_record*"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, override
 
-from jaxinfra.config.limits import NonEmptyStr, NonNegativeInt
+from jaxinfra.config.limits import NonNegativeInt
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
 from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, Records, SourceShard, parse_record
@@ -43,11 +43,14 @@ class TextFiles(FileSource):
     """Text files as records `{"text": str}`, with line ends unchanged; the key is the file name.
 
     Files that end in .gz and .zst are decompressed.
+
+    Attributes:
+        root: folder or URL; `stdlib` is the standard library of the running Python.
+        min_bytes: smaller files are left out.
     """
 
-    root: NonEmptyStr = ""  # folder or URL; `stdlib` is the standard library of the running Python
     pattern: str = "**/*.txt"
-    min_bytes: NonNegativeInt = 1  # smaller files are left out
+    min_bytes: NonNegativeInt = 1
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:

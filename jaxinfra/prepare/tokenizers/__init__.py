@@ -26,24 +26,35 @@ from jaxinfra.storage.files import read_file
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFile(TokenizerConfig):
-    """A tokenizer.json."""
+    """A tokenizer.json.
 
-    path: NonEmptyStr = ""  # or URL
-    special_tokens: tuple[str, ...] = ()  # added after the last id if the file lacks them
+    Attributes:
+        path: path or URL of the file.
+        special_tokens: special tokens that are added after the last id if the file lacks them.
+    """
+
+    path: NonEmptyStr = ""
+    special_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(TokenizerConfig):
-    """UTF-8 bytes as tokens; id 256 ends documents, and `special_tokens` follow."""
+    """UTF-8 bytes as tokens; id 256 ends documents.
+
+    Attributes:
+        special_tokens: special tokens, whose ids follow 256.
+    """
 
     special_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBpe(TokenizerConfig):
-    """A byte-level BPE that is trained on the text of the recipe; a short text gives fewer than `vocab_size` tokens.
+    """A byte-level BPE that is trained on the text of the recipe; id 0 ends documents.
 
-    Id 0 ends documents, and `special_tokens` follow.
+    Attributes:
+        vocab_size: number of tokens; a short text gives fewer.
+        special_tokens: special tokens, whose ids follow 0.
     """
 
     vocab_size: int = 8192

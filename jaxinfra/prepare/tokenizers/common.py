@@ -30,7 +30,11 @@ _PRECISION = 1e-6  # relative, of sums in float32
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Config of a tokenizer; `end_of_document` is the special token that ends every document."""
+    """Config of a tokenizer.
+
+    Attributes:
+        end_of_document: the special token that ends every document.
+    """
 
     end_in_special_tokens: ClassVar[bool] = False
     """Whether `special_tokens` may contain `end_of_document`."""

@@ -31,10 +31,12 @@ _NEVER = -1e5  # a score so low that a unigram model never chooses the piece
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceModel(TokenizerConfig):
-    """A `.model` file of SentencePiece, at a path or URL.
+    """A `.model` file of SentencePiece.
 
-    `special_tokens` are the user-defined pieces that become special; None is all that look like `<...>` or `[...]`.
-    Control pieces and the end of a document are always special.
+    Attributes:
+        path: path or URL of the file.
+        special_tokens: the user-defined pieces that become special; None is all that look like `<...>` or `[...]`.
+            Control pieces and the end of a document are always special.
     """
 
     end_in_special_tokens = True

@@ -62,13 +62,19 @@ class Tiktoken(TokenizerConfig):
 
     The encoding gives the pattern that splits text into words and the special tokens, unless those are set. Without a
     path, tiktoken finds the encoding in its cache (`TIKTOKEN_CACHE_DIR`) or on the network.
+
+    Attributes:
+        path: path or URL of the rank file.
+        encoding: gpt2, cl100k_base or o200k_base; without a path any of `PATTERNS`.
+        pattern: regular expression that matches words; None takes that of the encoding.
+        special_tokens: special tokens, which get the ids after the last rank; () takes those of the encoding.
     """
 
     end_in_special_tokens = True
-    path: NonEmptyStr | None = None  # or URL of the rank file
-    encoding: str = "cl100k_base"  # gpt2, cl100k_base or o200k_base; without a path any of `PATTERNS`
-    pattern: str | None = None  # regular expression that matches words
-    special_tokens: tuple[str, ...] = ()  # get the ids after the last rank
+    path: NonEmptyStr | None = None
+    encoding: str = "cl100k_base"
+    pattern: str | None = None
+    special_tokens: tuple[str, ...] = ()
 
     @override
     def problems(self) -> Iterable[Problem]:
