@@ -279,6 +279,8 @@ class Pipeline:
         runs_pass = np.stack([table.any_active for table, _ in passes], axis=1)  # [ticks, passes]
         for is_active, group in itertools.groupby(range(len(runs_pass)), key=lambda tick: tuple(runs_pass[tick])):
             ticks, active = list(group), list(itertools.compress(passes, is_active))
+            if not active:  # evaluation does nothing in the ticks of the last backward passes
+                continue
             run_tick = partial(self._run_tick, inputs, [function for _, function in active])
             carry, _ = jax.lax.scan(run_tick, carry, [_ticks(table, ticks) for table, _ in active])
         return carry

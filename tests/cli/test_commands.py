@@ -142,7 +142,7 @@ def test_devices_of_a_process(tiny: Tiny) -> None:
     """`--devices` says how many there are; the exit code and the one line arrive outside."""
     trained = ended(start(str(tiny.config), "--devices", "cpu:2", "train.steps=3", "name=two"))
     assert trained.code == 0, trained.err
-    assert " ".join(trained.out.split()).startswith("Run statistics statistic value unit or formula")
+    assert trained.out.startswith(f"new run {tiny.directory('two')}: ")
     assert "devices 2 fsdp 2" in " ".join(trained.out.split())
     wrong = ended(start(str(tiny.config), "--devices", "cpu:2", "train.global_batch=3"))
     refused(wrong, "train.global_batch=3 mesh.fsdp=2 train.global_batch=4")
@@ -157,7 +157,7 @@ def test_a_start_without_a_platform_prints_nothing_of_plugins(tiny: Tiny) -> Non
     words = [sys.executable, "-m", "launch", str(tiny.config), "train.steps=3", "mesh.fsdp=1", "name=quiet"]
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout.lstrip().startswith("Run statistics")
+    assert done.stdout.startswith("new run ")
 
 
 def test_emulated_devices_have_threads_to_wait_in() -> None:

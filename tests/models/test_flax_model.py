@@ -382,7 +382,7 @@ def test_a_run_that_goes_on_is_the_one_that_never_stopped(mine: Tiny) -> None:
     last = directory / "checkpoints" / "12"
     kept = shutil.move(last, directory / "kept")
     assert mine.launch(*words).code == 0
-    assert mine.losses() == whole and float.fromhex(whole[11]) < float.fromhex(whole[0])
+    assert mine.losses() == whole and float.fromhex(whole[12]) < float.fromhex(whole[1])
     built = make_program(mine.loaded(*words))
 
     def saved() -> Arrays:

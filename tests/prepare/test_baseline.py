@@ -87,7 +87,7 @@ def test_baselines_use_the_first_whole_documents(store_path, monkeypatch):
 
 def test_empty_validation_text_has_no_baselines(tmp_path):
     for letter in "abcdefgh":
-        (tmp_path / f"{letter}.py").write_text("" if hash_to_unit(f"{letter}.py") < 0.5 else "x = 1\n")
+        (tmp_path / f"{letter}.txt").write_text("" if hash_to_unit(f"{letter}.txt") < 0.5 else "x = 1\n")
     fields = {"tokenizer": TrainBpe(vocab_size=300), "validation": ByKey(fraction=0.5), "baselines": True}
     recipe = bytes_recipe("none", tmp_path / "store", **fields)
     manifest = prepare(replace(recipe, source=TextFiles(root=str(tmp_path), min_bytes=0)), workers=1).manifest
