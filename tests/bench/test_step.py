@@ -120,7 +120,7 @@ def test_all_cases(repo_root: Path, tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus", tmp_path / "out.json"
     corpus.mkdir()
     for i in range(12):
-        (corpus / f"{i}.py").write_text("".join(f"value_{i}_{j} = {i * j}\n" for j in range(200)))
+        (corpus / f"{i}.txt").write_text("".join(f"value_{i}_{j} = {i * j}\n" for j in range(200)))
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(text=str(corpus)))
     command = [sys.executable, "-m", "launch", "bench", "step", *TINY, f"data.recipe={recipe}"]
