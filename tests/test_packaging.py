@@ -1,4 +1,4 @@
-"""What surrounds the package: its version, the Dockerfile, the hooks of pre-commit and the forms of issues."""
+"""Checks the version, the Dockerfile, the pre-commit hooks and the issue forms."""
 
 import shutil
 import subprocess

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
+from jaxinfra.errors import ConfigError
 
 _MAX_PREFETCH = 16  # batches; more would be wasted work when a run ends
 type Rows = slice | np.ndarray
@@ -86,3 +87,20 @@ def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int,
     """Returns batches of all samples in their own order, the same at every evaluation."""
     steps = -(-len(samples) // global_batch)
     return BatchLoader(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, sample_ids=None)
+
+
+def check_batch(batch: Batch, data: DataConfig, rows: int) -> None:
+    """Raises ConfigError if a batch does not have this number of rows and the arrays of `DataConfig.batch_spec`."""
+    name, spec = type(data).__qualname__, data.batch_spec(validation=True)
+    missing = data.batch_spec(validation=False).keys() - batch.keys()
+    if missing or batch.keys() - spec.keys():
+        raise ConfigError(
+            f"{name}: a batch has {', '.join(batch)}; return the arrays of its batch_spec: {', '.join(spec)}"
+        )
+    for field, array in batch.items():
+        expected = (rows, *spec[field].shape), spec[field].dtype
+        if (array.shape, array.dtype.name) != expected:
+            raise ConfigError(
+                f"{name}: {field} of a batch is {array.dtype.name}{list(array.shape)}, its batch_spec says "
+                f"{expected[1]}{list(expected[0])}; make them equal"
+            )

@@ -27,7 +27,7 @@ class KVCache(NamedTuple):
 
 
 class TokenInfo(NamedTuple):
-    """What a layer knows about the tokens of a call, besides their activations.
+    """Positions and documents of the tokens that a layer processes.
 
     Attributes:
         rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.

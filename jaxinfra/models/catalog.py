@@ -29,7 +29,7 @@ CONTEXT = {
 }
 
 BYTES_PER_PARAM = {"weights": 2, "training": 16}
-"""Of bfloat16 weights; and in training: float32 parameters, gradients and both moments of AdamW."""
+"""Bytes of a parameter: bfloat16 weights; in training float32 parameters, gradients and both moments of AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,6 +39,10 @@ def local_devices() -> Sequence[Device]:
     return devices
 
 
+# Several names or addresses; libtpu puts a sentence with a comma there if it finds none.
+_HOSTS = re.compile(r"[\w.:-]+(,[\w.:-]+)+")
+
+
 def _require_one_process() -> None:
     """Raises ConfigError if a scheduler has started several processes, which would all train the same run."""
     tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -45,7 +50,7 @@ def _require_one_process() -> None:
         raise ConfigError(
             f"SLURM_STEP_NUM_TASKS={tasks}: multi-host training is not supported yet; start one task: srun --ntasks=1"
         )
-    if "," in hosts:
+    if _HOSTS.fullmatch(hosts):
         raise ConfigError(
             f"TPU_WORKER_HOSTNAMES={hosts}: multi-host training is not supported yet; use a slice of one host, such as "
             "v5e-8 or v6e-8"

@@ -109,7 +109,8 @@ def _events(xplane: Path) -> Iterator[tuple[str, str, float]]:
     events have the name of the instruction or its whole text.
     """
     planes = list(jax.profiler.ProfileData.from_file(str(xplane)).planes)
-    on_devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    # Not all of "/device:": once libtpu is loaded there is an empty "/device:CUSTOM:Megascale Trace".
+    on_devices = [plane for plane in planes if plane.name.startswith(("/device:GPU", "/device:TPU"))]
     for plane in on_devices or planes:
         lines = list(plane.lines)
         op_lines = [line for line in lines if line.name == "XLA Ops"]

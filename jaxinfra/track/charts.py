@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCurves:
-    """What the charts need of a run.
+    """The curves of a run, and the units of its axes.
 
     Attributes:
         name: for the legend.

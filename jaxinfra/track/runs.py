@@ -1,4 +1,4 @@
-"""What a folder of runs shows at a glance: the state, progress and results of each. Imports no JAX."""
+"""Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
 import json
 import time

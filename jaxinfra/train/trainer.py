@@ -24,8 +24,8 @@ from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.text import error_prefix
-from jaxinfra.data.batches import BatchLoader, validation_batches
-from jaxinfra.data.interfaces import Batch, DataConfig, Dataset
+from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
+from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
 from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
@@ -41,7 +41,7 @@ from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.memory import device_memory, rss_bytes
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
@@ -401,8 +401,8 @@ class Trainer:
         """
         device, dtype, count = jax.devices()[0], jnp.dtype(self.run.precision.compute), len(jax.local_devices())
         holds_for = {"device_kind": device.device_kind, "local_devices": count, "dtype": dtype.name}
-        known = self.run_dir.existing_record().get("peak", {})
-        if known.get("holds_for") == holds_for:
+        known = self.run_dir.existing_record().get("peak")
+        if isinstance(known, dict) and known.get("holds_for") == holds_for:
             return known
         flops, source = peak_flops(device, dtype, count)
         return {"flops": flops, "source": source, "holds_for": holds_for}
@@ -457,23 +457,6 @@ class Trainer:
         }
 
 
-def check_batch(batch: Batch, data: DataConfig, rows: int) -> None:
-    """Raises ConfigError if a batch does not have this number of rows and the arrays of `DataConfig.batch_spec`."""
-    name, spec = type(data).__qualname__, data.batch_spec(validation=True)
-    missing = data.batch_spec(validation=False).keys() - batch.keys()
-    if missing or batch.keys() - spec.keys():
-        raise ConfigError(
-            f"{name}: a batch has {', '.join(batch)}; return the arrays of its batch_spec: {', '.join(spec)}"
-        )
-    for field, array in batch.items():
-        expected = (rows, *spec[field].shape), spec[field].dtype
-        if (array.shape, array.dtype.name) != expected:
-            raise ConfigError(
-                f"{name}: {field} of a batch is {array.dtype.name}{list(array.shape)}, its batch_spec says "
-                f"{expected[1]}{list(expected[0])}; make them equal"
-            )
-
-
 def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     """Copies the metrics of a step to the host; NonFiniteError if the loss or the gradient is not finite."""
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
@@ -484,20 +467,6 @@ def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, flo
                 "optim.peak_lr, a longer warmup, or another data.seed"
             )
     return values
-
-
-_MEMORY_METRICS = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
-
-
-def device_memory(names: Mapping[str, str] = _MEMORY_METRICS) -> dict[str, float]:
-    """Returns figures of the fullest local device, by default use and peak; {} if the platform does not report them.
-
-    `names` maps the names in the result to those of JAX.
-    """
-    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
-    if not stats:
-        return {}
-    return {name: float(max(s[key] for s in stats)) for name, key in names.items() if key in stats[0]}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

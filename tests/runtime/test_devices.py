@@ -28,5 +28,6 @@ def test_several_processes_of_a_scheduler_are_refused(name: str, value: str, mon
     monkeypatch.setenv(name, value)
     with raises(ConfigError, f"{name}={value} not supported"):
         local_devices()
-    monkeypatch.setenv(name, "1")
+    # libtpu writes a sentence where it finds no host.
+    monkeypatch.setenv(name, "1" if name.startswith("SLURM") else "could not determine hosts, please set it")
     assert local_devices()

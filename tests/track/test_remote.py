@@ -1,4 +1,4 @@
-"""What a tracker of a server does when the server is slow, dead or refuses; servers are stood in for."""
+"""Training goes on when the server of a tracker is slow, dead or refuses. The servers here are fakes."""
 
 import threading
 import time

@@ -83,7 +83,7 @@ def make(run_dir, steps, run_record=None, value=lambda step: 1.0 + 1 / (step + 1
 
 
 def data_of(page):
-    """What the page draws."""
+    """Returns the data that the page draws."""
     return json.loads(next(text for text in page.texts["script"] if text.startswith('{"runs"')))
 
 

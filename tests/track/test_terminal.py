@@ -1,4 +1,4 @@
-"""What a run shows in a real terminal: tmux, of 80 and 200 columns, without colors, and as a dumb terminal."""
+"""Runs print readable lines in a real terminal (tmux): 80 and 200 columns wide, without colors, and a dumb one."""
 
 import os
 import shlex

@@ -5,11 +5,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from jaxinfra.runtime.operations import parse_program
+from jaxinfra.runtime.operations import operation_times, parse_program
 from jaxinfra.runtime.profile_config import ProfileConfig
 from jaxinfra.train import profiler as profiler_module
 from jaxinfra.train.profiler import TEXT_FILE, Profiler
@@ -43,6 +44,17 @@ def test_a_profile_names_operations_and_source_lines(tiny: Tiny) -> None:
     assert tiny.launch("name=without", "track.console=off").code == 0
     assert tiny.losses("with") == tiny.losses("without")
     assert not (tiny.directory("without") / "profile").exists()
+
+
+def test_operations_of_a_cpu_are_read_though_libtpu_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It adds an empty plane of a device to every trace."""
+    event = SimpleNamespace(stats=[("hlo_op", "dot.1"), ("hlo_module", "jit_step")], duration_ns=5.0, name="")
+    cpu = SimpleNamespace(name="/host:CPU", lines=[SimpleNamespace(name="thread", events=[event])])
+    planes = [SimpleNamespace(name="/device:CUSTOM:Megascale Trace", lines=[]), cpu]
+    data = SimpleNamespace(from_file=lambda file: SimpleNamespace(planes=planes))
+    monkeypatch.setattr(jax.profiler, "ProfileData", data)
+    (found,) = operation_times(tmp_path / "x.xplane.pb")
+    assert (found.names, found.calls) == (("dot.1",), 1)
 
 
 @pytest.mark.parametrize("overrides", [("profile.at=10",), ("profile.at=1", "profile.steps=12"), ("profile.at=99",)])
