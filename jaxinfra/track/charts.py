@@ -19,7 +19,7 @@ _MEAN_SHARE = 100  # a mean covers this part of the values on both sides
 _MEAN_MIN_VALUES = 20  # fewer values are drawn without their mean
 _MAX_DEVICE_LINES = 3
 _MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
-_NOT_CHARTED = ("step", "time_s")
+_NOT_CHARTED = ("step", "time_s", "loss_mean")  # the page computes its own mean of the loss
 # Metrics with a chart of their own, or in one with others; any other metric has a chart after these.
 _KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
 

@@ -33,7 +33,7 @@ REPORT_FILE = "report.html"
 MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
-_OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "baselines", "classes")
+_OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "peak", "baselines", "classes")
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
 _SCRIPTS = ("uPlot.iife.min.js", "report.js")

@@ -2,6 +2,7 @@
 
 python tests/golden/write.py                     # every config of configs/ as the tree of values that it stands for
 python tests/golden/write.py docs                # generated pages of docs/, and the catalog of models
+python tests/golden/write.py picture RUN_DIR     # docs/images/report.png: the top of the report of a run
 python tests/golden/write.py compile [NAME...]   # what is compiled for hardware that is not here; minutes for all
 """
 
@@ -21,11 +22,26 @@ def dumps() -> dict[str, str]:
     return {path.stem: dump(load(path, root=Run).run) for path in sorted(CONFIGS.glob("*.py"))}
 
 
+def write_picture(run_dir: Path) -> None:
+    from tempfile import TemporaryDirectory
+
+    from tests.track.browser import open_browser
+
+    picture = FOLDER.parents[1] / "docs/images/report.png"
+    picture.parent.mkdir(exist_ok=True)
+    with TemporaryDirectory() as profile, open_browser(Path(profile)) as page:
+        page.open(run_dir / "report.html", width=1000, height=640)
+        page.screenshot(picture, whole=False)
+
+
 def main(words: list[str]) -> None:
     if words[:1] == ["compile"]:
         from tests.golden.compiled import write
 
         write(words[1:])
+        return
+    if words[:1] == ["picture"]:
+        write_picture(Path(words[1]))
         return
     if words == ["docs"]:
         from tests.golden.pages import pages

@@ -98,9 +98,9 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, **text, **code)
 
-    def screenshot(self, path: Path) -> None:
-        """Writes the whole page as PNG."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: Path, *, whole: bool = True) -> None:
+        """Writes the whole page, or what the window shows of it, as PNG."""
+        shot = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def pdf(self) -> bytes:
