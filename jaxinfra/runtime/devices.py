@@ -1,9 +1,9 @@
-"""Finds the devices of this process, and reports an unusable platform in one line."""
+"""Finds the devices of this process and their memory; an unusable platform is an error of one line."""
 
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -39,6 +39,7 @@ def local_devices() -> Sequence[Device]:
     return devices
 
 
+_MEMORY_METRICS = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
 # Several names or addresses; libtpu puts a sentence with a comma there if it finds none.
 _HOSTS = re.compile(r"[\w.:-]+(,[\w.:-]+)+")
 
@@ -55,6 +56,17 @@ def _require_one_process() -> None:
             f"TPU_WORKER_HOSTNAMES={hosts}: multi-host training is not supported yet; use a slice of one host, such as "
             "v5e-8 or v6e-8"
         )
+
+
+def device_memory(names: Mapping[str, str] = _MEMORY_METRICS) -> dict[str, float]:
+    """Returns figures of the fullest local device, by default use and peak; {} if the platform does not report them.
+
+    `names` maps the names in the result to those of JAX.
+    """
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    if not stats:
+        return {}
+    return {name: float(max(s[key] for s in stats)) for name, key in names.items() if key in stats[0]}
 
 
 @contextmanager

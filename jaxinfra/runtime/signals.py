@@ -1,9 +1,15 @@
 """Turns SIGINT, SIGTERM and SIGHUP into a request to stop after the current step."""
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any, Self
+
+# JAX's cache of programs imports filelock, whose audit hook (`_audit_fork_safety`) runs within calls from C++, too: an
+# exception in it would abort the process. An interrupt in it is sent again.
+_AUDIT_HOOK = "_audit"
+_RETRY_S = 0.01
 
 
 class StopRequest:
@@ -44,5 +50,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._reason is not None:
             self._interrupted = True
+            if frame is not None and frame.f_code.co_name.startswith(_AUDIT_HOOK):
+                threading.Timer(_RETRY_S, os.kill, (os.getpid(), number)).start()
+                return
             raise KeyboardInterrupt
         self._reason = self._reason or signal.Signals(number).name

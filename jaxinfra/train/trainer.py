@@ -34,14 +34,14 @@ from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.devices import local_devices
+from jaxinfra.runtime.devices import device_memory, local_devices
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.track.memory import device_memory, rss_bytes
+from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
