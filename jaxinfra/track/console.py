@@ -164,9 +164,10 @@ class ConsoleTracker(Tracker):
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         self._progress = RunProgress(start_step, total_steps)
-        self._console.print(Text(announcement(self._run_dir, record, start_step, total_steps), style="bold"))
+        text = Text(announcement(self._run_dir, record, start_step, total_steps), style="bold")
+        self._console.print(text, soft_wrap=True)
         self._console.print(headline_table(statistics))
-        self._console.print(Text(f"all numbers: {COMMAND} show {self._run_dir}", style="dim"))
+        self._console.print(Text(f"all numbers: {COMMAND} show {self._run_dir}", style="dim"), soft_wrap=True)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
