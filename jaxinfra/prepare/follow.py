@@ -20,6 +20,7 @@ from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
+from jaxinfra.prepare.builders.select import EmptySplitError
 from jaxinfra.prepare.builders.text import TextStoreBuilder
 from jaxinfra.prepare.parts import Part, PartMetadata
 from jaxinfra.prepare.prepare import OnProgress, PreparedVersion, PrepareProgress, find_existing, output_fields
@@ -42,7 +43,7 @@ def follow(
     """Reads a stream from the position where the last call ended, and seals versions of everything since its beginning.
 
     Yields each sealed version, and at the end the newest one. Memory: a batch (about `shard_bytes` of text) and its
-    tokens; for sealing see `builders.select`. Raises as `prepare`, ConfigError if a split of what arrived is empty,
+    tokens; for sealing see `builders.select`. Raises as `prepare`, EmptySplitError if a split is empty at the end,
     and DataError if the stream is not the same as before.
 
     Args:
@@ -50,7 +51,8 @@ def follow(
         should_stop: whether to seal and end; called at least twice a second while waiting.
         idle_timeout_s: also ends when everything has been read and nothing arrived for this time; None waits for the
             end of the stream.
-        seal_every_tokens: also seals whenever this many tokens have arrived. Sealing copies all tokens, old ones too.
+        seal_every_tokens: also seals whenever this many tokens have arrived and no split is empty. Sealing copies all
+            tokens, old ones too.
         on_progress: called after each batch.
     """
     source = recipe.source
@@ -77,7 +79,8 @@ def follow(
                 elif time.monotonic() - last_batch_s >= timeout_s and reader.caught_up():
                     break
                 if seal_every_tokens is not None and stream.unsealed_tokens >= seal_every_tokens:
-                    yield stream.seal()
+                    if (version := stream.try_seal()) is not None:
+                        yield version
         if stream.num_parts or not should_stop():  # stopping before anything arrived is no error, an empty stream is
             yield stream.seal()
 
@@ -91,7 +94,7 @@ class _StreamParts:
         self._store, self._builder, self._work, self._folder = store, builder, work, folder
         self._on_progress = on_progress
         self.position: Position = {}
-        self.num_parts = self.unsealed_tokens = self._read_bytes = self._new_tokens = 0
+        self.num_parts = self.unsealed_tokens = self._read_bytes = self._new_tokens = self._num_parts_tried = 0
         known = {version.made_of for version in versions.list_versions(store)}
         for number in parts.part_numbers(folder):
             if number != self.num_parts:
@@ -127,6 +130,16 @@ class _StreamParts:
         versions.publish_version(build, self._store, manifest, self._made_of)
         self.unsealed_tokens = 0
         return PreparedVersion(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
+
+    def try_seal(self) -> PreparedVersion | None:
+        """As `seal`; returns None if a split of what has arrived is empty, until another part has arrived."""
+        if self._num_parts_tried == self.num_parts:
+            return None
+        self._num_parts_tried = self.num_parts
+        try:
+            return self.seal()
+        except EmptySplitError:
+            return None
 
     @property
     def _made_of(self) -> str:

@@ -74,6 +74,23 @@ def test_seal_every_makes_versions_while_following(recipe, tmp_path):
     assert_each_once(tmp_path / "store")
 
 
+def test_a_version_waits_until_neither_split_is_empty(recipe, tmp_path):
+    little = b'{"text": "alone"}\n'
+    with started(recipe(), "--seal-every", "1", stdin=subprocess.PIPE) as child:
+        child.stdin.write(little)
+        child.stdin.flush()
+        while not parts_in(tmp_path / "store"):
+            time.sleep(0.05)
+        child.stdin.write(LINES)
+        child.stdin.close()
+        out = child.stdout.read().decode()
+    assert child.returncode == 0, out
+    assert out.count("sealed: ") == len(list_versions(ObjectStore(tmp_path / "store"))) > 2
+    assert sorted(documents(tmp_path / "store")) == sorted(["alone", *(document["text"] for document in DOCUMENTS)])
+    refused = run(recipe(store=tmp_path / "other"), "--follow", "--seal-every", "1", stdin=little, code=81)
+    assert "puts none of 1 records in the validation split" in refused
+
+
 def test_bad_records_of_a_stream_fail_or_are_skipped(recipe, tmp_path):
     lines = LINES + b"{broken\n"
     assert "stdin:401: not JSON" in run(recipe(), "--follow", stdin=lines, code=78)

@@ -86,6 +86,6 @@ class StoreBuilder[R: Recipe](ABC):
         """Writes all files of the version but the manifest to `build`, from all parts of `folder` in order.
 
         Raises:
-            ConfigError: a split is empty.
+            EmptySplitError: a split has no documents.
             DataError: a part is damaged, or a document is in both splits and the recipe forbids it.
         """

@@ -23,6 +23,10 @@ from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
 
+class EmptySplitError(ConfigError):
+    """A split has no documents; more records may mend it."""
+
+
 _MAX_LOCATIONS = 3  # locations of overlapping documents in a message
 
 
@@ -119,15 +123,15 @@ def _overlap_error(overlap_V: np.ndarray, locations_V: np.ndarray) -> DataError:
     )
 
 
-def _empty_split_error(recipe: Recipe, num_kept: Mapping[Split, int], counts: Counts) -> ConfigError:
+def _empty_split_error(recipe: Recipe, num_kept: Mapping[Split, int], counts: Counts) -> EmptySplitError:
     """Returns the error for a split without documents."""
     validation, total_kept = recipe.validation, sum(num_kept.values())
     lost = f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
     if not total_kept:
-        return ConfigError(f"store={recipe.store}: the corpus is empty: {lost}; correct the source or the filters")
+        return EmptySplitError(f"store={recipe.store}: the corpus is empty: {lost}; correct the source or the filters")
     if not isinstance(validation, ByKey | Tail):
         empty = "validation" if num_kept["train"] else "source"
-        return ConfigError(
+        return EmptySplitError(
             f"{empty}: gives no documents ({lost}; all {total_kept} that are left are from the other source); correct "
             f"{empty} or the filters, or use validation=by_key"
         )
@@ -135,7 +139,7 @@ def _empty_split_error(recipe: Recipe, num_kept: Mapping[Split, int], counts: Co
     is_text = isinstance(recipe, Corpus) and isinstance(recipe.format, Text)
     can_cut = is_text and isinstance(validation, ByKey)
     fix = "or use validation=tail, which cuts the text of a single document" if can_cut else "or more records"
-    return ConfigError(
+    return EmptySplitError(
         f"validation={snake_case(type(validation))} validation.fraction={validation.fraction}: puts none of "
         f"{total_kept} records in the {empty} split; use another fraction, {fix}"
     )
