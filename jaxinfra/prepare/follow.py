@@ -78,9 +78,9 @@ def follow(
                     last_batch_s = time.monotonic()
                 elif time.monotonic() - last_batch_s >= timeout_s and reader.caught_up():
                     break
-                if seal_every_tokens is not None and stream.unsealed_tokens >= seal_every_tokens:
-                    if (version := stream.try_seal()) is not None:
-                        yield version
+                is_due = seal_every_tokens is not None and stream.unsealed_tokens >= seal_every_tokens
+                if is_due and (version := stream.try_seal()) is not None:
+                    yield version
         if stream.num_parts or not should_stop():  # stopping before anything arrived is no error, an empty stream is
             yield stream.seal()
 

@@ -23,11 +23,11 @@ from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
 
+_MAX_LOCATIONS = 3  # locations of overlapping documents in a message
+
+
 class EmptySplitError(ConfigError):
     """A split has no documents; more records may mend it."""
-
-
-_MAX_LOCATIONS = 3  # locations of overlapping documents in a message
 
 
 def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[KeepMasks, Counts]:
