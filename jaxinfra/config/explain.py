@@ -5,10 +5,12 @@ class. The classes of an open base are imported only when a path below it is ask
 """
 
 import inspect
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from jaxinfra.config.aliases import path_of_alias
 from jaxinfra.config.schema import (
@@ -25,6 +27,8 @@ from jaxinfra.config.schema import (
 )
 from jaxinfra.config.text import format_value, join, nearest, snake_case
 from jaxinfra.errors import ConfigError
+
+_FIELD_PATHS = Path(__file__).with_name("field_paths.json")  # generated: to import all classes takes a second
 
 # An entry of a docstring's "Attributes:" section; the lines that continue it are indented deeper.
 _ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n {5,}.+)*)", re.MULTILINE)
@@ -111,25 +115,31 @@ def all_fields(root: type, parent: Field | None = None) -> Iterator[Field]:
             yield from all_fields(cls, field)
 
 
+def known_paths(root: type) -> list[str]:
+    """Returns the paths of all fields of `Run` or a recipe, from field_paths.json, without importing their classes."""
+    return json.loads(_FIELD_PATHS.read_text(encoding="utf-8"))[root.__name__]
+
+
 def find(roots: Iterable[type], path: str) -> list[Field]:
     """Returns the fields at a path of the first root that has it, one for each class of a choice that has it.
 
     The path may also be another framework's name for a field, or else the last name of a path further down. Asks for
     the next root only if those before have no such path. Raises ConfigError with the nearest path if none has it.
+
+    Args:
+        roots: `Run` or classes of recipes.
+        path: as in an override.
     """
-    searched: list[type] = []
+    paths: dict[type, list[str]] = {}
     alias = path_of_alias(path)
     for root in roots:
         if found := _descend(root, path) or (alias and _descend(root, alias)):
             return found
-        searched.append(root)
-    known: dict[str, list[Field]] = {}
-    for root in searched:  # comes last, because it imports all classes of open bases
-        fields = list(all_fields(root))
-        if same_name := [field for field in fields if field.field.name == path]:
-            return same_name
-        for field in fields:
-            known.setdefault(field.path, []).append(field)
+        paths[root] = known_paths(root)
+    for root in paths:
+        if same_name := [each for each in paths[root] if each.rpartition(".")[2] == path]:
+            return [field for each in same_name for field in _descend(root, each)]
+    known = list(dict.fromkeys(each for root in paths for each in paths[root]))
     near = nearest(path, known) or nearest(path.rpartition(".")[2], [each.rpartition(".")[2] for each in known])
     top = ", ".join(each for each in known if "." not in each)
     raise ConfigError(f"{path}: no such config field; {f'did you mean {near}?' if near else f'the fields are {top}'}")

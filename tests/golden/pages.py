@@ -1,12 +1,13 @@
-"""Makes the pages and tables that follow from the code: docs/configs.md, docs/models.md and models/catalog.json."""
+"""Makes the pages of docs/ and the tables of jaxinfra/ that follow from the code."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from flax import nnx
 
-from jaxinfra.config.explain import Field, fields_below
+from jaxinfra.config.explain import Field, all_fields, fields_below
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
 from jaxinfra.models.catalog import CatalogEntry, catalog, catalog_text, published_context
@@ -23,8 +24,16 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "docs/configs.md": configs_page(),
         ROOT / "docs/models.md": models_page(),
+        ROOT / "jaxinfra/config/field_paths.json": field_paths(),
         ROOT / "jaxinfra/models/catalog.json": catalog_text(tuple(map(catalog_entry, SHAPES | VISION_SHAPES))),
     }
+
+
+def field_paths() -> str:
+    """The paths of all config fields by the name of the root class, in the order of the fields."""
+    roots = (Run, Corpus, ImageSet)
+    paths = {root.__name__: list(dict.fromkeys(field.path for field in all_fields(root))) for root in roots}
+    return json.dumps(paths, indent=0) + "\n"
 
 
 def catalog_entry(name: str) -> CatalogEntry:
