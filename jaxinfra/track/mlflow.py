@@ -54,6 +54,9 @@ class MLflowRun(RemoteRun):
         )
         for some in batched(metrics, _MAX_METRICS):
             self._client.log_batch(self._run_id, metrics=some)
+        for row in rows:
+            for name, text in row.texts.items():  # a tag: a server may have no place for files that we can write to
+                self._client.set_tag(self._run_id, name, f"after step {row.step}\n{text}"[:_MAX_CHARS])
 
     @override
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:

@@ -32,11 +32,17 @@ _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """Metrics by group and name, logged at a Unix time in milliseconds after a number of completed steps."""
+    """What was logged at a Unix time in milliseconds after a number of completed steps.
+
+    Attributes:
+        metrics: values by group and name.
+        texts: "sample" or "profile", and the text.
+    """
 
     step: int
     time_ms: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = {}
+    texts: Mapping[str, str] = {}
 
 
 class RemoteRun(ABC):
@@ -48,7 +54,7 @@ class RemoteRun(ABC):
 
     @abstractmethod
     def send(self, rows: Sequence[Row]) -> None:
-        """Sends the metrics of some steps."""
+        """Sends the metrics and texts of some steps."""
 
     @abstractmethod
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -80,8 +86,18 @@ class RemoteTracker(Tracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        named = {grouped_name(name): value for name, value in metrics.items()}
-        self._rows.append(Row(step, round(1000 * time.time()), named))
+        self._add(step, metrics={grouped_name(name): value for name, value in metrics.items()})
+
+    @override
+    def log_sample(self, step: int, text: str) -> None:
+        self._add(step, texts={"sample": text})
+
+    @override
+    def log_profile(self, step: int, text: str) -> None:
+        self._add(step, texts={"profile": text})
+
+    def _add(self, step: int, **content: Mapping[str, Any]) -> None:
+        self._rows.append(Row(step, round(1000 * time.time()), **content))
         self._logged += 1
         self._has_rows.set()
 

@@ -1,4 +1,4 @@
-"""Writes TensorBoard event files without TensorFlow: scalars, the config as text, and its fields as hyperparameters.
+"""Writes TensorBoard event files without TensorFlow: scalars, the config and samples as text, and hyperparameters.
 
 Scalars are in the groups train, eval, perf and memory.
 
@@ -17,7 +17,8 @@ from typing import Any, override
 
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import hparams, text
+from tensorboardX.summary import hparams
+from tensorboardX.summary import text as text_summary
 
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
@@ -45,9 +46,8 @@ class TensorBoardTracker(FileTracker):
             # A session start makes TensorBoard drop its step and later ones from earlier files: they will run again.
             self._add(start_step + 1, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
-            code = indent(json.dumps(config, indent=2, default=str), "    ")  # a code block in Markdown
-            self._add(start_step, summary=text("config", code))
-            self._add(start_step, summary=text("derived", statistics_markdown(statistics)))
+            self._add_code(start_step, "config", json.dumps(config, indent=2, default=str))
+            self._add(start_step, summary=text_summary("derived", statistics_markdown(statistics)))
             scalars = bool | int | float | str  # the types of hyperparameters
             fields = {key: leaf if isinstance(leaf, scalars) else str(leaf) for key, leaf in flatten(config).items()}
             for summary in hparams(fields, _HPARAM_METRICS):
@@ -59,6 +59,18 @@ class TensorBoardTracker(FileTracker):
             _summaries.Summary.Value(tag=grouped_name(name), simple_value=value) for name, value in metrics.items()
         ]
         self._add(step, summary=_summaries.Summary(value=values))
+
+    @override
+    def log_sample(self, step: int, text: str) -> None:
+        self._add_code(step, "sample", text)
+
+    @override
+    def log_profile(self, step: int, text: str) -> None:
+        self._add_code(step, "profile", text)
+
+    def _add_code(self, step: int, name: str, code: str) -> None:
+        """Adds a text as a code block in Markdown."""
+        self._add(step, summary=text_summary(name, indent(code, "    ", lambda line: True)))
 
     def _add(self, step: int, **content: object) -> None:
         event = _events.Event(wall_time=time.time(), step=step, **content)

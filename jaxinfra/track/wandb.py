@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, override
 from uuid import uuid4
@@ -46,8 +47,11 @@ class WandbRun(RemoteRun):
 
     @override
     def send(self, rows: Sequence[Row]) -> None:
+        import wandb
+
         for row in rows:
-            self._run.log({"step": row.step, **row.metrics})
+            texts = {name: wandb.Html(f"<pre>{escape(text)}</pre>") for name, text in row.texts.items()}
+            self._run.log({"step": row.step, **row.metrics, **texts})
 
     @override
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ for start_step, status in (0, "finished"), (2, "stopped"):
         for step in range(start_step + 1, start_step + 4):
             trackers.log(step, {"loss": step / 4 if step > 1 else float("nan"), "rss_bytes": 1e9})
         trackers.log(step, {"eval/loss": 3.0})
+        trackers.log_sample(step, "Once upon")
         trackers.log_summary({"status": status})
 """
 
@@ -62,6 +63,7 @@ def test_a_run_and_its_resume_are_one_run_of_the_server(tmp_path: Path) -> None:
         assert (run["info"]["run_name"], run["info"]["status"]) == ("story", "KILLED")
         tags = pairs(run["data"]["tags"])
         assert tags["team"] == "speech" and "| parameters | 7 | count |" in tags["mlflow.note.content"]
+        assert tags["sample"] == "after step 5\nOnce upon"
         assert pairs(run["data"]["params"]) == {"optim.peak_lr": "0.1", "mesh.fsdp": "0"}
         assert pairs(run["data"]["metrics"]) == {"train/loss": 1.25, "memory/rss_bytes": 1e9, "eval/loss": 3.0}
         losses = ask(uri, "metrics/get-history", run_id=run_id, metric_key="train/loss")["metrics"]
@@ -74,4 +76,4 @@ def test_a_dead_server_is_named_and_training_goes_on(tmp_path: Path) -> None:
     assert ended.returncode == 0
     first, last, *_ = ended.stderr.splitlines()
     assert first.startswith("track.mlflow.uri=http://127.0.0.1:9: Connection refused; training goes on")
-    assert "4 of 4 logged rows were not sent" in last
+    assert "5 of 5 logged rows were not sent" in last

@@ -37,6 +37,7 @@ def run(run_dir, start_step, stop):
     tracker.start(RECORD, DERIVED, start_step=start_step, total_steps=20)
     for step in range(start_step + 1, stop + 1):
         tracker.log(step, {"loss": step / 2, "eval/loss": 3.0})
+    tracker.log_sample(stop, "Once\n\nupon")
     tracker.log_summary({})
     tracker.close()
     tracker.close()
@@ -53,6 +54,7 @@ def test_scalars_config_and_hyperparameters_are_read_back(tmp_path):
     texts = {value.tag: value.tensor.string_val[0].decode() for _, value in values if value.tensor.string_val}
     assert '    "layers": 4' in texts["config/text_summary"].replace("      ", "    ")
     assert "| parameters | 1,000 | count |" in texts["derived/text_summary"]
+    assert texts["sample/text_summary"] == "    Once\n    \n    upon"
     plugins = [value.metadata.plugin_data.content for _, value in values if value.tag.startswith("_hparams_/session_s")]
     hparams = HParamsPluginData.FromString(plugins[0]).session_start_info.hparams
     assert hparams["optim.peak_lr"].number_value == 3e-4 and hparams["optim.schedule"].string_value == "cosine"

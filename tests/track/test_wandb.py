@@ -25,6 +25,7 @@ with make_trackers(TrackConfig(wandb=wandb, tensorboard=False, console="plain"),
     for step in range(start_step + 1, start_step + 4):
         trackers.log(step, {"loss": step / 4, "mfu": 0.5})
     trackers.log(step, {"eval/loss": 3.0})
+    trackers.log_sample(step, "Once <upon>")
     trackers.log_summary({"status": "finished"})
 """
 
@@ -76,7 +77,8 @@ def test_a_run_and_its_resume_are_one_run_of_wandb(tmp_path: Path) -> None:
     assert [row["train/loss"] for row in rows[:3]] == [0.25, 0.5, 0.75]
     assert (rows[3]["eval/loss"], rows[3]["step"], rows[2]["perf/mfu"]) == (3.0, 3, 0.5)
     resumed, rows, _ = contents(second)
-    assert resumed.run_id == run.run_id and [row["step"] for row in rows] == [3, 4, 5, 5]
+    assert resumed.run_id == run.run_id and [row["step"] for row in rows] == [3, 4, 5, 5, 5]
+    assert "<pre>Once &lt;upon&gt;</pre>" in (second / "files" / rows[4]["sample/path"]).read_text()
 
 
 def test_a_missing_or_wrong_key_is_named_and_training_goes_on(tmp_path: Path, monkeypatch) -> None:
@@ -86,4 +88,4 @@ def test_a_missing_or_wrong_key_is_named_and_training_goes_on(tmp_path: Path, mo
     assert ended.returncode == 0
     assert "track.wandb.project=p: WANDB_API_KEY invalid" in ended.stderr
     assert "a-wrong-key" not in ended.stderr + ended.stdout
-    assert "4 of 4 logged rows were not sent" in ended.stderr
+    assert "5 of 5 logged rows were not sent" in ended.stderr
