@@ -222,5 +222,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
+DEVICE_COMMANDS = ("train", "sample", "parity", "bench")
+"""The commands that compute on devices."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}

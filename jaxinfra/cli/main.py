@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from jaxinfra import __version__, user_code
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
+from jaxinfra.runtime.host_memory import keep_freed_memory
 
 EPILOG = f"""\
 examples:
   {COMMAND} configs/quickstart.py
-  {COMMAND} configs/quickstart.py train.steps=400 optim.peak_lr=3e-4
+  {COMMAND} configs/quickstart.py train.steps=800 optim.peak_lr=3e-3
   {COMMAND} configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
   {COMMAND} show configs/llama3_8b.py mesh.fsdp=64
   {COMMAND} compile configs/llama3_8b.py --on v5p:4x4x4
@@ -147,6 +148,8 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
+        if options.command in DEVICE_COMMANDS and emulation.is_one_cpu(os.environ):
+            keep_freed_memory()
         module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
         return module.run(options, argv)
     except Preempted as error:  # asked for: no error
