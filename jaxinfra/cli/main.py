@@ -122,6 +122,11 @@ def choose_devices(devices: str | None) -> None:
         os.environ |= emulation.emulation_env(int(count))
 
 
+def _is_one_cpu() -> bool:
+    """Whether JAX will use one CPU device."""
+    return platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1"
+
+
 def _print_error(message: str, exit_code: int) -> int:
     """Prints an error on one line."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -148,7 +153,7 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
-        if options.command in DEVICE_COMMANDS and emulation.is_one_cpu(os.environ):
+        if options.command in DEVICE_COMMANDS and _is_one_cpu():
             keep_freed_memory()
         module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
         return module.run(options, argv)

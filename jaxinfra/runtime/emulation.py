@@ -1,7 +1,6 @@
 """Emulates several accelerators with CPU devices: environment variables that JAX and XLA read when they start."""
 
 import os
-from collections.abc import Mapping
 
 # A device that waits in a collective holds a thread of XLA's pool, and may wait in several at once. XLA's default is
 # hardly more threads than devices: collectives without a fixed order, such as those of pipeline stages, can deadlock.
@@ -13,11 +12,6 @@ FLAGS = {
     # By default XLA aborts if a device is 40 s late, which happens on a busy machine.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
-
-
-def is_one_cpu(environment: Mapping[str, str]) -> bool:
-    """Whether JAX will use one CPU device, and no other platform."""
-    return environment.get("JAX_PLATFORMS") == "cpu" and environment.get("JAX_NUM_CPU_DEVICES", "1") == "1"
 
 
 def emulation_env(num_devices: int) -> dict[str, str]:
