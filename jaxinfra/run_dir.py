@@ -18,6 +18,7 @@ from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.lock import locked
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 from jaxinfra.track.report import write_report
+from jaxinfra.track.runs import no_run_error
 
 
 class RunDirectory:
@@ -123,7 +124,7 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     directory = RunDirectory(path)
     record = directory.existing_record()
     if not record:
-        raise ConfigError(f"{path}: no run.json there; name the directory of a run, such as runs/quickstart")
+        raise no_run_error(path)
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
     if not directory.checkpoints.exists():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")

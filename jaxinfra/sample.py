@@ -22,6 +22,7 @@ from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import load_params, parse_source
+from jaxinfra.track.runs import no_run_error
 
 PROMPT_BLOCK = 64
 """Prompts are padded to a multiple of this, so that prompts of similar length share one compiled program."""
@@ -76,7 +77,7 @@ class Sampler:
         path, _ = parse_source(run_dir)
         record = path / "run.json"
         if not record.exists():
-            raise ConfigError(f"{path}: no run.json there; name the directory of a run, such as runs/quickstart")
+            raise no_run_error(path)
         program = sampling_program(load(record, (), Run, imports).run)
         return cls(program, load_params(run_dir, program).params)
 

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,8 +98,17 @@ def load_file[C](
     return ConfigFile(run=run, source=os.fspath(source), finder=finder)
 
 
+def similar_run(path: Path) -> Path | None:
+    """Returns the newest directory of a run beside `path` whose name begins with its name; None without one."""
+    records = path.parent.glob(f"{escape(path.name)}*/{RECORD_FILE}") if path.name else ()
+    newest = max(records, key=lambda record: record.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
 def _require_config_file(path: Path) -> None:
     suffixes = (".py", ".json")
+    if not path.suffix and (run := similar_run(path)):
+        raise ConfigError(f"{path}: no {RECORD_FILE} there; did you mean {run}?")
     if path.is_dir():
         raise ConfigError(
             f"{path}: is a directory without {RECORD_FILE}; name a config file, or the directory of a run"

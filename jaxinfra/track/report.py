@@ -22,12 +22,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jaxinfra.config.text import format_value
-from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
 from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
+from jaxinfra.track.runs import no_run_error
 
 REPORT_FILE = "report.html"
 MAX_RUNS = 8
@@ -84,7 +84,7 @@ def read_run(run_dir: Path, *, is_running: bool) -> RunFiles:
         run_dir / name for name in ("run.json", jsonl.SUMMARY_FILE, jsonl.METRICS_FILE, jsonl.SAMPLES_FILE)
     )
     if not record_file.exists():
-        raise ConfigError(f"{run_dir}: no run.json there; name the directory of a run, such as runs/quickstart")
+        raise no_run_error(run_dir)
     record = jsonl.read_json_object(record_file)
     rows = jsonl.read_metrics(metrics_file) if metrics_file.exists() else []
     # The summary of a run that goes on is that of its last stop.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.config import read_record
-from jaxinfra.config.source import RECORD_FILE
-from jaxinfra.errors import JaxinfraError
+from jaxinfra.config.source import RECORD_FILE, similar_run
+from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.lock import is_locked
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 
@@ -67,6 +67,13 @@ def run_overview(path: Path) -> RunOverview:
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         age_s=age_s,
     )
+
+
+def no_run_error(path: Path) -> ConfigError:
+    """Returns the error for a directory without a run record; it names the newest run with a similar name."""
+    similar = similar_run(path)
+    fix = f"did you mean {similar}?" if similar else "name the directory of a run, such as runs/quickstart"
+    return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
 
 
 def _state(path: Path, summary: Mapping[str, Any], completed_steps: int) -> str:

@@ -43,6 +43,15 @@ def test_several_runs(tmp_path):
 
 def test_bad_input(tmp_path):
     refused(launch("report", str(tmp_path / "none")), "none: run.json")
+    for number, name in enumerate(("story-92358e", "story-000000", "stories")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        os.utime(tmp_path / name / "run.json", (number % 2, number % 2))  # the second one is the newest
+    (tmp_path / "story-empty").mkdir()
+    for command in (("report",), ("sample", "--seed=1"), ("show",)):
+        prompt = ("Once",) if command[0] == "sample" else ()
+        ended = launch(*command, str(tmp_path / "story"), *prompt)
+        refused(ended, f"{tmp_path}/story: run.json {tmp_path}/story-000000?")
     refused(launch("report", *(str(tmp_path / str(i)) for i in range(9))), "9 8")
     make(tmp_path / "run", 3)
     refused(
