@@ -4,7 +4,8 @@ From the trainers and model configs of Hugging Face, and from the config files o
 """
 
 _ALIASES = {
-    "train.steps": ("max_steps", "num_train_steps", "num_steps", "training_steps", "total_steps", "iterations"),
+    "train.steps": ("max_steps", "num_train_steps", "num_steps", "training_steps", "total_steps", "iterations")
+    + ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs", "epochs"),
     "train.global_batch": (
         "batch_size",
         "per_device_batch_size",
@@ -52,8 +53,8 @@ _ALIASES = {
     "checkpoint.save_every": ("save_steps", "save_interval", "checkpoint_period", "checkpoint_interval"),
     "checkpoint.keep_last": ("save_total_limit", "max_to_keep", "keep_latest_k"),
     "track.log_every": ("logging_steps", "log_interval", "log_freq", "log_period"),
-    "name": ("run_name", "output_dir", "experiment_name"),
-    "root": ("base_output_directory", "dump_folder"),
+    "name": ("run_name", "experiment_name"),
+    "root": ("output_dir", "base_output_directory", "dump_folder"),
     "seed": ("random_seed", "data_seed", "init_weights_seed"),
     "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint"),
 }
