@@ -29,8 +29,7 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
     reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
     yield f"records      {counts.records:,} read" + (f"; left out: {reasons}" if reasons else "")
     samples = "images" if manifest.kind == "images" else "documents"
-    dropped = f"; {counts.overlap_dropped:,} training {samples} dropped for it" if counts.overlap_dropped else ""
-    yield f"overlap      {counts.overlap:,} of the validation {samples} are in the training source too{dropped}"
+    yield f"overlap      {_overlap(manifest, samples)}"
     for split in SPLITS:
         info = manifest.splits[split]
         tokens = f"{info.tokens:,} tokens, " if manifest.tokenizer else ""
@@ -39,6 +38,20 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
         yield f"packed       {name}: {pack.rows:,} rows, {pack.efficiency:.1%} full, {pack.truncated:,} documents cut"
     for metric, values in manifest.baselines.items():
         yield f"to beat      {', '.join(f'{value:.4f} by {name}' for name, value in values.items())} ({metric})"
+
+
+def _overlap(manifest: Manifest, samples: str) -> str:
+    """Says how many validation samples are in the training source, and what became of those there."""
+    counts, total = manifest.counts, manifest.splits["validation"].documents
+    if not counts.overlap:
+        return f"none of the {total:,} validation {samples} are in the training source"
+    share = f" ({counts.overlap / total:.1%})" if total else ""
+    line = f"{counts.overlap:,} of {total:,} validation {samples}{share} are in the training source too"
+    if counts.overlap_dropped:
+        return f"{line}; {counts.overlap_dropped:,} training {samples} dropped for it"
+    if manifest.recipe.get("dedup") is not None:
+        return f"{line}; dedup has left them out of training"
+    return f"{line}; on_overlap=drop leaves them out of training"
 
 
 def length_histogram(store: TokenStore) -> Iterator[str]:

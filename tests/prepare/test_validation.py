@@ -294,7 +294,12 @@ def test_prepare_and_show_print_the_overlap(tmp_path):
     validation = ("validation=jsonl", f"validation.root={tmp_path / 'val'}", "--workers", "1")
     for command in (("prepare", path, *validation), ("show", store)):
         done = ended(start("data", *command))
-        assert done.code == 0 and "overlap      2 of the validation documents" in done.out, done
+        assert done.code == 0 and "overlap      2 of 2 validation documents (100.0%) are in" in done.out, done
+        assert "on_overlap=drop leaves them out" in done.out
+    dropped = ended(start("data", "prepare", path, *validation, "on_overlap=drop"))
+    assert "2 training documents dropped for it" in dropped.out and "on_overlap=drop" not in dropped.out
+    dedup = ended(start("data", "prepare", path, *validation, "dedup=dedup"))
+    assert "dedup has left them out of training" in dedup.out
     refused(ended(start("data", "prepare", path, *validation, "on_overlap=fail")), "on_overlap=fail:", code=78)
 
 
