@@ -23,6 +23,7 @@ _BYTES_PER_TOKEN = 3.3  # of a small BPE on prose and code
 _BATCH, _SEQ_LEN = 16, 256
 _EPOCHS = 4
 _STEPS = (100, 1000)  # fewest and most
+_RECIPE_COMMENTS = {"on_bad": "bad records are listed in skipped.jsonl of the store's version"}
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -36,8 +37,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             raise ConfigError(f"{file}: exists and is not overwritten; use --name ANOTHER")
     detected = detect(options.path, f"stores/{name}")
     config = small_run(name, str(recipe_file), detected)
-    recipe_text = source_code(detected.recipe, f"Tokenizes {options.path}.")
-    run_text = source_code(config, f"Trains a small language model on {options.path}.")
+    recipe_text = source_code(detected.recipe, f"Tokenizes {options.path}.", comments=_RECIPE_COMMENTS)
+    run_text = source_code(config, f"Trains a small language model on {options.path}.", always=("train.steps",))
     print(detected.summary)
     for file, text in ((recipe_file, recipe_text), (run_file, run_text)):
         with storage_errors(file, fix="free space or use another folder"):
