@@ -61,11 +61,12 @@ def _add_int(
     option: str,
     minimum: int,
     *,
+    alias: str | None = None,
     default: int | None = None,
     metavar: str | None = None,
     help: str,
 ) -> None:
-    """Adds an integer option; a value below `minimum` is a ConfigError."""
+    """Adds an integer option, maybe with another spelling; a value below `minimum` is a ConfigError."""
 
     def parse(text: str) -> int:
         if (value := int(text)) < minimum:
@@ -73,7 +74,8 @@ def _add_int(
         return value
 
     parse.__name__ = "int"  # argparse's message for a text that is not a number shows this name
-    parser.add_argument(option, type=parse, default=default, metavar=metavar, help=help)
+    spellings = (option,) if alias is None else (option, alias)
+    parser.add_argument(*spellings, type=parse, default=default, metavar=metavar, help=help)
 
 
 def _add_config(parser: argparse.ArgumentParser, config_help: str = CONFIG_HELP) -> None:
@@ -144,7 +146,8 @@ def _add_data_peek(parser: argparse.ArgumentParser) -> None:
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
-    _add_int(parser, "--max-tokens", 1, default=200, help="maximum number of tokens to decode (default %(default)s)")
+    most = "maximum number of tokens to decode (default %(default)s)"
+    _add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")

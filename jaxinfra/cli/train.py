@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
+from jaxinfra.run import Run
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
@@ -24,7 +25,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     elif loaded.run.track.console != "off":
         _plot_loss(run_dir / "metrics.jsonl")
     if loaded.run.track.console != "off":
-        print(f"next:\n  {COMMAND} runs {loaded.run.root}")
+        root = "" if loaded.run.root == Run.root else f" {loaded.run.root}"
+        print(f"next:\n  {COMMAND} runs{root}")
         if loaded.run.data.modality == "token":
             print(f'  {COMMAND} sample {run_dir} "PROMPT"')
         print(f"  open {summary.get('report', run_dir / 'report.html')}")

@@ -167,7 +167,7 @@ class ConsoleTracker(Tracker):
         text = Text(announcement(self._run_dir, record, start_step, total_steps), style="bold")
         self._console.print(text, soft_wrap=True)
         self._console.print(headline_table(statistics))
-        self._console.print(Text(f"all numbers: {COMMAND} show {self._run_dir}", style="dim"), soft_wrap=True)
+        self._console.print(Text(f"more numbers: {COMMAND} show {self._run_dir}", style="dim"), soft_wrap=True)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
