@@ -64,7 +64,8 @@ def command_parser(command: str) -> argparse.ArgumentParser:
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Parses a command line; options may stand anywhere after the command.
 
-    Raises ConfigError if the first word is neither a command nor a config, SystemExit for help and usage errors.
+    Raises ConfigError if the first word is neither a command nor a config, or if an override has dashes, and SystemExit
+    for help and usage errors.
     """
     if argv[:1] == ["--version"]:
         print(f"jaxinfra {__version__}, Python {platform.python_version()}, JAX {version('jax')}")
@@ -76,7 +77,12 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     if not num_words:
         _check_subcommand(argv)
     command = " ".join(argv[:num_words]) or "train"
-    options = command_parser(command).parse_intermixed_args(argv[num_words:])
+    parser = command_parser(command)
+    options, unknown = parser.parse_known_intermixed_args(argv[num_words:])
+    if unknown:
+        if "overrides" in options:
+            _check_dashes(command, unknown, argv)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not num_words:
         _check_config_word(options.config)
     return argparse.Namespace(command=command, **vars(options))
@@ -92,6 +98,21 @@ def _check_subcommand(argv: Sequence[str]) -> None:
         raise SystemExit(0)
     wrong = f"{argv[0]} {argv[1]}: no such command" if argv[1:] else f"{argv[0]}: needs a subcommand"
     raise ConfigError(f"{wrong}; use {argv[0]} {', '.join(subcommands[:-1])} or {subcommands[-1]}")
+
+
+def _check_dashes(command: str, unknown: Sequence[str], argv: Sequence[str]) -> None:
+    """Raises ConfigError for an unknown option that is meant as an override: --learning_rate=3e-3, --lr 3e-3."""
+    from jaxinfra.config.aliases import override_of_alias  # imports pathlib, inspect and more
+
+    word = next((each for each in unknown if each.startswith("--")), "")
+    name, equals, value = word.removeprefix("--").partition("=")
+    following = argv[argv.index(word) + 1 :] if word and not equals else []
+    if following and "=" not in following[0] and not following[0].startswith("-"):
+        value = following[0]
+    override = None if command == "data prepare" else override_of_alias(name, value)  # aliases are those of a run
+    if override is None and not equals and "." not in name:
+        return
+    raise ConfigError(f"{word}: no such option; overrides have no dashes: {override or f'{name}={value or "VALUE"}'}")
 
 
 def _check_config_word(word: str) -> None:

@@ -58,9 +58,28 @@ _ALIASES = {
     "seed": ("random_seed", "data_seed", "init_weights_seed"),
     "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint"),
 }
+# Their values count something else than the field (epochs, a share of the steps, the batch of a device), or switch it.
+_OF_OTHER_VALUES = frozenset(
+    ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs", "epochs", "warmup_ratio", "max_position_embeddings")
+    + ("per_device_batch_size", "per_device_train_batch_size", "local_batch_size", "micro_batch_size", "output_dir")
+    + ("bf16", "fp16", "fp8", "int8", "gradient_checkpointing", "activation_checkpointing", "num_slices")
+)
 _PATHS = {alias: path for path, aliases in _ALIASES.items() for alias in aliases}
 
 
 def path_of_alias(name: str) -> str | None:
     """Returns the path of the field of a `Run` that other frameworks call `name`; None for other names."""
-    return _PATHS.get(name.rpartition(".")[2].lower().replace("-", "_"))
+    return _PATHS.get(_normalized(name))
+
+
+def override_of_alias(name: str, value: str) -> str | None:
+    """Returns the override for a field that other frameworks call `name`; None for other names.
+
+    Its value is VALUE where theirs counts something else.
+    """
+    path = path_of_alias(name)
+    return path and f"{path}={'VALUE' if not value or _normalized(name) in _OF_OTHER_VALUES else value}"
+
+
+def _normalized(name: str) -> str:
+    return name.rpartition(".")[2].lower().replace("-", "_")

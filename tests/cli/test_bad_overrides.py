@@ -3,7 +3,7 @@
 import pytest
 
 from tests.refusals import mend, refused
-from tests.tiny_run import Tiny, contents
+from tests.tiny_run import Tiny, contents, launch
 
 # Overrides, and words that their refusal has where those are not the first override itself.
 WITHOUT_A_FIX = (
@@ -31,6 +31,27 @@ def test_the_line_names_what_is_wrong(begun: Tiny, overrides: str, named: str) -
     before = contents(begun.runs)
     refused(begun.launch(*overrides.split()), named or overrides)
     assert contents(begun.runs) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "override"),
+    [
+        ("--learning_rate=3e-3", "optim.peak_lr=3e-3"),
+        ("--lr 3e-3", "optim.peak_lr=3e-3"),
+        ("--num-train-epochs=3", "train.steps=VALUE"),
+        ("--train.steps=4", "train.steps=4"),
+        ("train.steps=4 --optim.peak_lr", "optim.peak_lr=VALUE"),
+        ("--seed=4", "seed=4"),
+    ],
+)
+def test_an_override_with_dashes(tiny: Tiny, words: str, override: str) -> None:
+    line = refused(tiny.launch(*words.split()))
+    assert line.endswith(f" no dashes: {override}")
+
+
+def test_an_option_that_is_neither(tiny: Tiny) -> None:
+    for ended in (tiny.launch("--nothing"), launch("sample", "runs/x", "Once", "--train.steps=4")):
+        assert ended.code == 2 and "unrecognized arguments: --" in ended.err
 
 
 def test_a_root_that_cannot_be_written(begun: Tiny) -> None:
