@@ -78,9 +78,11 @@ def _add_int(
     parser.add_argument(*spellings, type=parse, default=default, metavar=metavar, help=help)
 
 
-def _add_config(parser: argparse.ArgumentParser, config_help: str = CONFIG_HELP) -> None:
+def _add_config(
+    parser: argparse.ArgumentParser, config_help: str = CONFIG_HELP, example: str = "train.steps=400"
+) -> None:
     parser.add_argument("config", metavar="CONFIG", help=config_help)
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides, such as train.steps=400")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"overrides, such as {example}")
     _add_imports(parser)
 
 
@@ -90,7 +92,8 @@ def _add_imports(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", help="folder or URL of a store, or of one of its versions")
+    places = "folder or URL of a store or of one of its versions, or the file of its recipe or of a run that reads it"
+    parser.add_argument("store", metavar="STORE", help=places)
     parser.add_argument("--version", metavar="FINGERPRINT", help="the version or a prefix of it (default: the newest)")
 
 
@@ -118,7 +121,8 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser, "a recipe such as configs/data/python_stdlib.py, or a run that names its recipes")
+    config = "a recipe such as configs/data/python_stdlib.py, or a run that names its recipes"
+    _add_config(parser, config, "on_overlap=drop (of a recipe)")
     parser.add_argument("--engine", choices=ENGINES, help=f"what runs the workers (default {ENGINES[0]})")
     _add_int(parser, "--workers", 1, metavar="N", help="number of workers (default: one per core)")
     follow = parser.add_argument_group("streams")

@@ -143,8 +143,10 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
 
 
 def test_a_file_is_no_store(tiny: Tiny) -> None:
+    text = tiny.config.with_suffix(".txt")
+    text.write_text("no store")
     for command in ("show", "verify"):
-        for place in (tiny.config, tiny.config / "below"):
+        for place in (text, tiny.config / "below"):
             refused(launch("data", command, str(place)), f"data.store={place}")
 
 

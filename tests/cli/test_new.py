@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,23 @@ def test_one_file_prepares_and_trains(folder: Path, capfd: pytest.CaptureFixture
     assert "1 .txt file" in printed and "last 5 %" in printed
     commands = [line.split("launch ", 1)[1].split() for line in printed.splitlines() if line.startswith("  ")]
     prepare, train = commands[0], commands[1]
+    line = refused(launch(*prepare, "on_overlap=drop"), "on_overlap=drop recipe")
+    assert line.endswith("use data prepare configs/data/story.py on_overlap=drop")
     assert main([*prepare, "--workers", "1"]) == 0
+    bare = Path("configs/story.py").read_text().replace('recipe="configs/data/story.py", ', "")
+    Path("bare.py").write_text(bare)
+    names = ("stores/story", "configs/story.py", "configs/data/story.py", "bare.py")
+    shown = {launch("data", "show", each) for each in names}
+    assert len(shown) == 1 and shown.pop().code == 0
+    sources = (
+        "data=Mixture(sources=(MixSource(store='a', recipe='a.py'), MixSource(store='b', recipe='b.py')), seq_len=32)"
+    )
+    mixed = re.sub(r"data=TokenData.*?(?=,\n)", sources, bare)
+    Path("mixed.py").write_text(
+        mixed.replace("import TokenData", "import TokenData\nfrom jaxinfra.data.mixture import *")
+    )
+    refused(launch("data", "show", "mixed.py"), "mixed.py a, b")
+    assert "/stores/story/" in launch("data", "verify", "configs/story.py").out
     assert isinstance(recipe("story").validation, Tail)
     assert main([*train, "train.steps=2", "name=story", "train.eval_samples=2"]) == 0
     assert (folder / "runs/story/summary.json").exists()

@@ -4,7 +4,7 @@ With --follow, it reads a stream and *seals* versions: each is a version of the 
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -12,12 +12,14 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxinfra.cli.arguments import ENGINES
-from jaxinfra.config import load, validate
+from jaxinfra.config import load, load_file, validate
+from jaxinfra.config.overrides import read_overrides
+from jaxinfra.config.schema import fields_of
 from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
-from jaxinfra.prepare.recipes import Recipe
+from jaxinfra.prepare.recipes import Corpus, ImageSet, Recipe
 from jaxinfra.runtime.signals import StopRequest
 
 _MEASURED_STAGES = ("tokens", "images")  # stages that run jobs, whose progress is known in bytes
@@ -40,13 +42,15 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def load_recipes(options: argparse.Namespace) -> list[Recipe]:
     """Loads the recipe of the config file, or the recipes of the stores that a run reads; ConfigError without one."""
-    config = load(options.config, options.overrides, imports=options.imports).run  # a run or a recipe
-    if isinstance(config, Recipe):
-        return [config]
+    file = load_file(options.config, imports=options.imports)  # a run or a recipe
+    if isinstance(file.run, Recipe):
+        return [file.with_overrides(options.overrides).run]
     from jaxinfra.run import Run  # imports jax, which a recipe does not need
 
-    if not isinstance(config, Run):
+    if not isinstance(file.run, Run):
         raise ConfigError(f"{options.config}: is neither a recipe nor a run; use a file such as configs/data/NAME.py")
+    _check_fields_of_recipe(file.run.data.recipes, options.overrides, {field.name for field in fields_of(Run)})
+    config = file.with_overrides(options.overrides).run
     if not (paths := config.data.recipes):
         raise ConfigError(
             f"{options.config}: its data names no recipe; use the file of the recipe, or set the recipe of each store"
@@ -60,6 +64,16 @@ def load_recipes(options: argparse.Namespace) -> list[Recipe]:
             raise ConfigError(f"{path}: is not a recipe; use a file whose config() returns one")
         recipes.append(replace(recipe, store=store))
     return recipes
+
+
+def _check_fields_of_recipe(recipes: Mapping[str, str], overrides: Sequence[str], fields_of_run: Set[str]) -> None:
+    """Raises ConfigError for an override of a field that a recipe has, but a run has not."""
+    fields_of_recipes = {field.name for recipe in (Corpus, ImageSet) for field in fields_of(recipe)}
+    for override in read_overrides(overrides):
+        name = override.path.partition(".")[0]
+        if name in fields_of_recipes - fields_of_run:
+            file = next(iter(recipes.values()), "RECIPE")
+            raise ConfigError(f"{override}: {name} is a field of the recipe; use data prepare {file} {override}")
 
 
 def _print_version(version: PreparedVersion, verb: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from jaxinfra.cli.data.location import store_location
 from jaxinfra.data.inspect import describe_manifest, label_histogram, length_histogram, sample_documents
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.store.versions import list_versions
@@ -10,11 +11,12 @@ from jaxinfra.storage.objects import ObjectStore
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints versions, counts, lengths and samples."""
-    store = Store.open(options.store, options.version)
+    """Prints versions, counts, lengths and samples; ConfigError for a config file that names no store, or several."""
+    location = store_location(options.store)
+    store = Store.open(location, options.version)
     print(f"store        {store}")
     print("\n".join(describe_manifest(store.manifest)))
-    for version in list_versions(ObjectStore(options.store)):
+    for version in list_versions(ObjectStore(location)):
         print(f"version      {version.fingerprint}  {version.created}")
     if store.manifest.kind == "images":
         print("\n".join(label_histogram(store)))

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from jaxinfra.cli.data.location import store_location
 from jaxinfra.data.store.store import Store
 from jaxinfra.errors import DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
@@ -12,7 +13,7 @@ _MAX_LISTED = 100
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints each damaged block and the amount that was checked; DataError if something is damaged."""
-    store = Store.open(options.store, options.version)
+    store = Store.open(store_location(options.store), options.version)
     count = num_bytes = 0
     damages = []
     for size_bytes, damage in store.verify():
