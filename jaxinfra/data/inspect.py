@@ -44,7 +44,7 @@ def _overlap(manifest: Manifest, samples: str) -> str:
     """Says how many validation samples are in the training source, and what became of those there."""
     counts, total = manifest.counts, manifest.splits["validation"].documents
     if not counts.overlap:
-        return f"none of the {total:,} validation {samples} are in the training source"
+        return f"0 of {total:,} validation {samples} are in the training source too"
     share = f" ({counts.overlap / total:.1%})" if total else ""
     line = f"{counts.overlap:,} of {total:,} validation {samples}{share} are in the training source too"
     if counts.overlap_dropped:

@@ -148,4 +148,5 @@ def test_learned_positions_end(tiny: Tiny) -> None:
     long = launch("sample", directory, "w1", "--max-tokens", "96")
     fix = re.search(r"use --max-tokens (\d+)", refused(long, "96"))
     assert fix is not None and long.out == "", long
-    assert launch("sample", directory, "w1", "--max-tokens", fix[1]).code == 0
+    fitting, also = (launch("sample", directory, "w1", name, fix[1]) for name in ("--max-tokens", "--max-new-tokens"))
+    assert fitting.code == 0 and fitting == also
