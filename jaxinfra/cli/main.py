@@ -11,15 +11,18 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from jaxinfra import __version__, user_code
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
+from jaxinfra.runtime.peers import GRACE_S, current_peers, join
+from jaxinfra.runtime.processes import find_processes
 
 EPILOG = f"""\
 examples:
@@ -121,6 +124,31 @@ def choose_devices(devices: str | None) -> None:
         os.environ |= emulation.emulation_env(int(count))
 
 
+@contextmanager
+def _all_processes(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes of a command, and at the end tells them how this one leaves.
+
+    An error that has followed from the loss of another process becomes that PeerLostError.
+    """
+    processes = None
+    if options.command in JOINING_COMMANDS:
+        processes = find_processes(
+            os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
+        )
+    peers = current_peers() if processes is None else join(processes)
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, JaxinfraError):
+            peers.raise_if_lost(wait_s=GRACE_S / 2)
+        peers.close(error)
+        raise
+    except BaseException as error:
+        peers.close(error)
+        raise
+    peers.close()
+
+
 def _print_error(message: str, exit_code: int) -> int:
     """Prints an error on one line."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -135,6 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         exit_code = _run_command(argv)
         sys.stdout.flush()
+        if current_peers().count > 1 and exit_code not in (0, Preempted.exit_code):
+            sys.stderr.flush()
+            os._exit(exit_code)  # JAX would wait for the other processes
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 1  # as rich does
@@ -147,8 +178,9 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
-        module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
-        return module.run(options, argv)
+        with _all_processes(options):
+            module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
+            return module.run(options, argv)
     except Preempted as error:  # asked for: no error
         print(error, file=sys.stderr)
         return error.exit_code
