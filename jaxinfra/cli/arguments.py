@@ -82,6 +82,12 @@ def _add_config(parser: argparse.ArgumentParser, config_help: str = CONFIG_HELP)
     _add_imports(parser)
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    what = "start N processes on this machine, which share its devices (default %(default)s)"
+    _add_int(parser, "--processes", 1, default=1, metavar="N", help=what)
+
+
 def _add_imports(parser: argparse.ArgumentParser) -> None:
     what = "allow the classes of this module, or of this file and its folder, in a run.json; repeatable"
     parser.add_argument("--import", dest="imports", metavar="MODULE|FILE", action="append", default=[], help=what)
@@ -204,7 +210,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
-    ("train", _add_config, "train CONFIG, or resume from its last checkpoint (the default command)"),
+    ("train", _add_train, "train CONFIG, or resume from its last checkpoint (the default command)"),
     ("new", _add_new, "write the recipe and the config to train on your own text"),
     ("init", _add_init, "write the quickstart's config and data recipe into a folder"),
     ("explain", _add_explain, "explain a config field, or list the fields"),

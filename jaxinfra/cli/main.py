@@ -147,7 +147,9 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
-        module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
+        several = options.command == "train" and options.processes > 1
+        name = "processes" if several else options.command.replace(" ", ".")
+        module = importlib.import_module(f"jaxinfra.cli.{name}")
         return module.run(options, argv)
     except Preempted as error:  # asked for: no error
         print(error, file=sys.stderr)
