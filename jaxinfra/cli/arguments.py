@@ -103,8 +103,11 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    several = parser.add_argument_group("several processes", "Cloud TPU, Slurm, MPI and Kubernetes tell them these.")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several = parser.add_argument_group("several processes")
+    what = "start N processes on this machine, which share its devices (default %(default)s)"
+    _add_int(several, "--processes", 1, default=1, metavar="N", help=what)
+    what = "where process 0 listens; Cloud TPU, Slurm, MPI and Kubernetes tell this and the next two by themselves"
+    several.add_argument("--coordinator", metavar="HOST:PORT", help=what)
     _add_int(several, "--process-id", 0, metavar="I", help="index of this process")
     _add_int(several, "--of", 1, metavar="N", help="number of processes")
 

@@ -178,6 +178,8 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
+        if options.command in JOINING_COMMANDS and options.processes > 1:
+            return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
             return module.run(options, argv)

@@ -17,16 +17,34 @@ def available_platforms() -> str | None:
 
     Returns None, with which JAX tries all platforms, if no hardware is missing or an unknown plugin is installed.
     """
-    plugins = {entry.name for entry in entry_points(group="jax_plugins")}
-    if sys.platform != "linux" or not all(name.startswith("xla_cuda") for name in plugins):
+    if sys.platform != "linux" or not all(name.startswith("xla_cuda") for name in _plugins()):
         return None
-    has_hardware = {
-        "cuda": _any_exists(_GPU_PATHS),
-        "tpu": _any_exists(_TPU_PATHS) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ,
-    }
-    installed = (["cuda"] if plugins else []) + (["tpu"] if find_spec("libtpu") else [])
-    usable = [platform for platform in installed if has_hardware[platform]]
+    installed = _installed()
+    usable = [platform for platform in installed if _has_hardware(platform)]
     return None if usable == installed else ",".join([*usable, "cpu"])
+
+
+def default_platform() -> str:
+    """Returns the platform that JAX will choose, such as "cuda", "tpu" or "cpu", or the name of an unknown plugin."""
+    if chosen := os.environ.get("JAX_PLATFORMS"):
+        return chosen.partition(",")[0]
+    unknown = [name for name in _plugins() if not name.startswith("xla_cuda")]
+    return next(iter([*unknown, *(platform for platform in _installed() if _has_hardware(platform))]), "cpu")
+
+
+def _plugins() -> set[str]:
+    return {entry.name for entry in entry_points(group="jax_plugins")}
+
+
+def _installed() -> list[str]:
+    """Returns the platforms that can be installed beside the CPU's, and are."""
+    return (["cuda"] if _plugins() else []) + (["tpu"] if find_spec("libtpu") else [])
+
+
+def _has_hardware(platform: str) -> bool:
+    if platform == "cuda":
+        return _any_exists(_GPU_PATHS)
+    return _any_exists(_TPU_PATHS) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ
 
 
 def _any_exists(patterns: tuple[str, ...]) -> bool:
