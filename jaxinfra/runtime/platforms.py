@@ -22,7 +22,7 @@ def available_platforms() -> str | None:
         return None
     has_hardware = {
         "cuda": _any_exists(_GPU_PATHS),
-        "tpu": _any_exists(_TPU_PATHS) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ,
+        "tpu": _any_exists(_TPU_PATHS) or has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ,
     }
     installed = (["cuda"] if plugins else []) + (["tpu"] if find_spec("libtpu") else [])
     usable = [platform for platform in installed if has_hardware[platform]]
@@ -33,7 +33,7 @@ def _any_exists(patterns: tuple[str, ...]) -> bool:
     return any(glob.glob(pattern) for pattern in patterns)
 
 
-def _has_tpu_on_pci() -> bool:
+def has_tpu_on_pci() -> bool:
     """Returns whether a PCI device by Google is neither storage (class 0x01) nor a network card (0x02)."""
     for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
         device_class = vendor.with_name("class")
