@@ -44,14 +44,14 @@ def _installed() -> list[str]:
 def _has_hardware(platform: str) -> bool:
     if platform == "cuda":
         return _any_exists(_GPU_PATHS)
-    return _any_exists(_TPU_PATHS) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ
+    return _any_exists(_TPU_PATHS) or has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ
 
 
 def _any_exists(patterns: tuple[str, ...]) -> bool:
     return any(glob.glob(pattern) for pattern in patterns)
 
 
-def _has_tpu_on_pci() -> bool:
+def has_tpu_on_pci() -> bool:
     """Returns whether a PCI device by Google is neither storage (class 0x01) nor a network card (0x02)."""
     for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
         device_class = vendor.with_name("class")

@@ -29,6 +29,7 @@ _MAX_LINE_BYTES = 2**16  # a longer one is cut in parts
 _REMEMBERED_LINES = 1000  # of standard error, to show equal ones of several ranks once
 _DRAIN_S = 1.0  # for what ended processes have written; a detached process may hold their pipes open for ever
 _ESCAPE_SEQUENCE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")  # ECMA-48, section 5.4: colors and moves of the cursor
+_GLOO_LINE = re.compile(rb"\[Gloo\] Rank \d+ is connected to [^\n]*\n")  # of JAX's collectives between CPUs
 _ERASE_LINE, _HIDE_CURSOR, _SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25l", b"\x1b[?25h"
 
 
@@ -107,14 +108,15 @@ class Output:
             data = os.read(descriptor, _READ_BYTES)
         except OSError:  # how Linux says that a pseudo-terminal has no writer left
             data = b""
+        is_end, data = not data, _GLOO_LINE.sub(b"", data)
         if stream.raw:
             self._screen.write(data)
-        for line in stream.lines(data):
+        for line in stream.lines(None if is_end else data):
             self._log(stream.rank, line)
             if not stream.raw and not (stream.target == _STDERR and self._is_repeated(line, stream)):
                 prefix = b"[%d] " % stream.rank if stream.rank else b""
                 self._screen.write_line(prefix + line, stream.target)
-        if not data:
+        if is_end:
             self._terminal = None if stream.raw else self._terminal
             self._selector.unregister(descriptor)
             del self._streams[descriptor]
@@ -150,11 +152,11 @@ class _Stream:
         self.is_repeated = False  # its last line that is not indented
         self._rest = b""
 
-    def lines(self, data: bytes) -> Iterator[bytes]:
-        """Yields the lines that `data` completes, each as it was drawn last; no data ends the stream."""
-        *complete, rest = (self._rest + data).split(b"\n")
+    def lines(self, data: bytes | None) -> Iterator[bytes]:
+        """Yields the lines that `data` completes, each as it was drawn last; None ends the stream."""
+        *complete, rest = (self._rest + (data or b"")).split(b"\n")
         self._rest = _last_drawn(rest)
-        if self._rest and (not data or len(self._rest) > _MAX_LINE_BYTES):
+        if self._rest and (data is None or len(self._rest) > _MAX_LINE_BYTES):
             complete.append(self._rest)
             self._rest = b""
         for line in complete:

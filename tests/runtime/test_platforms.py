@@ -26,7 +26,7 @@ def test_only_plugins_without_hardware_are_left_out(
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
     monkeypatch.setattr(platforms, "entry_points", lambda group: [EntryPoint(each, "x", group) for each in plugins])
     monkeypatch.setattr(platforms, "find_spec", lambda name: object() if libtpu else None)
-    monkeypatch.setattr(platforms, "_has_tpu_on_pci", lambda: False)
+    monkeypatch.setattr(platforms, "has_tpu_on_pci", lambda: False)
     for name in ("gpu", "tpu"):
         monkeypatch.setattr(platforms, f"_{name.upper()}_PATHS", (str(tmp_path / f"{name}[0-9]*"),))
     for name in hardware.split():
