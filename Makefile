@@ -42,7 +42,7 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e '.[docs]')
 	@touch $@ $(VENV)/.installed
 
-quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample: 3 to 5 minutes
+quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample: 2 minutes
 	$(LAUNCH) data prepare configs/data/python_stdlib.py
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120

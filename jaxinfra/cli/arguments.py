@@ -235,5 +235,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
 )
 JOINING_COMMANDS = ("train",)
 """The commands that several processes run together."""
+DEVICE_COMMANDS = ("train", "sample", "parity", "bench")
+"""The commands that compute on devices."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}

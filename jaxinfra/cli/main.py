@@ -16,18 +16,19 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 from jaxinfra import __version__, user_code
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
+from jaxinfra.runtime.host_memory import keep_freed_memory
 from jaxinfra.runtime.peers import GRACE_S, current_peers, join
 from jaxinfra.runtime.processes import find_processes
 
 EPILOG = f"""\
 examples:
   {COMMAND} configs/quickstart.py
-  {COMMAND} configs/quickstart.py train.steps=400 optim.peak_lr=3e-4
+  {COMMAND} configs/quickstart.py train.steps=800 optim.peak_lr=3e-3
   {COMMAND} configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
   {COMMAND} show configs/llama3_8b.py mesh.fsdp=64
   {COMMAND} compile configs/llama3_8b.py --on v5p:4x4x4
@@ -149,6 +150,11 @@ def _all_processes(options: argparse.Namespace) -> Iterator[None]:
     peers.close()
 
 
+def _is_one_cpu() -> bool:
+    """Whether JAX will use one CPU device."""
+    return platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1"
+
+
 def _print_error(message: str, exit_code: int) -> int:
     """Prints an error on one line."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -180,6 +186,8 @@ def _run_command(argv: Sequence[str]) -> int:
         os.environ |= cache_environment(os.environ)
         if options.command in JOINING_COMMANDS and options.processes > 1:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
+        if options.command in DEVICE_COMMANDS and _is_one_cpu():
+            keep_freed_memory()
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
             return module.run(options, argv)

@@ -201,7 +201,7 @@ class ConnectedPeers(Peers):
         failed = error is not None and not isinstance(error, Preempted)  # all are stopped together
         if not failed:
             _disconnect_devices()
-        code = error.exit_code if isinstance(error, JaxinfraError) else 1
+        code = (error if isinstance(error, JaxinfraError) else PeerLostError).exit_code
         with suppress(OSError):  # process 0 has gone
             self._connection.send(kind="leave", error=[code, _line(error)] if failed else None)
         if self._hub is not None:

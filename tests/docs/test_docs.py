@@ -109,7 +109,7 @@ def install(folder: Path) -> None:
 
 def shorten(folder: Path) -> None:
     """Makes the quickstart train for a tenth of its steps, on a part of its text."""
-    steps, fewer = "steps=250, global_batch=16, eval_every=125", "steps=40, global_batch=8, eval_every=20"
+    steps, fewer = "steps=400, global_batch=8, eval_every=200", "steps=40, global_batch=8, eval_every=20"
     for name, old, new in (
         ("configs/quickstart.py", steps, fewer),
         ("configs/data/python_stdlib.py", '"**/*.py"', '"**/[a-d]*.py"'),

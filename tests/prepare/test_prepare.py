@@ -18,6 +18,7 @@ from jaxinfra.data.store.versions import list_versions
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import text as text_builder
+from jaxinfra.prepare.builders.select import EmptySplitError
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Completion, Preference, Text
 from jaxinfra.prepare.prepare import group_shards, prepare
@@ -357,14 +358,14 @@ def test_skipped_records_are_counted_and_listed(tmp_path):
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_corpus_is_refused(tmp_path, text):
     (tmp_path / "lines.jsonl").write_text(text)
-    with raises(ConfigError, "store= empty: 0 records"):
+    with raises(EmptySplitError, "store= empty: 0 records"):
         prepare(bytes_recipe(tmp_path, tmp_path / "store"), workers=1)
 
 
 def test_both_splits_must_have_documents(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 20), tmp_path / "store")
     for fraction in (1e-9, 1 - 1e-9):
-        with raises(ConfigError, f"validation=by_key validation.fraction={fraction}: "):
+        with raises(EmptySplitError, f"validation=by_key validation.fraction={fraction}: "):
             prepare(replace(recipe, validation=ByKey(fraction=fraction)), workers=1)
 
 

@@ -12,6 +12,7 @@ from jaxinfra.config import apply, validate
 from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.data.store.store import LABELS, Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare.builders.select import EmptySplitError
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
@@ -83,7 +84,7 @@ class NoShards(Jsonl):
 
 def test_the_tail_of_nothing(recipe, tmp_path):
     source = NoShards(root=str(tmp_path))
-    with raises(ConfigError, "store= empty source"):
+    with raises(EmptySplitError, "store= empty source"):
         prepare(replace(recipe, source=source, validation=Tail()), workers=1)
 
 
@@ -246,11 +247,11 @@ def test_an_empty_validation_source_is_refused_and_leaves_no_version(recipe, tmp
         with raises(ConfigError, f"validation.{field}="):
             prepare(replace(recipe, validation=Jsonl(root=str(tmp_path / root))), workers=1)
     named = replace(recipe, validation=jsonl(tmp_path / "blank", []))
-    with raises(ConfigError, "validation: use validation=by_key"):
+    with raises(EmptySplitError, "validation: use validation=by_key"):
         prepare(named, workers=1)
     assert not list((tmp_path / "store").glob("*/manifest.json"))
     assert prepare(apply(named, ["validation=by_key"]), workers=1).new
-    with raises(ConfigError, "source: "):
+    with raises(EmptySplitError, "source: "):
         prepare(replace(recipe, source=named.validation, validation=recipe.source), workers=1)
 
 
