@@ -13,6 +13,7 @@ Process 0 connects to itself, too. Messages are JSON, one a line. The port is th
 has the next one.
 """
 
+import atexit
 import errno
 import json
 import os
@@ -26,7 +27,7 @@ from contextlib import suppress
 from typing import Any, override
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
-from jaxinfra.runtime.processes import Processes
+from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.storage.errors import cause_of
 
 type Json = Any
@@ -98,13 +99,20 @@ def current_peers() -> Peers:
     return _current
 
 
-def join(processes: Processes, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
+def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
     """Connects the processes of a run, and their devices; they are `current_peers` from now on.
 
-    Must be called before anything asks JAX for its devices, and once. Raises PeerLostError and ConfigError as
-    `ConnectedPeers`.
+    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. Raises
+    PeerLostError and ConfigError as `ConnectedPeers`.
+
+    Args:
+        processes: which processes there are; by default what the environment says (`find_processes`).
+        join_s: longest wait for all to join.
+        silence_s: silence after which a process counts as lost.
     """
     global _current
+    if processes is None and (processes := find_processes(os.environ)) is None:
+        return _current
     peers = ConnectedPeers(
         processes.coordinator,
         processes.count,
@@ -113,7 +121,6 @@ def join(processes: Processes, *, join_s: float = JOIN_S, silence_s: float = SIL
         join_s=join_s,
         silence_s=silence_s,
     )
-    os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
     import jax
 
     host, _, port = processes.coordinator.rpartition(":")
@@ -134,6 +141,7 @@ def join(processes: Processes, *, join_s: float = JOIN_S, silence_s: float = SIL
         peers.close(problem)
         raise problem from error
     _current = peers
+    atexit.register(lambda: peers.close(getattr(sys, "last_exc", None)))  # a script has ended
     return peers
 
 

@@ -50,7 +50,7 @@ def test_wrong_overrides_are_refused_once(tiny: Tiny) -> None:
     [
         ["x.py", "--processes", "4", "train.steps=3", "--devices", "cpu:8", "--import", "y.py"],
         ["train", "x.py", "--processes=4", "--dev=cpu:8", "train.steps=3", "--debug"],
-        ["--proc", "4", "x.py"],
+        ["--processe", "4", "x.py"],
     ],
 )
 def test_command_of_one_process(argv: list[str]) -> None:

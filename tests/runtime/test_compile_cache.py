@@ -31,7 +31,7 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MIN_COMPILE_S", 0.0)
 
 
-def test_second_start_compiles_nothing(tiny: Tiny, tmp_path: Path) -> None:
+def test_second_start_compiles_nothing(keeps_all: None, tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "programs"
     assert tiny.launch("name=first", f"train.compile_cache={folder}", "track.console=off").code == 0
     first = programs(folder)
