@@ -37,8 +37,8 @@ examples:
   {COMMAND} sample runs/quickstart "def main("
   {COMMAND} runs/quickstart/run.json
 
-exit codes: 0 done, 75 stopped and saved, 76 another process lost (run the same command again), 78 data damaged, 79 no usable checkpoint,
-80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 storage unavailable.
+exit codes: 0 done, 75 stopped and saved, 76 another process lost (with both, run the same command again), 78 data
+damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage.
 """
 
 

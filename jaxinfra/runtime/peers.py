@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, override
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
@@ -185,7 +185,12 @@ class ConnectedPeers(Peers):
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
-        self.hosts = joined.result()
+        try:
+            self.hosts = joined.result()
+        except JaxinfraError:
+            self._leaving.set()
+            self._connection.close()
+            raise
 
     @override
     def gather(self, value: Json) -> list[Json]:
@@ -288,9 +293,10 @@ class _Connection:
         return message
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._channel.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the other side has closed
+            self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread that receives
         self._channel.close()
+        self._lines.close()
 
 
 class _Hub:
@@ -305,25 +311,23 @@ class _Hub:
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
         self._values: dict[int, dict[int, Json]] = {}
-        self._has_failed = False
+        self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
         threading.Thread(target=self._accept, name="peers-accept", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-hub-beat", daemon=True).start()
 
     def _accept(self) -> None:
-        """Accepts connections until all processes have joined, or the time is over."""
+        """Accepts connections until all have joined or the time is over; also tells late ones of a failure."""
         deadline_s = time.monotonic() + self._join_s
-        while len(self._members) < self._count and not self._has_failed:
-            self._listener.settimeout(max(0.0, min(_BEAT_S, deadline_s - time.monotonic())))
-            try:
+        self._listener.settimeout(_RETRY_S)
+        while len(self._members) < self._count and time.monotonic() < deadline_s:
+            with suppress(TimeoutError):
                 channel, _ = self._listener.accept()
-            except (TimeoutError, BlockingIOError):
-                if time.monotonic() >= deadline_s:
-                    self._fail(PeerLostError(self._missing()))
-                continue
-            threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
+                threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
         self._listener.close()
+        if len(self._members) < self._count:
+            self._fail(PeerLostError(self._missing()))
 
     def _missing(self) -> str:
         absent = [index for index in range(self._count) if index not in self._members]
@@ -334,14 +338,15 @@ class _Hub:
 
     def _serve(self, channel: socket.socket) -> None:
         """The thread of a connection: receives messages until the process leaves or is lost."""
-        connection = _Connection(channel, self._silence_s)
-        try:
-            index = self._admit(connection.receive() or {}, connection)
-        except OSError:
-            index = None
-        if index is None:
-            connection.close()  # not one of our processes, or refused
-            return
+        with closing(_Connection(channel, self._silence_s)) as connection:
+            try:
+                index = self._admit(connection.receive() or {}, connection)
+            except OSError:  # not one of our processes
+                return
+            if index is not None:
+                self._receive(index, connection)
+
+    def _receive(self, index: int, connection: _Connection) -> None:
         try:
             cause = "was killed"
             while (message := connection.receive()) is not None:
@@ -361,21 +366,18 @@ class _Hub:
 
     def _admit(self, hello: Mapping[str, Json], connection: _Connection) -> int | None:
         """Adds a process; returns None if it is none of ours, or if it does not fit, which ends all of them."""
-        if hello.get("kind") != "hello":
+        index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
+        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str)):
             return None
-        index, count, host = hello["index"], hello["count"], hello["host"]
         with self._lock:
             if index in self._members:
                 problem = f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"
+                self._fail(ConfigError(problem))
             elif count != self._count:
                 problem = f"process {index} ({host}): started as one of {count}, process 0 as one of {self._count}"
-                problem += "; start all with the same number of processes"
-            else:
-                problem = None
-            if problem is not None:
-                with suppress(OSError):
-                    connection.send(kind="failure", error=[ConfigError.exit_code, problem])
-                self._fail(ConfigError(problem))
+                self._fail(ConfigError(f"{problem}; start all with the same number of processes"))
+            if self._failure is not None:
+                connection.send(kind="failure", error=[self._failure.exit_code, str(self._failure)])
                 return None
             self._members[index], self._hosts[index] = connection, host
             if len(self._members) == self._count:
@@ -405,8 +407,8 @@ class _Hub:
         with self._lock:
             if cause_index is not None:
                 self._left.add(cause_index)
-            if not self._has_failed:
-                self._has_failed = True
+            if self._failure is None:
+                self._failure = error
                 self._send_all(kind="failure", error=[error.exit_code, str(error)])
 
     def _send_all(self, **message: Json) -> None:

@@ -108,10 +108,12 @@ class Output:
             data = os.read(descriptor, _READ_BYTES)
         except OSError:  # how Linux says that a pseudo-terminal has no writer left
             data = b""
-        is_end, data = not data, _GLOO_LINE.sub(b"", data)
+        is_end = not data
         if stream.raw:
-            self._screen.write(data)
+            self._screen.write(_GLOO_LINE.sub(b"", data))
         for line in stream.lines(None if is_end else data):
+            if _GLOO_LINE.match(line + b"\n"):
+                continue
             self._log(stream.rank, line)
             if not stream.raw and not (stream.target == _STDERR and self._is_repeated(line, stream)):
                 prefix = b"[%d] " % stream.rank if stream.rank else b""

@@ -1,8 +1,11 @@
 """`--processes N`: what is refused before anything starts, and what each process is started with."""
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ import pytest
 from jaxinfra.cli import processes
 from jaxinfra.cli.main import parse_command_line
 from jaxinfra.errors import ConfigError
-from tests.refusals import raises, refused
-from tests.tiny_run import Tiny, ended, launch
+from tests.refusals import names, raises, refused
+from tests.tiny_run import Tiny, ended, launch, start
 
 
 @pytest.mark.parametrize("number", ["0", "-1"])
@@ -74,3 +77,22 @@ def test_an_error_of_all_processes_is_one_line(tiny: Tiny, tmp_path: Path, repo_
         log = (tiny.directory("failed") / "logs" / f"rank-{rank}.log").read_text()
         assert alone.err in log
         assert f"-m launch {' '.join(words[:2])} name=failed --devices cpu:1\n" in log
+
+
+@pytest.mark.slow(20)
+def test_a_run_of_two_processes(tiny: Tiny) -> None:
+    """It trains; and when one process is killed, the other leaves with its code, and the same command goes on."""
+    words = ("--processes", "2", "--devices", "cpu:2", "name=two", "train.steps=40")
+    first = start(str(tiny.config), *words)
+    metrics = tiny.directory("two") / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count('"loss"') > 6):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    _, victim = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(victim), signal.SIGKILL)
+    killed = ended(first)
+    assert killed.code == 76, killed
+    names(killed.err.splitlines()[-1], "error: process was killed by SIGKILL; start the same command")
+    done = ended(start(str(tiny.config), *words))
+    assert done.code == 0 and done.out.count("Summary") == 1 and "Gloo" not in done.out, done
+    assert list(tiny.losses("two")) == [*range(1, 41)]

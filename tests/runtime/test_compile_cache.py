@@ -16,10 +16,10 @@ from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
 
-def programs(folder: Path) -> dict[str, bytes]:
-    """The programs in a cache, with the times when they were last used."""
+def programs(folder: Path) -> dict[str, int]:
+    """The programs in a cache, with the times when they were last used, in nanoseconds."""
     entries = (path.name.removesuffix("-cache") for path in folder.glob("*-cache"))
-    return {name: (folder / f"{name}-atime").read_bytes() for name in entries}
+    return {name: int.from_bytes((folder / f"{name}-atime").read_bytes(), "little") for name in entries}
 
 
 def compile_program(number: int) -> None:

@@ -1,7 +1,9 @@
 """A run of several real processes: it gives the numbers of one process, and its processes start and end together."""
 
+import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -37,6 +39,7 @@ def wait_for_step(tiny: Tiny, name: str, step: int, children: list[subprocess.Po
         time.sleep(0.05)
 
 
+@pytest.mark.slow(40)
 def test_processes_train_as_one_and_go_on_as_another_number(tiny: Tiny) -> None:
     run = (*MESH, "train.steps=40")
     one = ended(tiny.start(*run, "name=one", devices=4))
@@ -65,6 +68,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tiny: Tiny, index: int) -
     assert (tiny.directory("long") / f"checkpoints/{steps}").is_dir()
 
 
+@pytest.mark.slow(15)
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_loss_of_one_ends_the_others(tiny: Tiny, index: int, number: signal.Signals) -> None:
@@ -88,3 +92,40 @@ def test_processes_that_differ_are_named(tiny: Tiny) -> None:
         assert each.code == ConfigError.exit_code
         names(each.err.splitlines()[-1], "error: process 1 config")
     assert not (tiny.directory("other") / "metrics.jsonl").exists()
+
+
+SCRIPT = """
+import sys
+import jaxinfra
+
+jaxinfra.join()
+overrides = ["name=script", "train.steps=3", "optim.schedule.warmup_steps=1"]
+trainer = jaxinfra.Trainer(jaxinfra.load(sys.argv[1], overrides))
+if sys.argv[2] == "fail" and trainer.train()["steps"] == 3:
+    raise ValueError("a mistake")
+print(trainer.train()["steps"], trainer.program.mesh.size)
+"""
+
+
+@pytest.mark.slow(20)
+def test_a_script_joins(tiny: Tiny) -> None:
+    """What `train` returns, and a mistake, reach all processes."""
+    for mode, code in ("train", 0), ("fail", 1):
+        host, _, port = free_address().rpartition(":")
+        where = {"JAX_COORDINATOR_ADDRESS": f"{host}:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(tiny.config), mode if index else "train"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **where, "JAX_PROCESS_ID": str(index)},
+            )
+            for index in range(2)
+        ]
+        first, second = all_ended(children)
+        assert second.code == code, second
+        if mode == "train":
+            assert first.code == 0 and first.out.endswith("3 2\n") and second.out.endswith("3 2\n"), (first, second)
+        else:
+            assert "ValueError: a mistake" in second.err
