@@ -23,7 +23,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if current_peers().index != 0:
         return 0
     if summary["status"] == "finished before":
-        print(f"nothing to do: all {summary['steps']} steps of {run_dir} are done; train longer with train.steps=N")
+        print(
+            f"nothing to do: all {summary['steps']} steps of {run_dir} are done; to train on from its parameters, with "
+            f"a new schedule, use name=ANOTHER init={run_dir}"
+        )
     elif loaded.run.track.console != "off":
         _plot_loss(run_dir / "metrics.jsonl")
     if loaded.run.track.console != "off":

@@ -55,7 +55,8 @@ _ALIASES = {
     "name": ("run_name", "output_dir", "experiment_name"),
     "root": ("base_output_directory", "dump_folder"),
     "seed": ("random_seed", "data_seed", "init_weights_seed"),
-    "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint"),
+    "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint")
+    + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
 _PATHS = {alias: path for path, aliases in _ALIASES.items() for alias in aliases}
 

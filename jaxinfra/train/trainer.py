@@ -474,7 +474,7 @@ class Trainer:
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
         """Returns the contents of summary.json."""
         rows, units = self.metrics, f"{self.run.data.modality}s"
-        losses = [row["loss"] for row in rows if "loss" in row]
+        losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
         return {
             "status": "finished" if reason is None else "stopped",
             "steps": self.completed_steps,
