@@ -198,7 +198,11 @@ class ConnectedPeers(Peers):
         answer = self._answers[self._round] = Future()
         self.raise_if_lost()
         self._connection.send(kind="value", round=self._round, value=value)
-        return answer.result(GATHER_S)
+        try:
+            return answer.result(GATHER_S)
+        except TimeoutError:
+            cause = f"another process did not reach the same point of the program within {GATHER_S:.0f} s"
+            raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {_AGAIN}") from None
 
     @override
     def raise_if_lost(self, wait_s: float = 0.0) -> None:
@@ -249,7 +253,7 @@ class ConnectedPeers(Peers):
         if not joined.done():
             joined.set_exception(error)
             return
-        for answer in self._answers.values():
+        for answer in list(self._answers.values()):  # the main thread may add one
             answer.set_exception(error)
         timer = threading.Timer(grace_s, self._end_process)
         timer.daemon = True
