@@ -1,4 +1,4 @@
-"""What `find_processes` finds under real schedulers on this machine."""
+"""Real schedulers on this machine: what `find_processes` finds, and a run of two processes."""
 
 import json
 import os
@@ -15,6 +15,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.servers.guard import free_ports
 from tests.servers.slurm import PROGRAMS, slurm
+from tests.tiny_run import Tiny, summary
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
 
 PROGRAM = (sys.executable, "-m", "tests.runtime.joins")
 MPIRUN = ("mpirun.openmpi", "--allow-run-as-root", "-n", "2")
@@ -34,6 +37,16 @@ def started(*command: str, environment: Mapping[str, str] | None = None) -> list
     assert ended.returncode == 0, ended.stderr
     found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]  # gloo prints, too
     return sorted(found, key=lambda each: each["index"])
+
+
+def assert_trains(tiny: Tiny, name: str, *command: str, environment: Mapping[str, str] | None = None) -> None:
+    """The same command, started by a scheduler in two processes, is one run."""
+    launch = (sys.executable, "-m", "launch", str(tiny.config), f"name={name}", "train.steps=3")
+    more = ("optim.schedule.warmup_steps=1", "--devices", "cpu:1")
+    started(*command, *launch, *more, environment=environment)
+    record = json.loads((tiny.directory(name) / "run.json").read_text())
+    assert (record["devices"]["processes"], record["devices"]["count"]) == (2, 2)
+    assert summary(tiny.directory(name))["steps"] == 3
 
 
 def assert_joined(found: list[dict[str, Any]]) -> None:
@@ -57,6 +70,9 @@ class TestSlurm:
         assert [each["local_devices"] for each in found] == [[0], [1]]
         assert all(each["hosts"] == ["127.0.0.1", "127.0.0.1"] for each in found)
 
+    def test_tasks_of_two_nodes_train(self, cluster: Mapping[str, str], tiny: Tiny) -> None:
+        assert_trains(tiny, "slurm", "srun", "-N", "2", "-n", "2", environment=cluster)
+
     @pytest.mark.parametrize(("distribution", "nodes"), [("block", [1, 1, 2]), ("cyclic", [1, 2, 1]), ("plane=1", [])])
     def test_tasks_know_the_hosts_of_all(self, cluster: Mapping[str, str], distribution: str, nodes: list[int]) -> None:
         found = started("srun", "-N", "2", "-n", "3", f"--distribution={distribution}", *PROGRAM, environment=cluster)
@@ -73,6 +89,9 @@ class TestOpenMpi:
         assert_joined(found)
         assert {each["coordinator"].partition(":")[0] for each in found} == {"127.0.0.1"}
         assert [each["local_devices"] for each in found] == [[0], [1]]
+
+    def test_ranks_train(self, tiny: Tiny) -> None:
+        assert_trains(tiny, "mpi", *MPIRUN, "--oversubscribe")
 
     def test_ranks_of_several_hosts_meet_on_the_host_of_mpirun(self, tmp_path: Path) -> None:
         agent = tmp_path / "agent"  # in place of ssh: runs the command of another host here
