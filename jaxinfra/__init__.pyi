@@ -27,6 +27,7 @@ from .parallel.rules import ShardingRules
 from .parallel.schedules import PipelineConfig
 from .program import Program, TrainState
 from .run import Precision, Run, TrainConfig
+from .runtime.peers import join
 from .sample import Sampler, SamplingParams
 from .track.base import Tracker, TrackerConfig
 from .track.config import TrackConfig
@@ -84,6 +85,7 @@ __all__ = [
     "VisionTransformerConfig",
     "WSD",
     "WithReference",
+    "join",
     "load",
     "validate",
 ]

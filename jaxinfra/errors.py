@@ -1,7 +1,8 @@
 """Errors that end a run, each with the exit code that a supervisor acts on.
 
 A message is one line: what is wrong, where, what is allowed, and how to fix it. The command line prints it and exits
-with `exit_code`; `--debug` adds the traceback. Code 75 means "run the same command again"; the others need a person.
+with `exit_code`; `--debug` adds the traceback. Codes 75 and 76 mean "run the same command again"; the others need a
+person.
 """
 
 from typing import ClassVar
@@ -17,6 +18,12 @@ class Preempted(JaxinfraError):
     """The run was asked to stop, saved its state and can be resumed."""
 
     exit_code = 75
+
+
+class PeerLostError(JaxinfraError):
+    """Another process of the run has not joined, was killed or does not answer; the run can be started again."""
+
+    exit_code = 76
 
 
 class DataError(JaxinfraError):
@@ -47,3 +54,8 @@ class StorageError(JaxinfraError):
     """Storage cannot be read or written: no space, no permission, no such path."""
 
     exit_code = 82
+
+
+def error_of_code(code: int, message: str) -> JaxinfraError:
+    """Returns an error of the class with this exit code, such as one that another process sent."""
+    return next((cls for cls in JaxinfraError.__subclasses__() if cls.exit_code == code), JaxinfraError)(message)

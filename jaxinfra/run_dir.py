@@ -70,7 +70,7 @@ class RunDirectory:
             more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             raise ConfigError(
                 f"{self.path}: holds a run of another config: {first.path} is {first.left} there and {first.right} "
-                f"here{more}; use name=ANOTHER, or change it back"
+                f"here{more}; use name=ANOTHER, with init={self.path} to start from its parameters, or change it back"
             )
         if record.get("data", data.fingerprint) != data.fingerprint:
             raise ConfigError(

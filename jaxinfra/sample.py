@@ -8,6 +8,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.config import load
 from jaxinfra.config.classes import ClassFinder
@@ -89,7 +90,12 @@ class Sampler:
         return sampler
 
     def set_params(self, params: Params) -> None:
-        """Copies other parameters of the same model, which may be on any mesh, to the first device."""
+        """Copies other parameters of the same model, which may be on any mesh, to the first device of this process.
+
+        If they are on the devices of several processes, all processes must call it.
+        """
+        if jax.process_count() > 1:
+            params = jax.tree.map(_local_copy, params)
         self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self._program.params))
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
@@ -178,7 +184,14 @@ def sampling_program(run: Run) -> Program:
     require_text(run)
     mesh = MeshConfig(fsdp=1)
     run = replace(run, mesh=mesh, train=replace(run.train, compiler="default"))
-    return Program(run, make_mesh(mesh, jax.devices()[:1]))
+    return Program(run, make_mesh(mesh, jax.local_devices()[:1]))
+
+
+def _local_copy(array: jax.Array) -> jax.Array:
+    """Returns an array on one device of this process; a collective operation if it is on several processes."""
+    assert isinstance(array.sharding, NamedSharding)
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=whole)(array).addressable_data(0)
 
 
 def _sample_token(logits: FactoredLogits, key: jax.Array, sampling: SamplingParams) -> jax.Array:

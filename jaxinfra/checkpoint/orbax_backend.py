@@ -101,9 +101,15 @@ class OrbaxBackend:
     def _open(self) -> ocp.CheckpointManager:
         if not self._read_only and jax.process_index() == 0:
             _delete_incomplete_steps(self._directory)
+        # A writer is one of all processes. A reader is alone: Orbax does not wait for others.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="reader"
+        )
+        processes = alone if self._read_only else ocp.options.MultiprocessingOptions()
         # Registered handlers let a manager that has saved nothing yet read what another one saved.
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state_handler, record_handler = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+        state_handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=processes)
+        record_handler = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
         registry.add(_STATE, ocp.args.PyTreeSave, state_handler)
         registry.add(_STATE, ocp.args.PyTreeRestore, state_handler)
         registry.add(_RECORD, ocp.args.JsonSave, record_handler)
@@ -111,6 +117,7 @@ class OrbaxBackend:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(self._keep),
             create=not self._read_only,
+            multiprocessing_options=processes,
             step_name_format=self._format,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
             # that wait for the directory for minutes and keep the process from ending.

@@ -106,6 +106,17 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--changed", action="store_true", help="print only the fields that differ from their defaults")
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    several = parser.add_argument_group("several processes")
+    what = "start N processes on this machine, which share its devices (default %(default)s)"
+    _add_int(several, "--processes", 1, default=1, metavar="N", help=what)
+    what = "where process 0 listens; Cloud TPU, Slurm, MPI and Kubernetes tell this and the next two by themselves"
+    several.add_argument("--coordinator", metavar="HOST:PORT", help=what)
+    _add_int(several, "--process-id", 0, metavar="I", help="index of this process")
+    _add_int(several, "--of", 1, metavar="N", help="number of processes")
+
+
 def _add_new(parser: argparse.ArgumentParser) -> None:
     what = "a folder or file of text, JSON lines, Parquet, or of a dataset that save_to_disk wrote"
     parser.add_argument("path", metavar="PATH", help=what)
@@ -211,7 +222,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
-    ("train", _add_config, "train CONFIG, or resume from its last checkpoint (the default command)"),
+    ("train", _add_train, "train CONFIG, or resume from its last checkpoint (the default command)"),
     ("new", _add_new, "write the recipe and the config to train on your own text"),
     ("init", _add_init, "write the quickstart's config and data recipe into a folder"),
     ("explain", _add_explain, "explain a config field, or list the fields"),
@@ -229,6 +240,8 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
+JOINING_COMMANDS = ("train",)
+"""The commands that several processes run together."""
 DEVICE_COMMANDS = ("train", "sample", "parity", "bench")
 """The commands that compute on devices."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}

@@ -11,16 +11,19 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from jaxinfra import __version__, user_code
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
 from jaxinfra.runtime.host_memory import keep_freed_memory
+from jaxinfra.runtime.peers import GRACE_S, current_peers, join
+from jaxinfra.runtime.processes import find_processes
 
 EPILOG = f"""\
 examples:
@@ -34,8 +37,8 @@ examples:
   {COMMAND} sample runs/quickstart "def main("
   {COMMAND} runs/quickstart/run.json
 
-exit codes: 0 done, 75 stopped and saved (run the same command again), 78 data damaged, 79 no usable checkpoint,
-80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 storage unavailable.
+exit codes: 0 done, 75 stopped and saved, 76 another process lost (with both, run the same command again), 78 data
+damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage.
 """
 
 
@@ -143,6 +146,31 @@ def choose_devices(devices: str | None) -> None:
         os.environ |= emulation.emulation_env(int(count))
 
 
+@contextmanager
+def _all_processes(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes of a command, and at the end tells them how this one leaves.
+
+    An error that has followed from the loss of another process becomes that PeerLostError.
+    """
+    processes = None
+    if options.command in JOINING_COMMANDS:
+        processes = find_processes(
+            os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
+        )
+    peers = current_peers() if processes is None else join(processes)
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, JaxinfraError):
+            peers.raise_if_lost(wait_s=GRACE_S / 2)
+        peers.close(error)
+        raise
+    except BaseException as error:
+        peers.close(error)
+        raise
+    peers.close()
+
+
 def _is_one_cpu() -> bool:
     """Whether JAX will use one CPU device."""
     return platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1"
@@ -162,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         exit_code = _run_command(argv)
         sys.stdout.flush()
+        if current_peers().count > 1 and exit_code not in (0, Preempted.exit_code):
+            sys.stderr.flush()
+            os._exit(exit_code)  # JAX would wait for the other processes
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 1  # as rich does
@@ -174,10 +205,13 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
+        if options.command in JOINING_COMMANDS and options.processes > 1:
+            return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
         if options.command in DEVICE_COMMANDS and _is_one_cpu():
             keep_freed_memory()
-        module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
-        return module.run(options, argv)
+        with _all_processes(options):
+            module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
+            return module.run(options, argv)
     except Preempted as error:  # asked for: no error
         print(error, file=sys.stderr)
         return error.exit_code

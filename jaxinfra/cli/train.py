@@ -1,4 +1,4 @@
-"""`python -m launch CONFIG [KEY=VALUE ...]`: trains on the devices of this machine."""
+"""`python -m launch CONFIG [KEY=VALUE ...]`: trains on the devices of all processes of the run."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
 from jaxinfra.run import Run
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
@@ -20,8 +21,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     prepare = config_argument.prepare_command(options, loaded.run)
     trainer = Trainer(loaded, command=command, prepare_command=prepare)
     summary, run_dir = trainer.train(), trainer.run_dir.path
+    if current_peers().index != 0:
+        return 0
     if summary["status"] == "finished before":
-        print(f"nothing to do: all {summary['steps']} steps of {run_dir} are done; train longer with train.steps=N")
+        print(
+            f"nothing to do: all {summary['steps']} steps of {run_dir} are done; to train on from its parameters, with "
+            f"a new schedule, use name=ANOTHER init={run_dir}"
+        )
     elif loaded.run.track.console != "off":
         _plot_loss(run_dir / "metrics.jsonl")
     if loaded.run.track.console != "off":

@@ -56,7 +56,8 @@ _ALIASES = {
     "name": ("run_name", "experiment_name"),
     "root": ("output_dir", "base_output_directory", "dump_folder"),
     "seed": ("random_seed", "data_seed", "init_weights_seed"),
-    "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint"),
+    "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint")
+    + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
 # Their values count something else than the field (epochs, a share of the steps, the batch of a device), or switch it.
 _OF_OTHER_VALUES = frozenset(

@@ -1,8 +1,10 @@
-"""Finds the devices of this process and their memory; an unusable platform is an error of one line."""
+"""Finds the devices of the run, and the memory of those of this process.
+
+An unusable platform is an error of one line.
+"""
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,16 +12,16 @@ import jax
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import Device
+from jaxinfra.runtime.peers import current_peers
 
 _PLATFORM_LOGGER = "jax._src.xla_bridge"  # JAX logs here about platforms and plugins
 
 
-def local_devices() -> Sequence[Device]:
-    """Returns the devices of this process.
+def all_devices() -> Sequence[Device]:
+    """Returns the devices of all processes of the run.
 
-    Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if there are several JAX processes.
+    Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if JAX was connected without `peers.join`.
     """
-    _require_one_process()
     with _capture_logs(_PLATFORM_LOGGER) as records:
         try:
             devices = jax.devices()
@@ -31,31 +33,12 @@ def local_devices() -> Sequence[Device]:
                 f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: unusable platform: {' '.join(cause.split())}; "
                 "use --devices cpu, or install JAX for that platform"
             ) from error
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{jax.process_count()} JAX processes: multi-host training is not supported yet; "
-            "start one process on one host"
-        )
+    if (count := jax.process_count()) != current_peers().count:
+        raise ConfigError(f"{count} JAX processes: call jaxinfra.join() in place of jax.distributed.initialize()")
     return devices
 
 
 _MEMORY_METRICS = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
-# Several names or addresses; libtpu puts a sentence with a comma there if it finds none.
-_HOSTS = re.compile(r"[\w.:-]+(,[\w.:-]+)+")
-
-
-def _require_one_process() -> None:
-    """Raises ConfigError if a scheduler has started several processes, which would all train the same run."""
-    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if tasks != "1":
-        raise ConfigError(
-            f"SLURM_STEP_NUM_TASKS={tasks}: multi-host training is not supported yet; start one task: srun --ntasks=1"
-        )
-    if _HOSTS.fullmatch(hosts):
-        raise ConfigError(
-            f"TPU_WORKER_HOSTNAMES={hosts}: multi-host training is not supported yet; use a slice of one host, such as "
-            "v5e-8 or v6e-8"
-        )
 
 
 def device_memory(names: Mapping[str, str] = _MEMORY_METRICS) -> dict[str, float]:

@@ -107,8 +107,8 @@ def _last_values(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     if not last:
         return {}
     validation = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
-    values = {"steps": int(last["step"]), "wall_s": last.get("time_s"), "final_loss": last.get("loss")}
-    return {**values, "validation": validation}
+    loss = last.get("loss_mean", last.get("loss"))
+    return {"steps": int(last["step"]), "wall_s": last.get("time_s"), "final_loss": loss, "validation": validation}
 
 
 def render_report(runs: Sequence[RunFiles]) -> str:

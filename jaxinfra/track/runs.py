@@ -62,7 +62,7 @@ def run_overview(path: Path) -> RunOverview:
         state=_state(path, summary, completed),
         completed_steps=completed,
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
-        loss=last.get("loss"),
+        loss=last.get("loss_mean", last.get("loss")),
         best_validation=min(validations, default=None),
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         age_s=age_s,

@@ -1,14 +1,18 @@
-"""`Trainer`: trains a run on the devices of this machine.
+"""`Trainer`: trains a run on the devices of all its processes.
 
 `Trainer(run).train()` checks the config before it writes or compiles anything. Then it restores or initializes the
 state, trains, evaluates, and saves. The devices never wait for the host: metrics stay on the devices until they are
 logged, and the host waits for a step only after it has dispatched the next one.
+
+All processes of a run make the same calls. Process 0 alone writes the run directory, apart from the shards of the
+checkpoints, and what it reads there it tells the others.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfra import __version__
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
@@ -34,9 +39,11 @@ from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.devices import device_memory, local_devices
+from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
+from jaxinfra.runtime.peers import current_peers
+from jaxinfra.runtime.profile_config import ProfileConfig
 from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
@@ -88,7 +95,8 @@ class Trainer:
         if self._loaded.run.track.sample_prompt is not None:
             with error_prefix("track.sample_prompt: "):
                 Sampler.check(self._loaded.run)
-        devices = local_devices()
+        devices = all_devices()
+        self._peers = current_peers()
         self.run = with_mesh_size(self._loaded.run, len(devices))
         validate(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
@@ -102,7 +110,8 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
-        self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile")
+        profile = self.run.profile if self._is_main else ProfileConfig()
+        self._profiler = Profiler(profile, self.run_dir.path / "profile")
         self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
@@ -116,35 +125,41 @@ class Trainer:
         Preempted; the same call resumes.
         """
         dataset, steps = self.dataset, self.run.train.steps
+        self._require_equal_processes()
         with (
             StopRequest() as stop,
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
-            self.run_dir.locked(),
+            self.run_dir.locked() if self._is_main else nullcontext(),
             CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint) as self._checkpoints,
         ):
-            self.completed_steps = self._checkpoints.latest_step() or 0
+            self.completed_steps = self._peers.broadcast(self._checkpoints.latest_step() or 0)
             if self.completed_steps:
                 self.run_dir.check(self._loaded.run, dataset)
             if self.completed_steps >= steps:
-                return self.run_dir.finished_summary(self.completed_steps)
-            needed_bytes = self._checkpoints.needed_bytes(self.program.state)
-            fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
-            check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
-            self._peak = self._find_peak()
+                summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
+                return self._peers.broadcast(summary)
+            if self._is_main:
+                needed_bytes = self._checkpoints.needed_bytes(self.program.state)
+                fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
+                check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
+            self._peak = self._peers.broadcast(self._find_peak() if self._is_main else None)
             statistics = run_statistics(self.program, dataset.train_units)
-            with make_trackers(self.run.track, self.run_dir.path) as self._trackers, self.program.on_mesh:
+            trackers = make_trackers(self.run.track, self.run_dir.path) if self._is_main else MultiTracker()
+            with trackers as self._trackers, self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
                 self._record = {"init": init_source, **self._make_record(statistics)}
-                write_record(self.run_dir.record, self._record)
+                if self._is_main:
+                    write_record(self.run_dir.record, self._record)
                 start = {"start_step": self.completed_steps, "total_steps": steps}
                 self._trackers.start(self._record, statistics, **start)
                 self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
-                reason = self._fit_dataset(lambda: stop.reason)
+                reason = self._fit_dataset(stop.reason_after)
                 self.save(force=True)
                 self._checkpoints.wait_until_finished()
-                summary = self._summary(reason, time.monotonic() - start_s)
+                summary = self._summary(reason, time.monotonic() - start_s) if self._is_main else None
+                summary = self._peers.broadcast(summary)
                 self._trackers.log_summary(summary)
         if reason is not None:
             raise Preempted(
@@ -154,11 +169,14 @@ class Trainer:
         return summary
 
     def fit(
-        self, batches: Iterable[tuple[int, dict[str, jax.Array]]], stop_reason: Callable[[], str | None] = lambda: None
+        self,
+        batches: Iterable[tuple[int, dict[str, jax.Array]]],
+        stop_reason: Callable[[int], str | None] = lambda completed_steps: None,
     ) -> str | None:
         """Trains until the batches end or `stop_reason` returns a reason, and returns that reason.
 
-        `batches` are pairs of the steps before it, from `completed_steps` on, and arrays on the devices.
+        `stop_reason` is called after each step with the number of completed steps. `batches` are pairs of the steps
+        before it, from `completed_steps` on, and arrays on the devices.
         """
         assert self.state is not None
         config, reason = self.run.train, None
@@ -181,7 +199,7 @@ class Trainer:
             if evaluates:
                 self._log_evaluation()
             self.save(metrics)
-            if reason := stop_reason():
+            if reason := stop_reason(self.completed_steps):
                 break
         if pending is not None:
             self.report(*pending)
@@ -302,6 +320,26 @@ class Trainer:
             dataset.validation()  # raises if there are no validation samples
         return dataset
 
+    @property
+    def _is_main(self) -> bool:
+        """Whether this is process 0, which writes the run directory."""
+        return self._peers.index == 0
+
+    def _require_equal_processes(self) -> None:
+        """Raises ConfigError if the processes of the run differ in what decides its numbers."""
+        git = git_state(Path(__file__).parent)
+        self._peers.require_equal(
+            {
+                "the config": fingerprint(self._loaded.run),
+                "train.steps": self.run.train.steps,
+                "the data": self.dataset.fingerprint,
+                "the version of jaxinfra": git["commit"] or __version__,
+                **package_versions(PACKAGES),
+                "the device": jax.local_devices()[0].device_kind,
+                "the number of devices": jax.local_device_count(),
+            }
+        )
+
     @cached_property
     def _rows(self) -> np.ndarray:
         """The rows of a global batch that this process loads."""
@@ -341,7 +379,7 @@ class Trainer:
         init_source = {"run": str(path), "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
-    def _fit_dataset(self, stop_reason: Callable[[], str | None]) -> str | None:
+    def _fit_dataset(self, stop_reason: Callable[[int], str | None]) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on."""
         config, start = self.run.train, self.completed_steps
         batches = BatchLoader(
@@ -399,7 +437,7 @@ class Trainer:
 
         The peak of a CPU is measured, which varies; a resumed run keeps the first one, so that its MFU does not jump.
         """
-        device, dtype, count = jax.devices()[0], jnp.dtype(self.run.precision.compute), len(jax.local_devices())
+        device, dtype, count = jax.local_devices()[0], jnp.dtype(self.run.precision.compute), len(jax.local_devices())
         holds_for = {"device_kind": device.device_kind, "local_devices": count, "dtype": dtype.name}
         known = self.run_dir.existing_record().get("peak")
         if isinstance(known, dict) and known.get("holds_for") == holds_for:
@@ -436,7 +474,7 @@ class Trainer:
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
         """Returns the contents of summary.json."""
         rows, units = self.metrics, f"{self.run.data.modality}s"
-        losses = [row["loss"] for row in rows if "loss" in row]
+        losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
         return {
             "status": "finished" if reason is None else "stopped",
             "steps": self.completed_steps,

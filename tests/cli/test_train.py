@@ -52,7 +52,7 @@ def test_whole_run(tiny: Tiny) -> None:
     before = contents(tiny.runs)
     again = tiny.launch()
     assert again.code == 0 and contents(tiny.runs) == before
-    assert again.out.startswith(f"nothing to do: all {STEPS} steps of {directory} are done; train longer")
+    assert again.out.startswith(f"nothing to do: all {STEPS} steps of {directory} are done; to train on")
 
 
 def test_replay_reads_the_versions_of_the_record(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
 
-def programs(folder: Path) -> dict[str, bytes]:
-    """The programs in a cache, with the times when they were last used."""
+def programs(folder: Path) -> dict[str, int]:
+    """The programs in a cache, with the times when they were last used, in nanoseconds."""
     entries = (path.name.removesuffix("-cache") for path in folder.glob("*-cache"))
-    return {name: (folder / f"{name}-atime").read_bytes() for name in entries}
+    return {name: int.from_bytes((folder / f"{name}-atime").read_bytes(), "little") for name in entries}
 
 
 def compile_program(number: int) -> None:
@@ -31,7 +31,7 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MIN_COMPILE_S", 0.0)
 
 
-def test_second_start_compiles_nothing(tiny: Tiny, tmp_path: Path) -> None:
+def test_second_start_compiles_nothing(keeps_all: None, tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "programs"
     assert tiny.launch("name=first", f"train.compile_cache={folder}", "track.console=off").code == 0
     first = programs(folder)

@@ -2,10 +2,11 @@
 
 import logging
 
+import jax
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.devices import _capture_logs, local_devices
+from jaxinfra.runtime.devices import _capture_logs, all_devices
 from tests.refusals import raises
 
 
@@ -22,12 +23,9 @@ def test_unusable_plugin_is_one_line(caplog) -> None:
     assert caplog.messages == ["plugin x failed: no such library"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("SLURM_STEP_NUM_TASKS", "8"), ("TPU_WORKER_HOSTNAMES", "t-0,t-1")])
-def test_several_processes_of_a_scheduler_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would train the same run."""
-    monkeypatch.setenv(name, value)
-    with raises(ConfigError, f"{name}={value} not supported"):
-        local_devices()
-    # libtpu writes a sentence where it finds no host.
-    monkeypatch.setenv(name, "1" if name.startswith("SLURM") else "could not determine hosts, please set it")
-    assert local_devices()
+def test_processes_that_jax_has_connected_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would not notice the loss of one of them."""
+    assert all_devices()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with raises(ConfigError, "2 jaxinfra.join()"):
+        all_devices()

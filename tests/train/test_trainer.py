@@ -58,7 +58,7 @@ def trainer(tiny: Tiny, *, done: int = 0, log_every: int = 1, **train: Any) -> R
     return made
 
 
-def fit(made: Recorded, stop_reason: Any = lambda: None) -> str | None:
+def fit(made: Recorded, stop_reason: Any = lambda completed_steps: None) -> str | None:
     return made.fit([(step, {}) for step in range(made.completed_steps, made.run.train.steps)], stop_reason)
 
 
@@ -89,12 +89,12 @@ def test_stop(tiny: Tiny) -> None:
     """The step that runs is finished, reported and offered to be saved; the last one is no stop."""
     made = trainer(tiny, steps=9, eval_every=None)
     reasons = itertools.chain([None, None], itertools.repeat("SIGTERM"))
-    assert fit(made, lambda: next(reasons)) == "SIGTERM"
+    assert fit(made, lambda completed_steps: next(reasons)) == "SIGTERM"
     assert (int(made.state), made.completed_steps) == (3, 3)
     assert [event[1] for event in made.events if event[0] == "log"] == [1, 2, 3]
     assert ("save", 3, 3) in made.events
     at_the_end = trainer(tiny, steps=3, eval_every=None, done=2)
-    assert fit(at_the_end, lambda: "SIGTERM") is None and at_the_end.completed_steps == 3
+    assert fit(at_the_end, lambda completed_steps: "SIGTERM") is None and at_the_end.completed_steps == 3
 
 
 def test_going_on_counts_from_there(tiny: Tiny) -> None:

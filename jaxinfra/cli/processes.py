@@ -1,0 +1,56 @@
+"""`python -m launch CONFIG --processes N`: trains in N processes on this machine. Imports no JAX itself."""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from jaxinfra.cli import config_argument
+from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.launcher import launch
+from jaxinfra.runtime.local_processes import process_environments
+
+_MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
+_OF_ONE_PROCESS = ("coordinator", "process_id", "of")  # options of a process among several
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Starts the processes with their share of the devices, supervises them, and returns the exit code of the run."""
+    for name in _OF_ONE_PROCESS:
+        if (value := getattr(options, name)) is not None:
+            option = f"--{name.replace('_', '-')} {value}"
+            raise ConfigError(f"{option}: is for one of several processes, --processes starts all; leave out one")
+    environments = process_environments(options.processes, options.devices)
+    devices = options.devices
+    if "JAX_NUM_CPU_DEVICES" in environments[0]:
+        devices = f"cpu:{environments[0]['JAX_NUM_CPU_DEVICES']}"
+    command = child_command(argv, devices)
+    return launch(command, environments, _logs_folder(options))
+
+
+def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
+    """Returns the command line of one process: this one with other devices and without --processes."""
+    parser = argparse.ArgumentParser(add_help=False)  # knows abbreviations, too
+    parser.add_argument("--processes")
+    parser.add_argument("--devices")
+    words = parser.parse_known_args(argv)[1]
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(argv)]  # such as -m launch
+    if [*program, *argv] != sys.orig_argv[1:]:  # a script has called `main`
+        program = ["-c", _MAIN]
+    return [sys.executable, *program, *words, *(["--devices", devices] if devices else [])]
+
+
+def _logs_folder(options: argparse.Namespace) -> Path:
+    """Returns the folder for the logs in the run's directory."""
+    environment = dict(os.environ)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a config file that asks JAX for devices must not take those of the processes
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the processes will say the same
+            run = config_argument.load_config(options).run
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return Path(run.root, run.name, "logs")

@@ -1,0 +1,229 @@
+"""Starts the processes of a run on this machine and supervises them until the last one has ended. Imports no JAX.
+
+A request to stop reaches every process once. When one fails, the others get a limited time. The exit code is that of
+the process that failed by itself. No process outlives the launcher (`tied_process`), nor does a group of processes
+outlive its rank.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxinfra.errors import PeerLostError, Preempted
+from jaxinfra.runtime import tied_process
+from jaxinfra.runtime.rank_output import Output
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """The time that the other processes get when one has failed.
+
+    Attributes:
+        leave_s: seconds until SIGTERM; a process that notices the loss of a peer leaves by itself.
+        terminate_s: seconds from SIGTERM until SIGKILL.
+    """
+
+    leave_s: float = 15.0
+    terminate_s: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a process ended.
+
+    Attributes:
+        rank: its number.
+        code: its exit code, or minus the signal that killed it.
+        sent: the signals that the launcher had sent to it.
+    """
+
+    rank: int
+    code: int
+    sent: frozenset[int] = frozenset()
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the other processes cannot go on."""
+        return self.code not in (0, Preempted.exit_code)
+
+    @property
+    def text(self) -> str:
+        """How it ended, in words."""
+        number = -self.code
+        if number <= 0:
+            return f"ended with exit code {self.code}"
+        return f"was killed by {signal.Signals(number).name if number in signal.Signals else f'signal {number}'}"
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether it failed by itself: not for want of a peer, nor by a signal of the launcher."""
+        return self.is_failure and self.code != PeerLostError.exit_code and -self.code not in self.sent
+
+
+def exit_code(ends: Sequence[End], *, stop_requested: bool) -> int:
+    """Returns the exit code of a run whose processes ended so, in the order of time."""
+    if cause := find_cause(ends):
+        return cause.code if cause.code > 0 else PeerLostError.exit_code
+    if any(end.code == PeerLostError.exit_code or (end.code < 0 and not stop_requested) for end in ends):
+        return PeerLostError.exit_code
+    return 0 if ends and all(end.code == 0 for end in ends) else Preempted.exit_code
+
+
+def find_cause(ends: Sequence[End]) -> End | None:
+    """Returns the end that made the others fail: the first process that failed by itself."""
+    return next((end for end in ends if end.is_cause), None)
+
+
+def launch(
+    command: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    logs: Path,
+    *,
+    patience: Patience = Patience(),
+) -> int:
+    """Runs the command once for each environment, and returns the exit code of the whole.
+
+    Ctrl-C, SIGTERM and SIGHUP send SIGTERM to every process; a second Ctrl-C kills them, and raises KeyboardInterrupt
+    when they are gone. To be called in the main thread, which alone receives signals.
+
+    Args:
+        command: the same for all processes.
+        environments: for each rank, the variables to add to those of this process.
+        logs: a folder for `rank-N.log`; StorageError if it is not writable.
+        patience: for the others when one has failed.
+    """
+    with Output(logs, len(environments)) as output:
+        supervisor = _Supervisor(output, patience)
+        with supervisor.handling_signals():
+            ends = supervisor.run(command, environments)
+    if supervisor.interrupted and any(end.code < 0 for end in ends):
+        raise KeyboardInterrupt
+    cause = find_cause(ends)
+    if cause and cause.code < 0:
+        output.say(f"error: process {cause.rank} {cause.text}; start the same command to go on")
+    return exit_code(ends, stop_requested=supervisor.stop_requested)
+
+
+class _Child:
+    """A process of the run; it leads a session, so that the terminal's Ctrl-C reaches the launcher alone."""
+
+    def __init__(self, rank: int, command: Sequence[str], environment: Mapping[str, str], output: Output) -> None:
+        self.rank = rank
+        self._sent: set[int] = set()
+        stdout, stderr = output.open(rank)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                start_new_session=True,
+            )
+        finally:
+            os.close(stdout)
+            os.close(stderr)
+
+    @property
+    def end(self) -> End | None:
+        """How it ended; None while it runs."""
+        code = self._process.poll()
+        return None if code is None else End(rank=self.rank, code=code, sent=frozenset(self._sent))
+
+    def terminate(self) -> None:
+        """Sends SIGTERM, but only once."""
+        if signal.SIGTERM not in self._sent and self._process.poll() is None:
+            self._sent.add(signal.SIGTERM)
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """Kills it with all processes that it has started and that are in its session, even if it has ended."""
+        if self._process.poll() is None:
+            self._sent.add(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # nothing is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Waits for its end."""
+        self._process.wait()
+
+
+class _Supervisor:
+    """The running processes, and what they have been asked to do."""
+
+    def __init__(self, output: Output, patience: Patience) -> None:
+        self.stop_requested = self.interrupted = False
+        self._output, self._patience = output, patience
+        self._running: list[_Child] = []
+
+    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[End]:
+        """Starts the processes, waits until all have ended, and returns their ends in the order of time."""
+        ends: list[End] = []
+        failed_at_s: float | None = None
+        try:
+            for rank, environment in enumerate(environments):
+                if not self.stop_requested:
+                    self._output.log(rank, f"--- {time.strftime('%F %T')} {shlex.join(command)}")
+                    self._running.append(_Child(rank, command, environment, self._output))
+            while self._running:
+                self._output.relay(_POLL_S)
+                ends += self._collect()
+                if failed_at_s is None and any(end.is_failure for end in ends):
+                    failed_at_s = time.monotonic()
+                self._urge(0.0 if failed_at_s is None else time.monotonic() - failed_at_s)
+        finally:  # none is left but after a bug of ours
+            for child in self._running:
+                child.kill()
+                child.wait()
+        self._output.drain()
+        for end in ends:
+            self._output.log(end.rank, f"--- process {end.rank} {end.text}")
+        return ends
+
+    def _collect(self) -> list[End]:
+        """Removes the processes that have ended, with those that they have left behind, and returns their ends."""
+        ended = {child: end for child in self._running if (end := child.end)}
+        self._running = [child for child in self._running if child not in ended]
+        for child in ended:
+            child.kill()
+        return list(ended.values())
+
+    def _urge(self, since_failure_s: float) -> None:
+        """Sends the signals that are due; a signal of the user may have come while a process was being started."""
+        for child in self._running:
+            if self.interrupted or since_failure_s > self._patience.leave_s + self._patience.terminate_s:
+                child.kill()
+            elif self.stop_requested or since_failure_s > self._patience.leave_s:
+                child.terminate()
+
+    @contextlib.contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handles the signals of a user, a scheduler and a terminal within this context; SIGHUP not under nohup."""
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        previous = {
+            number: signal.signal(number, self._handle)
+            for number in numbers
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
+        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._output.resize())
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.interrupted |= number == signal.SIGINT and self.stop_requested
+        if number == signal.SIGINT and not self.stop_requested:
+            self._output.say("stopping: the processes save and leave; Ctrl-C again kills them")
+        self.stop_requested = True
+        self._urge(0.0)  # at once: a slow terminal may hold up the loop

@@ -1,0 +1,468 @@
+"""Keeps the processes of a run in touch: who has joined, who has left and why, and values that all must know.
+
+JAX's own service connects the devices, but says neither who is missing nor who has died, and aborts the process. So
+each process also holds a TCP connection to process 0, served by a thread, which is independent of the devices:
+
+- At the start all wait for each other. Missing processes are named.
+- A process that is killed closes its connection; one that is stopped, or cut off, is silent for `SILENCE_S`. The others
+  then leave with the code of `PeerLostError`, also where a collective operation would block them forever.
+- A process that leaves with an error sends it, and all others leave with the same code.
+- `Peers.gather` exchanges small values.
+
+Process 0 connects to itself, too. Messages are JSON, one a line. The port is that of the coordinator; JAX's service
+has the next one.
+"""
+
+import atexit
+import errno
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from typing import Any, override
+
+from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
+from jaxinfra.runtime.processes import Processes, find_processes
+from jaxinfra.storage.errors import cause_of
+
+type Json = Any
+"""A value that JSON can hold."""
+
+JOIN_S = 300.0
+"""Longest wait for all processes to join."""
+SILENCE_S = 10.0
+"""Silence after which a process counts as lost."""
+GRACE_S = 3.0
+"""Time that the main thread gets to leave by itself, before the process is ended."""
+GATHER_S = 600.0
+"""Longest wait for a value of another process."""
+_BEAT_S = 1.0
+_RETRY_S = 0.2
+_MAX_LINE_BYTES = 2**24
+_AGAIN = "start the same command to go on"
+
+
+class Peers:
+    """The processes of a run; this base class is a run of one.
+
+    Attributes:
+        index: of this process.
+        count: number of processes.
+        hosts: the host of each process.
+    """
+
+    index, count = 0, 1
+
+    def __init__(self) -> None:
+        self.hosts: Sequence[str] = (socket.gethostname(),)
+
+    def gather(self, value: Json) -> list[Json]:
+        """Returns the values of all processes by index; all processes must call it. Raises the error of a peer."""
+        return [value]
+
+    def broadcast(self, value: Json) -> Json:
+        """Returns the value of process 0; all processes must call it."""
+        return self.gather(value if self.index == 0 else None)[0]
+
+    def raise_if_lost(self, wait_s: float = 0.0) -> None:
+        """Raises the error of a peer if there is one now, or comes within a time."""
+
+    def require_equal(self, values: Mapping[str, Json]) -> None:
+        """Raises ConfigError if a value differs between processes; names the first one that differs from process 0."""
+        first, *others = self.gather(values)
+        for index, other in enumerate(others, 1):
+            for name in first:
+                if other.get(name) != first[name]:
+                    raise ConfigError(
+                        f"{self.name_of(index)}: {name} is {other.get(name)}, but {first[name]} in {self.name_of(0)}; "
+                        "start all processes with the same command, code and packages"
+                    )
+
+    def name_of(self, index: int) -> str:
+        """Returns how messages name a process."""
+        return f"process {index} ({self.hosts[index]})"
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Tells the others that this process leaves, and why."""
+
+
+_current = Peers()
+
+
+def current_peers() -> Peers:
+    """Returns the processes of this run, a run of one before `join`."""
+    return _current
+
+
+def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
+    """Connects the processes of a run, and their devices; they are `current_peers` from now on.
+
+    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. Raises
+    PeerLostError and ConfigError as `ConnectedPeers`.
+
+    Args:
+        processes: which processes there are; by default what the environment says (`find_processes`).
+        join_s: longest wait for all to join.
+        silence_s: silence after which a process counts as lost.
+    """
+    global _current
+    if processes is None and (processes := find_processes(os.environ)) is None:
+        return _current
+    peers = ConnectedPeers(
+        processes.coordinator,
+        processes.count,
+        processes.index,
+        known_hosts=processes.hosts,
+        join_s=join_s,
+        silence_s=silence_s,
+    )
+    import jax
+
+    host, _, port = processes.coordinator.rpartition(":")
+    service = f"{host}:{int(port) + 1}"
+    try:
+        jax.distributed.initialize(
+            service,
+            processes.count,
+            processes.index,
+            local_device_ids=processes.local_devices,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=service if is_loopback(host) else None,
+            initialization_timeout=round(join_s),
+            shutdown_timeout_seconds=round(2 * silence_s),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        problem = PeerLostError(f"{service}: JAX's service does not connect the processes: {cause_of(error)}; {_AGAIN}")
+        peers.close(problem)
+        raise problem from error
+    _current = peers
+    atexit.register(lambda: peers.close(getattr(sys, "last_exc", None)))  # a script has ended
+    return peers
+
+
+class ConnectedPeers(Peers):
+    """Several processes, connected through process 0.
+
+    Creating it waits for all of them. Later, if another one is lost or fails, this process is ended after `GRACE_S`
+    unless it leaves by itself. Raises, in all processes, PeerLostError if some do not join, and ConfigError if they do
+    not fit together.
+
+    Args:
+        address: HOST:PORT of process 0.
+        count: number of processes.
+        index: of this one.
+        known_hosts: hosts that a scheduler named, for messages about processes that are missing.
+        join_s: longest wait for all to join.
+        silence_s: silence after which a process counts as lost.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        count: int,
+        index: int,
+        *,
+        known_hosts: Sequence[str] = (),
+        join_s: float = JOIN_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        super().__init__()
+        self.count, self.index, self._address, self._silence_s = count, index, address, silence_s
+        self._failure: JaxinfraError | None = None
+        self._failed, self._leaving = threading.Event(), threading.Event()
+        self._answers: dict[int, Future[list[Json]]] = {}
+        self._round = 0
+        self._hub = None
+        if index == 0:
+            self._hub = _Hub(_listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
+        self._connection = _connect(address, silence_s, join_s)
+        self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0])
+        joined: Future[Sequence[str]] = Future()
+        threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
+        threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
+        try:
+            self.hosts = joined.result()
+        except JaxinfraError:
+            self._leaving.set()
+            self._connection.close()
+            raise
+
+    @override
+    def gather(self, value: Json) -> list[Json]:
+        self._round += 1
+        answer = self._answers[self._round] = Future()
+        self.raise_if_lost()
+        self._connection.send(kind="value", round=self._round, value=value)
+        try:
+            return answer.result(GATHER_S)
+        except TimeoutError:
+            cause = f"another process did not reach the same point of the program within {GATHER_S:.0f} s"
+            raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {_AGAIN}") from None
+
+    @override
+    def raise_if_lost(self, wait_s: float = 0.0) -> None:
+        self._failed.wait(wait_s)
+        if self._failure is not None:
+            raise self._failure
+
+    @override
+    def close(self, error: BaseException | None = None) -> None:
+        if self._leaving.is_set():
+            return
+        self._leaving.set()
+        failed = error is not None and not isinstance(error, Preempted)  # all are stopped together
+        if not failed:
+            _disconnect_devices()
+        code = (error if isinstance(error, JaxinfraError) else PeerLostError).exit_code
+        with suppress(OSError):  # process 0 has gone
+            self._connection.send(kind="leave", error=[code, _line(error)] if failed else None)
+        if self._hub is not None:
+            # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
+            self._hub.all_left.wait(GRACE_S + 2 * _BEAT_S)
+        self._connection.close()
+
+    def _receive(self, joined: Future[Sequence[str]]) -> None:
+        """The thread that receives messages, until this process leaves."""
+        try:
+            while (message := self._connection.receive()) is not None:
+                match message["kind"]:
+                    case "joined":
+                        joined.set_result(message["hosts"])
+                    case "values":
+                        self._answers.pop(message["round"]).set_result(message["values"])
+                    case "failure":
+                        self._fail(error_of_code(*message["error"]), joined)
+            self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {_AGAIN}"), joined, grace_s=0.0)
+        except TimeoutError:
+            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
+            self._fail(PeerLostError(f"{self.name_of(0)}: {cause}; {_AGAIN}"), joined)
+        except OSError as error:
+            self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {_AGAIN}"), joined, grace_s=0.0)
+
+    def _fail(self, error: JaxinfraError, joined: Future[Sequence[str]], grace_s: float = GRACE_S) -> None:
+        """Notes the first error of another process. Without `grace_s`: JAX itself would abort within a moment."""
+        if self._failed.is_set() or self._leaving.is_set():
+            return
+        self._failure = error
+        self._failed.set()
+        if not joined.done():
+            joined.set_exception(error)
+            return
+        for answer in list(self._answers.values()):  # the main thread may add one
+            answer.set_exception(error)
+        timer = threading.Timer(grace_s, self._end_process)
+        timer.daemon = True
+        timer.start()
+
+    def _end_process(self) -> None:
+        """Ends the process, whose main thread waits for a process that is lost."""
+        if not self._leaving.is_set():
+            assert self._failure is not None
+            print(f"error: {self._failure}", file=sys.stderr, flush=True)
+            os._exit(self._failure.exit_code)
+
+    def _beat(self) -> None:
+        with suppress(OSError):  # the receiving thread says so
+            while not self._leaving.wait(_BEAT_S):
+                self._connection.send(kind="beat")
+
+
+class _Connection:
+    """Sends and receives messages over a socket."""
+
+    def __init__(self, channel: socket.socket, silence_s: float) -> None:
+        channel.settimeout(silence_s)
+        self._channel, self._lines, self._lock = channel, channel.makefile("rb"), threading.Lock()
+
+    def send(self, **message: Json) -> None:
+        with self._lock:
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict[str, Json] | None:
+        """Returns the next message, None if the other side has closed; TimeoutError after a silence, OSError."""
+        line = self._lines.readline(_MAX_LINE_BYTES)
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict) or "kind" not in message:
+            raise OSError(errno.EPROTO, "does not speak our protocol")
+        return message
+
+    def close(self) -> None:
+        with suppress(OSError):  # the other side has closed
+            self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread that receives
+        self._channel.close()
+        self._lines.close()
+
+
+class _Hub:
+    """Process 0's side: a connection to each process, itself included, and a thread for each."""
+
+    def __init__(
+        self, listener: socket.socket, count: int, known_hosts: Sequence[str], *, join_s: float, silence_s: float
+    ) -> None:
+        self._listener, self._count, self._known_hosts = listener, count, known_hosts
+        self._join_s, self._silence_s = join_s, silence_s
+        self._members: dict[int, _Connection] = {}
+        self._hosts: dict[int, str] = {}
+        self._left = set[int]()
+        self._values: dict[int, dict[int, Json]] = {}
+        self._failure: JaxinfraError | None = None
+        self._lock = threading.RLock()
+        self.all_left = threading.Event()
+        threading.Thread(target=self._accept, name="peers-accept", daemon=True).start()
+        threading.Thread(target=self._beat, name="peers-hub-beat", daemon=True).start()
+
+    def _accept(self) -> None:
+        """Accepts connections until all have joined or the time is over; also tells late ones of a failure."""
+        deadline_s = time.monotonic() + self._join_s
+        self._listener.settimeout(_RETRY_S)
+        while len(self._members) < self._count and time.monotonic() < deadline_s:
+            with suppress(TimeoutError):
+                channel, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
+        self._listener.close()
+        if len(self._members) < self._count:
+            self._fail(PeerLostError(self._missing()))
+
+    def _missing(self) -> str:
+        absent = [index for index in range(self._count) if index not in self._members]
+        hosts = {index: f" ({self._known_hosts[index]})" if self._known_hosts else "" for index in absent}
+        listed = ", ".join(f"{index}{hosts[index]}" for index in absent[:8]) + (" ..." if len(absent) > 8 else "")
+        verb = "processes" if len(absent) > 1 else "process"
+        return f"{verb} {listed} of {self._count}: not joined within {self._join_s:.0f} s; start all processes again"
+
+    def _serve(self, channel: socket.socket) -> None:
+        """The thread of a connection: receives messages until the process leaves or is lost."""
+        with closing(_Connection(channel, self._silence_s)) as connection:
+            try:
+                index = self._admit(connection.receive() or {}, connection)
+            except OSError:  # not one of our processes
+                return
+            if index is not None:
+                self._receive(index, connection)
+
+    def _receive(self, index: int, connection: _Connection) -> None:
+        try:
+            cause = "was killed"
+            while (message := connection.receive()) is not None:
+                if message["kind"] == "value":
+                    self._collect(index, message["round"], message["value"])
+                elif message["kind"] == "leave":
+                    self._leave(index, message["error"])
+                    return
+        except TimeoutError:
+            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
+        except OSError as error:
+            cause = error.strerror or str(error)
+        self._fail(PeerLostError(f"{self._name(index)}: {cause}; {_AGAIN}"), cause_index=index)
+
+    def _name(self, index: int) -> str:
+        return f"process {index} ({self._hosts[index]})"
+
+    def _admit(self, hello: Mapping[str, Json], connection: _Connection) -> int | None:
+        """Adds a process; returns None if it is none of ours, or if it does not fit, which ends all of them."""
+        index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
+        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str)):
+            return None
+        with self._lock:
+            if index in self._members:
+                problem = f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"
+                self._fail(ConfigError(problem))
+            elif count != self._count:
+                problem = f"process {index} ({host}): started as one of {count}, process 0 as one of {self._count}"
+                self._fail(ConfigError(f"{problem}; start all with the same number of processes"))
+            if self._failure is not None:
+                connection.send(kind="failure", error=[self._failure.exit_code, str(self._failure)])
+                return None
+            self._members[index], self._hosts[index] = connection, host
+            if len(self._members) == self._count:
+                self._send_all(kind="joined", hosts=[self._hosts[each] for each in range(self._count)])
+        return index
+
+    def _collect(self, index: int, number: int, value: Json) -> None:
+        """Sends the values of a round to all processes once it is complete."""
+        with self._lock:
+            values = self._values.setdefault(number, {})
+            values[index] = value
+            if len(values) == self._count:
+                del self._values[number]
+                self._send_all(kind="values", round=number, values=[values[each] for each in range(self._count)])
+
+    def _leave(self, index: int, error: tuple[int, str] | None) -> None:
+        with self._lock:
+            self._left.add(index)
+            if error is not None:
+                code, message = error
+                self._fail(error_of_code(code, f"{self._name(index)}: {message}"), cause_index=index)
+            if len(self._left) == self._count:
+                self.all_left.set()
+
+    def _fail(self, error: JaxinfraError, cause_index: int | None = None) -> None:
+        """Tells all processes but the one that has caused it; only the first error counts."""
+        with self._lock:
+            if cause_index is not None:
+                self._left.add(cause_index)
+            if self._failure is None:
+                self._failure = error
+                self._send_all(kind="failure", error=[error.exit_code, str(error)])
+
+    def _send_all(self, **message: Json) -> None:
+        with self._lock:
+            for index in self._members.keys() - self._left:
+                with suppress(OSError):  # its own thread notices that it is gone
+                    self._members[index].send(**message)
+
+    def _beat(self) -> None:
+        while not self.all_left.wait(_BEAT_S):
+            self._send_all(kind="beat")
+
+
+def _listen(address: str) -> socket.socket:
+    """Returns a socket that listens at HOST:PORT; on loopback if the host is, else on all interfaces."""
+    host, _, port = address.rpartition(":")
+    try:
+        return socket.create_server((host if is_loopback(host) else "", int(port)))
+    except OSError as error:
+        raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
+
+
+def _connect(address: str, silence_s: float, join_s: float) -> _Connection:
+    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time."""
+    host, _, port = address.rpartition(":")
+    deadline_s = time.monotonic() + join_s
+    while True:
+        try:
+            return _Connection(socket.create_connection((host, int(port)), timeout=silence_s), silence_s)
+        except OSError as error:
+            if time.monotonic() >= deadline_s:
+                raise PeerLostError(
+                    f"process 0 at {address}: no answer within {join_s:.0f} s ({error.strerror or error}); check that "
+                    "it has started, its address, and that no firewall blocks the port"
+                ) from None
+        time.sleep(_RETRY_S)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name is this machine's own."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _disconnect_devices() -> None:
+    """Waits until all processes have reached the end, and ends JAX's service."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def _line(error: BaseException | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

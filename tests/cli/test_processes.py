@@ -1,0 +1,98 @@
+"""`--processes N`: what is refused before anything starts, and what each process is started with."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.cli import processes
+from jaxinfra.cli.main import parse_command_line
+from jaxinfra.errors import ConfigError
+from tests.refusals import names, raises, refused
+from tests.tiny_run import Tiny, ended, launch, start
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_number_of_processes(tiny: Tiny, number: str) -> None:
+    line = refused(tiny.launch("--processes", number), f"--processes {number}")
+    assert line.endswith("use --processes 1")
+    assert tiny.launch("--processes", "1", "train.steps=1", "optim.schedule.warmup_steps=0").code == 0
+
+
+def test_more_processes_than_devices(tiny: Tiny) -> None:
+    refused(tiny.launch("--processes", "4", "--devices", "cpu:2"), "--devices cpu:2 --processes cpu:4")
+    assert not tiny.runs.exists()
+
+
+@pytest.mark.parametrize("option", ["coordinator", "process_id"])
+def test_options_of_one_process(tiny: Tiny, option: str) -> None:
+    options = parse_command_line([str(tiny.config), "--processes", "2"])
+    options = argparse.Namespace(**{**vars(options), option: "1"})
+    with raises(ConfigError, f"--{option.replace('_', '-')} 1 --processes leave out"):
+        processes.run(options, [])
+
+
+def test_logs_that_cannot_be_written(tiny: Tiny) -> None:
+    tiny.directory().mkdir(parents=True)
+    (tiny.directory() / "logs").touch()
+    refused(tiny.launch("--processes", "2"), f"{tiny.directory()}/logs", code=82)
+
+
+def test_wrong_overrides_are_refused_once(tiny: Tiny) -> None:
+    refused(tiny.launch("--processes", "2", "train.stepz=1"), "train.stepz train.steps?")
+    assert not tiny.runs.exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["x.py", "--processes", "4", "train.steps=3", "--devices", "cpu:8", "--import", "y.py"],
+        ["train", "x.py", "--processes=4", "--dev=cpu:8", "train.steps=3", "--debug"],
+        ["--processe", "4", "x.py"],
+    ],
+)
+def test_command_of_one_process(argv: list[str]) -> None:
+    """The same options, whatever their spelling, but for the devices and the number of processes."""
+    command = processes.child_command(argv, "cpu:2")
+    program, words = command[:3], command[3:]
+    assert program[:2] == [sys.executable, "-c"]
+    assert vars(parse_command_line(words)) == {**vars(parse_command_line(argv)), "processes": 1, "devices": "cpu:2"}
+
+
+def test_an_error_of_all_processes_is_one_line(tiny: Tiny, tmp_path: Path, repo_root: Path) -> None:
+    store = f"data.store={tmp_path / 'elsewhere'}"
+    words = [str(tiny.config), store, "--devices", "cpu:2", "name=failed"]
+    command = [sys.executable, "-m", "launch", *words, "--processes", "2"]
+    pipe = subprocess.PIPE
+    end = ended(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=repo_root))
+    alone = launch(*words)
+    assert (end.code, end.out, end.err.partition("error: ")[2]) == (81, "", alone.err.partition("error: ")[2])
+    assert end.err.startswith(("error: ", "[1] error: "))
+    for rank in range(2):
+        log = (tiny.directory("failed") / "logs" / f"rank-{rank}.log").read_text()
+        assert alone.err in log
+        assert f"-m launch {' '.join(words[:2])} name=failed --devices cpu:1\n" in log
+
+
+@pytest.mark.slow(20)
+def test_a_run_of_two_processes(tiny: Tiny) -> None:
+    """It trains; and when one process is killed, the other leaves with its code, and the same command goes on."""
+    words = ("--processes", "2", "--devices", "cpu:2", "name=two", "train.steps=40")
+    first = start(str(tiny.config), *words)
+    metrics = tiny.directory("two") / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count('"loss"') > 6):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    _, victim = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(victim), signal.SIGKILL)
+    killed = ended(first)
+    assert killed.code == 76, killed
+    names(killed.err.splitlines()[-1], "error: process was killed by SIGKILL; start the same command")
+    done = ended(start(str(tiny.config), *words))
+    assert done.code == 0 and done.out.count("Summary") == 1 and "Gloo" not in done.out, done
+    assert list(tiny.losses("two")) == [*range(1, 41)]

@@ -1,0 +1,41 @@
+"""Starts the processes of a run on this machine, and waits for them."""
+
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tests.tiny_run import Ended, ended, start
+
+
+def free_address() -> str:
+    """An address whose port and the next one are free."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return f"127.0.0.1:{port}"
+
+
+@contextmanager
+def several(
+    *arguments: str, count: int = 2, devices: int = 2, indices: Sequence[int] | None = None, of: int | None = None
+) -> Iterator[list[subprocess.Popen]]:
+    """Starts one process for each index, all of them by default; none survives the block."""
+    address = free_address()
+    where = ("--coordinator", address, "--of", str(of or count), "--devices", f"cpu:{devices}")
+    children = [start(*arguments, *where, "--process-id", str(index)) for index in indices or range(count)]
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def all_ended(children: Sequence[subprocess.Popen]) -> list[Ended]:
+    return [ended(child) for child in children]
