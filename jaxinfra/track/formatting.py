@@ -108,7 +108,7 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         "steps": ("Steps", format_number),
         units: (units.capitalize(), format_number),
         "wall_s": ("Wall time", format_duration),
-        "final_loss": ("Training loss, last step", format_metric),
+        "final_loss": ("Final training loss", format_metric),
         "validation": ("Validation", format_metric),
         f"{units}_per_s_median": (f"{units.capitalize()}/s, median", format_count),
         "mfu_median": ("MFU, median", format_percent),

@@ -264,7 +264,7 @@ def test_a_run_that_ended_without_finite_values(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "Wall time": "-",
-        "Training loss, last step": "nan",
+        "Final training loss": "nan",
         "Validation bits per byte": "nan",
         "Peak host memory": "nan",
     }
