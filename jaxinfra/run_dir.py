@@ -1,5 +1,7 @@
 """The directory of a run: its lock, its run record, and the checks before a run resumes in it."""
 
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,14 @@ from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
+from jaxinfra.runtime.peers import Peers, current_peers
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.lock import locked
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 from jaxinfra.track.report import write_report
 from jaxinfra.track.runs import no_run_error
+
+_SEEN_S = 10.0  # a file system of several hosts shows new files after a while
 
 
 class RunDirectory:
@@ -61,6 +66,25 @@ class RunDirectory:
                     f"{self.path}: another process is training this run; wait for it, or use name=ANOTHER"
                 )
             yield
+
+    def require_shared(self, peers: Peers) -> None:
+        """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
+        if peers.count == 1:
+            return
+        token = self.path / peers.broadcast(f".shared-{os.getpid()}")
+        if peers.index == 0:
+            token.touch()
+        deadline_s = time.monotonic() + _SEEN_S
+        while not token.exists():
+            if time.monotonic() > deadline_s:
+                raise ConfigError(
+                    f"{self.path}: what {peers.name_of(0)} writes there does not arrive; use root=FOLDER on a file "
+                    "system that all hosts share"
+                )
+            time.sleep(0.1)
+        peers.gather(None)
+        if peers.index == 0:
+            token.unlink()
 
     def check(self, run: Run, data: Dataset) -> None:
         """Raises ConfigError if the run in the directory has another config, other data or another `init`."""
@@ -129,7 +153,8 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     if not directory.checkpoints.exists():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
     with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
+        # That run may still be training: all processes take the checkpoint that process 0 sees.
+        step = current_peers().broadcast(checkpoints.latest_step() if step is None else step)
         if step is None or step not in checkpoints.all_steps():
             available = ", ".join(map(str, checkpoints.all_steps())) or "none"
             raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")

@@ -1,14 +1,14 @@
 """Samples text from a trained language model with a KV cache, streamed token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.config import load
 from jaxinfra.config.classes import ClassFinder
@@ -95,7 +95,7 @@ class Sampler:
         If they are on the devices of several processes, all processes must call it.
         """
         if jax.process_count() > 1:
-            params = jax.tree.map(_local_copy, params)
+            params = jax.tree.map(lambda array: array.addressable_data(0), _replicate(params))
         self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self._program.params))
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
@@ -187,11 +187,16 @@ def sampling_program(run: Run) -> Program:
     return Program(run, make_mesh(mesh, jax.local_devices()[:1]))
 
 
-def _local_copy(array: jax.Array) -> jax.Array:
-    """Returns an array on one device of this process; a collective operation if it is on several processes."""
-    assert isinstance(array.sharding, NamedSharding)
-    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
-    return jax.jit(lambda x: x, out_shardings=whole)(array).addressable_data(0)
+def _replicate(params: Params) -> Params:
+    """Copies arrays to all devices of their mesh: a collective operation."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    assert isinstance(sharding, NamedSharding)
+    return _replicated_on(sharding.mesh)(params)
+
+
+@cache
+def _replicated_on(mesh: Mesh | AbstractMesh) -> Callable[[Params], Params]:
+    return jax.jit(lambda params: params, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _sample_token(logits: FactoredLogits, key: jax.Array, sampling: SamplingParams) -> jax.Array:

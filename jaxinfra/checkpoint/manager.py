@@ -35,6 +35,7 @@ class CheckpointManager:
         self.config = config or CheckpointConfig()
         self._read_only = read_only
         self._saving_step: int | None = None  # the step that is being written in the background
+        self._saved_step: int | None = None  # the last one; other hosts may see its directory later
         if not read_only:
             make_writable(self.directory)
         # Imported late: Orbax imports slowly, and its import of absl adds a handler to a root logger that has none.
@@ -70,12 +71,12 @@ class CheckpointManager:
         # If a background save has failed, the next call raises its error, even if no save is due.
         if is_due or not self._backend.is_saving():
             self.wait_until_finished()
-        if not is_due or step in self.all_steps():
+        if not is_due or step == self._saved_step or step in self.all_steps():
             return False
         record = json.loads(json.dumps(record))  # fails now, not in the background, and is safe from later changes
         with self._saving(step):
             self._backend.save(step, state, record)
-        self._saving_step = step
+        self._saving_step = self._saved_step = step
         if not self.config.async_save:
             self.wait_until_finished()
         return True
@@ -141,6 +142,7 @@ class CheckpointManager:
             yield
         except Exception as error:
             self._backend.reset()
+            self._saved_step = None
             if not is_storage_error(error):
                 raise
             steps = self.all_steps()

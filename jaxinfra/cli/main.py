@@ -160,13 +160,18 @@ def _all_processes(options: argparse.Namespace) -> Iterator[None]:
     peers = current_peers() if processes is None else join(processes)
     try:
         yield
+    except Preempted:  # all stop after the same step
+        peers.close()
+        raise
+    except JaxinfraError as error:
+        peers.close(error, error.exit_code)
+        raise
     except Exception as error:
-        if not isinstance(error, JaxinfraError):
-            peers.raise_if_lost(wait_s=GRACE_S / 2)
-        peers.close(error)
+        peers.raise_if_lost(wait_s=GRACE_S / 2)
+        peers.close(error, 1 if user_code.innermost_place(error) is None else ConfigError.exit_code)
         raise
     except BaseException as error:
-        peers.close(error)
+        peers.close(error, 130)
         raise
     peers.close()
 

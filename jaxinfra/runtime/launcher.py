@@ -145,6 +145,10 @@ class _Child:
             self._sent.add(signal.SIGTERM)
             self._process.terminate()
 
+    def profile(self) -> None:
+        """Sends SIGUSR2."""
+        self._process.send_signal(signal.SIGUSR2)
+
     def kill(self) -> None:
         """Kills it with all processes that it has started and that are in its session, even if it has ended."""
         if self._process.poll() is None:
@@ -214,12 +218,19 @@ class _Supervisor:
             for number in numbers
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
+        previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, lambda *_: self._profile())
         previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._output.resize())
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _profile(self) -> None:
+        """Passes SIGUSR2 on to rank 0, which profiles a few steps."""
+        for child in self._running:
+            if child.rank == 0:
+                child.profile()
 
     def _handle(self, number: int, frame: object) -> None:
         self.interrupted |= number == signal.SIGINT and self.stop_requested

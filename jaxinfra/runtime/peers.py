@@ -9,8 +9,8 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - A process that leaves with an error sends it, and all others leave with the same code.
 - `Peers.gather` exchanges small values.
 
-Process 0 connects to itself, too. Messages are JSON, one a line. The port is that of the coordinator; JAX's service
-has the next one.
+Process 0 connects to itself, too. Messages are JSON, one a line. The port is that of the coordinator; JAX's service has
+a free one of the same host. Neither asks who connects: they belong into a trusted network.
 """
 
 import atexit
@@ -24,9 +24,10 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from types import TracebackType
 from typing import Any, override
 
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
+from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
 from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.storage.errors import cause_of
 
@@ -87,8 +88,11 @@ class Peers:
         """Returns how messages name a process."""
         return f"process {index} ({self.hosts[index]})"
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Tells the others that this process leaves, and why."""
+    def close(self, error: BaseException | None = None, code: int = 1) -> None:
+        """Leaves the others, which end with this error and exit code; without one, waits until all leave.
+
+        Raises the error of another process that fails meanwhile.
+        """
 
 
 _current = Peers()
@@ -111,6 +115,8 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
         silence_s: silence after which a process counts as lost.
     """
     global _current
+    if _current.count > 1:
+        return _current
     if processes is None and (processes := find_processes(os.environ)) is None:
         return _current
     peers = ConnectedPeers(
@@ -123,8 +129,8 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
     )
     import jax
 
-    host, _, port = processes.coordinator.rpartition(":")
-    service = f"{host}:{int(port) + 1}"
+    host = processes.coordinator.rpartition(":")[0]
+    service = f"{host}:{peers.broadcast(_free_port())}"
     try:
         jax.distributed.initialize(
             service,
@@ -132,17 +138,44 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
             processes.index,
             local_device_ids=processes.local_devices,
             cluster_detection_method="deactivate",
-            coordinator_bind_address=service if is_loopback(host) else None,
+            coordinator_bind_address=service if _is_loopback(host) else None,
             initialization_timeout=round(join_s),
             shutdown_timeout_seconds=round(2 * silence_s),
         )
     except jax.errors.JaxRuntimeError as error:
         problem = PeerLostError(f"{service}: JAX's service does not connect the processes: {cause_of(error)}; {_AGAIN}")
-        peers.close(problem)
+        peers.close(problem, problem.exit_code)
         raise problem from error
+    except BaseException as error:
+        peers.close(error)
+        raise
     _current = peers
-    atexit.register(lambda: peers.close(getattr(sys, "last_exc", None)))  # a script has ended
+    _leave_at_exit(peers)
     return peers
+
+
+def _leave_at_exit(peers: Peers) -> None:
+    """Makes a script leave the other processes when it ends, with the exit code of its error if it has one."""
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, JaxinfraError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            show(kind, error, trace)
+        code = error.exit_code if isinstance(error, JaxinfraError) else 1
+        peers.close(error, code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # JAX would wait for the others
+
+    def leave() -> None:
+        try:
+            peers.close()
+        except JaxinfraError as error:
+            end(type(error), error, None)
+
+    show, sys.excepthook = sys.excepthook, end
+    atexit.register(leave)
 
 
 class ConnectedPeers(Peers):
@@ -174,7 +207,7 @@ class ConnectedPeers(Peers):
         super().__init__()
         self.count, self.index, self._address, self._silence_s = count, index, address, silence_s
         self._failure: JaxinfraError | None = None
-        self._failed, self._leaving = threading.Event(), threading.Event()
+        self._failed, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._answers: dict[int, Future[list[Json]]] = {}
         self._round = 0
         self._hub = None
@@ -186,18 +219,28 @@ class ConnectedPeers(Peers):
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
         try:
-            self.hosts = joined.result()
-        except JaxinfraError:
+            self.hosts = joined.result(join_s + 2 * silence_s)
+        except (JaxinfraError, TimeoutError) as error:
             self._leaving.set()
+            self._closed.set()
             self._connection.close()
-            raise
+            if isinstance(error, JaxinfraError):
+                raise
+            raise PeerLostError(f"process 0 at {address}: did not start the run; {_AGAIN}") from None
 
     @override
     def gather(self, value: Json) -> list[Json]:
+        found = self._gather({"value": value})
+        for index, each in enumerate(found):
+            if "value" not in each:
+                raise PeerLostError(f"{self.name_of(index)}: has ended its program before the others; {_AGAIN}")
+        return [each["value"] for each in found]
+
+    def _gather(self, content: Json) -> list[Json]:
         self._round += 1
         answer = self._answers[self._round] = Future()
         self.raise_if_lost()
-        self._connection.send(kind="value", round=self._round, value=value)
+        self._connection.send(kind="value", round=self._round, value=content)
         try:
             return answer.result(GATHER_S)
         except TimeoutError:
@@ -211,19 +254,19 @@ class ConnectedPeers(Peers):
             raise self._failure
 
     @override
-    def close(self, error: BaseException | None = None) -> None:
+    def close(self, error: BaseException | None = None, code: int = 1) -> None:
         if self._leaving.is_set():
             return
-        self._leaving.set()
-        failed = error is not None and not isinstance(error, Preempted)  # all are stopped together
-        if not failed:
+        if error is None:
+            self._gather({"ends": True})  # JAX waits for the others only for a short time
             _disconnect_devices()
-        code = (error if isinstance(error, JaxinfraError) else PeerLostError).exit_code
+        self._leaving.set()
         with suppress(OSError):  # process 0 has gone
-            self._connection.send(kind="leave", error=[code, _line(error)] if failed else None)
+            self._connection.send(kind="leave", error=None if error is None else [code, _line(error)])
         if self._hub is not None:
             # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
             self._hub.all_left.wait(GRACE_S + 2 * _BEAT_S)
+        self._closed.set()
         self._connection.close()
 
     def _receive(self, joined: Future[Sequence[str]]) -> None:
@@ -268,7 +311,7 @@ class ConnectedPeers(Peers):
 
     def _beat(self) -> None:
         with suppress(OSError):  # the receiving thread says so
-            while not self._leaving.wait(_BEAT_S):
+            while not self._closed.wait(_BEAT_S):
                 self._connection.send(kind="beat")
 
 
@@ -326,8 +369,11 @@ class _Hub:
         deadline_s = time.monotonic() + self._join_s
         self._listener.settimeout(_RETRY_S)
         while len(self._members) < self._count and time.monotonic() < deadline_s:
-            with suppress(TimeoutError):
+            try:
                 channel, _ = self._listener.accept()
+            except OSError:  # none came; or there are too many open files, for a while
+                time.sleep(_RETRY_S / 10)
+            else:
                 threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
         self._listener.close()
         if len(self._members) < self._count:
@@ -371,7 +417,7 @@ class _Hub:
     def _admit(self, hello: Mapping[str, Json], connection: _Connection) -> int | None:
         """Adds a process; returns None if it is none of ours, or if it does not fit, which ends all of them."""
         index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
-        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str)):
+        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str) and 0 <= index < count):
             return None
         with self._lock:
             if index in self._members:
@@ -403,23 +449,28 @@ class _Hub:
             if error is not None:
                 code, message = error
                 self._fail(error_of_code(code, f"{self._name(index)}: {message}"), cause_index=index)
-            if len(self._left) == self._count:
-                self.all_left.set()
+            self._set_if_all_left()
+
+    def _set_if_all_left(self) -> None:
+        if len(self._left) == self._count:
+            self.all_left.set()
 
     def _fail(self, error: JaxinfraError, cause_index: int | None = None) -> None:
         """Tells all processes but the one that has caused it; only the first error counts."""
         with self._lock:
             if cause_index is not None:
                 self._left.add(cause_index)
+                self._set_if_all_left()
             if self._failure is None:
                 self._failure = error
                 self._send_all(kind="failure", error=[error.exit_code, str(error)])
 
     def _send_all(self, **message: Json) -> None:
         with self._lock:
-            for index in self._members.keys() - self._left:
-                with suppress(OSError):  # its own thread notices that it is gone
-                    self._members[index].send(**message)
+            present = [self._members[index] for index in self._members.keys() - self._left]
+        for connection in present:
+            with suppress(OSError):  # its own thread notices that it is gone
+                connection.send(**message)
 
     def _beat(self) -> None:
         while not self.all_left.wait(_BEAT_S):
@@ -428,20 +479,23 @@ class _Hub:
 
 def _listen(address: str) -> socket.socket:
     """Returns a socket that listens at HOST:PORT; on loopback if the host is, else on all interfaces."""
-    host, _, port = address.rpartition(":")
+    host, port = _split(address)
+    is_local, both = _is_loopback(host), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if host == "::1" or (both and not is_local) else socket.AF_INET
     try:
-        return socket.create_server((host if is_loopback(host) else "", int(port)))
+        return socket.create_server(
+            (host if is_local else "", port), family=family, dualstack_ipv6=both and not is_local
+        )
     except OSError as error:
         raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
 
 
 def _connect(address: str, silence_s: float, join_s: float) -> _Connection:
     """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time."""
-    host, _, port = address.rpartition(":")
     deadline_s = time.monotonic() + join_s
     while True:
         try:
-            return _Connection(socket.create_connection((host, int(port)), timeout=silence_s), silence_s)
+            return _Connection(socket.create_connection(_split(address), timeout=silence_s), silence_s)
         except OSError as error:
             if time.monotonic() >= deadline_s:
                 raise PeerLostError(
@@ -451,9 +505,21 @@ def _connect(address: str, silence_s: float, join_s: float) -> _Connection:
         time.sleep(_RETRY_S)
 
 
-def is_loopback(host: str) -> bool:
+def _split(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT; an IPv6 address is in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
     """Whether a host name is this machine's own."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def _disconnect_devices() -> None:
@@ -464,5 +530,5 @@ def _disconnect_devices() -> None:
         jax.distributed.shutdown()
 
 
-def _line(error: BaseException | None) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

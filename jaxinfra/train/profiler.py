@@ -31,8 +31,9 @@ class Profiler:
     A profile that fails is logged, and training goes on. In other threads than the main one the signal is not received.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path):
-        self._config, self._folder = config, folder
+    def __init__(self, config: ProfileConfig, folder: Path, *, is_active: bool = True):
+        """Without `is_active` it profiles nothing, and ignores the signal."""
+        self._config, self._folder, self._is_active = config, folder, is_active
         self._requested = self._has_compiled = False
         self._begin: tuple[int, float] | None = None  # completed steps and time at the begin of the profile
         self._previous_handler: Any = None
@@ -56,7 +57,7 @@ class Profiler:
     def begin_step(self, completed_steps: int, state: Any) -> None:
         """Begins a profile before this step if one is due; waits for `state` then, and at no other time."""
         self._requested |= completed_steps == self._config.at
-        if self._requested and self._has_compiled and self._begin is None:
+        if self._requested and self._is_active and self._has_compiled and self._begin is None:
             self._requested = False
             jax.block_until_ready(state)  # so that the trace has no operations of earlier steps
             with self._failure_is_logged():

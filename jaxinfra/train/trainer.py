@@ -28,6 +28,7 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
+from jaxinfra.config.codec import encode
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
@@ -43,10 +44,10 @@ from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.profile_config import ProfileConfig
 from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
+from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import MultiTracker, make_trackers
@@ -66,6 +67,8 @@ DATA_REMEDIES = {
 
 SAMPLE_TOKENS = 100
 """Tokens that the model continues `track.sample_prompt` by."""
+
+_FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -110,8 +113,7 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
-        profile = self.run.profile if self._is_main else ProfileConfig()
-        self._profiler = Profiler(profile, self.run_dir.path / "profile")
+        self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
         self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
@@ -133,6 +135,7 @@ class Trainer:
             self.run_dir.locked() if self._is_main else nullcontext(),
             CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint) as self._checkpoints,
         ):
+            self.run_dir.require_shared(self._peers)
             self.completed_steps = self._peers.broadcast(self._checkpoints.latest_step() or 0)
             if self.completed_steps:
                 self.run_dir.check(self._loaded.run, dataset)
@@ -255,8 +258,8 @@ class Trainer:
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
         """Saves the state if a checkpoint is due, or always with `force`.
 
-        Without `force` a failed save is only logged: the next one tries again. Given the metrics of the last step, it
-        raises NonFiniteError instead of saving a state that is not finite.
+        Without `force` a failed save is only logged, if there is one process: the next one tries again. Given the
+        metrics of the last step, it raises NonFiniteError instead of saving a state that is not finite.
         """
         assert self._checkpoints is not None
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:
@@ -273,6 +276,8 @@ class Trainer:
             if self._checkpoints.save(self.completed_steps, self.state, self._record, force=force):
                 self._trackers.log_save(self.completed_steps)
         except StorageError as error:
+            if self._peers.count > 1:
+                raise  # the other processes would wait for this one's part of the checkpoint
             _log.error("%s", error)
             if force:  # the error may come from the save before, which runs in the background
                 self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
@@ -328,10 +333,10 @@ class Trainer:
     def _require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         git = git_state(Path(__file__).parent)
+        fields = flatten(encode(self._loaded.run))
         self._peers.require_equal(
-            {
-                "the config": fingerprint(self._loaded.run),
-                "train.steps": self.run.train.steps,
+            {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
+            | {
                 "the data": self.dataset.fingerprint,
                 "the version of jaxinfra": git["commit"] or __version__,
                 **package_versions(PACKAGES),

@@ -96,7 +96,13 @@ def test_a_port_in_use_is_named() -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"kind": "value"}\n', b"", json.dumps({"kind": "hello"}).encode() + b"\n"],
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[1]\n",
+        b'{"kind": "value"}\n',
+        b"",
+        json.dumps({"kind": "hello", "index": 9, "count": 2, "host": "x"}).encode() + b"\n",
+    ],
 )
 def test_strangers_change_nothing(sent: bytes) -> None:
     address = free_address()

@@ -41,13 +41,13 @@ def wait_for_step(tiny: Tiny, name: str, step: int, children: list[subprocess.Po
 
 @pytest.mark.slow(40)
 def test_processes_train_as_one_and_go_on_as_another_number(tiny: Tiny) -> None:
-    run = (*MESH, "train.steps=40")
+    run = (*MESH, "train.steps=150", "train.eval_every=50")
     one = ended(tiny.start(*run, "name=one", devices=4))
     assert one.code == 0, one
     for count in 2, 4, 1:
         with several(str(tiny.config), *run, "name=several", count=count, devices=4 // count) as children:
             if count > 1:
-                wait_for_step(tiny, "several", 8 if count == 2 else 20, children)
+                wait_for_step(tiny, "several", 8 if count == 2 else 60, children)
                 children[-1].send_signal(signal.SIGTERM)
             ends = all_ended(children)
         assert [each.code for each in ends] == [Preempted.exit_code if count > 1 else 0] * count, ends
@@ -83,19 +83,21 @@ def test_the_loss_of_one_ends_the_others(tiny: Tiny, index: int, number: signal.
         assert ended(children[index]).code == (-signal.SIGKILL if number == signal.SIGKILL else PeerLostError.exit_code)
 
 
-def test_processes_that_differ_are_named(tiny: Tiny) -> None:
+@pytest.mark.parametrize("override", ["optim.peak_lr=1e-3", "train.eval_every=7"])
+def test_processes_that_differ_are_named(tiny: Tiny, override: str) -> None:
     address = free_address()
     where = ("--coordinator", address, "--of", "2", "--devices", "cpu:2", "--process-id")
     first = start(str(tiny.config), *MESH, "name=other", *where, "0")
-    second = start(str(tiny.config), *MESH, "name=other", "optim.peak_lr=1e-3", *where, "1")
+    second = start(str(tiny.config), *MESH, "name=other", override, *where, "1")
     for each in ended(first), ended(second):
         assert each.code == ConfigError.exit_code
-        names(each.err.splitlines()[-1], "error: process 1 config")
-    assert not (tiny.directory("other") / "metrics.jsonl").exists()
+        names(each.err.splitlines()[-1], f"error: process 1 {override.partition('=')[0]}")
+    assert not tiny.runs.exists()
 
 
 SCRIPT = """
 import sys
+import time
 import jaxinfra
 
 jaxinfra.join()
@@ -103,6 +105,8 @@ overrides = ["name=script", "train.steps=3", "optim.schedule.warmup_steps=1"]
 trainer = jaxinfra.Trainer(jaxinfra.load(sys.argv[1], overrides))
 if sys.argv[2] == "fail" and trainer.train()["steps"] == 3:
     raise ValueError("a mistake")
+if jaxinfra.join().index == 0:
+    time.sleep(12)  # longer than the silence after which a process counts as lost
 print(trainer.train()["steps"], trainer.program.mesh.size)
 """
 
@@ -124,8 +128,8 @@ def test_a_script_joins(tiny: Tiny) -> None:
             for index in range(2)
         ]
         first, second = all_ended(children)
-        assert second.code == code, second
+        assert (first.code, second.code) == (code, code), (first, second)
         if mode == "train":
-            assert first.code == 0 and first.out.endswith("3 2\n") and second.out.endswith("3 2\n"), (first, second)
+            assert first.out.endswith("3 2\n") and second.out.endswith("3 2\n"), (first, second)
         else:
             assert "ValueError: a mistake" in second.err
