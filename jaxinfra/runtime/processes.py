@@ -1,9 +1,9 @@
 """Finds out whether this process is one of several, and which: one table, with a row for each way to start them.
 
-It joins nothing: the caller passes the result to `jax.distributed.initialize`. JAX is not imported here, since it reads
-its settings when it is imported. The table agrees with JAX's detection of clusters, except where JAX would be wrong or
-hang: a Slurm task with several GPUs, Slurm's `--distribution=arbitrary`, and Open MPI 5 without mpi4py. So the caller
-turns JAX's detection off (`cluster_detection_method="deactivate"`), which fills in what is None here.
+It joins nothing: `peers.join` does, with the result. JAX is not imported here, since it reads its settings when it is
+imported. The table agrees with JAX's detection of clusters, except where JAX would be wrong or hang: a Slurm task with
+several GPUs, Slurm's `--distribution=arbitrary`, and Open MPI 5 without mpi4py. So JAX's detection is turned off
+(`cluster_detection_method="deactivate"`): it would fill in what is None here.
 """
 
 import re
