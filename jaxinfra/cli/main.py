@@ -167,7 +167,7 @@ def _all_processes(options: argparse.Namespace) -> Iterator[None]:
         peers.close(error, error.exit_code)
         raise
     except Exception as error:
-        peers.raise_if_lost(wait_s=GRACE_S / 2)
+        peers.raise_if_lost(wait_s=2 * GRACE_S)  # the error may come from the loss of another process
         peers.close(error, 1 if user_code.innermost_place(error) is None else ConfigError.exit_code)
         raise
     except BaseException as error:

@@ -78,7 +78,8 @@ def test_the_loss_of_one_ends_the_others(tiny: Tiny, index: int, number: signal.
         survivor = ended(children[1 - index])
         assert survivor.code == PeerLostError.exit_code, survivor
         cause = "killed" if number == signal.SIGKILL else "silent"
-        names(survivor.err.splitlines()[-1], f"error: process {index} {cause}")
+        (line,) = (line for line in survivor.err.splitlines() if line.startswith("error: "))
+        names(line, f"process {index} {cause}")
         children[index].send_signal(signal.SIGCONT)
         assert ended(children[index]).code == (-signal.SIGKILL if number == signal.SIGKILL else PeerLostError.exit_code)
 
