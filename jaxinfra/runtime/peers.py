@@ -9,30 +9,25 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - A process that leaves with an error sends it, and all others leave with the same code.
 - `Peers.gather` exchanges small values.
 
-Process 0 connects to itself, too. Messages are JSON, one a line. The port is that of the coordinator; JAX's service has
-a free one of the same host. Neither asks who connects: they belong into a trusted network.
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
+one of the same host. Neither asks who connects: they belong into a trusted network.
 """
 
 import atexit
-import errno
-import json
 import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, override
+from typing import override
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.runtime.peer_hub import AGAIN, BEAT_S, Hub, Json, connect, is_loopback, listen
 from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.storage.errors import cause_of
-
-type Json = Any
-"""A value that JSON can hold."""
 
 JOIN_S = 300.0
 """Longest wait for all processes to join."""
@@ -42,10 +37,6 @@ GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, before the process is ended."""
 GATHER_S = 600.0
 """Longest wait for a value of another process."""
-_BEAT_S = 1.0
-_RETRY_S = 0.2
-_MAX_LINE_BYTES = 2**24
-_AGAIN = "start the same command to go on"
 
 
 class Peers:
@@ -138,12 +129,12 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
             processes.index,
             local_device_ids=processes.local_devices,
             cluster_detection_method="deactivate",
-            coordinator_bind_address=service if _is_loopback(host) else None,
+            coordinator_bind_address=service if is_loopback(host) else None,
             initialization_timeout=round(join_s),
             shutdown_timeout_seconds=round(2 * silence_s),
         )
     except jax.errors.JaxRuntimeError as error:
-        problem = PeerLostError(f"{service}: JAX's service does not connect the processes: {cause_of(error)}; {_AGAIN}")
+        problem = PeerLostError(f"{service}: JAX's service does not connect the processes: {cause_of(error)}; {AGAIN}")
         peers.close(problem, problem.exit_code)
         raise problem from error
     except BaseException as error:
@@ -212,8 +203,8 @@ class ConnectedPeers(Peers):
         self._round = 0
         self._hub = None
         if index == 0:
-            self._hub = _Hub(_listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
-        self._connection = _connect(address, silence_s, join_s)
+            self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
+        self._connection = connect(address, silence_s, join_s)
         self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0])
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
@@ -226,14 +217,14 @@ class ConnectedPeers(Peers):
             self._connection.close()
             if isinstance(error, JaxinfraError):
                 raise
-            raise PeerLostError(f"process 0 at {address}: did not start the run; {_AGAIN}") from None
+            raise PeerLostError(f"process 0 at {address}: did not start the run; {AGAIN}") from None
 
     @override
     def gather(self, value: Json) -> list[Json]:
         found = self._gather({"value": value})
         for index, each in enumerate(found):
             if "value" not in each:
-                raise PeerLostError(f"{self.name_of(index)}: has ended its program before the others; {_AGAIN}")
+                raise PeerLostError(f"{self.name_of(index)}: has ended its program before the others; {AGAIN}")
         return [each["value"] for each in found]
 
     def _gather(self, content: Json) -> list[Json]:
@@ -245,7 +236,7 @@ class ConnectedPeers(Peers):
             return answer.result(GATHER_S)
         except TimeoutError:
             cause = f"another process did not reach the same point of the program within {GATHER_S:.0f} s"
-            raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {_AGAIN}") from None
+            raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {AGAIN}") from None
 
     @override
     def raise_if_lost(self, wait_s: float = 0.0) -> None:
@@ -265,7 +256,7 @@ class ConnectedPeers(Peers):
             self._connection.send(kind="leave", error=None if error is None else [code, _line(error)])
         if self._hub is not None:
             # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
-            self._hub.all_left.wait(GRACE_S + 2 * _BEAT_S)
+            self._hub.all_left.wait(GRACE_S + 2 * BEAT_S)
         self._closed.set()
         self._connection.close()
 
@@ -280,12 +271,12 @@ class ConnectedPeers(Peers):
                         self._answers.pop(message["round"]).set_result(message["values"])
                     case "failure":
                         self._fail(error_of_code(*message["error"]), joined)
-            self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {_AGAIN}"), joined, grace_s=0.0)
+            self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
         except TimeoutError:
             cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
-            self._fail(PeerLostError(f"{self.name_of(0)}: {cause}; {_AGAIN}"), joined)
+            self._fail(PeerLostError(f"{self.name_of(0)}: {cause}; {AGAIN}"), joined)
         except OSError as error:
-            self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {_AGAIN}"), joined, grace_s=0.0)
+            self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {AGAIN}"), joined, grace_s=0.0)
 
     def _fail(self, error: JaxinfraError, joined: Future[Sequence[str]], grace_s: float = GRACE_S) -> None:
         """Notes the first error of another process. Without `grace_s`: JAX itself would abort within a moment."""
@@ -311,209 +302,8 @@ class ConnectedPeers(Peers):
 
     def _beat(self) -> None:
         with suppress(OSError):  # the receiving thread says so
-            while not self._closed.wait(_BEAT_S):
+            while not self._closed.wait(BEAT_S):
                 self._connection.send(kind="beat")
-
-
-class _Connection:
-    """Sends and receives messages over a socket."""
-
-    def __init__(self, channel: socket.socket, silence_s: float) -> None:
-        channel.settimeout(silence_s)
-        self._channel, self._lines, self._lock = channel, channel.makefile("rb"), threading.Lock()
-
-    def send(self, **message: Json) -> None:
-        with self._lock:
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> dict[str, Json] | None:
-        """Returns the next message, None if the other side has closed; TimeoutError after a silence, OSError."""
-        line = self._lines.readline(_MAX_LINE_BYTES)
-        if not line.endswith(b"\n"):
-            return None
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict) or "kind" not in message:
-            raise OSError(errno.EPROTO, "does not speak our protocol")
-        return message
-
-    def close(self) -> None:
-        with suppress(OSError):  # the other side has closed
-            self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread that receives
-        self._channel.close()
-        self._lines.close()
-
-
-class _Hub:
-    """Process 0's side: a connection to each process, itself included, and a thread for each."""
-
-    def __init__(
-        self, listener: socket.socket, count: int, known_hosts: Sequence[str], *, join_s: float, silence_s: float
-    ) -> None:
-        self._listener, self._count, self._known_hosts = listener, count, known_hosts
-        self._join_s, self._silence_s = join_s, silence_s
-        self._members: dict[int, _Connection] = {}
-        self._hosts: dict[int, str] = {}
-        self._left = set[int]()
-        self._values: dict[int, dict[int, Json]] = {}
-        self._failure: JaxinfraError | None = None
-        self._lock = threading.RLock()
-        self.all_left = threading.Event()
-        threading.Thread(target=self._accept, name="peers-accept", daemon=True).start()
-        threading.Thread(target=self._beat, name="peers-hub-beat", daemon=True).start()
-
-    def _accept(self) -> None:
-        """Accepts connections until all have joined or the time is over; also tells late ones of a failure."""
-        deadline_s = time.monotonic() + self._join_s
-        self._listener.settimeout(_RETRY_S)
-        while len(self._members) < self._count and time.monotonic() < deadline_s:
-            try:
-                channel, _ = self._listener.accept()
-            except OSError:  # none came; or there are too many open files, for a while
-                time.sleep(_RETRY_S / 10)
-            else:
-                threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
-        self._listener.close()
-        if len(self._members) < self._count:
-            self._fail(PeerLostError(self._missing()))
-
-    def _missing(self) -> str:
-        absent = [index for index in range(self._count) if index not in self._members]
-        hosts = {index: f" ({self._known_hosts[index]})" if self._known_hosts else "" for index in absent}
-        listed = ", ".join(f"{index}{hosts[index]}" for index in absent[:8]) + (" ..." if len(absent) > 8 else "")
-        verb = "processes" if len(absent) > 1 else "process"
-        return f"{verb} {listed} of {self._count}: not joined within {self._join_s:.0f} s; start all processes again"
-
-    def _serve(self, channel: socket.socket) -> None:
-        """The thread of a connection: receives messages until the process leaves or is lost."""
-        with closing(_Connection(channel, self._silence_s)) as connection:
-            try:
-                index = self._admit(connection.receive() or {}, connection)
-            except OSError:  # not one of our processes
-                return
-            if index is not None:
-                self._receive(index, connection)
-
-    def _receive(self, index: int, connection: _Connection) -> None:
-        try:
-            cause = "was killed"
-            while (message := connection.receive()) is not None:
-                if message["kind"] == "value":
-                    self._collect(index, message["round"], message["value"])
-                elif message["kind"] == "leave":
-                    self._leave(index, message["error"])
-                    return
-        except TimeoutError:
-            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
-        except OSError as error:
-            cause = error.strerror or str(error)
-        self._fail(PeerLostError(f"{self._name(index)}: {cause}; {_AGAIN}"), cause_index=index)
-
-    def _name(self, index: int) -> str:
-        return f"process {index} ({self._hosts[index]})"
-
-    def _admit(self, hello: Mapping[str, Json], connection: _Connection) -> int | None:
-        """Adds a process; returns None if it is none of ours, or if it does not fit, which ends all of them."""
-        index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
-        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str) and 0 <= index < count):
-            return None
-        with self._lock:
-            if index in self._members:
-                problem = f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"
-                self._fail(ConfigError(problem))
-            elif count != self._count:
-                problem = f"process {index} ({host}): started as one of {count}, process 0 as one of {self._count}"
-                self._fail(ConfigError(f"{problem}; start all with the same number of processes"))
-            if self._failure is not None:
-                connection.send(kind="failure", error=[self._failure.exit_code, str(self._failure)])
-                return None
-            self._members[index], self._hosts[index] = connection, host
-            if len(self._members) == self._count:
-                self._send_all(kind="joined", hosts=[self._hosts[each] for each in range(self._count)])
-        return index
-
-    def _collect(self, index: int, number: int, value: Json) -> None:
-        """Sends the values of a round to all processes once it is complete."""
-        with self._lock:
-            values = self._values.setdefault(number, {})
-            values[index] = value
-            if len(values) == self._count:
-                del self._values[number]
-                self._send_all(kind="values", round=number, values=[values[each] for each in range(self._count)])
-
-    def _leave(self, index: int, error: tuple[int, str] | None) -> None:
-        with self._lock:
-            self._left.add(index)
-            if error is not None:
-                code, message = error
-                self._fail(error_of_code(code, f"{self._name(index)}: {message}"), cause_index=index)
-            self._set_if_all_left()
-
-    def _set_if_all_left(self) -> None:
-        if len(self._left) == self._count:
-            self.all_left.set()
-
-    def _fail(self, error: JaxinfraError, cause_index: int | None = None) -> None:
-        """Tells all processes but the one that has caused it; only the first error counts."""
-        with self._lock:
-            if cause_index is not None:
-                self._left.add(cause_index)
-                self._set_if_all_left()
-            if self._failure is None:
-                self._failure = error
-                self._send_all(kind="failure", error=[error.exit_code, str(error)])
-
-    def _send_all(self, **message: Json) -> None:
-        with self._lock:
-            present = [self._members[index] for index in self._members.keys() - self._left]
-        for connection in present:
-            with suppress(OSError):  # its own thread notices that it is gone
-                connection.send(**message)
-
-    def _beat(self) -> None:
-        while not self.all_left.wait(_BEAT_S):
-            self._send_all(kind="beat")
-
-
-def _listen(address: str) -> socket.socket:
-    """Returns a socket that listens at HOST:PORT; on loopback if the host is, else on all interfaces."""
-    host, port = _split(address)
-    is_local, both = _is_loopback(host), socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if host == "::1" or (both and not is_local) else socket.AF_INET
-    try:
-        return socket.create_server(
-            (host if is_local else "", port), family=family, dualstack_ipv6=both and not is_local
-        )
-    except OSError as error:
-        raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
-
-
-def _connect(address: str, silence_s: float, join_s: float) -> _Connection:
-    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time."""
-    deadline_s = time.monotonic() + join_s
-    while True:
-        try:
-            return _Connection(socket.create_connection(_split(address), timeout=silence_s), silence_s)
-        except OSError as error:
-            if time.monotonic() >= deadline_s:
-                raise PeerLostError(
-                    f"process 0 at {address}: no answer within {join_s:.0f} s ({error.strerror or error}); check that "
-                    "it has started, its address, and that no firewall blocks the port"
-                ) from None
-        time.sleep(_RETRY_S)
-
-
-def _split(address: str) -> tuple[str, int]:
-    """Splits HOST:PORT; an IPv6 address is in brackets."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether a host name is this machine's own."""
-    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
 
 
 def _free_port() -> int:

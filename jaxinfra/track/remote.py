@@ -32,9 +32,11 @@ _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """What was logged at a Unix time in milliseconds after a number of completed steps.
+    """Metrics and texts of one step.
 
     Attributes:
+        step: number of completed steps.
+        time_ms: Unix time in milliseconds.
         metrics: values by group and name.
         texts: "sample" or "profile", and the text.
     """

@@ -114,7 +114,7 @@ print(trainer.train()["steps"], trainer.program.mesh.size)
 
 @pytest.mark.slow(20)
 def test_a_script_joins(tiny: Tiny) -> None:
-    """What `train` returns, and a mistake, reach all processes."""
+    """All processes get the summary from `train`; the error of one ends all of them."""
     for mode, code in ("train", 0), ("fail", 1):
         host, _, port = free_address().rpartition(":")
         where = {"JAX_COORDINATOR_ADDRESS": f"{host}:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
