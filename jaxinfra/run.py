@@ -90,7 +90,7 @@ class Run:
 
     Attributes:
         name: name of the run's directory.
-        root: parent of the run's directory.
+        root: parent of the run's directory: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.
         seed: seed of initialization and dropout.
         model: the model.
         objective: the loss to minimize.
@@ -151,8 +151,10 @@ class Run:
             yield Problem(fields=("name",), message=message, fix="use name=my-run")
         if not (self.root.isprintable() and (self.init or "").isprintable()):
             yield Problem(fields=("root", "init"), message="have control characters", fix="use root=runs")
-        if "://" in self.root:
-            yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
+        if "://" in self.root and not self.root.startswith(("s3://", "gs://")):
+            yield Problem(
+                fields=("root",), message="must be a folder or the URL of a bucket", fix="use root=s3://BUCKET/runs"
+            )
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
         yield from self.profile.problems_in_run(self.train.steps, "profile.")
         model, objective, data = self.model, self.objective, self.data

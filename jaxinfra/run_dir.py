@@ -1,8 +1,9 @@
-"""The directory of a run: its lock, its run record, and the checks before a run resumes in it."""
+"""The directory of a run: its lease, its run record, and the checks before a run resumes in it."""
 
 import os
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,33 +18,60 @@ from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.runtime.peers import Peers, current_peers
-from jaxinfra.storage.checks import make_writable
-from jaxinfra.storage.lock import locked
+from jaxinfra.storage.checks import is_remote, make_writable
+from jaxinfra.storage.connection import normalize_url
+from jaxinfra.storage.lease import Lease, hold
+from jaxinfra.storage.mirror import Mirror, fetch
+from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
-from jaxinfra.track.report import write_report
-from jaxinfra.track.runs import no_run_error
+from jaxinfra.track.report import REPORT_FILE, write_report
+from jaxinfra.track.runs import RUN_FILES, no_run_error
 
 _SEEN_S = 10.0  # a file system of several hosts shows new files after a while
 
 
 class RunDirectory:
-    """`ROOT/NAME`, with run.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/ and report.html."""
+    """`ROOT/NAME`, with run.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/ and report.html.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.record = path / RECORD_FILE
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / METRICS_FILE
-        self.report = path / "report.html"
+    ROOT is a folder, or an `s3://` or `gs://` URL. Then the small files are written to a temporary folder and copied
+    into the bucket in the background; only process 0 does so. Checkpoints go there directly.
+
+    Attributes:
+        location: the path or URL, for people.
+        path: the folder of the small files.
+        checkpoints: the path or URL of the checkpoints.
+    """
+
+    def __init__(self, location: str | Path):
+        self.is_remote = is_remote(location)
+        self.location = normalize_url(str(location)) if self.is_remote else str(location)
+        self._temporary = tempfile.TemporaryDirectory(prefix="jaxinfra-run-") if self.is_remote else None
+        self.path = Path(self._temporary.name, self.location.rpartition("/")[2]) if self._temporary else Path(location)
+        self.record = self.path / RECORD_FILE
+        self.checkpoints = f"{self.location}/checkpoints" if self.is_remote else str(self.path / "checkpoints")
+        self.metrics = self.path / METRICS_FILE
+        self.report = self.path / REPORT_FILE
+
+    def has_checkpoints(self) -> bool:
+        """Whether there may be checkpoints."""
+        return self.is_remote or Path(self.checkpoints).exists()
+
+    def fetch(self) -> Path:
+        """Returns the folder of the small files, as they are now in the bucket."""
+        if self.is_remote:
+            fetch(ObjectStore(self.location), RUN_FILES, self.path)
+        return self.path
 
     def existing_record(self) -> Mapping[str, Any]:
         """Returns the run record (run.json); if it is missing, the copy in the newest checkpoint; else {}.
 
         Raises ConfigError if run.json is damaged, CheckpointError if the copy is.
         """
+        if self.is_remote:
+            fetch(ObjectStore(self.location), [RECORD_FILE], self.path)
         if self.record.exists():
             return read_record(self.record)
-        if not self.checkpoints.exists():
+        if not self.has_checkpoints():
             return {}
         with CheckpointManager(self.checkpoints, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
@@ -57,19 +85,21 @@ class RunDirectory:
         return record.get("data_versions", ())
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Creates the directory and holds its lock, so that only one process trains this run."""
-        make_writable(self.path)
-        with locked(self.path) as acquired:
-            if not acquired:
-                raise ConfigError(
-                    f"{self.path}: another process is training this run; wait for it, or use name=ANOTHER"
-                )
-            yield
+    def owned(self) -> Iterator["Owned"]:
+        """Creates the directory and holds its lease, so that only one run trains in it."""
+        if not self.is_remote:
+            make_writable(self.path)
+        with hold(self.location) as lease:
+            if not self.is_remote:
+                yield Owned(lease, lambda: None)
+                return
+            self.fetch()
+            with Mirror(self.path, ObjectStore(self.location), lease.check_now) as mirror:
+                yield Owned(lease, mirror.sync)
 
     def require_shared(self, peers: Peers) -> None:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
-        if peers.count == 1:
+        if peers.count == 1 or self.is_remote:
             return
         token = self.path / peers.broadcast(f".shared-{os.getpid()}")
         if peers.index == 0:
@@ -78,7 +108,7 @@ class RunDirectory:
         while not token.exists():
             if time.monotonic() > deadline_s:
                 raise ConfigError(
-                    f"{self.path}: what {peers.name_of(0)} writes there does not arrive; use root=FOLDER on a file "
+                    f"{self.location}: what {peers.name_of(0)} writes there does not arrive; use root=FOLDER on a file "
                     "system that all hosts share"
                 )
             time.sleep(0.1)
@@ -93,27 +123,28 @@ class RunDirectory:
             first = changes[0]
             more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             raise ConfigError(
-                f"{self.path}: holds a run of another config: {first.path} is {first.left} there and {first.right} "
-                f"here{more}; use name=ANOTHER, with init={self.path} to start from its parameters, or change it back"
+                f"{self.location}: holds a run of another config: {first.path} is {first.left} there and "
+                f"{first.right} here{more}; use name=ANOTHER, with init={self.location} to start from its parameters, "
+                "or change it back"
             )
         if record.get("data", data.fingerprint) != data.fingerprint:
             raise ConfigError(
-                f"{self.path}: has started on data with fingerprint {record['data']}, {data.name} has "
+                f"{self.location}: has started on data with fingerprint {record['data']}, {data.name} has "
                 f"{data.fingerprint}; use name=ANOTHER, or the version that it has started on"
             )
         started_from = record.get("init")
         if not _same_init(started_from, run.init):
             before = "none" if started_from is None else f"{started_from['run']}@{started_from['step']}"
             raise ConfigError(
-                f"{self.path}: has started with init={before}, and init={run.init or 'none'} here; use name=ANOTHER, "
-                f"or init={before}"
+                f"{self.location}: has started with init={before}, and init={run.init or 'none'} here; use "
+                f"name=ANOTHER, or init={before}"
             )
 
     def finished_summary(self, completed_steps: int) -> dict[str, Any]:
         """Returns the summary of a run that is already finished; writes its report if that is missing."""
         summary = self.path / SUMMARY_FILE
         values = read_json_object(summary) if summary.exists() else {}
-        if self.record.exists() and not self.report.exists():
+        if self.record.exists() and not self.report.exists() and not self.is_remote:
             write_report(self.path)
         return {**values, "steps": completed_steps, "status": "finished before"}
 
@@ -121,6 +152,18 @@ class RunDirectory:
         """Returns the fingerprinted fields in which a run record differs from a config."""
         recorded = decode_record(self.record, record, ClassFinder.from_config(run))
         return diff(recorded, run, fingerprinted_only=True)
+
+
+class Owned(NamedTuple):
+    """A run directory that this process owns.
+
+    Attributes:
+        lease: of the directory.
+        sync: copies the small files into the bucket now, if the directory is there.
+    """
+
+    lease: Lease
+    sync: Callable[[], None]
 
 
 class TrainedParams(NamedTuple):
@@ -144,13 +187,13 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     ConfigError if there is no run, or if a parameter differs (it names the first one), and CheckpointError if no
     checkpoint can be read.
     """
-    path, step = parse_source(source)
-    directory = RunDirectory(path)
+    location, step = parse_source(source)
+    directory = RunDirectory(location)
     record = directory.existing_record()
     if not record:
-        raise no_run_error(path)
+        raise no_run_error(location)
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
-    if not directory.checkpoints.exists():
+    if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
     with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
         # That run may still be training: all processes take the checkpoint that process 0 sees.
@@ -173,11 +216,11 @@ def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:
     return fields.get(field) if isinstance(fields, dict) else None
 
 
-def parse_source(source: str | Path) -> tuple[Path, int | None]:
+def parse_source(source: str | Path) -> tuple[str, int | None]:
     """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
     path, at, step = str(source).rpartition("@")
     has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
-    return (Path(path), int(step)) if has_step else (Path(source), None)
+    return (path, int(step)) if has_step else (str(source), None)
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:
@@ -189,7 +232,7 @@ def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:
     path, step = parse_source(init)
     if step not in (None, recorded["step"]):
         return False
-    directory = RunDirectory(path)
-    if directory.record.exists():
-        return directory.existing_record().get("fingerprint") == recorded["fingerprint"]
-    return str(path) == recorded["run"]  # that run may be deleted: a resumed run does not load it again
+    record = RunDirectory(path).existing_record()
+    if record:
+        return record.get("fingerprint") == recorded["fingerprint"]
+    return path == recorded["run"]  # that run may be deleted: a resumed run does not load it again

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.config import load
 from jaxinfra.config.classes import ClassFinder
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
@@ -23,6 +24,7 @@ from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import load_params, parse_source
+from jaxinfra.storage.checks import is_remote
 from jaxinfra.track.runs import no_run_error
 
 PROMPT_BLOCK = 64
@@ -76,10 +78,9 @@ class Sampler:
         Takes the averaged parameters if the run keeps them.
         """
         path, _ = parse_source(run_dir)
-        record = path / "run.json"
-        if not record.exists():
+        if not (is_remote(path) or Path(path, RECORD_FILE).exists()):
             raise no_run_error(path)
-        program = sampling_program(load(record, (), Run, imports).run)
+        program = sampling_program(load(f"{path.rstrip('/')}/{RECORD_FILE}", (), Run, imports).run)
         return cls(program, load_params(run_dir, program).params)
 
     @classmethod

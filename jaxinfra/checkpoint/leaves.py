@@ -9,12 +9,16 @@ import numpy as np
 type PyTree = object  # of arrays, or of anything with a shape and a dtype
 
 
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
+    """Returns the name of a leaf from its path in a tree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def leaf_types(tree: PyTree) -> dict[str, str]:
     """Returns the type of each leaf by name, such as "bfloat16[8,128]", with the global shape."""
     types = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        types[name] = f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        types[leaf_name(path)] = f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
     return types
 
 

@@ -6,43 +6,72 @@ bit-equal to the saved one, on any mesh. The position in the data is not saved: 
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
 import jax
 from etils import epath
 
+from jaxinfra.checkpoint.bucket_backend import BucketBackend, Gather
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import is_remote, make_writable
 from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
+from jaxinfra.storage.lease import Lease
 
 
 class CheckpointManager:
     """The checkpoints in one directory: for each step, the train state and the run record.
 
-    The directory is a local path or a `gs://` URL; it is created if it is missing. Only one manager at a time may write
-    to it; it deletes incomplete checkpoints when it opens. Any number of `read_only` managers may read. With several
-    processes, all of them make the same calls. Use it as a context manager, or call `close`.
+    The directory is a local path, which Orbax reads and writes, or an `s3://` or `gs://` URL; it is created if it is
+    missing. Only one manager at a time may write to it; it deletes incomplete checkpoints when it opens. Any number of
+    `read_only` managers may read. With several processes, all of them make the same calls; a local directory must be
+    shared by them. Use it as a context manager, or call `close`.
+
+    Args:
+        directory: of the checkpoints.
+        config: when to save and which to keep.
+        read_only: whether to leave everything as it is.
+        lease: of the run, in process 0; a manager whose lease is lost cannot complete a checkpoint.
+        gather: exchanges values between the processes in the background; needed for URLs only.
+        before_commit: is called in process 0 before a checkpoint of a URL is complete.
     """
 
     def __init__(
-        self, directory: epath.PathLike, config: CheckpointConfig | None = None, *, read_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        config: CheckpointConfig | None = None,
+        *,
+        read_only: bool = False,
+        lease: Lease | None = None,
+        gather: Gather = lambda value: [value],
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self.directory = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
+        self._is_remote = is_remote(directory)
+        self.directory = os.fspath(directory) if self._is_remote else os.path.abspath(directory)
         self.config = config or CheckpointConfig()
         self._read_only = read_only
         self._saving_step: int | None = None  # the step that is being written in the background
         self._saved_step: int | None = None  # the last one; other hosts may see its directory later
+        if self._is_remote:
+            self._backend = BucketBackend(
+                self.directory,
+                self.config,
+                read_only=read_only,
+                lease=lease,
+                gather=gather,
+                before_commit=before_commit,
+            )
+            return
         if not read_only:
             make_writable(self.directory)
         # Imported late: Orbax imports slowly, and its import of absl adds a handler to a root logger that has none.
         from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
 
         with storage_errors(self.directory):
-            self._backend = OrbaxBackend(self.directory, self.config, read_only=read_only)
+            self._backend = OrbaxBackend(epath.Path(self.directory), self.config, read_only=read_only, lease=lease)
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
@@ -68,8 +97,9 @@ class CheckpointManager:
         """
         assert not self._read_only, "opened with read_only=True"
         is_due = force or step % self.config.save_every == 0
-        # If a background save has failed, the next call raises its error, even if no save is due.
-        if is_due or not self._backend.is_saving():
+        # If a background save has failed, the next call raises its error, even if no save is due. With several
+        # processes, which may see it after different steps, all raise it at the next save.
+        if is_due or (jax.process_count() == 1 and not self._backend.is_saving()):
             self.wait_until_finished()
         if not is_due or step == self._saved_step or step in self.all_steps():
             return False
@@ -143,7 +173,7 @@ class CheckpointManager:
         except Exception as error:
             self._backend.reset()
             self._saved_step = None
-            if not is_storage_error(error):
+            if not is_storage_error(error) and not isinstance(error, StorageError):
                 raise
             steps = self.all_steps()
             action = "deleting older steps" if step in steps else "saving"  # a listed step is complete
@@ -174,7 +204,7 @@ class CheckpointManager:
             raise ConfigError(f"{self._path(step)}: {difference}; {fix}")
 
     def _path(self, step: int | None) -> str:
-        return f"checkpoint {self.directory / str(step)}"
+        return f"checkpoint {self.directory}/{step}"
 
 
 def _join(steps: list[int]) -> str:

@@ -13,21 +13,27 @@ from typing import Any, override
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, leaf_types
+from jaxinfra.storage.lease import Lease
 
 _STATE = "state"
 _RECORD = "record"
+_DELETED = ".deleted-"
 
 
 class OrbaxBackend:
     """The checkpoints in one directory; the arguments and methods are those of our own `CheckpointManager`."""
 
-    def __init__(self, directory: epath.Path, config: CheckpointConfig, *, read_only: bool) -> None:
+    def __init__(
+        self, directory: epath.Path, config: CheckpointConfig, *, read_only: bool, lease: Lease | None = None
+    ) -> None:
         self._directory = directory
         self._read_only = read_only
+        self._temporary_path = _temporary_path(lease)
         self._format = ocp.path.step.standard_name_format()
         self._keep: list[PreservationPolicy] = [LatestN(config.keep_last)]
         if config.keep_every is not None:
@@ -119,6 +125,7 @@ class OrbaxBackend:
             create=not self._read_only,
             multiprocessing_options=processes,
             step_name_format=self._format,
+            temporary_path_class=self._temporary_path,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
             # that wait for the directory for minutes and keep the process from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -126,11 +133,31 @@ class OrbaxBackend:
         return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
 
 
+def _temporary_path(lease: Lease | None) -> type[AtomicRenameTemporaryPath]:
+    """Returns the class of Orbax's temporary directories, which only the owner of the lease may rename to a step.
+
+    The rename of an owner that loses its lease after the check fails, too: the new owner has renamed the directory.
+    """
+
+    class OwnedTemporaryPath(AtomicRenameTemporaryPath):
+        @override
+        async def finalize(self) -> None:
+            if lease is not None:
+                lease.check_now()
+            await super().finalize()
+
+    return OwnedTemporaryPath
+
+
 def _delete_incomplete_steps(directory: epath.Path) -> None:
     """Deletes incomplete steps. Orbax does so, too, but in a thread that may not finish if no save follows."""
     for path in directory.iterdir():
-        # Only names of steps: on an object store, Orbax takes any directory without a commit file as incomplete.
-        if path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
+        is_deleted = path.name.startswith(_DELETED)
+        if not is_deleted and path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
+            # Renamed first: an owner that was stopped, and has lost its lease, cannot complete the step any more.
+            path = path.rename(directory / f"{_DELETED}{path.name}")
+            is_deleted = True
+        if is_deleted:
             path.rmtree()
 
 

@@ -196,7 +196,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help="folder of runs (default %(default)s)")
+    parser.add_argument(
+        "root", metavar="ROOT", nargs="?", default="runs", help="folder or URL of runs (default %(default)s)"
+    )
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:

@@ -5,20 +5,37 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.lock import is_locked
-from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, read_run, write_page
+from jaxinfra.storage.checks import is_remote
+from jaxinfra.storage.lease import current_owner
+from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, RunFiles, read_run, render_report, write_page
+from jaxinfra.track.runs import local_files, no_run_error
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Writes the page and prints its path."""
-    folders = list(dict.fromkeys(Path(name) for name in options.runs))
-    if len(folders) > MAX_RUNS:
-        raise ConfigError(f"report: {len(folders)} runs, a page compares up to {MAX_RUNS}; name fewer")
-    runs = [read_run(folder, is_running=folder.is_dir() and is_locked(folder)) for folder in folders]
+    locations = list(dict.fromkeys(name.rstrip("/") for name in options.runs))
+    if len(locations) > MAX_RUNS:
+        raise ConfigError(f"report: {len(locations)} runs, a page compares up to {MAX_RUNS}; name fewer")
+    runs = [_read(location) for location in locations]
     if len({each.name for each in runs}) < len(runs):  # such as runs of one config in two roots
-        runs = [replace(each, name=str(folder)) for each, folder in zip(runs, folders, strict=True)]
-    default = folders[0] / REPORT_FILE if len(folders) == 1 else folders[0].parent / "comparison.html"
-    path = write_page(runs, options.output or default)
+        runs = [replace(run, name=location) for run, location in zip(runs, locations, strict=True)]
+    folder, _, _ = locations[0].rpartition("/")
+    default = f"{locations[0]}/{REPORT_FILE}" if len(runs) == 1 else f"{folder or '.'}/comparison.html"
+    path = str(options.output or default)
+    if is_remote(path):
+        parent, _, name = path.rpartition("/")
+        ObjectStore(parent).write(name, render_report(runs).encode())
+    else:
+        write_page(runs, Path(path))
     print(f"wrote {path}; open it in a browser")
     return 0
+
+
+def _read(location: str) -> RunFiles:
+    with local_files(location) as folder:
+        if not (folder / RECORD_FILE).exists():
+            raise no_run_error(location)
+        return read_run(folder, is_running=current_owner(location) is not None)

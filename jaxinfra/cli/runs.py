@@ -2,12 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Column
 
 from jaxinfra.command import COMMAND
-from jaxinfra.errors import ConfigError
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import format_age, format_count
 from jaxinfra.track.runs import RunOverview, list_runs
@@ -17,9 +15,7 @@ _NUMBERS = ("step", "loss", "best validation", "units/s", "age")
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints a row for each run, newest first."""
-    root = Path(options.root)
-    if not root.is_dir():
-        raise ConfigError(f"{root}: no such folder; name the folder that holds runs, such as runs")
+    root = options.root
     runs = list_runs(root)
     if not runs:
         print(f"{root}: no runs yet; start one with {COMMAND} CONFIG")
@@ -36,4 +32,4 @@ def _cells(run: RunOverview) -> list[str]:
     steps = f"{run.completed_steps:,}" if run.total_steps is None else f"{run.completed_steps:,}/{run.total_steps:,}"
     losses = ["" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.best_validation)]
     speed = "" if run.units_per_s is None else format_count(run.units_per_s)
-    return [str(run.path), run.state, steps, *losses, speed, format_age(run.age_s)]
+    return [run.path, run.state, steps, *losses, speed, format_age(run.age_s)]

@@ -20,7 +20,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)
     trainer = Trainer(loaded, command=command, prepare_command=prepare)
-    summary, run_dir = trainer.train(), trainer.run_dir.path
+    summary, run_dir = trainer.train(), trainer.run_dir.location
     if current_peers().index != 0:
         return 0
     if summary["status"] == "finished before":
@@ -29,13 +29,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             f"a new schedule, use name=ANOTHER init={run_dir}"
         )
     elif loaded.run.track.console != "off":
-        _plot_loss(run_dir / "metrics.jsonl")
+        _plot_loss(trainer.run_dir.metrics)
     if loaded.run.track.console != "off":
         root = "" if loaded.run.root == Run.root else f" {loaded.run.root}"
         print(f"next:\n  {COMMAND} runs{root}")
         if loaded.run.data.modality == "token":
             print(f'  {COMMAND} sample {run_dir} "PROMPT"')
-        print(f"  open {summary.get('report', run_dir / 'report.html')}")
+        print(f"  open {summary.get('report', f'{run_dir}/report.html')}")
     return 0
 
 

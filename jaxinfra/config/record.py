@@ -19,6 +19,7 @@ from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.checks import is_remote
 from jaxinfra.storage.errors import storage_errors
 
 FORMAT = 1  # the version of the record format that is written; this and older ones are read
@@ -73,8 +74,11 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a record; raises StorageError, or ConfigError if the file is not a record or has a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
-    with storage_errors(path, action="read", missing=missing):
-        text = Path(path).read_bytes()
+    if is_remote(path):
+        text = _read_remote(os.fspath(path), missing)
+    else:
+        with storage_errors(path, action="read", missing=missing):
+            text = Path(path).read_bytes()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -92,6 +96,15 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         if key not in content:
             raise ConfigError(f"{path}: not a run record, it has no {key}; restore the file")
     return content
+
+
+def _read_remote(url: str, missing: str) -> bytes:
+    from jaxinfra.storage.objects import ObjectStore  # imports TensorStore
+
+    folder, _, name = url.rpartition("/")
+    if (text := ObjectStore(folder).read_or_none(name)) is None:
+        raise ConfigError(missing)
+    return text
 
 
 def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> object:

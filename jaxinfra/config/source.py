@@ -20,6 +20,7 @@ from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_c
 from jaxinfra.config.text import join, nearest, same
 from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage.checks import is_remote
 
 RECORD_FILE = "run.json"  # in the directory of a run
 COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
@@ -69,7 +70,7 @@ def load_file[C](
     """Runs a config file or reads a record; the config is not validated.
 
     Args:
-        source: a config file, the `run.json` of a run, or the directory of a run.
+        source: a config file, the `run.json` of a run, or the directory of a run, which may be a URL.
         root: the class that the config must be an instance of.
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
             allows all modules of its folder.
@@ -79,13 +80,17 @@ def load_file[C](
         ConfigError: if the file is missing, raises or is not a config.
         StorageError: if the file cannot be read.
     """
-    path = Path(source)
-    if (path / RECORD_FILE).is_file():
-        path = path / RECORD_FILE
-    _require_config_file(path)
     run: Any
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
-    if path.suffix == ".json":
+    if is_remote(source):
+        url = os.fspath(source).rstrip("/")
+        path = url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
+    else:
+        path = Path(source)
+        if (path / RECORD_FILE).is_file():
+            path = path / RECORD_FILE
+        _require_config_file(path)
+    if isinstance(path, str) or path.suffix == ".json":
         content = read_record(path)
         check_classes(path, content, finder, same_sources=same_sources)
         run = decode_record(path, content, finder)

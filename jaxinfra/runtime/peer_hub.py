@@ -70,7 +70,7 @@ class Hub:
         self._members: dict[int, Connection] = {}
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
-        self._values: dict[int, dict[int, Json]] = {}
+        self._values: dict[str, dict[int, Json]] = {}
         self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
@@ -147,14 +147,14 @@ class Hub:
                 self._send_all(kind="joined", hosts=[self._hosts[each] for each in range(self._count)])
         return index
 
-    def _collect(self, index: int, number: int, value: Json) -> None:
+    def _collect(self, index: int, key: str, value: Json) -> None:
         """Sends the values of a round to all processes once it is complete."""
         with self._lock:
-            values = self._values.setdefault(number, {})
+            values = self._values.setdefault(key, {})
             values[index] = value
             if len(values) == self._count:
-                del self._values[number]
-                self._send_all(kind="values", round=number, values=[values[each] for each in range(self._count)])
+                del self._values[key]
+                self._send_all(kind="values", round=key, values=[values[each] for each in range(self._count)])
 
     def _leave(self, index: int, error: tuple[int, str] | None) -> None:
         with self._lock:

@@ -18,6 +18,7 @@ import os
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -53,8 +54,12 @@ class Peers:
     def __init__(self) -> None:
         self.hosts: Sequence[str] = (socket.gethostname(),)
 
-    def gather(self, value: Json) -> list[Json]:
-        """Returns the values of all processes by index; all processes must call it. Raises the error of a peer."""
+    def gather(self, value: Json, channel: str = "main", wait_s: float | None = None) -> list[Json]:
+        """Returns the values of all processes by index; all processes must call it. Raises the error of a peer.
+
+        Threads may call it at the same time on channels of their own. `wait_s` is the longest wait for the others,
+        `GATHER_S` by default.
+        """
         return [value]
 
     def broadcast(self, value: Json) -> Json:
@@ -199,8 +204,8 @@ class ConnectedPeers(Peers):
         self.count, self.index, self._address, self._silence_s = count, index, address, silence_s
         self._failure: JaxinfraError | None = None
         self._failed, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._answers: dict[int, Future[list[Json]]] = {}
-        self._round = 0
+        self._answers: dict[str, Future[list[Json]]] = {}
+        self._rounds: Counter[str] = Counter()
         self._hub = None
         if index == 0:
             self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
@@ -220,22 +225,23 @@ class ConnectedPeers(Peers):
             raise PeerLostError(f"process 0 at {address}: did not start the run; {AGAIN}") from None
 
     @override
-    def gather(self, value: Json) -> list[Json]:
-        found = self._gather({"value": value})
+    def gather(self, value: Json, channel: str = "main", wait_s: float | None = None) -> list[Json]:
+        found = self._gather({"value": value}, channel, GATHER_S if wait_s is None else wait_s)
         for index, each in enumerate(found):
             if "value" not in each:
                 raise PeerLostError(f"{self.name_of(index)}: has ended its program before the others; {AGAIN}")
         return [each["value"] for each in found]
 
-    def _gather(self, content: Json) -> list[Json]:
-        self._round += 1
-        answer = self._answers[self._round] = Future()
+    def _gather(self, content: Json, channel: str = "main", wait_s: float = GATHER_S) -> list[Json]:
+        self._rounds[channel] += 1
+        key = f"{channel} {self._rounds[channel]}"
+        answer = self._answers[key] = Future()
         self.raise_if_lost()
-        self._connection.send(kind="value", round=self._round, value=content)
+        self._connection.send(kind="value", round=key, value=content)
         try:
-            return answer.result(GATHER_S)
+            return answer.result(wait_s)
         except TimeoutError:
-            cause = f"another process did not reach the same point of the program within {GATHER_S:.0f} s"
+            cause = f"another process did not reach the same point of the program within {wait_s:.0f} s"
             raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {AGAIN}") from None
 
     @override

@@ -37,6 +37,23 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def create_file(path: Path, data: bytes) -> bool:
+    """Creates a file with `data`, all at once; returns False if there is one. Holds on network file systems, too."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o644)
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        # Over NFS, the answer to a link that succeeded may be lost, and the next try then fails.
+        return os.stat(temporary).st_nlink == 2
+    finally:
+        os.unlink(temporary)
+
+
 def move_folder(folder: Path, target: Path) -> bool:
     """Syncs a folder and everything in it, then renames it to `target`.
 

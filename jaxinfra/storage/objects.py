@@ -57,6 +57,11 @@ class ObjectStore:
             raise DataError(f"{self.url_of(name)}: missing; {DAMAGED_VERSION_FIX}")
         return result.value
 
+    def read_or_none(self, name: str) -> bytes | None:
+        """Reads an object; returns None if it is missing."""
+        result = call_storage(self.url_of(name), self._objects.read(name).result)
+        return result.value if result.state == "value" else None
+
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
         if self.folder is not None and any(path.is_file() for path in (self.folder, *self.folder.parents)):
@@ -80,6 +85,27 @@ class ObjectStore:
     def write(self, name: str, content: bytes) -> None:
         """Writes an object; other readers see the old content or all of the new one."""
         call_storage(self.url_of(name), self._objects.write(name, content).result, writing=True)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a new object; returns False if there is one with other content."""
+        url = self.url_of(name)
+        old = call_storage(url, self._objects.read(name).result)
+        if old.state == "value":
+            return old.value == content
+        write = self._objects.write(name, content, if_equal=old.stamp.generation)
+        if call_storage(url, write.result, writing=True).generation:
+            return True
+        # Another process was faster, or the answer to the first try was lost.
+        return call_storage(url, self._objects.read(name).result).value == content
+
+    def delete(self, name: str) -> None:
+        """Deletes an object, if there is one."""
+        call_storage(self.url_of(name), self._objects.write(name, None).result, writing=True)
+
+    def delete_below(self, name: str) -> None:
+        """Deletes all objects whose names begin with `name` and a slash."""
+        below = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # "0" follows "/"
+        call_storage(self.url_of(name), self._objects.delete_range(below).result, writing=True)
 
     def atomic_update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
         """Replaces the content of an object by `change(content)`; the content is None if the object is missing.

@@ -157,7 +157,7 @@ class RunProgress:
 class ConsoleTracker(Tracker):
     """Prints the run and its statistics at the start, evaluations and saves as lines, and the summary at the end."""
 
-    def __init__(self, console: Console, run_dir: Path) -> None:
+    def __init__(self, console: Console, run_dir: str | Path) -> None:
         self._console, self._run_dir = console, run_dir
         self._progress = RunProgress(0, 0)
 
@@ -182,7 +182,7 @@ class ConsoleTracker(Tracker):
 
     @override
     def log_save(self, step: int) -> None:
-        self._line(step, [f"saving {self._run_dir / 'checkpoints' / str(step)}"], style="dim")
+        self._line(step, [f"saving {self._run_dir}/checkpoints/{step}"], style="dim")
 
     @override
     def log_profile(self, step: int, text: str) -> None:
@@ -199,7 +199,7 @@ class ConsoleTracker(Tracker):
         self._console.print(Text(text, style=style), soft_wrap=True)
 
 
-def announcement(run_dir: Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
+def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
     """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ..."."""
     if start_step:
         return f"resuming {run_dir} at step {start_step} of {total_steps}"
@@ -212,7 +212,7 @@ def announcement(run_dir: Path, record: Mapping[str, Any], start_step: int, tota
 class PlainTextTracker(ConsoleTracker):
     """Prints a line with fixed columns at the first step, every `log_every` steps, and the last step."""
 
-    def __init__(self, console: Console, run_dir: Path, log_every: int) -> None:
+    def __init__(self, console: Console, run_dir: str | Path, log_every: int) -> None:
         super().__init__(console, run_dir)
         self._log_every = log_every
         self._printed: int | None = None  # completed steps at the last line

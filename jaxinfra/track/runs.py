@@ -2,16 +2,26 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, similar_run
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.storage.lock import is_locked
-from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
+from jaxinfra.storage.checks import is_remote
+from jaxinfra.storage.files import list_folders
+from jaxinfra.storage.lease import current_owner
+from jaxinfra.storage.mirror import fetch
+from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, read_json_object
+
+RUN_FILES = (RECORD_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, "wandb.json", "mlflow.json")
+"""The files that a resumed run goes on with; event files of TensorBoard are new ones at each start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +29,7 @@ class RunOverview:
     """One run of a folder.
 
     Attributes:
-        path: directory of the run.
+        path: directory or URL of the run.
         state: "running", "finished", "stopped" (asked to stop, and saved), "failed" (an error ended it), "interrupted"
             (it was killed), or what is wrong with its files.
         completed_steps: number of steps up to the last logged one.
@@ -27,10 +37,10 @@ class RunOverview:
         loss: training loss at the last logged step, in nats, or None.
         best_validation: smallest validation loss, in nats, or None.
         units_per_s: throughput at the last logged step, in tokens or images, or None.
-        age_s: seconds since the last change of its metrics or record.
+        age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
     """
 
-    path: Path
+    path: str
     state: str
     completed_steps: int = 0
     total_steps: int | None = None
@@ -40,26 +50,50 @@ class RunOverview:
     age_s: float = 0.0
 
 
-def list_runs(root: Path) -> list[RunOverview]:
-    """Returns the runs below `root`, newest first; a damaged run is listed with its problem."""
-    folders = [record.parent for record in root.glob(f"**/{RECORD_FILE}")]
-    return sorted(map(run_overview, folders), key=lambda run: run.age_s)
+def list_runs(root: str | Path) -> list[RunOverview]:
+    """Returns the runs below a folder, or directly below a URL, newest first; a damaged run has its problem as state.
+
+    Raises ConfigError if there is no such folder, StorageError if it cannot be read.
+    """
+    if is_remote(root):
+        url = str(root).rstrip("/")
+        overviews = [_remote_overview(f"{url}/{name}") for name in list_folders(url)]
+        return sorted((each for each in overviews if each is not None), key=lambda run: run.age_s)
+    if not Path(root).is_dir():
+        raise ConfigError(f"{root}: no such folder; name the folder that holds runs, such as runs")
+    folders = [record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")]
+    return sorted((run_overview(folder, str(folder)) for folder in folders), key=lambda run: run.age_s)
 
 
-def run_overview(path: Path) -> RunOverview:
-    """Reads the files of one run."""
-    files = [path / name for name in (RECORD_FILE, METRICS_FILE) if (path / name).exists()]
-    age_s = time.time() - max(file.stat().st_mtime for file in files)
+@contextmanager
+def local_files(location: str) -> Iterator[Path]:
+    """Yields a folder with the small files of a run; it is a temporary copy of those in a bucket."""
+    if not is_remote(location):
+        yield Path(location)
+        return
+    with TemporaryDirectory(prefix="jaxinfra-run-") as folder:
+        fetch(ObjectStore(location), RUN_FILES, Path(folder))
+        yield Path(folder)
+
+
+def _remote_overview(url: str) -> RunOverview | None:
+    with local_files(url) as folder:
+        return run_overview(folder, url) if (folder / RECORD_FILE).exists() else None
+
+
+def run_overview(folder: Path, location: str) -> RunOverview:
+    """Reads the files of one run, which are in `folder`."""
     try:
-        record = read_record(path / RECORD_FILE)
-        summary = read_json_object(path / SUMMARY_FILE) if (path / SUMMARY_FILE).exists() else {}
+        record = read_record(folder / RECORD_FILE)
+        summary = read_json_object(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).exists() else {}
+        last, validations = _read_metrics(folder / METRICS_FILE)
+        age_s = _age_s(record) if is_remote(location) else _file_age_s(folder)
     except JaxinfraError as error:
-        return RunOverview(path=path, state=f"damaged: {error}", age_s=age_s)
-    last, validations = _read_metrics(path / METRICS_FILE)
+        return RunOverview(path=location, state=f"damaged: {error}", age_s=_file_age_s(folder))
     completed = max(int(last.get("step", 0)), summary.get("steps", 0))
     return RunOverview(
-        path=path,
-        state=_state(path, summary, completed),
+        path=location,
+        state=_state(location, summary, completed),
         completed_steps=completed,
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
         loss=last.get("loss_mean", last.get("loss")),
@@ -69,15 +103,29 @@ def run_overview(path: Path) -> RunOverview:
     )
 
 
-def no_run_error(path: Path) -> ConfigError:
+def _file_age_s(folder: Path) -> float:
+    files = [folder / name for name in (RECORD_FILE, METRICS_FILE) if (folder / name).exists()]
+    return time.time() - max(file.stat().st_mtime for file in files)
+
+
+def _age_s(record: Mapping[str, Any]) -> float:
+    """Returns the seconds since the last start of a run in a bucket; 0 if its record does not tell."""
+    try:
+        created = datetime.fromisoformat(str(record["created"]))
+    except (KeyError, ValueError):
+        return 0.0
+    return time.time() - created.timestamp()
+
+
+def no_run_error(path: str | Path) -> ConfigError:
     """Returns the error for a directory without a run record; it names the newest run with a similar name."""
-    similar = similar_run(path)
+    similar = None if is_remote(path) else similar_run(Path(path))
     fix = f"did you mean {similar}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
 
 
-def _state(path: Path, summary: Mapping[str, Any], completed_steps: int) -> str:
-    if is_locked(path):
+def _state(location: str, summary: Mapping[str, Any], completed_steps: int) -> str:
+    if current_owner(location) is not None:
         return "running"
     # A summary of fewer steps is that of an earlier stop.
     is_current = summary.get("steps", completed_steps) == completed_steps

@@ -115,8 +115,14 @@ class MultiTracker(Tracker):
                     _log.error(f"{named}; training goes on, further failures are counted", exc_info=a_bug)
 
 
-def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
-    """Makes the trackers of a run, the report included; `start` opens their files."""
+def make_trackers(config: TrackConfig, run_dir: Path, location: str | None = None) -> MultiTracker:
+    """Makes the trackers of a run, the report included; `start` opens their files.
+
+    Args:
+        config: which trackers.
+        run_dir: the folder of their files.
+        location: where the run is, for people; `run_dir` by default.
+    """
     trackers: list[Tracker] = []
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir))
@@ -134,9 +140,9 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
         trackers.append(RemoteTracker(MLflowRun(config.mlflow, run_dir), "track.mlflow", setting, announce=announce))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
-        trackers.append(ProgressBarTracker(console, run_dir))
+        trackers.append(ProgressBarTracker(console, location or run_dir))
     elif config.console != "off":
-        trackers.append(PlainTextTracker(console, run_dir, config.log_every))
+        trackers.append(PlainTextTracker(console, location or run_dir, config.log_every))
     return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)])
 
 

@@ -38,7 +38,7 @@ from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.run_dir import RunDirectory, load_params, parse_source
+from jaxinfra.run_dir import Owned, RunDirectory, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
@@ -50,6 +50,7 @@ from jaxinfra.storage.checks import check_space
 from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
@@ -64,6 +65,8 @@ DATA_REMEDIES = {
     "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
 }
 """The fix to suggest for each slow stage of the input pipeline."""
+
+_SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
 
 SAMPLE_TOKENS = 100
 """Tokens that the model continues `track.sample_prompt` by."""
@@ -103,12 +106,13 @@ class Trainer:
         self.run = with_mesh_size(self._loaded.run, len(devices))
         validate(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
-        self.run_dir = RunDirectory(Path(self.run.root) / self.run.name)
+        self.run_dir = RunDirectory(f"{self.run.root.rstrip('/') or '/'}/{self.run.name}")
         self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
         self._trackers, self._timer = MultiTracker(), StepTimer()
         self._checkpoints: CheckpointManager | None = None
+        self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
@@ -132,9 +136,16 @@ class Trainer:
             StopRequest() as stop,
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
-            self.run_dir.locked() if self._is_main else nullcontext(),
-            CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint) as self._checkpoints,
+            self.run_dir.owned() if self._is_main else nullcontext() as owned,
+            CheckpointManager(
+                self.run_dir.checkpoints,
+                self.run.checkpoint,
+                lease=owned and owned.lease,
+                gather=lambda value: self._peers.gather(value, "checkpoint", _SAVE_S),
+                before_commit=owned.sync if owned else lambda: None,
+            ) as self._checkpoints,
         ):
+            self._owned = owned
             self.run_dir.require_shared(self._peers)
             self.completed_steps = self._peers.broadcast(self._checkpoints.latest_step() or 0)
             if self.completed_steps:
@@ -145,10 +156,12 @@ class Trainer:
             if self._is_main:
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
                 fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
-                check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
+                check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
             self._peak = self._peers.broadcast(self._find_peak() if self._is_main else None)
             statistics = run_statistics(self.program, dataset.train_units)
-            trackers = make_trackers(self.run.track, self.run_dir.path) if self._is_main else MultiTracker()
+            trackers = MultiTracker()
+            if self._is_main:
+                trackers = make_trackers(self.run.track, self.run_dir.path, self.run_dir.location)
             with trackers as self._trackers, self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
                 self._record = {"init": init_source, **self._make_record(statistics)}
@@ -166,7 +179,7 @@ class Trainer:
                 self._trackers.log_summary(summary)
         if reason is not None:
             raise Preempted(
-                f"{self.run_dir.path}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
+                f"{self.run_dir.location}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
                 "start the same command to go on"
             )
         return summary
@@ -190,11 +203,14 @@ class Trainer:
             self.state, metrics = self.program.train_step(self.state, batch)
             if pending is not None:
                 self.report(*pending)
+            if self._owned is not None:
+                self._owned.lease.check()
             self.completed_steps = step + 1
             pending = (self.completed_steps, metrics)
             evaluates = config.evaluates_after(self.completed_steps)
             profile_ends = self._profiler.ends_after(self.completed_steps)
-            if evaluates or profile_ends:
+            saves = self.completed_steps % self.run.checkpoint.save_every == 0
+            if evaluates or profile_ends or saves:  # a checkpoint has all metrics up to its step beside it
                 self.report(*pending)
                 pending = None
             if profile_ends:
@@ -241,7 +257,7 @@ class Trainer:
         """
         state = self.state
         if state is None:
-            raise ConfigError(f"{self.run_dir.path}: has no parameters to evaluate yet; call train() first")
+            raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
         params = state.params if state.ema is None else state.ema
         total: Metrics | None = None
         with self.program.on_mesh:
@@ -258,7 +274,8 @@ class Trainer:
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
         """Saves the state if a checkpoint is due, or always with `force`.
 
-        Without `force` a failed save is only logged, if there is one process: the next one tries again. Given the
+        Without `force` a failed save is only logged, and the next one tries again; not if several processes save on a
+        disk. Given the
         metrics of the last step, it raises NonFiniteError instead of saving a state that is not finite.
         """
         assert self._checkpoints is not None
@@ -276,9 +293,10 @@ class Trainer:
             if self._checkpoints.save(self.completed_steps, self.state, self._record, force=force):
                 self._trackers.log_save(self.completed_steps)
         except StorageError as error:
-            if self._peers.count > 1:
+            if self._peers.count > 1 and not self.run_dir.is_remote:
                 raise  # the other processes would wait for this one's part of the checkpoint
-            _log.error("%s", error)
+            if self._is_main:
+                _log.error("%s", error)
             if force:  # the error may come from the save before, which runs in the background
                 self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
 
@@ -287,7 +305,7 @@ class Trainer:
     @property
     def state(self) -> TrainState | None:
         """The train state on the devices; before `train`, the newest checkpoint, or None without one."""
-        if self._state is None and self.run_dir.checkpoints.exists():
+        if self._state is None and self.run_dir.has_checkpoints():
             with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
                 if step := checkpoints.latest_step():
                     self.run_dir.check(self._loaded.run, self.dataset)
@@ -307,7 +325,7 @@ class Trainer:
     def sampler(self) -> Sampler:
         """Returns a sampler of the trained language model, with the averaged parameters if the run keeps them."""
         if self.state is None:
-            return Sampler.from_run(self.run_dir.path, ClassFinder.from_config(self.run))
+            return Sampler.from_run(self.run_dir.location, ClassFinder.from_config(self.run))
         params = self.state.params if self.state.ema is None else self.state.ema
         return Sampler.from_params(self.run, params)
 
@@ -383,7 +401,7 @@ class Trainer:
             return self.program.init(jax.random.key(self.run.seed)), None
         loaded = load_params(self.run.init, self.program)
         path, _ = parse_source(self.run.init)
-        init_source = {"run": str(path), "step": loaded.step, "fingerprint": loaded.fingerprint}
+        init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
     def _fit_dataset(self, stop_reason: Callable[[int], str | None]) -> str | None:
@@ -497,8 +515,8 @@ class Trainer:
             "peak_flops_per_device": self._peak["flops"],
             "peak_source": self._peak["source"],
             "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
-            "checkpoint": str(self.run_dir.checkpoints / str(self.completed_steps)),
-            "report": str(self.run_dir.report),
+            "checkpoint": f"{self.run_dir.checkpoints}/{self.completed_steps}",
+            "report": f"{self.run_dir.location}/{REPORT_FILE}",
         }
 
 

@@ -1,6 +1,5 @@
 """Wrong files, folders and words end with one line that says what to do, and change nothing that is there."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage.lease import hold
 from tests.refusals import mend, refused
 from tests.tiny_run import Ended, Tiny, contents, launch, summary
 
@@ -189,12 +189,10 @@ def test_lost_record(begun: Tiny) -> None:
 
 def test_two_starts_of_one_run(begun: Tiny) -> None:
     """The second is refused while the first goes on, and touches nothing."""
-    holder = os.open(begun.directory(), os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    before = contents(begun.runs)
-    refused(begun.launch(), "/runs/tiny: name=ANOTHER")
-    assert contents(begun.runs) == before
-    os.close(holder)
+    with hold(begun.directory()):
+        before = contents(begun.runs)
+        refused(begun.launch(), f"/runs/tiny: process {os.getpid()} name=ANOTHER")
+        assert contents(begun.runs) == before
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tiny: Tiny) -> None:

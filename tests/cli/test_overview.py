@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfra.cli.main import main
 from jaxinfra.models.catalog import catalog
-from jaxinfra.storage.lock import locked
+from jaxinfra.storage.lease import hold
 from jaxinfra.track.runs import list_runs
 from tests.refusals import refused
 from tests.tiny_run import Tiny, launch
@@ -69,22 +69,20 @@ def test_an_expert_model_has_fewer_active_parameters() -> None:
 
 def test_runs_shows_the_state_of_each(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     (run,) = list_runs(begun.runs)
-    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(run.path, "metrics.jsonl").read_text().splitlines()]
     assert run.completed_steps == run.total_steps == rows[-1]["step"]
     assert run.loss == [row["loss"] for row in rows if "loss" in row][-1]
     assert run.best_validation == min(row["eval/loss"] for row in rows if "eval/loss" in row)
     assert run.state == "finished"
-    with locked(run.path) as acquired:
-        assert acquired
+    directory = Path(run.path)
+    with hold(directory):
         assert list_runs(begun.runs)[0].state == "running"
-        with locked(run.path) as twice:
-            assert not twice
-    with (run.path / "metrics.jsonl").open("a") as file:
+    with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss": 1.0}\n{"step": 100, "lo')
     assert list_runs(begun.runs)[0].state == "interrupted"
-    (run.path / "summary.json").write_text('{"status": "failed", "error": "step 99: loss is nan"}')
+    (directory / "summary.json").write_text('{"status": "failed", "error": "step 99: loss is nan"}')
     assert list_runs(begun.runs)[0].state == "failed"
-    (run.path / "run.json").write_text("{")
+    (directory / "run.json").write_text("{")
     assert list_runs(begun.runs)[0].state.startswith("damaged: ")
     assert main(["runs", str(begun.runs)]) == 0
     assert "damaged" in capsys.readouterr().out

@@ -1,10 +1,10 @@
 """`report`: the page of a run in any state, and one that compares several."""
 
-import fcntl
 import json
 import os
 from html import escape
 
+from jaxinfra.storage.lease import hold
 from jaxinfra.track.jsonl import JsonlTracker, read_samples
 from tests.refusals import refused
 from tests.tiny_run import Tiny, launch, summary
@@ -18,12 +18,8 @@ def test_a_run_in_any_state(tmp_path):
     ended = launch("report", str(tmp_path / "run"))
     assert (ended.code, ended.out) == (0, f"wrote {page}; open it in a browser\n")
     assert ">interrupted<" in page.read_text()
-    lock = os.open(tmp_path / "run", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
+    with hold(tmp_path / "run"):
         assert launch("report", str(tmp_path / "run")).code == 0
-    finally:
-        os.close(lock)
     assert ">running<" in page.read_text()
 
 

@@ -1,0 +1,326 @@
+"""A lease on a folder or bucket prefix: it has one owner at a time, across hosts and file systems.
+
+The lease is the file `lease/N.json`. N is its fencing token, which grows with every owner. A process takes the lease by
+creating the file of the next number, which succeeds for one process alone: with a conditional write in a bucket, with a
+hard link on a disk (`flock` does not hold on NFS and Lustre). The owner rewrites its file every `BEAT_S` seconds.
+
+A lease ends when its owner releases it, when a process on the owner's host sees that the owner is dead, or when another
+process has seen no beat for `EXPIRY_S` seconds. Each process measures that time itself, so clocks may differ.
+
+An owner that was stopped or cut off may not know that it has lost the lease. So whoever publishes something must do it
+in a way that fails for an older token; `Lease.check` alone leaves a gap between the check and the write.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self, override
+
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.storage.atomic import create_file, write_bytes_atomic
+from jaxinfra.storage.checks import is_remote
+from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.objects import ObjectStore
+
+BEAT_S = 5.0
+"""Seconds between two beats of an owner."""
+EXPIRY_S = 30.0
+"""Seconds without a beat after which another process may take the lease."""
+
+_FOLDER = "lease"
+_POLL_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The process that holds a lease, as its file says.
+
+    Attributes:
+        host: name of its host.
+        pid: its process id.
+        process: identifies the process on its host for all time, see `_process_identity`; "" if that is unknown.
+        since: when it took the lease, in UTC by its own clock; for people only.
+        beat: number of times that it has renewed the lease.
+        released: whether it has given the lease back.
+    """
+
+    host: str
+    pid: int
+    process: str
+    since: str
+    beat: int = 0
+    released: bool = False
+
+    @classmethod
+    def this_process(cls) -> Self:
+        """Returns this process as an owner."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(host=socket.gethostname(), pid=os.getpid(), process=_process_identity(os.getpid()), since=now)
+
+    @property
+    def is_alive(self) -> bool | None:
+        """Whether the process runs; None if it may be on another host."""
+        boot, _, start = self.process.rpartition("/")
+        own_boot = _process_identity(os.getpid()).rpartition("/")[0]
+        if not start or boot != own_boot:
+            return None
+        return _process_identity(self.pid) == self.process
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Lease:
+    """A lease that this process holds; `hold` takes and releases it.
+
+    Attributes:
+        token: its fencing token, larger than that of every earlier owner.
+    """
+
+    def __init__(self, files: "_Files", where: str, token: int, owner: Owner, beat_s: float) -> None:
+        self.token = token
+        self._files, self._where, self._owner, self._beat_s = files, where, owner, beat_s
+        self._lost: ConfigError | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises ConfigError if this process is known to have lost the lease; accesses no storage."""
+        if self._lost is not None:
+            raise self._lost
+
+    def check_now(self) -> None:
+        """Raises ConfigError if another process holds the lease now; StorageError if that cannot be found out."""
+        self.check()
+        if (newest := self._files.newest()) is not None and newest[0] > self.token:
+            self._lost = ConfigError(
+                f"{self._where}: {newest[1]}, has taken over this run while this process was stopped or cut off; "
+                "leave the run to it"
+            )
+            raise self._lost
+
+    def release(self) -> None:
+        """Gives the lease back; a storage failure is only logged, since the lease then ends by itself."""
+        self._ended.set()
+        self._thread.join()
+        try:
+            self.check_now()
+            self._files.rewrite(self.token, replace(self._owner, released=True))
+        except (ConfigError, StorageError) as error:
+            _log.warning("%s", error)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._beat_s):
+            try:
+                self.check_now()
+                self._owner = replace(self._owner, beat=self._owner.beat + 1)
+                self._files.rewrite(self.token, self._owner)
+            except ConfigError:  # `check` raises it in the main thread
+                return
+            except StorageError:  # nobody can take the lease while its storage is away
+                continue
+
+
+@contextmanager
+def hold(where: str | Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> Iterator[Lease]:
+    """Takes the lease on a folder or URL within this context.
+
+    Waits up to `expiry_s` for the lease of an owner that may be dead. Raises ConfigError, which names the owner, if
+    that lives, and StorageError if the storage cannot be read or written.
+    """
+    lease = _acquire(str(where), beat_s=beat_s, expiry_s=expiry_s)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def current_owner(where: str | Path) -> Owner | None:
+    """Returns the process that holds a lease, as far as one look can tell; None if nobody does.
+
+    An owner on another host counts as alive if its file was written within the last `EXPIRY_S`.
+    """
+    files = _files(str(where))
+    if (newest := files.newest()) is None or newest[1].released or newest[1].is_alive is False:
+        return None
+    token, owner = newest
+    return owner if owner.is_alive or files.age_s(token) < EXPIRY_S else None
+
+
+def _acquire(where: str, *, beat_s: float, expiry_s: float) -> Lease:
+    files, me = _files(where), Owner.this_process()
+    seen: tuple[int, Owner] | None = None  # what this process has first seen, and when
+    seen_s = time.monotonic()
+    while True:
+        newest = files.newest()
+        is_expired = newest == seen and time.monotonic() - seen_s > expiry_s
+        if newest is None or newest[1].released or newest[1].is_alive is False or is_expired:
+            token = 1 if newest is None else newest[0] + 1
+            if files.create(token, me):
+                files.delete_older(token)
+                return Lease(files, where, token, me, beat_s)
+            continue
+        _, owner = newest
+        if owner.is_alive or (seen is not None and newest != seen):
+            raise ConfigError(f"{where}: {owner}, is training this run; wait for it, or use name=ANOTHER")
+        if seen is None:
+            seen, seen_s = newest, time.monotonic()
+            _log.warning("%s: held by %s; waiting up to %.0f s for a sign of life", where, owner, expiry_s)
+        time.sleep(min(_POLL_S, expiry_s / 4))
+
+
+def _process_identity(pid: int) -> str:
+    """Returns boot, process namespace and start time of a running process; "" if there is none, or no /proc."""
+    try:
+        # The name in parentheses may contain spaces; then the state is the first and the start time the 20th field.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{boot}/{namespace}/{fields[19]}"
+
+
+class _Files(ABC):
+    """The files of a lease, named by their tokens."""
+
+    def newest(self) -> tuple[int, Owner] | None:
+        """Returns token and owner of the newest lease; None if there was never one."""
+        while tokens := _tokens(self.names()):
+            token = max(tokens)
+            if (content := self.read(_file_name(token))) is not None:  # else deleted: a newer one has come
+                return token, _parse(_file_name(token), content)
+        return None
+
+    def create(self, token: int, owner: Owner) -> bool:
+        """Writes the file of a new lease; returns False if another process has done so."""
+        return self.create_file(_file_name(token), _encode(owner))
+
+    def rewrite(self, token: int, owner: Owner) -> None:
+        """Rewrites the file of a lease that this process holds."""
+        self.write(_file_name(token), _encode(owner))
+
+    def delete_older(self, token: int) -> None:
+        """Deletes the files of earlier owners."""
+        for each in _tokens(self.names()):
+            if each < token:
+                self.delete(_file_name(each))
+
+    def age_s(self, token: int) -> float:
+        """Returns the seconds since the last beat, by the clocks of this host and of the file system; 0 if unknown."""
+        return 0.0
+
+    @abstractmethod
+    def names(self) -> Sequence[str]: ...
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None: ...
+
+    @abstractmethod
+    def create_file(self, name: str, content: bytes) -> bool: ...
+
+    @abstractmethod
+    def write(self, name: str, content: bytes) -> None: ...
+
+    @abstractmethod
+    def delete(self, name: str) -> None: ...
+
+
+class _InFolder(_Files):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @override
+    def age_s(self, token: int) -> float:
+        with suppress(FileNotFoundError):
+            return time.time() - (self._folder / _file_name(token)).stat().st_mtime
+        return 0.0
+
+    @override
+    def names(self) -> Sequence[str]:
+        with storage_errors(self._folder, action="read"), suppress(FileNotFoundError):
+            return os.listdir(self._folder)
+        return ()
+
+    @override
+    def read(self, name: str) -> bytes | None:
+        with storage_errors(self._folder / name, action="read"), suppress(FileNotFoundError):
+            return (self._folder / name).read_bytes()
+        return None
+
+    @override
+    def create_file(self, name: str, content: bytes) -> bool:
+        with storage_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return create_file(self._folder / name, content)
+
+    @override
+    def write(self, name: str, content: bytes) -> None:
+        with storage_errors(self._folder):
+            write_bytes_atomic(self._folder / name, content)
+
+    @override
+    def delete(self, name: str) -> None:
+        with storage_errors(self._folder):
+            (self._folder / name).unlink(missing_ok=True)
+
+
+class _InBucket(_Files):
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    @override
+    def names(self) -> Sequence[str]:
+        return self._store.list_names()
+
+    @override
+    def read(self, name: str) -> bytes | None:
+        return self._store.read_or_none(name)
+
+    @override
+    def create_file(self, name: str, content: bytes) -> bool:
+        return self._store.create(name, content)
+
+    @override
+    def write(self, name: str, content: bytes) -> None:
+        self._store.write(name, content)
+
+    @override
+    def delete(self, name: str) -> None:
+        self._store.delete(name)
+
+
+def _files(where: str) -> _Files:
+    return _InBucket(ObjectStore(where).child(_FOLDER)) if is_remote(where) else _InFolder(Path(where, _FOLDER))
+
+
+def _file_name(token: int) -> str:
+    return f"{token:08d}.json"
+
+
+def _tokens(names: Sequence[str]) -> list[int]:
+    stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+    return [int(stem) for stem in stems if stem.isascii() and stem.isdecimal()]
+
+
+def _encode(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode() + b"\n"
+
+
+def _parse(path: object, content: bytes) -> Owner:
+    try:
+        return Owner(**json.loads(content))
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path}: not the file of a lease; delete it if no process trains this run") from None

@@ -1,0 +1,126 @@
+"""A run whose directory is in a bucket: it trains, stops, goes on, and is looked at without a shared disk."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.errors import Preempted
+from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.track.runs import local_files
+from tests.refusals import names, refused
+from tests.servers.fixtures import Server
+from tests.several import all_ended, several
+from tests.tiny_run import Tiny, launch
+
+
+def losses(url: str) -> dict[int, str]:
+    """Loss of every logged step, to the last bit."""
+    with local_files(url) as folder:
+        rows = read_metrics(folder / "metrics.jsonl")
+    return {int(row["step"]): row["loss"].hex() for row in rows if "loss" in row}
+
+
+def root_of(server: Server) -> str:
+    return server.new_url().removesuffix("/store")
+
+
+def test_it_is_the_run_of_a_disk(server: Server, tiny: Tiny, tmp_path: Path) -> None:
+    assert tiny.launch("track.console=off").code == 0
+    root = root_of(server)
+    server.faults.unavailable, server.faults.reset = 0.025, 0.025
+    ended = tiny.launch(f"root={root}")
+    assert ended.code == 0, ended.err
+    assert losses(f"{root}/tiny") == tiny.losses()
+    assert f"{root}/tiny/report.html" in ended.out and f"saving {root}/tiny/checkpoints/5" in ended.out
+    objects = ObjectStore(f"{root}/tiny").list_names()
+    assert {"run.json", "metrics.jsonl", "summary.json", "report.html"} <= {*objects}
+    assert any(name.startswith("tensorboard/") for name in objects)
+    again = tiny.launch(f"root={root}")
+    assert again.code == 0 and "nothing to do" in again.out
+    # What one does next.
+    listed = launch("runs", root)
+    assert listed.code == 0 and f"{root}/tiny" in "".join(listed.out.split()) and "finished" in listed.out, listed
+    assert launch("report", f"{root}/tiny").code == 0
+    page = tmp_path / "page.html"
+    assert launch("report", f"{root}/tiny", "--output", str(page)).code == 0
+    assert ">finished<" in page.read_text()
+    sampled = [launch("sample", run, "w1 w2", "--max-tokens", "5") for run in (f"{root}/tiny", str(tiny.directory()))]
+    assert sampled[0] == sampled[1] and sampled[0].code == 0, sampled
+    assert launch("diff", f"{root}/tiny", str(tiny.directory())).out.splitlines()[0].startswith("root")
+    replay = launch(f"{root}/tiny/run.json", f"root={tmp_path}/replay", "track.console=off")
+    assert replay.code == 0, replay
+    assert (tmp_path / "replay/tiny/summary.json").exists()
+    assert tiny.launch(f"init={root}/tiny@10", f"root={root}", "name=next", "track.console=off").code == 0
+    with local_files(f"{root}/next") as folder:
+        assert json.loads((folder / "run.json").read_text())["init"]["run"] == f"{root}/tiny"
+
+
+@pytest.mark.slow(60)
+def test_processes_without_a_shared_disk(server: Server, tiny: Tiny) -> None:
+    """Checkpoints of 1, 2, 4 and 8 processes restore one another's; losses are those of one process."""
+    root, mesh = root_of(server), ("mesh.fsdp=8", "train.steps=60", "checkpoint.save_every=5", "train.eval_every=60")
+    for number, count in enumerate((1, 2, 4, 8, 1)):
+        run = (str(tiny.config), *mesh, f"root={root}", "name=several", "track.tensorboard=false")
+        with several(*run, count=count, devices=8 // count) as children:
+            if number < 4:
+                wait_for_saves(f"{root}/several", 2 * number + 1)
+                children[-1].send_signal(signal.SIGTERM)
+            ends = all_ended(children)
+        assert [each.code for each in ends] == [Preempted.exit_code if number < 4 else 0] * count, ends
+    one = tiny.launch(*mesh, "name=one", "track.console=off")
+    assert one.code == 0, one
+    ours = {step: float.fromhex(loss) for step, loss in losses(f"{root}/several").items()}
+    theirs = {step: float.fromhex(loss) for step, loss in tiny.losses("one").items()}
+    assert ours.keys() == theirs.keys()
+    assert all(abs(ours[step] - theirs[step]) < 1e-6 * theirs[step] for step in ours)
+
+
+def wait_for_saves(url: str, count: int) -> None:
+    deadline_s = time.monotonic() + 120
+    while True:
+        index = ObjectStore(f"{url}/checkpoints").read_or_none("index.json")
+        steps = [] if index is None else [int(step) for step in json.loads(index)["steps"]]
+        if max(steps, default=0) >= 5 * count:
+            return
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+@pytest.mark.slow(30)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bucket_that_is_away_costs_no_step(server: Server, tiny: Tiny, count: int) -> None:
+    """While it is away, steps go on, and a save that fails is only told; then everything arrives."""
+    root = root_of(server)
+    run = (str(tiny.config), "mesh.fsdp=2", f"root={root}", "name=away", "train.steps=3000", "track.log_every=50")
+    run = (*run, "train.eval_every=3000", "checkpoint.save_every=100", "track.tensorboard=false")
+    with several(*run, count=count, devices=2 // count) as children:
+        wait_for_saves(f"{root}/away", 20)
+        server.faults.down_for(8)
+        ends = all_ended(children)
+    assert [each.code for each in ends] == [0] * count, ends
+    assert [*losses(f"{root}/away")] == [*range(50, 3001, 50)]
+
+
+def test_two_starts_of_one_run(server: Server, tiny: Tiny) -> None:
+    root = root_of(server)
+    with several(str(tiny.config), f"root={root}", "name=long", "train.steps=100000", count=1) as children:
+        wait_for_saves(f"{root}/long", 1)
+        refused(tiny.launch(f"root={root}", "name=long", "train.steps=100000"), f"{root}/long process name=ANOTHER")
+        children[0].send_signal(signal.SIGTERM)
+        (ended,) = all_ended(children)
+    assert ended.code == Preempted.exit_code
+    names(ended.err.splitlines()[-1], f"{root}/long: stopped by SIGTERM")
+
+
+def test_a_bucket_that_may_not_be_written(s3: Server, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    root = root_of(s3)
+    refused(tiny.launch(f"root={root}"), f"{root}/tiny", code=82)
+
+
+def test_other_urls_are_refused(tiny: Tiny) -> None:
+    refused(tiny.launch("root=ftp://host/runs"), "root root=s3://BUCKET/runs")
