@@ -45,8 +45,11 @@ class RunDirectory:
     def __init__(self, location: str | Path):
         self.is_remote = is_remote(location)
         self.location = normalize_url(str(location)) if self.is_remote else str(location)
-        self._temporary = tempfile.TemporaryDirectory(prefix="jaxinfra-run-") if self.is_remote else None
-        self.path = Path(self._temporary.name, self.location.rpartition("/")[2]) if self._temporary else Path(location)
+        self.path = Path(location)
+        if self.is_remote:
+            self._temporary = tempfile.TemporaryDirectory(prefix="jaxinfra-run-")  # deleted with this object
+            self.path = Path(self._temporary.name, self.location.rpartition("/")[2])
+            self.path.mkdir()
         self.record = self.path / RECORD_FILE
         self.checkpoints = f"{self.location}/checkpoints" if self.is_remote else str(self.path / "checkpoints")
         self.metrics = self.path / METRICS_FILE

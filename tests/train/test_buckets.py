@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_processes_without_a_shared_disk(server: Server, tiny: Tiny) -> None:
         run = (str(tiny.config), *mesh, f"root={root}", "name=several", "track.tensorboard=false")
         with several(*run, count=count, devices=8 // count) as children:
             if number < 4:
-                wait_for_saves(f"{root}/several", 2 * number + 1)
+                wait_for_saves(f"{root}/several", 2 * number + 1, children)
                 children[-1].send_signal(signal.SIGTERM)
             ends = all_ended(children)
         assert [each.code for each in ends] == [Preempted.exit_code if number < 4 else 0] * count, ends
@@ -79,13 +80,14 @@ def test_processes_without_a_shared_disk(server: Server, tiny: Tiny) -> None:
     assert all(abs(ours[step] - theirs[step]) < 1e-6 * theirs[step] for step in ours)
 
 
-def wait_for_saves(url: str, count: int) -> None:
+def wait_for_saves(url: str, count: int, children: list[subprocess.Popen]) -> None:
     deadline_s = time.monotonic() + 120
     while True:
         index = ObjectStore(f"{url}/checkpoints").read_or_none("index.json")
         steps = [] if index is None else [int(step) for step in json.loads(index)["steps"]]
         if max(steps, default=0) >= 5 * count:
             return
+        assert all(child.poll() is None for child in children), [child.communicate() for child in children]
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
 
@@ -98,7 +100,7 @@ def test_a_bucket_that_is_away_costs_no_step(server: Server, tiny: Tiny, count: 
     run = (str(tiny.config), "mesh.fsdp=2", f"root={root}", "name=away", "train.steps=3000", "track.log_every=50")
     run = (*run, "train.eval_every=3000", "checkpoint.save_every=100", "track.tensorboard=false")
     with several(*run, count=count, devices=2 // count) as children:
-        wait_for_saves(f"{root}/away", 20)
+        wait_for_saves(f"{root}/away", 20, children)
         server.faults.down_for(8)
         ends = all_ended(children)
     assert [each.code for each in ends] == [0] * count, ends
@@ -108,7 +110,7 @@ def test_a_bucket_that_is_away_costs_no_step(server: Server, tiny: Tiny, count: 
 def test_two_starts_of_one_run(server: Server, tiny: Tiny) -> None:
     root = root_of(server)
     with several(str(tiny.config), f"root={root}", "name=long", "train.steps=100000", count=1) as children:
-        wait_for_saves(f"{root}/long", 1)
+        wait_for_saves(f"{root}/long", 1, children)
         refused(tiny.launch(f"root={root}", "name=long", "train.steps=100000"), f"{root}/long process name=ANOTHER")
         children[0].send_signal(signal.SIGTERM)
         (ended,) = all_ended(children)
