@@ -1,8 +1,10 @@
 """The directory of a run: its lease, its run record, and the checks before a run resumes in it."""
 
 import os
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +49,9 @@ class RunDirectory:
         self.location = normalize_url(str(location)) if self.is_remote else str(location)
         self.path = Path(location)
         if self.is_remote:
-            self._temporary = tempfile.TemporaryDirectory(prefix="jaxinfra-run-")  # deleted with this object
-            self.path = Path(self._temporary.name, self.location.rpartition("/")[2])
+            temporary = tempfile.mkdtemp(prefix="jaxinfra-run-")
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            self.path = Path(temporary, self.location.rpartition("/")[2])
             self.path.mkdir()
         self.record = self.path / RECORD_FILE
         self.checkpoints = f"{self.location}/checkpoints" if self.is_remote else str(self.path / "checkpoints")

@@ -32,8 +32,9 @@ def root_of(server: Server) -> str:
 def test_it_is_the_run_of_a_disk(server: Server, tiny: Tiny, tmp_path: Path) -> None:
     assert tiny.launch("track.console=off").code == 0
     root = root_of(server)
-    server.faults.unavailable, server.faults.reset = 0.025, 0.025
+    server.faults.unavailable = 0.05
     ended = tiny.launch(f"root={root}")
+    server.faults.clear()
     assert ended.code == 0, ended.err
     assert losses(f"{root}/tiny") == tiny.losses()
     assert f"{root}/tiny/report.html" in ended.out and f"saving {root}/tiny/checkpoints/5" in ended.out
