@@ -24,6 +24,7 @@ from jaxinfra.runtime.compile_cache import cache_environment
 from jaxinfra.runtime.host_memory import keep_freed_memory
 from jaxinfra.runtime.peers import GRACE_S, current_peers, join
 from jaxinfra.runtime.processes import find_processes
+from jaxinfra.runtime.signals import RunStopRequest
 
 EPILOG = f"""\
 examples:
@@ -148,16 +149,27 @@ def choose_devices(devices: str | None) -> None:
 
 @contextmanager
 def _all_processes(options: argparse.Namespace) -> Iterator[None]:
-    """Joins the other processes of a command, and at the end tells them how this one leaves.
+    """Joins the other processes of a command that several run together; a signal may end it at any time."""
+    if options.command not in JOINING_COMMANDS:
+        yield
+        return
+    with RunStopRequest(training=False), _joined(options):
+        yield
+
+
+@contextmanager
+def _joined(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes if there are any, and at the end tells them how this one leaves.
 
     An error that has followed from the loss of another process becomes that PeerLostError.
     """
-    processes = None
-    if options.command in JOINING_COMMANDS:
-        processes = find_processes(
-            os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
-        )
-    peers = current_peers() if processes is None else join(processes)
+    processes = find_processes(
+        os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
+    )
+    if processes is None:
+        yield
+        return
+    peers = join(processes, join_s=options.join_timeout, silence_s=options.heartbeat_timeout)
     try:
         yield
     except Preempted:  # all stop after the same step
