@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
-from typing import NoReturn, override
+from typing import NoReturn, Self, override
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
@@ -32,6 +32,7 @@ from jaxinfra.runtime.peer_hub import AGAIN, BEAT_S, Hub, Json, connect, is_loop
 from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.runtime.stop_agreement import StopAgreement, say_nothing_is_lost
 from jaxinfra.storage.errors import cause_of
+from jaxinfra.user_code import innermost_place
 
 JOIN_S = 300.0
 """Longest wait for all processes to join."""
@@ -70,6 +71,21 @@ class Peers:
         """Ends the process from any thread: the main thread may be in the compiler, which no exception reaches."""
         say_nothing_is_lost(reason)
         os._exit(Preempted.exit_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Leaves the others; raises the error of another process if this one's may come from it."""
+        if isinstance(error, JaxinfraError) and not isinstance(error, Preempted):
+            self.close(error, error.exit_code)
+        elif isinstance(error, Exception) and not isinstance(error, Preempted):
+            self.raise_if_lost(wait_s=2 * GRACE_S)
+            self.close(error, 1 if innermost_place(error) is None else ConfigError.exit_code)
+        elif error is not None and not isinstance(error, Preempted):
+            self.close(error, 130)
+        else:  # done, or all stop after the same step
+            self.close()
 
     def gather(self, value: Json) -> list[Json]:
         """Returns the values of all processes by index; all processes must call it. Raises the error of a peer."""
@@ -115,8 +131,11 @@ def current_peers() -> Peers:
 def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
     """Connects the processes of a run, and their devices; they are `current_peers` from now on.
 
-    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. Raises
+    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. If that
+    was called already, as by Ray's JaxTrainer on GPUs and TPUs, the devices stay connected as they are. Raises
     PeerLostError and ConfigError as `ConnectedPeers`.
+
+    The end of the script leaves the others. Where the process goes on, as a worker of Ray does, use `with join():`.
 
     Args:
         processes: which processes there are; by default what the environment says (`find_processes`).
@@ -138,6 +157,11 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
     )
     import jax
 
+    if jax.distributed.is_initialized():
+        assert jax.process_index() == processes.index, "the launcher has given JAX another index than ours"
+        _current = peers
+        _leave_at_exit(peers)
+        return peers
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, and acts between steps only
     host = processes.coordinator.rpartition(":")[0]
     service = f"{host}:{peers.broadcast(_free_port())}"
