@@ -131,8 +131,8 @@ def current_peers() -> Peers:
 def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
     """Connects the processes of a run, and their devices; they are `current_peers` from now on.
 
-    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. If that
-    was called already, as by Ray's JaxTrainer on GPUs and TPUs, the devices stay connected as they are. Raises
+    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. If
+    that was called already, as by Ray's JaxTrainer on GPUs and TPUs, the devices stay connected as they are. Raises
     PeerLostError and ConfigError as `ConnectedPeers`.
 
     The end of the script leaves the others. Where the process goes on, as a worker of Ray does, use `with join():`.
