@@ -115,6 +115,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--coordinator", metavar="HOST:PORT", help=what)
     _add_int(several, "--process-id", 0, metavar="I", help="index of this process")
     _add_int(several, "--of", 1, metavar="N", help="number of processes")
+    what = "longest wait for all processes to join (default %(default)s)"
+    _add_int(several, "--join-timeout", 1, default=300, metavar="S", help=what)
+    what = "silence after which a process counts as lost (default %(default)s)"
+    _add_int(several, "--heartbeat-timeout", 3, default=10, metavar="S", help=what)
 
 
 def _add_new(parser: argparse.ArgumentParser) -> None:

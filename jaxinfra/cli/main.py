@@ -22,8 +22,9 @@ from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
 from jaxinfra.runtime.host_memory import keep_freed_memory
-from jaxinfra.runtime.peers import GRACE_S, current_peers, join
+from jaxinfra.runtime.peers import current_peers, join
 from jaxinfra.runtime.processes import find_processes
+from jaxinfra.runtime.signals import RunStopRequest
 
 EPILOG = f"""\
 examples:
@@ -148,32 +149,25 @@ def choose_devices(devices: str | None) -> None:
 
 @contextmanager
 def _all_processes(options: argparse.Namespace) -> Iterator[None]:
-    """Joins the other processes of a command, and at the end tells them how this one leaves.
-
-    An error that has followed from the loss of another process becomes that PeerLostError.
-    """
-    processes = None
-    if options.command in JOINING_COMMANDS:
-        processes = find_processes(
-            os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
-        )
-    peers = current_peers() if processes is None else join(processes)
-    try:
+    """Joins the other processes of a command that several run together; a signal may end it at any time."""
+    if options.command not in JOINING_COMMANDS:
         yield
-    except Preempted:  # all stop after the same step
-        peers.close()
-        raise
-    except JaxinfraError as error:
-        peers.close(error, error.exit_code)
-        raise
-    except Exception as error:
-        peers.raise_if_lost(wait_s=2 * GRACE_S)  # the error may come from the loss of another process
-        peers.close(error, 1 if user_code.innermost_place(error) is None else ConfigError.exit_code)
-        raise
-    except BaseException as error:
-        peers.close(error, 130)
-        raise
-    peers.close()
+        return
+    with RunStopRequest(training=False), _joined(options):
+        yield
+
+
+@contextmanager
+def _joined(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes if there are any, and at the end tells them how this one leaves."""
+    processes = find_processes(
+        os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
+    )
+    if processes is None:
+        yield
+        return
+    with join(processes, join_s=options.join_timeout, silence_s=options.heartbeat_timeout):
+        yield
 
 
 def _is_one_cpu() -> bool:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
+from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.runtime.stop_agreement import last_step
 
 type Json = Any
 """A value that JSON can hold."""
@@ -45,7 +47,7 @@ class Connection:
             return None
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict) or "kind" not in message:
             raise OSError(errno.EPROTO, "does not speak our protocol")
@@ -71,6 +73,8 @@ class Hub:
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
         self._values: dict[str, dict[int, Json]] = {}
+        self._stop_reason: str | None = None
+        self._promises: dict[int, int | None] = {}
         self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
@@ -115,6 +119,10 @@ class Hub:
             while (message := connection.receive()) is not None:
                 if message["kind"] == "value":
                     self._collect(index, message["round"], message["value"])
+                elif message["kind"] == "stop":
+                    self._request_stop(f"{message['reason']} to {self._name(index)}")
+                elif message["kind"] == "promise":
+                    self._promise(index, message["step"])
                 elif message["kind"] == "leave":
                     self._leave(index, message["error"])
                     return
@@ -132,13 +140,17 @@ class Hub:
         index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
         if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str) and 0 <= index < count):
             return None
+        own_host = self._hosts.get(0, socket.gethostname())
         with self._lock:
             if index in self._members:
                 problem = f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"
                 self._fail(ConfigError(problem))
             elif count != self._count:
-                problem = f"process {index} ({host}): started as one of {count}, process 0 as one of {self._count}"
-                self._fail(ConfigError(f"{problem}; start all with the same number of processes"))
+                problem = f"process {index} ({host}): started as one of {count}, process 0 ({own_host}) as one of"
+                self._fail(ConfigError(f"{problem} {self._count}; start all with the same number of processes"))
+            elif (version := hello.get("version")) != __version__:
+                problem = f"process {index} ({host}): has jaxinfra {version}, process 0 ({own_host}) {__version__}"
+                self._fail(ConfigError(f"{problem}; install the same version on all hosts"))
             if self._failure is not None:
                 connection.send(kind="failure", error=[self._failure.exit_code, str(self._failure)])
                 return None
@@ -155,6 +167,21 @@ class Hub:
             if len(values) == self._count:
                 del self._values[key]
                 self._send_all(kind="values", round=key, values=[values[each] for each in range(self._count)])
+
+    def _request_stop(self, reason: str) -> None:
+        """Asks all processes for the step that they are going to complete; one request at a time counts."""
+        with self._lock:
+            if self._stop_reason is None:
+                self._stop_reason = reason
+                self._send_all(kind="stop", reason=reason)
+
+    def _promise(self, index: int, step: int | None) -> None:
+        """Tells all processes the last step, once each has promised one."""
+        with self._lock:
+            self._promises[index] = step
+            if len(self._promises) == self._count:
+                self._send_all(kind="last_step", step=last_step(self._promises.values()), reason=self._stop_reason)
+                self._promises, self._stop_reason = {}, None
 
     def _leave(self, index: int, error: tuple[int, str] | None) -> None:
         with self._lock:
@@ -203,17 +230,26 @@ def listen(address: str) -> socket.socket:
         raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
 
 
-def connect(address: str, silence_s: float, join_s: float) -> Connection:
-    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time."""
+def connect(address: str, silence_s: float, join_s: float, name: str) -> Connection:
+    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time.
+
+    Args:
+        address: HOST:PORT of process 0.
+        silence_s: longest wait for a message over the connection.
+        join_s: longest wait for the connection.
+        name: of this process, for messages.
+    """
     deadline_s = time.monotonic() + join_s
     while True:
+        timeout_s = min(silence_s, max(_RETRY_S, deadline_s - time.monotonic()))
         try:
-            return Connection(socket.create_connection(_split(address), timeout=silence_s), silence_s)
+            return Connection(socket.create_connection(_split(address), timeout=timeout_s), silence_s)
         except OSError as error:
             if time.monotonic() >= deadline_s:
+                cause = error.strerror or str(error)
                 raise PeerLostError(
-                    f"process 0 at {address}: no answer within {join_s:.0f} s ({error.strerror or error}); check that "
-                    "it has started, its address, and that no firewall blocks the port"
+                    f"process 0 at {address}: no answer to {name} within {join_s:.0f} s ({cause}); check that it has "
+                    "started, its address, and that no firewall blocks the port"
                 ) from None
         time.sleep(_RETRY_S)
 

@@ -8,6 +8,7 @@ each process also holds a TCP connection to process 0, served by a thread, which
   then leave with the code of `PeerLostError`, also where a collective operation would block them forever.
 - A process that leaves with an error sends it, and all others leave with the same code.
 - `Peers.gather` exchanges small values.
+- A request to stop one process stops all after the same step (`stop_agreement`).
 
 The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
 one of the same host. Neither asks who connects: they belong into a trusted network.
@@ -18,22 +19,27 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
-from typing import override
+from typing import NoReturn, Self, override
 
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra import __version__
+from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
 from jaxinfra.runtime.peer_hub import AGAIN, BEAT_S, Hub, Json, connect, is_loopback, listen
 from jaxinfra.runtime.processes import Processes, find_processes
+from jaxinfra.runtime.stop_agreement import StopAgreement, say_nothing_is_lost
 from jaxinfra.storage.errors import cause_of
+from jaxinfra.user_code import innermost_place
 
 JOIN_S = 300.0
 """Longest wait for all processes to join."""
 SILENCE_S = 10.0
 """Silence after which a process counts as lost."""
+_JAX_HEARTBEAT_S = 100  # its default; longer than ours, so that we say who is silent
 GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, before the process is ended."""
 GATHER_S = 600.0
@@ -47,12 +53,40 @@ class Peers:
         index: of this process.
         count: number of processes.
         hosts: the host of each process.
+        stop: when this process stops, if one is asked to.
     """
 
     index, count = 0, 1
 
     def __init__(self) -> None:
         self.hosts: Sequence[str] = (socket.gethostname(),)
+        self.stop = StopAgreement()
+
+    def request_stop(self, reason: str) -> None:
+        """Stops all processes after the same step; ends them at once, with code 75, before the first one."""
+        if (step := self.stop.promise(reason)) is None:
+            self._leave_at_once(reason)
+        self.stop.decide(step)
+
+    def _leave_at_once(self, reason: str) -> NoReturn:
+        """Ends the process from any thread: the main thread may be in the compiler, which no exception reaches."""
+        say_nothing_is_lost(reason)
+        os._exit(Preempted.exit_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Leaves the others; raises the error of another process if this one's may come from it."""
+        if isinstance(error, JaxinfraError) and not isinstance(error, Preempted):
+            self.close(error, error.exit_code)
+        elif isinstance(error, Exception) and not isinstance(error, Preempted):
+            self.raise_if_lost(wait_s=2 * GRACE_S)
+            self.close(error, 1 if innermost_place(error) is None else ConfigError.exit_code)
+        elif error is not None and not isinstance(error, Preempted):
+            self.close(error, 130)
+        else:  # done, or all stop after the same step
+            self.close()
 
     def gather(self, value: Json, channel: str = "main", wait_s: float | None = None) -> list[Json]:
         """Returns the values of all processes by index; all processes must call it. Raises the error of a peer.
@@ -102,8 +136,11 @@ def current_peers() -> Peers:
 def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
     """Connects the processes of a run, and their devices; they are `current_peers` from now on.
 
-    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. Raises
+    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. If
+    that was called already, as by Ray's JaxTrainer on GPUs and TPUs, the devices stay connected as they are. Raises
     PeerLostError and ConfigError as `ConnectedPeers`.
+
+    The end of the script leaves the others. Where the process goes on, as a worker of Ray does, use `with join():`.
 
     Args:
         processes: which processes there are; by default what the environment says (`find_processes`).
@@ -125,6 +162,12 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
     )
     import jax
 
+    if jax.distributed.is_initialized():
+        assert jax.process_index() == processes.index, "the launcher has given JAX another index than ours"
+        _current = peers
+        _leave_at_exit(peers)
+        return peers
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, and acts between steps only
     host = processes.coordinator.rpartition(":")[0]
     service = f"{host}:{peers.broadcast(_free_port())}"
     try:
@@ -136,6 +179,7 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
             cluster_detection_method="deactivate",
             coordinator_bind_address=service if is_loopback(host) else None,
             initialization_timeout=round(join_s),
+            heartbeat_timeout_seconds=round(max(_JAX_HEARTBEAT_S, 2 * silence_s)),
             shutdown_timeout_seconds=round(2 * silence_s),
         )
     except jax.errors.JaxRuntimeError as error:
@@ -209,20 +253,24 @@ class ConnectedPeers(Peers):
         self._hub = None
         if index == 0:
             self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
-        self._connection = connect(address, silence_s, join_s)
-        self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0])
+        deadline_s = time.monotonic() + join_s
+        own_name = f"process {index} ({self.hosts[0]})"
+        self._connection = connect(address, silence_s, join_s, own_name)
+        with suppress(OSError):  # the receiving thread says so
+            self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0], version=__version__)
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
         try:
-            self.hosts = joined.result(join_s + 2 * silence_s)
+            self.hosts = joined.result(deadline_s - time.monotonic() + 2 * BEAT_S)  # process 0 may say who is missing
         except (JaxinfraError, TimeoutError) as error:
             self._leaving.set()
             self._closed.set()
             self._connection.close()
             if isinstance(error, JaxinfraError):
                 raise
-            raise PeerLostError(f"process 0 at {address}: did not start the run; {AGAIN}") from None
+            cause = f"did not connect all processes within {join_s:.0f} s of the start of {own_name}"
+            raise PeerLostError(f"process 0 at {address}: {cause}; {AGAIN}") from None
 
     @override
     def gather(self, value: Json, channel: str = "main", wait_s: float | None = None) -> list[Json]:
@@ -251,6 +299,12 @@ class ConnectedPeers(Peers):
             raise self._failure
 
     @override
+    def name_of(self, index: int) -> str:
+        if len(self.hosts) < self.count and index == 0:  # not all have joined
+            return f"process 0 at {self._address}"
+        return super().name_of(index)
+
+    @override
     def close(self, error: BaseException | None = None, code: int = 1) -> None:
         if self._leaving.is_set():
             return
@@ -266,6 +320,21 @@ class ConnectedPeers(Peers):
         self._closed.set()
         self._connection.close()
 
+    @override
+    def request_stop(self, reason: str) -> None:
+        with suppress(OSError):  # process 0 has gone, and the receiving thread says so
+            self._connection.send(kind="stop", reason=reason)
+
+    @override
+    def _leave_at_once(self, reason: str) -> NoReturn:
+        self._leaving.set()
+        say_nothing_is_lost(reason)
+        with suppress(OSError):  # process 0 has gone
+            self._connection.send(kind="leave", error=None)
+        if self._hub is not None:
+            self._hub.all_left.wait(GRACE_S)
+        os._exit(Preempted.exit_code)
+
     def _receive(self, joined: Future[Sequence[str]]) -> None:
         """The thread that receives messages, until this process leaves."""
         try:
@@ -275,6 +344,12 @@ class ConnectedPeers(Peers):
                         joined.set_result(message["hosts"])
                     case "values":
                         self._answers.pop(message["round"]).set_result(message["values"])
+                    case "stop":
+                        self._connection.send(kind="promise", step=self.stop.promise(message["reason"]))
+                    case "last_step" if message["step"] is None:
+                        self._leave_at_once(message["reason"])
+                    case "last_step":
+                        self.stop.decide(message["step"])
                     case "failure":
                         self._fail(error_of_code(*message["error"]), joined)
             self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
@@ -293,6 +368,7 @@ class ConnectedPeers(Peers):
         if not joined.done():
             joined.set_exception(error)
             return
+        self.stop.fail(error)
         for answer in list(self._answers.values()):  # the main thread may add one
             answer.set_exception(error)
         timer = threading.Timer(grace_s, self._end_process)

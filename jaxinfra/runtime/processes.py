@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import schedulers, tpu_metadata
+from jaxinfra.runtime import ray_train, schedulers, tpu_metadata
 from jaxinfra.runtime.schedulers import Environment
 
 _PORT = 8476
@@ -63,7 +63,7 @@ class _Row:
     port: int | Callable[[Environment], int]
     hosts: Callable[[Environment], tuple[str, ...]] | None = None
     local_count: str | Callable[[Environment], int] | None = None
-    local_index: str | None = None
+    local_index: str | Callable[[Environment], int] | None = None
 
 
 _LAUNCHERS = (
@@ -74,6 +74,16 @@ _LAUNCHERS = (
         index="JAX_PROCESS_ID",
         host=schedulers.named_coordinator,
         port=_PORT,
+    ),
+    _Row(
+        source="Ray Train",
+        mark=ray_train.on_worker,
+        count=ray_train.count,
+        index=ray_train.index,
+        host=ray_train.address,
+        port=_PORT,
+        local_count=ray_train.local_count,
+        local_index=ray_train.local_index,
     ),
     _Row(
         source="Open MPI",
@@ -150,14 +160,15 @@ def find_processes(
 
     1. The flags --coordinator, --process-id and --of, typed for this process.
     2. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, set for a process of JAX inside any allocation: by
-       a Kubeflow TrainJob, by jaxinfra's local launcher, and by who starts Ray actors, which have no variables of their
-       own. (Ray's JaxTrainer sets none of them. It has joined its workers before it calls the training function.)
-    3. Open MPI, MPICH and Intel MPI: in a Slurm job, mpirun starts one Slurm task a host, not one a process.
-    4. Slurm, by the variables of the step. Those of the job are also in a batch script, which is one process.
-    5. Other launchers with PMI, such as PALS; after Slurm, as `srun --mpi=pmi2` sets PMI_SIZE, too.
-    6. Cloud TPU, by the variables that GKE sets or the metadata server of a TPU VM. They describe the machine, whatever
+       a Kubeflow TrainJob, by jaxinfra's local launcher, and by who starts Ray actors of their own, which have none.
+    3. A worker of Ray Train (JaxTrainer), which is asked, not the environment: its variables are those of `ray start`,
+       such as those of a Slurm step with one task a host.
+    4. Open MPI, MPICH and Intel MPI: in a Slurm job, mpirun starts one Slurm task a host, not one a process.
+    5. Slurm, by the variables of the step. Those of the job are also in a batch script, which is one process.
+    6. Other launchers with PMI, such as PALS; after Slurm, as `srun --mpi=pmi2` sets PMI_SIZE, too.
+    7. Cloud TPU, by the variables that GKE sets or the metadata server of a TPU VM. They describe the machine, whatever
        runs on it. If JAX_PLATFORMS leaves the TPU out, they do not count: one worker may run something on its CPU.
-    7. Indexed Jobs of Kubernetes, alone or in a JobSet; after Cloud TPU, whose JobSets have one Job for each slice.
+    8. Indexed Jobs of Kubernetes, alone or in a JobSet; after Cloud TPU, whose JobSets have one Job for each slice.
        Their manifests must add JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS: JOB-0.SUBDOMAIN of the headless service,
        or the label jobset.sigs.k8s.io/coordinator. A JobSet with several Jobs also needs JOBSET_JOB_INDEX and
        JOBSET_REPLICAS, from the labels jobset.sigs.k8s.io/job-index and jobset.sigs.k8s.io/replicatedjob-replicas.
@@ -278,8 +289,8 @@ def _own_devices(row: _Row, environment: Environment) -> tuple[int, ...] | None:
         return None
     number = schedulers.number
     count = row.local_count(environment) if callable(row.local_count) else number(environment, row.local_count)
-    index = number(environment, row.local_index)
-    _check_index(f"{row.source}, {row.local_index}", count, index)
+    index = row.local_index(environment) if callable(row.local_index) else number(environment, row.local_index)
+    _check_index(f"{row.source}, on this host", count, index)
     on_host = number(environment, "SLURM_GPUS_ON_NODE") if environment.get("SLURM_GPUS_ON_NODE") else count
     visible = on_host
     for name in _GPU_VARIABLES:

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import socket
 import threading
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, override
 
 from jaxinfra.runtime.peers import current_peers
 
@@ -17,15 +18,14 @@ _RETRY_S = 0.01
 class StopRequest:
     """Within this context Ctrl-C (SIGINT), SIGTERM and SIGHUP set `reason` instead of ending the process.
 
-    SIGHUP comes when a terminal or an SSH connection closes; under nohup it stays ignored. The training loop calls
-    `reason_after` after every step, saves and stops. A second Ctrl-C interrupts at once; further SIGTERMs change
-    nothing. The previous handlers are restored on exit. In other threads it does nothing.
+    SIGHUP comes when a terminal or an SSH connection closes; under nohup it stays ignored. A second Ctrl-C interrupts
+    at once; further SIGTERMs change nothing. The previous handlers are restored on exit. In other threads than the main
+    one it does nothing, because Python delivers signals to that one alone.
     """
 
     def __init__(self) -> None:
         self._reason: str | None = None
         self._interrupted = False
-        self._is_shared = current_peers().count > 1
         self._previous: dict[int, Any] = {}
 
     @property
@@ -38,31 +38,19 @@ class StopRequest:
             raise KeyboardInterrupt
         return self._reason
 
-    def reason_after(self, completed_steps: int) -> str | None:
-        """Returns why the run must stop after this number of steps, or None; raises KeyboardInterrupt as `reason`.
-
-        All processes must call it after every step: a signal to one of them stops all after the same step.
-        """
-        reason = self.reason
-        if not self._is_shared:
-            return reason
-        from jax.experimental import multihost_utils
-
-        return (reason or "SIGTERM") if multihost_utils.reached_preemption_sync_point(completed_steps) else None
-
     def __enter__(self) -> Self:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Python delivers signals to the main thread alone: this run cannot be asked to stop
-        # With several processes JAX has a handler of SIGTERM, which tells the others.
-        numbers = [signal.SIGINT, signal.SIGHUP, *([] if self._is_shared else [signal.SIGTERM])]
-        for number in numbers:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers():
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _numbers(self) -> tuple[int, ...]:
+        return signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._reason is not None:
@@ -71,6 +59,62 @@ class StopRequest:
                 threading.Timer(_RETRY_S, os.kill, (os.getpid(), number)).start()
                 return
             raise KeyboardInterrupt
-        if self._reason is None and self._is_shared:
-            os.kill(os.getpid(), signal.SIGTERM)
         self._reason = self._reason or signal.Signals(number).name
+
+
+class RunStopRequest(StopRequest):
+    """Stops all processes of the run (`Peers.request_stop`), also if the main thread is in the compiler.
+
+    The training loop calls `reason_after` after every step, saves and stops. Before the first step the processes end at
+    once, with code 75: there is nothing to save.
+
+    Args:
+        training: whether steps follow. If not, Ctrl-C interrupts as usual.
+    """
+
+    def __init__(self, *, training: bool = True) -> None:
+        super().__init__()
+        self._training = training
+        self._reader, self._writer = socket.socketpair()
+
+    def reason_after(self, completed_steps: int) -> str | None:
+        """Returns why the run must stop after this number of steps, or None; raises KeyboardInterrupt as `reason`.
+
+        All processes must call it after every step.
+        """
+        peers, own = current_peers(), self.reason
+        agreed = peers.stop.reason_after(completed_steps)
+        return own if peers.count == 1 else agreed
+
+    @override
+    def __enter__(self) -> Self:
+        if self._training:
+            current_peers().stop.begin()
+        super().__enter__()
+        if self._previous:
+            # Python runs a handler between two of its own instructions. It writes to this socket at once.
+            self._writer.setblocking(False)
+            self._outer_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        return self
+
+    @override
+    def __exit__(self, *exception: object) -> None:
+        if self._previous:
+            signal.set_wakeup_fd(self._outer_fd, warn_on_full_buffer=False)
+        else:
+            self._reader.close()
+        super().__exit__(*exception)
+        self._writer.close()  # ends the thread
+
+    @override
+    def _numbers(self) -> tuple[int, ...]:
+        return super()._numbers() if self._training else (signal.SIGTERM, signal.SIGHUP)
+
+    def _watch(self) -> None:
+        """The thread that hears of signals."""
+        handled = self._previous.keys()
+        with self._reader:
+            while number := self._reader.recv(1):
+                if number[0] in handled:
+                    current_peers().request_stop(signal.Signals(number[0]).name)

@@ -44,7 +44,7 @@ from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.signals import StopRequest
+from jaxinfra.runtime.signals import RunStopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.formatting import flatten
@@ -133,7 +133,7 @@ class Trainer:
         dataset, steps = self.dataset, self.run.train.steps
         self._require_equal_processes()
         with (
-            StopRequest() as stop,
+            RunStopRequest() as stop,
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,

@@ -1,0 +1,59 @@
+"""Asks Ray Train which of its workers this process is: Ray sets no environment variables for that.
+
+A worker has Ray loaded before it calls the training function, so that Ray is never imported here. Each function takes
+the environment of the process, which it ignores, as those of `runtime/schedulers.py`.
+"""
+
+import socket
+import sys
+from types import ModuleType
+
+from jaxinfra.runtime.schedulers import Environment
+
+
+def on_worker(environment: Environment) -> bool:
+    """Returns whether this is a process in which Ray Train calls a training function."""
+    train = sys.modules.get("ray.train")
+    if train is None:
+        return False
+    try:
+        train.get_context().get_world_size()
+    except RuntimeError:  # Ray Train is imported, but this is no worker
+        return False
+    return True
+
+
+def count(environment: Environment) -> int:
+    """Returns the number of workers."""
+    return _train().get_context().get_world_size()
+
+
+def index(environment: Environment) -> int:
+    """Returns the rank of this worker."""
+    return _train().get_context().get_world_rank()
+
+
+def local_count(environment: Environment) -> int:
+    """Returns the number of workers on this host."""
+    return _train().get_context().get_local_world_size()
+
+
+def local_index(environment: Environment) -> int:
+    """Returns the rank of this worker among those of its host."""
+    return _train().get_context().get_local_rank()
+
+
+def address(environment: Environment) -> str:
+    """Returns HOST:PORT of worker 0, which chooses a free port; all workers must call it."""
+    import ray.train.collective
+    import ray.util
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    host = ray.util.get_node_ip_address()
+    return ray.train.collective.broadcast_from_rank_zero(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def _train() -> ModuleType:
+    return sys.modules["ray.train"]
