@@ -7,7 +7,7 @@ after the other. So the process that they are compared with uses gloo, too, and 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -49,28 +49,31 @@ def compare_layouts(configs: Sequence[str], overrides: Sequence[str], devices: s
     `devices` is the value of --devices.
     """
     with ExitStack() as stack:
-        alone = stack.enter_context(_processes([{}]))
-        num_devices = alone[0].submit(jax.device_count).result()
+        alone = stack.enter_context(processes([{}]))
+        (num_devices,) = call_in_all(alone, jax.device_count)
         cases = [(config, tuple(overrides), mesh) for config in configs for mesh in layout_meshes(num_devices)]
         for case in cases:
             load_on_mesh(*case)
         counts = [count for count in COUNTS if num_devices % count == 0]
         layouts = {
-            count: stack.enter_context(_processes(process_environments(count, devices))) for count in (1, *counts)
+            count: stack.enter_context(processes(process_environments(count, devices))) for count in (1, *counts)
         }
         for case in cases:
-            in_process = _results(alone, case)
-            expected = _results(layouts[1], case)
+            in_process = call_in_all(alone, _gradients, *case)[0]
+            expected = call_in_all(layouts[1], _gradients, *case)[0]
             for count in counts:
-                found = _results(layouts[count], case)
+                found = call_in_all(layouts[count], _gradients, *case)[0]
                 name = f"{mesh_name(case[2])}, {count} x {num_devices // count}"
                 differences = relative_differences(found, expected)
                 yield mesh_difference(case[0], name, differences, relative_differences(found, in_process))
 
 
 @contextmanager
-def _processes(environments: Sequence[Mapping[str, str]]) -> Iterator[list[ProcessPoolExecutor]]:
-    """Starts a process for each environment, as a pool of one; a failure ends all of them."""
+def processes(environments: Sequence[Mapping[str, str]]) -> Iterator[list[ProcessPoolExecutor]]:
+    """Starts a process for each environment, as a pool of one; a failure ends all of them.
+
+    Those with the variables of `process_environments` join each other.
+    """
     pools = [worker_pool(1, environment) for environment in environments]
     try:
         yield pools
@@ -83,16 +86,30 @@ def _processes(environments: Sequence[Mapping[str, str]]) -> Iterator[list[Proce
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _results(pools: Sequence[ProcessPoolExecutor], case: tuple[str, tuple[str, ...], MeshConfig]) -> Arrays:
-    """Returns loss and gradients, which all processes compute together."""
-    tasks = [pool.submit(_joined_gradients, *case) for pool in pools]
-    return [task.result() for task in tasks][0]
+def call_in_all[**P, R](
+    pools: Sequence[ProcessPoolExecutor], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> list[R]:
+    """Calls a function in all processes at once, and returns the results by index."""
+    tasks = [pool.submit(_call_joined, function, *args, **kwargs) for pool in pools]
+    return [task.result() for task in tasks]
 
 
-def _joined_gradients(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> Arrays:
-    if os.environ.get("JAX_NUM_PROCESSES") != "1":
-        join()
-    elif not jax.distributed.is_initialized():  # only so does one process use the collectives of several
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 1, 0, cluster_detection_method="deactivate")
+def _call_joined[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    if "JAX_PROCESS_ID" in os.environ and not jax.distributed.is_initialized():
+        _join()
+    return function(*args, **kwargs)
+
+
+def _gradients(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> Arrays:
+    """Returns loss and gradients in process 0."""
     arrays = batch_gradients(load_on_mesh(config, overrides, mesh))
     return arrays if jax.process_index() == 0 else {}
+
+
+def _join() -> None:
+    """Joins the processes of the environment; only so does one process use the collectives of several."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo prints there whom it is connected to
+    if os.environ["JAX_NUM_PROCESSES"] == "1":
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 1, 0, cluster_detection_method="deactivate")
+    else:
+        join()

@@ -31,11 +31,16 @@ BENCHES = {
     "step": BenchmarkSpec(
         summary="the train step, dispatch and startup against a hand-written step of the same model",
         parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
-        options=("config", "pairs", "against"),
+        options=("config", "pairs", "against", "processes"),
     ),
     "parallel": BenchmarkSpec(
         summary="the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
         parts=("axes", "experts", "schedules"),
+        options=("config", "pairs"),
+    ),
+    "processes": BenchmarkSpec(
+        summary="2 processes with a device each against 1 process with 2: step, start, loss of a process, restart",
+        parts=("step", "start", "loss"),
         options=("config", "pairs"),
     ),
     "llama": BenchmarkSpec(
