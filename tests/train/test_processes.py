@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, PeerLostError, Preempted
 from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import names
@@ -159,6 +161,22 @@ def test_processes_that_differ_are_named(tiny: Tiny, override: str) -> None:
         assert each.code == ConfigError.exit_code
         names(each.err.splitlines()[-1], f"error: process 1 {override.partition('=')[0]}")
     assert not tiny.runs.exists()
+
+
+@pytest.mark.slow(15)
+def test_clocks_may_differ(tiny: Tiny) -> None:
+    """The clock of one host is an hour late: no process compares its own with that of another."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    late = {"LD_PRELOAD": str(library), "FAKETIME": "-1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    for name, envs in ("right", ({}, {})), ("late", ({}, late)), ("late0", (late, {})):
+        where = ("--coordinator", free_address(), "--of", "2", "--devices", "cpu:2", "--process-id")
+        words = (str(tiny.config), *MESH, f"name={name}", *where)
+        children = [start(*words, str(index), env=env) for index, env in enumerate(envs)]
+        ends = all_ended(children)
+        assert [each.code for each in ends] == [0, 0], ends
+    assert tiny.losses("late") == tiny.losses("late0") == tiny.losses("right")
+    started_s = datetime.fromisoformat(read_record(tiny.directory("late0") / "run.json")["created"]).timestamp()
+    assert started_s < time.time() - 3000, "the clock was late"
 
 
 SCRIPT = """
