@@ -40,6 +40,8 @@ def several(
         for child in children:
             child.kill()
             child.wait()
+            for pipe in filter(None, (child.stdout, child.stderr)):
+                pipe.close()
 
 
 def all_ended(children: Sequence[subprocess.Popen]) -> list[Ended]:

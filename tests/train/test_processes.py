@@ -163,7 +163,7 @@ def test_processes_that_differ_are_named(tiny: Tiny, override: str) -> None:
     assert not tiny.runs.exists()
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(30)
 def test_clocks_may_differ(tiny: Tiny) -> None:
     """The clock of one host is an hour late: no process compares its own with that of another."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
