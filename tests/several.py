@@ -2,7 +2,7 @@
 
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tests.tiny_run import Ended, ended, start
@@ -23,18 +23,25 @@ def free_address() -> str:
 
 @contextmanager
 def several(
-    *arguments: str, count: int = 2, devices: int = 2, indices: Sequence[int] | None = None, of: int | None = None
+    *arguments: str,
+    count: int = 2,
+    devices: int = 2,
+    indices: Sequence[int] | None = None,
+    of: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[list[subprocess.Popen]]:
     """Starts one process for each index, all of them by default; none survives the block."""
     address = free_address()
     where = ("--coordinator", address, "--of", str(of or count), "--devices", f"cpu:{devices}")
-    children = [start(*arguments, *where, "--process-id", str(index)) for index in indices or range(count)]
+    children = [start(*arguments, *where, "--process-id", str(index), env=env) for index in indices or range(count)]
     try:
         yield children
     finally:
         for child in children:
             child.kill()
             child.wait()
+            for pipe in filter(None, (child.stdout, child.stderr)):
+                pipe.close()
 
 
 def all_ended(children: Sequence[subprocess.Popen]) -> list[Ended]:

@@ -145,20 +145,20 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
 
 def time_step(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
     """Times jaxinfra and the baseline alternately."""
-    run = _load(config, overrides)
+    run = load_run(config, overrides)
     return time_alternately({"jaxinfra": jaxinfra_step(run), "baseline": baseline_step(run)}, num_rounds)
 
 
 def time_separately(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
     """Times all rounds of jaxinfra, then all rounds of the baseline."""
-    run = _load(config, overrides)
+    run = load_run(config, overrides)
     times_s = time_alternately({"jaxinfra": jaxinfra_step(run)}, num_rounds)
     return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
 
 
 def time_dispatch(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
     """Times the dispatch of a step on both sides; side "loop" is an iteration of jaxinfra's training loop."""
-    run = _load(config, overrides)
+    run = load_run(config, overrides)
     jaxinfra = jaxinfra_step(run)
     steps = {"jaxinfra": jaxinfra, "baseline": baseline_step(run)}
     times_s = time_alternately(steps, 20 * num_rounds, dispatch_only=True)  # a dispatch takes less than a millisecond
@@ -167,18 +167,22 @@ def time_dispatch(config: str, overrides: Sequence[str], num_rounds: int) -> Tim
 
 def time_layouts(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
     """Times the baseline with naive matmuls, and as it is."""
-    run = _load(config, overrides)
+    run = load_run(config, overrides)
     steps = {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}
     return time_alternately(steps, num_rounds)
 
 
 def time_meshes(config: str, overrides: Sequence[str], fsdp_overrides: Sequence[str], num_rounds: int) -> Times:
     """Times jaxinfra with two lists of overrides: those of a mesh, and those of plain FSDP."""
-    steps = {"mesh": jaxinfra_step(_load(config, overrides)), "fsdp": jaxinfra_step(_load(config, fsdp_overrides))}
+    steps = {
+        "mesh": jaxinfra_step(load_run(config, overrides)),
+        "fsdp": jaxinfra_step(load_run(config, fsdp_overrides)),
+    }
     return time_alternately(steps, num_rounds)
 
 
-def _load(config: str, overrides: Sequence[str]) -> Run:
+def load_run(config: str, overrides: Sequence[str]) -> Run:
+    """Loads a config for all devices."""
     run = with_mesh_size(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
     return run

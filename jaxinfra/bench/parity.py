@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
-from jaxinfra.parallel.mesh import make_mesh, permute_devices
+from jaxinfra.parallel.mesh import Device, make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
@@ -87,9 +88,11 @@ def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     return batch
 
 
-def make_program(run: Run, order: Sequence[int] | None = None) -> Program:
+def make_program(
+    run: Run, order: Sequence[int] | None = None, devices: Callable[[], Sequence[Device]] = jax.devices
+) -> Program:
     """Builds the program of a run on the first devices; `order`, such as [1, 0, 3, 2], permutes them."""
-    mesh = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
+    mesh = make_mesh(run.mesh, devices()[: math.prod(run.mesh.sizes)])
     return Program(run, mesh if order is None else permute_devices(mesh, order))
 
 
@@ -103,7 +106,8 @@ def loss_and_gradients(
 ) -> Arrays:
     """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`; `step` selects dropout masks.
 
-    `params` are host arrays; None initializes them from the run's seed.
+    `params` are host arrays; None initializes them from the run's seed. If the mesh spans several processes, each of
+    them must call it and gets the whole arrays.
     """
     with program.on_mesh, jax.default_matmul_precision("highest"):
         if params is None:
@@ -114,8 +118,11 @@ def loss_and_gradients(
         specs = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
         batch_on_devices = program.with_dropout_bits(put_like(dict(batch), specs), step)
         grads, sums, stats = program.gradients(params, batch_on_devices)
-        leaves = jax.tree.leaves_with_path({"sum": {**sums, **stats}, "grad": grads})
-        return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    found = {"sum": {**sums, **stats}, "grad": grads}
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(found)):
+        found = multihost_utils.process_allgather(found, tiled=True)
+    leaves = jax.tree.leaves_with_path(found)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def relative_differences(actual: Arrays, expected: Arrays) -> dict[str, float]:
@@ -146,7 +153,7 @@ def compare_in_processes(
         meshes = all_meshes(pool.submit(_num_devices).result())
         cases = [(config, tuple(overrides), mesh) for config in configs for mesh in meshes]
         for case in cases:
-            _load_on_mesh(*case)
+            load_on_mesh(*case)
         for task in as_completed([pool.submit(compare_mesh, *case) for case in cases]):
             yield task.result()
     except BrokenProcessPool:
@@ -157,22 +164,37 @@ def compare_in_processes(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def compare_joined(configs: Sequence[str], overrides: Sequence[str]) -> Iterator[MeshDifference]:
+    """Compares every mesh of the devices of all processes, which make the same calls; errors as above."""
+    cases = [(config, tuple(overrides), mesh) for config in configs for mesh in all_meshes(_num_devices())]
+    for case in cases:
+        load_on_mesh(*case)
+    for case in cases:
+        yield compare_mesh(*case)
+
+
 def _num_devices() -> int:
     return len(jax.devices())
 
 
 def compare_mesh(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> MeshDifference:
     """Compares loss and gradients on a mesh, with the devices in two orders, with those on one device."""
-    run, expected = _load_on_mesh(config, overrides, mesh), _one_device_result(config, overrides)
-    differences = relative_differences(_loss_and_gradients(run), expected)
+    run, expected = load_on_mesh(config, overrides, mesh), _one_device_result(config, overrides)
+    differences = relative_differences(batch_gradients(run), expected)
     permutation = np.random.default_rng(1).permutation(math.prod(mesh.sizes)).tolist()
-    permuted = relative_differences(_loss_and_gradients(run, permutation), expected)
-    loss = differences.pop("sum.loss")
-    worst = max(differences, key=lambda name: _nan_is_largest(differences[name]))
+    permuted = relative_differences(batch_gradients(run, permutation), expected)
+    return mesh_difference(config, mesh_name(mesh), differences, permuted)
+
+
+def mesh_difference(
+    config: str, mesh: str, differences: Mapping[str, float], permuted: Mapping[str, float]
+) -> MeshDifference:
+    """Returns the largest of the differences of the arrays."""
+    worst = max(differences.keys() - {"sum.loss"}, key=lambda name: _nan_is_largest(differences[name]))
     return MeshDifference(
         config=Path(config).stem,
-        mesh=_mesh_name(mesh),
-        loss=loss,
+        mesh=mesh,
+        loss=differences["sum.loss"],
         gradient=differences[worst],
         parameter=worst.removeprefix("grad."),
         permuted=max(permuted.values(), key=_nan_is_largest),
@@ -181,25 +203,31 @@ def compare_mesh(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> M
 
 @functools.cache
 def _one_device_result(config: str, overrides: tuple[str, ...]) -> Arrays:
-    return _loss_and_gradients(_load_on_mesh(config, overrides, MeshConfig(fsdp=1), microbatches=1))
+    run = load_on_mesh(config, overrides, MeshConfig(fsdp=1), microbatches=1)
+    return batch_gradients(run, devices=jax.local_devices)
 
 
-def _loss_and_gradients(run: Run, order: Sequence[int] | None = None) -> Arrays:
-    arrays = loss_and_gradients(make_program(run, order), random_batch(run))
+def batch_gradients(
+    run: Run, order: Sequence[int] | None = None, devices: Callable[[], Sequence[Device]] = jax.devices
+) -> Arrays:
+    """Returns `sum.loss` and every `grad.PATH` of a random batch; arguments as in `make_program`."""
+    arrays = loss_and_gradients(make_program(run, order, devices), random_batch(run))
     return {name: array for name, array in arrays.items() if name == "sum.loss" or name.startswith("grad.")}
 
 
-def _load_on_mesh(config: str, overrides: Sequence[str], mesh: MeshConfig, microbatches: int = MICROBATCHES) -> Run:
+def load_on_mesh(config: str, overrides: Sequence[str], mesh: MeshConfig, microbatches: int = MICROBATCHES) -> Run:
+    """Loads a config for a mesh; ConfigError if it does not fit."""
     run = load_text_run(config, overrides)
     run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
     try:
         validate(run)
     except ConfigError as error:
-        raise ConfigError(f"{config} on {_mesh_name(mesh)}, one of the meshes that parity compares: {error}") from error
+        raise ConfigError(f"{config} on {mesh_name(mesh)}, one of the meshes that parity compares: {error}") from error
     return run
 
 
-def _mesh_name(mesh: MeshConfig) -> str:
+def mesh_name(mesh: MeshConfig) -> str:
+    """Returns the axes above 1, such as "stage=2 fsdp=4"."""
     return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
 
 

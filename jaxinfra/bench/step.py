@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 
+import jax
+
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.measure import time_dispatch, time_layouts, time_separately, time_step
 from jaxinfra.bench.startup import time_startup
 from jaxinfra.bench.subprocesses import Times, call_in_process, emulated_env, run_command
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.errors import ConfigError
 from jaxinfra.runtime.emulation import emulation_env
+from jaxinfra.runtime.peers import current_peers
 
 # So small that the host's work dominates the step.
 DISPATCH_MODEL = (
@@ -134,6 +138,26 @@ CASES: Cases = {
 }
 
 
+def joined_rows(options: argparse.Namespace, dtype: str) -> Iterator[TableRow]:
+    """Times whole steps on the devices of all processes, which all call this."""
+    processes, num_devices = jax.process_count(), jax.device_count()
+    overrides = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", f"precision.compute={dtype}"])
+    times_s = time_step(options.config, overrides, options.pairs)
+    case = f"step, {dtype}, fsdp={num_devices}, {processes} processes"
+    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
+
+
+JOINED_CASES: Cases = {dtype: partial(joined_rows, dtype=dtype) for dtype in ("float32", "bfloat16")}
+
+
 def run(options: argparse.Namespace) -> BenchmarkResult:
-    """Measures the cases that `--only` names, or all."""
-    return run_cases(options, CASES, COLUMNS)
+    """Measures the cases that `--only` names, or all; in several processes only whole steps, on all their devices."""
+    if current_peers().count == 1:
+        return run_cases(options, CASES, COLUMNS)
+    for part in options.only or ():
+        if part not in JOINED_CASES:
+            joined = ", ".join(JOINED_CASES)
+            raise ConfigError(f"--only {part}: several processes do not measure it; use one process, or {joined}")
+    if options.against is not None:
+        raise ConfigError(f"--against {options.against}: several processes do not time scripts; use one process")
+    return run_cases(options, JOINED_CASES, COLUMNS)

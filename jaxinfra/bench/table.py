@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from jaxinfra.runtime.environment import cpu_model
+from jaxinfra.runtime.peers import current_peers
 
 type TableRow = Mapping[str, str | float | None]
 """The cells of one row by key, as JSON values."""
@@ -70,7 +71,8 @@ def run_cases(options: argparse.Namespace, cases: Cases, columns: Columns) -> Be
     """Measures the cases that `--only` names, or all."""
     rows: list[TableRow] = []
     for name in options.only or cases:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        if current_peers().index == 0:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
         rows += cases[name](options)
     return BenchmarkResult(
         text=format_table(columns, rows),

@@ -31,11 +31,16 @@ BENCHES = {
     "step": BenchmarkSpec(
         summary="the train step, dispatch and startup against a hand-written step of the same model",
         parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
-        options=("config", "pairs", "against"),
+        options=("config", "pairs", "against", "processes"),
     ),
     "parallel": BenchmarkSpec(
         summary="the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
         parts=("axes", "experts", "schedules"),
+        options=("config", "pairs"),
+    ),
+    "processes": BenchmarkSpec(
+        summary="2 processes with a device each against 1 process with 2: step, start, loss of a process, restart",
+        parts=("step", "start", "loss"),
         options=("config", "pairs"),
     ),
     "llama": BenchmarkSpec(
@@ -108,6 +113,11 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the `JOINING_COMMANDS`."""
     several = parser.add_argument_group("several processes")
     what = "start N processes on this machine, which share its devices (default %(default)s)"
     _add_int(several, "--processes", 1, default=1, metavar="N", help=what)
@@ -172,6 +182,17 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
     _add_imports(parser)
+    _add_processes(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    what = "directory of a run, such as runs/quickstart, or runs/quickstart@200 for the checkpoint of step 200"
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=what)
+    example = "mesh.fsdp=4 or train.eval_samples=100"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"overrides of its config, such as {example}")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the metrics as JSON")
+    _add_imports(parser)
+    _add_processes(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +230,8 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
     _add_int(parser, "--jobs", 1, default=os.cpu_count(), help="number of parallel processes (default: one per core)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="insert the table into this Markdown page")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="insert the tables into this Markdown page")
+    _add_processes(parser)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +247,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     script = "step: also time this script of a hand-written step; it takes --devices, --fsdp and --dtype, "
     script += "and prints JSON with median_step_ms"
     parser.add_argument("--against", type=Path, metavar="SCRIPT", help=script)
+    _add_processes(parser)
 
 
 _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
@@ -239,16 +262,17 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("data verify", _add_store, "read a whole store and check the hash of every block"),
     ("data peek", _add_data_peek, "print the batch of one step and process"),
     ("sample", _add_sample, "continue a text with the newest checkpoint of a run"),
+    ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
-    ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device"),
+    ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
-JOINING_COMMANDS = ("train",)
-"""The commands that several processes run together."""
-DEVICE_COMMANDS = ("train", "sample", "parity", "bench")
+JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
+"""The commands that several processes run together; they have the options of `_add_processes`."""
+DEVICE_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
 """The commands that compute on devices."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jaxinfra.bench import DEFAULT_CONFIG
 from jaxinfra.cli.arguments import BENCHES, DEFAULT_PAIRS
 from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.storage import outputs
 
 
@@ -16,6 +17,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     check_options(options)
     options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
     result = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
+    if current_peers().index != 0:
+        return 0
     print(result)
     if options.json is not None:
         table = {**result.measurements, "environment": result.environment}
@@ -25,15 +28,18 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for parts and options of other benchmarks, StorageError if --json cannot be written."""
-    name, bench = options.name, BENCHES[options.name]
+    name, bench, peers = options.name, BENCHES[options.name], current_peers()
+    if peers.count > 1 and "processes" not in bench.options:
+        raise ConfigError(f"bench {name}: runs in one process, found {peers.count}; start it once, without --processes")
     for part in options.only or ():
         if part not in bench.parts:
             raise ConfigError(f"--only {part}: bench {name} has no such part; use one of {', '.join(bench.parts)}")
+    allowed = (*bench.options, *(["devices"] if peers.count > 1 else []))  # each process has its share of them
     for option in ("config", "pairs", "against", "devices", "tokens", "text"):
         value = getattr(options, option)
-        if value is not None and option not in bench.options:
+        if value is not None and option not in allowed:
             raise ConfigError(f"--{option} {value}: bench {name} does not take it; leave it out")
     if options.against is not None and not options.against.is_file():
         raise ConfigError(f"--against {options.against}: no such file; name a script")
-    if options.json is not None:
+    if options.json is not None and peers.index == 0:
         outputs.check_writable(options.json)

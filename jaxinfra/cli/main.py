@@ -36,6 +36,7 @@ examples:
   {COMMAND} data prepare configs/data/python_stdlib.py
   {COMMAND} data peek configs/quickstart.py --step 1234 --rank 3 --of 8
   {COMMAND} sample runs/quickstart "def main("
+  {COMMAND} evaluate runs/quickstart mesh.fsdp=4 --devices cpu:4
   {COMMAND} runs/quickstart/run.json
 
 exit codes: 0 done, 75 stopped and saved, 76 another process lost (with both, run the same command again), 78 data

@@ -1,4 +1,4 @@
-"""`python -m launch CONFIG --processes N`: trains in N processes on this machine. Imports no JAX itself."""
+"""`--processes N`: runs a command in N processes on this machine. It asks JAX for no devices."""
 
 import argparse
 import io
@@ -9,9 +9,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from jaxinfra.cli import config_argument
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
+from jaxinfra.run_dir import parse_source
 from jaxinfra.runtime.launcher import launch
 from jaxinfra.runtime.local_processes import process_environments
+from jaxinfra.track.runs import no_run_error
 
 _MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
 _OF_ONE_PROCESS = ("coordinator", "process_id", "of")  # options of a process among several
@@ -43,8 +46,19 @@ def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
     return [sys.executable, *program, *words, *(["--devices", devices] if devices else [])]
 
 
-def _logs_folder(options: argparse.Namespace) -> Path:
-    """Returns the folder for the logs in the run's directory."""
+def _logs_folder(options: argparse.Namespace) -> Path | None:
+    """Returns the folder for the logs in the run's directory; None for a command without a run."""
+    if options.command == "train":
+        return _directory_of_config(options) / "logs"
+    if "run_dir" not in options:
+        return None
+    directory, _ = parse_source(options.run_dir)
+    if not (directory / RECORD_FILE).exists():
+        raise no_run_error(directory)
+    return directory / "logs"
+
+
+def _directory_of_config(options: argparse.Namespace) -> Path:
     environment = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"  # a config file that asks JAX for devices must not take those of the processes
     try:
@@ -53,4 +67,4 @@ def _logs_folder(options: argparse.Namespace) -> Path:
     finally:
         os.environ.clear()
         os.environ.update(environment)
-    return Path(run.root, run.name, "logs")
+    return Path(run.root, run.name)

@@ -86,7 +86,7 @@ def find_cause(ends: Sequence[End]) -> End | None:
 def launch(
     command: Sequence[str],
     environments: Sequence[Mapping[str, str]],
-    logs: Path,
+    logs: Path | None,
     *,
     patience: Patience = Patience(),
 ) -> int:
@@ -98,7 +98,7 @@ def launch(
     Args:
         command: the same for all processes.
         environments: for each rank, the variables to add to those of this process.
-        logs: a folder for `rank-N.log`; StorageError if it is not writable.
+        logs: a folder for `rank-N.log`, StorageError if it is not writable; None keeps no logs.
         patience: for the others when one has failed.
     """
     with Output(logs, len(environments)) as output:

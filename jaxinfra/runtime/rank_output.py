@@ -36,11 +36,13 @@ _ERASE_LINE, _HIDE_CURSOR, _SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25l", b"\x1b[?25
 class Output:
     """The standard output and error of the processes; a context that closes the logs."""
 
-    def __init__(self, logs: Path, num_ranks: int) -> None:
-        """Opens `logs/rank-N.log` to append to; raises StorageError if that fails."""
-        make_writable(logs)
-        with storage_errors(logs):
-            self._logs = [Appender(logs / f"rank-{rank}.log") for rank in range(num_ranks)]
+    def __init__(self, logs: Path | None, num_ranks: int) -> None:
+        """Opens `logs/rank-N.log` to append to; raises StorageError if that fails. None keeps no logs."""
+        self._logs: list[Appender] = []
+        if logs is not None:
+            make_writable(logs)
+            with storage_errors(logs):
+                self._logs = [Appender(logs / f"rank-{rank}.log") for rank in range(num_ranks)]
         self._streams: dict[int, _Stream] = {}  # by the descriptor that they are read from
         self._selector = selectors.DefaultSelector()
         self._screen = _Screen()
@@ -125,6 +127,8 @@ class Output:
             os.close(descriptor)
 
     def _log(self, rank: int, line: bytes) -> None:
+        if not self._logs:
+            return
         with contextlib.suppress(OSError):  # a full disk: the line waits, and `close` tells of those that are lost
             self._logs[rank].append(_ESCAPE_SEQUENCE.sub(b"", line) + b"\n")
 

@@ -131,7 +131,7 @@ class Trainer:
         Preempted; the same call resumes.
         """
         dataset, steps = self.dataset, self.run.train.steps
-        self._require_equal_processes()
+        self.require_equal_processes()
         with (
             RunStopRequest() as stop,
             self._profiler,
@@ -348,7 +348,7 @@ class Trainer:
         """Whether this is process 0, which writes the run directory."""
         return self._peers.index == 0
 
-    def _require_equal_processes(self) -> None:
+    def require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         if self._peers.count == 1:
             return
@@ -378,7 +378,7 @@ class Trainer:
         return validation_batches(self.run.data, samples, global_batch=config.global_batch, rows=self._rows)
 
     @property
-    def _baselines(self) -> dict[str, dict[str, float]]:
+    def baselines(self) -> dict[str, dict[str, float]]:
         """Values of simple models on the validation split, by metric; they are known for the whole split only."""
         all_baselines = self.dataset.baselines if self.run.train.eval_samples is None else {}
         return {metric: dict(values) for metric, values in all_baselines.items()}
@@ -493,7 +493,7 @@ class Trainer:
             "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
             "host": host_state(),
-            "baselines": self._baselines,
+            "baselines": self.baselines,
         }
 
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
@@ -509,7 +509,7 @@ class Trainer:
             "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),
             "final_loss": losses[-1] if losses else None,
             "validation": {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()},
-            "baselines": self._baselines,
+            "baselines": self.baselines,
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self._peak["flops"],

@@ -9,7 +9,8 @@ import pytest
 
 from jaxinfra.bench import PARITY_CONFIGS as CONFIGS
 from jaxinfra.bench.parity import TOLERANCE, MeshDifference, all_meshes, relative_differences
-from jaxinfra.cli.parity import BEGIN, END, insert_table, markdown_table
+from jaxinfra.bench.process_parity import COUNTS, layout_meshes
+from jaxinfra.cli.parity import BEGIN, END, insert_table, is_too_large, markdown_table
 from tests.refusals import names, refused
 from tests.tiny_run import ended, launch, start
 
@@ -64,7 +65,11 @@ def test_published_table_is_complete_and_within_tolerance(repo_root: Path) -> No
     lines = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
     assert lines[0] == markdown_table([difference(config=Path(config).stem) for config in CONFIGS]).splitlines()[0]
     cells = [line.strip("| ").split(" | ") for line in lines[2:]]
-    assert len({mesh for mesh, *_ in cells}) == len(all_meshes(8)) == len(cells)
+    layouts = {row[0]: row[1:] for row in cells if " x " in row[0]}
+    assert len({mesh for mesh, *_ in cells}) == len(cells) == len(all_meshes(8)) + len(layouts)
+    assert len(layouts) == len(COUNTS) * len(layout_meshes(8))
+    for loss_dense, grads_dense, _, loss_moe, grads_moe, _ in layouts.values():
+        assert {loss_dense, grads_dense, loss_moe, grads_moe} == {"0.0e+00"}, "equal bit for bit"
     assert all(len(found) == 3 * len(CONFIGS) and max(map(float, found)) <= TOLERANCE for _, *found in cells)
 
 
@@ -115,11 +120,20 @@ def test_workers_exit_with_the_command(tmp_path: Path) -> None:
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(90)
 def test_two_devices_agree_with_one_device(repo_root: Path) -> None:
     changes = ("model.qkv_bias=true", "model.num_layers=2")
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = ended(start("parity", DENSE, *changes, "--devices", "cpu:2", "--jobs", "1", env=quick), timeout_s=1500)
     assert done.code == 0, done.err
-    assert len(done.out.splitlines()) == 6
-    assert "6 rows, 6 meshes, 0 beyond 2e-05" in done.err
+    assert len(done.out.splitlines()) == 12
+    assert "12 rows, 12 meshes, 0 beyond 2e-05" in done.err
+    layouts = [line for line in done.out.splitlines() if ", 2 x 1 " in line]
+    assert len(layouts) == 6 and all("loss 0.0e+00  gradients 0.0e+00 " in line for line in layouts), done.out
+
+
+def test_other_numbers_of_processes_are_other_results() -> None:
+    """A difference between processes is too large where one between meshes is not."""
+    assert not is_too_large(difference(gradient=1e-5))
+    assert is_too_large(difference(mesh="fsdp=8, 2 x 4", gradient=1e-5))
+    assert not is_too_large(difference(mesh="fsdp=8, 2 x 4", gradient=0.0, permuted=1e-5))

@@ -18,7 +18,7 @@ from jaxinfra.run import Run
 from jaxinfra.train.trainer import Trainer
 from tests.refusals import refused
 from tests.stores import bytes_recipe, jsonl
-from tests.tiny_run import Tiny
+from tests.tiny_run import Tiny, launch
 
 QUICK = ("train.eval_every=none", "checkpoint.save_every=100", "track.console=off")
 
@@ -81,6 +81,10 @@ def test_preferences_are_learned_against_the_frozen_start(tiny: Tiny, base: Trai
     reference = [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.state.reference)]
     for kept, start in zip(reference, jax.tree.leaves(base.state.params), strict=True):
         assert np.array_equal(kept, np.asarray(start))
+    file = tmp_path / "found.json"
+    assert launch("evaluate", str(trainer.run_dir.path), "mesh.fsdp=2", "mesh.tensor=4", "--json", str(file)).code == 0
+    found = json.loads(file.read_text())["validation"]
+    assert found == pytest.approx({name: last[f"eval/{name}"] for name in found}, rel=1e-4)
     again = Trainer(replace(run, train=replace(run.train, steps=run.train.steps)))
     assert again.train()["status"] == "finished before"
     assert load(trainer.run_dir.record, root=Run).run.objective == DPO(beta=0.5)

@@ -5,17 +5,74 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, PeerLostError, Preempted
 from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import names
 from tests.several import all_ended, free_address, several
 from tests.tiny_run import Tiny, ended, start, summary
 
+RECORDED = """\
+import os
+import signal
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.runtime.peers import current_peers
+
+local = threading.local()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTokens(TokenData):
+    \"""Appends the samples that this process reads for each step to a file; asks for a stop when it reads STOP_AT.\"""
+
+    def open(self, *, hint: str = ""):
+        dataset = super().open(hint=hint)
+        sample_ids, read = dataset.sample_ids, dataset.train.read
+
+        def ids_of_step(step: int, global_batch: int) -> np.ndarray:
+            local.step = step
+            if os.environ.get("STOP_AT") == str(step) and current_peers().index == current_peers().count - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return sample_ids(step, global_batch)
+
+        def recorded_read(ids: np.ndarray, *, weighted: bool):
+            with open(f"{os.environ['READS']}-{current_peers().index}", "a") as file:
+                print(local.step, *ids, file=file)
+            return read(ids, weighted=weighted)
+
+        dataset.sample_ids, dataset.train.read = ids_of_step, recorded_read
+        return dataset
+"""
+
 MESH = ("mesh.replica=2", "mesh.fsdp=2")
+
+
+def recording(tiny: Tiny) -> Path:
+    """A copy of the config whose processes write down what they read."""
+    path = tiny.edited("data=TokenData(", "data=RecordedTokens(")
+    path.write_text(RECORDED + path.read_text())
+    return path
+
+
+def samples_by_step(reads: Path) -> dict[int, list[int]]:
+    """The samples that all processes have read for each step, in the order of the processes' rows."""
+    found: dict[int, list[int]] = {}
+    for path in sorted(reads.parent.glob(f"{reads.name}-*")):
+        for line in path.read_text().splitlines():
+            step, *ids = map(int, line.split())
+            found.setdefault(step, []).extend(ids)
+    return dict(sorted(found.items()))
 
 
 def losses(tiny: Tiny, name: str) -> dict[int, float]:
@@ -40,18 +97,28 @@ def wait_for_step(tiny: Tiny, name: str, step: int, children: list[subprocess.Po
 
 
 @pytest.mark.slow(40)
-def test_processes_train_as_one_and_go_on_as_another_number(tiny: Tiny) -> None:
-    run = (*MESH, "train.steps=150", "train.eval_every=50")
-    one = ended(tiny.start(*run, "name=one", devices=4))
+def test_processes_train_as_one_and_go_on_as_another_number(tiny: Tiny, tmp_path: Path) -> None:
+    """Started by one process, going on with four, then with two: the samples of each step and the losses stay."""
+    config, run = recording(tiny), (*MESH, "train.steps=60", "train.eval_every=20")
+    reads = tmp_path / "one"
+    one = ended(start(str(config), *run, "name=one", "--devices", "cpu:4", env={"READS": str(reads)}))
     assert one.code == 0, one
-    for count in 2, 4, 1:
-        with several(str(tiny.config), *run, "name=several", count=count, devices=4 // count) as children:
-            if count > 1:
-                wait_for_step(tiny, "several", 8 if count == 2 else 60, children)
-                children[-1].send_signal(signal.SIGTERM)
+    expected, last_step = samples_by_step(reads), 0
+    assert [*expected] == [*range(60)]
+    for count, stop in (1, 20), (4, 40), (2, None):
+        reads = tmp_path / str(count)
+        env = {"READS": str(reads)} | ({} if stop is None else {"STOP_AT": str(stop)})
+        with several(str(config), *run, "name=several", count=count, devices=4 // count, env=env) as children:
             ends = all_ended(children)
-        assert [each.code for each in ends] == [Preempted.exit_code if count > 1 else 0] * count, ends
+        assert [each.code for each in ends] == [0 if stop is None else Preempted.exit_code] * count, ends
         assert all("step" not in each.out for each in ends[1:]), "process 0 alone reports"
+        found, first_step = samples_by_step(reads), last_step
+        last_step = summary(tiny.directory("several"))["steps"]
+        assert first_step < last_step <= (stop or 60)
+        # Batches are read ahead of the last step, so the next start reads them again.
+        assert {*range(first_step, last_step)} <= found.keys()
+        assert all(ids == expected[step] for step, ids in found.items())
+    assert last_step == 60
     assert_close(tiny, "several", "one")
 
 
@@ -94,6 +161,22 @@ def test_processes_that_differ_are_named(tiny: Tiny, override: str) -> None:
         assert each.code == ConfigError.exit_code
         names(each.err.splitlines()[-1], f"error: process 1 {override.partition('=')[0]}")
     assert not tiny.runs.exists()
+
+
+@pytest.mark.slow(30)
+def test_clocks_may_differ(tiny: Tiny) -> None:
+    """The clock of one host is an hour late: no process compares its own with that of another."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    late = {"LD_PRELOAD": str(library), "FAKETIME": "-1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    for name, envs in ("right", ({}, {})), ("late", (late, {})):
+        where = ("--coordinator", free_address(), "--of", "2", "--devices", "cpu:2", "--process-id")
+        words = (str(tiny.config), *MESH, f"name={name}", *where)
+        children = [start(*words, str(index), env=env) for index, env in enumerate(envs)]
+        ends = all_ended(children)
+        assert [each.code for each in ends] == [0, 0], ends
+    assert tiny.losses("late") == tiny.losses("right")
+    started_s = datetime.fromisoformat(read_record(tiny.directory("late") / "run.json")["created"]).timestamp()
+    assert started_s < time.time() - 3000, "the clock was late"
 
 
 SCRIPT = """
