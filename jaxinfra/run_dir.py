@@ -222,6 +222,11 @@ def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:
     return fields.get(field) if isinstance(fields, dict) else None
 
 
+def join_location(root: str, name: str) -> str:
+    """Returns the path or URL of a run's directory."""
+    return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name))
+
+
 def parse_source(source: str | Path) -> tuple[str, int | None]:
     """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
     path, at, step = str(source).rpartition("@")

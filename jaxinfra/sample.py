@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.config import load
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
@@ -24,8 +23,7 @@ from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import load_params, parse_source
-from jaxinfra.storage.checks import is_remote
-from jaxinfra.track.runs import no_run_error
+from jaxinfra.track.runs import record_of
 
 PROMPT_BLOCK = 64
 """Prompts are padded to a multiple of this, so that prompts of similar length share one compiled program."""
@@ -78,9 +76,7 @@ class Sampler:
         Takes the averaged parameters if the run keeps them.
         """
         path, _ = parse_source(run_dir)
-        if not (is_remote(path) or Path(path, RECORD_FILE).exists()):
-            raise no_run_error(path)
-        program = sampling_program(load(f"{path.rstrip('/')}/{RECORD_FILE}", (), Run, imports).run)
+        program = sampling_program(load(record_of(path), (), Run, imports).run)
         return cls(program, load_params(run_dir, program).params)
 
     @classmethod

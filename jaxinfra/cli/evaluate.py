@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from rich.text import Text
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import load
-from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import TrainState
 from jaxinfra.run import Run
@@ -22,7 +20,7 @@ from jaxinfra.runtime.peers import current_peers
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
-from jaxinfra.track.runs import no_run_error
+from jaxinfra.track.runs import record_of
 from jaxinfra.train.trainer import Trainer
 
 
@@ -32,9 +30,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.json is not None and is_main:
         outputs.check_writable(options.json)
     path, _ = parse_source(options.run_dir)
-    if not (path / RECORD_FILE).exists():
-        raise no_run_error(path)
-    trainer = Trainer(load(path / RECORD_FILE, options.overrides, Run, options.imports))
+    trainer = Trainer(load(record_of(path), options.overrides, Run, options.imports))
     trainer.require_equal_processes()
     with compile_cache(trainer.run.train.compile_cache):
         step, fingerprint = _restore(trainer, options.run_dir)
@@ -69,11 +65,11 @@ def _reference(trainer: Trainer, source: str, step: int) -> Params:
         return checkpoints.restore_params(step, program.params, subtree="reference")
 
 
-def _result(trainer: Trainer, path: Path, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+def _result(trainer: Trainer, path: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
     """Returns what is printed and written as JSON."""
     run = trainer.run
     return {
-        "run": str(path),
+        "run": path,
         "step": step,
         "samples": len(trainer.dataset.validation(run.train.eval_samples)),
         "validation": {name.removeprefix("eval/"): value for name, value in values.items()},

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jaxinfra.cli import config_argument
-from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
-from jaxinfra.run_dir import parse_source
+from jaxinfra.run_dir import join_location, parse_source
 from jaxinfra.runtime.launcher import launch
 from jaxinfra.runtime.local_processes import process_environments
-from jaxinfra.track.runs import no_run_error
+from jaxinfra.storage.checks import is_remote
+from jaxinfra.storage.mirror import Mirror
+from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.runs import record_of
 
 _MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
 _OF_ONE_PROCESS = ("coordinator", "process_id", "of")  # options of a process among several
@@ -31,7 +34,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if "JAX_NUM_CPU_DEVICES" in environments[0]:
         devices = f"cpu:{environments[0]['JAX_NUM_CPU_DEVICES']}"
     command = child_command(argv, devices)
-    return launch(command, environments, _logs_folder(options))
+    location = _logs_location(options)
+    if location is None or not is_remote(location):
+        return launch(command, environments, None if location is None else Path(location))
+    with TemporaryDirectory(prefix="jaxinfra-logs-") as folder, Mirror(Path(folder), ObjectStore(location)):
+        return launch(command, environments, Path(folder))
 
 
 def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
@@ -46,19 +53,18 @@ def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
     return [sys.executable, *program, *words, *(["--devices", devices] if devices else [])]
 
 
-def _logs_folder(options: argparse.Namespace) -> Path | None:
-    """Returns the folder for the logs in the run's directory; None for a command without a run."""
+def _logs_location(options: argparse.Namespace) -> str | None:
+    """Returns the folder or URL of the logs in the run's directory; None for a command without a run."""
     if options.command == "train":
-        return _directory_of_config(options) / "logs"
+        return f"{_directory_of_config(options)}/logs"
     if "run_dir" not in options:
         return None
-    directory, _ = parse_source(options.run_dir)
-    if not (directory / RECORD_FILE).exists():
-        raise no_run_error(directory)
-    return directory / "logs"
+    location, _ = parse_source(options.run_dir)
+    record_of(location)
+    return f"{location}/logs"
 
 
-def _directory_of_config(options: argparse.Namespace) -> Path:
+def _directory_of_config(options: argparse.Namespace) -> str:
     environment = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"  # a config file that asks JAX for devices must not take those of the processes
     try:
@@ -67,4 +73,4 @@ def _directory_of_config(options: argparse.Namespace) -> Path:
     finally:
         os.environ.clear()
         os.environ.update(environment)
-    return Path(run.root, run.name)
+    return join_location(run.root, run.name)

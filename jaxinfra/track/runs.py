@@ -117,6 +117,13 @@ def _age_s(record: Mapping[str, Any]) -> float:
     return time.time() - created.timestamp()
 
 
+def record_of(location: str) -> str:
+    """Returns the path or URL of a run's record; raises ConfigError if a folder has none."""
+    if not (is_remote(location) or Path(location, RECORD_FILE).exists()):
+        raise no_run_error(location)
+    return f"{location.rstrip('/')}/{RECORD_FILE}"
+
+
 def no_run_error(path: str | Path) -> ConfigError:
     """Returns the error for a directory without a run record; it names the newest run with a similar name."""
     similar = None if is_remote(path) else similar_run(Path(path))

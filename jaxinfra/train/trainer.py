@@ -38,7 +38,7 @@ from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.run_dir import Owned, RunDirectory, load_params, parse_source
+from jaxinfra.run_dir import Owned, RunDirectory, join_location, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
@@ -106,7 +106,7 @@ class Trainer:
         self.run = with_mesh_size(self._loaded.run, len(devices))
         validate(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
-        self.run_dir = RunDirectory(f"{self.run.root.rstrip('/') or '/'}/{self.run.name}")
+        self.run_dir = RunDirectory(join_location(self.run.root, self.run.name))
         self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
