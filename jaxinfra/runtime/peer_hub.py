@@ -203,12 +203,16 @@ def listen(address: str) -> socket.socket:
         raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
 
 
-def connect(address: str, silence_s: float, join_s: float) -> Connection:
-    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time."""
+def connect(address: str, silence_s: float, join_s: float) -> tuple[Connection, tuple[str, str]]:
+    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time.
+
+    Returns the connection, and the addresses of this process and of process 0.
+    """
     deadline_s = time.monotonic() + join_s
     while True:
         try:
-            return Connection(socket.create_connection(_split(address), timeout=silence_s), silence_s)
+            channel = socket.create_connection(_split(address), timeout=silence_s)
+            return Connection(channel, silence_s), (channel.getsockname()[0], channel.getpeername()[0])
         except OSError as error:
             if time.monotonic() >= deadline_s:
                 raise PeerLostError(

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import override
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.runtime import cpu_collectives
 from jaxinfra.runtime.peer_hub import AGAIN, BEAT_S, Hub, Json, connect, is_loopback, listen
 from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.storage.errors import cause_of
@@ -133,6 +134,7 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
             initialization_timeout=round(join_s),
             shutdown_timeout_seconds=round(2 * silence_s),
         )
+        cpu_collectives.use_address(cpu_collectives.reachable_address(peers.gather(peers.ends), peers.index))
     except jax.errors.JaxRuntimeError as error:
         problem = PeerLostError(f"{service}: JAX's service does not connect the processes: {cause_of(error)}; {AGAIN}")
         peers.close(problem, problem.exit_code)
@@ -176,6 +178,9 @@ class ConnectedPeers(Peers):
     unless it leaves by itself. Raises, in all processes, PeerLostError if some do not join, and ConfigError if they do
     not fit together.
 
+    Attributes:
+        ends: the addresses of this process and of process 0, as their connection has them.
+
     Args:
         address: HOST:PORT of process 0.
         count: number of processes.
@@ -204,7 +209,7 @@ class ConnectedPeers(Peers):
         self._hub = None
         if index == 0:
             self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
-        self._connection = connect(address, silence_s, join_s)
+        self._connection, self.ends = connect(address, silence_s, join_s)
         self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0])
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
