@@ -43,6 +43,12 @@ BENCHES = {
         parts=("step", "start", "loss"),
         options=("config", "pairs"),
     ),
+    "slices": BenchmarkSpec(
+        summary="the train step on two slices with a slow link between them: bytes over the link, with and without "
+        "mesh.replica",
+        parts=("replica", "fsdp"),
+        options=("config", "pairs"),
+    ),
     "llama": BenchmarkSpec(
         summary="the step of Llama 3.1 8B compiled for 64 TPU v5p chips: memory and cycles, beside other results",
         parts=("full", "dots", "best"),

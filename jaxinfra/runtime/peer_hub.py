@@ -230,8 +230,10 @@ def listen(address: str) -> socket.socket:
         raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
 
 
-def connect(address: str, silence_s: float, join_s: float, name: str) -> Connection:
+def connect(address: str, silence_s: float, join_s: float, name: str) -> tuple[Connection, tuple[str, str]]:
     """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time.
+
+    Returns the connection, and the addresses of this process and of process 0.
 
     Args:
         address: HOST:PORT of process 0.
@@ -243,7 +245,8 @@ def connect(address: str, silence_s: float, join_s: float, name: str) -> Connect
     while True:
         timeout_s = min(silence_s, max(_RETRY_S, deadline_s - time.monotonic()))
         try:
-            return Connection(socket.create_connection(_split(address), timeout=timeout_s), silence_s)
+            channel = socket.create_connection(_split(address), timeout=timeout_s)
+            return Connection(channel, silence_s), (channel.getsockname()[0], channel.getpeername()[0])
         except OSError as error:
             if time.monotonic() >= deadline_s:
                 cause = error.strerror or str(error)

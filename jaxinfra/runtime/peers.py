@@ -29,6 +29,7 @@ from typing import NoReturn, Self, override
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, error_of_code
+from jaxinfra.runtime import cpu_collectives
 from jaxinfra.runtime.peer_hub import AGAIN, BEAT_S, Hub, Json, connect, is_loopback, listen
 from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.runtime.stop_agreement import StopAgreement, say_nothing_is_lost
@@ -182,6 +183,7 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
             heartbeat_timeout_seconds=round(max(_JAX_HEARTBEAT_S, 2 * silence_s)),
             shutdown_timeout_seconds=round(2 * silence_s),
         )
+        cpu_collectives.use_address(cpu_collectives.reachable_address(peers.gather(peers.ends), peers.index))
     except jax.errors.JaxRuntimeError as error:
         problem = PeerLostError(f"{service}: JAX's service does not connect the processes: {cause_of(error)}; {AGAIN}")
         peers.close(problem, problem.exit_code)
@@ -225,6 +227,9 @@ class ConnectedPeers(Peers):
     unless it leaves by itself. Raises, in all processes, PeerLostError if some do not join, and ConfigError if they do
     not fit together.
 
+    Attributes:
+        ends: the addresses of this process and of process 0, as their connection has them.
+
     Args:
         address: HOST:PORT of process 0.
         count: number of processes.
@@ -255,7 +260,7 @@ class ConnectedPeers(Peers):
             self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
         deadline_s = time.monotonic() + join_s
         own_name = f"process {index} ({self.hosts[0]})"
-        self._connection = connect(address, silence_s, join_s, own_name)
+        self._connection, self.ends = connect(address, silence_s, join_s, own_name)
         with suppress(OSError):  # the receiving thread says so
             self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0], version=__version__)
         joined: Future[Sequence[str]] = Future()

@@ -15,6 +15,7 @@ import tensorstore as ts
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage.connection import kvstore_spec, normalize_url, tensorstore_context
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX, call_storage, classify_error
+from jaxinfra.storage.known_reads import ask_once
 
 _UPLOAD_THREADS = 8  # each holds a file in memory: a shard of tokens has 32 or 64 MiB
 _CHECK_THREADS = 32  # as many requests as TensorStore makes at once
@@ -51,6 +52,9 @@ class ObjectStore:
 
     def read(self, name: str) -> bytes:
         """Reads an object; raises DataError if it is missing."""
+        return ask_once("read", self.url_of(name), lambda: self._read(name))
+
+    def _read(self, name: str) -> bytes:
         result = call_storage(self.url_of(name), self._objects.read(name).result)
         if result.state != "value":
             self._is_listed(name)  # raises StorageError if the whole bucket is missing
@@ -66,8 +70,12 @@ class ObjectStore:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
         if self.folder is not None and any(path.is_file() for path in (self.folder, *self.folder.parents)):
             return False  # a file is where the folder or one of its parents should be: reading would fail
-        result = call_storage(self.url_of(name), self._objects.read(name, byte_range=slice(0, 0)).result)
-        return result.state == "value" or self._is_listed(name)
+
+        def ask() -> bool:
+            result = call_storage(self.url_of(name), self._objects.read(name, byte_range=slice(0, 0)).result)
+            return result.state == "value" or self._is_listed(name)
+
+        return ask_once("exists", self.url_of(name), ask)
 
     def list_names(self) -> list[str]:
         """Returns the sorted names of all objects, relative to the store's URL."""
@@ -79,8 +87,12 @@ class ObjectStore:
         def check(name: str) -> None:
             self._read_end(name, sizes[name], max_bytes=1)
 
-        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            list(pool.map(check, sizes))  # raises the first error
+        def check_all() -> bool:
+            with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+                list(pool.map(check, sizes))  # raises the first error
+            return True
+
+        ask_once("sizes", self.url, check_all)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object; other readers see the old content or all of the new one."""

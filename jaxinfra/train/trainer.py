@@ -44,6 +44,7 @@ from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.peers import current_peers
+from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunStopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
@@ -130,7 +131,8 @@ class Trainer:
         Resumes from the newest checkpoint of the run directory. On a request to stop it saves the state and raises
         Preempted; the same call resumes.
         """
-        dataset, steps = self.dataset, self.run.train.steps
+        with read_by_first(self._peers):
+            dataset, steps = self.dataset, self.run.train.steps
         self.require_equal_processes()
         with (
             RunStopRequest() as stop,
@@ -268,8 +270,10 @@ class Trainer:
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
         objective = self.program.objective
         with user_code_errors(type(objective), "objective"):
-            metrics = objective.evaluation_metrics(sums, self._validation.samples)
-            return {f"eval/{name}": float(value) for name, value in metrics.items()}
+            # Process 0 tells the others: counting the bytes of the text reads all validation samples.
+            metrics = objective.evaluation_metrics(sums, self._validation.samples) if self._is_main else {}
+            metrics = {f"eval/{name}": float(value) for name, value in metrics.items()}
+        return self._peers.broadcast(metrics)
 
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
         """Saves the state if a checkpoint is due, or always with `force`.

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +48,8 @@ class Faults:
         after: called with the method and path of each request that was answered, before the answer goes out.
         requests: that came.
         fired: that went wrong.
+        read_bytes: of the answers to GET, by path without the query.
+        gets: requests that read an object or a part of it, by path without the query.
     """
 
     def __init__(self) -> None:
@@ -61,11 +64,18 @@ class Faults:
             self.down = False
             self.after: Callable[[str], None] = lambda path: None
             self.requests = self.fired = 0
+            self.gets, self.read_bytes = Counter[str](), Counter[str]()
 
     def down_for(self, seconds: float) -> None:
         """Is down from now on for so long."""
         self.down = True
         threading.Timer(seconds, lambda: setattr(self, "down", False)).start()
+
+    def count(self, path: str, answer: bytes) -> None:
+        """Counts what was read."""
+        with self._lock:
+            self.gets[path.partition("?")[0]] += 1
+            self.read_bytes[path.partition("?")[0]] += len(answer)
 
     def draw(self) -> Literal["unavailable", "reset", "torn", None]:
         """What happens to the next request."""
@@ -113,6 +123,8 @@ class _Handler(QuietHandler):
             upstream.endheaders(body)
             answer = upstream.getresponse()
             content = answer.read()
+            if self.command == "GET":
+                self.server.faults.count(self.path, content)
             self.server.faults.after(f"{self.command} {self.path}")
             return answer.status, answer.getheaders(), content
         finally:

@@ -1,0 +1,98 @@
+"""One of the two processes of `bench slices`: trains a few steps and prints JSON with times, bytes and the loss.
+
+It runs on a host of a `SlowLink`. Expected bytes are those of the collectives in its compiled program.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+import jax
+import numpy as np
+
+from jaxinfra.bench.measure import jaxinfra_step
+from jaxinfra.bench.parity import make_program
+from jaxinfra.bench.slow_link import address_of, transferred_bytes
+from jaxinfra.config import load, validate
+from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
+from jaxinfra.plan.hlo import HloModule
+from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.runtime.peers import join
+from jaxinfra.runtime.processes import Processes
+
+COUNT = 2
+"""Slices, each of one process."""
+_PORT = 8476
+# How often an array goes around the ring of its devices: to be summed, and to share the sums (gloo/allreduce.cc).
+_ROUNDS = {"all-reduce": 2, ALL_REDUCE_SLICE: 2, "all-gather": 1}
+
+
+def crossing_collectives(run: Run) -> tuple[list[Collective], Mapping[str, int]]:
+    """Returns the collectives of the compiled train step that cross processes, and the mesh."""
+    program = make_program(run)
+    mesh = dict(program.mesh.shape)
+    processes = [device.process_index for device in np.asarray(program.mesh.devices).flat]
+    module = HloModule(program.lower().compile().as_text() or "")
+    return [each for each in find_collectives(module, mesh, processes) if each.link == "network"], mesh
+
+
+def sent_bytes(collectives: Iterable[Collective], mesh: Mapping[str, int]) -> float:
+    """Returns the bytes that a process sends to the other one in a step, of two with an equal half of the devices each.
+
+    The n devices of a group form a ring, which crosses from one process to the other once in each direction. In a round
+    each device sends n - 1 parts of 1/n of the array to the next one. In an all-to-all each device of one process sends
+    such a part to each of the other.
+    """
+    total = 0.0
+    for each in collectives:
+        size = math.prod(mesh[axis] for axis in each.axes)
+        parts = (size / 2) ** 2 if each.kind == "all-to-all" else _ROUNDS[each.kind] * (size - 1)
+        num_groups = math.prod(mesh.values()) // size
+        total += num_groups * parts / size * sum(each.array_bytes) * each.runs
+    return total
+
+
+def measure(config: str, overrides: Sequence[str], num_rounds: int) -> dict[str, float]:
+    """Times steps on all processes; returns the median time, the mean bytes, and the loss of the last one."""
+    peers = join()
+    run = with_mesh_size(load(config, overrides, root=Run).run, len(jax.devices()))
+    validate(run)
+    collectives, mesh = crossing_collectives(run)
+    expected_bytes = sent_bytes(collectives, mesh)
+    step, times_s = jaxinfra_step(run), list[float]()
+    with step.context():
+        step.dispatch()  # compiles and connects
+        step.wait()
+        peers.gather(None)  # all that was sent has arrived
+        before = transferred_bytes()
+        for _ in range(num_rounds):
+            start_s = time.perf_counter()
+            step.dispatch()
+            step.wait()
+            times_s.append(time.perf_counter() - start_s)
+        peers.gather(None)
+        after = transferred_bytes()
+    assert isinstance(step.output, dict)
+    return {
+        "step_s": median(times_s),
+        "sent_bytes": (after["sent"] - before["sent"]) / num_rounds,
+        "received_bytes": (after["received"] - before["received"]) / num_rounds,
+        "expected_bytes": expected_bytes,
+        "collectives": sum(len(each.array_bytes) * each.runs for each in collectives),
+        "loss": float(step.output["loss"]),
+    }
+
+
+def main() -> None:
+    """Measures the task that the only argument describes as JSON."""
+    index, config, overrides, num_rounds = json.loads(sys.argv[1])
+    coordinator = f"{address_of(0)}:{_PORT}"
+    join(Processes(coordinator=coordinator, count=COUNT, index=index, local_devices=None, source="bench slices"))
+    print(json.dumps(measure(config, overrides, num_rounds)))
+
+
+if __name__ == "__main__":
+    main()
