@@ -152,9 +152,8 @@ class Run:
         if not (self.root.isprintable() and (self.init or "").isprintable()):
             yield Problem(fields=("root", "init"), message="have control characters", fix="use root=runs")
         if "://" in self.root and not self.root.startswith(("s3://", "gs://")):
-            yield Problem(
-                fields=("root",), message="must be a folder or the URL of a bucket", fix="use root=s3://BUCKET/runs"
-            )
+            message = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+            yield Problem(fields=("root",), message=message, fix="use root=runs")
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
         yield from self.profile.problems_in_run(self.train.steps, "profile.")
         model, objective, data = self.model, self.objective, self.data

@@ -20,9 +20,10 @@ from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.runtime.peers import Peers, current_peers
-from jaxinfra.storage.checks import is_remote, make_writable
+from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.connection import normalize_url
 from jaxinfra.storage.lease import Lease, hold
+from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror, fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
@@ -54,7 +55,7 @@ class RunDirectory:
             self.path = Path(temporary, self.location.rpartition("/")[2])
             self.path.mkdir()
         self.record = self.path / RECORD_FILE
-        self.checkpoints = f"{self.location}/checkpoints" if self.is_remote else str(self.path / "checkpoints")
+        self.checkpoints = f"{self.location}/checkpoints" if self.is_remote else self.path / "checkpoints"
         self.metrics = self.path / METRICS_FILE
         self.report = self.path / REPORT_FILE
 

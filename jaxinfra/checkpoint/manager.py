@@ -17,9 +17,10 @@ from jaxinfra.checkpoint.bucket_backend import BucketBackend, Gather
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
-from jaxinfra.storage.checks import is_remote, make_writable
+from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
 from jaxinfra.storage.lease import Lease
+from jaxinfra.storage.location import is_remote
 
 
 class CheckpointManager:

@@ -14,7 +14,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.run_dir import join_location, parse_source
 from jaxinfra.runtime.launcher import launch
 from jaxinfra.runtime.local_processes import process_environments
-from jaxinfra.storage.checks import is_remote
+from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.runs import record_of

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.checks import is_remote
 from jaxinfra.storage.lease import current_owner
+from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, RunFiles, read_run, render_report, write_page
 from jaxinfra.track.runs import local_files, no_run_error

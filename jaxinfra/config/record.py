@@ -19,8 +19,8 @@ from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
-from jaxinfra.storage.checks import is_remote
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.location import is_remote
 
 FORMAT = 1  # the version of the record format that is written; this and older ones are read
 

@@ -20,7 +20,7 @@ from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_c
 from jaxinfra.config.text import join, nearest, same
 from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.checks import is_remote
+from jaxinfra.storage.location import is_remote
 
 RECORD_FILE = "run.json"  # in the directory of a run
 COMMAND_LINE = "command line"  # the origin of a leaf that an override has set

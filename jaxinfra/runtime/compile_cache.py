@@ -41,7 +41,8 @@ def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    from jaxinfra.storage.checks import is_remote, make_writable
+    from jaxinfra.storage.checks import make_writable
+    from jaxinfra.storage.location import is_remote
 
     options: dict[str, object] = {"jax_compilation_cache_include_metadata_in_key": True} if exact_lines else {}
     if folder is None:

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.location import is_remote
 
 
 def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix: str) -> None:
@@ -36,8 +37,3 @@ def make_writable(folder: epath.PathLike) -> None:
             # Permission bits do not show a read-only or full file system; writing a file does.
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"\0")
-
-
-def is_remote(folder: epath.PathLike) -> bool:
-    """Returns whether a folder is a URL of an object store."""
-    return "://" in os.fspath(folder)

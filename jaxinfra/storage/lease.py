@@ -27,8 +27,8 @@ from typing import Self, override
 
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.storage.atomic import create_file, write_bytes_atomic
-from jaxinfra.storage.checks import is_remote
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 
 BEAT_S = 5.0

@@ -13,9 +13,9 @@ from typing import Any
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, similar_run
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.storage.checks import is_remote
 from jaxinfra.storage.files import list_folders
 from jaxinfra.storage.lease import current_owner
+from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, read_json_object

@@ -77,7 +77,7 @@ WITH_A_FIX = (
     (f"{EXPERTS} model.moe.num_experts=6 mesh.fsdp=2 mesh.expert=4", "model.moe.num_experts=6 mesh.expert=4"),
     ("model.num_dense_layers=1", "model.num_dense_layers=1 model.moe=none"),
     ("name=a/b", "name=a/b"),
-    ("root=gs://b/runs", "root=gs://b/runs"),
+    ("root=ftp://b/runs", "root=ftp://b/runs"),
     ("mesh.fsdp=1 mesh.context=8 data.seq_len=72", "data.seq_len=72 mesh.context=8"),
     ("mesh.fsdp=1 mesh.context=8 rules.sequence=()", "mesh.context=8 rules.sequence=()"),
     ("mesh.fsdp=1 mesh.context=8 objective.loss_chunks=8", "objective.loss_chunks=8"),

@@ -19,6 +19,7 @@ def test_whole_run(tiny: Tiny) -> None:
     assert "new run " in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
     directory = tiny.directory()
     assert {path.name for path in directory.iterdir()} == {
+        "lease",
         "run.json",
         "metrics.jsonl",
         "summary.json",
@@ -84,7 +85,12 @@ def test_quiet_run(tiny: Tiny) -> None:
     quiet = ("track.jsonl=false", "track.tensorboard=false", "track.console=off", "train.steps=3", "name=quiet")
     ended = tiny.launch(*quiet)
     assert (ended.code, ended.out, ended.err) == (0, "", "")
-    assert {path.name for path in tiny.directory("quiet").iterdir()} == {"run.json", "report.html", "checkpoints"}
+    assert {path.name for path in tiny.directory("quiet").iterdir()} == {
+        "run.json",
+        "report.html",
+        "checkpoints",
+        "lease",
+    }
     assert tiny.launch(*quiet).out.startswith("nothing to do: all 3 steps of ")
 
 

@@ -120,7 +120,7 @@ def test_codes_that_need_a_person_start_nothing_again(name: str) -> None:
     rules = job["spec"]["podFailurePolicy"]["rules"]
     (fatal,) = (rule["onExitCodes"] for rule in rules if rule["action"] == "FailJob")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    kinds = {cls.exit_code for cls in errors.JaxinfraError.__subclasses__()}
+    kinds = {cls.exit_code for cls in vars(errors).values() if isinstance(cls, type)} - {errors.JaxinfraError.exit_code}
     assert {*fatal["values"]} == kinds - {75, 76} | {2}
     assert all(rule["onExitCodes"]["containerName"] == container["name"] for rule in rules if "onExitCodes" in rule)
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "needed by podFailurePolicy"
