@@ -13,10 +13,12 @@ from dataclasses import replace
 
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.slow_link import SlowLink
+from jaxinfra.bench.subprocesses import command_error
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, run_cases
-from jaxinfra.errors import error_of_code
+from jaxinfra.errors import ConfigError
 from jaxinfra.runtime.emulation import emulation_env
 
+WORKER = (sys.executable, "-m", "jaxinfra.bench.slice_worker")
 SLICES, DEVICES = 2, 2  # slices, and devices of each
 DELAY_S, BITS_PER_S = 0.025, 100e6  # in each direction, so 50 ms there and back
 MODEL = ("data.seq_len=128", "model.vocab_size=2048", "model.num_layers=2")  # 3 million parameters
@@ -36,16 +38,13 @@ def _row(options: argparse.Namespace, *mesh: str) -> TableRow:
     env = {**os.environ, **emulation_env(DEVICES)}
     with SlowLink(delay_s=DELAY_S, bits_per_s=BITS_PER_S) as link:
         tasks = [json.dumps([index, options.config, overrides, options.pairs]) for index in range(SLICES)]
-        processes = [link.start([sys.executable, "-m", "jaxinfra.bench.slice_worker", task], env) for task in tasks]
-        try:
-            outputs = [process.communicate() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    for process, (_, stderr) in zip(processes, outputs, strict=True):
+        processes = [link.start([*WORKER, task], env) for task in tasks]
+        outputs = [process.communicate() for process in processes]
+    for process, task, (_, stderr) in zip(processes, tasks, outputs, strict=True):
+        if process.returncode == ConfigError.exit_code:
+            raise ConfigError(stderr.strip().splitlines()[-1].removeprefix("error: "))
         if process.returncode:
-            message = (stderr.strip().splitlines() or ["no error message"])[-1].removeprefix("error: ")
-            raise error_of_code(process.returncode, message)
+            raise command_error([*WORKER, task], stderr)
     results = [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
     return {
         "case": " ".join(mesh),

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from jaxinfra.bench.subprocesses import command_error
 from jaxinfra.errors import ConfigError
 
 DEVICE = "slow0"
@@ -61,6 +62,7 @@ class SlowLink:
         """Delay and rate are those of each direction."""
         self._delay_s, self._bits_per_s = delay_s, bits_per_s
         self._devices: list[int] = []
+        self._processes: list[subprocess.Popen[str]] = []
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._pass_on, name="slow-link", daemon=True)
 
@@ -68,6 +70,10 @@ class SlowLink:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
         self._ends.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -75,7 +81,12 @@ class SlowLink:
             os.close(device)
 
     def start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
-        """Starts the command of the next host; ConfigError if this user may not make a network namespace."""
+        """Starts the command of the next host, which does not survive the block.
+
+        Raises ConfigError if this user may not make a network namespace.
+        """
+        if sys.platform != "linux":
+            raise ConfigError(f"a slow link needs network namespaces, which {sys.platform} lacks; use a Linux machine")
         index, (ours, theirs) = len(self._devices), socket.socketpair()
         enter = [sys.executable, "-m", __name__, str(index), str(theirs.fileno()), *command]
         with ours, theirs:
@@ -86,8 +97,9 @@ class SlowLink:
             message, devices, _, _ = socket.recv_fds(ours, 4096, 1)
         if not devices:
             _, stderr = process.communicate()
-            raise ConfigError(message.decode() or f"host {index} of the slow link does not start: {stderr[-1000:]}")
+            raise ConfigError(message.decode()) if message else command_error(enter, stderr)
         self._devices += devices
+        self._processes.append(process)
         if len(self._devices) == 2:
             self._thread.start()
         return process

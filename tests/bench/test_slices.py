@@ -25,7 +25,7 @@ def refusal() -> str | None:
     return None
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(40)
 def test_gradients_alone_cross_the_link_with_replica(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,3 +66,12 @@ def test_who_may_not_make_namespaces_is_told_how(repo_root: Path) -> None:
     )
     assert forbidden.returncode == ConfigError.exit_code, forbidden
     names(forbidden.stderr.splitlines()[-1], "error: namespace root --privileged user.max_net_namespaces")
+
+
+def test_a_wrong_override_is_one_line(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := refusal():
+        pytest.skip(reason)
+    monkeypatch.chdir(repo_root)
+    ended = launch("bench", "slices", "model.num_layer=1", "--only", "replica")
+    assert ended.code == ConfigError.exit_code, ended
+    names(ended.err.splitlines()[-1], "error: model.num_layer")

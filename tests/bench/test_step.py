@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import llama, parallel
+from jaxinfra.bench import llama, parallel, slices
 from jaxinfra.bench.startup import first_step_s
 from jaxinfra.bench.step import CASES, COLUMNS
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, call_in_process, run_command
@@ -48,7 +48,13 @@ TITLES = [
 ]
 
 
-PARTS = {"step": CASES, "parallel": parallel.CASES, "llama": llama.CASES, "data": ("speed", "first", "memory")}
+PARTS = {
+    "step": CASES,
+    "parallel": parallel.CASES,
+    "slices": slices.CASES,
+    "llama": llama.CASES,
+    "data": ("speed", "first", "memory"),
+}
 
 
 @pytest.mark.parametrize("bench", PARTS)

@@ -31,6 +31,7 @@ RUN_ELSEWHERE = {
     "make docs": "tests/docs/test_site.py",
     "python -m launch bench step": "tests/bench",
     "python -m launch bench parallel": "tests/bench",
+    "python -m launch bench slices": "tests/bench",
     "python -m launch bench llama": "tests/bench",
     "python -m launch bench data": "tests/bench",
     "python -m launch bench processes": "tests/bench",
