@@ -295,7 +295,8 @@ def _open(url: str, layout: _Layout | None = None, *, create: bool = False) -> A
     if layout is None:
         return ts.open(spec, context=tensorstore_context(), read=True).result()
     spec |= {"metadata": layout}
-    options = {"create": True} if create else {"open": True, "assume_metadata": True}
+    # "open", too: the answer to a first try to create it may be lost.
+    options = {"create": True, "open": True} if create else {"open": True, "assume_metadata": True}
     return ts.open({**spec, **options}, context=tensorstore_context()).result()
 
 

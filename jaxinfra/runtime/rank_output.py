@@ -26,6 +26,7 @@ from jaxinfra.storage.errors import storage_errors
 _STDOUT, _STDERR = 1, 2
 _READ_BYTES = 2**16
 _MAX_LINE_BYTES = 2**16  # a longer one is cut in parts
+_NAME_OF_PROCESS = re.compile(rb"^error: process \d+ \([^)]*\): ")  # in the error that another rank was told
 _REMEMBERED_LINES = 1000  # of standard error, to show equal ones of several ranks once
 _DRAIN_S = 1.0  # for what ended processes have written; a detached process may hold their pipes open for ever
 _ESCAPE_SEQUENCE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")  # ECMA-48, section 5.4: colors and moves of the cursor
@@ -138,7 +139,8 @@ class Output:
         An indented line goes with the one before: a traceback is shown whole, or only in the message that differs.
         """
         if not line.startswith((b" ", b"\t")):
-            stream.is_repeated = self._seen.setdefault(line, stream.rank) != stream.rank
+            message = _NAME_OF_PROCESS.sub(b"error: ", line)
+            stream.is_repeated = self._seen.setdefault(message, stream.rank) != stream.rank
             if len(self._seen) > _REMEMBERED_LINES:
                 del self._seen[next(iter(self._seen))]
         return stream.is_repeated

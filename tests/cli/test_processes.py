@@ -71,11 +71,12 @@ def test_an_error_of_all_processes_is_one_line(tiny: Tiny, tmp_path: Path, repo_
     pipe = subprocess.PIPE
     end = ended(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=repo_root))
     alone = launch(*words)
-    assert (end.code, end.out, end.err.partition("error: ")[2]) == (81, "", alone.err.partition("error: ")[2])
-    assert end.err.startswith(("error: ", "[1] error: "))
+    message = alone.err.removeprefix("error: ")
+    assert (end.code, end.out, end.err.count("\n")) == (81, "", 1)
+    assert end.err.startswith(("error: ", "[1] error: ")) and end.err.endswith(message)
     for rank in range(2):
         log = (tiny.directory("failed") / "logs" / f"rank-{rank}.log").read_text()
-        assert alone.err in log
+        assert message in log
         assert f"-m launch {' '.join(words[:2])} name=failed --devices cpu:1\n" in log
 
 
