@@ -29,7 +29,7 @@ from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.storage.connection import kvstore_spec, tensorstore_context
-from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.objects import ObjectStore
 
@@ -168,7 +168,7 @@ class BucketBackend:
                 self._store.write(f"{folder}/{_CHECKPOINT}", content)
             window.wait()
         except Exception as error:
-            if jax.process_count() == 1:
+            if jax.process_count() == 1 or not _is_failure_of_storage(error):
                 raise
             problem = cause_of(error)
         for index, each in enumerate(self._gather(problem)):
@@ -183,9 +183,10 @@ class BucketBackend:
                 self._before_commit()
                 self._publish(step, folder)
             except Exception as error:
-                if jax.process_count() == 1:
+                is_lost = isinstance(error, ConfigError)
+                if jax.process_count() == 1 or not (is_lost or _is_failure_of_storage(error)):
                     raise
-                problem = isinstance(error, ConfigError), cause_of(error)
+                problem = is_lost, cause_of(error)
         problem, folders = self._gather((problem, list(self._folders.items())))[0]
         self._folders = dict(folders)
         if problem is not None:
@@ -252,6 +253,10 @@ class _Window:
 
 def _is_main() -> bool:
     return jax.process_index() == 0
+
+
+def _is_failure_of_storage(error: Exception) -> bool:
+    return isinstance(error, StorageError) or is_storage_error(error)
 
 
 def _superseded(steps: Iterable[int], config: CheckpointConfig) -> list[int]:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, override
 
 import jax
 from etils import epath
@@ -18,12 +18,13 @@ from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import make_writable
+from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.location import is_remote
 
 
-class CheckpointManager:
+class CheckpointManager(ClosedOnExit):
     """The checkpoints in one directory: for each step, the train state and the run record.
 
     The directory is a local path, which Orbax reads and writes, or an `s3://` or `gs://` URL; it is created if it is
@@ -148,23 +149,13 @@ class CheckpointManager:
         with self._saving(step):
             self._backend.wait_until_finished()
 
+    @override
     def close(self) -> None:
         """Waits for the save in progress, as `wait_until_finished`, and ends its threads."""
         try:
             self.wait_until_finished()
         finally:
             self._backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self.close()
-        except JaxinfraError as failure:
-            if error is None:
-                raise
-            error.add_note(str(failure))  # the error that ended the block matters more
 
     @contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:

@@ -17,6 +17,7 @@ from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.peers import current_peers
+from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
@@ -31,12 +32,14 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         outputs.check_writable(options.json)
     path, _ = parse_source(options.run_dir)
     trainer = Trainer(load(record_of(path), options.overrides, Run, options.imports))
+    with read_by_first(current_peers()):
+        dataset = trainer.dataset
     trainer.require_equal_processes()
     with compile_cache(trainer.run.train.compile_cache):
         step, fingerprint = _restore(trainer, options.run_dir)
         values = trainer.evaluate()
     if is_main:
-        result = _result(trainer, path, step, values) | {"fingerprint": fingerprint}
+        result = _result(trainer, path, step, values) | {"data": dataset.fingerprint} | {"fingerprint": fingerprint}
         _print(result)
         if options.json is not None:
             outputs.write_text(options.json, json.dumps(result, indent=2) + "\n")
@@ -74,7 +77,6 @@ def _result(trainer: Trainer, path: str, step: int, values: Mapping[str, float])
         "samples": len(trainer.dataset.validation(run.train.eval_samples)),
         "validation": {name.removeprefix("eval/"): value for name, value in values.items()},
         "baselines": trainer.baselines,
-        "data": trainer.dataset.fingerprint,
         "processes": jax.process_count(),
         "devices": jax.device_count(),
         "mesh": dict(trainer.program.mesh.shape),

@@ -17,7 +17,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class StopAgreement:
-    """What one process has promised, and what all have agreed on."""
+    """The request to stop, the promise of this process, and the step that all have agreed on."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

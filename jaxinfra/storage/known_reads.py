@@ -1,4 +1,4 @@
-"""What is already known of a bucket, so that it is not asked again: the processes of a run ask once for all of them.
+"""Remembers the answers of a bucket, so that one process asks for all processes of a run.
 
 Only for what never changes while it is known: see `runtime.shared_reads`. Local files are always read.
 """

@@ -10,11 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import override
 
 from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.objects import ObjectStore
 
 SYNC_S = 10.0
@@ -48,7 +51,7 @@ def _later_parts(store: ObjectStore, name: str) -> Iterator[tuple[str, bytes]]:
 
 @dataclass
 class _Copied:
-    """What is in the bucket of one file.
+    """The copy of one file in the bucket.
 
     Attributes:
         stamp: inode, size and time of change of the file when it was copied.
@@ -61,7 +64,7 @@ class _Copied:
     copied_s: float = float("-inf")
 
 
-class Mirror:
+class Mirror(ClosedOnExit):
     """Copies the files of a folder, apart from hidden ones, into a store until it is closed; a context manager.
 
     Args:
@@ -91,8 +94,10 @@ class Mirror:
                 self._store.delete(name)
                 del self._copied[name]
             for name, path in files.items():
-                self._copy(name, path, all_files=all_files)
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    self._copy(name, path, all_files=all_files)
 
+    @override
     def close(self) -> None:
         """Ends the thread and copies what has changed; raises StorageError if that fails."""
         self._ended.set()
@@ -100,10 +105,7 @@ class Mirror:
         self.sync()
 
     def _copy(self, name: str, path: Path, *, all_files: bool) -> None:
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # deleted since it was listed
-            return
+        status = path.stat()
         stamp = status.st_ino, status.st_size, status.st_mtime_ns
         known = self._copied.get(name, _Copied())
         now_s = time.monotonic()
@@ -147,17 +149,6 @@ class Mirror:
                 failed = True
             except JaxinfraError:  # the lease is lost, which ends the run
                 return
-
-    def __enter__(self) -> "Mirror":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self.close()
-        except JaxinfraError as failure:
-            if error is None:
-                raise
-            error.add_note(str(failure))  # the error that ended the block matters more
 
 
 def _part_name(name: str, number: int) -> str:

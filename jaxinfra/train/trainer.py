@@ -279,8 +279,7 @@ class Trainer:
         """Saves the state if a checkpoint is due, or always with `force`.
 
         Without `force` a failed save is only logged, and the next one tries again; not if several processes save on a
-        disk. Given the
-        metrics of the last step, it raises NonFiniteError instead of saving a state that is not finite.
+        disk. Given the metrics of the last step, it raises NonFiniteError instead of saving a state that is not finite.
         """
         assert self._checkpoints is not None
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:

@@ -29,7 +29,7 @@ def refusal() -> str | None:
 def test_gradients_alone_cross_the_link_with_replica(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the kernel counts is what the compiled program sends, and headers; the losses are equal."""
+    """The kernel counts the bytes that the compiled program sends, plus headers; the losses are equal."""
     if reason := refusal():
         pytest.skip(reason)
     monkeypatch.chdir(repo_root)

@@ -26,7 +26,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_gloo(printed: str) -> str:
-    """What a process has printed itself: gloo says whom it is connected to."""
+    """Returns what a process printed, without the lines in which gloo says whom it is connected to."""
     return "".join(line for line in printed.splitlines(keepends=True) if "[Gloo]" not in line and line.strip())
 
 
@@ -37,7 +37,7 @@ def test_commands_of_one_process_refuse_the_options(command: str) -> None:
 
 
 def test_evaluate_gives_what_training_logged(trained: Path, tmp_path: Path) -> None:
-    """Of the newest checkpoint, on another mesh; the run is only read."""
+    """It evaluates the newest checkpoint on another mesh, and only reads the run."""
     before, file = contents(trained), tmp_path / "found.json"
     done = launch("evaluate", str(trained), *MESH, "mesh.replica=2", "--json", str(file))
     assert (done.code, done.err) == (0, ""), done

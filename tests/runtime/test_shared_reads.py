@@ -1,4 +1,4 @@
-"""What process 0 has read of a bucket the others are told; all else they read themselves."""
+"""Process 0 tells the others what it has read from a bucket; they read everything else themselves."""
 
 import random
 from collections.abc import Callable

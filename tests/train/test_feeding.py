@@ -1,4 +1,4 @@
-"""What the processes of a run read from the bucket of a store, all together: hardly more than one process alone."""
+"""Several processes together read hardly more from a store in a bucket than one process alone."""
 
 import json
 import random
@@ -17,9 +17,9 @@ from tests.tiny_run import Tiny
 
 CHARS = 2_000_000
 CHUNK_BYTES = 2 * CHUNK
-"""Of a chunk of tokens, which is read whole."""
+"""Size of a chunk of tokens, which is read whole."""
 INDEX_BYTES = 34_000
-"""Of the index of a shard, and the description of its array, which each process reads once."""
+"""Size of a shard's index and of the metadata of its array, which each process reads once."""
 
 
 @pytest.fixture
