@@ -13,10 +13,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -26,7 +24,7 @@ import numpy as np
 from jaxinfra import __version__
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
-from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
+from jaxinfra.config import Loaded, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.codec import encode
 from jaxinfra.config.text import error_prefix
@@ -41,8 +39,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
-from jaxinfra.runtime.environment import git_state, host_state, package_versions
-from jaxinfra.runtime.peak_flops import peak_flops
+from jaxinfra.runtime.environment import git_state, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunStopRequest
@@ -54,6 +51,7 @@ from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
+from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.user_code import user_code_errors
@@ -73,8 +71,6 @@ SAMPLE_TOKENS = 100
 """Tokens that the model continues `track.sample_prompt` by."""
 
 _FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
 
 class Trainer:
@@ -159,7 +155,9 @@ class Trainer:
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
                 fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
                 check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
-            self._peak = self._peers.broadcast(self._find_peak() if self._is_main else None)
+            self._peak = self._peers.broadcast(
+                find_peak(self.run_dir, self.run.precision.compute) if self._is_main else None
+            )
             statistics = run_statistics(self.program, dataset.train_units)
             trackers = MultiTracker()
             if self._is_main:
@@ -176,8 +174,8 @@ class Trainer:
                 reason = self._fit_dataset(stop.reason_after)
                 self.save(force=True)
                 self._checkpoints.wait_until_finished()
-                summary = self._summary(reason, time.monotonic() - start_s) if self._is_main else None
-                summary = self._peers.broadcast(summary)
+                wall_s = time.monotonic() - start_s
+                summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
                 self._trackers.log_summary(summary)
         if reason is not None:
             raise Preempted(
@@ -460,64 +458,25 @@ class Trainer:
                 )
             return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
 
-    def _find_peak(self) -> dict[str, Any]:
-        """Returns the peak FLOP/s of a device, its source and what it holds for.
-
-        The peak of a CPU is measured, which varies; a resumed run keeps the first one, so that its MFU does not jump.
-        """
-        device, dtype, count = jax.local_devices()[0], jnp.dtype(self.run.precision.compute), len(jax.local_devices())
-        holds_for = {"device_kind": device.device_kind, "local_devices": count, "dtype": dtype.name}
-        known = self.run_dir.existing_record().get("peak")
-        if isinstance(known, dict) and known.get("holds_for") == holds_for:
-            return known
-        flops, source = peak_flops(device, dtype, count)
-        return {"flops": flops, "source": source, "holds_for": holds_for}
-
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
-        devices = {
-            "count": len(jax.devices()),
-            "kind": jax.devices()[0].device_kind,
-            "platform": jax.devices()[0].platform,
-            "processes": jax.process_count(),
-            "mesh": dict(self.program.mesh.shape),
-            **device_memory({"memory_bytes": "bytes_limit"}),
-        }
-        dataset, loaded = self.dataset, self._loaded
-        # The run record names the data's versions, so that a replay, or sampling, opens the same ones.
-        run = replace(loaded.run, data=loaded.run.data.with_versions(dataset.versions))
-        origins = {change.path: "newest at the start" for change in diff(loaded.run, run)}
-        with_versions = replace(loaded, run=run, origins=loaded.origins | origins)
-        versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
         return {
-            **record(with_versions, command=self._command, versions=versions, git=git, devices=devices),
-            "fingerprint": fingerprint(loaded.run),
-            "data": dataset.fingerprint,
-            "data_versions": [*dataset.versions],
+            **start_record(self._loaded, self.program, self.dataset, command=self._command),
             "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
-            "host": host_state(),
             "baselines": self.baselines,
         }
 
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
         """Returns the contents of summary.json."""
-        rows, units = self.metrics, f"{self.run.data.modality}s"
-        losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
         return {
             "status": "finished" if reason is None else "stopped",
             "steps": self.completed_steps,
-            "modality": self.run.data.modality,
-            units: self.completed_steps * units_per_step(self.program),
-            # `time_s` of a row counts from the first start of the run, `wall_s` from this start.
-            "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),
-            "final_loss": losses[-1] if losses else None,
+            **summary_of_metrics(self.metrics, self.run.data.modality, wall_s),
+            f"{self.run.data.modality}s": self.completed_steps * units_per_step(self.program),
             "validation": {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()},
             "baselines": self.baselines,
-            f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
-            "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self._peak["flops"],
             "peak_source": self._peak["source"],
-            "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
             "checkpoint": f"{self.run_dir.checkpoints}/{self.completed_steps}",
             "report": f"{self.run_dir.location}/{REPORT_FILE}",
         }
@@ -533,8 +492,3 @@ def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, flo
                 "optim.peak_lr, a longer warmup, or another data.seed"
             )
     return values
-
-
-def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
-    values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
-    return median(values) if values else None

@@ -1,0 +1,86 @@
+"""What a training run records of itself: run.json at its start, and the numbers of its metrics in summary.json."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.config import Loaded, diff, fingerprint, record
+from jaxinfra.data.interfaces import Dataset
+from jaxinfra.program import Program
+from jaxinfra.run import Run
+from jaxinfra.run_dir import RunDirectory
+from jaxinfra.runtime.devices import device_memory
+from jaxinfra.runtime.environment import git_state, host_state, package_versions
+from jaxinfra.runtime.peak_flops import peak_flops
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+"""The packages whose versions decide the numbers of a run."""
+
+
+def find_peak(run_dir: RunDirectory, compute: str) -> dict[str, Any]:
+    """Returns the peak FLOP/s of a device of this process, its source and what it holds for.
+
+    The peak of a CPU is measured, which varies; a resumed run keeps the first one, so that its MFU does not jump.
+
+    Args:
+        run_dir: the directory of the run, with the peak of its first start.
+        compute: dtype of the matrix multiplications.
+    """
+    device, dtype, count = jax.local_devices()[0], jnp.dtype(compute), len(jax.local_devices())
+    holds_for = {"device_kind": device.device_kind, "local_devices": count, "dtype": dtype.name}
+    known = run_dir.existing_record().get("peak")
+    if isinstance(known, dict) and known.get("holds_for") == holds_for:
+        return known
+    flops, source = peak_flops(device, dtype, count)
+    return {"flops": flops, "source": source, "holds_for": holds_for}
+
+
+def start_record(loaded: Loaded[Run], program: Program, dataset: Dataset, *, command: Sequence[str]) -> dict[str, Any]:
+    """Returns what decides the numbers of a run: config, data, versions, devices and host."""
+    devices = {
+        "count": len(jax.devices()),
+        "kind": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "processes": jax.process_count(),
+        "mesh": dict(program.mesh.shape),
+        **device_memory({"memory_bytes": "bytes_limit"}),
+    }
+    # The run record names the data's versions, so that a replay, or sampling, opens the same ones.
+    run = replace(loaded.run, data=loaded.run.data.with_versions(dataset.versions))
+    origins = {change.path: "newest at the start" for change in diff(loaded.run, run)}
+    with_versions = replace(loaded, run=run, origins=loaded.origins | origins)
+    versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
+    return {
+        **record(with_versions, command=command, versions=versions, git=git, devices=devices),
+        "fingerprint": fingerprint(loaded.run),
+        "data": dataset.fingerprint,
+        "data_versions": [*dataset.versions],
+        "host": host_state(),
+    }
+
+
+def summary_of_metrics(rows: Sequence[dict[str, float]], modality: str, wall_s: float) -> dict[str, Any]:
+    """Returns the entries of summary.json that come from the rows of metrics.jsonl.
+
+    `wall_s` are the seconds of this start; `time_s` of a row counts from the first start of the run.
+    """
+    losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
+    return {
+        "modality": modality,
+        "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),
+        "final_loss": losses[-1] if losses else None,
+        f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
+        "mfu_median": _median(rows, "mfu"),
+        "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
+    }
+
+
+def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
+    values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+    return median(values) if values else None
