@@ -4,9 +4,14 @@ Importing this module imports nothing heavy: JAX reads the variables of `cache_e
 """
 
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_BYTES = 4 * 2**30
 """Size of the cache; the programs that were not used for longest are deleted."""
@@ -62,10 +67,43 @@ def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[
     try:
         _update(options)
         reset_cache()  # else JAX remembers the cache that it used first
-        yield
+        with _same_key_in_all_processes():
+            yield
     finally:
         _update(before)
         reset_cache()
+
+
+@contextmanager
+def _same_key_in_all_processes() -> Iterator[None]:
+    """Lets all processes with CPU devices find the programs that process 0 has compiled; only process 0 keeps them.
+
+    JAX's key of a program contains the fingerprint of the devices' topology, which on CPUs differs by process. Here it
+    contains the kinds of the devices and the features of the CPU instead.
+    """
+    import jax
+    from jax._src import cache_key  # no public function decides the key
+
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        yield
+        return
+
+    def hash_devices(hash_obj: Any, devices: "np.ndarray") -> None:
+        kinds = [device.device_kind for device in devices.flat]
+        hash_obj.update(repr((kinds, jax.process_count(), _cpu_features())).encode())
+
+    before, cache_key._hash_accelerator_config = cache_key._hash_accelerator_config, hash_devices
+    try:
+        yield
+    finally:
+        cache_key._hash_accelerator_config = before
+
+
+def _cpu_features() -> str:
+    """Returns the instruction sets of this CPU, as Linux names them, or else its name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _update(options: Mapping[str, object]) -> None:

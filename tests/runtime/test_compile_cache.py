@@ -1,6 +1,8 @@
 """Compiled programs are kept for the next start, in a folder of limited size."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ from jaxinfra.errors import StorageError
 from jaxinfra.runtime import compile_cache as module
 from jaxinfra.runtime.compile_cache import cache_environment, compile_cache
 from tests.refusals import refused
+from tests.several import free_address
 from tests.tiny_run import Tiny
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
@@ -97,3 +100,59 @@ def test_a_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     refused(tiny.launch(f"train.compile_cache={file}"), str(file), code=StorageError.exit_code)
+
+
+SHARES = """\
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxinfra
+from jaxinfra.runtime.compile_cache import compile_cache
+
+hits = 0
+
+
+def count(event: str) -> None:
+    global hits
+    hits += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(lambda event, **words: count(event))
+with jaxinfra.join() as peers, compile_cache(sys.argv[1]):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    sharded = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
+    total = jax.jit(lambda x: jnp.sin(x).sum()).lower(jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharded))
+    if peers.index == 1:
+        peers.gather(None, "compiled", 60)
+    before = hits
+    total.compile()
+    if peers.index == 0:
+        peers.gather(None, "compiled", 60)
+    print("hits", hits - before)
+"""
+
+
+def test_all_processes_use_the_programs_of_process_0(tmp_path: Path) -> None:
+    script = tmp_path / "shares.py"
+    script.write_text(SHARES)
+    address = free_address()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path / "programs"],
+            env=os.environ
+            | {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+                "JAX_NUM_CPU_DEVICES": "2",
+                "XLA_FLAGS": "",
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["hits 0\n", "hits 1\n"]
