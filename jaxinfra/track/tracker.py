@@ -19,7 +19,6 @@ from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.mlflow import MLflowRun
 from jaxinfra.track.remote import RemoteTracker
 from jaxinfra.track.report_tracker import ReportTracker
-from jaxinfra.track.tensorboard import TensorBoardTracker
 from jaxinfra.track.wandb import WandbRun
 from jaxinfra.user_code import user_code_errors
 
@@ -128,6 +127,8 @@ def make_trackers(config: TrackConfig, run_dir: Path, location: str | None = Non
         trackers.append(JsonlTracker(run_dir))
     trackers.append(ReportTracker(run_dir))  # after the tracker that writes what the report is made from
     if config.tensorboard:
+        from jaxinfra.track.tensorboard import TensorBoardTracker  # imports slowly, and only process 0 needs it
+
         trackers.append(TensorBoardTracker(run_dir))
     announce = config.console != "off"
     if config.wandb.project is not None:
