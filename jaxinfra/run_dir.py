@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxinfra.checkpoint.bucket_backend import owner_token
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, diff, read_record
 from jaxinfra.config.classes import ClassFinder
@@ -96,7 +97,8 @@ class RunDirectory:
         """Creates the directory and holds its lease, so that only one run trains in it."""
         if not self.is_remote:
             make_writable(self.path)
-        with hold(self.location) as lease:
+        # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
+        with hold(self.location, after=owner_token(str(self.checkpoints)) if self.is_remote else 0) as lease:
             if not self.is_remote:
                 yield Owned(lease, lambda: None)
                 return

@@ -40,7 +40,8 @@ examples:
   {COMMAND} runs/quickstart/run.json
 
 exit codes: 0 done, 75 stopped and saved, 76 another process lost (with both, run the same command again), 78 data
-damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage.
+damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage,
+84 another start trains this run.
 """
 
 

@@ -191,7 +191,7 @@ def test_two_starts_of_one_run(begun: Tiny) -> None:
     """The second is refused while the first goes on, and touches nothing."""
     with hold(begun.directory()):
         before = contents(begun.runs)
-        refused(begun.launch(), f"/runs/tiny: process {os.getpid()} name=ANOTHER")
+        refused(begun.launch(), f"/runs/tiny: process {os.getpid()} name=ANOTHER", code=84)
         assert contents(begun.runs) == before
 
 
