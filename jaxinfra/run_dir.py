@@ -41,8 +41,12 @@ class RunDirectory:
     into the bucket in the background; only process 0 does so. Checkpoints go there directly.
 
     Attributes:
+        is_remote: whether it is in a bucket.
         location: the path or URL, for people.
         path: the folder of the small files.
+        record: run.json in it.
+        metrics: metrics.jsonl in it.
+        report: report.html in it.
         checkpoints: the path or URL of the checkpoints.
     """
 
@@ -63,12 +67,6 @@ class RunDirectory:
     def has_checkpoints(self) -> bool:
         """Whether there may be checkpoints."""
         return self.is_remote or Path(self.checkpoints).exists()
-
-    def fetch(self) -> Path:
-        """Returns the folder of the small files, as they are now in the bucket."""
-        if self.is_remote:
-            fetch(ObjectStore(self.location), RUN_FILES, self.path)
-        return self.path
 
     def existing_record(self) -> Mapping[str, Any]:
         """Returns the run record (run.json); if it is missing, the copy in the newest checkpoint; else {}.
@@ -94,7 +92,11 @@ class RunDirectory:
 
     @contextmanager
     def owned(self) -> Iterator["Owned"]:
-        """Creates the directory and holds its lease, so that only one run trains in it."""
+        """Creates the directory and holds its lease, so that only one start trains in it.
+
+        The small files of a bucket are fetched, and copied back in the background and at the end. Raises RunInUseError
+        if another start holds the lease, StorageError if the directory cannot be read or written.
+        """
         if not self.is_remote:
             make_writable(self.path)
         # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
@@ -102,8 +104,9 @@ class RunDirectory:
             if not self.is_remote:
                 yield Owned(lease, lambda: None)
                 return
-            self.fetch()
-            with Mirror(self.path, ObjectStore(self.location), lease.check_now) as mirror:
+            store = ObjectStore(self.location)
+            fetched = fetch(store, RUN_FILES, self.path)
+            with Mirror(self.path, store, lease.check_now, fetched) as mirror:
                 yield Owned(lease, mirror.sync)
 
     def require_shared(self, peers: Peers) -> None:

@@ -112,11 +112,10 @@ def test_a_bucket_that_is_away_costs_no_step(server: Server, tiny: Tiny, count: 
 
 def test_two_starts_of_one_run(server: Server, tiny: Tiny) -> None:
     root = root_of(server)
-    with several(str(tiny.config), f"root={root}", "name=long", "train.steps=100000", count=1) as children:
+    run = (f"root={root}", "name=long", "train.steps=100000")
+    with several(str(tiny.config), *run, count=1) as children:
         wait_for_saves(f"{root}/long", 1, children)
-        refused(
-            tiny.launch(f"root={root}", "name=long", "train.steps=100000"), f"{root}/long process name=ANOTHER", code=84
-        )
+        refused(tiny.launch(*run), f"{root}/long process name=ANOTHER", code=84)
         children[0].send_signal(signal.SIGTERM)
         (stopped,) = all_ended(children)
     assert stopped.code == Preempted.exit_code
