@@ -102,12 +102,12 @@ class RunDirectory:
         # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
         with hold(self.location, after=owner_token(str(self.checkpoints)) if self.is_remote else 0) as lease:
             if not self.is_remote:
-                yield Owned(lease, lambda: None)
+                yield Owned(lease, lambda: None, lease.check_now)
                 return
             store = ObjectStore(self.location)
             fetched = fetch(store, RUN_FILES, self.path)
             with Mirror(self.path, store, lease.check_now, fetched) as mirror:
-                yield Owned(lease, mirror.sync)
+                yield Owned(lease, mirror.sync, lease.check)
 
     def require_shared(self, peers: Peers) -> None:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
@@ -172,10 +172,13 @@ class Owned(NamedTuple):
     Attributes:
         lease: of the directory.
         sync: copies the small files into the bucket now, if the directory is there.
+        check: raises RunInUseError if the small files may be written no longer. Those of a bucket may always be written
+            here: what matters is whether they may be copied.
     """
 
     lease: Lease
     sync: Callable[[], None]
+    check: Callable[[], None]
 
 
 class TrainedParams(NamedTuple):

@@ -160,12 +160,14 @@ class Trainer:
             )
             statistics = run_statistics(self.program, dataset.train_units)
             trackers = MultiTracker()
-            if self._is_main:
-                trackers = make_trackers(self.run.track, self.run_dir.path, self.run_dir.location)
+            if owned is not None:
+                location = self.run_dir.location
+                trackers = make_trackers(self.run.track, self.run_dir.path, location, owned.check)
             with trackers as self._trackers, self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
                 self._record = {"init": init_source, **self._make_record(statistics)}
-                if self._is_main:
+                if owned is not None:
+                    owned.check()
                     write_record(self.run_dir.record, self._record)
                 start = {"start_step": self.completed_steps, "total_steps": steps}
                 self._trackers.start(self._record, statistics, **start)
