@@ -219,7 +219,8 @@ def _run_command(argv: Sequence[str]) -> int:
     except JaxinfraError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return _print_error(str(error), error.exit_code)
+        failures_to_close = getattr(error, "__notes__", ())
+        return _print_error("; then ".join((str(error), *failures_to_close)), error.exit_code)
     except Exception as error:
         place = user_code.innermost_place(error)
         if place is None:
