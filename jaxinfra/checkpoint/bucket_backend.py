@@ -227,7 +227,7 @@ class BucketBackend:
         result: list[_Index] = []
 
         def update(old: bytes | None) -> bytes:
-            index: _Index = {"token": 0, "steps": {}} if old is None else json.loads(old)
+            index = {"token": 0, "steps": {}} if old is None else _parse_index(self._store, old)
             token = index["token"] + 1 if self._token is None else self._token
             if index["token"] > token:
                 raise RunInUseError(f"{self._store.url}: another process has taken over this run; leave the run to it")
@@ -289,7 +289,14 @@ def _folders(index: _Index) -> dict[int, str]:
 
 def _read_index(store: ObjectStore) -> _Index | None:
     content = store.read_or_none(_INDEX)
-    return None if content is None else json.loads(content)
+    return None if content is None else _parse_index(store, content)
+
+
+def _parse_index(store: ObjectStore, content: bytes) -> _Index:
+    try:
+        return {"token": int((index := json.loads(content))["token"]), "steps": dict(index["steps"])}
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{store.url_of(_INDEX)}: damaged; restore it from a copy") from None
 
 
 def _require_index(store: ObjectStore) -> _Index | None:

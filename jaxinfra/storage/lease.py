@@ -133,7 +133,8 @@ class Lease:
                 f"{self._where}: {newest[1]}, has taken over this run while this process was stopped or cut off; "
                 "leave the run to it"
             )
-        elif not self._files.exists(self.token):  # another process may have begun anew, with a smaller token
+        elif (newest is None or newest[0] < self.token) and not self._files.exists(self.token):
+            # Another process may have begun anew, with a smaller token.
             self._lost = RunInUseError(
                 f"{self._where}: the file of this run's lease, {_FOLDER}/{_file_name(self.token)}, was deleted, so "
                 "another process may train the run; start the same command again if none does"
@@ -144,6 +145,8 @@ class Lease:
         """Gives the lease back; a storage failure is only logged, since the lease then ends by itself."""
         self._ended.set()
         self._thread.join()
+        if self._lost is not None:
+            return
         try:
             with suppress(StorageError):  # the write tells whether the storage is back
                 self.check_now()

@@ -152,7 +152,11 @@ def test_a_missing_index_deletes_nothing(server: Server) -> None:
     for read_only in (False, True):
         with raises(CheckpointError, f"{url}/index.json missing 1."):
             CheckpointManager(url, EVERY, read_only=read_only).all_steps()
-    assert store.list_names() == before
+    store.write("index.json", index[:-3])
+    for read_only in (False, True):
+        with raises(CheckpointError, f"{url}/index.json damaged"):
+            CheckpointManager(url, EVERY, read_only=read_only).all_steps()
+    assert store.list_names() == sorted([*before, "index.json"])
     store.write("index.json", index)
     with CheckpointManager(url, EVERY) as checkpoints:
         assert checkpoints.all_steps() == [1, 2]

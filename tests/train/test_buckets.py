@@ -118,8 +118,8 @@ def test_a_bucket_that_is_away_for_a_minute_costs_no_step(s3: Server, tiny: Tiny
     text = tiny.config.read_text().replace("def config() -> Run:\n", SLOW_STEPS)
     tiny.config.write_text(IMPORTS + text.replace('console="plain"', 'console="plain", trackers=(SlowSteps(),)'))
     run = (str(tiny.config), f"root={root}", "name=away", f"train.steps={steps}", "track.log_every=50")
-    run = (*run, f"train.eval_every={steps}", "checkpoint.save_every=500", "track.tensorboard=false")
-    with several(*run, count=1, devices=1) as children:
+    run = (*run, f"train.eval_every={steps}", "checkpoint.save_every=500", "checkpoint.keep_last=3")
+    with several(*run, "track.tensorboard=false", count=1, devices=1) as children:
         store = ObjectStore(f"{root}/away")
         while store.read_or_none("metrics.jsonl") is None:
             assert children[0].poll() is None, children[0].communicate()
