@@ -56,6 +56,12 @@ class StorageError(JaxinfraError):
     exit_code = 82
 
 
+class RunInUseError(JaxinfraError):
+    """Another start trains this run, or has taken it over while this one was stopped or cut off."""
+
+    exit_code = 84
+
+
 def error_of_code(code: int, message: str) -> JaxinfraError:
     """Returns an error of the class with this exit code, such as one that another process sent."""
     return next((cls for cls in JaxinfraError.__subclasses__() if cls.exit_code == code), JaxinfraError)(message)

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxinfra.checkpoint.bucket_backend import owner_token
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, diff, read_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.interfaces import Dataset
-from jaxinfra.errors import CheckpointError, ConfigError
-from jaxinfra.program import Program
+from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run
-from jaxinfra.runtime.peers import Peers, current_peers
+from jaxinfra.runtime.peers import Peers
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.connection import normalize_url
 from jaxinfra.storage.lease import Lease, hold
@@ -28,7 +28,7 @@ from jaxinfra.storage.mirror import Mirror, fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 from jaxinfra.track.report import REPORT_FILE, write_report
-from jaxinfra.track.runs import RUN_FILES, no_run_error
+from jaxinfra.track.runs import RUN_FILES
 
 _SEEN_S = 10.0  # a file system of several hosts shows new files after a while
 
@@ -40,8 +40,12 @@ class RunDirectory:
     into the bucket in the background; only process 0 does so. Checkpoints go there directly.
 
     Attributes:
+        is_remote: whether it is in a bucket.
         location: the path or URL, for people.
         path: the folder of the small files.
+        record: run.json in it.
+        metrics: metrics.jsonl in it.
+        report: report.html in it.
         checkpoints: the path or URL of the checkpoints.
     """
 
@@ -62,12 +66,6 @@ class RunDirectory:
     def has_checkpoints(self) -> bool:
         """Whether there may be checkpoints."""
         return self.is_remote or Path(self.checkpoints).exists()
-
-    def fetch(self) -> Path:
-        """Returns the folder of the small files, as they are now in the bucket."""
-        if self.is_remote:
-            fetch(ObjectStore(self.location), RUN_FILES, self.path)
-        return self.path
 
     def existing_record(self) -> Mapping[str, Any]:
         """Returns the run record (run.json); if it is missing, the copy in the newest checkpoint; else {}.
@@ -93,16 +91,22 @@ class RunDirectory:
 
     @contextmanager
     def owned(self) -> Iterator["Owned"]:
-        """Creates the directory and holds its lease, so that only one run trains in it."""
+        """Creates the directory and holds its lease, so that only one start trains in it.
+
+        The small files of a bucket are fetched, and copied back in the background and at the end. Raises RunInUseError
+        if another start holds the lease, StorageError if the directory cannot be read or written.
+        """
         if not self.is_remote:
             make_writable(self.path)
-        with hold(self.location) as lease:
+        # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
+        with hold(self.location, after=owner_token(str(self.checkpoints)) if self.is_remote else 0) as lease:
             if not self.is_remote:
-                yield Owned(lease, lambda: None)
+                yield Owned(lease, lambda: None, lease.check_now)
                 return
-            self.fetch()
-            with Mirror(self.path, ObjectStore(self.location), lease.check_now) as mirror:
-                yield Owned(lease, mirror.sync)
+            store = ObjectStore(self.location)
+            fetched = fetch(store, RUN_FILES, self.path)
+            with Mirror(self.path, store, lease.check_now, fetched) as mirror:
+                yield Owned(lease, mirror.sync, lease.check)
 
     def require_shared(self, peers: Peers) -> None:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
@@ -167,60 +171,13 @@ class Owned(NamedTuple):
     Attributes:
         lease: of the directory.
         sync: copies the small files into the bucket now, if the directory is there.
+        check: raises RunInUseError if the small files may be written no longer. Those of a bucket may always be written
+            here: what matters is whether they may be copied.
     """
 
     lease: Lease
     sync: Callable[[], None]
-
-
-class TrainedParams(NamedTuple):
-    """Parameters of a run, with their origin.
-
-    Attributes:
-        params: the parameters after `step`, averaged if the run keeps an average.
-        step: number of completed steps.
-        fingerprint: fingerprint of the run's config.
-    """
-
-    params: Any
-    step: int
-    fingerprint: str
-
-
-def load_params(source: str | Path, program: Program) -> TrainedParams:
-    """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
-
-    `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500. Raises
-    ConfigError if there is no run, or if a parameter differs (it names the first one), and CheckpointError if no
-    checkpoint can be read.
-    """
-    location, step = parse_source(source)
-    directory = RunDirectory(location)
-    record = directory.existing_record()
-    if not record:
-        raise no_run_error(location)
-    missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
-    if not directory.has_checkpoints():
-        raise CheckpointError(f"{missing} yet; train until the first one is saved")
-    with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
-        # That run may still be training: all processes take the checkpoint that process 0 sees.
-        step = current_peers().broadcast(checkpoints.latest_step() if step is None else step)
-        if step is None or step not in checkpoints.all_steps():
-            available = ", ".join(map(str, checkpoints.all_steps())) or "none"
-            raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
-        if _recorded(record, "optim", "ema_decay") is not None:
-            params = checkpoints.restore_params(step, program.averaged_params, subtree="ema")
-        else:
-            dtype = _recorded(record, "precision", "params") or "float32"
-            params = checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params")
-    return TrainedParams(params, step, record.get("fingerprint", ""))
-
-
-def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:
-    """Returns a field of the config in a run record; None if the record has none."""
-    config = record.get("config")
-    fields = config.get(part) if isinstance(config, dict) else None
-    return fields.get(field) if isinstance(fields, dict) else None
+    check: Callable[[], None]
 
 
 def join_location(root: str, name: str) -> str:

@@ -7,18 +7,23 @@
 - `index.json`, which names the folder of each complete step. It is replaced by conditional writes only.
 
 A step exists once the index names it. The index also holds the token of the owner of the run: an owner that has lost
-its lease fails to replace it, however late it tries. Each chunk ends with its CRC-32C, which TensorStore checks.
+its lease fails to replace it, however late it tries. A new owner deletes the attempts of earlier owners that the index
+does not name, and nothing else. Every chunk is stored, with its CRC-32C, which TensorStore checks: one that is missing
+or damaged ends a restore.
 
 Each process writes the shards that it holds, and no two processes write the same. They need no shared directory: they
 tell each other whether their part has arrived, and all of them report the same outcome.
 """
 
+import functools
 import itertools
 import json
 import math
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, cast
 
 import jax
@@ -27,7 +32,7 @@ import tensorstore as ts
 
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import CheckpointError, RunInUseError, StorageError
 from jaxinfra.storage.connection import kvstore_spec, tensorstore_context
 from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
@@ -37,6 +42,7 @@ type Gather = Callable[[Any], Sequence[Any]]
 """Returns the values (JSON) of all processes by index; each must call it equally often."""
 
 _INDEX, _CHECKPOINT = "index.json", "checkpoint.json"
+_FOLDER = re.compile(r"\d+\.(?P<token>\d+)\.\d+")
 _MAX_CHUNK_BYTES = 64 << 20  # an object is written by one request, which holds it in memory
 _MAX_PENDING_BYTES = 1 << 30  # of host memory, for chunks on their way
 
@@ -68,19 +74,19 @@ class BucketBackend:
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._config, self._read_only = ObjectStore(url), config, read_only
-        self._lease, self._gather, self._before_commit = lease, gather, before_commit
+        self._gather, self._before_commit = gather, before_commit
         self._attempts = itertools.count(1)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._folders: dict[int, str] = {}
-        self._token = 0
+        self._token: int | None = None if lease is None else lease.token
         if not read_only:
-            self._open()
+            self._claim()
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
         if self._read_only:
-            self._folders = _folders(self._read_index())
+            self._folders = _folders(_require_index(self._store) or {})
         return sorted(self._folders)  # of a writer: nobody else changes them
 
     def save(self, step: int, state: PyTree, record: Mapping[str, object]) -> None:
@@ -129,10 +135,16 @@ class BucketBackend:
         """Restores the state of a step, or with `partial` a part of it; `abstract` has `jax.ShapeDtypeStruct`s."""
         url = self._store.url_of(self._folders[step])
         paths, tree = jax.tree.flatten_with_path(abstract)
+        arrays = [_open_array(f"{url}/{leaf_name(path)}") for path, _ in paths]  # all at once
         window = _Window()
         with jax.transfer_guard("allow"):
-            arrays = [_restore_array(f"{url}/{leaf_name(path)}", leaf, window) for path, leaf in paths]
-            return jax.tree.unflatten(tree, [finish() for finish in arrays])
+            parts = [_read_array(array.result(), leaf, window) for array, (_, leaf) in zip(arrays, paths, strict=True)]
+            window.wait()
+            restored = [
+                jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+                for shards, (_, leaf) in zip(parts, paths, strict=True)
+            ]
+        return jax.tree.unflatten(tree, restored)
 
     def reset(self) -> None:
         """Forgets a save that has failed; what it has written is deleted when the run is opened again."""
@@ -143,14 +155,17 @@ class BucketBackend:
         if self._thread is not None:
             self._thread.join()
 
-    def _open(self) -> None:
-        """Claims the index for the owner of the run, and deletes what earlier attempts have left."""
+    def _claim(self) -> None:
+        """Claims the index for the owner of the run, and deletes what attempts of earlier owners have left."""
+        index = None
         if _is_main():
-            self._update_index(lambda steps: None)
-            in_use = {_INDEX, *_folders(self._read_index()).values()}
-            for folder in {name.partition("/")[0] for name in self._store.list_names()} - in_use:
-                self._store.delete_below(folder)
-        index = self._gather(self._read_index() if _is_main() else None)[0]
+            _require_index(self._store)
+            index = self._update_index(lambda steps: None)
+            # A newer owner may commit folders from now on: those have its token.
+            for folder in {name.partition("/")[0] for name in self._store.list_names()} - {*index["steps"].values()}:
+                if (match := _FOLDER.fullmatch(folder)) and int(match["token"]) < index["token"]:
+                    self._store.delete_below(folder)
+        index = self._gather(index)[0]
         self._token, self._folders = index["token"], _folders(index)
 
     def _write(
@@ -161,7 +176,7 @@ class BucketBackend:
         try:
             for name, layout in layouts.items():
                 if _is_main() or shards[name]:
-                    array = _open(f"{url}/{name}", layout, create=_is_main())
+                    array = _open_array(f"{url}/{name}", layout, create=_is_main()).result()
                     for index, shard in shards[name]:
                         window.add(array[index].write(shard), shard.nbytes)
             if _is_main():
@@ -183,7 +198,7 @@ class BucketBackend:
                 self._before_commit()
                 self._publish(step, folder)
             except Exception as error:
-                is_lost = isinstance(error, ConfigError)
+                is_lost = isinstance(error, RunInUseError)
                 if jax.process_count() == 1 or not (is_lost or _is_failure_of_storage(error)):
                     raise
                 problem = is_lost, cause_of(error)
@@ -191,32 +206,31 @@ class BucketBackend:
         self._folders = dict(folders)
         if problem is not None:
             is_lost, cause = problem
-            raise (ConfigError if is_lost else StorageError)(cause)
+            raise (RunInUseError if is_lost else StorageError)(cause)
 
     def _publish(self, step: int, folder: str) -> None:
-        superseded: list[str] = []
-
         def add(steps: dict[str, str]) -> None:
             steps[str(step)] = folder
-            superseded[:] = [steps.pop(str(each)) for each in _superseded(map(int, steps), self._config)]
+            for each in _superseded(map(int, steps), self._config):
+                del steps[str(each)]
 
+        before = {*self._folders.values()}
         self._folders = _folders(self._update_index(add))
-        for each in superseded:
+        for each in sorted(before.difference(self._folders.values())):
             self._store.delete_below(each)
 
-    def _read_index(self) -> _Index:
-        content = self._store.read_or_none(_INDEX)
-        return {} if content is None else json.loads(content)
-
     def _update_index(self, change: Callable[[dict[str, str]], None]) -> _Index:
-        """Changes the steps of the index, and returns it; raises ConfigError if a newer owner has claimed it."""
+        """Changes the steps of the index, and returns it; raises RunInUseError if a newer owner has claimed it.
+
+        An owner without a lease has the next token.
+        """
         result: list[_Index] = []
 
         def update(old: bytes | None) -> bytes:
-            index: _Index = {"token": 0, "steps": {}} if old is None else json.loads(old)
-            token = index["token"] if self._lease is None else self._lease.token
+            index = {"token": 0, "steps": {}} if old is None else _parse_index(self._store, old)
+            token = index["token"] + 1 if self._token is None else self._token
             if index["token"] > token:
-                raise ConfigError(f"{self._store.url}: another process has taken over this run; leave the run to it")
+                raise RunInUseError(f"{self._store.url}: another process has taken over this run; leave the run to it")
             change(index["steps"])
             result[:] = [{"token": token, "steps": index["steps"]}]
             return json.dumps(result[0]).encode()
@@ -229,15 +243,18 @@ class BucketBackend:
 
 
 class _Window:
-    """Writes and reads on their way; `add` waits while they take too much memory."""
+    """Writes and reads on their way; `add` waits while they take too much memory.
+
+    The result of each is passed to `use`, in order, and then forgotten.
+    """
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[ts.Future[Any], int]] = deque()
+        self._pending: deque[tuple[ts.Future[Any], int, Callable[[Any], object]]] = deque()
         self._bytes = 0
 
-    def add(self, future: Any, num_bytes: int) -> None:
-        self._pending.append((future, num_bytes))
+    def add(self, future: Any, num_bytes: int, use: Callable[[Any], object] = lambda result: None) -> None:
         self._bytes += num_bytes
+        self._pending.append((future, num_bytes, use))
         while self._bytes > _MAX_PENDING_BYTES:
             self._finish_first()
 
@@ -246,8 +263,8 @@ class _Window:
             self._finish_first()
 
     def _finish_first(self) -> None:
-        future, num_bytes = self._pending.popleft()
-        future.result()
+        future, num_bytes, use = self._pending.popleft()
+        use(future.result())
         self._bytes -= num_bytes
 
 
@@ -268,6 +285,38 @@ def _superseded(steps: Iterable[int], config: CheckpointConfig) -> list[int]:
 
 def _folders(index: _Index) -> dict[int, str]:
     return {int(step): folder for step, folder in index.get("steps", {}).items()}
+
+
+def _read_index(store: ObjectStore) -> _Index | None:
+    content = store.read_or_none(_INDEX)
+    return None if content is None else _parse_index(store, content)
+
+
+def _parse_index(store: ObjectStore, content: bytes) -> _Index:
+    try:
+        return {"token": int((index := json.loads(content))["token"]), "steps": dict(index["steps"])}
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{store.url_of(_INDEX)}: damaged; restore it from a copy") from None
+
+
+def _require_index(store: ObjectStore) -> _Index | None:
+    """Returns the index, None before the first owner; CheckpointError if there are checkpoints without an index."""
+    if (index := _read_index(store)) is not None:
+        return index
+    paths = map(PurePosixPath, store.list_names())
+    folders = [path.parts[0] for path in paths if path.name == _CHECKPOINT and _FOLDER.fullmatch(path.parts[0])]
+    index = _read_index(store)  # the first owner may have written both in the meantime
+    if folders and index is None:
+        raise CheckpointError(
+            f"{store.url_of(_INDEX)}: missing, but there are checkpoints, such as {folders[0]}; restore it, or move "
+            "them away to start at step 0"
+        )
+    return index
+
+
+def owner_token(url: str) -> int:
+    """Returns the token of the last owner of the checkpoints below a URL; 0 without one."""
+    return (_read_index(ObjectStore(url)) or {"token": 0})["token"]
 
 
 def _own_shards(array: jax.Array) -> _Shards:
@@ -294,27 +343,35 @@ def _layout(array: jax.Array) -> _Layout:
     }
 
 
-def _open(url: str, layout: _Layout | None = None, *, create: bool = False) -> Any:
-    """Opens an array, or with a layout creates it; a process that does not create it takes the layout as given."""
+def _open_array(url: str, layout: _Layout | None = None, *, create: bool = False) -> Any:
+    """Starts to open an array, or with a layout to create it; a process that does not create it trusts the layout."""
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore_spec(url)}
     if layout is None:
-        return ts.open(spec, context=tensorstore_context(), read=True).result()
-    spec |= {"metadata": layout}
+        # Else a chunk that is missing is read as zeros.
+        return ts.open({**spec, "fill_missing_data_reads": False}, context=tensorstore_context(), read=True)
+    spec |= {"metadata": layout, "store_data_equal_to_fill_value": True}
     # "open", too: the answer to a first try to create it may be lost.
     options = {"create": True, "open": True} if create else {"open": True, "assume_metadata": True}
-    return ts.open({**spec, **options}, context=tensorstore_context()).result()
+    return ts.open({**spec, **options}, context=tensorstore_context())
 
 
-def _restore_array(url: str, abstract: jax.ShapeDtypeStruct, window: _Window) -> Callable[[], jax.Array]:
-    """Starts to read the shards of this process, each once; returns what makes the array of them."""
+def _read_array(source: Any, abstract: jax.ShapeDtypeStruct, window: _Window) -> list[jax.Array]:
+    """Starts to read the shards of this process, each once; they go onto their devices as they arrive.
+
+    Returns the list that has all of them once the window has no reads left.
+    """
     sharding = cast(jax.sharding.Sharding, abstract.sharding)
-    source = _open(url)
-    reads: dict[str, Any] = {}
-    for index in sharding.addressable_devices_indices_map(abstract.shape).values():
-        if str(index) not in reads:
-            shard_bytes = math.prod(sharding.shard_shape(abstract.shape)) * abstract.dtype.itemsize
-            reads[str(index)] = source[index].read()
-            window.add(reads[str(index)], shard_bytes)
-    return lambda: jax.make_array_from_callback(
-        abstract.shape, sharding, lambda index: np.asarray(reads[str(index)].result(), abstract.dtype)
-    )
+    shards: list[jax.Array] = []
+    devices: dict[str, tuple[Any, list[Any]]] = {}  # by index in the array: replicas have the same
+    for device, index in sharding.addressable_devices_indices_map(abstract.shape).items():
+        devices.setdefault(str(index), (index, []))[1].append(device)
+
+    def place(content: np.ndarray, onto: Sequence[Any]) -> None:
+        values = np.asarray(content, abstract.dtype)
+        places = [jax.sharding.SingleDeviceSharding(each, memory_kind=sharding.memory_kind) for each in onto]
+        shards.extend(jax.device_put(values, each) for each in places)
+
+    shard_bytes = math.prod(sharding.shard_shape(abstract.shape)) * abstract.dtype.itemsize
+    for index, onto in devices.values():
+        window.add(source[index].read(), shard_bytes, functools.partial(place, onto=onto))
+    return shards

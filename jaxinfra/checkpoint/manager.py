@@ -171,7 +171,7 @@ class CheckpointManager(ClosedOnExit):
             action = "deleting older steps" if step in steps else "saving"  # a listed step is complete
             raise StorageError(
                 f"{self._path(step)}: {action} failed: {cause_of(error)}; intact: {_join(steps)}; "
-                "free space or restore access there, the next save tries again"
+                "free space or restore access there"
             ) from error
 
     @contextmanager

@@ -40,7 +40,8 @@ examples:
   {COMMAND} runs/quickstart/run.json
 
 exit codes: 0 done, 75 stopped and saved, 76 another process lost (with both, run the same command again), 78 data
-damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage.
+damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage,
+84 another start trains this run.
 """
 
 
@@ -218,7 +219,8 @@ def _run_command(argv: Sequence[str]) -> int:
     except JaxinfraError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return _print_error(str(error), error.exit_code)
+        failures_to_close = getattr(error, "__notes__", ())
+        return _print_error("; then ".join((str(error), *failures_to_close)), error.exit_code)
     except Exception as error:
         place = user_code.innermost_place(error)
         if place is None:

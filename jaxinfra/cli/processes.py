@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jaxinfra.cli import config_argument
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.run_dir import join_location, parse_source
 from jaxinfra.runtime.launcher import launch
 from jaxinfra.runtime.local_processes import process_environments
@@ -37,8 +38,22 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     location = _logs_location(options)
     if location is None or not is_remote(location):
         return launch(command, environments, None if location is None else Path(location))
-    with TemporaryDirectory(prefix="jaxinfra-logs-") as folder, Mirror(Path(folder), ObjectStore(location)):
-        return launch(command, environments, Path(folder))
+    with TemporaryDirectory(prefix="jaxinfra-logs-") as folder:
+        # A folder of its own for each start: it may meet another start that goes on, and holds no lease.
+        start = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}"
+        mirror = Mirror(Path(folder), ObjectStore(f"{location}/{start}"))
+        try:
+            return launch(command, environments, Path(folder))
+        finally:
+            _close(mirror)
+
+
+def _close(mirror: Mirror) -> None:
+    """Copies the end of the logs; a failure is only reported, since the exit code is that of the run."""
+    try:
+        mirror.close()
+    except StorageError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def child_command(argv: Sequence[str], devices: str | None) -> list[str]:

@@ -42,6 +42,10 @@ class Appender:
         if self.dropped:
             raise StorageError(f"{self._path}: {self.dropped} records lost because the disk is full; free some space")
 
+    def abandon(self) -> None:
+        """Closes the file without the pending records."""
+        os.close(self._fd)
+
     def _write(self) -> None:
         data = b"".join(self._pending)
         written = 0

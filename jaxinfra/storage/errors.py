@@ -116,6 +116,8 @@ def _fix(where: str, cause: str) -> str:
         return "check the path; if it existed a moment ago, start again"
     if "://" not in where:
         return "correct the path or its permissions, or choose another place"
+    if "RequestTimeTooSkewed" in cause:
+        return "set the clock of this host"
     if _NO_BUCKET.search(cause):
         return "create the bucket or correct the URL"
     if cause.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL", os.strerror(errno.EACCES))):

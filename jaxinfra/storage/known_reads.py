@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import cast
 
+from jaxinfra.storage.location import is_remote
+
 type Answer = bytes | bool
 type KnownReads = dict[str, Answer]
 """Answers by question and URL, such as "read s3://bucket/store/versions.json"."""
@@ -28,7 +30,7 @@ def known_reads(known: KnownReads) -> Iterator[None]:
 def ask_once[A: Answer](question: str, url: str, ask: Callable[[], A]) -> A:
     """Returns the known answer, or that of `ask`, whose errors it passes on."""
     known = _known.get()
-    if known is None or "://" not in url:
+    if known is None or not is_remote(url):
         return ask()
     key = f"{question} {url}"
     if key not in known:

@@ -9,6 +9,8 @@ process has seen no beat for `EXPIRY_S` seconds. Each process measures that time
 
 An owner that was stopped or cut off may not know that it has lost the lease. So whoever publishes something must do it
 in a way that fails for an older token; `Lease.check` alone leaves a gap between the check and the write.
+
+A damaged file counts as one of an owner without a name: it is waited out, and the next token is larger.
 """
 
 import json
@@ -17,15 +19,17 @@ import os
 import socket
 import threading
 import time
+import uuid
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self, override
+from typing import Literal, Self, override
 
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
 from jaxinfra.storage.atomic import create_file, write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
@@ -40,45 +44,64 @@ _FOLDER = "lease"
 _POLL_S = 1.0
 
 _log = logging.getLogger(__name__)
+_held: set[str] = set()  # the ids of the leases that this process holds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """The process that holds a lease, as its file says.
+    """The holder of a lease, as its file says.
 
     Attributes:
-        host: name of its host.
+        id: of this lease; no other has the same.
+        host: name of its host; "" if its file is damaged.
         pid: its process id.
-        process: identifies the process on its host for all time, see `_process_identity`; "" if that is unknown.
+        identity: with the pid, identifies the process for all time, see `_process_identity`; "" if that is unknown.
         since: when it took the lease, in UTC by its own clock; for people only.
+        renewed: when it renewed the lease last, in UTC by its own clock; a hint for people, no lease ends by it.
         beat: number of times that it has renewed the lease.
         released: whether it has given the lease back.
     """
 
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     host: str
     pid: int
-    process: str
+    identity: str
     since: str
+    renewed: str
     beat: int = 0
     released: bool = False
 
     @classmethod
     def this_process(cls) -> Self:
         """Returns this process as an owner."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(host=socket.gethostname(), pid=os.getpid(), process=_process_identity(os.getpid()), since=now)
+        pid, now = os.getpid(), _utc_now()
+        return cls(host=socket.gethostname(), pid=pid, identity=_process_identity(pid), since=now, renewed=now)
+
+    @classmethod
+    def of_damaged(cls, content: bytes) -> Self:
+        """Returns what stands for the owner whose file is damaged; other content is another beat."""
+        return cls(id="", host="", pid=0, identity="", since="", renewed="", beat=zlib.crc32(content))
 
     @property
-    def is_alive(self) -> bool | None:
-        """Whether the process runs; None if it may be on another host."""
-        boot, _, start = self.process.rpartition("/")
-        own_boot = _process_identity(os.getpid()).rpartition("/")[0]
-        if not start or boot != own_boot:
-            return None
-        return _process_identity(self.pid) == self.process
+    def state(self) -> Literal["holds", "ended", "unknown"]:
+        """Whether it holds the lease still; "unknown" if it may run on another host."""
+        boot, _, start = self.identity.rpartition("/")
+        own = _process_identity(os.getpid())
+        if self.released:
+            return "ended"
+        if not start or boot != own.rpartition("/")[0]:
+            return "unknown"
+        if self.pid == os.getpid() and self.identity == own:  # it may have failed to release an earlier lease
+            return "holds" if self.id in _held else "ended"
+        return "holds" if _process_identity(self.pid) == self.identity else "ended"
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it renewed the lease, as far as the clocks of its host and of this one agree."""
+        return time.time() - datetime.fromisoformat(self.renewed).timestamp() if self.renewed else float("inf")
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return f"process {self.pid} on {self.host}, since {self.since}" if self.host else "an owner with a damaged file"
 
 
 class Lease:
@@ -91,94 +114,120 @@ class Lease:
     def __init__(self, files: "_Files", where: str, token: int, owner: Owner, beat_s: float) -> None:
         self.token = token
         self._files, self._where, self._owner, self._beat_s = files, where, owner, beat_s
-        self._lost: ConfigError | None = None
+        self._lost: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ConfigError if this process is known to have lost the lease; accesses no storage."""
+        """Raises RunInUseError if this process is known to have lost the lease; accesses no storage."""
         if self._lost is not None:
             raise self._lost
 
     def check_now(self) -> None:
-        """Raises ConfigError if another process holds the lease now; StorageError if that cannot be found out."""
+        """Raises RunInUseError if this process holds the lease no longer; StorageError if that cannot be found out."""
         self.check()
-        if (newest := self._files.newest()) is not None and newest[0] > self.token:
-            self._lost = ConfigError(
+        newest = self._files.newest()
+        if newest is not None and newest[0] > self.token:
+            self._lost = RunInUseError(
                 f"{self._where}: {newest[1]}, has taken over this run while this process was stopped or cut off; "
                 "leave the run to it"
             )
-            raise self._lost
+        elif (newest is None or newest[0] < self.token) and not self._files.exists(self.token):
+            # Another process may have begun anew, with a smaller token.
+            self._lost = RunInUseError(
+                f"{self._where}: the file of this run's lease, {_FOLDER}/{_file_name(self.token)}, was deleted, so "
+                "another process may train the run; start the same command again if none does"
+            )
+        self.check()
 
     def release(self) -> None:
         """Gives the lease back; a storage failure is only logged, since the lease then ends by itself."""
         self._ended.set()
         self._thread.join()
+        if self._lost is not None:
+            return
         try:
-            self.check_now()
+            with suppress(StorageError):  # the write tells whether the storage is back
+                self.check_now()
             self._files.rewrite(self.token, replace(self._owner, released=True))
-        except (ConfigError, StorageError) as error:
+        except JaxinfraError as error:
             _log.warning("%s", error)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_s):
             try:
                 self.check_now()
-                self._owner = replace(self._owner, beat=self._owner.beat + 1)
+                self._owner = replace(self._owner, beat=self._owner.beat + 1, renewed=_utc_now())
                 self._files.rewrite(self.token, self._owner)
-            except ConfigError:  # `check` raises it in the main thread
-                return
             except StorageError:  # nobody can take the lease while its storage is away
                 continue
+            except Exception as error:  # `check` raises it in the main thread
+                self._lost = error
+                return
 
 
 @contextmanager
-def hold(where: str | Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> Iterator[Lease]:
+def hold(where: str | Path, *, after: int = 0, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> Iterator[Lease]:
     """Takes the lease on a folder or URL within this context.
 
-    Waits up to `expiry_s` for the lease of an owner that may be dead. Raises ConfigError, which names the owner, if
+    Waits up to `expiry_s` for the lease of an owner that may be dead. Raises RunInUseError, which names the owner, if
     that lives, and StorageError if the storage cannot be read or written.
+
+    Args:
+        where: the folder or URL.
+        after: a token that an earlier owner is known to have had; the files of the lease may have been deleted.
+        beat_s: seconds between two beats.
+        expiry_s: seconds without a beat after which a lease ends.
     """
-    lease = _acquire(str(where), beat_s=beat_s, expiry_s=expiry_s)
+    me = Owner.this_process()
+    _held.add(me.id)
     try:
-        yield lease
+        lease = _acquire(str(where), me, after=after, beat_s=beat_s, expiry_s=expiry_s)
+        try:
+            yield lease
+        finally:
+            lease.release()
     finally:
-        lease.release()
+        _held.discard(me.id)
 
 
 def current_owner(where: str | Path) -> Owner | None:
     """Returns the process that holds a lease, as far as one look can tell; None if nobody does.
 
-    An owner on another host counts as alive if its file was written within the last `EXPIRY_S`.
+    An owner on another host counts if it has renewed its lease within the last `EXPIRY_S`, by the clocks of both hosts.
     """
-    files = _files(str(where))
-    if (newest := files.newest()) is None or newest[1].released or newest[1].is_alive is False:
+    newest = _files(str(where)).newest()
+    if newest is None or newest[1].state == "ended":
         return None
-    token, owner = newest
-    return owner if owner.is_alive or files.age_s(token) < EXPIRY_S else None
+    owner = newest[1]
+    return owner if owner.state == "holds" or owner.age_s < EXPIRY_S else None
 
 
-def _acquire(where: str, *, beat_s: float, expiry_s: float) -> Lease:
-    files, me = _files(where), Owner.this_process()
+def _acquire(where: str, me: Owner, *, after: int, beat_s: float, expiry_s: float) -> Lease:
+    files = _files(where)
     seen: tuple[int, Owner] | None = None  # what this process has first seen, and when
     seen_s = time.monotonic()
     while True:
         newest = files.newest()
         is_expired = newest == seen and time.monotonic() - seen_s > expiry_s
-        if newest is None or newest[1].released or newest[1].is_alive is False or is_expired:
-            token = 1 if newest is None else newest[0] + 1
+        if newest is None or newest[1].state == "ended" or is_expired:
+            token = max(after, 0 if newest is None else newest[0]) + 1
             if files.create(token, me):
                 files.delete_older(token)
                 return Lease(files, where, token, me, beat_s)
             continue
         _, owner = newest
-        if owner.is_alive or (seen is not None and newest != seen):
-            raise ConfigError(f"{where}: {owner}, is training this run; wait for it, or use name=ANOTHER")
+        if owner.state == "holds" or (seen is not None and newest != seen):
+            raise RunInUseError(f"{where}: {owner}, is training this run; wait for it, or use name=ANOTHER")
         if seen is None:
             seen, seen_s = newest, time.monotonic()
             _log.warning("%s: held by %s; waiting up to %.0f s for a sign of life", where, owner, expiry_s)
         time.sleep(min(_POLL_S, expiry_s / 4))
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _process_identity(pid: int) -> str:
@@ -201,8 +250,12 @@ class _Files(ABC):
         while tokens := _tokens(self.names()):
             token = max(tokens)
             if (content := self.read(_file_name(token))) is not None:  # else deleted: a newer one has come
-                return token, _parse(_file_name(token), content)
+                return token, _parse(content)
         return None
+
+    def exists(self, token: int) -> bool:
+        """Returns whether a lease has its file. A listing may leave out a file that is being replaced."""
+        return self.read(_file_name(token)) is not None
 
     def create(self, token: int, owner: Owner) -> bool:
         """Writes the file of a new lease; returns False if another process has done so."""
@@ -217,10 +270,6 @@ class _Files(ABC):
         for each in _tokens(self.names()):
             if each < token:
                 self.delete(_file_name(each))
-
-    def age_s(self, token: int) -> float:
-        """Returns the seconds since the last beat, by the clocks of this host and of the file system; 0 if unknown."""
-        return 0.0
 
     @abstractmethod
     def names(self) -> Sequence[str]: ...
@@ -241,12 +290,6 @@ class _Files(ABC):
 class _InFolder(_Files):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-
-    @override
-    def age_s(self, token: int) -> float:
-        with suppress(FileNotFoundError):
-            return time.time() - (self._folder / _file_name(token)).stat().st_mtime
-        return 0.0
 
     @override
     def names(self) -> Sequence[str]:
@@ -319,8 +362,10 @@ def _encode(owner: Owner) -> bytes:
     return json.dumps(asdict(owner)).encode() + b"\n"
 
 
-def _parse(path: object, content: bytes) -> Owner:
+def _parse(content: bytes) -> Owner:
     try:
-        return Owner(**json.loads(content))
+        owner = Owner(**json.loads(content))
+        datetime.fromisoformat(owner.renewed)
     except (ValueError, TypeError):
-        raise ConfigError(f"{path}: not the file of a lease; delete it if no process trains this run") from None
+        return Owner.of_damaged(content)
+    return owner

@@ -77,9 +77,10 @@ class ObjectStore:
 
         return ask_once("exists", self.url_of(name), ask)
 
-    def list_names(self) -> list[str]:
-        """Returns the sorted names of all objects, relative to the store's URL."""
-        return sorted(name.decode() for name in call_storage(self.url, self._objects.list().result))
+    def list_names(self, prefix: str = "") -> list[str]:
+        """Returns the sorted names of all objects that begin with `prefix`, relative to the store's URL."""
+        begun = ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}{chr(ord(prefix[-1]) + 1)}" if prefix else "")
+        return sorted(name.decode() for name in call_storage(self.url, self._objects.list(begun).result))
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raises DataError if an object is missing or its size in bytes differs; reads one byte of each."""
@@ -109,6 +110,19 @@ class ObjectStore:
             return True
         # Another process was faster, or the answer to the first try was lost.
         return call_storage(url, self._objects.read(name).result).value == content
+
+    def generation(self, name: str) -> bytes:
+        """Returns what changes whenever an object is written or deleted; there is one of missing objects, too."""
+        result = call_storage(self.url_of(name), self._objects.read(name, byte_range=slice(0, 0)).result)
+        return result.stamp.generation
+
+    def replace(self, name: str, content: bytes | None, generation: bytes) -> bytes | None:
+        """Replaces an object, or deletes it, if it still has a generation; returns the new one, None if it had another.
+
+        It has another one, too, if the answer to a first try was lost.
+        """
+        write = self._objects.write(name, content, if_equal=generation)
+        return call_storage(self.url_of(name), write.result, writing=True).generation or None
 
     def delete(self, name: str) -> None:
         """Deletes an object, if there is one."""

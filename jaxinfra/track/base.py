@@ -48,6 +48,9 @@ class Tracker:
     def close(self) -> None:
         """Writes what is pending and frees resources; raises StorageError if records were lost."""
 
+    def abandon(self) -> None:
+        """Frees resources and writes nothing, in place of `close`: another start has taken over the run."""
+
 
 class TrackerConfig(Extensible, ABC):
     """The base of your own trackers for `TrackConfig.trackers`: inherit from it with a frozen dataclass."""
@@ -74,3 +77,9 @@ class FileTracker(Tracker):
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+    @override
+    def abandon(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.abandon()

@@ -193,6 +193,10 @@ class ConsoleTracker(Tracker):
         self.close()
         self._console.print(summary_table(values))
 
+    @override
+    def abandon(self) -> None:
+        self.close()
+
     def _line(self, completed_steps: int, cells: Iterable[str], style: str = "") -> None:
         total = str(self._progress.total_steps)
         text = "  ".join([f"step {completed_steps:>{len(total)}}/{total}", *cells])

@@ -116,17 +116,17 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def truncate_metrics(path: Path, start_step: int) -> float:
-    """Drops unreadable lines and lines of steps after `start_step`; returns `time_s` of the last line kept, or 0."""
+    """Drops unreadable lines and lines of steps after `start_step`; returns `time_s` of the last line kept, or 0.
+
+    The file is a new one: what a start that has lost the run still appends goes to the old one.
+    """
     if not path.exists():
         return 0.0
-    old = path.read_bytes()
-    rows = [(line, _parse_line(line)) for line in old.splitlines()]
+    rows = [(line, _parse_line(line)) for line in path.read_bytes().splitlines()]
     if unreadable := sum(row is None for _, row in rows):
         _log.warning("%s: %d unreadable lines dropped; a killed run leaves at most one", path, unreadable)
     kept = [(line, row) for line, row in rows if row is not None and row["step"] <= start_step]
-    new = b"".join(line + b"\n" for line, _ in kept)
-    if new != old:
-        write_bytes_atomic(path, new)
+    write_bytes_atomic(path, b"".join(line + b"\n" for line, _ in kept))
     return next((row["time_s"] for _, row in reversed(kept) if "time_s" in row), 0.0)
 
 

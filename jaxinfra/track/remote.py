@@ -76,7 +76,7 @@ class RemoteTracker(Tracker):
         self._remote, self._path, self._setting, self._announce = remote, path, setting, announce
         self._rows: deque[Row] = deque(maxlen=_MAX_ROWS)
         self._logged = self._sent = 0  # rows
-        self._end: tuple[str, Mapping[str, Any]] = "failed", {}
+        self._end: tuple[str, Mapping[str, Any]] | None = "failed", {}  # None: the remote run goes on without this one
         self._has_rows, self._closing = threading.Event(), threading.Event()
         self._reported = False
         self._thread: threading.Thread | None = None
@@ -124,6 +124,13 @@ class RemoteTracker(Tracker):
         elif waited:
             _log.error("%s: the end of the run was not confirmed%s", self._path, waited)
 
+    @override
+    def abandon(self) -> None:
+        self._end = None
+        self._rows.clear()
+        self._closing.set()
+        self._has_rows.set()
+
     def _run(self, record: Mapping[str, Any], statistics: RunStatistics) -> None:
         """The thread: starts the remote run, sends rows until the end, and finishes it."""
 
@@ -145,7 +152,8 @@ class RemoteTracker(Tracker):
                     return
                 self._sent += len(batch)
             self._closing.wait(_SEND_EVERY_S)
-        self._retry(lambda: self._remote.finish(*self._end))
+        if (end := self._end) is not None:
+            self._retry(lambda: self._remote.finish(*end))
 
     def _retry(self, call: Callable[[], None]) -> bool:
         """Calls until that succeeds; reports the first error. Returns False if it fails after the end of the run."""

@@ -3,11 +3,11 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import JaxinfraError
+from jaxinfra.errors import JaxinfraError, RunInUseError
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.report import write_report
 
@@ -18,10 +18,15 @@ _log = logging.getLogger(__name__)
 
 
 class ReportTracker(Tracker):
-    """Writes report.html from the other files of the run, in a thread, so that no step waits for it."""
+    """Writes report.html from the other files of the run, in a thread, so that no step waits for it.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    Args:
+        run_dir: the folder of the files.
+        check: raises RunInUseError if another start has taken over the run, whose page is not replaced then.
+    """
+
+    def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None) -> None:
+        self._run_dir, self._check = run_dir, check
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -32,11 +37,16 @@ class ReportTracker(Tracker):
 
     @override
     def close(self) -> None:
+        if self._thread is not None:
+            self.abandon()
+            self._write(is_running=False)
+
+    @override
+    def abandon(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._ended.set()
             thread.join()
-            self._write(is_running=False)
 
     def _write(self, *, is_running: bool) -> None:
         if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
@@ -47,7 +57,10 @@ class ReportTracker(Tracker):
         while not self._ended.wait(wait_s):
             start_s = time.monotonic()
             try:
+                self._check()
                 self._write(is_running=True)
+            except RunInUseError:  # the main thread raises it, too
+                return
             except JaxinfraError as error:
                 _log.warning("%s", error)
             wait_s = max(min(2 * wait_s, _EVERY_S), (time.monotonic() - start_s) / _MAX_SHARE)

@@ -88,12 +88,13 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         summary = read_json_object(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).exists() else {}
         last, validations = _read_metrics(folder / METRICS_FILE)
         age_s = _age_s(record) if is_remote(location) else _file_age_s(folder)
+        completed = max(int(last.get("step", 0)), summary.get("steps", 0))
+        state = _state(location, summary, completed)
     except JaxinfraError as error:
         return RunOverview(path=location, state=f"damaged: {error}", age_s=_file_age_s(folder))
-    completed = max(int(last.get("step", 0)), summary.get("steps", 0))
     return RunOverview(
         path=location,
-        state=_state(location, summary, completed),
+        state=state,
         completed_steps=completed,
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
         loss=last.get("loss_mean", last.get("loss")),

@@ -1,7 +1,8 @@
 """Chooses the trackers of a run, and passes metrics to all of them.
 
 A storage failure in `start` ends the run before its first step. Later failures may lose log lines but do not end the
-run: the first of each tracker is reported, the others are counted.
+run: the first of each tracker is reported, the others are counted. A start that has lost its run to another one writes
+nothing any more.
 """
 
 import logging
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, override
 
 from jaxinfra.config.extensible import is_user_class
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.packages import require_optional
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import TrackConfig
@@ -26,10 +27,15 @@ _log = logging.getLogger(__name__)
 
 
 class MultiTracker(Tracker):
-    """Passes everything to each tracker in order; a context manager that closes them."""
+    """Passes everything to each tracker in order; a context manager that closes them.
 
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = tuple(trackers)
+    Args:
+        trackers: the trackers.
+        check: raises RunInUseError if another start has taken over the run; then the trackers are abandoned.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker] = (), check: Callable[[], None] = lambda: None) -> None:
+        self._trackers, self._check = tuple(trackers), check
         self._failures = [0] * len(self._trackers)
 
     @override
@@ -53,15 +59,23 @@ class MultiTracker(Tracker):
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
+        self._check()
         self._each(lambda tracker: tracker.log_summary(values))
 
     @override
     def close(self) -> None:
         """Closes all trackers, even if some raise, then raises the first error."""
+        self._end(lambda tracker: tracker.close())
+
+    @override
+    def abandon(self) -> None:
+        self._end(lambda tracker: tracker.abandon())
+
+    def _end(self, end: Callable[[Tracker], None]) -> None:
         errors: list[Exception] = []
         for i, tracker in enumerate(self._trackers):
             try:
-                tracker.close()
+                end(tracker)
             except Exception as error:
                 errors.append(error)
             if self._failures[i] > 1:
@@ -88,7 +102,11 @@ class MultiTracker(Tracker):
         self._each(lambda tracker: tracker.log_error(error))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = error if isinstance(error, RunInUseError) else self._find_loss()
         try:
+            if lost is not None:
+                self.abandon()
+                return
             try:
                 if error is not None:
                     self.log_error(error)
@@ -98,6 +116,19 @@ class MultiTracker(Tracker):
             if error is None:
                 raise
             _log.exception("a tracker failed to close after the error that ended the run")
+        finally:
+            if error is None and lost is not None:
+                raise lost
+
+    def _find_loss(self) -> RunInUseError | None:
+        """Returns the error of a start that has lost its run."""
+        try:
+            self._check()
+        except RunInUseError as error:
+            return error
+        except StorageError as error:  # the trackers will notice, too
+            _log.warning("%s", error)
+        return None
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         """Calls each tracker; counts failures of storage and of user classes, and reports the first of each tracker."""
@@ -114,18 +145,21 @@ class MultiTracker(Tracker):
                     _log.error(f"{named}; training goes on, further failures are counted", exc_info=a_bug)
 
 
-def make_trackers(config: TrackConfig, run_dir: Path, location: str | None = None) -> MultiTracker:
+def make_trackers(
+    config: TrackConfig, run_dir: Path, location: str | None = None, check: Callable[[], None] = lambda: None
+) -> MultiTracker:
     """Makes the trackers of a run, the report included; `start` opens their files.
 
     Args:
         config: which trackers.
         run_dir: the folder of their files.
         location: where the run is, for people; `run_dir` by default.
+        check: raises RunInUseError if another start has taken over the run.
     """
     trackers: list[Tracker] = []
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir))
-    trackers.append(ReportTracker(run_dir))  # after the tracker that writes what the report is made from
+    trackers.append(ReportTracker(run_dir, check))  # after the tracker that writes what the report is made from
     if config.tensorboard:
         from jaxinfra.track.tensorboard import TensorBoardTracker  # imports slowly, and only process 0 needs it
 
@@ -144,7 +178,7 @@ def make_trackers(config: TrackConfig, run_dir: Path, location: str | None = Non
         trackers.append(ProgressBarTracker(console, location or run_dir))
     elif config.console != "off":
         trackers.append(PlainTextTracker(console, location or run_dir, config.log_every))
-    return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)])
+    return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)], check)
 
 
 def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:

@@ -36,7 +36,7 @@ from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.run_dir import Owned, RunDirectory, join_location, load_params, parse_source
+from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import git_state, package_versions
@@ -54,6 +54,7 @@ from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
+from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
@@ -160,12 +161,14 @@ class Trainer:
             )
             statistics = run_statistics(self.program, dataset.train_units)
             trackers = MultiTracker()
-            if self._is_main:
-                trackers = make_trackers(self.run.track, self.run_dir.path, self.run_dir.location)
+            if owned is not None:
+                location = self.run_dir.location
+                trackers = make_trackers(self.run.track, self.run_dir.path, location, owned.check)
             with trackers as self._trackers, self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
                 self._record = {"init": init_source, **self._make_record(statistics)}
-                if self._is_main:
+                if owned is not None:
+                    owned.check()
                     write_record(self.run_dir.record, self._record)
                 start = {"start_step": self.completed_steps, "total_steps": steps}
                 self._trackers.start(self._record, statistics, **start)
@@ -297,7 +300,7 @@ class Trainer:
             if self._peers.count > 1 and not self.run_dir.is_remote:
                 raise  # the other processes would wait for this one's part of the checkpoint
             if self._is_main:
-                _log.error("%s", error)
+                _log.error("%s; training goes on, the next save tries again", error)
             if force:  # the error may come from the save before, which runs in the background
                 self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import hold
+from jaxinfra.track.jsonl import JsonlTracker
 from tests.refusals import mend, refused
-from tests.tiny_run import Ended, Tiny, contents, launch, summary
+from tests.tiny_run import STEPS, Ended, Tiny, contents, launch, summary
 
 
 def test_missing_store_names_the_command_that_makes_it(tiny: Tiny, tmp_path: Path) -> None:
@@ -191,8 +193,31 @@ def test_two_starts_of_one_run(begun: Tiny) -> None:
     """The second is refused while the first goes on, and touches nothing."""
     with hold(begun.directory()):
         before = contents(begun.runs)
-        refused(begun.launch(), f"/runs/tiny: process {os.getpid()} name=ANOTHER")
+        refused(begun.launch(), f"/runs/tiny: process {os.getpid()} name=ANOTHER", code=84)
         assert contents(begun.runs) == before
+
+
+@pytest.mark.parametrize("at", [7, STEPS])
+def test_a_start_that_loses_its_run_leaves_it_to_the_other(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Another host has taken over the run while this one was stopped, and has trained it to its end."""
+    directory, log = tiny.directory(), JsonlTracker.log
+    other = {"host": "other", "pid": 1, "identity": "", "since": "2026-01-01", "renewed": "2026-01-01", "id": "other"}
+
+    def log_late(self: JsonlTracker, step: int, metrics: Mapping[str, float]) -> None:
+        if step == at and "loss" in metrics:
+            (directory / "lease/00000002.json").write_text(json.dumps(other))
+            for name in ("run.json", "summary.json", "report.html"):
+                (directory / name).write_text("of the other")
+        log(self, step, metrics)
+
+    monkeypatch.setattr(JsonlTracker, "log", log_late)
+    refused(tiny.launch("track.console=off"), f"{directory} other taken over", code=84)
+    for name in ("run.json", "summary.json", "report.html"):
+        assert (directory / name).read_text() == "of the other"
+    steps = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert max(steps, default=0) < at
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tiny: Tiny) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,10 @@ def test_runs_shows_the_state_of_each(begun: Tiny, capsys: pytest.CaptureFixture
     assert list_runs(begun.runs)[0].state == "interrupted"
     (directory / "summary.json").write_text('{"status": "failed", "error": "step 99: loss is nan"}')
     assert list_runs(begun.runs)[0].state == "failed"
+    shutil.rmtree(directory / "lease")
+    (directory / "lease").touch()
+    assert list_runs(begun.runs)[0].state.startswith("damaged: "), "one such run does not hide the others"
+    (directory / "lease").unlink()
     (directory / "run.json").write_text("{")
     assert list_runs(begun.runs)[0].state.startswith("damaged: ")
     assert main(["runs", str(begun.runs)]) == 0

@@ -12,8 +12,10 @@ import pytest
 
 from jaxinfra.cli import processes
 from jaxinfra.cli.main import parse_command_line
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, PeerLostError, Preempted
+from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises, refused
+from tests.servers.fixtures import Server
 from tests.tiny_run import Tiny, ended, launch, start
 
 
@@ -78,6 +80,28 @@ def test_an_error_of_all_processes_is_one_line(tiny: Tiny, tmp_path: Path, repo_
         log = (tiny.directory("failed") / "logs" / f"rank-{rank}.log").read_text()
         assert message in log
         assert f"-m launch {' '.join(words[:2])} name=failed --devices cpu:1\n" in log
+
+
+def test_logs_in_a_bucket(server: Server, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start has its own, also one that is refused or evaluates. The exit code is that of the run."""
+    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
+    url = server.new_url()
+    words = ("--processes", "2", "--devices", "cpu:2", f"root={url}")
+    for number, code in enumerate((0, PeerLostError.exit_code, Preempted.exit_code)):
+
+        def launch(command: object, environments: object, logs: Path, number: int = number, code: int = code) -> int:
+            (logs / "rank-0.log").write_text(f"start {number}\n")
+            server.faults.down = number == 2
+            return code
+
+        monkeypatch.setattr(processes, "launch", launch)
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)  # the starts are of one process here
+        done = tiny.launch(*words)
+        assert done.code == code
+    names(done.err.removesuffix("\n"), f"warning: {url}/tiny/logs/ rank-0.log")
+    server.faults.down = False
+    store = ObjectStore(f"{url}/tiny/logs")
+    assert [store.read(name) for name in store.list_names()] == [b"start 0\n", b"start 1\n"]
 
 
 @pytest.mark.slow(20)

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
+from jaxinfra.cli import models
+from jaxinfra.errors import NonFiniteError, StorageError
+from jaxinfra.storage.closing import ClosedOnExit
 from tests.refusals import names, refused
-from tests.tiny_run import STEPS, Tiny
+from tests.tiny_run import STEPS, Tiny, launch
 
 
 @pytest.fixture
@@ -42,16 +45,31 @@ def test_one_save_fails(tiny: Tiny, full_at, caplog: pytest.LogCaptureFixture) -
         ended = tiny.launch("track.console=off")
     assert (ended.code, tried, saved(tiny.directory())) == (0, [5, 10, STEPS], [10, STEPS])
     (message,) = caplog.messages
-    names(message, f"{tiny.directory()}/checkpoints/5: No space left")
+    names(message, f"{tiny.directory()}/checkpoints/5: No space left next save")
 
 
 def test_every_save_fails(tiny: Tiny, full_at, caplog: pytest.LogCaptureFixture) -> None:
     """The last one is tried twice; then the run ends with the error, and its metrics are whole."""
     tried = full_at(5, 10, STEPS)
     ended = tiny.launch("track.console=off")
-    refused(ended, f"{tiny.directory()}/checkpoints/{STEPS}: No space left", code=82)
+    assert "next save" not in refused(ended, f"{tiny.directory()}/checkpoints/{STEPS}: No space left", code=82)
     assert tried == [5, 10, STEPS, STEPS]
     assert set(tiny.losses()) == set(range(1, STEPS + 1))
+
+
+def test_a_failure_to_close_is_told_with_the_error_before_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint before step 7, which diverges, cannot be completed."""
+
+    class Closing(ClosedOnExit):
+        def close(self) -> None:
+            raise StorageError("runs/tiny/checkpoints/5: No space left")
+
+    def run(*arguments: object) -> int:
+        with Closing():
+            raise NonFiniteError("step 7: loss is nan")
+
+    monkeypatch.setattr(models, "run", run)
+    refused(launch("models"), "step 7: loss is nan; runs/tiny/checkpoints/5: No space left", code=80)
 
 
 def test_goes_on_from_the_last_good_one(tiny: Tiny, full_at, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,6 +390,12 @@ def test_a_failure_of_storage_is_one_line(error, cause, monkeypatch):
     assert "\n" not in str(caught.value) and cause_of(error) == cause
 
 
+def test_a_clock_that_is_off_is_named():
+    """S3 refuses requests with such a time, which TensorStore retries as if it was busy."""
+    error = ValueError("ABORTED: All 12 retry attempts failed: RequestTimeTooSkewed: The difference is too large.")
+    assert "clock of this host" in str(classify_error("s3://b/x", error))
+
+
 def test_other_exceptions_pass_and_what_is_missing_is_an_error_of_the_config():
     for error in (ValueError("X: y"), RuntimeError("x"), DataError("x")):
         with pytest.raises(type(error)) as caught, storage_errors("x"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra import packages
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.track import remote
 from jaxinfra.track.config import Mlflow, TrackConfig, Wandb
 from jaxinfra.track.remote import RemoteRun, RemoteTracker, remote_id
@@ -115,6 +115,15 @@ def test_an_error_that_ends_the_run_ends_the_remote_run_as_failed() -> None:
     with pytest.raises(KeyError), MultiTracker([started(server)]):
         raise KeyError("of the run")
     assert server.status == "failed"
+
+
+def test_a_run_that_another_start_has_taken_over_goes_on_remotely() -> None:
+    server = Server()
+    with pytest.raises(RunInUseError), MultiTracker([tracker := started(server)]):
+        raise RunInUseError("taken over")
+    assert tracker._thread is not None
+    tracker._thread.join(20)
+    assert not tracker._thread.is_alive() and server.status == ""
 
 
 def test_the_id_of_a_remote_run_is_kept_for_its_target(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
+import json
+
 import pytest
 
+from jaxinfra.errors import RunInUseError
+from jaxinfra.storage import lease
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from tests.refusals import problem
+from tests.tiny_run import contents
 from tests.track import demo
+from tests.track.test_report import record
 
 
 class Noting:
@@ -51,6 +57,31 @@ def test_the_error_of_the_run_is_not_replaced_by_one_of_a_tracker(caplog):
     with pytest.raises(KeyError), MultiTracker([Noting("a", [], ValueError("closing"))]):
         raise KeyError("of the run")
     assert "closing" in caplog.text
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), RunInUseError("taken over")], ids=str)
+def test_a_start_that_has_lost_its_run_writes_nothing(tmp_path, monkeypatch, error):
+    """It was stopped while another start has trained to the end."""
+    monkeypatch.setattr(lease, "_process_identity", lambda pid: "")
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    config = TrackConfig(tensorboard=False, console="off")
+    with lease.hold(tmp_path, beat_s=1000) as old_lease:
+        old = make_trackers(config, tmp_path, check=old_lease.check_now)
+        old.start({}, {}, start_step=0, total_steps=9)
+        old.log(5, {"loss": 1.0})
+        with lease.hold(tmp_path, beat_s=0.1, expiry_s=0.5) as new_lease:
+            with make_trackers(config, tmp_path, check=new_lease.check_now) as new:
+                new.start({}, {}, start_step=5, total_steps=9)
+                new.log(6, {"loss": 0.9})
+                new.log_summary({"status": "finished", "steps": 9})
+            before = contents(tmp_path)
+            with pytest.raises(RunInUseError if error is None else type(error)), old:
+                old.log(6, {"loss": 0.95})
+                if error is not None:
+                    raise error
+                old.log_summary({"status": "finished", "steps": 9})
+            assert contents(tmp_path) == before
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.9]
 
 
 def test_failing_storage_is_said_once_and_the_next_tracker_still_gets_its_metrics(caplog):

@@ -14,8 +14,8 @@ from jaxinfra.errors import PeerLostError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.run_dir import load_params
 from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.trained_params import load_params
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, ended
 

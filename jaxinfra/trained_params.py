@@ -1,0 +1,62 @@
+"""Restores the parameters of a trained run, to evaluate them, to sample from them, or to start another run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.errors import CheckpointError
+from jaxinfra.program import Program
+from jaxinfra.run_dir import RunDirectory, parse_source
+from jaxinfra.runtime.peers import current_peers
+from jaxinfra.track.runs import no_run_error
+
+
+class TrainedParams(NamedTuple):
+    """Parameters of a run, with their origin.
+
+    Attributes:
+        params: the parameters after `step`, averaged if the run keeps an average.
+        step: number of completed steps.
+        fingerprint: fingerprint of the run's config.
+    """
+
+    params: Any
+    step: int
+    fingerprint: str
+
+
+def load_params(source: str | Path, program: Program) -> TrainedParams:
+    """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
+
+    `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500. Raises
+    ConfigError if there is no run, or if a parameter differs (it names the first one), and CheckpointError if no
+    checkpoint can be read.
+    """
+    location, step = parse_source(source)
+    directory = RunDirectory(location)
+    record = directory.existing_record()
+    if not record:
+        raise no_run_error(location)
+    missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
+    if not directory.has_checkpoints():
+        raise CheckpointError(f"{missing} yet; train until the first one is saved")
+    with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
+        # That run may still be training: all processes take the checkpoint that process 0 sees.
+        step = current_peers().broadcast(checkpoints.latest_step() if step is None else step)
+        if step is None or step not in checkpoints.all_steps():
+            available = ", ".join(map(str, checkpoints.all_steps())) or "none"
+            raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
+        if _recorded(record, "optim", "ema_decay") is not None:
+            params = checkpoints.restore_params(step, program.averaged_params, subtree="ema")
+        else:
+            dtype = _recorded(record, "precision", "params") or "float32"
+            params = checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params")
+    return TrainedParams(params, step, record.get("fingerprint", ""))
+
+
+def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:
+    """Returns a field of the config in a run record; None if the record has none."""
+    config = record.get("config")
+    fields = config.get(part) if isinstance(config, dict) else None
+    return fields.get(field) if isinstance(fields, dict) else None
