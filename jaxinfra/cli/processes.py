@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jaxinfra.cli import config_argument
+from jaxinfra.cli import bench, config_argument
 from jaxinfra.errors import ConfigError
 from jaxinfra.run_dir import join_location, parse_source
 from jaxinfra.runtime.launcher import launch
@@ -29,6 +29,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None:
             option = f"--{name.replace('_', '-')} {value}"
             raise ConfigError(f"{option}: is for one of several processes, --processes starts all; leave out one")
+    if options.command == "bench":
+        bench.check_options(options)
     environments = process_environments(options.processes, options.devices)
     devices = options.devices
     if "JAX_NUM_CPU_DEVICES" in environments[0]:
