@@ -102,6 +102,9 @@ class TestSlurm:
             printed = re.split(r"^(?:new run|resuming) ", log.read_text(), flags=re.MULTILINE)[start]
             assert len(re.findall(r"^step ", printed, re.MULTILINE)) > 9
 
+        def ended() -> None:
+            assert not slurm("squeue", "--noheader")
+
         job = slurm("sbatch", "--parsable", f"--output={log}", str(tmp_path / "story.sh")).strip()
         try:
             wait_until(lambda: trained(1), (AssertionError, IndexError, OSError), log)
@@ -111,7 +114,9 @@ class TestSlurm:
             os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
             wait_until(lambda: trained(3), (AssertionError, IndexError), log)
         finally:
+            slurm("scancel", "--full", "--signal=KILL", job)
             slurm("scancel", job)
+            wait_until(ended, (AssertionError,), log)  # else its processes outlive the cluster
 
 
 @pytest.mark.slow(3)
