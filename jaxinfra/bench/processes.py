@@ -152,7 +152,7 @@ def start_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     yield _row("process start to end of first step, warm compile cache", times_s["several"], times_s["one"], "s")
 
 
-def loss_rows(options: argparse.Namespace) -> Iterator[TableRow]:
+def kill_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times how long the other process takes to leave after a SIGKILL, and the restart up to the next step."""
     left_s: dict[int, list[float]] = {index: [] for index in range(NUM_DEVICES)}
     restarts_s: Times = {"several": [], "one": []}
@@ -160,7 +160,7 @@ def loss_rows(options: argparse.Namespace) -> Iterator[TableRow]:
         for number in range(1 + min(options.pairs, MAX_ROUNDS)):
             for index in range(NUM_DEVICES):
                 training = _Training(options, folder, f"lost-{index}-{number}")
-                elapsed_s = _time_loss(training, index)
+                elapsed_s = _time_kill(training, index)
                 restart_s = _time_restart(training, NUM_DEVICES)
                 if number > 0:
                     left_s[index].append(elapsed_s)
@@ -174,7 +174,7 @@ def loss_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     yield _row("restart after a SIGKILL to the next step", restarts_s["several"], restarts_s["one"], "s")
 
 
-def _time_loss(training: _Training, index: int) -> float:
+def _time_kill(training: _Training, index: int) -> float:
     with training.started(NUM_DEVICES) as children:
         training.wait_for_step(children[0], STEPS_BEFORE_KILL)
         killed_s = time.perf_counter()
@@ -198,7 +198,7 @@ def _time_restart(training: _Training, count: int) -> float:
     return elapsed_s
 
 
-CASES: Cases = {"step": step_rows, "start": start_rows, "loss": loss_rows}
+CASES: Cases = {"step": step_rows, "start": start_rows, "kill": kill_rows}
 
 
 def run(options: argparse.Namespace) -> BenchmarkResult:

@@ -13,7 +13,9 @@ from pathlib import Path
 from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
 
-CONFIG_HELP = "a config file, or the directory of a run (or its run.json)"
+CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
+RUN_HELP = "directory or URL of a run, such as runs/quickstart"
+CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of step 200"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
 DEFAULT_PAIRS = 15  # timed rounds of a benchmark
 
@@ -39,8 +41,8 @@ BENCHES = {
         options=("config", "pairs"),
     ),
     "processes": BenchmarkSpec(
-        summary="2 processes with a device each against 1 process with 2: step, start, loss of a process, restart",
-        parts=("step", "start", "loss"),
+        summary="2 processes with a device each against 1 process with 2: step, start, a killed process, restart",
+        parts=("step", "start", "kill"),
         options=("config", "pairs"),
     ),
     "slices": BenchmarkSpec(
@@ -179,7 +181,7 @@ def _add_data_peek(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=CHECKPOINT_HELP)
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     most = "maximum number of tokens to decode (default %(default)s)"
     _add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
@@ -192,19 +194,18 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    what = "directory of a run, such as runs/quickstart, or runs/quickstart@200 for the checkpoint of step 200"
-    parser.add_argument("run_dir", metavar="RUN_DIR", help=what)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=CHECKPOINT_HELP)
     example = "mesh.fsdp=4 or train.eval_samples=100"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"overrides of its config, such as {example}")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the metrics as JSON")
+    parser.add_argument("--json", metavar="FILE", help="also write the metrics as JSON, to a file or URL")
     _add_imports(parser)
     _add_processes(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="directory of a run, such as runs/quickstart")
-    page = "where to write the page (default: report.html in the run, or comparison.html beside the first of several)"
-    parser.add_argument("--output", metavar="PAGE", type=Path, help=page)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+    page = "file or URL of the page (default: report.html in the run, or comparison.html beside the first of several)"
+    parser.add_argument("--output", metavar="PAGE", help=page)
 
 
 def _add_diff(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +268,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("data show", _add_data_show, "print the counts, lengths, versions and samples of a store"),
     ("data verify", _add_store, "read a whole store and check the hash of every block"),
     ("data peek", _add_data_peek, "print the batch of one step and process"),
-    ("sample", _add_sample, "continue a text with the newest checkpoint of a run"),
+    ("sample", _add_sample, "continue a text with a checkpoint of a run, the newest by default"),
     ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
@@ -280,5 +281,7 @@ JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
 """The commands that several processes run together; they have the options of `_add_processes`."""
 DEVICE_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
 """The commands that compute on devices."""
+DEVICE_OPTIONS = ("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout")
+"""Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}

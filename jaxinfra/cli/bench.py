@@ -29,12 +29,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for parts and options of other benchmarks, StorageError if --json cannot be written."""
     name, bench, peers = options.name, BENCHES[options.name], current_peers()
-    if peers.count > 1 and "processes" not in bench.options:
-        raise ConfigError(f"bench {name}: runs in one process, found {peers.count}; start it once, without --processes")
+    count = max(peers.count, options.processes)
+    if count > 1 and "processes" not in bench.options:
+        raise ConfigError(f"bench {name}: runs in one process, found {count}; start it once, without --processes")
     for part in options.only or ():
         if part not in bench.parts:
             raise ConfigError(f"--only {part}: bench {name} has no such part; use one of {', '.join(bench.parts)}")
-    allowed = (*bench.options, *(["devices"] if peers.count > 1 else []))  # each process has its share of them
+    allowed = (*bench.options, *(["devices"] if count > 1 else []))  # each process has its share of them
     for option in ("config", "pairs", "against", "devices", "tokens", "text"):
         value = getattr(options, option)
         if value is not None and option not in allowed:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.text import Text
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.cli import output_file
 from jaxinfra.config import load
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import TrainState
@@ -18,7 +19,6 @@ from jaxinfra.run_dir import RunDirectory, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
-from jaxinfra.storage import outputs
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
 from jaxinfra.track.runs import record_of
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Evaluates in all processes; process 0 prints the metrics, and the baselines if the data has some."""
     is_main = current_peers().index == 0
     if options.json is not None and is_main:
-        outputs.check_writable(options.json)
+        output_file.check_writable(options.json)
     path, _ = parse_source(options.run_dir)
     trainer = Trainer(load(record_of(path), options.overrides, Run, options.imports))
     with read_by_first(current_peers()):
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         result = _result(trainer, path, step, values) | {"data": dataset.fingerprint} | {"fingerprint": fingerprint}
         _print(result)
         if options.json is not None:
-            outputs.write_text(options.json, json.dumps(result, indent=2) + "\n")
+            output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 

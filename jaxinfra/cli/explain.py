@@ -5,13 +5,21 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
+from jaxinfra.cli.arguments import DEVICE_OPTIONS
 from jaxinfra.command import COMMAND
 from jaxinfra.config.explain import Field, fields_below, find
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
+from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run
 
 _MAX_WIDTH = 110  # characters of a line
+_NEW_RUN = "another value starts another run, in a directory of its own"
+_RESUME = {  # fields of a run that are not in its fingerprint, but say which run it is
+    "name": _NEW_RUN,
+    "root": _NEW_RUN,
+    "init": "may not change when a run resumes: it has started from these parameters",
+}
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -25,6 +33,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         print("\nImageSet: a recipe of images, with these fields besides the common ones", *only, sep="\n")
         print(f"\nA field in full: {COMMAND} explain optim.peak_lr. All of them: docs/configs.md.")
         return 0
+    if (option := options.field.replace("_", "-")) in DEVICE_OPTIONS:
+        raise ConfigError(f"{options.field}: is no config field but the option --{option}; see docs/run-on.md")
     same: dict[tuple[str, ...], list[Field]] = {}  # a field of several classes is explained once
     for field in find(_roots(), options.field):
         same.setdefault((field.path, field.allowed, field.default, field.meaning), []).append(field)
@@ -60,7 +70,8 @@ def describe_field(fields: Sequence[Field], width: int) -> list[str]:
     lines += textwrap.wrap(field.meaning, width, initial_indent="  meaning  ", subsequent_indent=" " * 11)
     lines.append(f"  class    {', '.join(class_name(each.owner) for each in fields)}")
     if not field.in_fingerprint:
-        lines.append("  resume   may change when a run resumes: its losses stay the same but for rounding")
+        resume = "may change when a run resumes: its losses stay the same but for rounding"
+        lines.append(f"  resume   {_RESUME.get(field.path, resume) if field.owner is Run else resume}")
     for name, cls in field.options.items():
         lines += ["", f"{field.path}={name}" if is_choice(field.field.annotation) else f"fields of {field.path}"]
         lines += [_line(each, "  ", width) for each in fields_below(cls, field)] or ["  none"]

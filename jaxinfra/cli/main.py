@@ -37,11 +37,15 @@ examples:
   {COMMAND} data peek configs/quickstart.py --step 1234 --rank 3 --of 8
   {COMMAND} sample runs/quickstart "def main("
   {COMMAND} evaluate runs/quickstart mesh.fsdp=4 --devices cpu:4
+  {COMMAND} configs/quickstart.py --processes 2 --devices cpu:2
+  {COMMAND} configs/story.py root=s3://BUCKET/runs
+  {COMMAND} bench processes
   {COMMAND} runs/quickstart/run.json
 
-exit codes: 0 done, 75 stopped and saved, 76 another process lost (with both, run the same command again), 78 data
-damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 no storage,
-84 another start trains this run.
+exit codes: 0 done, 1 a bug, 2 wrong usage, 75 stopped and saved, 76 another process lost (with both, run the same
+command again), 78 data damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or
+mesh, 82 no storage, 84 another start trains this run, 130 interrupted. docs/exit-codes.md
+says what to do.
 """
 
 

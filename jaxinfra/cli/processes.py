@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jaxinfra.cli import config_argument
+from jaxinfra.cli import bench, config_argument
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.run_dir import join_location, parse_source
 from jaxinfra.runtime.launcher import launch
@@ -30,6 +30,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None:
             option = f"--{name.replace('_', '-')} {value}"
             raise ConfigError(f"{option}: is for one of several processes, --processes starts all; leave out one")
+    if options.command == "bench":
+        bench.check_options(options)
     environments = process_environments(options.processes, options.devices)
     devices = options.devices
     if "JAX_NUM_CPU_DEVICES" in environments[0]:

@@ -3,14 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from jaxinfra.cli import output_file
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import current_owner
-from jaxinfra.storage.location import is_remote
-from jaxinfra.storage.objects import ObjectStore
-from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, RunFiles, read_run, render_report, write_page
+from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, RunFiles, read_run, render_report
 from jaxinfra.track.runs import local_files, no_run_error
 
 
@@ -24,12 +22,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         runs = [replace(run, name=location) for run, location in zip(runs, locations, strict=True)]
     folder, _, _ = locations[0].rpartition("/")
     default = f"{locations[0]}/{REPORT_FILE}" if len(runs) == 1 else f"{folder or '.'}/comparison.html"
-    path = str(options.output or default)
-    if is_remote(path):
-        parent, _, name = path.rpartition("/")
-        ObjectStore(parent).write(name, render_report(runs).encode())
-    else:
-        write_page(runs, Path(path))
+    path = options.output or default
+    output_file.write_text(path, render_report(runs))
     print(f"wrote {path}; open it in a browser")
     return 0
 

@@ -1,4 +1,4 @@
-"""`python -m launch sample RUN_DIR PROMPT`: continues a text with the newest checkpoint of a run."""
+"""`python -m launch sample RUN_DIR PROMPT`: continues a text with a checkpoint of a run."""
 
 import argparse
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ A config file is Python with `def config()`. It may import modules from its fold
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
@@ -81,6 +82,7 @@ def load_file[C](
         StorageError: if the file cannot be read.
     """
     run: Any
+    _check_no_step(source)
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
     if is_remote(source):
         url = os.fspath(source).rstrip("/")
@@ -108,6 +110,14 @@ def similar_run(path: Path) -> Path | None:
     records = path.parent.glob(f"{escape(path.name)}*/{RECORD_FILE}") if path.name else ()
     newest = max(records, key=lambda record: record.stat().st_mtime, default=None)
     return newest and newest.parent
+
+
+def _check_no_step(source: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for `RUN@STEP`, which names a checkpoint."""
+    location = os.fspath(source)
+    run, at, step = location.rpartition("@")
+    if at and re.fullmatch("[0-9]+", step) and (is_remote(location) or not os.path.exists(location)):
+        raise ConfigError(f"{location}: names a checkpoint, and all checkpoints of a run have one config; use {run}")
 
 
 def _require_config_file(path: Path) -> None:

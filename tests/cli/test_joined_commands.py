@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.bench import PARITY_CONFIGS
+from jaxinfra.cli import processes
 from jaxinfra.cli.arguments import COMMANDS, JOINING_COMMANDS
 from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import names, refused
+from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, contents, ended, launch, start, summary
 
@@ -60,6 +62,13 @@ def test_evaluate_another_step_on_fewer_samples(trained: Path, tmp_path: Path) -
         losses.append(json.loads(file.read_text())["validation"]["loss"])
     assert losses[1] == pytest.approx(logged[12], rel=1e-6) and logged[10] < losses[0] < logged[5]
     assert losses[2] not in losses[:2] and "3 validation samples" in done.out
+
+
+def test_evaluate_writes_into_a_bucket(trained: Path, s3: Server) -> None:
+    url = f"{s3.new_url()}/found.json"
+    done = launch("evaluate", f"{trained}@6", "train.eval_samples=3", "--json", url)
+    assert done.code == 0, done
+    assert json.loads(s3.get(url))["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -138,13 +147,18 @@ def test_bench_step_in_processes(tmp_path: Path) -> None:
     assert row["case"] == "step, float32, fsdp=2, 2 processes" and done.out.count(row["case"]) == 1
 
 
+@pytest.mark.parametrize("name", ["data", "slices"])
+def test_bench_refuses_processes_before_it_starts_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "launch", None)
+    refused(launch("bench", name, "--processes", "2"), f"bench {name} 2 --processes")
+
+
 @pytest.mark.slow(15)
-@pytest.mark.parametrize(("words", "named"), [("data", "bench data 2"), ("step --only start", "--only start float32")])
-def test_bench_refuses_processes(words: str, named: str) -> None:
-    done = ended(start("bench", *words.split(), "--processes", "2"))
+def test_bench_step_refuses_a_part_in_processes() -> None:
+    done = ended(start("bench", "step", "--only", "start", "--processes", "2"))
     assert done.code == 81
     (line,) = (line for line in done.err.splitlines() if re.match(r"(\[\d\] )?error: ", line))
-    names(line, named)
+    names(line, "--only start float32")
 
 
 @pytest.mark.slow(15)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfra.cli.arguments import DEVICE_OPTIONS
 from jaxinfra.cli.main import main
 from jaxinfra.models.catalog import catalog
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.runs import list_runs
-from tests.refusals import refused
+from tests.refusals import names, refused
 from tests.tiny_run import Tiny, launch
 
 
@@ -43,6 +44,19 @@ def test_explain_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "optim.peak_lr = 0.0003" in printed and "float above 0" in printed and "highest learning rate" in printed
     refused(launch("explain", "optim.shedule"), "optim.shedule optim.schedule")
+
+
+@pytest.mark.parametrize(("field", "named"), [("root", "another"), ("init", "may not"), ("mesh.fsdp", "may change")])
+def test_explain_says_what_a_resume_may_change(field: str, named: str) -> None:
+    (line,) = (line for line in launch("explain", field).out.splitlines() if line.startswith("  resume"))
+    names(line, named)
+
+
+def test_explain_names_the_option_of_a_command() -> None:
+    shown = launch("train", "--help").out
+    for option in DEVICE_OPTIONS:
+        assert f"--{option} " in shown
+        refused(launch("explain", option.replace("-", "_")), f"--{option} docs/run-on.md")
 
 
 def test_explain_knows_the_fields_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +120,8 @@ def test_a_run_directory_stands_for_its_record(begun: Tiny, capsys: pytest.Captu
     assert main(["show", str(directory), "--changed"]) == 0
     printed = capsys.readouterr().out
     assert "train.steps = " in printed and "seed = " not in printed
+    for command in (("diff", f"{directory}@10", str(directory)), ("show", f"{directory}@10")):
+        refused(launch(*command), f"{directory}@10 use {directory}")
     refused(launch("show", str(begun.runs)), f"{begun.runs} run.json")
 
 

@@ -7,6 +7,7 @@ from html import escape
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.jsonl import JsonlTracker, read_samples
 from tests.refusals import refused
+from tests.servers.fixtures import Server
 from tests.tiny_run import Tiny, launch, summary
 from tests.track.test_report import make, record
 
@@ -35,6 +36,14 @@ def test_several_runs(tmp_path):
     make(tmp_path / "again", 12, record(config={"name": "a"}))
     assert launch("report", runs[0], str(tmp_path / "again"), "--output", str(other)).code == 0
     assert f">{tmp_path / 'a'}, {tmp_path / 'again'}</h1>" in other.read_text()
+
+
+def test_a_page_in_a_bucket(tmp_path, s3: Server):
+    make(tmp_path / "run", 12)
+    url = f"{s3.new_url()}/page.html"
+    assert launch("report", str(tmp_path / "run"), "--output", url).out == f"wrote {url}; open it in a browser\n"
+    assert s3.get(url) == (tmp_path / "run" / "report.html").read_bytes()
+    refused(launch("report", str(tmp_path / "run"), "--output", "s3://bucket"), "s3://bucket: s3://BUCKET/FILE")
 
 
 def test_bad_input(tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,12 +15,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.servers.guard import free_ports
+from tests.servers.guard import free_ports, wait_until
 from tests.servers.slurm import PROGRAMS, slurm
 from tests.tiny_run import Tiny, summary
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
+PAGE = (ROOT / "docs/run-on.md").read_text()
+LONG = ("train.steps=100000", "train.eval_every=none", "track.tensorboard=false")
 PROGRAM = (sys.executable, "-m", "tests.runtime.joins")
 MPIRUN = ("mpirun.openmpi", "--allow-run-as-root", "-n", "2")
 
@@ -79,6 +83,40 @@ class TestSlurm:
         assert [each["index"] for each in found] == [0, 1, 2]
         assert all(each["count"] == 3 and each["coordinator"].startswith("127.0.0.1:") for each in found)
         assert all(each["hosts"] == [f"127.0.0.{node}" for node in nodes] for each in found)
+
+    @pytest.mark.slow(40)
+    def test_the_script_of_the_page_starts_again(self, cluster: Mapping[str, str], tiny: Tiny, tmp_path: Path) -> None:
+        """After SIGTERM, and after a process was killed, the job is queued again and resumes."""
+        (script,) = re.findall(r"^```bash\n(#!/bin/bash\n#SBATCH.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+        words = (str(tiny.config), "name=job", "mesh.fsdp=2", *LONG)
+        script = re.sub(r"srun (.*) configs/story.py .*", rf"srun \1 {' '.join(words)} --devices cpu:1", script)
+        script = re.sub(r"--nodes=4(.*) --gpus-per-node=8 --cpus-per-task=32 --time=\S+", r"--nodes=2\1", script)
+        (tmp_path / "story.sh").write_text(script)
+        environment = {**cluster, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_NUM_CPU_DEVICES": "1"}
+        log = tmp_path / "job.out"
+
+        def slurm(*command: str) -> str:
+            return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+        def trained(start: int) -> None:
+            printed = re.split(r"^(?:new run|resuming) ", log.read_text(), flags=re.MULTILINE)[start]
+            assert len(re.findall(r"^step ", printed, re.MULTILINE)) > 9
+
+        def ended() -> None:
+            assert not slurm("squeue", "--noheader")
+
+        job = slurm("sbatch", "--parsable", f"--output={log}", str(tmp_path / "story.sh")).strip()
+        try:
+            wait_until(lambda: trained(1), (AssertionError, IndexError, OSError), log)
+            slurm("scancel", "--signal=TERM", job)
+            wait_until(lambda: trained(2), (AssertionError, IndexError), log)
+            (lease,) = (tiny.directory("job") / "lease").glob("*.json")
+            os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
+            wait_until(lambda: trained(3), (AssertionError, IndexError), log)
+        finally:
+            slurm("scancel", "--full", "--signal=KILL", job)
+            slurm("scancel", job)
+            wait_until(ended, (AssertionError,), log)  # else its processes outlive the cluster
 
 
 @pytest.mark.slow(3)
