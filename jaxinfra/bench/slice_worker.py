@@ -20,7 +20,7 @@ from jaxinfra.config import load, validate
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.runtime.peers import join
+from jaxinfra.runtime.join import join
 from jaxinfra.runtime.processes import Processes
 
 COUNT = 2

@@ -15,16 +15,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from jaxinfra import __version__, user_code
+from jaxinfra import __version__
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
 from jaxinfra.runtime.host_memory import keep_freed_memory
-from jaxinfra.runtime.peers import current_peers, join
+from jaxinfra.runtime.join import join
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.user_code import ending_of
 
 EPILOG = f"""\
 examples:
@@ -191,8 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code = _run_command(argv)
         sys.stdout.flush()
         if current_peers().count > 1 and exit_code not in (0, Preempted.exit_code):
-            sys.stderr.flush()
-            os._exit(exit_code)  # JAX would wait for the other processes
+            current_peers().exit(exit_code)  # JAX would wait for the other processes
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 1  # as rich does
@@ -220,12 +221,12 @@ def _run_command(argv: Sequence[str]) -> int:
             traceback.print_exc()
         return _print_error(str(error), error.exit_code)
     except Exception as error:
-        place = user_code.innermost_place(error)
-        if place is None:
+        code, line = ending_of(error)
+        if code == 1:  # a bug
             raise
         if "--debug" in argv:
             traceback.print_exc()
-        return _print_error(f"{place}: {type(error).__name__}: {error}; fix this line", ConfigError.exit_code)
+        return _print_error(line, code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -3,12 +3,12 @@
 import glob
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.peer_connection import free_port
 from jaxinfra.runtime.platforms import default_platform
 
 _LOOPBACK = "127.0.0.1"
@@ -39,7 +39,7 @@ def process_environments(num_processes: int, devices: str | None) -> list[dict[s
             f"--processes {num_processes}: one process drives all {platform} devices of a host; leave out --processes, "
             f"or use --devices cpu:{num_processes}"
         )
-    coordinator = f"{_LOOPBACK}:{_free_port()}"
+    coordinator = f"{_LOOPBACK}:{free_port(_LOOPBACK)}"
     return [
         dict(zip(_OF_ONE_PROCESS, (coordinator, str(num_processes), str(rank)), strict=True)) | dict(share)
         for rank, share in enumerate(shares)
@@ -92,10 +92,3 @@ def visible_gpus() -> Sequence[str]:
         if listed.returncode == 0:
             return listed.stdout.split()
     return [str(number) for number in range(len(glob.glob("/dev/nvidia[0-9]*")))]
-
-
-def _free_port() -> int:
-    """Returns a TCP port that nothing on this machine uses now."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return probe.getsockname()[1]

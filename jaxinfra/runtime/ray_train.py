@@ -4,10 +4,10 @@ A worker has Ray loaded before it calls the training function, so that Ray is ne
 the environment of the process, which it ignores, as those of `runtime/schedulers.py`.
 """
 
-import socket
 import sys
 from types import ModuleType
 
+from jaxinfra.runtime.peer_connection import free_port
 from jaxinfra.runtime.schedulers import Environment
 
 
@@ -48,10 +48,7 @@ def address(environment: Environment) -> str:
     import ray.train.collective
     import ray.util
 
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    host = ray.util.get_node_ip_address()
+    port, host = free_port(), ray.util.get_node_ip_address()
     return ray.train.collective.broadcast_from_rank_zero(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 

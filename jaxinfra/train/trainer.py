@@ -171,7 +171,7 @@ class Trainer:
                 self._trackers.start(self._record, statistics, **start)
                 self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
-                reason = self._fit_dataset(stop.reason_after)
+                reason = self._fit_dataset(stop.stops_after)
                 self.save(force=True)
                 self._checkpoints.wait_until_finished()
                 wall_s = time.monotonic() - start_s
@@ -187,11 +187,11 @@ class Trainer:
     def fit(
         self,
         batches: Iterable[tuple[int, dict[str, jax.Array]]],
-        stop_reason: Callable[[int], str | None] = lambda completed_steps: None,
+        stops_after: Callable[[int], str | None] = lambda completed_steps: None,
     ) -> str | None:
-        """Trains until the batches end or `stop_reason` returns a reason, and returns that reason.
+        """Trains until the batches end or `stops_after` returns a reason, and returns that.
 
-        `stop_reason` is called after each step with the number of completed steps. `batches` are pairs of the steps
+        `stops_after` is called after each step with the number of completed steps. `batches` are pairs of the steps
         before it, from `completed_steps` on, and arrays on the devices.
         """
         assert self.state is not None
@@ -218,7 +218,7 @@ class Trainer:
             if evaluates:
                 self._log_evaluation()
             self.save(metrics)
-            if reason := stop_reason(self.completed_steps):
+            if reason := stops_after(self.completed_steps):
                 break
         if pending is not None:
             self.report(*pending)
@@ -405,7 +405,7 @@ class Trainer:
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
-    def _fit_dataset(self, stop_reason: Callable[[int], str | None]) -> str | None:
+    def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on."""
         config, start = self.run.train, self.completed_steps
         batches = BatchLoader(
@@ -419,7 +419,7 @@ class Trainer:
         )
         with Prefetcher(batches, self._place) as self._loader:
             start_s = time.monotonic()
-            reason = self.fit(self._loader, stop_reason)
+            reason = self.fit(self._loader, stops_after)
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
