@@ -1,5 +1,6 @@
 """Turns an exception from a user's code into a one-line error that names their file and line."""
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,12 @@ def innermost_place(error: BaseException) -> str | None:
         if _is_users(frame.f_code.co_filename):
             place = f"{frame.f_code.co_filename}:{line}"
     return place
+
+
+def user_modules() -> dict[str, str]:
+    """Returns the files of the modules that have been imported from files of the user, by module."""
+    files = {name: getattr(module, "__file__", None) for name, module in [*sys.modules.items()]}
+    return {name: file for name, file in files.items() if file and _is_users(file)}
 
 
 def _is_users(file: str) -> bool:

@@ -105,11 +105,13 @@ def launch(
         supervisor = _Supervisor(output, patience)
         with supervisor.handling_signals():
             ends = supervisor.run(command, environments)
+    cause = find_cause(ends)
+    killed = cause if cause and cause.code < 0 else None
+    output.show_errors(killed and killed.rank)
     if supervisor.interrupted and any(end.code < 0 for end in ends):
         raise KeyboardInterrupt
-    cause = find_cause(ends)
-    if cause and cause.code < 0:
-        output.say(f"error: process {cause.rank} {cause.text}; start the same command to go on")
+    if killed:
+        output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on")
     return exit_code(ends, stop_requested=supervisor.stop_requested)
 
 

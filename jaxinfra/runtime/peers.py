@@ -104,6 +104,15 @@ class Peers:
     def raise_cause_of(self, error: BaseException) -> None:
         """Raises the error of a peer if this process's own error may come from it."""
 
+    @contextmanager
+    def naming_causes(self) -> Iterator[None]:
+        """Raises the error of a peer in place of one that comes from it inside the block."""
+        try:
+            yield
+        except Exception as error:
+            self.raise_cause_of(error)
+            raise
+
     def require_equal(self, values: Mapping[str, Json]) -> None:
         """Raises ConfigError if a value differs between processes; names the first one that differs from process 0."""
         first, *others = self.gather(values)

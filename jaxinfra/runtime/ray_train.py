@@ -5,9 +5,13 @@ the environment of the process, which it ignores, as those of `runtime/scheduler
 """
 
 import sys
+import threading
+from concurrent.futures import Future
 from types import ModuleType
 
-from jaxinfra.runtime.peer_connection import free_port
+from jaxinfra.errors import PeerLostError
+from jaxinfra.runtime.connected_peers import JOIN_S
+from jaxinfra.runtime.peer_connection import AGAIN, free_port
 from jaxinfra.runtime.schedulers import Environment
 
 
@@ -49,7 +53,21 @@ def address(environment: Environment) -> str:
     import ray.util
 
     port, host = free_port(), ray.util.get_node_ip_address()
-    return ray.train.collective.broadcast_from_rank_zero(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    own, found = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", Future[str]()
+
+    def broadcast() -> None:
+        try:
+            found.set_result(ray.train.collective.broadcast_from_rank_zero(own))
+        except Exception as error:
+            found.set_exception(error)
+
+    # Ray waits without a limit, unless its controller was started with RAY_TRAIN_COLLECTIVE_TIMEOUT_S.
+    threading.Thread(target=broadcast, name="ray-address", daemon=True).start()
+    try:
+        return found.result(JOIN_S)
+    except TimeoutError:
+        cause = f"another one has not called join() within {JOIN_S:.0f} s"
+        raise PeerLostError(f"worker {index(environment)} of Ray Train: {cause}; {AGAIN}") from None
 
 
 def _train() -> ModuleType:

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra import __version__
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, validate, write_record
@@ -39,7 +38,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location, load_params, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
-from jaxinfra.runtime.environment import git_state, package_versions
+from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunStopRequest
@@ -51,7 +50,7 @@ from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
-from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics
+from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.user_code import user_code_errors
@@ -162,7 +161,7 @@ class Trainer:
             trackers = MultiTracker()
             if self._is_main:
                 trackers = make_trackers(self.run.track, self.run_dir.path, self.run_dir.location)
-            with trackers as self._trackers, self.program.on_mesh:
+            with trackers as self._trackers, self._peers.naming_causes(), self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
                 self._record = {"init": init_source, **self._make_record(statistics)}
                 if self._is_main:
@@ -353,18 +352,20 @@ class Trainer:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         if self._peers.count == 1:
             return
-        git = git_state(Path(__file__).parent)
         fields = flatten(encode(self._loaded.run))
         self._peers.require_equal(
             {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
             | {
                 "the data": self.dataset.fingerprint,
-                "the version of jaxinfra": git["commit"] or __version__,
+                "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
                 **package_versions(PACKAGES),
                 "the device": jax.local_devices()[0].device_kind,
                 "the number of devices": jax.local_device_count(),
             }
         )
+        digests = user_code_digests(self._loaded.run)
+        everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more, for plots
+        self._peers.require_equal({name: digests[name] for name in sorted(everywhere)})
 
     @cached_property
     def _rows(self) -> np.ndarray:

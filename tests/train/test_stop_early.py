@@ -1,5 +1,6 @@
 """A signal before the first step, while a process compiles or opens its data, ends all processes of the run at once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,6 +63,7 @@ def test_one_process(tiny: Tiny, start: Callable[..., subprocess.Popen[str]], nu
     until_it_waits(child)
     child.send_signal(number)
     preempted(ended(child), number.name, "nothing to save")
+    assert [json.loads(path.read_text())["released"] for path in (tiny.directory() / "lease").iterdir()] == [True]
     assert not [*(tiny.directory() / "checkpoints").glob("[0-9]*")]
     assert ended(start("nowhere")).code == 0
 
