@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 from jaxinfra import __version__
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS, JOINING_COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
@@ -208,7 +208,7 @@ def _run_command(argv: Sequence[str]) -> int:
         os.environ |= cache_environment(os.environ)
         if options.command in JOINING_COMMANDS and options.processes > 1:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
-        if options.command in DEVICE_COMMANDS and _is_one_cpu():
+        if options.command in JOINING_COMMANDS and _is_one_cpu():
             keep_freed_memory()
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")

@@ -164,8 +164,7 @@ class ConnectedPeers(Peers):
     @override
     def leave(self, error: BaseException | None = None, wait_s: float = GATHER_S) -> None:
         """As `Peers.leave`; waits so long until all leave."""
-        if self._leaving.is_set():  # perhaps in another thread, which will end this process
-            self._closed.wait()
+        if self.has_left:
             self.raise_if_lost()
             return
         ending = ending_of(error)
@@ -182,7 +181,8 @@ class ConnectedPeers(Peers):
             self._disconnect(ending)
 
     def _disconnect(self, ending: Ending) -> None:
-        self._leaving.set()
+        with self.exit_lock:
+            self._leaving.set()
         is_failure = ending.code not in (0, Preempted.exit_code)
         with suppress(OSError):  # process 0 has gone
             self._connection.send(kind="leave", error=[*ending] if is_failure else None)
@@ -213,8 +213,9 @@ class ConnectedPeers(Peers):
                         training, step = self.stop.promise
                         self._connection.send(kind="promise", training=training, step=step)
                     case "last_step" if message["step"] is None:
-                        self._disconnect(Ending(Preempted.exit_code, ""))
-                        self.exit(Preempted.exit_code, self.stop.describe(message["reason"]))
+                        with self.exit_lock:
+                            self._disconnect(Ending(Preempted.exit_code, ""))
+                            self.exit(Preempted.exit_code, self.stop.describe(message["reason"]))
                     case "last_step":
                         self.stop.decide(message["training"], message["step"])
                     case "failure":
@@ -231,25 +232,28 @@ class ConnectedPeers(Peers):
 
     def _fail(self, error: JaxinfraError, joined: Future[Sequence[str]], grace_s: float = GRACE_S) -> None:
         """Records the first error of another process. Without `grace_s`: JAX itself would abort within a moment."""
-        if self._failed.is_set() or self._leaving.is_set():
+        if self._leaving.is_set():
             return
-        self._failure = error
-        self._failed.set()
-        if not joined.done():
-            joined.set_exception(error)
-            return
-        self.stop.fail(error)
-        for answer in list(self._answers.values()):  # the main thread may add one
-            answer.set_exception(error)
-        timer = threading.Timer(grace_s, self._end_process, [error])
+        if not self._failed.is_set():
+            self._failure = error
+            self._failed.set()
+            if not joined.done():
+                joined.set_exception(error)
+                return
+            self.stop.fail(error)
+            for answer in list(self._answers.values()):  # the main thread may add one
+                answer.set_exception(error)
+        timer = threading.Timer(grace_s, self._end_process)
         timer.daemon = True
         timer.start()
 
-    def _end_process(self, error: JaxinfraError) -> None:
+    def _end_process(self) -> None:
         """Ends the process, whose main thread waits for a process that is lost."""
-        if not self._leaving.is_set():
-            self._disconnect(ending_of(error))
-            self.exit(error.exit_code, f"error: {error}")
+        with self.exit_lock:
+            if not self._leaving.is_set():
+                ending = ending_of(self._failure)
+                self._disconnect(ending)
+                self.exit(ending.code, f"error: {ending.line}")
 
     def _beat(self) -> None:
         with suppress(OSError):  # the receiving thread says so

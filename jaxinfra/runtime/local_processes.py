@@ -12,7 +12,7 @@ from jaxinfra.runtime.peer_connection import free_port
 from jaxinfra.runtime.platforms import default_platform
 
 _LOOPBACK = "127.0.0.1"
-_OF_ONE_PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _NVIDIA_SMI_TIMEOUT_S = 30
 
 
@@ -24,7 +24,7 @@ def process_environments(num_processes: int, devices: str | None) -> list[dict[s
 
     Raises ConfigError if this process is one of several already, or if the devices cannot be shared.
     """
-    if already := [name for name in _OF_ONE_PROCESS if name in os.environ]:
+    if already := [name for name in _VARIABLES if name in os.environ]:
         raise ConfigError(
             f"--processes {num_processes}: {already[0]}={os.environ[already[0]]} says that this is one of several "
             f"processes; leave out --processes, or unset {' '.join(already)}"
@@ -41,7 +41,7 @@ def process_environments(num_processes: int, devices: str | None) -> list[dict[s
         )
     coordinator = f"{_LOOPBACK}:{free_port(_LOOPBACK)}"
     return [
-        dict(zip(_OF_ONE_PROCESS, (coordinator, str(num_processes), str(rank)), strict=True)) | dict(share)
+        dict(zip(_VARIABLES, (coordinator, str(num_processes), str(rank)), strict=True)) | dict(share)
         for rank, share in enumerate(shares)
     ]
 

@@ -30,6 +30,7 @@ class Peers:
         hosts: the host of each process.
         stop: when this process stops, if one is asked to.
         last_calls: what `exit` calls, such as to remove a temporary folder.
+        exit_lock: of the thread that ends the process; another one that would leave, too, waits for that end.
     """
 
     index, count = 0, 1
@@ -38,6 +39,7 @@ class Peers:
         self.hosts: Sequence[str] = (socket.gethostname(),)
         self.stop = StopAgreement()
         self.last_calls: list[Callable[[], object]] = []
+        self.exit_lock = threading.RLock()
 
     def request_stop(self, reason: str) -> None:
         """Stops all processes after the same step; ends them at once, with code 75, before the first one."""
@@ -53,6 +55,7 @@ class Peers:
         The main thread may be in the compiler or a collective operation, which no exception reaches. Standard error may
         be closed, or nobody may read it: the process ends all the same.
         """
+        self.exit_lock.acquire()
         try:
             deadline_s = time.monotonic() + GRACE_S
             calls = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import StorageError
-from jaxinfra.runtime.launcher import End, Patience, exit_code, launch
+from jaxinfra.runtime.launcher import Patience, ProcessExit, exit_code, launch
 from tests.refusals import raises
 from tests.track import demo
 
@@ -165,7 +165,7 @@ FORCED = frozenset({signal.SIGTERM, signal.SIGKILL})
     ],
 )
 def test_exit_code_is_that_of_the_cause(ends: list[tuple], stop_requested: bool, code: int) -> None:
-    ended = [End(rank=rank, code=end[0], sent=frozenset(*end[1:])) for rank, end in enumerate(ends)]
+    ended = [ProcessExit(rank=rank, code=end[0], sent=frozenset(*end[1:])) for rank, end in enumerate(ends)]
     assert exit_code(ended, stop_requested=stop_requested) == code
 
 

@@ -18,8 +18,9 @@ from tests.tiny_run import ended
 HEAD = """\
 import os, signal, sys, time
 from jaxinfra.errors import JaxinfraError
-from jaxinfra.runtime import join
+from jaxinfra.runtime import connected_peers, join
 from jaxinfra.runtime.connected_peers import ConnectedPeers
+connected_peers.GRACE_S = 0.5
 address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 try:
     peers = ConnectedPeers(address, count, index, join_s=20.0, silence_s=3.0)
@@ -119,3 +120,48 @@ with RunStopRequest() as stop:
     time.sleep(1000)
 """
     assert ended(start(code, 0, 1)).code == Preempted.exit_code
+
+
+JOINING = """\
+import os, sys, time
+from jaxinfra.runtime import join
+from jaxinfra.runtime.peers import current_peers
+from jaxinfra.runtime.processes import Processes
+from jaxinfra.runtime.signals import RunStopRequest
+
+def connect_devices(*arguments):
+    if os.environ["PLACE"] == "joining":
+        print("up", flush=True)
+        time.sleep(1000)
+
+join._connect_devices = connect_devices
+found = Processes(coordinator=sys.argv[1], count=2, index=int(sys.argv[2]), local_devices=None, source="test")
+if os.environ["PLACE"] == "joining":
+    with RunStopRequest(training=False):
+        join.join(found)
+join.join(found)
+print("up", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("place", ["joining", "joined"])
+def test_a_signal_outside_of_a_training_stops_all(place: str) -> None:
+    """While the devices are being connected, and in a script that has no handler of its own."""
+    address, pipe = free_address(), subprocess.PIPE
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINING, address, str(index)],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PLACE": place},
+        )
+        for index in range(2)
+    ]
+    are_up(*children)
+    children[1].send_signal(signal.SIGTERM)
+    for end in all_ended(children):
+        assert (end.code, end.err) == (Preempted.exit_code, end.err.splitlines()[0] + "\n"), end
+        names(end.err.removesuffix("\n"), "SIGTERM to process 1")

@@ -10,8 +10,10 @@ import pytest
 
 from jaxinfra import __version__
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, PeerLostError
+from jaxinfra.runtime import connected_peers
 from jaxinfra.runtime.connected_peers import ConnectedPeers
 from jaxinfra.runtime.peers import Peers
+from jaxinfra.storage.errors import is_storage_error
 from tests.refusals import names, raises
 from tests.several import free_address
 
@@ -42,6 +44,7 @@ def together(peers: Sequence[Peers | JaxinfraError], call) -> list:
 def no_forced_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are threads: what would end a process must not end the tests."""
     monkeypatch.setattr(ConnectedPeers, "_end_process", lambda *_: None)
+    monkeypatch.setattr(connected_peers, "GRACE_S", 0.5)
 
 
 @pytest.fixture
@@ -145,6 +148,12 @@ def test_a_failed_collective_operation_is_the_loss_of_a_process() -> None:
     failed.__cause__ = RuntimeError("UNKNOWN: Gloo all-reduce failed")
     told, _ = failures(connect((0, 2), (1, 2)), (failed, lost))
     assert type(told) is PeerLostError
+
+
+def test_a_failed_collective_operation_is_no_failure_of_storage() -> None:
+    for cause in "Gloo all-reduce failed", "Failed to send RPC to CoordinationService":
+        assert not is_storage_error(type("JaxRuntimeError", (RuntimeError,), {})(f"UNAVAILABLE: {cause}"))
+    assert is_storage_error(ValueError("UNAVAILABLE: Error reading s3://bucket/barrier"))
 
 
 def test_after_the_others_have_been_left() -> None:

@@ -15,6 +15,7 @@ def test_a_request_counts_before_and_after_a_training() -> None:
     assert last_step([stop.promise]) == 2
     stop.end()
     assert last_step([stop.promise]) is None
+    assert "first step" not in stop.describe("SIGTERM")
 
 
 def test_a_late_decision_does_not_stop_the_next_training() -> None:
