@@ -237,12 +237,13 @@ class ConnectedPeers(Peers):
         if not self._failed.is_set():
             self._failure = error
             self._failed.set()
-            if not joined.done():
-                joined.set_exception(error)
-                return
             self.stop.fail(error)
             for answer in list(self._answers.values()):  # the main thread may add one
                 answer.set_exception(error)
+            if not joined.done():
+                joined.set_exception(error)
+        if joined.exception() is not None:  # the main thread raises it
+            return
         timer = threading.Timer(grace_s, self._end_process)
         timer.daemon = True
         timer.start()

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, Self
 
 from jaxinfra.errors import ConfigError, Preempted
@@ -147,7 +147,7 @@ def set_current_peers(peers: Peers) -> None:
 
 
 def _print_last(text: str) -> None:
-    if sys.stdout.isatty():
-        sys.stdout.write(_SHOW_CURSOR)
-    sys.stdout.flush()
-    print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+    with suppress(OSError):  # its reader has gone
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(end=_SHOW_CURSOR if sys.stdout.isatty() else "", flush=True)
