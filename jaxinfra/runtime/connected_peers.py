@@ -211,7 +211,8 @@ class ConnectedPeers(Peers):
                     case "stop":
                         self.stop.request(message["reason"])
                         training, step = self.stop.promise
-                        self._connection.send(kind="promise", training=training, step=step)
+                        with suppress(ConnectionError):  # the next message says so
+                            self._connection.send(kind="promise", training=training, step=step)
                     case "last_step" if message["step"] is None:
                         with self.exit_lock:
                             self._disconnect(Ending(Preempted.exit_code, ""))

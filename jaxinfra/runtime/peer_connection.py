@@ -62,6 +62,8 @@ class Connection:
         """Returns the next message, None if a side has closed; TimeoutError after a silence, OSError."""
         try:
             line = self._lines.readline(_MAX_LINE_BYTES if self._from_stranger else -1)
+        except ConnectionError:  # closed before it has read all
+            return None
         except ValueError:  # of a closed file
             if not self._is_closed:
                 raise

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,11 @@ from jaxinfra import __version__
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, PeerLostError
 from jaxinfra.runtime import connected_peers
 from jaxinfra.runtime.connected_peers import ConnectedPeers
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.runtime.join import join
+from jaxinfra.runtime.peers import Peers, set_current_peers
 from jaxinfra.storage.errors import is_storage_error
+from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.tracker import MultiTracker
 from tests.refusals import names, raises
 from tests.several import free_address
 
@@ -150,6 +154,22 @@ def test_a_failed_collective_operation_is_the_loss_of_a_process() -> None:
     assert type(told) is PeerLostError
 
 
+def test_a_run_records_which_process_was_lost(tmp_path: Path) -> None:
+    first, second = connect((0, 2), (1, 2))
+    assert isinstance(first, Peers) and isinstance(second, Peers)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(second.leave, PeerLostError("process 7 (h): was killed"))
+        with (
+            raises(PeerLostError, "process 7 killed"),
+            first,
+            MultiTracker([JsonlTracker(tmp_path)]),
+            first.naming_causes(),
+        ):
+            raise RuntimeError("UNKNOWN: Gloo all-reduce failed")
+    recorded = json.loads((tmp_path / "summary.json").read_text())
+    assert recorded == {"status": "interrupted", "error": "process 7 (h): was killed"}
+
+
 def test_a_failed_collective_operation_is_no_failure_of_storage() -> None:
     for cause in "Gloo all-reduce failed", "Failed to send RPC to CoordinationService":
         assert not is_storage_error(type("JaxRuntimeError", (RuntimeError,), {})(f"UNAVAILABLE: {cause}"))
@@ -161,6 +181,12 @@ def test_after_the_others_have_been_left() -> None:
     together(peers, lambda each: each.leave())
     with raises(ConfigError, "process 0 join()"):
         peers[0].gather(None)
+    set_current_peers(peers[0])
+    try:
+        with raises(ConfigError, "join() around all"):
+            join()
+    finally:
+        set_current_peers(Peers())
 
 
 def member(address: str, index: int, count: int, *messages: dict) -> socket.socket:
