@@ -164,9 +164,10 @@ class ConnectedPeers(Peers):
     @override
     def leave(self, error: BaseException | None = None, wait_s: float = GATHER_S) -> None:
         """As `Peers.leave`; waits so long until all leave."""
-        if self.has_left:
-            self.raise_if_lost()
-            return
+        with self.exit_lock:  # waits for good if another thread ends this process
+            if self.has_left:
+                self.raise_if_lost()
+                return
         ending = ending_of(error)
         try:
             if error is None or ending.code in (0, Preempted.exit_code):  # all stop after the same step
@@ -181,7 +182,7 @@ class ConnectedPeers(Peers):
             self._disconnect(ending)
 
     def _disconnect(self, ending: Ending) -> None:
-        with self.exit_lock:
+        with self.exit_lock:  # as in `leave`
             self._leaving.set()
         is_failure = ending.code not in (0, Preempted.exit_code)
         with suppress(OSError):  # process 0 has gone

@@ -54,8 +54,10 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
     try:
         _connect_devices(peers, processes, join_s, silence_s)
     except BaseException as error:
-        peers.leave(error)
-        set_current_peers(alone)
+        try:
+            peers.leave(error)
+        finally:
+            set_current_peers(alone)
         raise
     leave_at_exit(peers)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -167,7 +167,8 @@ class Hub:
             self._left.add(index)
             if error is not None:
                 code, line = error
-                told = line if line.startswith("process ") else f"{self._name(index)}: {line}"
+                names_one = line.startswith("process ")  # such as the one that differs, or is lost
+                told = line if names_one else f"{self._name(index)}: {line}"
                 self._fail(error_of_code(code, told), cause_index=index)
             self._send_complete()
             self._set_if_all_left()

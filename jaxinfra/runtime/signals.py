@@ -100,14 +100,14 @@ class RunStopRequest(StopRequest):
 
     @override
     def __exit__(self, *exception: object) -> None:
+        if self._training:
+            current_peers().stop.end()
         if self._previous:
             signal.set_wakeup_fd(self._outer_fd, warn_on_full_buffer=False)
         else:
             self._reader.close()
         super().__exit__(*exception)
         self._writer.close()  # ends the thread
-        if self._training:
-            current_peers().stop.end()
 
     @override
     def _numbers(self) -> tuple[int, ...]:
