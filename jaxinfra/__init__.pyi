@@ -27,7 +27,7 @@ from .parallel.rules import ShardingRules
 from .parallel.schedules import PipelineConfig
 from .program import Program, TrainState
 from .run import Precision, Run, TrainConfig
-from .runtime.peers import join
+from .runtime.join import join
 from .sample import Sampler, SamplingParams
 from .track.base import Tracker, TrackerConfig
 from .track.config import TrackConfig

@@ -5,13 +5,11 @@ with `exit_code`; `--debug` adds the traceback. Codes 75 and 76 mean "run the sa
 person.
 """
 
-from typing import ClassVar
-
 
 class JaxinfraError(Exception):
     """Base class of all errors for the user; never raised itself."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
 
 class Preempted(JaxinfraError):
@@ -63,5 +61,7 @@ class RunInUseError(JaxinfraError):
 
 
 def error_of_code(code: int, message: str) -> JaxinfraError:
-    """Returns an error of the class with this exit code, such as one that another process sent."""
-    return next((cls for cls in JaxinfraError.__subclasses__() if cls.exit_code == code), JaxinfraError)(message)
+    """Returns an error with this exit code, such as one that another process sent, of the class that has it."""
+    error = next((cls for cls in JaxinfraError.__subclasses__() if cls.exit_code == code), JaxinfraError)(message)
+    error.exit_code = code
+    return error

@@ -19,7 +19,7 @@ from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.runtime.peers import Peers, current_peers
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.connection import normalize_url
 from jaxinfra.storage.lease import Lease, hold
@@ -30,7 +30,8 @@ from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 from jaxinfra.track.report import REPORT_FILE, write_report
 from jaxinfra.track.runs import RUN_FILES
 
-_SEEN_S = 10.0  # a file system of several hosts shows new files after a while
+_SEEN_S = 90.0  # NFS shows a new file after up to a minute (acdirmax, nfs(5))
+_LOOK_S = 0.2
 
 
 class RunDirectory:
@@ -55,7 +56,8 @@ class RunDirectory:
         self.path = Path(location)
         if self.is_remote:
             temporary = tempfile.mkdtemp(prefix="jaxinfra-run-")
-            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            current_peers().last_calls.append(remove)
             self.path = Path(temporary, self.location.rpartition("/")[2])
             self.path.mkdir()
         self.record = self.path / RECORD_FILE
@@ -99,7 +101,8 @@ class RunDirectory:
         if not self.is_remote:
             make_writable(self.path)
         # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
-        with hold(self.location, after=owner_token(str(self.checkpoints)) if self.is_remote else 0) as lease:
+        after = owner_token(str(self.checkpoints)) if self.is_remote else 0
+        with hold(self.location, after=after) as lease, current_peers().last_call(lease.release):
             if not self.is_remote:
                 yield Owned(lease, lambda: None, lease.check_now)
                 return
@@ -112,20 +115,31 @@ class RunDirectory:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
         if peers.count == 1 or self.is_remote:
             return
-        token = self.path / peers.broadcast(f".shared-{os.getpid()}")
+        name = f".shared-{os.getpid()}"
         if peers.index == 0:
-            token.touch()
-        deadline_s = time.monotonic() + _SEEN_S
-        while not token.exists():
-            if time.monotonic() > deadline_s:
-                raise ConfigError(
-                    f"{self.location}: what {peers.name_of(0)} writes there does not arrive; use root=FOLDER on a file "
-                    "system that all hosts share"
-                )
-            time.sleep(0.1)
-        peers.gather(None)
-        if peers.index == 0:
-            token.unlink()
+            (self.path / name).touch()
+        try:
+            name = peers.broadcast(name)  # after it exists: NFS remembers for a minute that a file was missing
+            deadline_s = time.monotonic() + _SEEN_S
+            while not self._lists(name):
+                if time.monotonic() > deadline_s:
+                    raise ConfigError(
+                        f"{self.location}: what {peers.name_of(0)} writes there does not arrive; "
+                        "use root=FOLDER on a file system that all hosts share"
+                    )
+                time.sleep(_LOOK_S)
+            peers.gather(None)
+        finally:
+            if peers.index == 0:
+                (self.path / name).unlink(missing_ok=True)
+
+    def _lists(self, name: str) -> bool:
+        """Whether a listing has this file. Unlike a lookup of its name, a listing asks an NFS server each time."""
+        try:
+            os.listdir(self.path.parent)  # the directory itself may be new
+            return name in os.listdir(self.path)
+        except FileNotFoundError:
+            return False
 
     def check(self, run: Run, data: Dataset) -> None:
         """Raises ConfigError if the run in the directory has another config, other data or another `init`."""

@@ -1,9 +1,11 @@
-"""Turns an exception from a user's class into a one-line error that names their file and line."""
+"""Turns an exception from a user's code into a one-line error that names their file and line."""
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 
@@ -32,6 +34,34 @@ def user_code_errors(owner: type, path: str) -> Iterator[None]:
         ) from error
 
 
+class Ending(NamedTuple):
+    """How a program ends: its exit code, and the line that says why."""
+
+    code: int
+    line: str
+
+
+def ending_of(error: BaseException | None) -> Ending:
+    """Returns how an exception ends the program; code 0 without one."""
+    text = "" if error is None else " ".join(str(error).split())
+    match error:
+        case None:
+            return Ending(0, "")
+        case JaxinfraError():
+            return Ending(error.exit_code, text)
+        case KeyboardInterrupt():
+            return Ending(130, "interrupted")
+        case SystemExit(code=None):
+            return Ending(0, "")
+        case SystemExit(code=int(code)):
+            return Ending(code & 0xFF, f"ended with exit code {code & 0xFF}")
+        case SystemExit():
+            return Ending(1, text)
+    named = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    place = innermost_place(error)
+    return Ending(1, named) if place is None else Ending(ConfigError.exit_code, f"{place}: {named}; fix this line")
+
+
 def innermost_place(error: BaseException) -> str | None:
     """Returns the innermost `FILE:LINE` of a traceback in a user's file; None if it is all in packages."""
     place = None
@@ -39,6 +69,12 @@ def innermost_place(error: BaseException) -> str | None:
         if _is_users(frame.f_code.co_filename):
             place = f"{frame.f_code.co_filename}:{line}"
     return place
+
+
+def user_modules() -> dict[str, str]:
+    """Returns the files of the modules that have been imported from files of the user, by module."""
+    files = {name: getattr(module, "__file__", None) for name, module in [*sys.modules.items()]}
+    return {name: file for name, file in files.items() if file and _is_users(file)}
 
 
 def _is_users(file: str) -> bool:

@@ -26,8 +26,8 @@ from jaxinfra.bench.parity import (
 )
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.runtime.join import join
 from jaxinfra.runtime.local_processes import process_environments
-from jaxinfra.runtime.peers import join
 
 TOLERANCE = 1e-6
 """Largest difference of an array from one process with the same collectives; on CPUs it is 0."""

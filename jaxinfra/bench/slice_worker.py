@@ -15,16 +15,15 @@ import numpy as np
 
 from jaxinfra.bench.measure import jaxinfra_step
 from jaxinfra.bench.parity import make_program
-from jaxinfra.bench.slow_link import address_of, transferred_bytes
+from jaxinfra.bench.slow_link import address_of, bytes_on_link
 from jaxinfra.config import load, validate
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.runtime.peers import join
+from jaxinfra.runtime.join import join
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import Processes
 
-COUNT = 2
-"""Slices, each of one process."""
 _PORT = 8476
 # How often an array goes around the ring of its devices: to be summed, and to share the sums (gloo/allreduce.cc).
 _ROUNDS = {"all-reduce": 2, ALL_REDUCE_SLICE: 2, "all-gather": 1}
@@ -57,7 +56,7 @@ def sent_bytes(collectives: Iterable[Collective], mesh: Mapping[str, int]) -> fl
 
 def measure(config: str, overrides: Sequence[str], num_rounds: int) -> dict[str, float]:
     """Times steps on all processes; returns the median time, the mean bytes, and the loss of the last one."""
-    peers = join()
+    peers = current_peers()
     run = with_mesh_size(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
     collectives, mesh = crossing_collectives(run)
@@ -67,19 +66,18 @@ def measure(config: str, overrides: Sequence[str], num_rounds: int) -> dict[str,
         step.dispatch()  # compiles and connects
         step.wait()
         peers.gather(None)  # all that was sent has arrived
-        before = transferred_bytes()
+        before = bytes_on_link()
         for _ in range(num_rounds):
             start_s = time.perf_counter()
             step.dispatch()
             step.wait()
             times_s.append(time.perf_counter() - start_s)
         peers.gather(None)
-        after = transferred_bytes()
+        after = bytes_on_link()
     assert isinstance(step.output, dict)
     return {
         "step_s": median(times_s),
-        "sent_bytes": (after["sent"] - before["sent"]) / num_rounds,
-        "received_bytes": (after["received"] - before["received"]) / num_rounds,
+        "sent_bytes": (after - before) / num_rounds,
         "expected_bytes": expected_bytes,
         "collectives": sum(len(each.array_bytes) * each.runs for each in collectives),
         "loss": float(step.output["loss"]),
@@ -88,9 +86,9 @@ def measure(config: str, overrides: Sequence[str], num_rounds: int) -> dict[str,
 
 def main() -> None:
     """Measures the task that the only argument describes as JSON."""
-    index, config, overrides, num_rounds = json.loads(sys.argv[1])
+    index, count, config, overrides, num_rounds = json.loads(sys.argv[1])
     coordinator = f"{address_of(0)}:{_PORT}"
-    join(Processes(coordinator=coordinator, count=COUNT, index=index, local_devices=None, source="bench slices"))
+    join(Processes(coordinator=coordinator, count=count, index=index, local_devices=None, source="bench slices"))
     print(json.dumps(measure(config, overrides, num_rounds)))
 
 

@@ -7,13 +7,15 @@ Each slice is a process with two emulated CPU devices in a network namespace of 
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.slow_link import SlowLink
-from jaxinfra.bench.subprocesses import command_error
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, command_error
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, run_cases
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime.emulation import emulation_env
@@ -21,6 +23,7 @@ from jaxinfra.runtime.emulation import emulation_env
 WORKER = (sys.executable, "-m", "jaxinfra.bench.slice_worker")
 SLICES, DEVICES = 2, 2  # slices, and devices of each
 DELAY_S, BITS_PER_S = 0.025, 100e6  # in each direction, so 50 ms there and back
+_LIMIT_S = 1800
 MODEL = ("data.seq_len=128", "model.vocab_size=2048", "model.num_layers=2")  # 3 million parameters
 
 COLUMNS: Columns = {
@@ -37,9 +40,10 @@ def _row(options: argparse.Namespace, *mesh: str) -> TableRow:
     overrides = merge_overrides((*MODEL, *options.overrides, *mesh))
     env = {**os.environ, **emulation_env(DEVICES)}
     with SlowLink(delay_s=DELAY_S, bits_per_s=BITS_PER_S) as link:
-        tasks = [json.dumps([index, options.config, overrides, options.pairs]) for index in range(SLICES)]
+        tasks = [json.dumps([index, SLICES, options.config, overrides, options.pairs]) for index in range(SLICES)]
         processes = [link.start([*WORKER, task], env) for task in tasks]
-        outputs = [process.communicate() for process in processes]
+        with ThreadPoolExecutor(SLICES) as threads:  # a full pipe of one would hold up the other
+            outputs = [*threads.map(_output, processes)]
     for process, task, (_, stderr) in zip(processes, tasks, outputs, strict=True):
         if process.returncode == ConfigError.exit_code:
             raise ConfigError(stderr.strip().splitlines()[-1].removeprefix("error: "))
@@ -54,6 +58,14 @@ def _row(options: argparse.Namespace, *mesh: str) -> TableRow:
         "collectives": results[0]["collectives"],
         "loss": results[0]["loss"],
     }
+
+
+def _output(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise BenchmarkProcessError(f"a slice did not end within {_LIMIT_S} s; use fewer --pairs") from None
 
 
 def replica(options: argparse.Namespace) -> Iterator[TableRow]:

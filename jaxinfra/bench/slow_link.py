@@ -45,13 +45,12 @@ def address_of(index: int) -> str:
     return f"10.77.0.{index + 1}"
 
 
-def transferred_bytes() -> dict[str, int]:
-    """Returns the bytes of all packets that this host has "received" and "sent" over the link, as the kernel counts."""
+def bytes_on_link() -> int:
+    """Returns the bytes of all packets that this host has sent over the link, as the kernel counts."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == DEVICE:
-            fields = counts.split()
-            return {"received": int(fields[0]), "sent": int(fields[8])}
+            return int(counts.split()[8])
     raise ConfigError(f"no device {DEVICE}: not a host of a SlowLink; use `python -m launch bench slices`")
 
 
@@ -63,7 +62,7 @@ class SlowLink:
         self._delay_s, self._bits_per_s = delay_s, bits_per_s
         self._devices: list[int] = []
         self._processes: list[subprocess.Popen[str]] = []
-        self._ends = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._pass_on, name="slow-link", daemon=True)
 
     def __enter__(self) -> Self:
@@ -74,7 +73,7 @@ class SlowLink:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
-        self._ends.set()
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
         for device in self._devices:
@@ -113,7 +112,7 @@ class SlowLink:
         with selectors.DefaultSelector() as selector:
             for device in self._devices:
                 selector.register(device, selectors.EVENT_READ)
-            while not self._ends.is_set():
+            while not self._stopped.is_set():
                 wait_s = under_way[0][0] - time.monotonic() if under_way else _IDLE_S
                 for key, _ in selector.select(min(max(wait_s, 0.0), _IDLE_S)):
                     packet = os.read(key.fd, MTU)

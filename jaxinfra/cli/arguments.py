@@ -278,9 +278,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
 JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
-"""The commands that several processes run together; they have the options of `_add_processes`."""
-DEVICE_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
-"""The commands that compute on devices."""
+"""The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
 DEVICE_OPTIONS = ("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout")
 """Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}

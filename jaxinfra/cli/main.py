@@ -15,16 +15,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from jaxinfra import __version__, user_code
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, DEVICE_COMMANDS, JOINING_COMMANDS
+from jaxinfra import __version__
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
 from jaxinfra.runtime.host_memory import keep_freed_memory
-from jaxinfra.runtime.peers import current_peers, join
+from jaxinfra.runtime.join import join
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.user_code import ending_of
 
 EPILOG = f"""\
 examples:
@@ -196,8 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code = _run_command(argv)
         sys.stdout.flush()
         if current_peers().count > 1 and exit_code not in (0, Preempted.exit_code):
-            sys.stderr.flush()
-            os._exit(exit_code)  # JAX would wait for the other processes
+            current_peers().exit(exit_code)  # JAX would wait for the other processes
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 1  # as rich does
@@ -212,7 +213,7 @@ def _run_command(argv: Sequence[str]) -> int:
         os.environ |= cache_environment(os.environ)
         if options.command in JOINING_COMMANDS and options.processes > 1:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
-        if options.command in DEVICE_COMMANDS and _is_one_cpu():
+        if options.command in JOINING_COMMANDS and _is_one_cpu():
             keep_freed_memory()
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
@@ -226,12 +227,12 @@ def _run_command(argv: Sequence[str]) -> int:
         failures_to_close = getattr(error, "__notes__", ())
         return _print_error("; then ".join((str(error), *failures_to_close)), error.exit_code)
     except Exception as error:
-        place = user_code.innermost_place(error)
-        if place is None:
+        code, line = ending_of(error)
+        if code == 1:  # a bug
             raise
         if "--debug" in argv:
             traceback.print_exc()
-        return _print_error(f"{place}: {type(error).__name__}: {error}; fix this line", ConfigError.exit_code)
+        return _print_error(line, code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

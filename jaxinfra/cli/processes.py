@@ -21,12 +21,12 @@ from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.runs import record_of
 
 _MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
-_OF_ONE_PROCESS = ("coordinator", "process_id", "of")  # options of a process among several
+_OPTIONS_OF_ONE = ("coordinator", "process_id", "of")  # options of a process among several
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Starts the processes with their share of the devices, supervises them, and returns the exit code of the run."""
-    for name in _OF_ONE_PROCESS:
+    for name in _OPTIONS_OF_ONE:
         if (value := getattr(options, name)) is not None:
             option = f"--{name.replace('_', '-')} {value}"
             raise ConfigError(f"{option}: is for one of several processes, --processes starts all; leave out one")

@@ -27,6 +27,14 @@ class _UncachedLoader(SourceFileLoader):
         raise OSError  # makes Python's loader compile the source
 
 
+_loaded_files: dict[str, str] = {}
+
+
+def loaded_files() -> dict[str, str]:
+    """Returns the files of the modules that config files have imported from their folders, by module; not their own."""
+    return dict(_loaded_files)
+
+
 class ModuleFolder:
     """The modules of a folder. A config file is a module, too; its module name is the file name, with ".py".
 
@@ -73,6 +81,8 @@ class ModuleFolder:
         finally:
             sys.meta_path.remove(self)
             self._loaded = self._exchange(hidden)
+            files = {name: getattr(module, "__file__", None) for name, module in self._loaded.items()}
+            _loaded_files.update({name: file for name, file in files.items() if file and not name.endswith(".py")})
 
     def _exchange(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
         """Replaces the modules in `sys.modules` that have names of this folder; returns those that were there."""

@@ -10,18 +10,18 @@ import ipaddress
 from collections.abc import Sequence
 
 
-def reachable_address(ends: Sequence[tuple[str, str]], index: int) -> str:
+def reachable_address(addresses: Sequence[tuple[str, str]], index: int) -> str:
     """Returns the address at which the other processes reach process `index`.
 
     Args:
-        ends: of the connection of each process to process 0, the address of the process and that of process 0.
+        addresses: of the connection of each process to process 0, the address of the process and that of process 0.
         index: of this process.
     """
-    own, _ = ends[index]
+    own, _ = addresses[index]
     if not _is_loopback(own):
         return own
     # It is on the host of process 0, which processes on other hosts, if there are any, reach at this address.
-    return next((host_of_0 for other, host_of_0 in ends if not _is_loopback(other)), own)
+    return next((host_of_0 for other, host_of_0 in addresses if not _is_loopback(other)), own)
 
 
 def use_address(address: str) -> None:

@@ -1,9 +1,10 @@
 """Finds the git state and package versions for the run record. A value that cannot be found is None, not an error."""
 
+import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,23 @@ def git_state(directory: str | os.PathLike[str], timeout_s: float = 5.0) -> dict
     commit = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
     changes = None if commit is None else _git(directory, timeout_s, "status", "--porcelain")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def code_digest(package: Path) -> str:
+    """Returns the first 16 hex digits of a SHA-256 of all Python files of a package."""
+    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    return hashlib.sha256(b"".join(f"{name}\0".encode() + (package / name).read_bytes() for name in files)).hexdigest()[
+        :16
+    ]
+
+
+def module_digests(files: Mapping[str, str | None]) -> dict[str, str]:
+    """Returns the same of the file of each module that is a Python file now."""
+    return {
+        f"the code of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        for name, file in files.items()
+        if file and file.endswith(".py") and os.path.isfile(file)
+    }
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:

@@ -1,8 +1,8 @@
 """Starts the processes of a run on this machine and supervises them until the last one has ended. Imports no JAX.
 
 A request to stop reaches every process once. When one fails, the others get a limited time. The exit code is that of
-the process that failed by itself. No process outlives the launcher (`tied_process`), nor does a group of processes
-outlive its rank.
+the process that failed by itself. No process outlives the launcher (`tied_process`); when a rank ends, its child
+processes are killed.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Patience:
 
 
 @dataclass(frozen=True, kw_only=True)
-class End:
+class ProcessExit:
     """How a process ended.
 
     Attributes:
@@ -65,11 +65,11 @@ class End:
 
     @property
     def is_cause(self) -> bool:
-        """Whether it failed by itself: not for want of a peer, nor by a signal of the launcher."""
+        """Whether it failed by itself: not after the loss of a peer, nor by a signal of the launcher."""
         return self.is_failure and self.code != PeerLostError.exit_code and -self.code not in self.sent
 
 
-def exit_code(ends: Sequence[End], *, stop_requested: bool) -> int:
+def exit_code(ends: Sequence[ProcessExit], *, stop_requested: bool) -> int:
     """Returns the exit code of a run whose processes ended so, in the order of time."""
     if cause := find_cause(ends):
         return cause.code if cause.code > 0 else PeerLostError.exit_code
@@ -78,7 +78,7 @@ def exit_code(ends: Sequence[End], *, stop_requested: bool) -> int:
     return 0 if ends and all(end.code == 0 for end in ends) else Preempted.exit_code
 
 
-def find_cause(ends: Sequence[End]) -> End | None:
+def find_cause(ends: Sequence[ProcessExit]) -> ProcessExit | None:
     """Returns the end that made the others fail: the first process that failed by itself."""
     return next((end for end in ends if end.is_cause), None)
 
@@ -105,11 +105,13 @@ def launch(
         supervisor = _Supervisor(output, patience)
         with supervisor.handling_signals():
             ends = supervisor.run(command, environments)
+    cause = find_cause(ends)
+    killed = cause if cause and cause.code < 0 else None
+    output.show_errors(killed and killed.rank)
     if supervisor.interrupted and any(end.code < 0 for end in ends):
         raise KeyboardInterrupt
-    cause = find_cause(ends)
-    if cause and cause.code < 0:
-        output.say(f"error: process {cause.rank} {cause.text}; start the same command to go on")
+    if killed:
+        output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on")
     return exit_code(ends, stop_requested=supervisor.stop_requested)
 
 
@@ -134,10 +136,10 @@ class _Child:
             os.close(stderr)
 
     @property
-    def end(self) -> End | None:
+    def end(self) -> ProcessExit | None:
         """How it ended; None while it runs."""
         code = self._process.poll()
-        return None if code is None else End(rank=self.rank, code=code, sent=frozenset(self._sent))
+        return None if code is None else ProcessExit(rank=self.rank, code=code, sent=frozenset(self._sent))
 
     def terminate(self) -> None:
         """Sends SIGTERM, but only once."""
@@ -169,9 +171,9 @@ class _Supervisor:
         self._output, self._patience = output, patience
         self._running: list[_Child] = []
 
-    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[End]:
+    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[ProcessExit]:
         """Starts the processes, waits until all have ended, and returns their ends in the order of time."""
-        ends: list[End] = []
+        ends: list[ProcessExit] = []
         failed_at_s: float | None = None
         try:
             for rank, environment in enumerate(environments):
@@ -193,7 +195,7 @@ class _Supervisor:
             self._output.log(end.rank, f"--- process {end.rank} {end.text}")
         return ends
 
-    def _collect(self) -> list[End]:
+    def _collect(self) -> list[ProcessExit]:
         """Removes the processes that have ended, with those that they have left behind, and returns their ends."""
         ended = {child: end for child in self._running if (end := child.end)}
         self._running = [child for child in self._running if child not in ended]

@@ -3,16 +3,16 @@
 import glob
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.peer_connection import free_port
 from jaxinfra.runtime.platforms import default_platform
 
 _LOOPBACK = "127.0.0.1"
-_OF_ONE_PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _NVIDIA_SMI_TIMEOUT_S = 30
 
 
@@ -24,7 +24,7 @@ def process_environments(num_processes: int, devices: str | None) -> list[dict[s
 
     Raises ConfigError if this process is one of several already, or if the devices cannot be shared.
     """
-    if already := [name for name in _OF_ONE_PROCESS if name in os.environ]:
+    if already := [name for name in _VARIABLES if name in os.environ]:
         raise ConfigError(
             f"--processes {num_processes}: {already[0]}={os.environ[already[0]]} says that this is one of several "
             f"processes; leave out --processes, or unset {' '.join(already)}"
@@ -39,9 +39,9 @@ def process_environments(num_processes: int, devices: str | None) -> list[dict[s
             f"--processes {num_processes}: one process drives all {platform} devices of a host; leave out --processes, "
             f"or use --devices cpu:{num_processes}"
         )
-    coordinator = f"{_LOOPBACK}:{_free_port()}"
+    coordinator = f"{_LOOPBACK}:{free_port(_LOOPBACK)}"
     return [
-        dict(zip(_OF_ONE_PROCESS, (coordinator, str(num_processes), str(rank)), strict=True)) | dict(share)
+        dict(zip(_VARIABLES, (coordinator, str(num_processes), str(rank)), strict=True)) | dict(share)
         for rank, share in enumerate(shares)
     ]
 
@@ -92,10 +92,3 @@ def visible_gpus() -> Sequence[str]:
         if listed.returncode == 0:
             return listed.stdout.split()
     return [str(number) for number in range(len(glob.glob("/dev/nvidia[0-9]*")))]
-
-
-def _free_port() -> int:
-    """Returns a TCP port that nothing on this machine uses now."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return probe.getsockname()[1]

@@ -1,80 +1,36 @@
 """The hub of process 0, to which all processes of a run connect, also process 0 itself.
 
-It waits for all of them, passes values on, and tells the others when one leaves, fails, or is lost. Messages are JSON,
-one a line.
+It waits for all of them, passes values on, and tells the others when one leaves, fails, or is lost. What it sends to a
+process waits in a queue of its own, so that one that is stopped holds up no others.
 """
 
-import errno
-import json
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Any
+from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.stop_agreement import last_step
-
-type Json = Any
-"""A value that JSON can hold."""
-
-BEAT_S = 1.0
-"""Time between two messages that only say that a process works."""
-AGAIN = "start the same command to go on"
-"""The fix in messages about a lost process."""
-_RETRY_S = 0.2
-_MAX_LINE_BYTES = 2**24
-
-
-class Connection:
-    """Sends and receives messages over a socket."""
-
-    def __init__(self, channel: socket.socket, silence_s: float) -> None:
-        channel.settimeout(silence_s)
-        self._channel, self._lines, self._lock = channel, channel.makefile("rb"), threading.Lock()
-
-    def send(self, **message: Json) -> None:
-        """Sends a message, from any thread; OSError if the other side has gone."""
-        with self._lock:
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> dict[str, Json] | None:
-        """Returns the next message, None if the other side has closed; TimeoutError after a silence, OSError."""
-        line = self._lines.readline(_MAX_LINE_BYTES)
-        if not line.endswith(b"\n"):
-            return None
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict) or "kind" not in message:
-            raise OSError(errno.EPROTO, "does not speak our protocol")
-        return message
-
-    def close(self) -> None:
-        """Closes both directions."""
-        with suppress(OSError):  # the other side has closed
-            self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread that receives
-        self._channel.close()
-        self._lines.close()
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection, Json
+from jaxinfra.runtime.stop_agreement import Promise, are_together, last_step
 
 
 class Hub:
-    """Process 0's side: a connection to each process, itself included, and a thread for each."""
+    """Process 0's side: a connection to each process, itself included, and two threads for each."""
 
     def __init__(
         self, listener: socket.socket, count: int, known_hosts: Sequence[str], *, join_s: float, silence_s: float
     ) -> None:
         self._listener, self._count, self._known_hosts = listener, count, known_hosts
         self._join_s, self._silence_s = join_s, silence_s
-        self._members: dict[int, Connection] = {}
+        self._members: dict[int, _Outbox] = {}
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
         self._values: dict[str, dict[int, Json]] = {}
         self._stop_reason: str | None = None
-        self._promises: dict[int, int | None] = {}
+        self._promises: dict[int, Promise] = {}
         self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
@@ -84,12 +40,12 @@ class Hub:
     def _accept(self) -> None:
         """Accepts connections until all have joined or the time is over; also tells late ones of a failure."""
         deadline_s = time.monotonic() + self._join_s
-        self._listener.settimeout(_RETRY_S)
+        self._listener.settimeout(RETRY_S)
         while len(self._members) < self._count and time.monotonic() < deadline_s:
             try:
                 channel, _ = self._listener.accept()
             except OSError:  # none came; or there are too many open files, for a while
-                time.sleep(_RETRY_S / 10)
+                time.sleep(RETRY_S / 10)
             else:
                 threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
         self._listener.close()
@@ -105,13 +61,14 @@ class Hub:
 
     def _serve(self, channel: socket.socket) -> None:
         """The thread of a connection: receives messages until the process leaves or is lost."""
-        with closing(Connection(channel, self._silence_s)) as connection:
+        with closing(Connection(channel, self._silence_s, from_stranger=True)) as connection:
             try:
                 index = self._admit(connection.receive() or {}, connection)
             except OSError:  # not one of our processes
                 return
             if index is not None:
                 self._receive(index, connection)
+                self._members[index].close()
 
     def _receive(self, index: int, connection: Connection) -> None:
         try:
@@ -122,7 +79,7 @@ class Hub:
                 elif message["kind"] == "stop":
                     self._request_stop(f"{message['reason']} to {self._name(index)}")
                 elif message["kind"] == "promise":
-                    self._promise(index, message["step"])
+                    self._promise(index, Promise(message["training"], message["step"]))
                 elif message["kind"] == "leave":
                     self._leave(index, message["error"])
                     return
@@ -130,7 +87,9 @@ class Hub:
             cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
         except OSError as error:
             cause = error.strerror or str(error)
-        self._fail(PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}"), cause_index=index)
+        lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
+        self._fail(lost, cause_index=index)
+        self._members[index].put(kind="failure", error=[lost.exit_code, str(lost)])  # it may go on later
 
     def _name(self, index: int) -> str:
         return f"process {index} ({self._hosts[index]})"
@@ -140,33 +99,45 @@ class Hub:
         index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
         if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str) and 0 <= index < count):
             return None
-        own_host = self._hosts.get(0, socket.gethostname())
         with self._lock:
-            if index in self._members:
-                problem = f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"
-                self._fail(ConfigError(problem))
-            elif count != self._count:
-                problem = f"process {index} ({host}): started as one of {count}, process 0 ({own_host}) as one of"
-                self._fail(ConfigError(f"{problem} {self._count}; start all with the same number of processes"))
-            elif (version := hello.get("version")) != __version__:
-                problem = f"process {index} ({host}): has jaxinfra {version}, process 0 ({own_host}) {__version__}"
-                self._fail(ConfigError(f"{problem}; install the same version on all hosts"))
-            if self._failure is not None:
-                connection.send(kind="failure", error=[self._failure.exit_code, str(self._failure)])
+            failure = self._failure
+            if (problem := self._misfit(index, count, host, hello["version"])) is not None:
+                failure = ConfigError(problem)
+            if failure is not None:
+                with suppress(OSError):  # it has gone
+                    connection.send(kind="failure", error=[failure.exit_code, str(failure)])
+                self._fail(failure)
                 return None
-            self._members[index], self._hosts[index] = connection, host
+            self._members[index], self._hosts[index] = _Outbox(connection), host
             if len(self._members) == self._count:
                 self._send_all(kind="joined", hosts=[self._hosts[each] for each in range(self._count)])
         return index
 
+    def _misfit(self, index: int, count: int, host: str, version: str) -> str | None:
+        """Returns why a process does not fit to the others."""
+        own_host = self._hosts.get(0, socket.gethostname())
+        if index in self._members:
+            return f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"
+        if count != self._count:
+            both = f"started as one of {count}, process 0 ({own_host}) as one of {self._count}"
+            return f"process {index} ({host}): {both}; start all with the same number of processes"
+        if version != __version__:
+            both = f"has jaxinfra {version}, process 0 ({own_host}) {__version__}"
+            return f"process {index} ({host}): {both}; install the same version on all hosts"
+        return None
+
     def _collect(self, index: int, key: str, value: Json) -> None:
-        """Sends the values of a round to all processes once it is complete."""
         with self._lock:
-            values = self._values.setdefault(key, {})
-            values[index] = value
-            if len(values) == self._count:
+            self._values.setdefault(key, {})[index] = value
+            self._send_complete()
+
+    def _send_complete(self) -> None:
+        """Sends the values of each round that is complete; a process that has left is done."""
+        for key, values in list(self._values.items()):
+            if len(values.keys() | self._left) == self._count:
                 del self._values[key]
-                self._send_all(kind="values", round=key, values=[values[each] for each in range(self._count)])
+                found = [values.get(each, {"done": True}) for each in range(self._count)]
+                self._send_all(kind="values", round=key, values=found)
 
     def _request_stop(self, reason: str) -> None:
         """Asks all processes for the step that they are going to complete; one request at a time counts."""
@@ -175,20 +146,31 @@ class Hub:
                 self._stop_reason = reason
                 self._send_all(kind="stop", reason=reason)
 
-    def _promise(self, index: int, step: int | None) -> None:
+    def _promise(self, index: int, promise: Promise) -> None:
         """Tells all processes the last step, once each has promised one."""
         with self._lock:
-            self._promises[index] = step
-            if len(self._promises) == self._count:
-                self._send_all(kind="last_step", step=last_step(self._promises.values()), reason=self._stop_reason)
-                self._promises, self._stop_reason = {}, None
+            self._promises[index] = promise
+            if len(self._promises) < self._count:
+                return
+            promises, reason = self._promises.values(), self._stop_reason
+            self._promises, self._stop_reason = {}, None
+            if are_together(promises):
+                step = last_step(promises)
+                self._send_all(kind="last_step", training=promise.training, step=step, reason=reason)
+                return
+        again = threading.Timer(BEAT_S, self._request_stop, [reason])
+        again.daemon = True
+        again.start()
 
     def _leave(self, index: int, error: tuple[int, str] | None) -> None:
         with self._lock:
             self._left.add(index)
             if error is not None:
-                code, message = error
-                self._fail(error_of_code(code, f"{self._name(index)}: {message}"), cause_index=index)
+                code, line = error
+                names_one = line.startswith("process ")  # such as the one that differs, or is lost
+                told = line if names_one else f"{self._name(index)}: {line}"
+                self._fail(error_of_code(code, told), cause_index=index)
+            self._send_complete()
             self._set_if_all_left()
 
     def _set_if_all_left(self) -> None:
@@ -207,62 +189,32 @@ class Hub:
 
     def _send_all(self, **message: Json) -> None:
         with self._lock:
-            present = [self._members[index] for index in self._members.keys() - self._left]
-        for connection in present:
-            with suppress(OSError):  # its own thread notices that it is gone
-                connection.send(**message)
+            for index in self._members.keys() - self._left:
+                self._members[index].put(**message)
 
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
             self._send_all(kind="beat")
 
 
-def listen(address: str) -> socket.socket:
-    """Returns a socket that listens at HOST:PORT; on loopback if the host is, else on all interfaces."""
-    host, port = _split(address)
-    is_local, both = is_loopback(host), socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if host == "::1" or (both and not is_local) else socket.AF_INET
-    try:
-        return socket.create_server(
-            (host if is_local else "", port), family=family, dualstack_ipv6=both and not is_local
-        )
-    except OSError as error:
-        raise ConfigError(f"{address}: process 0 cannot listen there: {error.strerror}; use another port") from None
+class _Outbox:
+    """The messages that wait to be sent to a process, and the thread that sends them."""
 
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._messages = connection, SimpleQueue[dict[str, Json] | None]()
+        self._thread = threading.Thread(target=self._send, name="peers-send", daemon=True)
+        self._thread.start()
 
-def connect(address: str, silence_s: float, join_s: float, name: str) -> tuple[Connection, tuple[str, str]]:
-    """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time.
+    def put(self, **message: Json) -> None:
+        """Adds a message."""
+        self._messages.put(message)
 
-    Returns the connection, and the addresses of this process and of process 0.
+    def close(self) -> None:
+        """Ends the thread after what it can send at once."""
+        self._messages.put(None)
+        self._thread.join(RETRY_S)
 
-    Args:
-        address: HOST:PORT of process 0.
-        silence_s: longest wait for a message over the connection.
-        join_s: longest wait for the connection.
-        name: of this process, for messages.
-    """
-    deadline_s = time.monotonic() + join_s
-    while True:
-        timeout_s = min(silence_s, max(_RETRY_S, deadline_s - time.monotonic()))
-        try:
-            channel = socket.create_connection(_split(address), timeout=timeout_s)
-            return Connection(channel, silence_s), (channel.getsockname()[0], channel.getpeername()[0])
-        except OSError as error:
-            if time.monotonic() >= deadline_s:
-                cause = error.strerror or str(error)
-                raise PeerLostError(
-                    f"process 0 at {address}: no answer to {name} within {join_s:.0f} s ({cause}); check that it has "
-                    "started, its address, and that no firewall blocks the port"
-                ) from None
-        time.sleep(_RETRY_S)
-
-
-def _split(address: str) -> tuple[str, int]:
-    """Splits HOST:PORT; an IPv6 address is in brackets."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name is this machine's own."""
-    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
+    def _send(self) -> None:
+        with suppress(OSError):  # the thread that receives notices that the process is gone
+            while (message := self._messages.get()) is not None:
+                self._connection.send(**message)

@@ -66,7 +66,7 @@ class _Row:
     local_index: str | Callable[[Environment], int] | None = None
 
 
-_LAUNCHERS = (
+_SCHEDULERS = (
     _Row(
         source="JAX_PROCESS_ID",
         mark="JAX_PROCESS_ID",
@@ -165,7 +165,7 @@ def find_processes(
        such as those of a Slurm step with one task a host.
     4. Open MPI, MPICH and Intel MPI: in a Slurm job, mpirun starts one Slurm task a host, not one a process.
     5. Slurm, by the variables of the step. Those of the job are also in a batch script, which is one process.
-    6. Other launchers with PMI, such as PALS; after Slurm, as `srun --mpi=pmi2` sets PMI_SIZE, too.
+    6. Other schedulers with PMI, such as PALS; after Slurm, as `srun --mpi=pmi2` sets PMI_SIZE, too.
     7. Cloud TPU, by the variables that GKE sets or the metadata server of a TPU VM. They describe the machine, whatever
        runs on it. If JAX_PLATFORMS leaves the TPU out, they do not count: one worker may run something on its CPU.
     8. Indexed Jobs of Kubernetes, alone or in a JobSet; after Cloud TPU, whose JobSets have one Job for each slice.
@@ -196,7 +196,7 @@ def find_processes(
         raise ConfigError(
             f"{given[0]} {flags[given[0]]}: {missing} missing; use all of --coordinator HOST:PORT --process-id N --of N"
         )
-    row = _first_match(_LAUNCHERS, environment)
+    row = _first_match(_SCHEDULERS, environment)
     if row is None:
         environment = {**environment, **tpu_metadata.read_variables(environment)}
         row = _first_match(_MACHINES, environment)

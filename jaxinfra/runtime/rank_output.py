@@ -2,8 +2,8 @@
 
 What rank 0 writes to standard output is shown as it is: if this process has a terminal there, rank 0 gets a
 pseudo-terminal, and its progress bar works. Lines of other ranks begin with the rank, `[2] ...`. A line of standard
-error that another rank has already written is not shown again. The logs have every line, without the redrawings of a
-progress bar. Neither a closed terminal nor a full disk ends the run.
+error that another rank has already written is not shown again; errors are shown when all have ended. The logs have
+every line, without the redrawings of a progress bar. Neither a closed terminal nor a full disk ends the run.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from jaxinfra.storage.errors import storage_errors
 _STDOUT, _STDERR = 1, 2
 _READ_BYTES = 2**16
 _MAX_LINE_BYTES = 2**16  # a longer one is cut in parts
+_ERROR = b"error: "
 _NAME_OF_PROCESS = re.compile(rb"^error: process \d+ \([^)]*\): ")  # in the error that another rank was told
 _REMEMBERED_LINES = 1000  # of standard error, to show equal ones of several ranks once
 _DRAIN_S = 1.0  # for what ended processes have written; a detached process may hold their pipes open for ever
@@ -49,6 +50,7 @@ class Output:
         self._screen = _Screen()
         self._terminal: int | None = None  # the pseudo-terminal of rank 0
         self._seen: dict[bytes, int] = {}  # lines of standard error, with the rank that wrote them first
+        self._errors: dict[bytes, dict[int, bytes]] = {}  # by their message, the line of each rank
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +120,11 @@ class Output:
             if _GLOO_LINE.match(line + b"\n"):
                 continue
             self._log(stream.rank, line)
-            if not stream.raw and not (stream.target == _STDERR and self._is_repeated(line, stream)):
+            if stream.target == _STDERR and line.startswith(_ERROR):
+                message = _NAME_OF_PROCESS.sub(_ERROR, line)
+                self._errors.setdefault(message, {})[stream.rank] = line
+                stream.is_repeated = False
+            elif not stream.raw and not (stream.target == _STDERR and self._is_repeated(line, stream)):
                 prefix = b"[%d] " % stream.rank if stream.rank else b""
                 self._screen.write_line(prefix + line, stream.target)
         if is_end:
@@ -139,11 +145,19 @@ class Output:
         An indented line goes with the one before: a traceback is shown whole, or only in the message that differs.
         """
         if not line.startswith((b" ", b"\t")):
-            message = _NAME_OF_PROCESS.sub(b"error: ", line)
-            stream.is_repeated = self._seen.setdefault(message, stream.rank) != stream.rank
+            stream.is_repeated = self._seen.setdefault(line, stream.rank) != stream.rank
             if len(self._seen) > _REMEMBERED_LINES:
                 del self._seen[next(iter(self._seen))]
         return stream.is_repeated
+
+    def show_errors(self, known_rank: int | None) -> None:
+        """Shows each error once, as rank 0 has written it if it has; not the loss of a rank that the launcher names."""
+        for by_rank in self._errors.values():
+            rank = min(by_rank)
+            if known_rank is not None and by_rank[rank].startswith(b"error: process %d (" % known_rank):
+                continue
+            prefix = b"[%d] " % rank if rank and len(by_rank) == 1 else b""
+            self._screen.write_line(prefix + by_rank[rank], _STDERR)
 
     def drain(self) -> None:
         """Relays what ended processes have left in their pipes."""

@@ -4,10 +4,14 @@ A worker has Ray loaded before it calls the training function, so that Ray is ne
 the environment of the process, which it ignores, as those of `runtime/schedulers.py`.
 """
 
-import socket
 import sys
+import threading
+from concurrent.futures import Future
 from types import ModuleType
 
+from jaxinfra.errors import PeerLostError
+from jaxinfra.runtime.connected_peers import JOIN_S
+from jaxinfra.runtime.peer_connection import AGAIN, free_port
 from jaxinfra.runtime.schedulers import Environment
 
 
@@ -48,11 +52,22 @@ def address(environment: Environment) -> str:
     import ray.train.collective
     import ray.util
 
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    host = ray.util.get_node_ip_address()
-    return ray.train.collective.broadcast_from_rank_zero(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    port, host = free_port(), ray.util.get_node_ip_address()
+    own, found = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", Future[str]()
+
+    def broadcast() -> None:
+        try:
+            found.set_result(ray.train.collective.broadcast_from_rank_zero(own))
+        except Exception as error:
+            found.set_exception(error)
+
+    # Ray waits without a limit, unless its controller was started with RAY_TRAIN_COLLECTIVE_TIMEOUT_S.
+    threading.Thread(target=broadcast, name="ray-address", daemon=True).start()
+    try:
+        return found.result(JOIN_S)
+    except TimeoutError:
+        cause = f"another one has not called join() within {JOIN_S:.0f} s"
+        raise PeerLostError(f"worker {index(environment)} of Ray Train: {cause}; {AGAIN}") from None
 
 
 def _train() -> ModuleType:

@@ -65,8 +65,8 @@ class StopRequest:
 class RunStopRequest(StopRequest):
     """Stops all processes of the run (`Peers.request_stop`), also if the main thread is in the compiler.
 
-    The training loop calls `reason_after` after every step, saves and stops. Before the first step the processes end at
-    once, with code 75: there is nothing to save.
+    The training loop calls `stops_after` after every step, saves and stops. Before the first step, and outside of a
+    training, the processes end at once, with code 75: there is nothing to save.
 
     Args:
         training: whether steps follow. If not, Ctrl-C interrupts as usual.
@@ -77,13 +77,13 @@ class RunStopRequest(StopRequest):
         self._training = training
         self._reader, self._writer = socket.socketpair()
 
-    def reason_after(self, completed_steps: int) -> str | None:
+    def stops_after(self, completed_steps: int) -> str | None:
         """Returns why the run must stop after this number of steps, or None; raises KeyboardInterrupt as `reason`.
 
         All processes must call it after every step.
         """
         peers, own = current_peers(), self.reason
-        agreed = peers.stop.reason_after(completed_steps)
+        agreed = peers.stop.requested_after(completed_steps)
         return own if peers.count == 1 else agreed
 
     @override
@@ -100,6 +100,8 @@ class RunStopRequest(StopRequest):
 
     @override
     def __exit__(self, *exception: object) -> None:
+        if self._training:
+            current_peers().stop.end()
         if self._previous:
             signal.set_wakeup_fd(self._outer_fd, warn_on_full_buffer=False)
         else:

@@ -31,6 +31,8 @@ _NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
 _STORAGE_STATUS = re.compile(
     "ABORTED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
 )
+# What JAX reports with such a status, if another process is lost while they work together.
+_OF_PROCESSES = re.compile("Gloo|NCCL|CoordinationService|coordination service|[Bb]arrier")
 # fsspec's clients raise errors of their own, known by the top-level package, which need not be installed.
 _CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "s3fs"})
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -88,6 +90,8 @@ def is_storage_error(error: BaseException) -> bool:
     """Returns whether an exception comes from the operating system, TensorStore or a client of fsspec."""
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS:
         return True
+    if type(error).__name__ == "JaxRuntimeError" and _OF_PROCESSES.search(str(error)):
+        return False
     return bool(_OS_ERROR.search(str(error)) or _STATUS.match(str(error)))
 
 

@@ -1,8 +1,7 @@
 """metrics.jsonl and summary.json: the metrics of a run, for other programs to read.
 
 samples.jsonl has a line `{"step": 12, "text": "..."}` for each text that the model wrote, if the run asks for some.
-summary.json has the final values, or "failed" and the error if an error ended the run. While a run goes on, and after a
-kill, there is none.
+summary.json has the final values, or the error that ended the run. While a run goes on, or after a kill, there is none.
 
 Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
 time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
@@ -18,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import JaxinfraError, StorageError
+from jaxinfra.errors import JaxinfraError, PeerLostError, StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
@@ -67,7 +66,8 @@ class JsonlTracker(FileTracker):
     @override
     def log_error(self, error: BaseException) -> None:
         kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__} "
-        self.log_summary({"status": "failed", "error": " ".join(f"{kind}{error}".split())})
+        status = "interrupted" if isinstance(error, PeerLostError) else "failed"
+        self.log_summary({"status": status, "error": " ".join(f"{kind}{error}".split())})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

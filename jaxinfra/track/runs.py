@@ -31,7 +31,7 @@ class RunOverview:
     Attributes:
         path: directory or URL of the run.
         state: "running", "finished", "stopped" (asked to stop, and saved), "failed" (an error ended it), "interrupted"
-            (it was killed), or what is wrong with its files.
+            (a process of it was killed), or what is wrong with its files.
         completed_steps: number of steps up to the last logged one.
         total_steps: `train.steps` of its config.
         loss: training loss at the last logged step, in nats, or None.

@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.config import Loaded, diff, fingerprint, record
+from jaxinfra.config.classes import source_of, user_classes
+from jaxinfra.config.folder import loaded_files
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.devices import device_memory
-from jaxinfra.runtime.environment import git_state, host_state, package_versions
+from jaxinfra.runtime.environment import git_state, host_state, module_digests, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
+from jaxinfra.user_code import user_modules
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 """The packages whose versions decide the numbers of a run."""
@@ -63,6 +66,12 @@ def start_record(loaded: Loaded[Run], program: Program, dataset: Dataset, *, com
         "data_versions": [*dataset.versions],
         "host": host_state(),
     }
+
+
+def user_code_digests(run: Run) -> dict[str, str]:
+    """Returns a hash of each module of the user that has been imported, and of each file with a class of the config."""
+    files = user_modules() | loaded_files() | {cls.__module__: source_of(cls)["file"] for cls in user_classes(run)}
+    return module_digests(files)
 
 
 def summary_of_metrics(rows: Sequence[dict[str, float]], modality: str, wall_s: float) -> dict[str, Any]:

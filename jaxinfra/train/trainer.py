@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra import __version__
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, validate, write_record
@@ -39,7 +38,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
-from jaxinfra.runtime.environment import git_state, package_versions
+from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunStopRequest
@@ -51,7 +50,7 @@ from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
-from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics
+from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.trained_params import load_params
@@ -164,7 +163,7 @@ class Trainer:
             if owned is not None:
                 location = self.run_dir.location
                 trackers = make_trackers(self.run.track, self.run_dir.path, location, owned.check)
-            with trackers as self._trackers, self.program.on_mesh:
+            with trackers as self._trackers, self._peers.naming_causes(), self.program.on_mesh:
                 self.state, init_source = self._restore_or_init()
                 self._record = {"init": init_source, **self._make_record(statistics)}
                 if owned is not None:
@@ -174,7 +173,7 @@ class Trainer:
                 self._trackers.start(self._record, statistics, **start)
                 self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
-                reason = self._fit_dataset(stop.reason_after)
+                reason = self._fit_dataset(stop.stops_after)
                 self.save(force=True)
                 self._checkpoints.wait_until_finished()
                 wall_s = time.monotonic() - start_s
@@ -190,11 +189,11 @@ class Trainer:
     def fit(
         self,
         batches: Iterable[tuple[int, dict[str, jax.Array]]],
-        stop_reason: Callable[[int], str | None] = lambda completed_steps: None,
+        stops_after: Callable[[int], str | None] = lambda completed_steps: None,
     ) -> str | None:
-        """Trains until the batches end or `stop_reason` returns a reason, and returns that reason.
+        """Trains until the batches end or `stops_after` returns a reason, and returns that.
 
-        `stop_reason` is called after each step with the number of completed steps. `batches` are pairs of the steps
+        `stops_after` is called after each step with the number of completed steps. `batches` are pairs of the steps
         before it, from `completed_steps` on, and arrays on the devices.
         """
         assert self.state is not None
@@ -221,7 +220,7 @@ class Trainer:
             if evaluates:
                 self._log_evaluation()
             self.save(metrics)
-            if reason := stop_reason(self.completed_steps):
+            if reason := stops_after(self.completed_steps):
                 break
         if pending is not None:
             self.report(*pending)
@@ -356,18 +355,20 @@ class Trainer:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         if self._peers.count == 1:
             return
-        git = git_state(Path(__file__).parent)
         fields = flatten(encode(self._loaded.run))
         self._peers.require_equal(
             {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
             | {
                 "the data": self.dataset.fingerprint,
-                "the version of jaxinfra": git["commit"] or __version__,
+                "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
                 **package_versions(PACKAGES),
                 "the device": jax.local_devices()[0].device_kind,
                 "the number of devices": jax.local_device_count(),
             }
         )
+        digests = user_code_digests(self._loaded.run)
+        everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more, for plots
+        self._peers.require_equal({name: digests[name] for name in sorted(everywhere)})
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -408,7 +409,7 @@ class Trainer:
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
-    def _fit_dataset(self, stop_reason: Callable[[int], str | None]) -> str | None:
+    def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on."""
         config, start = self.run.train, self.completed_steps
         batches = BatchLoader(
@@ -422,7 +423,7 @@ class Trainer:
         )
         with Prefetcher(batches, self._place) as self._loader:
             start_s = time.monotonic()
-            reason = self.fit(self._loader, stop_reason)
+            reason = self.fit(self._loader, stops_after)
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:

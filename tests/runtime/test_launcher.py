@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import StorageError
-from jaxinfra.runtime.launcher import End, Patience, exit_code, launch
+from jaxinfra.runtime.launcher import Patience, ProcessExit, exit_code, launch
 from tests.refusals import raises
 from tests.track import demo
 
@@ -100,12 +100,20 @@ def test_lines_name_their_rank_and_equal_errors_appear_once(tmp_path: Path, capf
         ["out 0", "no newline", *(f"[{rank}] {text}" for rank in (1, 2) for text in (f"out {rank}", "no newline"))]
     )
     errors = shown.err.splitlines()
-    assert sum(line.endswith("error: same") for line in errors) == 1
+    assert [line for line in errors if "error: " in line] == ["error: same"]
     assert {"mine 0", "[1] mine 1", "[2] mine 2"} < {*errors}
     for rank in range(3):
         lines = (tmp_path / "logs" / f"rank-{rank}.log").read_text().splitlines()
         assert {f"out {rank}", "no newline", "error: same", f"mine {rank}"} < {*lines}
         assert lines[-1].endswith("exit code 0")
+
+
+def test_an_error_is_shown_as_rank_0_has_written_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "time.sleep(0 if rank else 0.5); name = '' if rank == 1 else 'process 1 (host): '\n"
+    code += "print(f'error: {name}no such file', file=sys.stderr)\n"
+    code += "if rank == 2: print('error: own', file=sys.stderr)"
+    assert run(tmp_path, code) == 0
+    assert capfd.readouterr().err.splitlines() == ["error: process 1 (host): no such file", "[2] error: own"]
 
 
 def test_a_traceback_of_several_ranks_is_shown_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +165,7 @@ FORCED = frozenset({signal.SIGTERM, signal.SIGKILL})
     ],
 )
 def test_exit_code_is_that_of_the_cause(ends: list[tuple], stop_requested: bool, code: int) -> None:
-    ended = [End(rank=rank, code=end[0], sent=frozenset(*end[1:])) for rank, end in enumerate(ends)]
+    ended = [ProcessExit(rank=rank, code=end[0], sent=frozenset(*end[1:])) for rank, end in enumerate(ends)]
     assert exit_code(ended, stop_requested=stop_requested) == code
 
 
@@ -177,9 +185,10 @@ def test_those_that_hang_are_told_then_killed(tmp_path: Path) -> None:
 
 
 def test_a_process_killed_from_outside_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = "if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.5); sys.exit(76)"
+    code = "if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.5)\n"
+    code += "print('error: process 2 (host): was killed', file=sys.stderr); sys.exit(76)"
     assert run(tmp_path, code) == 76
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()  # not also what the others say of it
     assert line.startswith("error: process 2 ") and "SIGKILL" in line and "same command" in line
 
 

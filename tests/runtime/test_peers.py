@@ -2,13 +2,22 @@
 
 import json
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError
-from jaxinfra.runtime.peers import ConnectedPeers, Peers
+from jaxinfra import __version__
+from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, PeerLostError
+from jaxinfra.runtime import connected_peers
+from jaxinfra.runtime.connected_peers import ConnectedPeers
+from jaxinfra.runtime.join import join
+from jaxinfra.runtime.peers import Peers, set_current_peers
+from jaxinfra.storage.errors import is_storage_error
+from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.tracker import MultiTracker
 from tests.refusals import names, raises
 from tests.several import free_address
 
@@ -35,11 +44,18 @@ def together(peers: Sequence[Peers | JaxinfraError], call) -> list:
         return [*threads.map(call, peers)]
 
 
+@pytest.fixture(autouse=True)
+def no_forced_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are threads: what would end a process must not end the tests."""
+    monkeypatch.setattr(ConnectedPeers, "_end_process", lambda *_: None)
+    monkeypatch.setattr(connected_peers, "GRACE_S", 0.5)
+
+
 @pytest.fixture
 def three():
     peers = connect((0, 3), (1, 3), (2, 3))
     yield peers
-    together(peers, lambda each: each.close())
+    together(peers, lambda each: each.leave())
 
 
 def test_values_reach_all(three: list[Peers]) -> None:
@@ -63,7 +79,7 @@ def test_a_run_of_one_is_alone() -> None:
     assert (alone.index, alone.count, alone.gather(5), alone.broadcast(6)) == (0, 1, [5], 6)
     alone.require_equal({"jax": "0.9"})
     alone.raise_if_lost(wait_s=60)
-    alone.close(ValueError())
+    alone.leave(ValueError())
 
 
 def test_missing_processes_are_named() -> None:
@@ -94,6 +110,149 @@ def test_a_port_in_use_is_named() -> None:
     names(str(error), f"{address} in use another port")
 
 
+def failures(peers: Sequence[Peers], errors: Sequence[BaseException | None]) -> list[BaseException | None]:
+    """What each process ends with if its program ends with an error of its own."""
+
+    def leave(pair: tuple[Peers, BaseException | None]) -> BaseException | None:
+        try:
+            with pair[0]:
+                if pair[1] is not None:
+                    raise pair[1]
+                pair[0].raise_if_lost(wait_s=2.0)
+        except BaseException as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(peers)) as threads:
+        return [*threads.map(leave, zip(peers, errors, strict=True))]
+
+
+def test_a_program_may_exit_without_an_error() -> None:
+    done = SystemExit(0)
+    assert failures(connect((0, 2), (1, 2)), (None, done)) == [None, done]
+
+
+def test_the_code_of_an_exit_reaches_the_others() -> None:
+    for own, code in (SystemExit(3), 3), (KeyboardInterrupt(), 130):
+        told, _ = failures(connect((0, 2), (1, 2)), (None, own))
+        assert isinstance(told, JaxinfraError) and told.exit_code == code
+        names(str(told), "process 1")
+
+
+def test_an_error_of_all_processes_is_told_as_each_ones_own() -> None:
+    own = KeyError("loss"), KeyError("loss")
+    assert failures(connect((0, 2), (1, 2)), own) == [*own]
+    told, _ = failures(connect((0, 2), (1, 2)), (None, KeyError("loss")))
+    names(str(told), "process 1 KeyError 'loss' test_peers.py fix")
+
+
+def test_a_failed_collective_operation_is_the_loss_of_a_process() -> None:
+    lost = PeerLostError("process 7 (h): was killed")
+    failed = CheckpointError("no restore")
+    failed.__cause__ = RuntimeError("UNKNOWN: Gloo all-reduce failed")
+    told, _ = failures(connect((0, 2), (1, 2)), (failed, lost))
+    assert type(told) is PeerLostError
+
+
+def test_a_run_records_which_process_was_lost(tmp_path: Path) -> None:
+    first, second = connect((0, 2), (1, 2))
+    assert isinstance(first, Peers) and isinstance(second, Peers)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(second.leave, PeerLostError("process 7 (h): was killed"))
+        with (
+            raises(PeerLostError, "process 7 killed"),
+            first,
+            MultiTracker([JsonlTracker(tmp_path)]),
+            first.naming_causes(),
+        ):
+            raise RuntimeError("UNKNOWN: Gloo all-reduce failed")
+    recorded = json.loads((tmp_path / "summary.json").read_text())
+    assert recorded == {"status": "interrupted", "error": "process 7 (h): was killed"}
+
+
+def test_a_failed_collective_operation_is_no_failure_of_storage() -> None:
+    for cause in "Gloo all-reduce failed", "Failed to send RPC to CoordinationService":
+        assert not is_storage_error(type("JaxRuntimeError", (RuntimeError,), {})(f"UNAVAILABLE: {cause}"))
+    assert is_storage_error(ValueError("UNAVAILABLE: Error reading s3://bucket/barrier"))
+
+
+def test_after_the_others_have_been_left() -> None:
+    peers = connect((0, 2), (1, 2))
+    together(peers, lambda each: each.leave())
+    with raises(ConfigError, "process 0 join()"):
+        peers[0].gather(None)
+    set_current_peers(peers[0])
+    try:
+        with raises(ConfigError, "join() around all"):
+            join()
+    finally:
+        set_current_peers(Peers())
+
+
+def member(address: str, index: int, count: int, *messages: dict) -> socket.socket:
+    """A process that sends some messages, and then does not read what it gets."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            channel = socket.create_connection((host, int(port)))
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    hello = {"kind": "hello", "index": index, "count": count, "host": "x", "version": __version__}
+    channel.sendall(b"".join(json.dumps(each).encode() + b"\n" for each in (hello, *messages)))
+    return channel
+
+
+def test_a_stopped_process_holds_up_no_others() -> None:
+    """The values of a round are more than the connection to it holds."""
+    address = free_address()
+    with ThreadPoolExecutor(2) as threads:
+        joining = [threads.submit(ConnectedPeers, address, 3, index, join_s=20.0, silence_s=3.0) for index in (0, 2)]
+        with member(address, 1, 3, {"kind": "value", "round": "main 1", "value": {"value": 0}}):
+            peers = [each.result() for each in joining]
+            values = [*threads.map(lambda each: each.gather("x" * 10**7), peers)]
+            assert [len(each[2]) for each in values] == [10**7] * 2
+            for each in peers:
+                with raises(PeerLostError, "process 1 silent"):
+                    each.raise_if_lost(wait_s=10)
+            own = PeerLostError("process 1")
+            [*threads.map(lambda each: each.leave(own), peers)]
+
+
+def test_a_member_that_leaves_out_a_field() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(ConnectedPeers, address, 2, 0, join_s=20.0)
+        with (
+            member(address, 1, 2, {"kind": "leave"}),
+            raises(PeerLostError, "process 1 protocol"),
+            joining.result() as first,
+        ):
+            first.gather(None)
+
+
+def test_another_program_at_the_address_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        joining = threads.submit(ConnectedPeers, address, 2, 1, join_s=20.0)
+        channel, _ = server.accept()
+        with channel:
+            channel.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+            with raises(ConfigError, f"{address} --coordinator"):
+                joining.result()
+
+
+def test_a_host_whose_name_is_impossible() -> None:
+    with raises(ConfigError, "node1..cluster:8476 --coordinator"):
+        ConnectedPeers("node1..cluster:8476", 2, 1, join_s=1.0)
+
+
+def test_a_value_that_is_too_long(three: list[Peers]) -> None:
+    with pytest.raises(ValueError, match="in parts"):
+        three[1].gather("x" * 2**24, "long")
+    assert together(three, lambda each: each.gather(0)) == [[0] * 3] * 3
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -119,4 +278,4 @@ def test_strangers_change_nothing(sent: bytes) -> None:
             second = threads.submit(ConnectedPeers, address, 2, 1, join_s=20.0)
             peers = [first.result(), second.result()]
     assert together(peers, lambda each: each.gather(each.index)) == [[0, 1], [0, 1]]
-    together(peers, lambda each: each.close())
+    together(peers, lambda each: each.leave())

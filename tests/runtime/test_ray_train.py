@@ -5,11 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from jaxinfra.errors import PeerLostError
+from jaxinfra.runtime import ray_train
 from tests.conftest import ROOT
+from tests.refusals import raises
 from tests.tiny_run import Ended, Tiny, ended, summary
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
@@ -55,6 +59,15 @@ def run(folder: Path, tiny: Tiny, script: str, gpus: int, *overrides: str) -> En
     words = [sys.executable, str(folder / "ray_run.py"), str(tiny.config), *overrides]
     pipe = subprocess.PIPE
     return ended(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=folder, env=env), timeout_s=240)
+
+
+def test_the_wait_for_other_workers_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_train, "JOIN_S", 0.2)
+    monkeypatch.setattr(ray_train, "index", lambda environment: 1)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.2")
+    monkeypatch.setattr("ray.train.collective.broadcast_from_rank_zero", lambda value: time.sleep(2))
+    with raises(PeerLostError, "worker 1 join()"):
+        ray_train.address({})
 
 
 @pytest.mark.slow(40)

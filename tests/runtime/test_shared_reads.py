@@ -18,7 +18,7 @@ VOCABULARY = random.Random(0).randbytes(2**25)
 def three():
     peers = connect((0, 3), (1, 3), (2, 3))
     yield peers
-    together(peers, lambda each: each.close())
+    together(peers, lambda each: each.leave())
 
 
 def reader(peers: Peers, asked: list[tuple[int, str]]) -> Callable[[str], bytes]:

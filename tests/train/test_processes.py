@@ -14,6 +14,7 @@ import pytest
 from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, PeerLostError, Preempted
 from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.track.runs import list_runs
 from tests.refusals import names
 from tests.several import all_ended, free_address, several
 from tests.tiny_run import Tiny, ended, start, summary
@@ -147,6 +148,9 @@ def test_the_loss_of_one_ends_the_others(tiny: Tiny, index: int, number: signal.
         cause = "killed" if number == signal.SIGKILL else "silent"
         (line,) = (line for line in survivor.err.splitlines() if line.startswith("error: "))
         names(line, f"process {index} {cause}")
+        if number == signal.SIGKILL:
+            (overview,) = list_runs(tiny.runs)
+            assert overview.state == "interrupted"
         children[index].send_signal(signal.SIGCONT)
         assert ended(children[index]).code == (-signal.SIGKILL if number == signal.SIGKILL else PeerLostError.exit_code)
 
@@ -192,18 +196,21 @@ if sys.argv[2] == "fail" and trainer.train()["steps"] == 3:
 if jaxinfra.join().index == 0:
     time.sleep(12)  # longer than the silence after which a process counts as lost
 print(trainer.train()["steps"], trainer.program.mesh.size)
+if sys.argv[2] == "stop":
+    print("trained", flush=True)
+    time.sleep(1000)
 """
 
 
 @pytest.mark.slow(20)
 def test_a_script_joins(tiny: Tiny) -> None:
-    """All processes get the summary from `train`; the error of one ends all of them."""
-    for mode, code in ("train", 0), ("fail", 1):
+    """All processes get the summary from `train`; an error of one, or a signal after the training, ends all."""
+    for mode, code in ("train", 0), ("fail", 1), ("stop", Preempted.exit_code):
         host, _, port = free_address().rpartition(":")
         where = {"JAX_COORDINATOR_ADDRESS": f"{host}:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
         children = [
             subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(tiny.config), mode if index else "train"],
+                [sys.executable, "-c", SCRIPT, str(tiny.config), mode if index or mode == "stop" else "train"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -211,9 +218,13 @@ def test_a_script_joins(tiny: Tiny) -> None:
             )
             for index in range(2)
         ]
+        if mode == "stop":
+            for child in children:
+                assert child.stdout and "trained\n" in iter(child.stdout.readline, "")
+            children[1].send_signal(signal.SIGTERM)
         first, second = all_ended(children)
         assert (first.code, second.code) == (code, code), (first, second)
         if mode == "train":
             assert first.out.endswith("3 2\n") and second.out.endswith("3 2\n"), (first, second)
-        else:
+        elif mode == "fail":
             assert "ValueError: a mistake" in second.err

@@ -1,5 +1,6 @@
 """A signal before the first step, while a process compiles or opens its data, ends all processes of the run at once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,6 +63,7 @@ def test_one_process(tiny: Tiny, start: Callable[..., subprocess.Popen[str]], nu
     until_it_waits(child)
     child.send_signal(number)
     preempted(ended(child), number.name, "nothing to save")
+    assert [json.loads(path.read_text())["released"] for path in (tiny.directory() / "lease").iterdir()] == [True]
     assert not [*(tiny.directory() / "checkpoints").glob("[0-9]*")]
     assert ended(start("nowhere")).code == 0
 
@@ -81,4 +83,4 @@ def test_several_processes(
     children[told].send_signal(signal.SIGTERM)
     for each in all_ended(children):
         assert each.code == Preempted.exit_code, each
-        preempted(each, f"SIGTERM to process {told}", "nothing to save")
+        preempted(each, f"SIGTERM to process {told}", "" if places[0] == "opening" else "nothing to save")

@@ -155,7 +155,7 @@ class _KafkaReader(StreamReader):
         return parse_record(parse_json_object, value, key=name, location=name)
 
     def _handle_error(self, message: "Message", error: "KafkaError") -> None:
-        """Notes the end of a partition, ignores errors after which librdkafka retries, and raises all others."""
+        """Records the end of a partition, ignores errors after which librdkafka retries, and raises all others."""
         partition = message.partition() or 0
         if error.code() == self._kafka.KafkaError._PARTITION_EOF:
             self._at_eof.add(partition)

@@ -1,0 +1,279 @@
+"""Keeps the processes of a run in touch: who has joined, who has left and why, and values that all must know.
+
+JAX's own service connects the devices, but says neither who is missing nor who has died, and aborts the process. So
+each process also holds a TCP connection to process 0, served by a thread, which is independent of the devices:
+
+- At the start all wait for each other. Missing processes are named.
+- A process that is killed closes its connection; one that is stopped, or cut off, is silent for `SILENCE_S`. The others
+  then leave with the code of `PeerLostError`, also where a collective operation would block them forever.
+- A process that leaves with an error sends it, and all others leave with the same code.
+- `Peers.gather` exchanges small values.
+- A request to stop one process stops all after the same step (`stop_agreement`).
+
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
+one of the same host. Neither asks who connects: use them only inside a trusted network.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import override
+
+from jaxinfra import __version__
+from jaxinfra.errors import (
+    CheckpointError,
+    ConfigError,
+    JaxinfraError,
+    PeerLostError,
+    Preempted,
+    StorageError,
+    error_of_code,
+)
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Json, ProtocolError, connect, listen
+from jaxinfra.runtime.peer_hub import Hub
+from jaxinfra.runtime.peers import GRACE_S, Peers
+from jaxinfra.user_code import Ending, ending_of
+
+JOIN_S = 300.0
+"""Longest wait for all processes to join."""
+SILENCE_S = 10.0
+"""Silence after which a process counts as lost."""
+GATHER_S = 600.0
+"""Longest wait for a value of another process."""
+_LEAVE_S = GRACE_S + 2 * BEAT_S  # in which the others notice an error and leave
+
+
+class ConnectedPeers(Peers):
+    """Several processes, connected through process 0.
+
+    Creating it waits for all of them. Later, if another one is lost or fails, this process is ended after `GRACE_S`
+    unless it leaves by itself. Raises, in all processes, PeerLostError if some do not join, and ConfigError if they do
+    not fit together.
+
+    Attributes:
+        addresses: of this process and of process 0, as their connection has them.
+
+    Args:
+        address: HOST:PORT of process 0.
+        count: number of processes.
+        index: of this one.
+        known_hosts: hosts that a scheduler named, for messages about processes that are missing.
+        join_s: longest wait for all to join.
+        silence_s: silence after which a process counts as lost.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        count: int,
+        index: int,
+        *,
+        known_hosts: Sequence[str] = (),
+        join_s: float = JOIN_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        super().__init__()
+        self.count, self.index, self._address, self._silence_s = count, index, address, silence_s
+        self._failure: JaxinfraError | None = None
+        self._failed, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._own_error: BaseException | None = None  # for which this process has waited for one of another
+        self._answers: dict[str, Future[list[Json]]] = {}
+        self._rounds: Counter[str] = Counter()
+        self._hub = None
+        if index == 0:
+            self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
+        deadline_s = time.monotonic() + join_s
+        own_name = f"process {index} ({self.hosts[0]})"
+        self._connection, self.addresses = connect(address, silence_s, join_s, own_name)
+        with suppress(OSError):  # the receiving thread says so
+            self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0], version=__version__)
+        joined: Future[Sequence[str]] = Future()
+        threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
+        threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
+        try:
+            self.hosts = joined.result(deadline_s - time.monotonic() + 2 * BEAT_S)  # process 0 may say who is missing
+        except (JaxinfraError, TimeoutError) as error:
+            self._leaving.set()
+            self._closed.set()
+            self._connection.close()
+            if self._hub is not None:  # tells also those that connect a moment later
+                self._hub.all_left.wait(GRACE_S)
+            if isinstance(error, JaxinfraError):
+                raise
+            cause = f"did not connect all processes within {join_s:.0f} s of the start of {own_name}"
+            raise PeerLostError(f"process 0 at {address}: {cause}; {AGAIN}") from None
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this process has disconnected."""
+        return self._closed.is_set()
+
+    @override
+    def gather(self, value: Json, channel: str = "main", wait_s: float | None = None) -> list[Json]:
+        found = self._gather({"value": value}, channel, GATHER_S if wait_s is None else wait_s)
+        for index, each in enumerate(found):
+            if "value" not in each:
+                raise PeerLostError(f"{self.name_of(index)}: has ended its program before the others; {AGAIN}")
+        return [each["value"] for each in found]
+
+    def _gather(
+        self,
+        content: Json,
+        channel: str,
+        wait_s: float,
+        late: str = "another process did not reach the same point of the program",
+    ) -> list[Json]:
+        self._rounds[channel] += 1
+        key = f"{channel} {self._rounds[channel]}"
+        answer = self._answers[key] = Future()
+        self.raise_if_lost()
+        if self.has_left:
+            raise ConfigError(f"{self.name_of(self.index)}: has left the others; do this before `with join()` ends")
+        with suppress(OSError):  # the receiving thread says so
+            self._connection.send(kind="value", round=key, value=content)
+        try:
+            return answer.result(wait_s)
+        except TimeoutError:
+            cause = f"{late} within {wait_s:.0f} s"
+            raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {AGAIN}") from None
+
+    @override
+    def raise_if_lost(self, wait_s: float = 0.0) -> None:
+        self._failed.wait(wait_s)
+        if self._failure is not None:
+            raise self._failure
+
+    @override
+    def raise_cause_of(self, error: BaseException) -> None:
+        if error is self._own_error or not _may_come_from_a_peer(error):
+            return
+        self._own_error = error
+        self._failed.wait(2 * GRACE_S)
+        if self._failure is not None and not str(self._failure).endswith(f": {ending_of(error).line}"):
+            raise self._failure
+
+    @override
+    def name_of(self, index: int) -> str:
+        if len(self.hosts) < self.count and index == 0:  # not all have joined
+            return f"process 0 at {self._address}"
+        return super().name_of(index)
+
+    @override
+    def leave(self, error: BaseException | None = None, wait_s: float = GATHER_S) -> None:
+        """As `Peers.leave`; waits so long until all leave."""
+        with self.exit_lock:  # waits for good if another thread ends this process
+            if self.has_left:
+                self.raise_if_lost()
+                return
+        ending = ending_of(error)
+        try:
+            if error is None or ending.code in (0, Preempted.exit_code):  # all stop after the same step
+                self._gather({"done": True}, "main", wait_s, "has ended its program, but another one has not")
+                _disconnect_devices()
+            else:
+                self.raise_cause_of(error)
+        except BaseException as cause:
+            ending = ending_of(cause)
+            raise
+        finally:
+            self._disconnect(ending)
+
+    def _disconnect(self, ending: Ending) -> None:
+        with self.exit_lock:  # as in `leave`
+            self._leaving.set()
+        is_failure = ending.code not in (0, Preempted.exit_code)
+        with suppress(OSError):  # process 0 has gone
+            self._connection.send(kind="leave", error=[*ending] if is_failure else None)
+        if self._hub is not None:
+            # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
+            self._hub.all_left.wait(_LEAVE_S)
+        self._closed.set()
+        self._connection.close()
+
+    @override
+    def request_stop(self, reason: str) -> None:
+        if self._leaving.is_set():
+            self.exit(Preempted.exit_code, self.stop.describe(reason))
+        with suppress(OSError):  # process 0 has gone, and the receiving thread says so
+            self._connection.send(kind="stop", reason=reason)
+
+    def _receive(self, joined: Future[Sequence[str]]) -> None:
+        """The thread that receives messages, until this process leaves."""
+        try:
+            while (message := self._connection.receive()) is not None:
+                match message["kind"]:
+                    case "joined":
+                        joined.set_result(message["hosts"])
+                    case "values" if self._failure is None:
+                        self._answers.pop(message["round"]).set_result(message["values"])
+                    case "stop":
+                        self.stop.request(message["reason"])
+                        training, step = self.stop.promise
+                        with suppress(ConnectionError):  # the next message says so
+                            self._connection.send(kind="promise", training=training, step=step)
+                    case "last_step" if message["step"] is None:
+                        with self.exit_lock:
+                            self._disconnect(Ending(Preempted.exit_code, ""))
+                            self.exit(Preempted.exit_code, self.stop.describe(message["reason"]))
+                    case "last_step":
+                        self.stop.decide(message["training"], message["step"])
+                    case "failure":
+                        self._fail(error_of_code(*message["error"]), joined)
+            self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
+        except TimeoutError:
+            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
+            self._fail(PeerLostError(f"{self.name_of(0)}: {cause}; {AGAIN}"), joined)
+        except ProtocolError as error:
+            fix = "check --coordinator or JAX_COORDINATOR_ADDRESS: another program listens there"
+            self._fail(ConfigError(f"{self.name_of(0)}: {error.strerror}; {fix}"), joined)
+        except OSError as error:
+            self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {AGAIN}"), joined, grace_s=0.0)
+
+    def _fail(self, error: JaxinfraError, joined: Future[Sequence[str]], grace_s: float = GRACE_S) -> None:
+        """Records the first error of another process. Without `grace_s`: JAX itself would abort within a moment."""
+        if self._leaving.is_set():
+            return
+        if not self._failed.is_set():
+            self._failure = error
+            self._failed.set()
+            self.stop.fail(error)
+            for answer in list(self._answers.values()):  # the main thread may add one
+                answer.set_exception(error)
+            if not joined.done():
+                joined.set_exception(error)
+        if joined.exception() is not None:  # the main thread raises it
+            return
+        timer = threading.Timer(grace_s, self._end_process)
+        timer.daemon = True
+        timer.start()
+
+    def _end_process(self) -> None:
+        """Ends the process, whose main thread waits for a process that is lost."""
+        with self.exit_lock:
+            if not self._leaving.is_set():
+                ending = ending_of(self._failure)
+                self._disconnect(ending)
+                self.exit(ending.code, f"error: {ending.line}")
+
+    def _beat(self) -> None:
+        with suppress(OSError):  # the receiving thread says so
+            while not self._closed.wait(BEAT_S):
+                self._connection.send(kind="beat")
+
+
+def _may_come_from_a_peer(error: BaseException) -> bool:
+    """Whether the loss of another process may look like this error, such as a failed collective operation."""
+    if isinstance(error, StorageError | CheckpointError):
+        return error.__cause__ is not None and not isinstance(error.__cause__, OSError)
+    return isinstance(error, Exception) and not isinstance(error, JaxinfraError)
+
+
+def _disconnect_devices() -> None:
+    """Waits until all processes have reached the end, and ends JAX's service."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()

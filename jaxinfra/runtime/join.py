@@ -1,0 +1,121 @@
+"""Joins the processes of a run, and makes the end of a user's script leave the others."""
+
+import atexit
+import os
+import signal
+import sys
+from types import TracebackType
+
+from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError
+from jaxinfra.runtime import cpu_collectives
+from jaxinfra.runtime.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
+from jaxinfra.runtime.peer_connection import AGAIN, free_port, is_loopback
+from jaxinfra.runtime.peers import Peers, current_peers, set_current_peers
+from jaxinfra.runtime.processes import Processes, find_processes
+from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.user_code import ending_of
+
+_JAX_HEARTBEAT_S = 100  # its default; longer than ours, so that we say who is silent
+_END_S = 60.0  # for the other processes to end their scripts once one has
+
+
+def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
+    """Connects the processes of a run, and their devices; they are `current_peers` from now on.
+
+    Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. If
+    that was called already, as by Ray's JaxTrainer on GPUs and TPUs, the devices stay connected as they are. Raises
+    PeerLostError and ConfigError as `ConnectedPeers`.
+
+    The end of the script disconnects from the others, which get a minute to end theirs. Where the process goes on, as a
+    worker of Ray does, use `with join():`.
+
+    Args:
+        processes: which processes there are; by default what the environment says (`find_processes`).
+        join_s: longest wait for all to join.
+        silence_s: silence after which a process counts as lost.
+    """
+    alone = current_peers()
+    if isinstance(alone, ConnectedPeers):
+        if alone.has_left:
+            raise ConfigError("join(): this process has left the others already; use one `with join():` around all")
+        return alone
+    if processes is None and (processes := find_processes(os.environ)) is None:
+        return alone
+    peers = ConnectedPeers(
+        processes.coordinator,
+        processes.count,
+        processes.index,
+        known_hosts=processes.hosts,
+        join_s=join_s,
+        silence_s=silence_s,
+    )
+    set_current_peers(peers)  # a signal must stop all of them from now on
+    try:
+        _connect_devices(peers, processes, join_s, silence_s)
+    except BaseException as error:
+        try:
+            peers.leave(error)
+        finally:
+            set_current_peers(alone)
+        raise
+    leave_at_exit(peers)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        RunStopRequest(training=False).__enter__()  # for the life of the process
+    return peers
+
+
+def _connect_devices(peers: ConnectedPeers, processes: Processes, join_s: float, silence_s: float) -> None:
+    import jax
+
+    if jax.distributed.is_initialized():
+        assert jax.process_index() == processes.index, "the scheduler has given JAX another index than ours"
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, and acts between steps only
+    host = processes.coordinator.rpartition(":")[0]
+    service = f"{host}:{peers.broadcast(free_port())}"
+    try:
+        jax.distributed.initialize(
+            service,
+            processes.count,
+            processes.index,
+            local_device_ids=processes.local_devices,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=service if is_loopback(host) else None,
+            initialization_timeout=round(join_s),
+            heartbeat_timeout_seconds=round(max(_JAX_HEARTBEAT_S, 2 * silence_s)),
+            shutdown_timeout_seconds=round(2 * silence_s),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        peers.raise_cause_of(error)
+        raise PeerLostError(
+            f"{service}: JAX's service does not connect the processes: {cause_of(error)}; open the ports of {host} for "
+            f"the other hosts, as JAX takes any free one, and {AGAIN}"
+        ) from error
+    cpu_collectives.use_address(cpu_collectives.reachable_address(peers.gather(peers.addresses), peers.index))
+
+
+def leave_at_exit(peers: ConnectedPeers) -> None:
+    """Makes a script leave the other processes when it ends, with the exit code of its error if it has one."""
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            peers.leave(error)
+        except JaxinfraError as cause:
+            error = cause
+        code, line = ending_of(error)
+        if isinstance(error, JaxinfraError):
+            peers.exit(code, f"error: {line}")  # JAX would wait for the others
+        try:
+            show(kind, error, trace)
+        finally:
+            peers.exit(code)
+
+    def leave() -> None:
+        try:
+            peers.leave(wait_s=_END_S)
+        except JaxinfraError as error:
+            peers.exit(error.exit_code, f"error: {error}")
+
+    show, sys.excepthook = sys.excepthook, end
+    atexit.register(leave)

@@ -1,0 +1,66 @@
+"""Processes of several hosts check that they see the same run directory; nothing of it stays after a forced exit."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jaxinfra import run_dir
+from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.run_dir import RunDirectory
+from jaxinfra.runtime.connected_peers import ConnectedPeers
+from tests.refusals import names
+from tests.several import free_address
+
+
+def results(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> list[JaxinfraError | None]:
+    """What the check of each process raises."""
+    monkeypatch.setattr(ConnectedPeers, "_end_process", lambda *_: None)
+    address = free_address()
+
+    def check(index: int) -> JaxinfraError | None:
+        try:
+            with ConnectedPeers(address, len(folders), index, join_s=20.0) as peers:
+                RunDirectory(folders[index]).require_shared(peers)
+        except JaxinfraError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(folders)) as threads:
+        return [*threads.map(check, range(len(folders)))]
+
+
+def test_a_lookup_that_remembers_a_missing_file_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a process may have looked before the directory was made."""
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert results([folder, folder], monkeypatch) == [None, None]
+    assert not [*folder.iterdir()]
+
+
+def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir, "_SEEN_S", 0.5)
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    told, own = results(folders, monkeypatch)
+    assert type(told) is type(own) is ConfigError
+    names(str(own), f"{folders[1]} process 0 root=FOLDER")
+    assert not [*folders[0].iterdir()]
+
+
+def test_a_forced_exit_removes_the_temporary_folder_of_a_run_in_a_bucket() -> None:
+    code = """
+from jaxinfra.run_dir import RunDirectory
+from jaxinfra.runtime.peers import current_peers
+directory = RunDirectory("s3://bucket/run")
+print(directory.path.parent, flush=True)
+current_peers().exit(76)
+"""
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert end.returncode == 76, end
+    assert not Path(end.stdout.strip()).exists()
