@@ -34,6 +34,7 @@ from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
+from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import Partitioner, unit_cotangent, unreduced_zeros
@@ -365,7 +366,7 @@ class Program:
             shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))
             # Starting from zeros, not from the first microbatch, compiles the model once, inside the loop.
             zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
-            (sums, stats, grads), _ = jax.lax.scan(
+            (sums, stats, grads), _ = scan(
                 lambda total, microbatch: (jax.tree.map(jnp.add, total, step(microbatch)), None), zeros, microbatches
             )
         sums, stats = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (sums, stats))

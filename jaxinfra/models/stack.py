@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.parallel.loops import scan
+
 type Tree = Any
 """Nested arrays `[L, ...]`, or those of one layer."""
 
@@ -22,7 +24,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
     Steps are `(x, layer) -> (x, y)`. The arrays in `xs` are `[L, ...]`; L is not sharded.
     """
     if len(steps) == 1:
-        return jax.lax.scan(steps[0], x, xs)
+        return scan(steps[0], x, xs)
     num_layers = len(jax.tree.leaves(xs)[0])
     groups, rest = divmod(num_layers, len(steps))
     num_scanned = num_layers - rest
@@ -37,7 +39,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
     results = []
     if groups:
         grouped = jax.tree.map(lambda a: _reshape_layers(a[:num_scanned], 1, groups, len(steps)), xs)
-        x, ys = jax.lax.scan(apply_group, x, grouped)
+        x, ys = scan(apply_group, x, grouped)
         results.append(jax.tree.map(lambda a: _reshape_layers(a, 2, num_scanned), ys))
     if rest:
         x, ys = apply_group(x, jax.tree.map(lambda a: a[num_scanned:], xs), steps[:rest])

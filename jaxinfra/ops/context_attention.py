@@ -38,6 +38,7 @@ from jaxinfra.ops.block_attention import (
 )
 from jaxinfra.ops.context_cost import AttentionSizes, ContextMethod, RingStep, choose_method, ring_steps
 from jaxinfra.parallel.context import SequenceSharding
+from jaxinfra.parallel.loops import scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def _ring[QSum, KVSum](
     for step, equal_steps in itertools.groupby(steps):
         body, length = functools.partial(run_step, step=step), len(list(equal_steps))
         # A loop compiles equal steps only once.
-        state, _ = body(state, None) if length == 1 else jax.lax.scan(body, state, length=length)
+        state, _ = body(state, None) if length == 1 else scan(body, state, length=length)
     q_sums, kv_sums, *_ = state
     return q_sums, sharding.rotate(kv_sums, -sum(step.shift_out for step in steps))
 

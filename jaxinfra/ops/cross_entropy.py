@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.logits import softcapped
+from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import unreduced_zeros
 
 
@@ -111,7 +112,8 @@ def chunked_token_cross_entropy(
     if config.num_chunks == 1:
         return chunk_losses(x_BTD, w_DV, targets_BT)
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
-    return _join_chunks(jax.lax.map(lambda chunk: chunk_losses(chunk[0], w_DV, chunk[1]), chunks))
+    losses = scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks)[1]
+    return _join_chunks(losses)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -137,7 +139,7 @@ def fused_cross_entropy(
         return jax.tree.map(jnp.add, sums, _chunk_sums(x, w_DV, targets, weights, config)), None
 
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    return jax.lax.scan(body, _zero_sums(w_DV), chunks)[0]
+    return scan(body, _zero_sums(w_DV), chunks)[0]
 
 
 type Gradients = tuple[jax.Array, jax.Array]
@@ -170,7 +172,7 @@ def _forward(
     dw_spec = PartitionSpec(*w_spec.partitions, unreduced=loss_axes)
     start = (_zero_sums(w_DV), jnp.zeros(w_DV.shape, jnp.float32, out_sharding=dw_spec))
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    (sums, dw_DV), dx_chunks = jax.lax.scan(body, start, chunks)
+    (sums, dw_DV), dx_chunks = scan(body, start, chunks)
     return sums, (_join_chunks(dx_chunks), dw_DV.astype(w_DV.dtype))
 
 

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule
 from jaxinfra.parallel.sharding import SpecEntry, axis_names, unit_cotangent, unreduced_zeros
 from jaxinfra.parallel.spec import PyTree
@@ -282,7 +283,7 @@ class Pipeline:
             if not active:  # evaluation does nothing in the ticks of the last backward passes
                 continue
             run_tick = partial(self._run_tick, inputs, [function for _, function in active])
-            carry, _ = jax.lax.scan(run_tick, carry, [_ticks(table, ticks) for table, _ in active])
+            carry, _ = scan(run_tick, carry, [_ticks(table, ticks) for table, _ in active])
         return carry
 
     def _run_tick(

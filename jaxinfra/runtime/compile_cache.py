@@ -60,7 +60,8 @@ def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[
             make_writable(folder)
         options |= {
             "jax_compilation_cache_dir": folder,
-            "jax_compilation_cache_max_size": MAX_BYTES,
+            # A limit needs a lock file, for which JAX takes a URL for a local path.
+            "jax_compilation_cache_max_size": -1 if is_remote(folder) else MAX_BYTES,
             "jax_persistent_cache_min_compile_time_secs": _MIN_COMPILE_S,
         }
     before = {name: getattr(jax.config, name) for name in options}

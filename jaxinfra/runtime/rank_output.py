@@ -31,7 +31,9 @@ _NAME_OF_PROCESS = re.compile(rb"^error: process \d+ \([^)]*\): ")  # in the err
 _REMEMBERED_LINES = 1000  # of standard error, to show equal ones of several ranks once
 _DRAIN_S = 1.0  # for what ended processes have written; a detached process may hold their pipes open for ever
 _ESCAPE_SEQUENCE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")  # ECMA-48, section 5.4: colors and moves of the cursor
-_GLOO_LINE = re.compile(rb"\[Gloo\] Rank \d+ is connected to [^\n]*\n")  # of JAX's collectives between CPUs
+# Of JAX's collectives between CPUs. Several threads print such lines, so that one may have parts of two.
+_GLOO_LINE = re.compile(rb"\[Gloo\] Rank \d+ is connected to [^\n]*\n")
+_GLOO_PART = re.compile(rb"\[Gloo\] Rank|connected peer ranks is")
 _ERASE_LINE, _HIDE_CURSOR, _SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25l", b"\x1b[?25h"
 
 
@@ -117,7 +119,7 @@ class Output:
         if stream.raw:
             self._screen.write(_GLOO_LINE.sub(b"", data))
         for line in stream.lines(None if is_end else data):
-            if _GLOO_LINE.match(line + b"\n"):
+            if _GLOO_PART.search(line):
                 continue
             self._log(stream.rank, line)
             if stream.target == _STDERR and line.startswith(_ERROR):

@@ -1,0 +1,19 @@
+"""Loops whose steps communicate between devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def scan[C, Y](
+    body: Callable[[C, Any], tuple[C, Y]], init: C, xs: Any = None, length: int | None = None
+) -> tuple[C, Y]:
+    """Computes `jax.lax.scan`; unrolled where several processes compute on CPU devices.
+
+    XLA starts what follows a loop on CPU devices before the loop has ended, collectives too. Gloo pairs the collectives
+    of different processes by their order alone: those of the loop would meet those that follow it, and Gloo would end
+    the process. Without a loop XLA keeps the order of all collectives.
+    """
+    unroll = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    return jax.lax.scan(body, init, xs, length, unroll=unroll or 1)
