@@ -9,11 +9,11 @@ import jax
 def scan[C, Y](
     body: Callable[[C, Any], tuple[C, Y]], init: C, xs: Any = None, length: int | None = None
 ) -> tuple[C, Y]:
-    """Computes `jax.lax.scan`; unrolled where several processes compute on CPU devices.
+    """Computes `jax.lax.scan`; unrolled where Gloo connects CPU devices, as it does those of several processes.
 
     XLA starts what follows a loop on CPU devices before the loop has ended, collectives too. Gloo pairs the collectives
     of different processes by their order alone: those of the loop would meet those that follow it, and Gloo would end
     the process. Without a loop XLA keeps the order of all collectives.
     """
-    unroll = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    unroll = jax.distributed.is_initialized() and jax.default_backend() == "cpu"
     return jax.lax.scan(body, init, xs, length, unroll=unroll or 1)
