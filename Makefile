@@ -47,8 +47,9 @@ quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss 
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
 
-# One session: the slow tests first, shared out over the workers (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+# One session: the slow tests first, shared out over the workers (tests/conftest.py). Three workers keep two cores busy:
+# tests wait for processes, servers and outages.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist worksteal
 
 test: lint ## install what tests need, lint, and run the fast tests
 	$(PYTEST) -m "not slow"

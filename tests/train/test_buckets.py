@@ -63,9 +63,9 @@ def test_it_is_the_run_of_a_disk(server: Server, tiny: Tiny, tmp_path: Path) -> 
 
 
 @pytest.mark.slow(60)
-def test_processes_without_a_shared_disk(server: Server, tiny: Tiny) -> None:
+def test_processes_without_a_shared_disk(s3: Server, tiny: Tiny) -> None:
     """Checkpoints of 1, 2, 4 and 8 processes restore one another's; losses are those of one process."""
-    root, mesh = root_of(server), ("mesh.fsdp=8", "train.steps=60", "checkpoint.save_every=5", "train.eval_every=60")
+    root, mesh = root_of(s3), ("mesh.fsdp=8", "train.steps=60", "checkpoint.save_every=5", "train.eval_every=60")
     for number, count in enumerate((1, 2, 4, 8, 1)):
         run = (str(tiny.config), *mesh, f"root={root}", "name=several", "track.tensorboard=false")
         with several(*run, count=count, devices=8 // count) as children:
@@ -132,14 +132,14 @@ def test_a_bucket_that_is_away_for_a_minute_costs_no_step(s3: Server, tiny: Tiny
 
 
 @pytest.mark.slow(30)
-def test_a_bucket_that_is_away_costs_no_step_of_several_processes(server: Server, tiny: Tiny) -> None:
+def test_a_bucket_that_is_away_costs_no_step_of_several_processes(gcs: Server, tiny: Tiny) -> None:
     """A save that fails is only told; then everything arrives."""
-    root, steps = root_of(server), 750
+    root, steps = root_of(gcs), 750
     run = (str(tiny.config), "mesh.fsdp=2", f"root={root}", "name=away", f"train.steps={steps}", "track.log_every=50")
     run = (*run, f"train.eval_every={steps}", "checkpoint.save_every=50", "track.tensorboard=false")
     with several(*run, count=2, devices=1) as children:
         wait_for_saves(f"{root}/away", 10, children)
-        server.faults.down_for(8)
+        gcs.faults.down_for(8)
         ends = all_ended(children)
     assert [each.code for each in ends] == [0] * 2, ends
     assert [*losses(f"{root}/away")] == [*range(50, steps + 1, 50)]
