@@ -22,6 +22,7 @@ from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
 PAGE = (ROOT / "docs/run-on.md").read_text()
+START_S = 240  # a job that is queued again waits for Slurm's scheduler, too
 LONG = ("train.steps=100000", "train.eval_every=none", "track.tensorboard=false")
 PROGRAM = (sys.executable, "-m", "tests.runtime.joins")
 MPIRUN = ("mpirun.openmpi", "--allow-run-as-root", "-n", "2")
@@ -107,12 +108,12 @@ class TestSlurm:
 
         job = slurm("sbatch", "--parsable", f"--output={log}", str(tmp_path / "story.sh")).strip()
         try:
-            wait_until(lambda: trained(1), (AssertionError, IndexError, OSError), log)
+            wait_until(lambda: trained(1), (AssertionError, IndexError, OSError), log, START_S)
             slurm("scancel", "--signal=TERM", job)
-            wait_until(lambda: trained(2), (AssertionError, IndexError), log)
+            wait_until(lambda: trained(2), (AssertionError, IndexError), log, START_S)
             (lease,) = (tiny.directory("job") / "lease").glob("*.json")
             os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
-            wait_until(lambda: trained(3), (AssertionError, IndexError), log)
+            wait_until(lambda: trained(3), (AssertionError, IndexError), log, START_S)
         finally:
             slurm("scancel", "--full", "--signal=KILL", job)
             slurm("scancel", job)
