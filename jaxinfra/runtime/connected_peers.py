@@ -163,7 +163,7 @@ class ConnectedPeers(Peers):
 
     @override
     def leave(self, error: BaseException | None = None, wait_s: float = GATHER_S) -> None:
-        """As `Peers.leave`; waits so long until all leave."""
+        """Disconnects as `Peers.leave`; without an error it waits at most `wait_s` for the others to leave."""
         with self.exit_lock:  # waits for good if another thread ends this process
             if self.has_left:
                 self.raise_if_lost()

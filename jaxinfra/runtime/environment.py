@@ -22,20 +22,22 @@ def git_state(directory: str | os.PathLike[str], timeout_s: float = 5.0) -> dict
 
 
 def code_digest(package: Path) -> str:
-    """Returns the first 16 hex digits of a SHA-256 of all Python files of a package."""
+    """Returns a hash of all Python files of a package: the first 16 hex digits of a SHA-256."""
     files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
-    return hashlib.sha256(b"".join(f"{name}\0".encode() + (package / name).read_bytes() for name in files)).hexdigest()[
-        :16
-    ]
+    return _digest(b"".join(f"{name}\0".encode() + (package / name).read_bytes() for name in files))
 
 
 def module_digests(files: Mapping[str, str | None]) -> dict[str, str]:
-    """Returns the same of the file of each module that is a Python file now."""
+    """Returns a hash of each module whose file is a Python file that still exists, by "the code of MODULE"."""
     return {
-        f"the code of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        f"the code of {name}": _digest(Path(file).read_bytes())
         for name, file in files.items()
         if file and file.endswith(".py") and os.path.isfile(file)
     }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:

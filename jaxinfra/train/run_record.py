@@ -1,4 +1,4 @@
-"""What a training run records of itself: run.json at its start, and the numbers of its metrics in summary.json."""
+"""Collects what a run writes about itself: the contents of run.json, and the metrics of summary.json."""
 
 import math
 from collections.abc import Sequence

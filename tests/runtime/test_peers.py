@@ -111,7 +111,7 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def failures(peers: Sequence[Peers], errors: Sequence[BaseException | None]) -> list[BaseException | None]:
-    """What each process ends with if its program ends with an error of its own."""
+    """Returns how each process ends if its program ends with an error of its own."""
 
     def leave(pair: tuple[Peers, BaseException | None]) -> BaseException | None:
         try:

@@ -17,7 +17,7 @@ from tests.several import free_address
 
 
 def results(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> list[JaxinfraError | None]:
-    """What the check of each process raises."""
+    """Returns what the check raises in each process."""
     monkeypatch.setattr(ConnectedPeers, "_end_process", lambda *_: None)
     address = free_address()
 
