@@ -93,7 +93,8 @@ class TestSlurm:
         script = re.sub(r"srun (.*) configs/story.py .*", rf"srun \1 {' '.join(words)} --devices cpu:1", script)
         script = re.sub(r"--nodes=4(.*) --gpus-per-node=8 --cpus-per-task=32 --time=\S+", r"--nodes=2\1", script)
         (tmp_path / "story.sh").write_text(script)
-        environment = {**cluster, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_NUM_CPU_DEVICES": "1"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as an activated environment sets it
+        environment = {**cluster, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         log = tmp_path / "job.out"
 
         def slurm(*command: str) -> str:
@@ -115,8 +116,8 @@ class TestSlurm:
             os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
             wait_until(lambda: trained(3), (AssertionError, IndexError), log, START_S)
         finally:
-            slurm("scancel", "--full", "--signal=KILL", job)
-            slurm("scancel", job)
+            for command in (("scancel", "--full", "--signal=KILL", job), ("scancel", job)):
+                subprocess.run(command, env=environment, check=False)  # fails where the job has ended already
             wait_until(ended, (AssertionError,), log)  # else its processes outlive the cluster
 
 
