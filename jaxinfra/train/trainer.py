@@ -42,6 +42,7 @@ from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.formatting import flatten
@@ -107,7 +108,7 @@ class Trainer:
         self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
-        self._trackers, self._timer = MultiTracker(), StepTimer()
+        self._trackers, self._timer, self._step_writer = MultiTracker(), StepTimer(), StepWriter()
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
@@ -239,6 +240,7 @@ class Trainer:
         jax.block_until_ready(metrics)
         self._timer.finish_step()
         self._trackers.finish_step(step)
+        self._step_writer.complete(step)
         self._interval_losses.append(metrics["loss"])
         if not self.run.track.due(step, self.run.train.steps):
             return
