@@ -2,12 +2,16 @@
 
 import argparse
 import io
+import json
 import os
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 from jaxinfra.cli import config_argument
+from jaxinfra.cli.main import parse_command_line
 from jaxinfra.run_dir import join_location, parse_source
 from jaxinfra.track.runs import record_of
+from jaxinfra.user_code import ending_of
 
 
 def run_location(options: argparse.Namespace) -> str | None:
@@ -31,3 +35,18 @@ def _location_of_config(options: argparse.Namespace) -> str:
         os.environ.clear()
         os.environ.update(environment)
     return join_location(run.root, run.name)
+
+
+def _print_location(argv: list[str]) -> None:
+    """Prints where the run is, or the exit code and message of an error, as JSON."""
+    try:
+        found = {"location": run_location(parse_command_line(argv))}
+    except Exception as error:
+        if (ending := ending_of(error)).code == 1:  # a bug
+            raise
+        found = {"error": ending}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _print_location(sys.argv[1:])

@@ -1,12 +1,15 @@
 """`--supervise`: starts a run, in one process or in several, again after what it can go on from. It imports no JAX."""
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from jaxinfra.bench.subprocesses import call_in_process
 from jaxinfra.cli import processes
+from jaxinfra.errors import error_of_code
 from jaxinfra.runtime.local_processes import process_environments
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.restart_policy import RestartLimits
@@ -26,7 +29,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     ):
         first_rank = found.index
     command = processes.child_command(argv, processes.share_of_devices(options.devices, environments))
-    location = call_in_process(_run_location, {}, options)
+    location = _run_location(argv)
     attempts = AttemptLog(location)
 
     def record(attempt: Attempt) -> None:
@@ -46,9 +49,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
 
 
-def _run_location(options: argparse.Namespace) -> str:
-    from jaxinfra.cli.run_location import run_location  # imports JAX, in a process of its own
-
-    location = run_location(options)
-    assert location is not None, "training has a run"
-    return location
+def _run_location(argv: Sequence[str]) -> str:
+    """Returns the directory or URL of the run; asks another process, since loading a config imports JAX."""
+    command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if asked.returncode:
+        raise SystemExit(asked.returncode)  # it has printed its traceback
+    found = json.loads(asked.stdout)
+    if "error" in found:
+        raise error_of_code(*found["error"])
+    return found["location"]

@@ -431,8 +431,8 @@ class Trainer:
             """Acts on requests while a batch is late; nothing is saved before the first step."""
             if self.completed_steps == start:
                 return False
+            self._report_pending()
             if signals.saves_after(self.completed_steps) is not None:
-                self._report_pending()
                 self.save(force=True)
             return signals.stops_after(self.completed_steps) is not None
 
