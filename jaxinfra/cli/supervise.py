@@ -19,16 +19,17 @@ from jaxinfra.track.attempts import AttemptLog
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Starts the processes of this host until there is nothing to start again; returns the last exit code."""
-    environments: list[Mapping[str, str]] = [{}]
-    first_rank = 0
-    if options.processes > 1:
+    is_several = options.processes > 1
+    if is_several:
         processes.check_options(options)
-        environments = [*process_environments(options.processes, options.devices)]
-    elif found := find_processes(
-        os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
-    ):
-        first_rank = found.index
-    command = processes.child_command(argv, processes.share_of_devices(options.devices, environments))
+    among = {"coordinator": options.coordinator, "process_id": options.process_id, "of": options.of}
+    found = None if is_several else find_processes(os.environ, **among)
+    first_rank = 0 if found is None else found.index
+
+    def environments() -> Sequence[Mapping[str, str]]:
+        return process_environments(options.processes, options.devices) if is_several else [{}]
+
+    command = processes.child_command(argv, processes.share_of_devices(options.devices, environments()))
     location = _run_location(argv)
     attempts = AttemptLog(location)
 
@@ -38,13 +39,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     with processes.logs_folder(f"{location}/logs") as (logs, logs_location):
         what = Supervised(
-            command=command,
-            environments=lambda: (
-                process_environments(options.processes, options.devices) if options.processes > 1 else [{}]
-            ),
-            logs=logs,
-            logs_location=logs_location,
-            first_rank=first_rank,
+            command=command, environments=environments, logs=logs, logs_location=logs_location, first_rank=first_rank
         )
         return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
 
@@ -52,7 +47,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def _run_location(argv: Sequence[str]) -> str:
     """Returns the directory or URL of the run; asks another process, since loading a config imports JAX."""
     command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
     if asked.returncode:
         raise SystemExit(asked.returncode)  # it has printed its traceback
     found = json.loads(asked.stdout)
