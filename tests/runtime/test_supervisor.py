@@ -121,6 +121,19 @@ def test_waits_double_until_there_is_progress() -> None:
     assert limits.is_used_up(3599.0) and not limits.is_used_up(3600.0)
 
 
+def test_a_restart_needs_no_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their storage may be away for a while."""
+    code = (
+        "import shutil\nif not number: shutil.rmtree(folder / 'logs'); (folder / 'logs').touch(); die(9)\nprint('on')"
+    )
+    assert run(tmp_path, code)[0] == 0
+    shown = capfd.readouterr()
+    assert shown.out == "on\n" and [line.partition(" ")[0] for line in shown.err.splitlines()] == [
+        "restart",
+        "warning:",
+    ]
+
+
 def test_a_run_that_another_start_has_is_left_to_it(tmp_path: Path) -> None:
     ended, attempts = run(tmp_path, "sys.exit(84)")
     assert (ended, attempts) == (84, []), "the directory is the other one's"
