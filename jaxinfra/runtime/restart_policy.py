@@ -43,7 +43,7 @@ RULES: Mapping[int, Rule] = {
     errors.NonFiniteError.exit_code: Rule(meaning="loss or gradient NaN or infinite"),
     errors.ConfigError.exit_code: Rule(meaning="invalid config or mesh"),
     errors.StorageError.exit_code: Rule(meaning="no storage", restarts=True, wait_s=60.0),
-    83: Rule(meaning="silent data corruption suspected"),
+    errors.CorruptionError.exit_code: Rule(meaning="devices compute differently"),
     errors.RunInUseError.exit_code: Rule(meaning="another start trains this run"),
     130: Rule(meaning="interrupted"),
 }
