@@ -44,10 +44,9 @@ examples:
   {COMMAND} bench processes
   {COMMAND} runs/quickstart/run.json
 
-exit codes: 0 done, 1 a bug, 2 wrong usage, 75 stopped and saved, 76 another process lost (with both, run the same
-command again), 78 data damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or
-mesh, 82 no storage, 84 another start trains this run, 130 interrupted. docs/exit-codes.md
-says what to do.
+exit codes: 0 done, 1 a bug, 2 wrong usage, 75 stopped and saved, 76 another process lost, 77 hung (with these three,
+run the same command again), 78 data damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid
+config or mesh, 82 no storage, 84 another start trains this run, 130 interrupted. docs/exit-codes.md says what to do.
 """
 
 

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Self
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.stopwatch import Stopwatch
+
+_POLL_S = 0.001
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
@@ -41,13 +43,30 @@ class Prefetcher[T]:
     An error in the background thread is raised in place of its batch. Call `close`, or use a `with` statement.
 
     Attributes:
-        data_wait_s: seconds that the consumer waited for batches.
+        data_wait_s: seconds that the consumer waited for batches, while the devices had nothing to do.
         steady_wait_s: the same without the first batch, which cannot be prefetched.
         transfer_time: time that `transfer` took in the thread.
     """
 
-    def __init__(self, batches: Iterable[tuple[int, Batch]], transfer: Callable[[Batch], T], *, depth: int = 2):
-        """Starts the thread: `transfer` moves a batch to the devices, where up to `depth` wait for the consumer."""
+    def __init__(
+        self,
+        batches: Iterable[tuple[int, Batch]],
+        transfer: Callable[[Batch], T],
+        *,
+        depth: int = 2,
+        are_devices_busy: Callable[[], bool] = lambda: False,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):
+        """Starts the thread.
+
+        Args:
+            batches: the steps and their batches on the host.
+            transfer: moves a batch to the devices.
+            depth: number of batches that wait there for the consumer.
+            are_devices_busy: whether the devices still work on earlier steps; such a wait does not count.
+            waiting: makes the context in which the consumer waits.
+        """
+        self._are_devices_busy, self._waiting = are_devices_busy, waiting
         self.data_wait_s, self.steady_wait_s, self.transfer_time = 0.0, 0.0, Stopwatch()
         self._is_first = True
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
@@ -64,16 +83,28 @@ class Prefetcher[T]:
     def __next__(self) -> tuple[int, T]:
         if self._stop.is_set():
             raise StopIteration
-        start_s = time.perf_counter()
-        item = self._queue.get()
-        wait_s = time.perf_counter() - start_s
-        self.data_wait_s += wait_s
-        self.steady_wait_s += 0.0 if self._is_first else wait_s
+        item = self._next_while_busy()
+        if item is None:
+            start_s = time.perf_counter()
+            with self._waiting():
+                item = self._queue.get()
+            wait_s = time.perf_counter() - start_s
+            self.data_wait_s += wait_s
+            self.steady_wait_s += 0.0 if self._is_first else wait_s
         self._is_first = False
         if isinstance(item, BaseException):
             self.close()
             raise item
         return item
+
+    def _next_while_busy(self) -> tuple[int, T] | BaseException | None:
+        """Returns the next item if it comes while the devices are busy."""
+        with suppress(queue.Empty):
+            return self._queue.get_nowait()
+        while self._are_devices_busy():
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=_POLL_S)
+        return None
 
     def close(self) -> None:
         """Ends the thread and drops the batches that wait; may be called again."""

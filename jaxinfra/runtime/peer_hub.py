@@ -12,8 +12,9 @@ from contextlib import closing, suppress
 from queue import SimpleQueue
 
 from jaxinfra import __version__
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection, Json
+from jaxinfra.runtime.progress import compare, hung_error
 from jaxinfra.runtime.stop_agreement import Promise, are_together, last_step
 
 
@@ -29,6 +30,8 @@ class Hub:
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
         self._values: dict[str, dict[int, Json]] = {}
+        self._for_first = set[str]()  # rounds whose values only process 0 gets
+        self._progress: dict[int, Mapping[str, Json]] = {}
         self._stop_reason: str | None = None
         self._promises: dict[int, Promise] = {}
         self._failure: JaxinfraError | None = None
@@ -75,7 +78,13 @@ class Hub:
             cause = "was killed"
             while (message := connection.receive()) is not None:
                 if message["kind"] == "value":
-                    self._collect(index, message["round"], message["value"])
+                    self._collect(index, message["round"], message["value"], for_first="for_first" in message)
+                elif message["kind"] == "beat":
+                    self._progress[index] = message["progress"]
+                elif message["kind"] == "stacks":
+                    self._send_all(kind="stacks", why=message["why"])
+                elif message["kind"] == "hung":
+                    self._fail(self._hung(f"{self._name(index)}: {message['cause']}"))
                 elif message["kind"] == "stop":
                     self._request_stop(f"{message['reason']} to {self._name(index)}")
                 elif message["kind"] == "promise":
@@ -84,12 +93,18 @@ class Hub:
                     self._leave(index, message["error"])
                     return
         except TimeoutError:
-            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
+            cause = None
         except OSError as error:
             cause = error.strerror or str(error)
-        lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
+        if cause is None:
+            lost = self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off")
+        else:
+            lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
         self._fail(lost, cause_index=index)
         self._members[index].put(kind="failure", error=[lost.exit_code, str(lost)])  # it may go on later
+
+    def _hung(self, cause: str) -> HungError:
+        return hung_error(cause, compare(dict(self._progress), self._name))
 
     def _name(self, index: int) -> str:
         return f"process {index} ({self._hosts[index]})"
@@ -126,8 +141,10 @@ class Hub:
             return f"process {index} ({host}): {both}; install the same version on all hosts"
         return None
 
-    def _collect(self, index: int, key: str, value: Json) -> None:
+    def _collect(self, index: int, key: str, value: Json, *, for_first: bool) -> None:
         with self._lock:
+            if for_first:
+                self._for_first.add(key)
             self._values.setdefault(key, {})[index] = value
             self._send_complete()
 
@@ -137,7 +154,11 @@ class Hub:
             if len(values.keys() | self._left) == self._count:
                 del self._values[key]
                 found = [values.get(each, {"done": True}) for each in range(self._count)]
-                self._send_all(kind="values", round=key, values=found)
+                if key in self._for_first:
+                    self._for_first.remove(key)
+                    self._members[0].put(kind="values", round=key, values=found)
+                else:
+                    self._send_all(kind="values", round=key, values=found)
 
     def _request_stop(self, reason: str) -> None:
         """Asks all processes for the step that they are going to complete; one request at a time counts."""
@@ -194,7 +215,7 @@ class Hub:
 
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
-            self._send_all(kind="beat")
+            self._send_all(kind="beat", progress={})
 
 
 class _Outbox:

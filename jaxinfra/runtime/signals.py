@@ -1,4 +1,7 @@
-"""Turns SIGINT, SIGTERM and SIGHUP into a request to stop after a step, the same step in all processes of a run."""
+"""Turns SIGINT, SIGTERM and SIGHUP into a request to stop after a step, the same step in all processes of a run.
+
+SIGQUIT makes all processes write the stacks of their threads, and go on.
+"""
 
 import os
 import signal
@@ -111,12 +114,19 @@ class RunStopRequest(StopRequest):
 
     @override
     def _numbers(self) -> tuple[int, ...]:
-        return super()._numbers() if self._training else (signal.SIGTERM, signal.SIGHUP)
+        return (*super()._numbers(), signal.SIGQUIT) if self._training else (signal.SIGTERM, signal.SIGHUP)
+
+    @override
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGQUIT:  # the thread writes the stacks
+            super()._handle(number, frame)
 
     def _watch(self) -> None:
         """The thread that hears of signals."""
         handled = self._previous.keys()
         with self._reader:
             while number := self._reader.recv(1):
-                if number[0] in handled:
+                if number[0] == signal.SIGQUIT and self._training:
+                    current_peers().request_stacks("SIGQUIT")
+                elif number[0] in handled:
                     current_peers().request_stop(signal.Signals(number[0]).name)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,12 +24,11 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, validate, write_record
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.config.codec import encode
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
-from jaxinfra.data.stopwatch import input_bound_warning
+from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
 from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
@@ -38,39 +36,29 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
-from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunStopRequest
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
-from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
-from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
+from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
+from jaxinfra.train.watch import Watch, is_busy
 from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
 
-DATA_REMEDIES = {
-    "reading": "use a store nearer to this machine, or more data.threads",
-    "decoding": "use more data.threads, if there are cores for them",
-    "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
-}
-"""The fix to suggest for each slow stage of the input pipeline."""
-
 _SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
 
 SAMPLE_TOKENS = 100
 """Tokens that the model continues `track.sample_prompt` by."""
-
-_FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 
 class Trainer:
@@ -114,7 +102,10 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
+        self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
+        self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
+        self._dispatched: jax.Array | None = None  # the loss of the last step
         self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
@@ -135,6 +126,7 @@ class Trainer:
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
+            self._watch,
             CheckpointManager(
                 self.run_dir.checkpoints,
                 self.run.checkpoint,
@@ -152,6 +144,7 @@ class Trainer:
                 summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
                 return self._peers.broadcast(summary)
             if self._is_main:
+                self._watch.open_ledger()
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
                 fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
                 check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
@@ -164,7 +157,9 @@ class Trainer:
                 location = self.run_dir.location
                 trackers = make_trackers(self.run.track, self.run_dir.path, location, owned.check)
             with trackers as self._trackers, self._peers.naming_causes(), self.program.on_mesh:
-                self.state, init_source = self._restore_or_init()
+                with self._phases("restore" if self.completed_steps or self.run.init else "init"):
+                    self.state, init_source = self._restore_or_init()
+                self._phases.resume(self.completed_steps)
                 self._record = {"init": init_source, **self._make_record(statistics)}
                 if owned is not None:
                     owned.check()
@@ -174,8 +169,10 @@ class Trainer:
                 self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
                 reason = self._fit_dataset(stop.stops_after)
-                self.save(force=True)
-                self._checkpoints.wait_until_finished()
+                with self._phases("save"):
+                    self.save(force=True)
+                    self._checkpoints.wait_until_finished()
+                self._phases.enter("end")
                 wall_s = time.monotonic() - start_s
                 summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
                 self._trackers.log_summary(summary)
@@ -202,7 +199,9 @@ class Trainer:
         pending: tuple[int, Metrics] | None = None
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
-            self.state, metrics = self.program.train_step(self.state, batch)
+            with self._phases.first("train_step"):
+                self.state, metrics = self.program.train_step(self.state, batch)
+            self._phases.begun, self._dispatched = step + 1, metrics["loss"]
             if pending is not None:
                 self.report(*pending)
             if self._owned is not None:
@@ -219,7 +218,8 @@ class Trainer:
                 self._finish_profile()
             if evaluates:
                 self._log_evaluation()
-            self.save(metrics)
+            with self._phases("save" if saves else "step"):
+                self.save(metrics)
             if reason := stops_after(self.completed_steps):
                 break
         if pending is not None:
@@ -233,7 +233,11 @@ class Trainer:
 
         Raises NonFiniteError if the loss or the gradient is not finite.
         """
-        jax.block_until_ready(metrics)
+        was_ready = not is_busy(metrics["loss"])
+        with self._phases("device"):
+            jax.block_until_ready(metrics)
+        self._phases.finish_step(step)
+        self._stragglers.finish_step(step, was_ready=was_ready)
         self._timer.finish_step()
         self._trackers.finish_step(step)
         self._interval_losses.append(metrics["loss"])
@@ -248,8 +252,8 @@ class Trainer:
             values["mfu"] = step_flops(self.program) / step_time_s / (self._peak["flops"] * self.program.mesh.size)
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
         values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
-        values["rss_bytes"] = rss_bytes()
-        self._trackers.log(step, values | device_memory())
+        values |= process_metrics() | device_memory() | self._watch.log()
+        self._trackers.log(step, values)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".
@@ -264,7 +268,8 @@ class Trainer:
         total: Metrics | None = None
         with self.program.on_mesh:
             for _, batch in self._validation:
-                sums = self.program.eval_step(params, self._place(batch), state.reference)
+                with self._phases.first("eval_step"):
+                    sums = self.program.eval_step(params, self._place(batch), state.reference)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
@@ -287,7 +292,9 @@ class Trainer:
                 require_finite(self.completed_steps, metrics)
             assert self.state is not None
             # The loss of a step is computed before its update, which may be the one that is not finite.
-            if not jax.device_get(self.program.all_finite(self.state)):
+            with self._phases.first("all_finite"):
+                is_finite = jax.device_get(self.program.all_finite(self.state))
+            if not is_finite:
                 raise NonFiniteError(
                     f"step {self.completed_steps}: its update made a parameter NaN or infinite; it was not saved: "
                     "use a lower optim.peak_lr, and check optim.optimizer and optim.schedule"
@@ -353,22 +360,7 @@ class Trainer:
 
     def require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
-        if self._peers.count == 1:
-            return
-        fields = flatten(encode(self._loaded.run))
-        self._peers.require_equal(
-            {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
-            | {
-                "the data": self.dataset.fingerprint,
-                "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
-                **package_versions(PACKAGES),
-                "the device": jax.local_devices()[0].device_kind,
-                "the number of devices": jax.local_device_count(),
-            }
-        )
-        digests = user_code_digests(self._loaded.run)
-        everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more, for plots
-        self._peers.require_equal({name: digests[name] for name in sorted(everywhere)})
+        require_equal_processes(self._peers, self._loaded, self.dataset)
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -421,7 +413,10 @@ class Trainer:
             steps=config.steps - start,
             sample_ids=self.dataset.sample_ids,
         )
-        with Prefetcher(batches, self._place) as self._loader:
+        self._phases.enter("step")
+        with Prefetcher(
+            batches, self._place, are_devices_busy=self._are_devices_busy, waiting=lambda: self._phases("data")
+        ) as self._loader:
             start_s = time.monotonic()
             reason = self.fit(self._loader, stops_after)
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
@@ -430,17 +425,23 @@ class Trainer:
             _log.warning("%s", warning)
         return reason
 
+    def _are_devices_busy(self) -> bool:
+        return self._dispatched is not None and is_busy(self._dispatched)
+
     def _log_evaluation(self) -> None:
-        self._eval_metrics = self.evaluate()
+        with self._phases("evaluation"):
+            self._eval_metrics = self.evaluate()
+            self._trackers.log(self.completed_steps, self._eval_metrics)
         text = self._sample()
         self._timer.pause()
-        self._trackers.log(self.completed_steps, self._eval_metrics)
         if text is not None:
             self._trackers.log_sample(self.completed_steps, text)
 
     def _finish_profile(self) -> None:
         """Ends the profile, if there is one, and logs its text."""
-        if (text := self._profiler.finish(self.completed_steps, self.state)) is not None:
+        with self._phases("profile"):
+            text = self._profiler.finish(self.completed_steps, self.state)
+        if text is not None:
             self._timer.pause()
             self._trackers.log_profile(self.completed_steps, text)
 
@@ -449,7 +450,7 @@ class Trainer:
         prompt, state = self.run.track.sample_prompt, self.state
         if prompt is None or state is None:
             return None
-        with error_prefix("track.sample_prompt: "):
+        with self._phases("sample"), error_prefix("track.sample_prompt: "):
             if self._sampler is None:
                 self._sampler = self.sampler()
             else:
