@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 from jaxinfra import __version__
+from jaxinfra.cli import early_signals
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
@@ -25,7 +26,7 @@ from jaxinfra.runtime.host_memory import keep_freed_memory
 from jaxinfra.runtime.join import join
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import find_processes
-from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.user_code import ending_of
 
 EPILOG = f"""\
@@ -160,7 +161,7 @@ def _all_processes(options: argparse.Namespace) -> Iterator[None]:
     if options.command not in JOINING_COMMANDS:
         yield
         return
-    with RunStopRequest(training=False), _joined(options):
+    with RunSignals(training=False, interrupts=options.command == "train"), _joined(options):
         yield
 
 
@@ -208,11 +209,13 @@ def _run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
+        joins, trains = options.command in JOINING_COMMANDS, options.command == "train"
+        early_signals.give_back(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
-        if options.command in JOINING_COMMANDS and options.processes > 1:
+        if joins and options.processes > 1:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
-        if options.command in JOINING_COMMANDS and _is_one_cpu():
+        if joins and _is_one_cpu():
             keep_freed_memory()
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")

@@ -20,7 +20,7 @@ from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.runs import record_of
 
-_MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
+_MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _OPTIONS_OF_ONE = ("coordinator", "process_id", "of")  # options of a process among several
 
 

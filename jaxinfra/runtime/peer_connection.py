@@ -28,9 +28,10 @@ _FIELDS = {
     "values": {"round", "values"},
     "stacks": {"why"},
     "hung": {"cause"},
-    "stop": {"reason"},
-    "promise": {"training", "step"},
-    "last_step": {"training", "step", "reason"},
+    "ask": {"action", "reason"},
+    "request": {"number", "action", "reason"},
+    "promise": {"number", "training", "step"},
+    "agreed": {"number", "training", "step", "action", "reason"},
     "failure": {"error"},
     "leave": {"error"},
 }

@@ -38,8 +38,8 @@ from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
-from jaxinfra.runtime.signals import RunStopRequest
-from jaxinfra.sample import Sampler, SamplingParams
+from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.sample import Sampler
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import process_metrics
@@ -56,9 +56,6 @@ from jaxinfra.user_code import user_code_errors
 _log = logging.getLogger(__name__)
 
 _SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
-
-SAMPLE_TOKENS = 100
-"""Tokens that the model continues `track.sample_prompt` by."""
 
 
 class Trainer:
@@ -105,9 +102,9 @@ class Trainer:
         self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
         self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
-        self._dispatched: jax.Array | None = None  # the loss of the last step
         self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
+        self._pending: tuple[int, Metrics] | None = None  # the step whose metrics are not reported yet
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
 
     # Training
@@ -122,7 +119,7 @@ class Trainer:
             dataset, steps = self.dataset, self.run.train.steps
         self.require_equal_processes()
         with (
-            RunStopRequest() as stop,
+            RunSignals() as signals,
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
@@ -168,10 +165,7 @@ class Trainer:
                 self._trackers.start(self._record, statistics, **start)
                 self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
-                reason = self._fit_dataset(stop.stops_after)
-                with self._phases("save"):
-                    self.save(force=True)
-                    self._checkpoints.wait_until_finished()
+                reason = self._fit_dataset(signals)
                 self._phases.enter("end")
                 wall_s = time.monotonic() - start_s
                 summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
@@ -187,46 +181,50 @@ class Trainer:
         self,
         batches: Iterable[tuple[int, dict[str, jax.Array]]],
         stops_after: Callable[[int], str | None] = lambda completed_steps: None,
+        saves_after: Callable[[int], str | None] = lambda completed_steps: None,
     ) -> str | None:
         """Trains until the batches end or `stops_after` returns a reason, and returns that.
 
-        `stops_after` is called after each step with the number of completed steps. `batches` are pairs of the steps
-        before it, from `completed_steps` on, and arrays on the devices.
+        `saves_after` and then `stops_after` are called after each step with the number of completed steps; a reason to
+        save saves a step that is not due. `batches` are pairs of the steps before it, from `completed_steps` on, and
+        arrays on the devices.
         """
         assert self.state is not None
         config, reason = self.run.train, None
-        # The step whose metrics are not reported yet: one step late, so that the devices work while the host waits.
-        pending: tuple[int, Metrics] | None = None
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
             with self._phases.first("train_step"):
                 self.state, metrics = self.program.train_step(self.state, batch)
-            self._phases.begun, self._dispatched = step + 1, metrics["loss"]
-            if pending is not None:
-                self.report(*pending)
+            self._phases.begun = step + 1
+            self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
                 self._owned.lease.check()
             self.completed_steps = step + 1
-            pending = (self.completed_steps, metrics)
+            self._pending = (self.completed_steps, metrics)
             evaluates = config.evaluates_after(self.completed_steps)
             profile_ends = self._profiler.ends_after(self.completed_steps)
-            saves = self.completed_steps % self.run.checkpoint.save_every == 0
+            asked = saves_after(self.completed_steps) is not None
+            saves = asked or self.completed_steps % self.run.checkpoint.save_every == 0
             if evaluates or profile_ends or saves:  # a checkpoint has all metrics up to its step beside it
-                self.report(*pending)
-                pending = None
+                self._report_pending()
             if profile_ends:
                 self._finish_profile()
             if evaluates:
                 self._log_evaluation()
             with self._phases("save" if saves else "step"):
-                self.save(metrics)
+                self.save(metrics, force=asked)
             if reason := stops_after(self.completed_steps):
                 break
-        if pending is not None:
-            self.report(*pending)
-            require_finite(*pending)
+        if (last := self._pending) is not None:
+            self._report_pending()
+            require_finite(*last)
         self._finish_profile()
         return reason if self.completed_steps < config.steps else None
+
+    def _report_pending(self) -> None:
+        if self._pending is not None:
+            self.report(*self._pending)
+            self._pending = None
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, counted from 1, and logs its metrics if they are due.
@@ -401,8 +399,8 @@ class Trainer:
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
-    def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
-        """Calls `fit` with the training batches of the run, from the next step on."""
+    def _fit_dataset(self, signals: RunSignals) -> str | None:
+        """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
         config, start = self.run.train, self.completed_steps
         batches = BatchLoader(
             self.run.data,
@@ -413,20 +411,38 @@ class Trainer:
             steps=config.steps - start,
             sample_ids=self.dataset.sample_ids,
         )
+
+        def is_over() -> bool:
+            """Acts on requests while a batch is late; nothing is saved before the first step."""
+            if self.completed_steps == start:
+                return False
+            if signals.saves_after(self.completed_steps) is not None:
+                self._report_pending()
+                with self._phases("save"):
+                    self.save(force=True)
+            return signals.stops_after(self.completed_steps) is not None
+
         self._phases.enter("step")
         with Prefetcher(
-            batches, self._place, are_devices_busy=self._are_devices_busy, waiting=lambda: self._phases("data")
+            batches,
+            self._place,
+            is_over=is_over,
+            are_devices_busy=lambda: self._pending is not None and is_busy(self._pending[1]["loss"]),
+            waiting=lambda: self._phases("data"),
         ) as self._loader:
             start_s = time.monotonic()
-            reason = self.fit(self._loader, stops_after)
-            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
+            reason = self.fit(signals.begun(self._loader), signals.stops_after, signals.saves_after)
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
+            if reason is None and self.completed_steps < config.steps:  # the batches have ended before
+                reason = signals.stops_after(self.completed_steps)
+            assert self._checkpoints is not None
+            with self._phases("save"):
+                self.save(force=True)  # before the prefetcher is closed: a read of it may hang
+                self._checkpoints.wait_until_finished()
+            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
             _log.warning("%s", warning)
         return reason
-
-    def _are_devices_busy(self) -> bool:
-        return self._dispatched is not None and is_busy(self._dispatched)
 
     def _log_evaluation(self) -> None:
         with self._phases("evaluation"):
@@ -455,13 +471,7 @@ class Trainer:
                 self._sampler = self.sampler()
             else:
                 self._sampler.set_params(state.params if state.ema is None else state.ema)
-            room = self._sampler.room_after(prompt)
-            if room is not None and room < SAMPLE_TOKENS:
-                raise ConfigError(
-                    f"{SAMPLE_TOKENS} tokens must fit after the prompt, but learned positions leave {room}; "
-                    "use track.sample_prompt=none, or a shorter prompt"
-                )
-            return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
+            return self._sampler.continue_prompt(prompt)
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         return {
