@@ -115,18 +115,21 @@ def read_ledger(path: Path) -> list[Attempt]:
     for row in map(_parse, lines):
         if row is not None and row["attempt"] >= max(attempts, default=0):
             attempts.setdefault(row["attempt"], []).append(row)
-    return [
-        Attempt(
-            start_s=rows[0]["start"],
-            from_step=next((row["from"] for row in rows if row.get("from") is not None), None),
-            rows=[
-                Row(time_s=row["t"], step=row["step"], saves=row["saves"], seconds=_classes(row["seconds"]))
-                for row in rows
-            ],
+    return [_attempt(rows) for rows in attempts.values() if "start" in rows[0]]
+
+
+def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
+    from_step = next((line["from"] for line in lines if line["from"] is not None), None)
+    rows = [
+        Row(
+            time_s=line["t"],
+            step=max(line["step"], from_step or 0),  # 0 before the restore
+            saves=line["saves"],
+            seconds=_classes(line["seconds"]),
         )
-        for rows in attempts.values()
-        if "start" in rows[0]
+        for line in lines
     ]
+    return Attempt(start_s=lines[0]["start"], from_step=from_step, rows=rows)
 
 
 def last_attempt(content: bytes) -> int:
@@ -139,7 +142,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and {"attempt", "t", "step", "saves", "seconds"} <= row.keys() else None
+    return row if isinstance(row, dict) and {"attempt", "t", "step", "saves", "from", "seconds"} <= row.keys() else None
 
 
 def _classes(phases: Mapping[str, float]) -> dict[str, float]:
