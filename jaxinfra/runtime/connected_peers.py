@@ -286,9 +286,9 @@ class ConnectedPeers(Peers):
             return
         if not self._failed.is_set():
             self._failure = error
-            self._failed.set()
             if isinstance(error, HungError):
-                self.write_stacks(str(error))
+                self.write_stacks(str(error))  # before anybody hears of it and ends the process
+            self._failed.set()
             self.agreement.fail(error)
             for answer in list(self._answers.values()):  # the main thread may add one
                 answer.set_exception(error)
