@@ -8,7 +8,6 @@ from pathlib import Path
 
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.location import is_remote
-from jaxinfra.storage.objects import ObjectStore
 
 STACKS_FOLDER = "stacks"
 
@@ -35,6 +34,8 @@ class StackFiles:
         """Writes the stacks of this process, from `all_stacks`; StorageError or OSError if that fails."""
         name, content = f"{STACKS_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-rank-{self._index}.txt", text.encode()
         if is_remote(self._location):
+            from jaxinfra.storage.objects import ObjectStore  # imports TensorStore, which --help does not wait for
+
             ObjectStore(self._location).write(name, content)
             return
         path = Path(self._location, name)

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from jaxinfra.errors import StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.goodput import last_attempt
@@ -72,7 +73,10 @@ class Ledger:
         self.write()
 
     def close(self) -> None:
-        """Appends the last row; raises StorageError if rows were lost."""
+        """Appends the last row; a full disk that has cost rows is reported."""
         self._phases.on_leave = lambda phase: None
         self.write()
-        self._file.close()
+        try:
+            self._file.close()
+        except StorageError as error:
+            _log.error("%s", error)

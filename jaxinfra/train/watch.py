@@ -1,9 +1,10 @@
 """Watches a training from the outside: its ledger of time, its deadlines, and its processes that hold up the others."""
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from statistics import median
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from jaxinfra.train.phases import Phases, Progress, attempt_start_s
 
 _LOOK_S = 1.0
 """Time between two looks at the progress."""
+_STOPPED_S = 5.0
+"""A look that comes so late was held up by a stop of the whole process."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,37 +36,28 @@ class Watch:
         self.phases, self._config, self._run_dir, self._peers = Phases(), config, run_dir, peers
         self.stragglers = Stragglers(self.phases, peers)
         self._ledger: Ledger | None = None
-        self._exits = ExitStack()
+        self._ended, self._thread = threading.Event(), threading.Thread()
 
     def __enter__(self) -> Self:
         self.phases.restart(attempt_start_s())
-        ended = threading.Event()
-        thread = threading.Thread(target=self._look_regularly, args=(ended,), name="watchdog", daemon=True)
         self._peers.stacks = StackFiles(self._run_dir.location, self._peers.index)
         self._peers.progress = self._progress
-        with ExitStack() as exits:
-            exits.callback(self._forget)
-            thread.start()
-            exits.callback(thread.join)
-            exits.callback(ended.set)
-            self._exits = exits.pop_all()
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._look_regularly, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._exits.close()
-
-    def _forget(self) -> None:
+        self._ended.set()
+        self._thread.join()
         self._peers.stacks, self._peers.progress = None, dict
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.close()
 
     def open_ledger(self) -> None:
         """Opens the ledger in the directory of the run, whose owner this process is; raises StorageError."""
         self._ledger = Ledger(self._run_dir.path / GOODPUT_FILE, self.phases)
-        self._exits.callback(self._close_ledger)
-
-    def _close_ledger(self) -> None:
-        ledger, self._ledger = self._ledger, None
-        if ledger is not None:
-            ledger.close()
 
     def log(self) -> dict[str, float]:
         """Adds a row to the ledger, and returns metrics of the processes."""
@@ -75,16 +69,21 @@ class Watch:
         progress = self.phases.progress()
         return {"step": progress.begun, "phase": _in_words(progress.phase)}
 
-    def _look_regularly(self, ended: threading.Event) -> None:
+    def _look_regularly(self) -> None:
         deadlines_s = [each for name, each in vars(self._config).items() if name.endswith("_s") and each is not None]
         look_s = min(_LOOK_S, *(each / 4 for each in deadlines_s))
-        while not ended.wait(look_s):
+        looked_s, woke_s = time.monotonic(), -math.inf
+        while not self._ended.wait(look_s):
+            looked_before_s, looked_s = looked_s, time.monotonic()
+            if looked_s - looked_before_s > look_s + _STOPPED_S:
+                woke_s = looked_s  # this process was stopped, as by Ctrl-Z
             progress = self.phases.progress()
+            idle_s = min(progress.idle_s, looked_s - woke_s)
             limit_s = deadline_s(self._config, self.phases, progress)
-            if limit_s is not None and progress.idle_s > limit_s:
+            if limit_s is not None and idle_s > limit_s:
                 if self._ledger is not None:
                     self._ledger.write()
-                self._peers.end_hung(f"no progress in {_in_words(progress.phase)} for {progress.idle_s:.0f} s")
+                self._peers.end_hung(f"no progress in {_in_words(progress.phase)} for {idle_s:.0f} s")
                 return
             if self._ledger is not None:
                 self._ledger.beat()
