@@ -1,10 +1,11 @@
 """Accounts for the time of a run, from goodput.jsonl: each second of all its starts has one class. Imports no JAX.
 
 The ledger has a row at each log interval, after each save and evaluation, and at least every ten seconds:
-`{"attempt": 2, "t": 31.2, "phase": "step", "step": 40, "saves": 3, "from": 20, "seconds": {"init": 3.1, ...}}`. All
-numbers count from the start of the attempt, which is that of its process; `step` is the last completed step, `from` the
-one that it goes on after. The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock
-that may be changed. A kill loses what came after the last row: that counts as down.
+`{"attempt": 2, "t": 31.2, "phase": "step", "step": 40, "from": 20, "resumes": 1, "saves": 3, "seconds": {"init": 3.1,
+...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed step,
+`from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart. The
+first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. A kill
+loses what came after the last row: that counts as down.
 """
 
 import json
@@ -45,23 +46,31 @@ class Row:
     Attributes:
         time_s: seconds since its start.
         step: last completed step.
+        from_step: the step from which it goes on; None before that is known.
+        resumes: number of times that it has gone on from a step.
         saves: number of checkpoints that it has begun to save.
         seconds: of each class since its start.
     """
 
     time_s: float
     step: int
+    from_step: int | None
+    resumes: int
     saves: int
     seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One start of a run: when, in seconds since 1970; after which step, None if it did not get there; and its rows."""
+    """One start of a run: when, in seconds since 1970, and its rows."""
 
     start_s: float
-    from_step: int | None
     rows: Sequence[Row]
+
+    @property
+    def from_step(self) -> int | None:
+        """The step from which it first went on; None if it did not get there."""
+        return next((row.from_step for row in self.rows if row.from_step is not None), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +132,15 @@ def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
     rows = [
         Row(
             time_s=line["t"],
-            step=max(line["step"], from_step or 0),  # 0 before the restore
+            step=line["step"] if line["from"] is not None else from_step or 0,  # before the restore
+            from_step=line["from"],
+            resumes=line["resumes"],
             saves=line["saves"],
             seconds=_classes(line["seconds"]),
         )
         for line in lines
     ]
-    return Attempt(start_s=lines[0]["start"], from_step=from_step, rows=rows)
+    return Attempt(start_s=lines[0]["start"], rows=rows)
 
 
 def last_attempt(content: bytes) -> int:
@@ -142,7 +153,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and {"attempt", "t", "step", "saves", "from", "seconds"} <= row.keys() else None
+    return (
+        row
+        if isinstance(row, dict) and {"attempt", "t", "step", "saves", "from", "resumes", "seconds"} <= row.keys()
+        else None
+    )
 
 
 def _classes(phases: Mapping[str, float]) -> dict[str, float]:
@@ -156,29 +171,27 @@ def _classes(phases: Mapping[str, float]) -> dict[str, float]:
 def account(attempts: Sequence[Attempt]) -> Goodput:
     """Divides the time of all attempts into classes.
 
-    Steps are lost if a later attempt does them again: all time of the loop after the step from which that attempt goes
-    on counts as lost. The time between two attempts is down; if a clock was set back between them, it is 0.
+    Steps are lost if they are done again later: all time of the loop after the step from which the run then goes on
+    counts as lost. The time between two attempts is down; if a clock was set back between them, it is 0.
     """
     intervals: list[Interval] = []
     starts_s, stalls_s, save_intervals_s, restarts_s = [], [], [], []
-    now_s = 0.0  # since the first start
+    now_s, kept_steps = 0.0, _kept_steps(attempts)  # since the first start
     for number, attempt in enumerate(attempts):
         begin_s = max(now_s, attempt.start_s - attempts[0].start_s)
         if down_s := begin_s - now_s:
             intervals.append(Interval(begin_s=now_s, end_s=begin_s, seconds={"down": down_s}))
         starts_s.append(begin_s)
-        later = [each.from_step for each in attempts[number + 1 :] if each.from_step is not None]
-        kept_step = min(later, default=math.inf)
-        first = Row(time_s=0.0, step=attempt.from_step or 0, saves=0, seconds={})
+        first = Row(time_s=0.0, step=attempt.from_step or 0, from_step=None, resumes=0, saves=0, seconds={})
         for before, after in pairwise([first, *attempt.rows]):
-            seconds = _lost(before, after, kept_step)
+            seconds = _lost(before, after, kept_steps[number, after.resumes])
             intervals.append(Interval(begin_s=begin_s + before.time_s, end_s=begin_s + after.time_s, seconds=seconds))
         now_s = begin_s + attempt.rows[-1].time_s
         stalls, saved = _saves(attempt)
         stalls_s += stalls
         save_intervals_s += saved
-        if attempt.rows[-1].step > first.step and (number > 0 or len(attempts) == 1):
-            at_step = next(row for row in attempt.rows if row.step > first.step).seconds
+        at_step = next((row.seconds for row in attempt.rows if row.step > first.step), None)
+        if at_step is not None and (number > 0 or len(attempts) == 1):
             restarts_s.append(down_s + sum(at_step.get(name, 0.0) for name in ("init", "restore", "compile")))
     totals = {name: sum(each.seconds.get(name, 0.0) for each in intervals) for name in CLASSES}
     return Goodput(
@@ -192,11 +205,21 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
     )
 
 
+def _kept_steps(attempts: Sequence[Attempt]) -> dict[tuple[int, int], float]:
+    """Returns, for each attempt and number of resumes in it, the last step that is not done again later."""
+    parts = {(number, row.resumes): row.from_step for number, each in enumerate(attempts) for row in each.rows}
+    kept_steps, least = {}, math.inf
+    for part, from_step in reversed(parts.items()):
+        kept_steps[part] = least
+        least = least if from_step is None else min(least, from_step)
+    return kept_steps
+
+
 def _lost(before: Row, after: Row, kept_step: float) -> dict[str, float]:
     """Returns the seconds of each class between two rows; the loop's after `kept_step` are lost."""
     seconds = {name: value - before.seconds.get(name, 0.0) for name, value in after.seconds.items()}
     steps = after.step - before.step
-    fraction = min(1.0, (after.step - kept_step) / steps) if steps else float(after.step >= kept_step)
+    fraction = min(1.0, (after.step - kept_step) / steps) if steps > 0 else float(after.step >= kept_step)
     if fraction > 0:
         lost_s = fraction * sum(seconds.get(name, 0.0) for name in _LOOP)
         seconds = {name: value * (1 - fraction) if name in _LOOP else value for name, value in seconds.items()}

@@ -54,6 +54,7 @@ class Ledger:
                 "step": phases.done,
                 "saves": self._saves,
                 "from": phases.start_step,
+                "resumes": phases.resumes,
                 "seconds": seconds,
             }
             try:

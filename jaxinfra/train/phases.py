@@ -57,7 +57,8 @@ class Phases:
 
     Attributes:
         start_s: when this start began, by `time.monotonic`.
-        start_step: number of steps that earlier starts have done; None before that is known.
+        start_step: number of steps from which the training goes on; None before that is known.
+        resumes: how often it has been told.
         begun: number of the last step that was dispatched.
         done: number of the last step that has ended.
         on_leave: is called with a phase that has ended, if it is not one of each step.
@@ -71,6 +72,7 @@ class Phases:
         """Begins with "init" at a time of `time.monotonic`."""
         self.start_s, self.begun, self.done = start_s, 0, 0
         self.start_step: int | None = None
+        self.resumes = 0
         self._name, self._since_s = "init", start_s
         self._totals_s = dict.fromkeys(PHASES, 0.0)
         self._outer: list[str] = []
@@ -109,8 +111,9 @@ class Phases:
         self.on_leave(left)
 
     def resume(self, step: int) -> None:
-        """Records the number of steps that earlier starts have done."""
+        """Records the number of steps from which the training goes on, at the start or after it has gone back."""
         self.start_step = self.begun = self.done = step
+        self.resumes += 1
 
     def _switch(self, name: str) -> None:
         now_s = time.monotonic()

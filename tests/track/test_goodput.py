@@ -22,7 +22,9 @@ def row(
     attempt: int, t: float, completed: int = 0, /, *, saves: int = 0, start: float | None = None, **seconds: float
 ) -> dict:
     """A row of the ledger; what is not in `seconds` is "init"."""
-    known = {"start": START_S + start, "from": None} if start is not None else {"from": {1: 0, 2: 20, 3: 10}[attempt]}
+    known = {"from": {1: 0, 2: 20, 3: 10}[attempt], "resumes": 1}
+    if start is not None:
+        known = {"start": START_S + start, "from": None, "resumes": 0}
     seconds["init"] = t - sum(seconds.values())
     return {"attempt": attempt, "t": t, "phase": "step", "step": completed, "saves": saves, "seconds": seconds} | known
 
@@ -63,6 +65,12 @@ def test_steps_between_two_rows_are_lost_in_part(tmp_path: Path) -> None:
         row(2, 20.0, 25, step=10.0),
     )
     assert account(read_ledger(path)).seconds == pytest.approx({"init": 20.0, "step": 50.0 + 10.0, "lost": 50.0})
+
+
+def test_a_run_that_goes_back_without_a_restart(tmp_path: Path) -> None:
+    back = row(1, 80.0, 30, step=70.0) | {"from": 25, "resumes": 2}
+    path = write(tmp_path, row(1, 10.0, start=0.0), row(1, 60.0, 50, step=50.0), back)
+    assert account(read_ledger(path)).seconds == pytest.approx({"init": 10.0, "step": 25.0 + 20.0, "lost": 25.0})
 
 
 def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
