@@ -2,10 +2,10 @@
 
 The ledger has a row at each log interval, after each save and evaluation, and at least every ten seconds:
 `{"attempt": 2, "t": 31.2, "phase": "step", "step": 40, "from": 20, "resumes": 1, "saves": 3, "seconds": {"init": 3.1,
-...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed step,
-`from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart. The
-first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. A kill
-loses what came after the last row: that counts as down.
+...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed
+step, `from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart.
+The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. A
+kill loses what came after the last row: that counts as down.
 """
 
 import json
