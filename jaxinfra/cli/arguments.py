@@ -241,6 +241,26 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_goodput(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+    what = "also model the goodput for a mean time between failures, such as 3.1h, 90m or 2d"
+    parser.add_argument("--mtbf", type=_duration_s, metavar="TIME", help=what)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON, to a file or URL")
+
+
+def _duration_s(text: str) -> float:
+    """Parses a time such as 3.1h; ConfigError if it is none, or not positive."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    unit = text[-1:] if text[-1:] in units else "s"
+    try:
+        value = float(text.removesuffix(unit)) * units[unit]
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"--mtbf {text}: expected a time such as 3.1h, 90m, 2d or 600s; use --mtbf 3.1h")
+    return value
+
+
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
@@ -280,6 +300,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
+    ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),

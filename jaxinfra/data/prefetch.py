@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Self
 
 import jax
@@ -16,7 +16,7 @@ from jaxinfra.data.stopwatch import Stopwatch
 
 CLOSE_S = 2.0
 """Longest wait for a read when a prefetcher is closed; one that hangs is left alone."""
-_POLL_S = 0.1
+_POLL_S, _BUSY_POLL_S = 0.1, 0.001
 _THREAD = "prefetch"
 
 
@@ -52,7 +52,7 @@ class Prefetcher[T]:
     `is_over` is called again and again while the consumer waits for a batch; once it returns True there are no more.
 
     Attributes:
-        data_wait_s: seconds that the consumer waited for batches.
+        data_wait_s: seconds that the consumer waited for batches, while the devices had nothing to do.
         steady_wait_s: the same without the first batch, which cannot be prefetched.
         transfer_time: time that `transfer` took in the thread.
     """
@@ -64,8 +64,20 @@ class Prefetcher[T]:
         *,
         depth: int = 2,
         is_over: Callable[[], bool] = lambda: False,
+        are_devices_busy: Callable[[], bool] = lambda: False,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ):
-        """Starts the thread: `transfer` moves a batch to the devices, where up to `depth` wait for the consumer."""
+        """Starts the thread.
+
+        Args:
+            batches: the steps and their batches on the host.
+            transfer: moves a batch to the devices.
+            depth: number of batches that wait there for the consumer.
+            is_over: whether no more batches are wanted.
+            are_devices_busy: whether the devices still work on earlier steps; such a wait does not count.
+            waiting: makes the context in which the consumer waits.
+        """
+        self._are_devices_busy, self._waiting = are_devices_busy, waiting
         self.data_wait_s, self.steady_wait_s, self.transfer_time = 0.0, 0.0, Stopwatch()
         self._is_first, self._is_over = True, is_over
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
@@ -82,18 +94,30 @@ class Prefetcher[T]:
     def __next__(self) -> tuple[int, T]:
         if self._stop.is_set():
             raise StopIteration
-        start_s = time.perf_counter()
-        item = self._wait()
+        item = self._next_while_busy()
         if item is None:
-            raise StopIteration
-        wait_s = time.perf_counter() - start_s
-        self.data_wait_s += wait_s
-        self.steady_wait_s += 0.0 if self._is_first else wait_s
+            start_s = time.perf_counter()
+            with self._waiting():
+                item = self._wait()
+            if item is None:
+                raise StopIteration
+            wait_s = time.perf_counter() - start_s
+            self.data_wait_s += wait_s
+            self.steady_wait_s += 0.0 if self._is_first else wait_s
         self._is_first = False
         if isinstance(item, BaseException):
             self.close()
             raise item
         return item
+
+    def _next_while_busy(self) -> tuple[int, T] | BaseException | None:
+        """Returns the next item if it comes while the devices are busy."""
+        with suppress(queue.Empty):
+            return self._queue.get_nowait()
+        while self._are_devices_busy():
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=_BUSY_POLL_S)
+        return None
 
     def _wait(self) -> tuple[int, T] | BaseException | None:
         """Waits for the next item; returns None if there is none and `is_over`."""

@@ -23,9 +23,11 @@ _MAX_LINE_BYTES = 2**24
 _FIELDS = {
     "hello": {"index", "count", "host", "version"},
     "joined": {"hosts"},
-    "beat": set[str](),
+    "beat": {"progress"},
     "value": {"round", "value"},
     "values": {"round", "values"},
+    "stacks": {"why"},
+    "hung": {"cause"},
     "ask": {"action", "reason"},
     "request": {"number", "action", "reason"},
     "promise": {"number", "training", "step"},

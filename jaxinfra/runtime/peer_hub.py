@@ -13,8 +13,9 @@ from contextlib import closing, suppress
 from queue import SimpleQueue
 
 from jaxinfra import __version__
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection, Json
+from jaxinfra.runtime.progress import compare, hung_error
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
 
@@ -30,6 +31,8 @@ class Hub:
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
         self._values: dict[str, dict[int, Json]] = {}
+        self._for_first = set[str]()  # rounds whose values only process 0 gets
+        self._progress: dict[int, Mapping[str, Json]] = {}
         self._requests: dict[int, tuple[Action, str]] = {}  # what all are asked for, and why, by number
         self._promises: dict[int, dict[int, Promise]] = {}  # to each request, by process
         self._numbers = itertools.count(1)
@@ -77,7 +80,13 @@ class Hub:
             cause = "was killed"
             while (message := connection.receive()) is not None:
                 if message["kind"] == "value":
-                    self._collect(index, message["round"], message["value"])
+                    self._collect(index, message["round"], message["value"], for_first="for_first" in message)
+                elif message["kind"] == "beat":
+                    self._progress[index] = message["progress"]
+                elif message["kind"] == "stacks":
+                    self._send_all(kind="stacks", why=message["why"])
+                elif message["kind"] == "hung":
+                    self._fail(self._hung(f"{self._name(index)}: {message['cause']}"))
                 elif message["kind"] == "ask":
                     self._request(message["action"], f"{message['reason']} to {self._name(index)}")
                 elif message["kind"] == "promise":
@@ -86,12 +95,18 @@ class Hub:
                     self._leave(index, message["error"])
                     return
         except TimeoutError:
-            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
+            cause = None
         except OSError as error:
             cause = error.strerror or str(error)
-        lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
+        if cause is None:
+            lost = self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off")
+        else:
+            lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
         self._fail(lost, cause_index=index)
         self._members[index].put(kind="failure", error=[lost.exit_code, str(lost)])  # it may go on later
+
+    def _hung(self, cause: str) -> HungError:
+        return hung_error(cause, compare(dict(self._progress), self._name))
 
     def _name(self, index: int) -> str:
         return f"process {index} ({self._hosts[index]})"
@@ -128,8 +143,10 @@ class Hub:
             return f"process {index} ({host}): {both}; install the same version on all hosts"
         return None
 
-    def _collect(self, index: int, key: str, value: Json) -> None:
+    def _collect(self, index: int, key: str, value: Json, *, for_first: bool) -> None:
         with self._lock:
+            if for_first:
+                self._for_first.add(key)
             self._values.setdefault(key, {})[index] = value
             self._send_complete()
 
@@ -139,7 +156,11 @@ class Hub:
             if len(values.keys() | self._left) == self._count:
                 del self._values[key]
                 found = [values.get(each, {"done": True}) for each in range(self._count)]
-                self._send_all(kind="values", round=key, values=found)
+                if key in self._for_first:
+                    self._for_first.remove(key)
+                    self._members[0].put(kind="values", round=key, values=found)
+                else:
+                    self._send_all(kind="values", round=key, values=found)
 
     def _request(self, action: Action, reason: str) -> None:
         """Makes a request to all processes, unless there is one for the same action already."""
@@ -204,7 +225,7 @@ class Hub:
 
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
-            self._send_all(kind="beat")
+            self._send_all(kind="beat", progress={})
 
 
 class _Outbox:

@@ -1,4 +1,7 @@
-"""Turns signals into requests to stop, or to save and go on, after a step: the same one in all processes of a run."""
+"""Turns signals into requests to stop, or to save and go on, after a step: the same one in all processes of a run.
+
+SIGQUIT makes all processes write the stacks of their threads, and go on.
+"""
 
 import signal
 import socket
@@ -127,11 +130,11 @@ class RunSignals(StopRequest):
     @override
     def _numbers(self) -> tuple[int, ...]:
         stopping = super()._numbers() if self._interrupts else (signal.SIGTERM, signal.SIGHUP)
-        return *stopping, signal.SIGUSR1
+        return (*stopping, signal.SIGUSR1, *((signal.SIGQUIT,) if self._training else ()))
 
     @override
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGUSR1:
+        if number not in (signal.SIGUSR1, signal.SIGQUIT):
             self._reason = self._reason or signal.Signals(number).name
 
     def _watch(self) -> None:
@@ -143,7 +146,9 @@ class RunSignals(StopRequest):
                     self._request(signal.Signals(number[0]))
 
     def _request(self, number: signal.Signals) -> None:
-        if number == signal.SIGUSR1:
+        if number == signal.SIGQUIT:
+            current_peers().request_stacks(number.name)
+        elif number == signal.SIGUSR1:
             current_peers().request("save", number.name)
         elif number == signal.SIGINT and self._asked.is_set():
             current_peers().interrupt()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,12 +25,11 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, validate, write_record
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.config.codec import encode
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
-from jaxinfra.data.stopwatch import input_bound_warning
+from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
 from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
@@ -39,42 +37,29 @@ from jaxinfra.run import Run, TrainConfig, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
-from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
-from jaxinfra.sample import Sampler, SamplingParams
+from jaxinfra.sample import Sampler
 from jaxinfra.storage.checks import check_space
-from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.replicas import ReplicaCheck
-from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
+from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
+from jaxinfra.train.watch import Watch, is_busy
 from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
 
-DATA_REMEDIES = {
-    "reading": "use a store nearer to this machine, or more data.threads",
-    "decoding": "use more data.threads, if there are cores for them",
-    "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
-}
-"""The fix to suggest for each slow stage of the input pipeline."""
-
 _SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
-
-SAMPLE_TOKENS = 100
-"""Tokens that the model continues `track.sample_prompt` by."""
-
-_FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 
 class Trainer:
@@ -119,6 +104,8 @@ class Trainer:
         self._eval_metrics: dict[str, float] = {}
         self._eval_step: int | None = None  # completed steps at the last evaluation
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
+        self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
+        self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
         self._guard = Guard(self.run.guard)
         self._decisions: list[Decision] = []  # of the guard, to go back
@@ -144,6 +131,7 @@ class Trainer:
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
+            self._watch,
             CheckpointManager(
                 self.run_dir.checkpoints,
                 self.run.checkpoint,
@@ -162,6 +150,7 @@ class Trainer:
                 summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
                 return self._peers.broadcast(summary)
             if self._is_main:
+                self._watch.open_ledger()
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
                 fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
                 check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
@@ -195,7 +184,9 @@ class Trainer:
         Returns the reason to stop before the last step, if any, and the summary; None if the guard goes back.
         """
         assert self._checkpoints is not None
-        self.state, init_source = self._restore_or_init()
+        with self._phases("restore" if self.completed_steps or self.run.init else "init"):
+            self.state, init_source = self._restore_or_init()
+        self._phases.resume(self.completed_steps)
         self._record = {"init": init_source, **self._make_record(statistics)}
         if self._owned is not None:
             self._owned.check()
@@ -210,6 +201,7 @@ class Trainer:
         except Rewind as rewind:
             self._go_back(rewind)
             return None, None
+        self._phases.enter("end")
         wall_s = time.monotonic() - start_s
         summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
         self._trackers.log_summary(summary)
@@ -222,7 +214,7 @@ class Trainer:
         to = self._peers.broadcast(self._checkpoints.latest_step()) or 0
         decision = decide(rewind, to, self._train_config, self.run.guard, self._decisions)
         self._decisions.append(decision)
-        self.completed_steps, self._interval_losses, self._skipped_steps = to, [], 0
+        self.completed_steps, self._pending, self._interval_losses, self._skipped_steps = to, None, [], 0
         if self._is_main:
             _log.warning("%s; going back to step %d, without the batches %d to %d", rewind, to, *decision.skip)
 
@@ -249,7 +241,9 @@ class Trainer:
         self._pending = None
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
-            self.state, metrics = self.program.train_step(self.state, batch)
+            with self._phases.first("train_step"):
+                self.state, metrics = self.program.train_step(self.state, batch)
+            self._phases.begun = step + 1
             self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
                 self._owned.lease.check()
@@ -267,7 +261,8 @@ class Trainer:
                 self._log_evaluation()
             if self._compares_replicas_after(self.completed_steps):
                 self._replicas.check(self.completed_steps, self.state)
-            self.save(metrics, force=asked)
+            with self._phases("save" if saves else "step"):
+                self.save(metrics, force=asked)
             if reason := stops_after(self.completed_steps):
                 break
         if (last := self._pending) is not None:
@@ -286,7 +281,11 @@ class Trainer:
 
         Raises NonFiniteError if the loss or the gradient is not finite, or Rewind if the guard says so.
         """
-        jax.block_until_ready(metrics)
+        was_ready = not is_busy(metrics["loss"])
+        with self._phases("device"):
+            jax.block_until_ready(metrics)
+        self._phases.finish_step(step)
+        self._stragglers.finish_step(step, was_ready=was_ready)
         self._timer.finish_step()
         self._trackers.finish_step(step)
         self._step_writer.complete(step)
@@ -311,8 +310,8 @@ class Trainer:
             values["mfu"] = step_flops(self.program) / step_time_s / (self._peak["flops"] * self.program.mesh.size)
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
         values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
-        values["rss_bytes"] = rss_bytes()
-        self._trackers.log(step, values | device_memory())
+        values |= process_metrics() | device_memory() | self._watch.log()
+        self._trackers.log(step, values)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".
@@ -327,7 +326,8 @@ class Trainer:
         total: Metrics | None = None
         with self.program.on_mesh:
             for _, batch in self._validation:
-                sums = self.program.eval_step(params, self._place(batch), state.reference)
+                with self._phases.first("eval_step"):
+                    sums = self.program.eval_step(params, self._place(batch), state.reference)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
@@ -352,7 +352,9 @@ class Trainer:
                 self._require_finite(self.completed_steps, metrics)
             assert self.state is not None
             # The loss of a step is computed before its update, which may be the one that is not finite.
-            if not jax.device_get(self.program.all_finite(self.state)):
+            with self._phases.first("all_finite"):
+                is_finite = jax.device_get(self.program.all_finite(self.state))
+            if not is_finite:
                 cause = "its update made a parameter NaN or infinite: check optim.peak_lr and optim.optimizer"
                 raise Rewind(self.completed_steps, self.completed_steps, cause)
             if self.run.guard.compare_replicas_every is not None:
@@ -442,22 +444,7 @@ class Trainer:
 
     def require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
-        if self._peers.count == 1:
-            return
-        fields = flatten(encode(self._loaded.run))
-        self._peers.require_equal(
-            {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
-            | {
-                "the data": self.dataset.fingerprint,
-                "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
-                **package_versions(PACKAGES),
-                "the device": jax.local_devices()[0].device_kind,
-                "the number of devices": jax.local_device_count(),
-            }
-        )
-        digests = user_code_digests(self._loaded.run)
-        everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more, for plots
-        self._peers.require_equal({name: digests[name] for name in sorted(everywhere)})
+        require_equal_processes(self._peers, self._loaded, self.dataset)
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -521,28 +508,38 @@ class Trainer:
                 return False
             self._report_pending()
             if signals.saves_after(self.completed_steps) is not None:
-                self.save(force=True)
+                with self._phases("save"):
+                    self.save(force=True)
             return signals.stops_after(self.completed_steps) is not None
 
-        with Prefetcher(batches, self._place, is_over=is_over) as self._loader:
+        self._phases.enter("step")
+        with Prefetcher(
+            batches,
+            self._place,
+            is_over=is_over,
+            are_devices_busy=lambda: self._pending is not None and is_busy(self._pending[1]["loss"]),
+            waiting=lambda: self._phases("data"),
+        ) as self._loader:
             start_s = time.monotonic()
             reason = self.fit(signals.begun(self._loader), signals.stops_after, signals.saves_after)
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
             if reason is None and self.completed_steps < config.steps:  # the batches have ended before
                 reason = signals.stops_after(self.completed_steps)
-            self.save(force=True)  # before the prefetcher is closed: a read of it may hang
             assert self._checkpoints is not None
-            self._checkpoints.wait_until_finished()
+            with self._phases("save"):
+                self.save(force=True)  # before the prefetcher is closed: a read of it may hang
+                self._checkpoints.wait_until_finished()
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
             _log.warning("%s", warning)
         return reason
 
     def _log_evaluation(self) -> None:
-        self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+        with self._phases("evaluation"):
+            self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+            self._trackers.log(self.completed_steps, self._eval_metrics)
         text = self._sample()
         self._timer.pause()
-        self._trackers.log(self.completed_steps, self._eval_metrics)
         if not math.isfinite(loss := self._eval_metrics.get("eval/loss", 0.0)):
             raise Rewind(self.completed_steps, self.completed_steps, f"the validation loss is {loss}")
         if text is not None:
@@ -550,7 +547,9 @@ class Trainer:
 
     def _finish_profile(self) -> None:
         """Ends the profile, if there is one, and logs its text."""
-        if (text := self._profiler.finish(self.completed_steps, self.state)) is not None:
+        with self._phases("profile"):
+            text = self._profiler.finish(self.completed_steps, self.state)
+        if text is not None:
             self._timer.pause()
             self._trackers.log_profile(self.completed_steps, text)
 
@@ -559,18 +558,12 @@ class Trainer:
         prompt, state = self.run.track.sample_prompt, self.state
         if prompt is None or state is None:
             return None
-        with error_prefix("track.sample_prompt: "):
+        with self._phases("sample"), error_prefix("track.sample_prompt: "):
             if self._sampler is None:
                 self._sampler = self.sampler()
             else:
                 self._sampler.set_params(state.params if state.ema is None else state.ema)
-            room = self._sampler.room_after(prompt)
-            if room is not None and room < SAMPLE_TOKENS:
-                raise ConfigError(
-                    f"{SAMPLE_TOKENS} tokens must fit after the prompt, but learned positions leave {room}; "
-                    "use track.sample_prompt=none, or a shorter prompt"
-                )
-            return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
+            return self._sampler.continue_prompt(prompt)
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.errors import ConfigError, PeerLostError, Preempted
+from jaxinfra.errors import ConfigError, HungError, PeerLostError, Preempted
 from tests.conftest import ROOT
 from tests.refusals import names
 from tests.several import all_ended, free_address
@@ -73,12 +73,12 @@ def test_process_0_leaves_last_and_needs_no_standard_error(start: Start) -> None
     os.close(reader)
     third.send_signal(signal.SIGSTOP)
     end = ended(second)
-    assert end.code == PeerLostError.exit_code
+    assert end.code == HungError.exit_code
     names(end.err.splitlines()[-1], "process 2 silent")
-    assert ended(first).code == PeerLostError.exit_code
+    assert ended(first).code == HungError.exit_code
     third.send_signal(signal.SIGCONT)
     end = ended(third)
-    assert end.code == PeerLostError.exit_code
+    assert end.code == HungError.exit_code
     names(end.err.splitlines()[-1], "process 2 silent")
 
 
