@@ -10,8 +10,9 @@ import numpy as np
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.interfaces import ArraySpec, Batch
+from jaxinfra.data.store.layout import IMAGES, LABELS
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
+from jaxinfra.data.store.store import PREPARE, Store
 from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
 from jaxinfra.errors import ConfigError
 

@@ -12,8 +12,9 @@ from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.inspect import format_token_rows
 from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.sequences import packed_batch
+from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
+from jaxinfra.data.store.store import PREPARE, TokenStore
 from jaxinfra.data.store_data import StoreData, StoreSamples
 from jaxinfra.data.tokens import TokenRows, TokenStoreDataset
 from jaxinfra.errors import ConfigError

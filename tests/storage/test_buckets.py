@@ -102,7 +102,7 @@ def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(ser
 def test_a_server_that_goes_down_while_it_is_read_is_one_line(server, recipe, impatient):
     store = TokenStore.open(prepare(recipe, workers=1).path)
     server.faults.down = True
-    with raises(StorageError, "/train/tokens: ABORTED"):
+    with raises(StorageError, "/train/tokens/zarr.json: ABORTED"):
         store.read("train", [0], 100)
     refused(launch("data", "verify", recipe.store), f"{recipe.store}/versions.json: ABORTED", code=82)
 
@@ -122,7 +122,7 @@ def test_a_flipped_bit_is_found_when_it_is_read_and_named_by_verify(server, reci
     content = bytearray(server.get(shard))
     content[1000] ^= 4
     server.put(shard, bytes(content))
-    with raises(DataError, "train/tokens: "):
+    with raises(DataError, f"{shard}: block 0 documents"):
         TokenStore.open(recipe.store).read("train", [0], 5000)
     refused(launch("data", "verify", recipe.store), "train/tokens block 0", code=78)
 
