@@ -51,6 +51,7 @@ from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
+from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.trained_params import load_params
@@ -111,6 +112,8 @@ class Trainer:
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
+        self._batches: BatchLoader | None = None  # that the loader takes from
+        self._skipped: SkippedSamples | None = None  # with `data.on_damage=skip`
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
@@ -171,6 +174,8 @@ class Trainer:
                     write_record(self.run_dir.record, self._record)
                 start = {"start_step": self.completed_steps, "total_steps": steps}
                 self._trackers.start(self._record, statistics, **start)
+                if self.run.data.on_damage == "skip":
+                    self._skipped = SkippedSamples(self.run_dir.path, self._peers, self.completed_steps)
                 self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
                 reason = self._fit_dataset(stop.stops_after)
@@ -249,6 +254,9 @@ class Trainer:
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
         values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
         values["rss_bytes"] = rss_bytes()
+        if self._skipped is not None:
+            self._collect_skipped(step)
+            values["data/skipped"] = self._skipped.count
         self._trackers.log(step, values | device_memory())
 
     def evaluate(self) -> dict[str, float]:
@@ -283,6 +291,7 @@ class Trainer:
         """
         assert self._checkpoints is not None
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:
+            self._collect_skipped(self.completed_steps)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
                 require_finite(self.completed_steps, metrics)
             assert self.state is not None
@@ -302,6 +311,10 @@ class Trainer:
                 _log.error("%s; training goes on, the next save tries again", error)
             if force:  # the error may come from the save before, which runs in the background
                 self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
+
+    def _collect_skipped(self, completed_steps: int) -> None:
+        if self._skipped is not None and self._batches is not None:
+            self._skipped.collect(self._batches, completed_steps)
 
     # Results
 
@@ -412,7 +425,7 @@ class Trainer:
     def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on."""
         config, start = self.run.train, self.completed_steps
-        batches = BatchLoader(
+        self._batches = batches = BatchLoader(
             self.run.data,
             self.dataset.train,
             global_batch=config.global_batch,
@@ -432,6 +445,9 @@ class Trainer:
 
     def _log_evaluation(self) -> None:
         self._eval_metrics = self.evaluate()
+        if self._skipped is not None:
+            skipped = self._skipped.collect_evaluation(self._validation, self.completed_steps)
+            self._eval_metrics["eval/skipped"] = skipped
         text = self._sample()
         self._timer.pause()
         self._trackers.log(self.completed_steps, self._eval_metrics)

@@ -157,7 +157,8 @@ class Store:
             return bisect_right(range(offsets.info.elements), token, key=start_of) - 1
 
         try:
-            documents = f"documents {document_of(first)} to {document_of(end - 1)}"
+            one, last = document_of(first), document_of(end - 1)
+            documents = f"documents {one} to {last}" if one < last else f"document {one}"
         except DataError:
             documents = f"documents unknown, because {split}/{OFFSETS} is damaged, too"
         return f"{TOKENS} {first} to {end - 1}, {documents}"
