@@ -81,8 +81,8 @@ class RunDirectory:
         if not self.has_checkpoints():
             return {}
         with CheckpointManager(self.checkpoints, read_only=True) as checkpoints:
-            step = checkpoints.latest_step()
-            return {} if step is None else checkpoints.load_record(step)
+            newest = checkpoints.newest(checkpoints.load_record)
+            return {} if newest is None else newest[1]
 
     def data_versions(self, run: Run) -> Sequence[str]:
         """Returns the dataset versions that the run started with; () for a new run or a changed config."""

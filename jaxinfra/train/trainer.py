@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ class Trainer:
         self._skipped: SkippedSamples | None = None  # with `data.on_damage=skip`
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
+        self._eval_step: int | None = None  # completed steps at the last evaluation
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
         self._interval_losses: list[jax.Array] = []  # since the last log
@@ -148,9 +149,10 @@ class Trainer:
         ):
             self._owned = owned
             self.run_dir.require_shared(self._peers)
-            self.completed_steps = self._peers.broadcast(self._checkpoints.latest_step() or 0)
-            if self.completed_steps:
+            if self._peers.broadcast(self._checkpoints.all_steps()):
                 self.run_dir.check(self._loaded.run, dataset)
+            newest = self._checkpoints.newest(self._checkpoints.manifest)
+            self.completed_steps = 0 if newest is None else newest[0]
             if self.completed_steps >= steps:
                 summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
                 return self._peers.broadcast(summary)
@@ -302,7 +304,9 @@ class Trainer:
                     "use a lower optim.peak_lr, and check optim.optimizer and optim.schedule"
                 )
         try:
-            if self._checkpoints.save(self.completed_steps, self.state, self._record, force=force):
+            if self._checkpoints.save(
+                self.completed_steps, self.state, self._record, metrics=self._new_eval_metrics(), force=force
+            ):
                 self._trackers.log_save(self.completed_steps)
         except StorageError as error:
             if self._peers.count > 1 and not self.run_dir.is_remote:
@@ -310,7 +314,15 @@ class Trainer:
             if self._is_main:
                 _log.error("%s; training goes on, the next save tries again", error)
             if force:  # the error may come from the save before, which runs in the background
-                self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
+                self._checkpoints.save(
+                    self.completed_steps, self.state, self._record, metrics=self._new_eval_metrics(), force=True
+                )
+
+    def _new_eval_metrics(self) -> dict[str, float]:
+        """The metrics of an evaluation after the last step; {} without one."""
+        if self._eval_step != self.completed_steps:
+            return {}
+        return {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()}
 
     def _collect_skipped(self, completed_steps: int) -> None:
         if self._skipped is not None and self._batches is not None:
@@ -323,10 +335,10 @@ class Trainer:
         """The train state on the devices; before `train`, the newest checkpoint, or None without one."""
         if self._state is None and self.run_dir.has_checkpoints():
             with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
-                if step := checkpoints.latest_step():
+                if checkpoints.all_steps():
                     self.run_dir.check(self._loaded.run, self.dataset)
-                    self._state = checkpoints.restore(step, self.program.state)
-                    self.completed_steps = step
+                if newest := checkpoints.newest(partial(checkpoints.restore, abstract_state=self.program.state)):
+                    self.completed_steps, self._state = newest
         return self._state
 
     @state.setter
@@ -413,7 +425,9 @@ class Trainer:
         """
         assert self._checkpoints is not None
         if self.completed_steps:
-            state = self._checkpoints.restore(self.completed_steps, self.program.state)
+            newest = self._checkpoints.newest(partial(self._checkpoints.restore, abstract_state=self.program.state))
+            assert newest is not None
+            self.completed_steps, state = newest  # an older one if the newest is damaged
             return state, self.run_dir.existing_record().get("init")
         if self.run.init is None:
             return self.program.init(jax.random.key(self.run.seed)), None
@@ -444,7 +458,7 @@ class Trainer:
         return reason
 
     def _log_evaluation(self) -> None:
-        self._eval_metrics = self.evaluate()
+        self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
         if self._skipped is not None:
             skipped = self._skipped.collect_evaluation(self._validation, self.completed_steps)
             self._eval_metrics["eval/skipped"] = skipped
