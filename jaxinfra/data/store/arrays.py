@@ -3,10 +3,10 @@
 Every chunk carries a CRC-32C that each read checks, and a missing chunk is an error, never zeros.
 
 Chunk size was measured with batches of 64 random reads of 1,025 tokens, on two cores and with chunks outside the cache.
-The CPU time of reading whole chunks and hashing them (see `blocks`) is 24 ns a token with chunks of 2 Ki tokens, 22 ns
-with 4 Ki and 24 ns with 8 Ki; larger ones take more time even without hashes: 38 ns with 16 Ki, 66 ns with 64 Ki. One
-read of all ranges takes a third less than separate reads. Zstandard saves a third of the space and costs a third to two
-thirds of the speed, so chunks are not compressed.
+The CPU time of reading whole chunks and hashing them (see `blocks`) is 19 ns a token with chunks of 2 Ki and 4 Ki
+tokens, and 24 ns with 8 Ki. Without hashes it is 19, 17 and 21 ns, and more with larger chunks: 38 ns with 16 Ki, 66 ns
+with 64 Ki. One read of all ranges takes a third less than separate reads. Zstandard saves a third of the space and
+costs a third to two thirds of the speed, so chunks are not compressed.
 """
 
 from collections.abc import Iterator, Sequence

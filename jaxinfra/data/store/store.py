@@ -120,8 +120,8 @@ class Store:
             try:
                 array = self._open(name)
                 for first in range(0, info.blocks, _VERIFY_BATCH):
-                    blocks = np.arange(first, min(first + _VERIFY_BATCH, info.blocks))
-                    for block, (size_bytes, cause) in enumerate(array.check(blocks), first):
+                    numbers = range(first, min(first + _VERIFY_BATCH, info.blocks))
+                    for block, (size_bytes, cause) in enumerate(array.check(numbers), first):
                         yield size_bytes, None if cause is None else Damage(file=name, block=block, cause=cause)
             except DataError as error:
                 yield 0, Damage(file=name, cause=str(error))
