@@ -251,7 +251,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
         futures: list[Any] = []
         for name, part in args.parts.items():
             if jax.process_index() == 0:
-                (directory / name).mkdir()
+                (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
             futures += await self._of_part.async_save(directory / name, args=ocp.args.PyTreeSave(part)) or []
         return [_Hashed(futures, Path(directory))]
 

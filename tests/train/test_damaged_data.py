@@ -57,7 +57,7 @@ def test_a_run_stops_at_a_stale_block_and_goes_on_without_its_samples(
     one = (f"data.store={store}", "name=one")
     block, step = make_stale(store)
     assert step >= SAVED
-    line = refused(tiny.launch(*one), f"training /train/tokens/c/{block // 4}: block {block} documents hash", code=78)
+    line = refused(tiny.launch(*one), f"training /train/tokens/c/{block // 4}: block {block} document hash", code=78)
     names(line, "data.on_damage=skip")
     assert line.endswith("leave such samples out")
 

@@ -119,7 +119,7 @@ class CheckedArray:
         block, elements = self.info.block, self.info.elements
         # Consecutive blocks are read as one range: 2, 3 and 5 are the ranges 2 to 3 and 5.
         starts = [block * n for n, before in zip(numbers, (-2, *numbers), strict=False) if n != before + 1]
-        ends = [block * (n + 1) for n, after in zip(numbers, (*numbers[1:], -2), strict=True) if n != after - 1]
+        ends = [block * (n + 1) for n, after in zip(numbers, (*numbers[1:], -2), strict=False) if n != after - 1]
         lengths = [min(end, elements) - start for start, end in zip(starts, ends, strict=True)]
         try:
             values = arrays.read_ranges(self._array, self._path, starts, lengths)
