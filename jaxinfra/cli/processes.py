@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 
 from jaxinfra.cli import bench, config_argument
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.run_dir import join_location, parse_source
+from jaxinfra.run_dir import join_location
 from jaxinfra.runtime.launcher import launch
 from jaxinfra.runtime.local_processes import process_environments
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
-from jaxinfra.track.runs import record_of
+from jaxinfra.track.runs import parse_source, record_of
 
 _MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
 _OPTIONS_OF_ONE = ("coordinator", "process_id", "of")  # options of a process among several

@@ -35,7 +35,7 @@ from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
+from jaxinfra.run_dir import Owned, RunDirectory, join_location
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import code_digest, package_versions
@@ -48,6 +48,7 @@ from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.report import REPORT_FILE
+from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
