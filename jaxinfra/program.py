@@ -33,7 +33,7 @@ from jaxinfra.objectives.objective import WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
-from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
+from jaxinfra.optim.transforms import clip_by_global_norm, ema_update, select
 from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes
@@ -385,18 +385,24 @@ class Program:
         batch = self.with_dropout_bits(batch, state.step)
         grads, sums, stats = self._gradients(state.params, batch, state.reference)
         grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm)
+        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        condition = is_finite if self.run.guard.skip_nonfinite else None
         trainable = select_trainable(state.params, self.specs)
         with user_code_errors(type(optim.optimizer), "optim.optimizer"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
-        check_update(type(optim.optimizer).__qualname__, trainable, updates, state.opt_state, opt_state)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable, condition=condition)
         # In float32, also if parameters are stored in bfloat16.
         trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
         model = self.model(state.params)
         params = merge_trees(merge_trees(state.params, trained), model.update_buffers(stats))
-        ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
-        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        params = select(condition, params, state.params)
+        ema = state.ema
+        if optim.ema_decay is not None:
+            ema = select(condition, ema_update(ema, params, optim.ema_decay, state.step), ema)
         metrics |= model.metrics(stats, sums["weight"])
         metrics |= {"weight": sums["weight"], "grad_norm": grad_norm, "lr": jnp.asarray(self._schedule(state.step))}
+        if condition is not None:
+            metrics["skipped"] = 1.0 - is_finite
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
@@ -418,21 +424,6 @@ def _platform(mesh: Mesh | AbstractMesh) -> str:
 def _dotted(path: tuple[Any, ...]) -> str:
     """Formats the path of a parameter, such as `blocks.mlp.up.weight`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def check_update(name: str, params: PyTree, updates: PyTree, state: PyTree, new_state: PyTree) -> None:
-    """Raises ConfigError if updates are not like parameters, or an update changes the type of the optimizer state.
-
-    `name` is the class of the optimizer.
-    """
-    if jax.tree.structure(updates) != jax.tree.structure(params):
-        raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
-
-    def types(tree: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
-        return jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
-
-    if types(state) != types(new_state):
-        raise ConfigError(f"{name}: an update changes the shapes or types of its state; keep those that init returns")
 
 
 def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +177,9 @@ class RunDirectory:
     def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
         """Returns the fingerprinted fields in which a run record differs from a config."""
         recorded = decode_record(self.record, record, ClassFinder.from_config(run))
+        if isinstance(recorded, Run) and record.get("decisions"):  # the config has what they left out, too
+            skip_batches = tuple((start, stop) for start, stop in record["skip_batches"])
+            recorded = replace(recorded, train=replace(recorded.train, skip_batches=skip_batches))
         return diff(recorded, run, fingerprinted_only=True)
 
 

@@ -267,7 +267,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
     async def async_save(self, directory: epath.Path, args: _SaveArgs) -> list[Future]:
         if jax.process_index() == 0:
             for name in args.parts:
-                (directory / name).mkdir()
+                (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
         futures: list[Any] = []
         for name, part in args.parts.items():
             folder = DeferredPath()
