@@ -11,7 +11,7 @@ Exceptions of Orbax, TensorStore and the operating system pass through, and Dama
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -230,8 +230,9 @@ class _Saver(ocp.AsyncCheckpointer):
         """Starts to write the parts of a state."""
         try:
             self.save(folder, args=_SaveArgs(parts))
-        finally:
-            self._parts.start_writing()
+        except BaseException:
+            self._parts.start_writing()  # nothing waits for these threads, which would wait for ever
+            raise
 
     @property
     def is_saving(self) -> bool:
@@ -249,8 +250,8 @@ class _SaveArgs(ocp.args.CheckpointArgs):
 class _Handler(ocp.AsyncCheckpointHandler):
     """Writes each part of a state into a folder of its own, and hashes what this process writes.
 
-    Its threads wait for `start_writing`, which is called once training may go on: else they compete for the cores with
-    what blocks training.
+    Its threads wait for `start_writing`, which the background thread calls: else they compete for the cores with what
+    blocks training.
     """
 
     def __init__(self, *, compress: bool) -> None:
@@ -273,7 +274,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
             folder = DeferredPath()
             self._held.append((folder, directory / name))
             futures += await self._of_part.async_save(folder, args=ocp.args.PyTreeSave(part)) or []
-        return [_Hashed(futures, Path(directory))]
+        return [_Hashed(self.start_writing, futures, Path(directory))]
 
     @override
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
@@ -298,14 +299,18 @@ ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_SaveA
 
 
 class _Hashed(Future):
-    """Waits until this process has written its files, and hashes them; a future as Orbax expects it."""
+    """Lets this process write its files, and hashes them; a future as Orbax expects it.
 
-    def __init__(self, futures: Sequence[Any], directory: Path) -> None:
-        self._futures, self._directory = futures, directory
+    Orbax asks for the result in the background, once nothing blocks training any more.
+    """
+
+    def __init__(self, start_writing: Callable[[], None], futures: Sequence[Any], directory: Path) -> None:
+        self._start_writing, self._futures, self._directory = start_writing, futures, directory
 
     @override
     def result(self, timeout: float | None = None) -> None:
         """Writes the hashes beside the files."""
+        self._start_writing()
         for future in self._futures:
             future.result(timeout)
         index = jax.process_index()
