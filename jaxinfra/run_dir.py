@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxinfra.checkpoint.bucket_backend import owner_token
+from jaxinfra.checkpoint.bucket_index import owner_token
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, diff, read_record
 from jaxinfra.config.classes import ClassFinder
@@ -29,7 +29,7 @@ from jaxinfra.storage.mirror import Mirror, fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 from jaxinfra.track.report import REPORT_FILE, write_report
-from jaxinfra.track.runs import RUN_FILES
+from jaxinfra.track.runs import RUN_FILES, parse_source
 
 _SEEN_S = 90.0  # NFS shows a new file after up to a minute (acdirmax, nfs(5))
 _LOOK_S = 0.2
@@ -212,13 +212,6 @@ def _remove_at_end(owner: RunDirectory, folder: str) -> None:
 def join_location(root: str, name: str) -> str:
     """Returns the path or URL of a run's directory."""
     return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name))
-
-
-def parse_source(source: str | Path) -> tuple[str, int | None]:
-    """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
-    path, at, step = str(source).rpartition("@")
-    has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
-    return (path, int(step)) if has_step else (str(source), None)
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:

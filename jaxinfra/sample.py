@@ -22,8 +22,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
 from jaxinfra.run import Run
-from jaxinfra.run_dir import parse_source
-from jaxinfra.track.runs import record_of
+from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.trained_params import load_params
 
 _PROMPT_TOKENS = 100  # that follow `track.sample_prompt`

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import CheckpointError
 from jaxinfra.program import Program
-from jaxinfra.run_dir import RunDirectory, parse_source
+from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.peers import current_peers
-from jaxinfra.track.runs import no_run_error
+from jaxinfra.track.runs import no_run_error, parse_source
 
 
 class TrainedParams(NamedTuple):

@@ -17,13 +17,10 @@ outcome.
 """
 
 import itertools
-import json
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any, cast, override
 
 import jax
@@ -32,8 +29,16 @@ import tensorstore as ts
 import xxhash
 
 from jaxinfra.checkpoint.backend import Backend, Gather
+from jaxinfra.checkpoint.bucket_index import (
+    Steps,
+    folders,
+    leftover_folders,
+    read_manifest,
+    require_index,
+    update_index,
+)
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types
+from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types, leaves_by_name
 from jaxinfra.checkpoint.manifest import (
     MANIFEST_FILE,
     DamageError,
@@ -46,17 +51,14 @@ from jaxinfra.checkpoint.manifest import (
 )
 from jaxinfra.checkpoint.retention import Metrics, superseded
 from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, Shard, relative
-from jaxinfra.errors import CheckpointError, RunInUseError, StorageError
+from jaxinfra.errors import RunInUseError, StorageError
 from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.objects import ObjectStore
 
-_INDEX = "index.json"
-_FOLDER = re.compile(r"\d+\.(?P<token>\d+)\.\d+")
 _HASHES = "hashes."  # the object of the hashes of one process, before process 0 writes the manifest
 _MAX_PENDING_BYTES = 1 << 30  # of host memory, for chunks on their way
 
-type _Steps = dict[str, dict[str, Any]]  # the "folder", the hash of its "manifest" and the "metrics" of each step
 type _Chunks = Sequence[tuple[str, np.ndarray]]  # name of the object, values
 
 
@@ -87,7 +89,7 @@ class BucketBackend(Backend):
         self._attempts = itertools.count(1)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._steps: _Steps = {}
+        self._steps: Steps = {}
         self._token: int | None = None if lease is None else lease.token
         if not read_only:
             self._claim()
@@ -95,26 +97,19 @@ class BucketBackend(Backend):
     @override
     def all_steps(self) -> list[int]:
         if self._read_only:
-            self._steps = (_require_index(self._store) or {"steps": {}})["steps"]
+            self._steps = (require_index(self._store) or {"steps": {}})["steps"]
         return sorted(map(int, self._steps))  # of a writer: nobody else changes them
 
     @override
     def manifest(self, step: int) -> Manifest:
-        folder, expected = self._folder(step), self._steps[str(step)]["manifest"]
-        content = self._store.read_or_none(f"{folder}/{MANIFEST_FILE}")
-        if content is None:
-            raise DamageError(f"{folder}/{MANIFEST_FILE} is missing")
-        manifest = Manifest.decode(content, step)
-        if xxhash.xxh3_128_hexdigest(content) != expected:
-            raise DamageError(f"{folder}/{MANIFEST_FILE} is another one than {_INDEX} names")
-        return manifest
+        return read_manifest(self._store, step, self._steps[str(step)])
 
     @override
     def save(self, step: int, state: PyTree, record: Mapping[str, object], metrics: Metrics) -> None:
         self.wait_until_finished()
         folder = f"{step}.{self._token}.{next(self._attempts)}"
-        leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-        arrays = {name: ChunkedArray.of(leaf) for name, leaf in leaves.items()}
+        leaves = leaves_by_name(state)
+        arrays = {name: _chunked(leaf) for name, leaf in leaves.items()}
         # On CPU these are views; JAX does not reuse a buffer while a view of it exists.
         with jax.transfer_guard("allow"):
             chunks = [chunk for name, leaf in leaves.items() for chunk in _own_chunks(name, leaf, arrays[name])]
@@ -174,7 +169,7 @@ class BucketBackend(Backend):
             if index["steps"].pop(str(step), None):
                 index["damaged"].append(folder)
 
-        self._steps = self._update_index(move)["steps"]
+        self._steps = update_index(self._store, self._token, move)["steps"]
         return self._store.url_of(folder)
 
     @override
@@ -211,12 +206,11 @@ class BucketBackend(Backend):
         """Claims the index for the owner of the run, and deletes what attempts of earlier owners have left."""
         index = None
         if _is_main():
-            _require_index(self._store)
-            index = self._update_index(lambda index: None)
-            named = {*_folders(index["steps"]), *index["damaged"]}
+            require_index(self._store)
+            index = update_index(self._store, self._token, lambda index: None)
             # A newer owner may commit folders from now on: those have its token.
-            for folder in {name.partition("/")[0] for name in self._store.list_names()} - named:
-                if (match := _FOLDER.fullmatch(folder)) and int(match["token"]) < index["token"]:
+            for folder, token in leftover_folders(self._store, index).items():
+                if token < index["token"]:
                     self._store.delete_below(folder)
         index = self._gather(index)[0]
         self._token, self._steps = index["token"], index["steps"]
@@ -297,30 +291,10 @@ class BucketBackend(Backend):
             for each in superseded({int(step): each["metrics"] for step, each in steps.items()}, self._config):
                 del steps[str(each)]
 
-        before = _folders(self._steps)
-        self._steps = self._update_index(add)["steps"]
-        for each in sorted({*before, folder}.difference(_folders(self._steps))):
+        before = folders(self._steps)
+        self._steps = update_index(self._store, self._token, add)["steps"]
+        for each in sorted({*before, folder}.difference(folders(self._steps))):
             self._store.delete_below(each)
-
-    def _update_index(self, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Changes the index, and returns it; raises RunInUseError if a newer owner has claimed it.
-
-        An owner without a lease has the next token.
-        """
-        result: list[dict[str, Any]] = []
-
-        def update(old: bytes | None) -> bytes:
-            index = {"token": 0, "steps": {}, "damaged": []} if old is None else _parse_index(self._store, old)
-            token = index["token"] + 1 if self._token is None else self._token
-            if index["token"] > token:
-                raise RunInUseError(f"{self._store.url}: another process has taken over this run; leave the run to it")
-            index["token"] = token
-            change(index)
-            result[:] = [index]
-            return json.dumps({**index, "hash": _hash_of(index)}).encode()
-
-        self._store.atomic_update(_INDEX, update)
-        return result[0]
 
 
 class _Window:
@@ -357,47 +331,8 @@ def _is_failure_of_storage(error: Exception) -> bool:
     return isinstance(error, StorageError) or is_storage_error(error)
 
 
-def _folders(steps: _Steps) -> list[str]:
-    return [each["folder"] for each in steps.values()]
-
-
-def _hash_of(index: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())
-
-
-def _read_index(store: ObjectStore) -> dict[str, Any] | None:
-    content = store.read_or_none(_INDEX)
-    return None if content is None else _parse_index(store, content)
-
-
-def _parse_index(store: ObjectStore, content: bytes) -> dict[str, Any]:
-    try:
-        index = json.loads(content)
-        if index.pop("hash") == _hash_of(index):
-            return index
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise CheckpointError(f"{store.url_of(_INDEX)}: damaged; restore it from a copy")
-
-
-def _require_index(store: ObjectStore) -> dict[str, Any] | None:
-    """Returns the index, None before the first owner; CheckpointError if there are checkpoints without an index."""
-    if (index := _read_index(store)) is not None:
-        return index
-    paths = map(PurePosixPath, store.list_names())
-    folders = [path.parts[0] for path in paths if path.name == MANIFEST_FILE and _FOLDER.fullmatch(path.parts[0])]
-    index = _read_index(store)  # the first owner may have written both in the meantime
-    if folders and index is None:
-        raise CheckpointError(
-            f"{store.url_of(_INDEX)}: missing, but there are checkpoints, such as {folders[0]}; restore it, or move "
-            "them away to start at step 0"
-        )
-    return index
-
-
-def owner_token(url: str) -> int:
-    """Returns the token of the last owner of the checkpoints below a URL; 0 without one."""
-    return (_read_index(ObjectStore(url)) or {"token": 0})["token"]
+def _chunked(leaf: jax.Array) -> ChunkedArray:
+    return ChunkedArray.of(leaf.shape, leaf.sharding.shard_shape(leaf.shape), np.dtype(leaf.dtype))
 
 
 def _own_chunks(name: str, leaf: jax.Array, array: ChunkedArray) -> Iterator[tuple[str, np.ndarray]]:

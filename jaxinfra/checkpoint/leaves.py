@@ -17,6 +17,23 @@ def leaf_name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def leaves_by_name(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, in its order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def tree_of_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts whose leaves have these names."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
 def leaf_types(tree: PyTree) -> dict[str, str]:
     """Returns the type of each leaf by name, such as "bfloat16[8,128]", with the global shape."""
     types = {}

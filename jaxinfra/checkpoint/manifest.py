@@ -100,9 +100,14 @@ def read_manifest(folder: Path, step: int) -> Manifest:
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Raises DamageError if a file is missing or has another length; reads no file."""
-    for name, expected in manifest.files.items():
-        with _reading(name):
-            _check_size(name, expected, (folder / name).stat().st_size)
+    for name in manifest.files:
+        check_size(folder, manifest, name)
+
+
+def check_size(folder: Path, manifest: Manifest, name: str) -> None:
+    """Raises DamageError if this file is missing or has another length."""
+    with _reading(name):
+        _check_size(name, manifest.files[name], (folder / name).stat().st_size)
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileHash]:
@@ -110,7 +115,7 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileHash]:
     sizes = {name: (folder / name).stat().st_size for name in names}
     blocks = [(name, index) for name, size in sizes.items() for index in range(_num_blocks(size))]
     found: dict[str, list[str]] = {name: [] for name in sizes}
-    for (name, _), digest in zip(blocks, _in_threads(lambda block: _read_block(folder, *block), blocks), strict=True):
+    for (name, _), digest in zip(blocks, in_threads(lambda block: _read_block(folder, *block), blocks), strict=True):
         found[name].append(digest)
     return {name: FileHash(size, tuple(found[name])) for name, size in sizes.items()}
 
@@ -118,14 +123,27 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileHash]:
 def verify_files(folder: Path, manifest: Manifest, names: Iterable[str], *, part: int = 0, of: int = 1) -> None:
     """Reads files, or this part of them, and raises DamageError for the first that differs from the manifest."""
     check_sizes(folder, manifest)
+    for _, _, damage in compare_files(folder, manifest, names, part=part, of=of):
+        if damage is not None:
+            raise damage
+
+
+def compare_files(
+    folder: Path, manifest: Manifest, names: Iterable[str], *, part: int = 0, of: int = 1
+) -> Iterator[tuple[str, int, DamageError | None]]:
+    """Reads files, or this part of them; yields name, bytes and what is wrong, if anything, of each block."""
     blocks = [(name, index) for name in names for index in range(len(manifest.files[name].blocks))][part::of]
 
-    def verify(block: tuple[str, int]) -> None:
+    def compare(block: tuple[str, int]) -> tuple[str, int, DamageError | None]:
         name, index = block
-        check_block(name, index, _read_block(folder, name, index), manifest)
+        num_bytes = min(BLOCK_BYTES, manifest.files[name].num_bytes - index * BLOCK_BYTES)
+        try:
+            check_block(name, index, _read_block(folder, name, index), manifest)
+        except DamageError as damage:
+            return name, num_bytes, damage
+        return name, num_bytes, None
 
-    for _ in _in_threads(verify, blocks):
-        pass
+    yield from in_threads(compare, blocks)
 
 
 def check_block(name: str, index: int, digest: str, manifest: Manifest) -> None:
@@ -195,7 +213,7 @@ def _read_block(folder: Path, name: str, index: int) -> str:
     return digest.hexdigest()
 
 
-def _in_threads[A, B](call: Callable[[A], B], arguments: Sequence[A]) -> Iterator[B]:
+def in_threads[A, B](call: Callable[[A], B], arguments: Sequence[A]) -> Iterator[B]:
     """Yields the results in order; hashing and reading release the GIL."""
     threads = min(len(arguments), _MAX_THREADS, os.cpu_count() or 1)
     if threads < 2:

@@ -11,9 +11,7 @@ Exceptions of Orbax, TensorStore and the operating system pass through, and Dama
 import errno
 import logging
 import os
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +22,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint._src.futures.future import Future
 from orbax.checkpoint._src.metadata.checkpoint import metadata_store
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath, DeferredPath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.backend import Backend, Gather
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import PyTree, leaf_types, split_parts
+from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types, leaves_by_name, split_parts
 from jaxinfra.checkpoint.manifest import (
     MANIFEST_FILE,
     DamageError,
@@ -45,9 +44,7 @@ from jaxinfra.checkpoint.retention import Metrics, superseded
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
-_DELETED = ".deleted-"
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
-_STEP = re.compile(r"0|[1-9]\d*", re.ASCII)
 
 
 class OrbaxBackend(Backend):
@@ -78,9 +75,7 @@ class OrbaxBackend(Backend):
 
     @override
     def all_steps(self) -> list[int]:
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if _STEP.fullmatch(path.name))
+        return disk_steps.list_steps(self._directory)
 
     @override
     def manifest(self, step: int) -> Manifest:
@@ -100,7 +95,7 @@ class OrbaxBackend(Backend):
         parts, _ = split_parts(state)
         # A save has to move arrays to the host, even if the training loop forbids transfers.
         with jax.transfer_guard("allow"):
-            self._saver.save(epath.Path(self._folder(step)), args=_SaveArgs(parts))
+            self._saver.start(epath.Path(self._folder(step)), parts)
 
     @override
     def is_saving(self) -> bool:
@@ -129,17 +124,20 @@ class OrbaxBackend(Backend):
         with jax.transfer_guard("allow"), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
 
             def read(name: str) -> Any:
-                restore_args = ocp.checkpoint_utils.construct_restore_args(parts[name])
-                args = ocp.args.PyTreeRestore(parts[name], restore_args=restore_args)
-                return reader.restore(epath.Path(self._folder(step) / name), args=args)
+                """Reads a part in the structure that it was saved in: a copy has dicts in place of tuples."""
+                folder, wanted = epath.Path(self._folder(step) / name), leaves_by_name(parts[name])
+                item = jax.tree.map_with_path(lambda path, _: wanted[leaf_name(path)], handler.metadata(folder).tree)
+                restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+                saved = reader.restore(folder, args=ocp.args.PyTreeRestore(item, restore_args=restore_args))
+                found = leaves_by_name(saved)
+                return jax.tree.unflatten(jax.tree.structure(parts[name]), [found[each] for each in wanted])
 
             return join({name: read(name) for name in parts})
 
     @override
     def set_aside(self, step: int) -> str:
         folder = self._folder(step)
-        names = (f"{step}.damaged{'' if number == 1 else f'-{number}'}" for number in range(1, 1000))
-        target = next(path for name in names if not (path := self._directory / name).exists())
+        target = disk_steps.path_aside(self._directory, step)
         folder.rename(target)
         self._intact.pop(step, None)
         return str(target)
@@ -215,13 +213,14 @@ class OrbaxBackend(Backend):
         self._intact[manifest.step] = manifest.metrics
         for step in superseded(self._intact, self._config):
             del self._intact[step]
-            _delete(self._folder(step))
+            disk_steps.delete(self._folder(step))
 
 
 class _Saver(ocp.AsyncCheckpointer):
     """Orbax's writer, which tells whether it is at work."""
 
     def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath]) -> None:
+        self._parts = handler
         super().__init__(
             handler,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
@@ -230,6 +229,14 @@ class _Saver(ocp.AsyncCheckpointer):
             temporary_path_class=temporary_path,
             checkpoint_metadata_store=metadata_store(enable_write=False),  # the manifest has all of it
         )
+
+    def start(self, folder: epath.Path, parts: Mapping[str, Any]) -> None:
+        """Starts to write the parts of a state."""
+        try:
+            self.save(folder, args=_SaveArgs(parts))
+        except BaseException:
+            self._parts.start_writing()  # nothing waits for these threads, which would wait for ever
+            raise
 
     @property
     def is_saving(self) -> bool:
@@ -245,19 +252,33 @@ class _SaveArgs(ocp.args.CheckpointArgs):
 
 
 class _Handler(ocp.AsyncCheckpointHandler):
-    """Writes each part of a state into a folder of its own, and hashes what this process writes."""
+    """Writes each part of a state into a folder of its own, and hashes what this process writes.
+
+    Its threads wait for `start_writing`, which the background thread calls: else they compete for the cores with what
+    blocks training.
+    """
 
     def __init__(self, *, compress: bool) -> None:
         self._of_part = ocp.PyTreeCheckpointHandler(use_compression=compress)
+        self._held: list[tuple[DeferredPath, epath.Path]] = []
+
+    def start_writing(self) -> None:
+        """Lets the threads write that `async_save` has started."""
+        held, self._held = self._held, []
+        for folder, path in held:
+            folder.set_path(path)
 
     @override
     async def async_save(self, directory: epath.Path, args: _SaveArgs) -> list[Future]:
+        if jax.process_index() == 0:
+            for name in args.parts:
+                (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
         futures: list[Any] = []
         for name, part in args.parts.items():
-            if jax.process_index() == 0:
-                (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
-            futures += await self._of_part.async_save(directory / name, args=ocp.args.PyTreeSave(part)) or []
-        return [_Hashed(futures, Path(directory))]
+            folder = DeferredPath()
+            self._held.append((folder, directory / name))
+            futures += await self._of_part.async_save(folder, args=ocp.args.PyTreeSave(part)) or []
+        return [_Hashed(self.start_writing, futures, Path(directory))]
 
     @override
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
@@ -282,14 +303,18 @@ ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_SaveA
 
 
 class _Hashed(Future):
-    """Waits until this process has written its files, and hashes them; a future as Orbax expects it."""
+    """Lets this process write its files, and hashes them; a future as Orbax expects it.
 
-    def __init__(self, futures: Sequence[Any], directory: Path) -> None:
-        self._futures, self._directory = futures, directory
+    Orbax asks for the result in the background, once nothing blocks training any more.
+    """
+
+    def __init__(self, start_writing: Callable[[], None], futures: Sequence[Any], directory: Path) -> None:
+        self._start_writing, self._futures, self._directory = start_writing, futures, directory
 
     @override
     def result(self, timeout: float | None = None) -> None:
         """Writes the hashes beside the files."""
+        self._start_writing()
         for future in self._futures:
             future.result(timeout)
         index = jax.process_index()
@@ -298,21 +323,13 @@ class _Hashed(Future):
         (self._directory / f"{_HASHES}{index}").write_bytes(encode_hashes(hash_files(self._directory, names)))
 
 
-def _delete(folder: Path) -> None:
-    """Deletes a step. It is renamed first, so that no other process sees a part of it."""
-    deleted = folder.with_name(f"{_DELETED}{folder.name}")
-    folder.rename(deleted)
-    shutil.rmtree(deleted)
-
-
 def _delete_incomplete_steps(directory: Path) -> None:
-    """Deletes what saves and deletions that were interrupted have left."""
-    for path in directory.iterdir():
-        if path.name.startswith(_DELETED):
-            shutil.rmtree(path)
-        elif path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
-            # Renamed first: an owner that was stopped, and has lost its lease, cannot complete the step any more.
-            _delete(path)
+    """Deletes what saves and deletions that were interrupted have left.
+
+    An owner that was stopped, and has lost its lease, cannot complete such a step any more.
+    """
+    for path in disk_steps.incomplete(directory):
+        disk_steps.delete(path)
 
 
 class _OrbaxLogFilter(logging.Filter):

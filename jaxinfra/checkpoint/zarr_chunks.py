@@ -1,4 +1,4 @@
-"""Arrays as zarr chunks: which chunks an array has, and how they make up a shard. Accesses no storage.
+"""Arrays as zarr chunks: which chunks an array has, and how they make up a shard. Accesses no storage; no JAX.
 
 A chunk is a shard of the array as it was saved, or an equal part of one. It is stored as the plain little-endian bytes
 of its values, in an object of its own, beside the `zarr.json` of the array. Any reader of zarr 3 can open it.
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
-import jax
 import numpy as np
 
 METADATA_FILE = "zarr.json"
@@ -29,14 +28,14 @@ class ChunkedArray(NamedTuple):
     chunk: tuple[int, ...]
 
     @classmethod
-    def of(cls, array: jax.Array) -> Self:
-        """Returns the chunks that an array is saved in."""
-        chunk = [max(1, size) for size in array.sharding.shard_shape(array.shape)]
-        while math.prod(chunk) * array.dtype.itemsize > MAX_CHUNK_BYTES and max(chunk) > 1:
+    def of(cls, shape: tuple[int, ...], shard_shape: Sequence[int], dtype: np.dtype) -> Self:
+        """Returns the chunks that an array with these shards is saved in."""
+        chunk = [max(1, size) for size in shard_shape]
+        while math.prod(chunk) * dtype.itemsize > MAX_CHUNK_BYTES and max(chunk) > 1:
             dim = chunk.index(max(chunk))
             factor = next(factor for factor in range(2, chunk[dim] + 1) if chunk[dim] % factor == 0)
             chunk[dim] //= factor
-        return cls(array.shape, np.dtype(array.dtype), tuple(chunk))
+        return cls(shape, dtype, tuple(chunk))
 
     @classmethod
     def decode(cls, metadata: bytes) -> Self:

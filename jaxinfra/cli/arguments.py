@@ -18,6 +18,13 @@ CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"
 CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of step 200"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
+CHECKPOINT_ACTIONS = {
+    "verify": "verify [STEP ...]",
+    "diff": "diff A B",
+    "prune": "prune",
+    "copy-to": "copy-to DIR",
+}
+"""How each action of `checkpoints` is used."""
 DEFAULT_PAIRS = 15  # timed rounds of a benchmark
 
 
@@ -61,6 +68,11 @@ BENCHES = {
         summary="batches of random sequences by jaxinfra, TensorStore, Grain and PyTorch; first batch; memory",
         parts=("speed", "first", "memory"),
         options=("pairs", "tokens"),
+    ),
+    "checkpoint": BenchmarkSpec(
+        summary="saving and restoring a state of 1 GB by jaxinfra, plain Orbax, TensorStore and raw writes",
+        parts=("jaxinfra", "compress", "orbax", "tensorstore", "raw"),
+        options=("pairs", "megabytes"),
     ),
     "prepare": BenchmarkSpec(
         summary="tokenization by data prepare and by datasets.map, with one worker and two",
@@ -210,6 +222,25 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_processes(parser)
 
 
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"%(prog)s RUN [{' | '.join(CHECKPOINT_ACTIONS.values())}] [options]"
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    what = (
+        "verify: compare every byte with its hash; diff: compare two steps, or RUN@STEP, leaf by leaf; prune: delete "
+    )
+    what += "superseded steps and what interrupted saves have left; copy-to: make a run directory with one checkpoint"
+    parser.add_argument("action", metavar="ACTION", nargs="?", choices=(*CHECKPOINT_ACTIONS,), help=what)
+    parser.add_argument("words", metavar="STEP or DIR", nargs="*", help="what the action works on")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
+    parser.add_argument("--all", action="store_true", default=None, help="diff: show all leaves, not the worst 20")
+    _add_int(parser, "--keep-last", 1, metavar="N", help="prune: keep the newest N (default: what the config says)")
+    _add_int(parser, "--keep-every", 1, metavar="M", help="prune: also keep the multiples of M")
+    _add_int(parser, "--keep-best", 1, metavar="K", help="prune: also keep the K best")
+    parser.add_argument("--damaged", action="store_true", default=None, help="prune: also delete steps set aside")
+    parser.add_argument("--dry-run", action="store_true", default=None, help="prune: only say what would be deleted")
+    _add_int(parser, "--step", 0, metavar="N", help="copy-to: the checkpoint (default: the newest intact one)")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
     page = "file or URL of the page (default: report.html in the run, or comparison.html beside the first of several)"
@@ -275,6 +306,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
     _add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens in the store (default 200 million)")
+    parser.add_argument("--megabytes", type=int, help="checkpoint: size of the state (default 1000)")
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; repeatable ({parts})")
@@ -301,6 +333,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
     ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
+    ("checkpoints", _add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),

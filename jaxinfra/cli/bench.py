@@ -36,7 +36,7 @@ def check_options(options: argparse.Namespace) -> None:
         if part not in bench.parts:
             raise ConfigError(f"--only {part}: bench {name} has no such part; use one of {', '.join(bench.parts)}")
     allowed = (*bench.options, *(["devices"] if count > 1 else []))  # each process has its share of them
-    for option in ("config", "pairs", "against", "devices", "tokens", "text"):
+    for option in ("config", "pairs", "against", "devices", "tokens", "megabytes", "text"):
         value = getattr(options, option)
         if value is not None and option not in allowed:
             raise ConfigError(f"--{option} {value}: bench {name} does not take it; leave it out")

@@ -15,13 +15,13 @@ from jaxinfra.config import load
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import TrainState
 from jaxinfra.run import Run
-from jaxinfra.run_dir import RunDirectory, parse_source
+from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
-from jaxinfra.track.runs import record_of
+from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.train.trainer import Trainer
 from jaxinfra.trained_params import load_params
 

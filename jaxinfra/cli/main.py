@@ -51,6 +51,7 @@ examples:
   {COMMAND} data peek configs/quickstart.py --step 1234 --rank 3 --of 8
   {COMMAND} sample runs/quickstart "def main("
   {COMMAND} evaluate runs/quickstart mesh.fsdp=4 --devices cpu:4
+  {COMMAND} checkpoints runs/quickstart verify
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
   {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs

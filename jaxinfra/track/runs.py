@@ -135,6 +135,13 @@ def record_of(location: str) -> str:
     return f"{location.rstrip('/')}/{RECORD_FILE}"
 
 
+def parse_source(source: str | Path) -> tuple[str, int | None]:
+    """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
+    path, at, step = str(source).rpartition("@")
+    has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
+    return (path, int(step)) if has_step else (str(source), None)
+
+
 def no_run_error(path: str | Path) -> ConfigError:
     """Returns the error for a directory without a run record; it names the newest run with a similar name."""
     similar = None if is_remote(path) else similar_run(Path(path))

@@ -34,7 +34,7 @@ from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, TrainConfig, with_mesh_size
-from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
+from jaxinfra.run_dir import Owned, RunDirectory, join_location
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.peers import current_peers
@@ -46,6 +46,7 @@ from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE
+from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
 from jaxinfra.train.profiler import Profiler

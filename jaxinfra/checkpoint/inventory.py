@@ -1,0 +1,168 @@
+"""Lists the checkpoints of a run with their health, verifies them, and decides which to delete. Imports no JAX."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.checkpoint.manifest import DamageError, Manifest
+from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.checkpoint.stored import Leftover, StoredCheckpoints, step_damage
+from jaxinfra.checkpoint.stored_in_bucket import StoredInBucket
+from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
+from jaxinfra.config.codec import decode
+from jaxinfra.storage.location import is_remote
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOverview:
+    """A checkpoint.
+
+    Attributes:
+        step: number of completed steps.
+        problems: what is wrong with it; empty if its manifest is sound and its files have the right lengths.
+        num_bytes: of its files; None if the manifest cannot be read.
+        age_s: seconds since it was saved; None if the manifest cannot be read.
+        metrics: of the evaluation after this step.
+        is_kept: whether the config of the run keeps it; damaged ones are neither kept nor deleted.
+    """
+
+    step: int
+    problems: Sequence[str] = ()
+    num_bytes: int | None = None
+    age_s: float | None = None
+    metrics: Metrics = field(default_factory=dict)
+    is_kept: bool = True
+
+
+def stored_checkpoints(run: str) -> StoredCheckpoints:
+    """Returns the checkpoints of a run directory or URL, as files."""
+    if is_remote(run):
+        return StoredInBucket(f"{run.rstrip('/')}/checkpoints")
+    return StoredOnDisk(Path(run, "checkpoints"))
+
+
+def retention_of(record: Mapping[str, Any]) -> CheckpointConfig:
+    """Returns which checkpoints the config in a run record keeps; the defaults without a record."""
+    return decode(CheckpointConfig, record.get("config", {}).get("checkpoint", {}))
+
+
+def list_checkpoints(stored: StoredCheckpoints, config: CheckpointConfig) -> list[StepOverview]:
+    """Returns the steps, ascending; reads manifests and lengths only."""
+    problems = {step: found for step in stored.steps() if (found := step_damage(stored, step)) is not None}
+    manifests = dict(_manifests(stored, [step for step, found in problems.items()]))
+    intact = {step: manifests[step].metrics for step, found in problems.items() if not found and step in manifests}
+    deleted = {*superseded(intact, config)}
+    overviews = []
+    for step, found in problems.items():
+        manifest = manifests.get(step)
+        about = {} if manifest is None else _about(manifest)
+        overviews.append(StepOverview(step=step, problems=found, is_kept=step not in deleted, **about))
+    return overviews
+
+
+def _manifests(stored: StoredCheckpoints, steps: Sequence[int]) -> Iterator[tuple[int, Manifest]]:
+    for step in steps:
+        try:
+            yield step, stored.manifest(step)
+        except DamageError:  # among the problems of the step, or deleted in the meantime
+            continue
+
+
+def _about(manifest: Manifest) -> dict[str, Any]:
+    age_s = time.time() - datetime.fromisoformat(manifest.saved).timestamp()
+    return {"num_bytes": manifest.num_bytes, "age_s": age_s, "metrics": manifest.metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What a comparison of every byte of a step with its hash has found.
+
+    Attributes:
+        step: number of completed steps.
+        num_files: that have a hash.
+        num_bytes: that were read.
+        problems: what is wrong, one for each damaged file.
+        is_gone: whether the step was deleted in the meantime, by the run or by a person.
+    """
+
+    step: int
+    num_files: int = 0
+    num_bytes: int = 0
+    problems: Sequence[str] = ()
+    is_gone: bool = False
+
+
+def verify_step(
+    stored: StoredCheckpoints, step: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verified:
+    """Compares every byte of a step with its hash; `progress` is told the bytes that were read, and all."""
+    manifest, done, problems = None, 0, dict[str, str]()
+    try:
+        manifest = stored.manifest(step)
+        for name, num_bytes, damage in stored.compare(step, manifest):
+            done += num_bytes
+            progress(done, manifest.num_bytes)
+            if damage is not None:
+                problems.setdefault(name, str(damage))
+    except DamageError as damage:
+        problems[""] = str(damage)
+    if problems and not stored.still_has(step, manifest):
+        return Verified(step=step, is_gone=True)
+    num_files = 0 if manifest is None else len(manifest.files)
+    return Verified(step=step, num_files=num_files, num_bytes=done, problems=[*problems.values()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunePlan:
+    """What to delete.
+
+    Attributes:
+        steps: the superseded steps, with their bytes.
+        leftovers: what interrupted saves have left, and damaged steps that were set aside.
+        damaged: steps that are neither counted nor deleted, with what is wrong.
+        kept: the intact steps that are left.
+    """
+
+    steps: Mapping[int, int]
+    leftovers: Sequence[Leftover]
+    damaged: Mapping[int, str]
+    kept: Sequence[int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are freed, as far as they are known."""
+        return sum(self.steps.values()) + sum(each.num_bytes or 0 for each in self.leftovers)
+
+
+def plan_prune(stored: StoredCheckpoints, config: CheckpointConfig, *, with_damaged: bool) -> PrunePlan:
+    """Decides what to delete. If that is a step, all steps that are left are verified: none that is damaged counts."""
+    damaged: dict[int, str] = {}
+    manifests: dict[int, Manifest] = {}
+    for step in stored.steps():
+        problems = step_damage(stored, step)
+        if problems:
+            damaged[step] = problems[0]
+        elif problems is not None:
+            manifests[step] = stored.manifest(step)
+    verified: set[int] = set()
+    while True:
+        deleted = superseded({step: manifest.metrics for step, manifest in manifests.items()}, config)
+        unread = [step for step in manifests if step not in deleted and step not in verified] if deleted else []
+        if not unread:
+            break
+        for step in reversed(unread):
+            verified.add(step)
+            if problems := verify_step(stored, step).problems:
+                damaged[step] = problems[0]
+                del manifests[step]
+    leftovers = [each for each in stored.leftovers() if each.kind == "incomplete" or with_damaged]
+    return PrunePlan(
+        steps={step: manifests[step].num_bytes for step in deleted},
+        leftovers=leftovers,
+        damaged=damaged,
+        kept=[step for step in manifests if step not in deleted],
+    )

@@ -1,0 +1,277 @@
+"""`python -m launch checkpoints RUN [ACTION]`: lists, verifies, compares, prunes and copies checkpoints.
+
+Uses no devices. JAX is imported only for a copy between a disk and a bucket.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from rich.table import Column
+
+from jaxinfra.checkpoint.bucket_index import owner_token
+from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.checkpoint.copying import copy_run
+from jaxinfra.checkpoint.difference import Checkpoint, open_checkpoint
+from jaxinfra.checkpoint.inventory import (
+    PrunePlan,
+    StepOverview,
+    Verified,
+    list_checkpoints,
+    plan_prune,
+    retention_of,
+    stored_checkpoints,
+    verify_step,
+)
+from jaxinfra.checkpoint.stored import Leftover, StoredCheckpoints
+from jaxinfra.cli import checkpoint_diff, output_file
+from jaxinfra.cli.arguments import CHECKPOINT_ACTIONS
+from jaxinfra.command import COMMAND
+from jaxinfra.config import read_record
+from jaxinfra.config.source import RECORD_FILE
+from jaxinfra.errors import CheckpointError, ConfigError
+from jaxinfra.storage.lease import current_owner, hold
+from jaxinfra.storage.location import is_remote
+from jaxinfra.track.console import stdout_console, titled_table
+from jaxinfra.track.formatting import format_age, format_bytes
+from jaxinfra.track.runs import local_files, no_run_error, parse_source
+
+_PROGRESS_S = 5.0  # seconds between two lines of progress
+_OPTIONS = {
+    "all": "diff",
+    "keep_last": "prune",
+    "keep_every": "prune",
+    "keep_best": "prune",
+    "damaged": "prune",
+    "dry_run": "prune",
+    "step": "copy-to",
+}
+
+
+class _Run(NamedTuple):
+    """A run as the user names it, its checkpoints, and which of them its config keeps."""
+
+    location: str
+    stored: StoredCheckpoints
+    config: CheckpointConfig
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Runs the action; without one, prints a row for each checkpoint."""
+    _check_options(options)
+    opened = _open(options.run_dir.rstrip("/") or options.run_dir)
+    actions = {None: _list, "verify": _verify, "diff": _diff, "prune": _prune, "copy-to": _copy}
+    result, problem = actions[options.action](opened, options)
+    if options.json is not None:
+        output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
+    if problem is not None:
+        raise CheckpointError(problem)
+    return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for words and options that the action does not take."""
+    action, words = options.action, options.words
+    wanted = {"diff": 2, "prune": 0, "copy-to": 1}.get(action, len(words))
+    if len(words) != wanted:
+        raise ConfigError(f"{action}: takes {wanted} words, found {len(words)}; use {CHECKPOINT_ACTIONS[action]}")
+    for name, owner in _OPTIONS.items():
+        if getattr(options, name) is not None and action != owner:
+            raise ConfigError(f"--{name.replace('_', '-')}: is for {owner}; use {CHECKPOINT_ACTIONS[owner]} with it")
+    if options.json is not None:
+        output_file.check_writable(options.json)
+
+
+def _open(location: str) -> _Run:
+    """Raises ConfigError if there is no run."""
+    with local_files(location) as folder:
+        record = read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
+    stored = stored_checkpoints(location)
+    if record is None and not (stored.steps() or stored.leftovers()):
+        raise no_run_error(location)
+    return _Run(location, stored, retention_of(record or {}))
+
+
+def _step(stored: StoredCheckpoints, word: str) -> int:
+    if not (word.isascii() and word.isdecimal()):
+        raise ConfigError(f"{word}: is no step; use one of {_join(stored.steps())}")
+    return int(word)
+
+
+def _list(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+    location, stored, config = opened
+    steps, leftovers = list_checkpoints(stored, config), stored.leftovers()
+    is_trained = current_owner(location) is not None
+    if steps or leftovers:
+        numbers = (Column(name, justify="right") for name in ("step", "size", "age"))
+        table = titled_table("", *numbers, Column("health", overflow="fold"), "metrics", "config keeps it")
+        for each in steps:
+            table.add_row(*_cells(each))
+        for each in leftovers:
+            table.add_row(each.name, _size(each.num_bytes), "", _describe(each, is_trained), "", "")
+        stdout_console().print(table)
+    else:
+        print(f"{stored.location}: no checkpoints yet")
+    print(f"next: {_next(opened, steps, leftovers, is_trained)}")
+    return {"run": location, "steps": [asdict(e) for e in steps], "leftovers": [asdict(e) for e in leftovers]}, None
+
+
+def _cells(each: StepOverview) -> list[str]:
+    health = f"damaged: {each.problems[0]}" if each.problems else "files are there"
+    if len(each.problems) > 1:
+        health += f" and {len(each.problems) - 1} more"
+    age = "" if each.age_s is None else format_age(each.age_s)
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
+    return [str(each.step), _size(each.num_bytes), age, health, metrics, _kept(each)]
+
+
+def _kept(each: StepOverview) -> str:
+    return "" if each.problems else "yes" if each.is_kept else "no"
+
+
+def _describe(each: Leftover, is_trained: bool) -> str:
+    if each.kind == "damaged":
+        return "set aside as damaged"
+    return "a save in progress" if is_trained else "left by an interrupted save"
+
+
+def _next(opened: _Run, steps: Sequence[StepOverview], leftovers: Sequence[Leftover], is_trained: bool) -> str:
+    """Returns the command that a user wants next."""
+    command = f"{COMMAND} checkpoints {opened.location}"
+    if any(each.problems for each in steps):
+        return f"{command} verify"
+    if not is_trained and (leftovers or not all(each.is_kept for each in steps)):
+        return f"{command} prune --dry-run{' --damaged' * any(each.kind == 'damaged' for each in leftovers)}"
+    return f"{command} verify" if steps else f"{COMMAND} runs {os.path.dirname(opened.location) or '.'}"
+
+
+def _verify(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+    stored = opened.stored
+    existing = stored.steps()
+    steps = sorted({_step(stored, word) for word in options.words}) or existing
+    if missing := [step for step in steps if step not in existing]:
+        raise CheckpointError(f"{stored.location}/{missing[0]}: does not exist; existing steps: {_join(existing)}")
+    if not steps:
+        raise CheckpointError(f"{stored.location}: no checkpoint yet; train until the first one is saved")
+    start_s, results = time.monotonic(), list[Verified]()
+    for step in steps:
+        found = verify_step(stored, step, _Progress(step))
+        results.append(found)
+        print(f"step {step}: {_outcome(found)}", *(f"  {problem}" for problem in found.problems), sep="\n", flush=True)
+    elapsed_s, num_bytes = time.monotonic() - start_s, sum(each.num_bytes for each in results)
+    speed = f"{num_bytes / elapsed_s / 1e9:.2f} GB/s" if elapsed_s else "-"
+    print(f"read {format_bytes(num_bytes)} in {elapsed_s:.1f} s, {speed}")
+    damaged = [each for each in results if each.problems]
+    if not damaged:
+        return [asdict(each) for each in results], None
+    named = ", ".join(f"step {each.step} ({each.problems[0]})" for each in damaged)
+    fix = "restore it from a copy; a start of the run sets it aside and goes on from an older one"
+    return [asdict(each) for each in results], f"{stored.location}: damaged: {named}; {fix}"
+
+
+def _outcome(found: Verified) -> str:
+    if found.is_gone:
+        return "deleted in the meantime"
+    if found.problems:
+        return "damaged"
+    return f"intact, {found.num_files:,} files, {format_bytes(found.num_bytes)}"
+
+
+class _Progress:
+    """Prints the progress of a long verification."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._start_s = step, time.monotonic()
+        self._next_s = self._start_s + _PROGRESS_S
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + _PROGRESS_S
+        speed = done / (now_s - self._start_s) / 1e9
+        sizes = f"{format_bytes(done)} of {format_bytes(total)}"
+        print(f"step {self._step}: {sizes}, {speed:.2f} GB/s", file=sys.stderr, flush=True)
+
+
+def _diff(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+    left, right = (_named_checkpoint(opened, word) for word in options.words)
+    return checkpoint_diff.print_difference(left, right, show_all=bool(options.all)), None
+
+
+def _named_checkpoint(opened: _Run, word: str) -> Checkpoint:
+    """Opens `STEP` of the run, or `RUN@STEP` of another one."""
+    location, step = parse_source(word)
+    if step is None:
+        return open_checkpoint(opened.stored, _step(opened.stored, word))
+    return open_checkpoint(_open(location).stored, step)
+
+
+def _prune(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+    location, stored, config = opened
+    asked = {name: getattr(options, name) for name in ("keep_last", "keep_every", "keep_best")}
+    config = replace(config, **{name: value for name, value in asked.items() if value is not None})
+
+    def plan() -> PrunePlan:
+        return plan_prune(stored, config, with_damaged=bool(options.damaged))
+
+    if options.dry_run:
+        planned = plan()
+        _print_plan(planned, "would delete", "would free")
+        return asdict(planned), None
+    with hold(location, after=owner_token(stored.location) if is_remote(location) else 0) as lease:
+        planned = plan()
+        _print_plan(planned, "deleting", "freeing")
+        stored.delete([*planned.steps], planned.leftovers, lease)
+    return asdict(planned), None
+
+
+def _print_plan(plan: PrunePlan, delete: str, free: str) -> None:
+    for step, num_bytes in plan.steps.items():
+        print(f"{delete} step {step}, {format_bytes(num_bytes)}")
+    for each in plan.leftovers:
+        print(f"{delete} {each.name}, {_size(each.num_bytes) or 'of unknown size'}: {_describe(each, False)}")
+    for step, problem in plan.damaged.items():
+        print(f"leaving step {step}, which is damaged: {problem}")
+    if plan.steps or plan.leftovers:
+        print(f"{free} {format_bytes(plan.num_bytes)}; kept: {_join(plan.kept)}", flush=True)
+    else:
+        print(f"nothing to delete; kept: {_join(plan.kept)}", flush=True)
+
+
+def _copy(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+    (target,) = options.words
+    target = target.rstrip("/") or target
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a copy needs no accelerator, which a run may be using
+    source = _newest(opened.stored) if options.step is None else open_checkpoint(opened.stored, options.step)
+    start_s = time.monotonic()
+    copy_run(opened.location, source, target)
+    elapsed_s, num_bytes = time.monotonic() - start_s, source.manifest.num_bytes
+    print(f"copied step {source.step} to {target}: {format_bytes(num_bytes)} in {elapsed_s:.1f} s, verified")
+    print(f"next: {COMMAND} checkpoints {target}")
+    return {"run": target, "step": source.step, "num_bytes": num_bytes}, None
+
+
+def _newest(stored: StoredCheckpoints) -> Checkpoint:
+    """Opens the newest intact checkpoint; CheckpointError names what is wrong with all."""
+    problems: Mapping[int, str] = {}
+    for step in reversed(stored.steps()):
+        try:
+            return open_checkpoint(stored, step)
+        except CheckpointError as error:
+            problems = {**problems, step: str(error)}
+    reasons = "; ".join(problems.values()) or "there is none yet"
+    raise CheckpointError(f"{stored.location}: no intact checkpoint: {reasons}")
+
+
+def _size(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else format_bytes(num_bytes)
+
+
+def _join(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
