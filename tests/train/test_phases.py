@@ -199,7 +199,7 @@ def test_a_process_that_is_slow_and_then_hangs_is_named(tiny: Tiny) -> None:
         children[1].send_signal(signal.SIGQUIT)
         first, second = all_ended(children)
     assert (first.code, second.code) == (HungError.exit_code,) * 2, (first, second)
-    (warning,) = (line for line in first.err.splitlines() if "holds up the others" in line)
+    (warning,) = (line for line in first.err.splitlines() if "process 1" in line and "holds up the others" in line)
     names(warning, "process 1 ms of each step")
     rows = read_metrics(tiny.directory("slow") / "metrics.jsonl")
     slow_from = min(row["step"] for row in rows if row["step"] > 20 and row["step_time_s"] > 0.25)
