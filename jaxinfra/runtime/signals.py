@@ -75,7 +75,7 @@ class RunSignals(StopRequest):
         super().__init__()
         self._training, self._interrupts = training, interrupts
         self._reader, self._writer = socket.socketpair()
-        self._is_asked = False
+        self._asked = threading.Event()  # all processes have been asked to stop
 
     def begun[T](self, batches: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
         """Yields the batches of the steps that all processes make; each comes with the number of steps before it."""
@@ -89,6 +89,8 @@ class RunSignals(StopRequest):
 
         All processes must call it after every step.
         """
+        if self._reason is not None and current_peers().count == 1:
+            self._asked.wait()  # for the thread: the step during which the signal came is the last one
         agreement = current_peers().agreement
         agreement.completes(completed_steps)
         return agreement.due("stop", completed_steps)
@@ -110,7 +112,7 @@ class RunSignals(StopRequest):
             self._writer.setblocking(False)
             self._outer_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._watch, name="signals", daemon=True).start()
-            if self._reason is not None and self._outer_fd == -1:  # it came before the socket was there
+            if self._reason is not None:  # it came before the socket was there
                 self._request(signal.Signals[self._reason])
         return self
 
@@ -148,8 +150,8 @@ class RunSignals(StopRequest):
             current_peers().request_stacks(number.name)
         elif number == signal.SIGUSR1:
             current_peers().request("save", number.name)
-        elif number == signal.SIGINT and self._is_asked:
+        elif number == signal.SIGINT and self._asked.is_set():
             current_peers().interrupt()
         else:
-            self._is_asked = True
             current_peers().request("stop", number.name)
+            self._asked.set()

@@ -40,6 +40,7 @@ from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
@@ -95,7 +96,7 @@ class Trainer:
         self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
-        self._trackers, self._timer = MultiTracker(), StepTimer()
+        self._trackers, self._timer, self._step_writer = MultiTracker(), StepTimer(), StepWriter()
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
@@ -237,6 +238,7 @@ class Trainer:
         """
         assert self.state is not None
         config, reason = self.run.train, None
+        self._pending = None
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
             with self._phases.first("train_step"):
@@ -286,6 +288,7 @@ class Trainer:
         self._stragglers.finish_step(step, was_ready=was_ready)
         self._timer.finish_step()
         self._trackers.finish_step(step)
+        self._step_writer.complete(step)
         loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
         self._skipped_steps += int(skipped)
         if not skipped:
@@ -503,8 +506,8 @@ class Trainer:
             """Acts on requests while a batch is late; nothing is saved before the first step."""
             if self.completed_steps == start:
                 return False
+            self._report_pending()
             if signals.saves_after(self.completed_steps) is not None:
-                self._report_pending()
                 with self._phases("save"):
                     self.save(force=True)
             return signals.stops_after(self.completed_steps) is not None

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from jaxinfra import errors
 from jaxinfra.runtime.processes import find_processes
+from jaxinfra.runtime.restart_policy import RULES
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "docs" / "kubernetes"
@@ -120,7 +120,6 @@ def test_codes_that_need_a_person_start_nothing_again(name: str) -> None:
     rules = job["spec"]["podFailurePolicy"]["rules"]
     (fatal,) = (rule["onExitCodes"] for rule in rules if rule["action"] == "FailJob")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    kinds = {cls.exit_code for cls in vars(errors).values() if isinstance(cls, type)} - {errors.JaxinfraError.exit_code}
-    assert {*fatal["values"]} == kinds - {75, 76, 77, 82, 84} | {2}
+    assert {*fatal["values"]} == {code for code, rule in RULES.items() if not rule.restarts} - {0, 1, 84, 130}
     assert all(rule["onExitCodes"]["containerName"] == container["name"] for rule in rules if "onExitCodes" in rule)
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "needed by podFailurePolicy"
