@@ -248,8 +248,10 @@ def axis_names(entry: SpecEntry) -> tuple[str, ...]:
 def local_shape(x: jax.Array) -> tuple[int, ...]:
     """Returns the shape of a device's part of an array; in a `shard_map` an array is the part."""
     sharding = jax.typeof(x).sharding
-    entries = itertools.zip_longest(x.shape, map(axis_names, sharding.spec.partitions), fillvalue=())
-    return tuple(size // math.prod(sharding.mesh.shape[axis] for axis in axes) for size, axes in entries)
+    axes = [*map(axis_names, sharding.spec.partitions)]
+    axes += [()] * (x.ndim - len(axes))
+    shards = (math.prod(sharding.mesh.shape[name] for name in names) for names in axes)
+    return tuple(size // count for size, count in zip(x.shape, shards, strict=True))
 
 
 def local_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
