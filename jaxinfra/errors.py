@@ -54,6 +54,12 @@ class StorageError(JaxinfraError):
     exit_code = 82
 
 
+class CorruptionError(JaxinfraError):
+    """Devices that should hold the same values do not: one of them, or a link between them, computes wrong."""
+
+    exit_code = 83
+
+
 class RunInUseError(JaxinfraError):
     """Another start trains this run, or has taken it over while this one was stopped or cut off."""
 

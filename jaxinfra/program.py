@@ -32,7 +32,7 @@ from jaxinfra.objectives.objective import WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
-from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
+from jaxinfra.optim.transforms import clip_by_global_norm, ema_update, select
 from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -435,32 +435,37 @@ class Program:
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = self.with_dropout_bits(batch, state.step)
         grads, sums, stats = self._gradients(state.params, batch, state.reference)
-        buffers = self.model(state.params).update_buffers(stats)
-        if self.virtual_shards is None:
-            state_after, grad_norm = self._update(state, grads, buffers, None)
-        else:
+        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        model = self.model(state.params)
+        metrics |= model.metrics(stats, sums["weight"])
+        metrics |= {"weight": sums["weight"], "lr": jnp.asarray(self._schedule(state.step))}
+        update, square_sum = self._update, None
+        if self.virtual_shards is not None:
             square_sum = self.virtual_shards.square_sum(grads, select_trainable(self._stored, self.specs))
             update = with_rounded_products(self._update, unknown_zero(square_sum), "optim.optimizer")
-            state_after, grad_norm = update(state, grads, buffers, square_sum)
-        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
-        metrics |= self.model(state.params).metrics(stats, sums["weight"])
-        metrics |= {"weight": sums["weight"], "grad_norm": grad_norm, "lr": jnp.asarray(self._schedule(state.step))}
-        return state_after, metrics
+        state, norms = update(state, grads, model.update_buffers(stats), metrics["loss"], square_sum)
+        return state, metrics | norms
 
     def _update(
-        self, state: TrainState, grads: Params, buffers: Params, square_sum: jax.Array | None
-    ) -> tuple[TrainState, jax.Array]:
-        """Returns the state after the update with these gradients, and their global norm."""
+        self, state: TrainState, grads: Params, buffers: Params, loss: jax.Array, square_sum: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the state after the update, the global norm of the gradients, and whether a guard has skipped it."""
         optim, trainable = self.run.optim, select_trainable(state.params, self.specs)
         grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm, square_sum)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        condition = is_finite if self.run.guard.skip_nonfinite else None
         with user_code_errors(type(optim.optimizer), "optim.optimizer"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
-        check_update(type(optim.optimizer).__qualname__, trainable, updates, state.opt_state, opt_state)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable, condition=condition)
         # In float32, also if parameters are stored in bfloat16.
         trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
         params = merge_trees(merge_trees(state.params, trained), buffers)
-        ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
-        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), grad_norm
+        params = select(condition, params, state.params)
+        ema = state.ema
+        if optim.ema_decay is not None:
+            ema = select(condition, ema_update(ema, params, optim.ema_decay, state.step), ema)
+        skipped = {} if condition is None else {"skipped": 1.0 - is_finite}
+        after = replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        return after, {"grad_norm": grad_norm, **skipped}
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
         batch = self._to_shard_order(batch)
@@ -488,18 +493,3 @@ def _platform(mesh: Mesh | AbstractMesh) -> str:
 def _dotted(path: tuple[Any, ...]) -> str:
     """Formats the path of a parameter, such as `blocks.mlp.up.weight`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def check_update(name: str, params: PyTree, updates: PyTree, state: PyTree, new_state: PyTree) -> None:
-    """Raises ConfigError if updates are not like parameters, or an update changes the type of the optimizer state.
-
-    `name` is the class of the optimizer.
-    """
-    if jax.tree.structure(updates) != jax.tree.structure(params):
-        raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
-
-    def types(tree: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
-        return jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
-
-    if types(state) != types(new_state):
-        raise ConfigError(f"{name}: an update changes the shapes or types of its state; keep those that init returns")

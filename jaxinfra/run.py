@@ -4,14 +4,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.compiler import OptionSet
 from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
-from jaxinfra.config.limits import PositiveInt
+from jaxinfra.config.limits import NonNegativeInt, PositiveFloat, PositiveInt
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.models.model import ModelConfig
@@ -40,6 +41,9 @@ class TrainConfig:
         eval_every: steps between evaluations. The last step is always followed by one; None evaluates only there.
         eval_samples: number of validation samples to evaluate on; None takes all.
         compiler: name of a set of compiler options (see `jaxinfra.compiler`).
+        skip_batches: ranges of batches that no step reads, such as ((120, 140),) for the batches 120 to 139 of the
+            order of the data, counted from 0. A run that goes back after bad numbers records here what it leaves out
+            (see `GuardConfig`), so that a replay leaves out the same.
         compile_cache: folder or URL that keeps compiled programs for the next start. "auto" is a folder in the user's
             cache folder, or JAX_COMPILATION_CACHE_DIR; None compiles at every start.
     """
@@ -50,11 +54,34 @@ class TrainConfig:
     canonical: Annotated[int, Ge(2)] | None = None
     eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
     eval_samples: PositiveInt | None = None
+    skip_batches: tuple[tuple[int, int], ...] = ()
     compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
     compile_cache: Annotated[str | None, NOT_FINGERPRINTED] = "auto"
 
+    def evaluates_after(self, completed_steps: int) -> bool:
+        """Whether to evaluate after this number of steps."""
+        at_interval = self.eval_every is not None and completed_steps % self.eval_every == 0
+        return at_interval or completed_steps == self.steps
+
+    def batch_of_step(self, step: int) -> int:
+        """Returns which batch of the order of the data a step reads; both are counted from 0."""
+        for start, stop in sorted(self.skip_batches):
+            if start <= step:
+                step += stop - start
+        return step
+
     def problems(self) -> Iterable[Problem]:
-        """Yields conflicts with the virtual shards of `canonical`."""
+        """Yields ranges of `skip_batches` that overlap, and conflicts with the virtual shards of `canonical`."""
+        yield from self._canonical_problems()
+        ranges = sorted(self.skip_batches)
+        if any(not 0 <= start < stop for start, stop in ranges) or any(
+            following[0] < stop for (_, stop), following in pairwise(ranges)
+        ):
+            message = "must be ranges (FIRST, END) of batches, which do not overlap"
+            yield Problem(fields=("skip_batches",), message=message, fix="use train.skip_batches=((120, 140),)")
+
+    def _canonical_problems(self) -> Iterable[Problem]:
+        """Yields conflicts with the virtual shards."""
         if self.canonical is None:
             return
         if self.canonical & (self.canonical - 1):
@@ -74,10 +101,33 @@ class TrainConfig:
                 fix=f"use global_batch={-(-self.global_batch // self.canonical) * self.canonical}",
             )
 
-    def evaluates_after(self, completed_steps: int) -> bool:
-        """Whether to evaluate after this number of steps."""
-        at_interval = self.eval_every is not None and completed_steps % self.eval_every == 0
-        return at_interval or completed_steps == self.steps
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does when its numbers go wrong.
+
+    A step whose loss or gradient is NaN or infinite changes nothing but the number of steps. After `max_nonfinite` such
+    steps in a row, or after a spike of the loss, the run goes back to its newest checkpoint from before, and leaves out
+    the batches since then. If that does not help before the next checkpoint, it ends with exit code 80.
+
+    Attributes:
+        skip_nonfinite: whether to skip the update of such a step. False ends the run at the next logged step.
+        max_nonfinite: number of skipped steps in a row after which the run goes back.
+        spike: a loss is a spike if it is this many standard deviations above the median of the last `window` losses.
+            The deviation is a robust one, 1.4826 times the median absolute deviation. None looks for no spikes.
+        window: number of losses to compare with; before there are so many, no loss is a spike.
+        skip_batches: number of batches to leave out after those that led to the spike, too.
+        compare_replicas_every: steps between two comparisons of what several devices hold the same copy of, and before
+            each save. A difference means that a device computes wrong; the run ends with exit code 83 and names it.
+            None compares nothing.
+    """
+
+    skip_nonfinite: bool = True
+    max_nonfinite: PositiveInt = 10
+    spike: PositiveFloat | None = None
+    window: Annotated[int, Ge(8), Le(10_000)] = 64
+    skip_batches: NonNegativeInt = 0
+    compare_replicas_every: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +179,7 @@ class Run:
         pipeline: pipeline schedule, if mesh.stage is above 1.
         optim: optimizer and learning rate.
         train: number of steps, batch size, evaluation.
+        guard: what to do when numbers go wrong.
         checkpoint: when to save checkpoints.
         track: where to log metrics.
         profile: which steps to profile.
@@ -147,6 +198,7 @@ class Run:
     pipeline: Annotated[PipelineConfig, NOT_FINGERPRINTED] = PipelineConfig()
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: Annotated[GuardConfig, NOT_FINGERPRINTED] = GuardConfig()
     checkpoint: Annotated[CheckpointConfig, NOT_FINGERPRINTED] = field(default_factory=CheckpointConfig)
     track: Annotated[TrackConfig, NOT_FINGERPRINTED] = field(default_factory=TrackConfig)
     profile: Annotated[ProfileConfig, NOT_FINGERPRINTED] = ProfileConfig()

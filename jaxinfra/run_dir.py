@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,8 +82,8 @@ class RunDirectory:
         if not self.has_checkpoints():
             return {}
         with CheckpointManager(self.checkpoints, read_only=True) as checkpoints:
-            step = checkpoints.latest_step()
-            return {} if step is None else checkpoints.load_record(step)
+            newest = checkpoints.newest(checkpoints.load_record)
+            return {} if newest is None else newest[1]
 
     def data_versions(self, run: Run) -> Sequence[str]:
         """Returns the dataset versions that the run started with; () for a new run or a changed config."""
@@ -176,6 +177,9 @@ class RunDirectory:
     def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
         """Returns the fingerprinted fields in which a run record differs from a config."""
         recorded = decode_record(self.record, record, ClassFinder.from_config(run))
+        if isinstance(recorded, Run) and record.get("decisions"):  # the config has what they left out, too
+            skip_batches = tuple((start, stop) for start, stop in record["skip_batches"])
+            recorded = replace(recorded, train=replace(recorded.train, skip_batches=skip_batches))
         return diff(recorded, run, fingerprinted_only=True)
 
 

@@ -41,17 +41,23 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
     if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
-    with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
-        # That run may still be training: all processes take the checkpoint that process 0 sees.
-        step = current_peers().broadcast(checkpoints.latest_step() if step is None else step)
-        if step is None or step not in checkpoints.all_steps():
-            available = ", ".join(map(str, checkpoints.all_steps())) or "none"
-            raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
-        if _recorded(record, "optim", "ema_decay") is not None:
-            params = checkpoints.restore_params(step, program.averaged_params, subtree="ema")
-        else:
+    gather = current_peers().gather
+    with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True, gather=gather) as checkpoints:
+
+        def read(step: int) -> Any:
+            if _recorded(record, "optim", "ema_decay") is not None:
+                return checkpoints.restore_params(step, program.averaged_params, subtree="ema")
             dtype = _recorded(record, "precision", "params") or "float32"
-            params = checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params")
+            return checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params")
+
+        # That run may still be training: all processes take the checkpoint that process 0 sees.
+        existing = gather(checkpoints.all_steps())[0]
+        if not existing or step not in (None, *existing):
+            available = ", ".join(map(str, existing)) or "none"
+            raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
+        found = checkpoints.newest(read) if step is None else (step, read(step))
+        assert found is not None
+        step, params = found
     return TrainedParams(params, step, record.get("fingerprint", ""))
 
 

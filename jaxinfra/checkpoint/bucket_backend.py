@@ -3,56 +3,65 @@
 `checkpoints/` in the bucket has
 
 - a folder `STEP.TOKEN.N` for each attempt to save: the N-th of the owner with this fencing token. It holds a zarr array
-  for each leaf of the state, and `checkpoint.json` with the types of the leaves and the run record.
+  for each leaf of the state, and the manifest, which has the hash of every object.
 - `index.json`, which names the folder of each complete step. It is replaced by conditional writes only.
 
 A step exists once the index names it. The index also holds the token of the owner of the run: an owner that has lost
 its lease fails to replace it, however late it tries. A new owner deletes the attempts of earlier owners that the index
-does not name, and nothing else. Every chunk is stored, with its CRC-32C, which TensorStore checks: one that is missing
-or damaged ends a restore.
+does not name, and nothing else.
 
-Each process writes the shards that it holds, and no two processes write the same. They need no shared directory: they
-tell each other whether their part has arrived, and all of them report the same outcome.
+Each process writes the chunks that it holds, and no two processes write the same. It reads back each one before the
+step is complete, and each chunk that a restore reads is compared with its hash: nothing is read twice for that. The
+processes need no shared directory: they tell each other whether their part has arrived, and all of them report the same
+outcome.
 """
 
-import functools
 import itertools
 import json
-import math
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any, cast, override
 
 import jax
 import numpy as np
 import tensorstore as ts
+import xxhash
 
+from jaxinfra.checkpoint.backend import Backend, Gather
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types
+from jaxinfra.checkpoint.manifest import (
+    MANIFEST_FILE,
+    DamageError,
+    FileHash,
+    Manifest,
+    decode_hashes,
+    encode_hashes,
+    hash_bytes,
+    verify_bytes,
+)
+from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, Shard, relative
 from jaxinfra.errors import CheckpointError, RunInUseError, StorageError
-from jaxinfra.storage.connection import kvstore_spec, tensorstore_context
 from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.objects import ObjectStore
 
-type Gather = Callable[[Any], Sequence[Any]]
-"""Returns the values (JSON) of all processes by index; each must call it equally often."""
-
-_INDEX, _CHECKPOINT = "index.json", "checkpoint.json"
+_INDEX = "index.json"
 _FOLDER = re.compile(r"\d+\.(?P<token>\d+)\.\d+")
-_MAX_CHUNK_BYTES = 64 << 20  # an object is written by one request, which holds it in memory
+_HASHES = "hashes."  # the object of the hashes of one process, before process 0 writes the manifest
 _MAX_PENDING_BYTES = 1 << 30  # of host memory, for chunks on their way
 
-type _Index = dict[str, Any]
-type _Layout = Mapping[str, Any]  # zarr metadata
-type _Shards = Sequence[tuple[Any, np.ndarray]]  # index in the array, values
+type _Steps = dict[str, dict[str, Any]]  # the "folder", the hash of its "manifest" and the "metrics" of each step
+type _Chunks = Sequence[tuple[str, np.ndarray]]  # name of the object, values
 
 
-class BucketBackend:
-    """The checkpoints below one URL; the methods are those of `OrbaxBackend`.
+class BucketBackend(Backend):
+    """The checkpoints below one URL.
 
     Args:
         url: of the folder of all checkpoints.
@@ -78,44 +87,55 @@ class BucketBackend:
         self._attempts = itertools.count(1)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._folders: dict[int, str] = {}
+        self._steps: _Steps = {}
         self._token: int | None = None if lease is None else lease.token
         if not read_only:
             self._claim()
 
+    @override
     def all_steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, ascending."""
         if self._read_only:
-            self._folders = _folders(_require_index(self._store) or {})
-        return sorted(self._folders)  # of a writer: nobody else changes them
+            self._steps = (_require_index(self._store) or {"steps": {}})["steps"]
+        return sorted(map(int, self._steps))  # of a writer: nobody else changes them
 
-    def save(self, step: int, state: PyTree, record: Mapping[str, object]) -> None:
-        """Starts to write a step; returns when the arrays may be changed or donated."""
+    @override
+    def manifest(self, step: int) -> Manifest:
+        folder, expected = self._folder(step), self._steps[str(step)]["manifest"]
+        content = self._store.read_or_none(f"{folder}/{MANIFEST_FILE}")
+        if content is None:
+            raise DamageError(f"{folder}/{MANIFEST_FILE} is missing")
+        manifest = Manifest.decode(content, step)
+        if xxhash.xxh3_128_hexdigest(content) != expected:
+            raise DamageError(f"{folder}/{MANIFEST_FILE} is another one than {_INDEX} names")
+        return manifest
+
+    @override
+    def save(self, step: int, state: PyTree, record: Mapping[str, object], metrics: Metrics) -> None:
         self.wait_until_finished()
         folder = f"{step}.{self._token}.{next(self._attempts)}"
         leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+        arrays = {name: ChunkedArray.of(leaf) for name, leaf in leaves.items()}
         # On CPU these are views; JAX does not reuse a buffer while a view of it exists.
         with jax.transfer_guard("allow"):
-            shards = {name: _own_shards(leaf) for name, leaf in leaves.items()}
-        layouts = {name: _layout(leaf) for name, leaf in leaves.items()}
-        content = json.dumps({"leaves": leaf_types(state), "record": record}).encode()
+            chunks = [chunk for name, leaf in leaves.items() for chunk in _own_chunks(name, leaf, arrays[name])]
+        manifest = partial(Manifest, step=step, leaves=leaf_types(state), record=record, metrics=metrics)
 
         def write() -> None:
             try:
-                self._write(folder, layouts, shards, content)
-                self._commit(step, folder)
+                self._write(folder, arrays, chunks)
+                self._commit(folder, manifest)
             except Exception as error:  # raised by `wait_until_finished`
                 self._error = error
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
+    @override
     def is_saving(self) -> bool:
-        """Returns whether a step is being written."""
         return self._thread is not None and self._thread.is_alive()
 
+    @override
     def wait_until_finished(self) -> None:
-        """Waits until the step being written, if any, is complete and old steps are deleted; raises its error."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
@@ -123,65 +143,95 @@ class BucketBackend:
         if error is not None:
             raise error
 
-    def leaf_types(self, step: int) -> dict[str, str]:
-        """Returns the type of each leaf of a step's state by name."""
-        return self._checkpoint(step)["leaves"]
+    @override
+    def verify(self, step: int, parts: Sequence[str] | None = None, *, part: int = 0, of: int = 1) -> None:
+        manifest = self.manifest(step)
+        names = [name for name in manifest.files if parts is None or name.partition(".")[0] in parts]
+        self._read_objects(manifest, {name: lambda content: None for name in names[part::of]})
 
-    def load_record(self, step: int) -> dict[str, Any]:
-        """Loads the record saved with a step."""
-        return self._checkpoint(step)["record"]
-
-    def restore[T](self, step: int, abstract: T, *, partial: bool = False) -> T:
-        """Restores the state of a step, or with `partial` a part of it; `abstract` has `jax.ShapeDtypeStruct`s."""
-        url = self._store.url_of(self._folders[step])
+    @override
+    def restore[T](self, step: int, abstract: T) -> T:
+        manifest = self.manifest(step)
         paths, tree = jax.tree.flatten_with_path(abstract)
-        arrays = [_open_array(f"{url}/{leaf_name(path)}") for path, _ in paths]  # all at once
-        window = _Window()
-        with jax.transfer_guard("allow"):
-            parts = [_read_array(array.result(), leaf, window) for array, (_, leaf) in zip(arrays, paths, strict=True)]
-            window.wait()
-            restored = [
-                jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-                for shards, (_, leaf) in zip(parts, paths, strict=True)
-            ]
-        return jax.tree.unflatten(tree, restored)
+        leaves = {leaf_name(path): leaf for path, leaf in paths}
+        arrays: dict[str, ChunkedArray] = {}
 
+        def decode(content: bytes, name: str) -> None:
+            arrays[name] = ChunkedArray.decode(content)
+
+        self._read_objects(manifest, {f"{name}/{METADATA_FILE}": partial(decode, name=name) for name in leaves})
+        with jax.transfer_guard("allow"):
+            readers = [_ArrayReader(name, leaf, arrays[name]) for name, leaf in leaves.items()]
+            uses = {name: use for reader in readers for name, use in reader.uses()}
+            self._read_objects(manifest, uses)
+            return jax.tree.unflatten(tree, [reader.array() for reader in readers])
+
+    @override
+    def set_aside(self, step: int) -> str:
+        folder = self._folder(step)
+
+        def move(index: dict[str, Any]) -> None:
+            if index["steps"].pop(str(step), None):
+                index["damaged"].append(folder)
+
+        self._steps = self._update_index(move)["steps"]
+        return self._store.url_of(folder)
+
+    @override
     def reset(self) -> None:
-        """Forgets a save that has failed; what it has written is deleted when the run is opened again."""
         self._error = None
 
+    @override
     def close(self) -> None:
-        """Waits for the step being written."""
         if self._thread is not None:
             self._thread.join()
+
+    def _folder(self, step: int) -> str:
+        return self._steps[str(step)]["folder"]
+
+    def _read_objects(self, manifest: Manifest, uses: Mapping[str, Callable[[bytes], None]]) -> None:
+        """Reads objects of a step, compares each with its hash, and passes on its content; raises DamageError."""
+        folder, window = self._folder(manifest.step), _Window()
+
+        def use(result: Any, name: str) -> None:
+            if result.state != "value":
+                raise DamageError(f"{folder}/{name} is missing")
+            verify_bytes(name, result.value, manifest)
+            uses[name](result.value)
+
+        for name in uses:
+            if name not in manifest.files:
+                raise DamageError(f"{folder}/{MANIFEST_FILE} has no {name}")
+            window.add(
+                self._store.start_read(f"{folder}/{name}"), manifest.files[name].num_bytes, partial(use, name=name)
+            )
+        window.wait()
 
     def _claim(self) -> None:
         """Claims the index for the owner of the run, and deletes what attempts of earlier owners have left."""
         index = None
         if _is_main():
             _require_index(self._store)
-            index = self._update_index(lambda steps: None)
+            index = self._update_index(lambda index: None)
+            named = {*_folders(index["steps"]), *index["damaged"]}
             # A newer owner may commit folders from now on: those have its token.
-            for folder in {name.partition("/")[0] for name in self._store.list_names()} - {*index["steps"].values()}:
+            for folder in {name.partition("/")[0] for name in self._store.list_names()} - named:
                 if (match := _FOLDER.fullmatch(folder)) and int(match["token"]) < index["token"]:
                     self._store.delete_below(folder)
         index = self._gather(index)[0]
-        self._token, self._folders = index["token"], _folders(index)
+        self._token, self._steps = index["token"], index["steps"]
 
-    def _write(
-        self, folder: str, layouts: Mapping[str, _Layout], shards: Mapping[str, _Shards], content: bytes
-    ) -> None:
-        """Writes the shards of this process, and waits for those of the others; raises the first error of all."""
-        url, window, problem = self._store.url_of(folder), _Window(), None
+    def _write(self, folder: str, arrays: Mapping[str, ChunkedArray], chunks: _Chunks) -> None:
+        """Writes the chunks of this process, and waits for those of the others; raises the first error of all."""
+        problem = None
         try:
-            for name, layout in layouts.items():
-                if _is_main() or shards[name]:
-                    array = _open_array(f"{url}/{name}", layout, create=_is_main()).result()
-                    for index, shard in shards[name]:
-                        window.add(array[index].write(shard), shard.nbytes)
+            hashes = self._write_chunks(folder, chunks)
             if _is_main():
-                self._store.write(f"{folder}/{_CHECKPOINT}", content)
-            window.wait()
+                for name, array in arrays.items():
+                    content = array.encode()
+                    self._store.write(f"{folder}/{name}/{METADATA_FILE}", content)
+                    hashes[f"{name}/{METADATA_FILE}"] = hash_bytes(content)
+            self._store.write(f"{folder}/{_HASHES}{jax.process_index()}", encode_hashes(hashes))
         except Exception as error:
             if jax.process_count() == 1 or not _is_failure_of_storage(error):
                 raise
@@ -190,56 +240,87 @@ class BucketBackend:
             if each is not None:
                 raise StorageError(f"process {index}: {each}")
 
-    def _commit(self, step: int, folder: str) -> None:
+    def _write_chunks(self, folder: str, chunks: _Chunks) -> dict[str, FileHash]:
+        """Writes chunks and reads them back; returns the hash of each."""
+        hashes, window = dict[str, FileHash](), _Window()
+        for name, values in chunks:
+            content = values.tobytes()
+            hashes[name] = hash_bytes(content)
+            window.add(self._store.start_write(f"{folder}/{name}", content), len(content))
+        window.wait()
+
+        def compare(result: Any, name: str) -> None:
+            if result.state != "value" or hash_bytes(result.value) != hashes[name]:
+                raise StorageError(f"{self._store.url_of(folder)}/{name}: does not hold what was just written")
+
+        for name, expected in hashes.items():
+            window.add(self._store.start_read(f"{folder}/{name}"), expected.num_bytes, partial(compare, name=name))
+        window.wait()
+        return hashes
+
+    def _commit(self, folder: str, manifest: partial[Manifest]) -> None:
         """Puts a step into the index, without those that are not kept any longer, which it deletes."""
         problem: tuple[bool, str] | None = None
         if _is_main():
             try:
                 self._before_commit()
-                self._publish(step, folder)
+                self._publish(folder, manifest)
             except Exception as error:
                 is_lost = isinstance(error, RunInUseError)
                 if jax.process_count() == 1 or not (is_lost or _is_failure_of_storage(error)):
                     raise
                 problem = is_lost, cause_of(error)
-        problem, folders = self._gather((problem, list(self._folders.items())))[0]
-        self._folders = dict(folders)
+        problem, self._steps = self._gather((problem, self._steps))[0]
         if problem is not None:
             is_lost, cause = problem
             raise (RunInUseError if is_lost else StorageError)(cause)
 
-    def _publish(self, step: int, folder: str) -> None:
-        def add(steps: dict[str, str]) -> None:
-            steps[str(step)] = folder
-            for each in _superseded(map(int, steps), self._config):
+    def _publish(self, folder: str, manifest: partial[Manifest]) -> None:
+        hashes: dict[str, FileHash] = {}
+        for index in range(jax.process_count()):
+            hashes |= decode_hashes(self._store.read(f"{folder}/{_HASHES}{index}"))
+            self._store.delete(f"{folder}/{_HASHES}{index}")
+        complete = manifest(files=dict(sorted(hashes.items())))
+        content = complete.encode()
+        self._store.write(f"{folder}/{MANIFEST_FILE}", content)
+        if self._store.read(f"{folder}/{MANIFEST_FILE}") != content:
+            raise StorageError(f"{self._store.url_of(folder)}/{MANIFEST_FILE}: does not hold what was just written")
+        entry = {
+            "folder": folder,
+            "manifest": xxhash.xxh3_128_hexdigest(content),
+            "metrics": dict(complete.metrics),
+        }
+
+        def add(index: dict[str, Any]) -> None:
+            steps = index["steps"]
+            steps[str(complete.step)] = entry
+            for each in superseded({int(step): each["metrics"] for step, each in steps.items()}, self._config):
                 del steps[str(each)]
 
-        before = {*self._folders.values()}
-        self._folders = _folders(self._update_index(add))
-        for each in sorted(before.difference(self._folders.values())):
+        before = _folders(self._steps)
+        self._steps = self._update_index(add)["steps"]
+        for each in sorted({*before, folder}.difference(_folders(self._steps))):
             self._store.delete_below(each)
 
-    def _update_index(self, change: Callable[[dict[str, str]], None]) -> _Index:
-        """Changes the steps of the index, and returns it; raises RunInUseError if a newer owner has claimed it.
+    def _update_index(self, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Changes the index, and returns it; raises RunInUseError if a newer owner has claimed it.
 
         An owner without a lease has the next token.
         """
-        result: list[_Index] = []
+        result: list[dict[str, Any]] = []
 
         def update(old: bytes | None) -> bytes:
-            index = {"token": 0, "steps": {}} if old is None else _parse_index(self._store, old)
+            index = {"token": 0, "steps": {}, "damaged": []} if old is None else _parse_index(self._store, old)
             token = index["token"] + 1 if self._token is None else self._token
             if index["token"] > token:
                 raise RunInUseError(f"{self._store.url}: another process has taken over this run; leave the run to it")
-            change(index["steps"])
-            result[:] = [{"token": token, "steps": index["steps"]}]
-            return json.dumps(result[0]).encode()
+            index["token"] = token
+            change(index)
+            result[:] = [index]
+            return json.dumps({**index, "hash": _hash_of(index)}).encode()
 
         self._store.atomic_update(_INDEX, update)
         return result[0]
-
-    def _checkpoint(self, step: int) -> dict[str, Any]:
-        return json.loads(self._store.read(f"{self._folders[step]}/{_CHECKPOINT}"))
 
 
 class _Window:
@@ -276,35 +357,35 @@ def _is_failure_of_storage(error: Exception) -> bool:
     return isinstance(error, StorageError) or is_storage_error(error)
 
 
-def _superseded(steps: Iterable[int], config: CheckpointConfig) -> list[int]:
-    """Returns the steps that need not be kept."""
-    ordered = sorted(steps)
-    keep_every = config.keep_every
-    return [step for step in ordered[: -config.keep_last] if keep_every is None or step % keep_every]
+def _folders(steps: _Steps) -> list[str]:
+    return [each["folder"] for each in steps.values()]
 
 
-def _folders(index: _Index) -> dict[int, str]:
-    return {int(step): folder for step, folder in index.get("steps", {}).items()}
+def _hash_of(index: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())
 
 
-def _read_index(store: ObjectStore) -> _Index | None:
+def _read_index(store: ObjectStore) -> dict[str, Any] | None:
     content = store.read_or_none(_INDEX)
     return None if content is None else _parse_index(store, content)
 
 
-def _parse_index(store: ObjectStore, content: bytes) -> _Index:
+def _parse_index(store: ObjectStore, content: bytes) -> dict[str, Any]:
     try:
-        return {"token": int((index := json.loads(content))["token"]), "steps": dict(index["steps"])}
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{store.url_of(_INDEX)}: damaged; restore it from a copy") from None
+        index = json.loads(content)
+        if index.pop("hash") == _hash_of(index):
+            return index
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise CheckpointError(f"{store.url_of(_INDEX)}: damaged; restore it from a copy")
 
 
-def _require_index(store: ObjectStore) -> _Index | None:
+def _require_index(store: ObjectStore) -> dict[str, Any] | None:
     """Returns the index, None before the first owner; CheckpointError if there are checkpoints without an index."""
     if (index := _read_index(store)) is not None:
         return index
     paths = map(PurePosixPath, store.list_names())
-    folders = [path.parts[0] for path in paths if path.name == _CHECKPOINT and _FOLDER.fullmatch(path.parts[0])]
+    folders = [path.parts[0] for path in paths if path.name == MANIFEST_FILE and _FOLDER.fullmatch(path.parts[0])]
     index = _read_index(store)  # the first owner may have written both in the meantime
     if folders and index is None:
         raise CheckpointError(
@@ -319,59 +400,56 @@ def owner_token(url: str) -> int:
     return (_read_index(ObjectStore(url)) or {"token": 0})["token"]
 
 
-def _own_shards(array: jax.Array) -> _Shards:
-    """Returns index and values of each shard that this process writes: one of all replicas of a shard is written."""
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+def _own_chunks(name: str, leaf: jax.Array, array: ChunkedArray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields object name and values of each chunk that this process writes: of one of all replicas of a shard."""
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
     for shard in shards:
         shard.data.copy_to_host_async()
-    return [(shard.index, np.asarray(shard.data)) for shard in shards]
+    for shard in shards:
+        values = np.asarray(shard.data)
+        for key, index in array.chunks_in(shard.index):
+            yield f"{name}/{key}", values[relative(shard.index, array.shape, index)]
 
 
-def _layout(array: jax.Array) -> _Layout:
-    """Returns the zarr metadata of an array: a chunk is a shard, or an equal part of one."""
-    chunk = list(array.sharding.shard_shape(array.shape))
-    while math.prod(chunk) * array.dtype.itemsize > _MAX_CHUNK_BYTES and max(chunk) > 1:
-        dim = chunk.index(max(chunk))
-        factor = next(factor for factor in range(2, chunk[dim] + 1) if chunk[dim] % factor == 0)
-        chunk[dim] //= factor
-    return {
-        "shape": array.shape,
-        "data_type": np.dtype(array.dtype).name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in chunk]}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "fill_value": 0,
-    }
+class _ArrayReader:
+    """Puts together the shards of one array that this process has; each goes onto its devices once it is complete."""
 
+    def __init__(self, name: str, abstract: jax.ShapeDtypeStruct, stored: ChunkedArray) -> None:
+        self._name, self._abstract, self._stored = name, abstract, stored
+        self._sharding = cast(jax.sharding.Sharding, abstract.sharding)
+        self._on_devices: list[jax.Array] = []
+        devices: dict[str, tuple[Index, list[Any]]] = {}  # by index in the array: replicas have the same
+        for device, index in self._sharding.addressable_devices_indices_map(abstract.shape).items():
+            assert index is not None
+            devices.setdefault(str(index), (index, []))[1].append(device)
+        self._shards = [(index, onto) for index, onto in devices.values()]
 
-def _open_array(url: str, layout: _Layout | None = None, *, create: bool = False) -> Any:
-    """Starts to open an array, or with a layout to create it; a process that does not create it trusts the layout."""
-    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore_spec(url)}
-    if layout is None:
-        # Else a chunk that is missing is read as zeros.
-        return ts.open({**spec, "fill_missing_data_reads": False}, context=tensorstore_context(), read=True)
-    spec |= {"metadata": layout, "store_data_equal_to_fill_value": True}
-    # "open", too: the answer to a first try to create it may be lost.
-    options = {"create": True, "open": True} if create else {"open": True, "assume_metadata": True}
-    return ts.open({**spec, **options}, context=tensorstore_context())
+    def uses(self) -> Iterator[tuple[str, Callable[[bytes], None]]]:
+        """Yields the name of each object to read, and what to do with its content; each is read once."""
+        users: dict[str, tuple[Index, list[tuple[Shard, list[Any]]]]] = {}
+        for index, onto in self._shards:
+            shard = Shard(self._stored, index)
+            for key, chunk_index in self._stored.chunks_in(index):
+                users.setdefault(key, (chunk_index, []))[1].append((shard, onto))
+            if not shard.missing:  # an array without values
+                self._place(shard, onto)
 
+        def use(content: bytes, key: str) -> None:
+            chunk_index, shards = users[key]
+            values = self._stored.values(content)
+            for shard, onto in shards:
+                shard.add(chunk_index, values)
+                if not shard.missing:
+                    self._place(shard, onto)
 
-def _read_array(source: Any, abstract: jax.ShapeDtypeStruct, window: _Window) -> list[jax.Array]:
-    """Starts to read the shards of this process, each once; they go onto their devices as they arrive.
+        for key in users:
+            yield f"{self._name}/{key}", partial(use, key=key)
 
-    Returns the list that has all of them once the window has no reads left.
-    """
-    sharding = cast(jax.sharding.Sharding, abstract.sharding)
-    shards: list[jax.Array] = []
-    devices: dict[str, tuple[Any, list[Any]]] = {}  # by index in the array: replicas have the same
-    for device, index in sharding.addressable_devices_indices_map(abstract.shape).items():
-        devices.setdefault(str(index), (index, []))[1].append(device)
+    def array(self) -> jax.Array:
+        """Returns the array, once all objects have been used."""
+        return jax.make_array_from_single_device_arrays(self._abstract.shape, self._sharding, self._on_devices)
 
-    def place(content: np.ndarray, onto: Sequence[Any]) -> None:
-        values = np.asarray(content, abstract.dtype)
-        places = [jax.sharding.SingleDeviceSharding(each, memory_kind=sharding.memory_kind) for each in onto]
-        shards.extend(jax.device_put(values, each) for each in places)
-
-    shard_bytes = math.prod(sharding.shard_shape(abstract.shape)) * abstract.dtype.itemsize
-    for index, onto in devices.values():
-        window.add(source[index].read(), shard_bytes, functools.partial(place, onto=onto))
-    return shards
+    def _place(self, shard: Shard, onto: Sequence[Any]) -> None:
+        values = shard.take().astype(self._abstract.dtype, copy=False)
+        places = [jax.sharding.SingleDeviceSharding(each, memory_kind=self._sharding.memory_kind) for each in onto]
+        self._on_devices.extend(jax.device_put(values, each) for each in places)

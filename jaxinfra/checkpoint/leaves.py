@@ -1,7 +1,10 @@
-"""Names and types of the leaves of a state, to compare a checkpoint with the state of a run.
+"""Names and types of the leaves of a state, to compare a checkpoint with the state of a run; and its parts.
 
 A leaf's name is its path, such as `params.layers.w` or `opt_state.0.mu`, whether its parents are dicts or tuples.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +25,24 @@ def leaf_types(tree: PyTree) -> dict[str, str]:
     return types
 
 
-def first_difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
+def split_parts[T](tree: T) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], T]]:
+    """Splits a tree at its top: "params", "opt_state" and so on; returns the parts, and what joins such parts again.
+
+    A part without leaves is left out.
+    """
+    children, structure = jax.tree.flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    parts = {leaf_name(path): child for path, child in children}
+    names = [*parts]
+
+    def join(found: Mapping[str, Any]) -> T:
+        return jax.tree.unflatten(structure, [found.get(name, parts[name]) for name in names])
+
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}, join
+
+
+def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
     """Describes the first leaf with another type, or on one side only; None if all leaves have equal types."""
-    for name in wanted | saved:
+    for name in {**wanted, **saved}:
         if wanted.get(name) != saved.get(name):
             in_run, in_checkpoint = wanted.get(name, "missing"), saved.get(name, "missing")
             return f"{name} is {in_run} in this run and {in_checkpoint} in the checkpoint"

@@ -1,27 +1,34 @@
-"""Saves, lists and restores the checkpoints of a run.
+"""Saves, lists, verifies and restores the checkpoints of a run.
 
-A listed checkpoint is complete. An older one is deleted only after a newer one is complete. A restored array is
-bit-equal to the saved one, on any mesh. The position in the data is not saved: it follows from the seed and the step.
+A checkpoint is complete once its manifest is there (`manifest`). An older one is deleted only after a newer one is
+complete. A restored array is bit-equal to the saved one, on any mesh: every byte is compared with its hash.
+The position in the data is not saved: it follows from the seed and the step.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, override
+from pathlib import Path
+from typing import Any, cast, override
 
 import jax
-from etils import epath
 
-from jaxinfra.checkpoint.bucket_backend import BucketBackend, Gather
+from jaxinfra.checkpoint.backend import Backend, Gather
+from jaxinfra.checkpoint.bucket_backend import BucketBackend
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes
+from jaxinfra.checkpoint.manifest import DamageError, Manifest
+from jaxinfra.checkpoint.retention import Metrics
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.location import is_remote
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointManager(ClosedOnExit):
@@ -37,7 +44,7 @@ class CheckpointManager(ClosedOnExit):
         config: when to save and which to keep.
         read_only: whether to leave everything as it is.
         lease: of the run, in process 0; a manager whose lease is lost cannot complete a checkpoint.
-        gather: exchanges values between the processes in the background; needed for URLs only.
+        gather: exchanges values between the processes that make the same calls, also in the background.
         before_commit: is called in process 0 before a checkpoint of a URL is complete.
     """
 
@@ -55,10 +62,11 @@ class CheckpointManager(ClosedOnExit):
         self.directory = os.fspath(directory) if self._is_remote else os.path.abspath(directory)
         self.config = config or CheckpointConfig()
         self._read_only = read_only
+        self._gather = gather
         self._saving_step: int | None = None  # the step that is being written in the background
         self._saved_step: int | None = None  # the last one; other hosts may see its directory later
         if self._is_remote:
-            self._backend = BucketBackend(
+            self._backend: Backend = BucketBackend(
                 self.directory,
                 self.config,
                 read_only=read_only,
@@ -73,11 +81,14 @@ class CheckpointManager(ClosedOnExit):
         from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
 
         with storage_errors(self.directory):
-            self._backend = OrbaxBackend(epath.Path(self.directory), self.config, read_only=read_only, lease=lease)
+            self._backend = OrbaxBackend(
+                Path(self.directory), self.config, read_only=read_only, lease=lease, gather=gather
+            )
 
     def all_steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, ascending."""
-        return self._backend.all_steps()
+        """Returns the steps of all checkpoints, ascending; damaged ones too, until somebody has tried to read them."""
+        with storage_errors(self.directory, action="read"):
+            return self._backend.all_steps()
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
@@ -89,8 +100,18 @@ class CheckpointManager(ClosedOnExit):
         num_checkpoints = max(1, self.config.keep_last + 1 - len(self.all_steps()))
         return num_checkpoints * tree_bytes(abstract_state)
 
-    def save(self, step: int, state: PyTree, record: Mapping[str, object], *, force: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        record: Mapping[str, object],
+        *,
+        metrics: Metrics | None = None,
+        force: bool = False,
+    ) -> bool:
         """Saves a tree of `jax.Array` and a record (as JSON); returns whether it did.
+
+        `metrics` are those of an evaluation after this step, for `keep_best`.
 
         It saves if `step`, the number of completed steps, is a multiple of `save_every`, or with `force`; but no step
         twice. It waits for the previous save, then returns as soon as the arrays may be changed or donated; writing
@@ -107,7 +128,7 @@ class CheckpointManager(ClosedOnExit):
             return False
         record = json.loads(json.dumps(record))  # fails now, not in the background, and is safe from later changes
         with self._saving(step):
-            self._backend.save(step, state, record)
+            self._backend.save(step, state, record, dict(metrics or {}))
         self._saving_step = self._saved_step = step
         if not self.config.async_save:
             self.wait_until_finished()
@@ -116,32 +137,71 @@ class CheckpointManager(ClosedOnExit):
     def restore[T](self, step: int, abstract_state: T) -> T:
         """Restores the state of `step`, on any mesh, as a tree of `jax.ShapeDtypeStruct` with shardings describes it.
 
-        Raises CheckpointError if there is no such step or it cannot be read, and ConfigError if the saved state is of
-        another model or optimizer; it names the first leaf that differs.
+        Every byte is compared with the hash in the manifest; several processes share that work. Raises CheckpointError
+        if there is no such step or it is damaged, and ConfigError if the saved state is of another model or optimizer;
+        it names the first leaf that differs.
         """
-        with self._reading(step):
-            self._check_leaves(step, self._backend.leaf_types(step), abstract_state)
+
+        def read() -> T:
+            self._check_leaves(step, self._backend.manifest(step).leaves, abstract_state)
             return self._backend.restore(step, abstract_state)
+
+        return self._read(step, read)
 
     def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
         """Restores "params" or "ema" (the averaged parameters) without reading the rest of the state.
 
         Raises the errors of `restore`, and ConfigError if the checkpoint has no such subtree.
         """
-        with self._reading(step):
-            types = self._backend.leaf_types(step)
+
+        def read() -> T:
+            types = self._backend.manifest(step).leaves
             saved = {name: leaf_type for name, leaf_type in types.items() if name.split(".")[0] == subtree}
             if not saved:
                 subtrees = ", ".join(dict.fromkeys(name.split(".")[0] for name in types))
                 raise ConfigError(f"{self._path(step)}: has no {subtree}; it has {subtrees}")
             wanted = {subtree: abstract_params}
             self._check_leaves(step, saved, wanted)
-            return self._backend.restore(step, wanted, partial=True)[subtree]
+            return self._backend.restore(step, wanted)[subtree]
+
+        return self._read(step, read)
+
+    def newest[T](self, read: Callable[[int], T]) -> tuple[int, T] | None:
+        """Reads the newest intact checkpoint; returns its step and the result, None if there are no checkpoints.
+
+        `read` gets a step, and calls a method of this manager. If that raises CheckpointError, the next older step is
+        read. Damaged steps are named in a warning. A writer then renames them, but only if an older step is intact:
+        a run whose checkpoints are all damaged must not begin anew without a word. Then CheckpointError lists them.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self._gather(self.all_steps())[0]):
+            try:
+                result = read(step)
+            except CheckpointError as error:
+                damaged[step] = str(error.__cause__ or error)
+                continue
+            for each, reason in damaged.items():
+                self._set_aside(each, reason, step)
+            return step, result
+        if damaged:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint is intact: {reasons}; restore one from a copy, or use name=ANOTHER "
+                "to begin at step 0"
+            )
+        return None
+
+    def manifest(self, step: int) -> Manifest:
+        """Returns the manifest of a step, whose files are there; raises CheckpointError if it is missing or damaged."""
+        return self._read(step, lambda: self._backend.manifest(step))
+
+    def verify(self, step: int) -> None:
+        """Compares every byte of a step with its hash; raises CheckpointError if it is damaged."""
+        self._read(step, lambda: self._backend.verify(step))
 
     def load_record(self, step: int) -> dict[str, Any]:
         """Loads the record saved with `step`; raises CheckpointError if it cannot be read."""
-        with self._reading(step):
-            return self._backend.load_record(step)
+        return dict(self.manifest(step).record)
 
     def wait_until_finished(self) -> None:
         """Waits for the save in progress, if any; raises StorageError if it failed."""
@@ -174,23 +234,40 @@ class CheckpointManager(ClosedOnExit):
                 "free space or restore access there"
             ) from error
 
-    @contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Raises CheckpointError if the step does not exist or cannot be read."""
+    def _read[T](self, step: int, read: Callable[[], T]) -> T:
+        """Returns what `read` returns; raises CheckpointError, in all processes, if the step cannot be read in one."""
         steps = self.all_steps()
         if step not in steps:
             raise CheckpointError(f"{self._path(step)}: does not exist; existing steps: {_join(steps)}")
+        result, cause = None, None
         try:
-            yield
+            result = read()
         except (JaxinfraError, jax.errors.JaxRuntimeError):
             raise  # JaxRuntimeError comes from the devices, such as too little memory, not from the checkpoint
         except Exception as error:
-            others = _join([other for other in steps if other != step])
-            raise CheckpointError(
-                f"{self._path(step)}: cannot be read: {cause_of(error)}; other steps: {others}"
-            ) from error
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                where = f"{self._path(step)}: cannot be read"
+                raise StorageError(f"{where}: {cause_of(error)}; restore access there") from error
+            cause = error
+        problem = None if cause is None else cause_of(cause)
+        for each in self._gather(problem):
+            if each is not None:
+                others = _join([other for other in steps if other != step])
+                raise CheckpointError(
+                    f"{self._path(step)}: cannot be read: {each}; other steps: {others}"
+                ) from DamageError(each)
+        return cast(T, result)
 
-    def _check_leaves(self, step: int, saved: dict[str, str], wanted: PyTree) -> None:
+    def _set_aside(self, step: int, reason: str, older: int) -> None:
+        """Warns of a damaged step in process 0, and renames it."""
+        if jax.process_index() == 0:
+            moved = ""
+            if not self._read_only:
+                with storage_errors(self._path(step)):
+                    moved = f", moved to {self._backend.set_aside(step)}"
+            _log.warning("%s: damaged: %s%s; going on with step %d", self._path(step), reason, moved, older)
+
+    def _check_leaves(self, step: int, saved: Mapping[str, str], wanted: PyTree) -> None:
         if difference := first_difference(saved, leaf_types(wanted)):
             fix = "use the config that it was saved with, or another directory"
             raise ConfigError(f"{self._path(step)}: {difference}; {fix}")

@@ -1,164 +1,314 @@
-"""Reads and writes checkpoints with Orbax; the only module that imports it.
+"""Reads and writes checkpoints on a disk with Orbax; the only module that imports it.
 
-Exceptions of Orbax, TensorStore and the operating system pass through. A step has two items, the state and the run
-record. Orbax writes a step to a temporary directory and renames it at the end, so a directory with a step's name is
-always complete. Its v1 API is experimental, so this uses the older `CheckpointManager`.
+A step is a folder, with a folder for each part of the state ("params", "opt_state"), which Orbax can read without this
+package, and the manifest. Orbax writes into a temporary folder. Each process hashes the files that it has written,
+while training goes on. Then process 0 hashes those that Orbax adds, writes the manifest, and renames the folder. So a
+folder with a step's name is complete.
+
+Exceptions of Orbax, TensorStore and the operating system pass through, and DamageError.
 """
 
+import errno
 import logging
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, override
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.futures.future import Future
+from orbax.checkpoint._src.metadata.checkpoint import metadata_store
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
+from jaxinfra.checkpoint.backend import Backend, Gather
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import PyTree, leaf_types
+from jaxinfra.checkpoint.leaves import PyTree, leaf_types, split_parts
+from jaxinfra.checkpoint.manifest import (
+    MANIFEST_FILE,
+    DamageError,
+    Manifest,
+    check_sizes,
+    decode_hashes,
+    encode_hashes,
+    hash_files,
+    read_manifest,
+    verify_files,
+)
+from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
-_STATE = "state"
-_RECORD = "record"
 _DELETED = ".deleted-"
+_HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
+_STEP = re.compile(r"0|[1-9]\d*", re.ASCII)
 
 
-class OrbaxBackend:
-    """The checkpoints in one directory; the arguments and methods are those of our own `CheckpointManager`."""
+class OrbaxBackend(Backend):
+    """The checkpoints in one directory; the arguments are those of `CheckpointManager`."""
 
     def __init__(
-        self, directory: epath.Path, config: CheckpointConfig, *, read_only: bool, lease: Lease | None = None
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        read_only: bool,
+        lease: Lease | None = None,
+        gather: Gather = lambda value: [value],
     ) -> None:
-        self._directory = directory
-        self._read_only = read_only
-        self._temporary_path = _temporary_path(lease)
-        self._format = ocp.path.step.standard_name_format()
-        self._keep: list[PreservationPolicy] = [LatestN(config.keep_last)]
-        if config.keep_every is not None:
-            self._keep.append(EveryNSteps(config.keep_every))
+        self._directory, self._config, self._lease, self._gather = directory, config, lease, gather
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)
-        self._opened: ocp.CheckpointManager | None = self._open()  # None after a failure
+        self._writes_manifest = not read_only and jax.process_index() == 0
+        self._intact: dict[int, Metrics] = {}  # of the process that deletes superseded steps
+        if self._writes_manifest:
+            _delete_incomplete_steps(directory)
+            self._intact = {step: manifest.metrics for step, manifest in self._intact_steps()}
+        self._new_manifest: partial[Manifest] | None = None  # of the step that is being written, without its files
+        self._saver: _Saver | None = None
 
+    @override
     def all_steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, ascending."""
-        # Orbax's own list includes the step that is being written.
-        return sorted(found.step for found in self._format.find_all(self._directory))
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if _STEP.fullmatch(path.name))
 
-    def save(self, step: int, state: PyTree, record: Mapping[str, object]) -> None:
-        """Starts to write a step; returns when the arrays may be changed or donated."""
+    @override
+    def manifest(self, step: int) -> Manifest:
+        manifest = read_manifest(self._folder(step), step)
+        check_sizes(self._folder(step), manifest)
+        return manifest
+
+    @override
+    def save(self, step: int, state: PyTree, record: Mapping[str, object], metrics: Metrics) -> None:
         # By then arrays of an accelerator are copied to the host. On CPU the writer holds a view of each array, and JAX
         # does not reuse a buffer while a view of it exists.
-        items = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(state), _RECORD: ocp.args.JsonSave(record)})
+        if self._saver is None:
+            if self._writes_manifest:
+                _delete_incomplete_steps(self._directory)
+            self._saver = self._open_saver()
+        self._new_manifest = partial(Manifest, step=step, leaves=leaf_types(state), record=record, metrics=metrics)
+        parts, _ = split_parts(state)
         # A save has to move arrays to the host, even if the training loop forbids transfers.
         with jax.transfer_guard("allow"):
-            self._manager.save(step, args=items, force=True)
+            self._saver.save(epath.Path(self._folder(step)), args=_SaveArgs(parts))
 
+    @override
     def is_saving(self) -> bool:
-        """Returns whether a step is being written."""
-        return self._opened is not None and self._opened.is_saving_in_progress()
+        return self._saver is not None and self._saver.is_saving
 
+    @override
     def wait_until_finished(self) -> None:
-        """Waits until the step being written, if any, is complete and old steps are deleted."""
-        if self._opened is not None:
-            self._opened.wait_until_finished()
+        if self._saver is not None:
+            self._saver.wait_until_finished()
 
-    def leaf_types(self, step: int) -> dict[str, str]:
-        """Returns the type of each leaf of a step's state by name."""
-        items = self._manager.metadata(step).item_metadata or {}
-        if (metadata := items.get(_STATE)) is None:
-            raise FileNotFoundError(f"it has no readable {_STATE}")
-        return leaf_types(metadata.tree)
+    @override
+    def verify(self, step: int, parts: Sequence[str] | None = None, *, part: int = 0, of: int = 1) -> None:
+        manifest = self.manifest(step)
+        names = [name for name in manifest.files if parts is None or name.partition("/")[0] in parts]
+        verify_files(self._folder(step), manifest, names, part=part, of=of)
 
-    def restore[T](self, step: int, abstract: T, *, partial: bool = False) -> T:
-        """Restores the state of a step, or with `partial` a part of it; `abstract` has `jax.ShapeDtypeStruct`s."""
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        with jax.transfer_guard("allow"):
-            return self._manager.restore(step, args=ocp.args.Composite(**{_STATE: args}))[_STATE]
-
-    def load_record(self, step: int) -> dict[str, Any]:
-        """Loads the record saved with a step."""
-        args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=args)[_RECORD]
-
-    def reset(self) -> None:
-        """Closes Orbax's manager after a failure; the next use opens a new one."""
-        # The failed manager forgets the old steps that it meant to delete, and leaves its incomplete step on the disk.
-        manager, self._opened = self._opened, None
-        if manager is not None:
-            manager.close()
-
-    def close(self) -> None:
-        """Waits for the step being written and ends Orbax's threads."""
-        try:
-            self.reset()
-        finally:
-            logging.getLogger("absl").removeFilter(self._log_filter)
-
-    @property
-    def _manager(self) -> ocp.CheckpointManager:
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
-
-    def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only and jax.process_index() == 0:
-            _delete_incomplete_steps(self._directory)
-        # A writer is one of all processes. A reader is alone: Orbax does not wait for others.
+    @override
+    def restore[T](self, step: int, abstract: T) -> T:
+        # A reader is alone: Orbax does not wait for other processes.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="reader"
         )
-        processes = alone if self._read_only else ocp.options.MultiprocessingOptions()
-        # Registered handlers let a manager that has saved nothing yet read what another one saved.
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state_handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=processes)
-        record_handler = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
-        registry.add(_STATE, ocp.args.PyTreeSave, state_handler)
-        registry.add(_STATE, ocp.args.PyTreeRestore, state_handler)
-        registry.add(_RECORD, ocp.args.JsonSave, record_handler)
-        registry.add(_RECORD, ocp.args.JsonRestore, record_handler)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(self._keep),
-            create=not self._read_only,
-            multiprocessing_options=processes,
-            step_name_format=self._format,
-            temporary_path_class=self._temporary_path,
+        parts, join = split_parts(abstract)
+        self._verify_together(step, [*parts])
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with jax.transfer_guard("allow"), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+
+            def read(name: str) -> Any:
+                restore_args = ocp.checkpoint_utils.construct_restore_args(parts[name])
+                args = ocp.args.PyTreeRestore(parts[name], restore_args=restore_args)
+                return reader.restore(epath.Path(self._folder(step) / name), args=args)
+
+            return join({name: read(name) for name in parts})
+
+    @override
+    def set_aside(self, step: int) -> str:
+        folder = self._folder(step)
+        names = (f"{step}.damaged{'' if number == 1 else f'-{number}'}" for number in range(1, 1000))
+        target = next(path for name in names if not (path := self._directory / name).exists())
+        folder.rename(target)
+        self._intact.pop(step, None)
+        return str(target)
+
+    @override
+    def reset(self) -> None:
+        saver, self._saver = self._saver, None
+        if saver is not None:
+            saver.close()
+
+    @override
+    def close(self) -> None:
+        try:
+            saver, self._saver = self._saver, None
+            if saver is not None:
+                saver.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._log_filter)
+
+    def _verify_together(self, step: int, parts: Sequence[str]) -> None:
+        """Verifies parts of a state, each process a share of them; raises DamageError in all."""
+        problem, processes = None, len(self._gather(None))
+        try:
+            self.verify(step, parts, part=jax.process_index() if processes > 1 else 0, of=processes)
+        except DamageError as error:
+            problem = str(error)
+        for each in self._gather(problem):
+            if each is not None:
+                raise DamageError(each)
+
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _intact_steps(self) -> list[tuple[int, Manifest]]:
+        found = []
+        for step in self.all_steps():
+            try:
+                found.append((step, self.manifest(step)))
+            except DamageError:  # it is reported where it is read
+                continue
+        return found
+
+    def _open_saver(self) -> "_Saver":
+        backend = self
+
+        class OwnedTemporaryPath(AtomicRenameTemporaryPath):
+            """Orbax's temporary folder, which only the owner of the lease may rename to a step."""
+
+            @override
+            async def finalize(self) -> None:
+                backend._commit(Path(self.get()), Path(self.get_final()))
+
+        return _Saver(_Handler(compress=self._config.compress), OwnedTemporaryPath)
+
+    def _commit(self, temporary: Path, final: Path) -> None:
+        """Writes the manifest of a step and renames its folder, in process 0, in the background.
+
+        The rename of an owner that loses its lease after the check fails, too: the new owner has renamed the folder.
+        """
+        assert self._new_manifest is not None
+        if self._lease is not None:
+            self._lease.check_now()
+        hashes = {}
+        for path in temporary.glob(f"{_HASHES}*"):
+            hashes |= decode_hashes(path.read_bytes())
+            path.unlink()
+        names = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
+        hashes |= hash_files(temporary, [name for name in names if name not in hashes])
+        manifest = self._new_manifest(files={name: hashes[name] for name in sorted(names)})
+        (temporary / MANIFEST_FILE).write_bytes(manifest.encode())
+        if not move_folder(temporary, final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        self._intact[manifest.step] = manifest.metrics
+        for step in superseded(self._intact, self._config):
+            del self._intact[step]
+            _delete(self._folder(step))
+
+
+class _Saver(ocp.AsyncCheckpointer):
+    """Orbax's writer, which tells whether it is at work."""
+
+    def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath]) -> None:
+        super().__init__(
+            handler,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
             # that wait for the directory for minutes and keep the process from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=temporary_path,
+            checkpoint_metadata_store=metadata_store(enable_write=False),  # the manifest has all of it
         )
-        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
+
+    @property
+    def is_saving(self) -> bool:
+        thread = self._async_manager._thread
+        return thread is not None and thread.is_alive()
 
 
-def _temporary_path(lease: Lease | None) -> type[AtomicRenameTemporaryPath]:
-    """Returns the class of Orbax's temporary directories, which only the owner of the lease may rename to a step.
+@dataclass
+class _SaveArgs(ocp.args.CheckpointArgs):
+    """The parts of a state by name."""
 
-    The rename of an owner that loses its lease after the check fails, too: the new owner has renamed the directory.
-    """
-
-    class OwnedTemporaryPath(AtomicRenameTemporaryPath):
-        @override
-        async def finalize(self) -> None:
-            if lease is not None:
-                lease.check_now()
-            await super().finalize()
-
-    return OwnedTemporaryPath
+    parts: Mapping[str, Any]
 
 
-def _delete_incomplete_steps(directory: epath.Path) -> None:
-    """Deletes incomplete steps. Orbax does so, too, but in a thread that may not finish if no save follows."""
+class _Handler(ocp.AsyncCheckpointHandler):
+    """Writes each part of a state into a folder of its own, and hashes what this process writes."""
+
+    def __init__(self, *, compress: bool) -> None:
+        self._of_part = ocp.PyTreeCheckpointHandler(use_compression=compress)
+
+    @override
+    async def async_save(self, directory: epath.Path, args: _SaveArgs) -> list[Future]:
+        futures: list[Any] = []
+        for name, part in args.parts.items():
+            if jax.process_index() == 0:
+                (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
+            futures += await self._of_part.async_save(directory / name, args=ocp.args.PyTreeSave(part)) or []
+        return [_Hashed(futures, Path(directory))]
+
+    @override
+    def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("checkpoints are saved asynchronously")
+
+    @override
+    def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("each part is restored by Orbax's own handler")
+
+    @override
+    def finalize(self, directory: epath.Path) -> None:
+        for folder in Path(directory).iterdir():
+            if folder.is_dir():
+                self._of_part.finalize(epath.Path(folder))
+
+    @override
+    def close(self) -> None:
+        self._of_part.close()
+
+
+ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_SaveArgs)  # Orbax asks for both
+
+
+class _Hashed(Future):
+    """Waits until this process has written its files, and hashes them; a future as Orbax expects it."""
+
+    def __init__(self, futures: Sequence[Any], directory: Path) -> None:
+        self._futures, self._directory = futures, directory
+
+    @override
+    def result(self, timeout: float | None = None) -> None:
+        """Writes the hashes beside the files."""
+        for future in self._futures:
+            future.result(timeout)
+        index = jax.process_index()
+        own = self._directory.glob(f"*/ocdbt.process_{index}/**/*")
+        names = [path.relative_to(self._directory).as_posix() for path in own if path.is_file()]
+        (self._directory / f"{_HASHES}{index}").write_bytes(encode_hashes(hash_files(self._directory, names)))
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a step. It is renamed first, so that no other process sees a part of it."""
+    deleted = folder.with_name(f"{_DELETED}{folder.name}")
+    folder.rename(deleted)
+    shutil.rmtree(deleted)
+
+
+def _delete_incomplete_steps(directory: Path) -> None:
+    """Deletes what saves and deletions that were interrupted have left."""
     for path in directory.iterdir():
-        is_deleted = path.name.startswith(_DELETED)
-        if not is_deleted and path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
+        if path.name.startswith(_DELETED):
+            shutil.rmtree(path)
+        elif path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
             # Renamed first: an owner that was stopped, and has lost its lease, cannot complete the step any more.
-            path = path.rename(directory / f"{_DELETED}{path.name}")
-            is_deleted = True
-        if is_deleted:
-            path.rmtree()
+            _delete(path)
 
 
 class _OrbaxLogFilter(logging.Filter):

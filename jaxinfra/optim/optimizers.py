@@ -24,7 +24,7 @@ from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_sp
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import optax_schedule
-from jaxinfra.optim.transforms import store_state_as
+from jaxinfra.optim.transforms import skip_unless, store_state_as
 from jaxinfra.parallel.spec import ParamSpec, PyTree
 from jaxinfra.user_code import user_code_errors
 
@@ -185,21 +185,23 @@ class Muon(Optimizer):
         return optax.partition({"muon": matrices, "adamw": others}, labels)
 
 
-def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformationExtraArgs:
     """Makes the optax chain of a run of `steps` steps, without clipping; `specs` are the `ParamSpec`s.
 
-    `update` needs the parameters and returns float32 updates for `optax.apply_updates`. The state is sharded like the
-    parameters, which may be abstract in `init`.
+    `update` needs the parameters and returns float32 updates for `optax.apply_updates`; it takes a `condition`, a bool
+    scalar, and keeps the old state where that does not hold. The state is sharded like the parameters, which may be
+    abstract in `init`.
     """
     rate = optax_schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
 
-    def chain(specs: PyTree) -> optax.GradientTransformation:
+    def chain(specs: PyTree) -> optax.GradientTransformationExtraArgs:
         decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
         links = [_transform(optim.optimizer, specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))
-        return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
+        stored = store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
+        return skip_unless(_checked(stored, type(optim.optimizer).__qualname__))
 
     return store_state_on_host(chain, specs) if optim.offload else chain(specs)
 
@@ -212,3 +214,30 @@ def _transform(optimizer: Optimizer, specs: PyTree) -> optax.GradientTransformat
         name = type(optimizer).__qualname__
         raise ConfigError(f"{name}.transform: returned {type(tx).__name__}; return an optax.GradientTransformation")
     return tx
+
+
+def _checked(tx: optax.GradientTransformation, name: str) -> optax.GradientTransformation:
+    """Wraps `tx`, of the optimizer class with this name, to check the form of its updates while it is traced.
+
+    Raises ConfigError if they are not like parameters, or an update changes the type of the optimizer state.
+    """
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        new_updates, new_state = tx.update(updates, state, params)
+        _check_update(name, params, new_updates, state, new_state)
+        return new_updates, new_state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _check_update(name: str, params: PyTree, updates: PyTree, state: PyTree, new_state: PyTree) -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
+
+    def types(tree: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
+        return jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
+
+    if types(state) != types(new_state):
+        raise ConfigError(f"{name}: an update changes the shapes or types of its state; keep those that init returns")

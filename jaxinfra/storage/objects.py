@@ -99,6 +99,14 @@ class ObjectStore:
         """Writes an object; other readers see the old content or all of the new one."""
         call_storage(self.url_of(name), self._objects.write(name, content).result, writing=True)
 
+    def start_read(self, name: str) -> ts.Future[ts.KvStore.ReadResult]:
+        """Starts to read an object; the state of the result is "value" unless it is missing."""
+        return self._objects.read(name)
+
+    def start_write(self, name: str, content: bytes) -> ts.Future[ts.KvStore.TimestampedStorageGeneration]:
+        """Starts to write an object."""
+        return self._objects.write(name, content)
+
     def create(self, name: str, content: bytes) -> bool:
         """Writes a new object; returns False if there is one with other content."""
         url = self.url_of(name)

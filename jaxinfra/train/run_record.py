@@ -20,6 +20,7 @@ from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.devices import device_memory
 from jaxinfra.runtime.environment import git_state, host_state, module_digests, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
+from jaxinfra.train.guard import Decision, with_decisions
 from jaxinfra.user_code import user_modules
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -44,8 +45,10 @@ def find_peak(run_dir: RunDirectory, compute: str) -> dict[str, Any]:
     return {"flops": flops, "source": source, "holds_for": holds_for}
 
 
-def start_record(loaded: Loaded[Run], program: Program, dataset: Dataset, *, command: Sequence[str]) -> dict[str, Any]:
-    """Returns what decides the numbers of a run: config, data, versions, devices and host."""
+def start_record(
+    loaded: Loaded[Run], program: Program, dataset: Dataset, *, command: Sequence[str], decisions: Sequence[Decision]
+) -> dict[str, Any]:
+    """Returns what decides the numbers of a run: config, data, versions, decisions to go back, devices and host."""
     devices = {
         "count": len(jax.devices()),
         "kind": jax.devices()[0].device_kind,
@@ -54,9 +57,13 @@ def start_record(loaded: Loaded[Run], program: Program, dataset: Dataset, *, com
         "mesh": dict(program.mesh.shape),
         **device_memory({"memory_bytes": "bytes_limit"}),
     }
-    # The run record names the data's versions, so that a replay, or sampling, opens the same ones.
+    # The run record names the data's versions and what was left out, so that a replay, or sampling, does the same.
     run = replace(loaded.run, data=loaded.run.data.with_versions(dataset.versions))
     origins = {change.path: "newest at the start" for change in diff(loaded.run, run)}
+    if decisions:
+        skip_batches = with_decisions(run.train.skip_batches, decisions)
+        run = replace(run, train=replace(run.train, skip_batches=skip_batches))
+        origins["train.skip_batches"] = "decided by the guard"
     with_versions = replace(loaded, run=run, origins=loaded.origins | origins)
     versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
     return {
@@ -64,6 +71,8 @@ def start_record(loaded: Loaded[Run], program: Program, dataset: Dataset, *, com
         "fingerprint": fingerprint(loaded.run),
         "data": dataset.fingerprint,
         "data_versions": [*dataset.versions],
+        "skip_batches": loaded.run.train.skip_batches,  # without those of the decisions
+        "decisions": [each._asdict() for each in decisions],
         "host": host_state(),
     }
 

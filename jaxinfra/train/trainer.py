@@ -13,7 +13,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
-from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.run import Run, TrainConfig, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location, parse_source
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
@@ -49,7 +50,9 @@ from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.tracker import MultiTracker, make_trackers
+from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
 from jaxinfra.train.profiler import Profiler
+from jaxinfra.train.replicas import ReplicaCheck
 from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
@@ -113,9 +116,13 @@ class Trainer:
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
+        self._eval_step: int | None = None  # completed steps at the last evaluation
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
-        self._interval_losses: list[jax.Array] = []  # since the last log
+        self._guard = Guard(self.run.guard)
+        self._decisions: list[Decision] = []  # of the guard, to go back
+        self._interval_losses: list[float] = []  # since the last log
+        self._skipped_steps = 0  # since the last log
         self._logged_wait_s = 0.0
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
 
@@ -145,9 +152,10 @@ class Trainer:
         ):
             self._owned = owned
             self.run_dir.require_shared(self._peers)
-            self.completed_steps = self._peers.broadcast(self._checkpoints.latest_step() or 0)
-            if self.completed_steps:
+            if self._peers.broadcast(self._checkpoints.all_steps()):
                 self.run_dir.check(self._loaded.run, dataset)
+            newest = self._checkpoints.newest(self._checkpoints.manifest)
+            self.completed_steps = 0 if newest is None else newest[0]
             if self.completed_steps >= steps:
                 summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
                 return self._peers.broadcast(summary)
@@ -159,32 +167,70 @@ class Trainer:
                 find_peak(self.run_dir, self.run.precision.compute) if self._is_main else None
             )
             statistics = run_statistics(self.program, dataset.train_units)
-            trackers = MultiTracker()
-            if owned is not None:
-                location = self.run_dir.location
-                trackers = make_trackers(self.run.track, self.run_dir.path, location, owned.check)
-            with trackers as self._trackers, self._peers.naming_causes(), self.program.on_mesh:
-                self.state, init_source = self._restore_or_init()
-                self._record = {"init": init_source, **self._make_record(statistics)}
-                if owned is not None:
-                    owned.check()
-                    write_record(self.run_dir.record, self._record)
-                start = {"start_step": self.completed_steps, "total_steps": steps}
-                self._trackers.start(self._record, statistics, **start)
-                self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
-                start_s = time.monotonic()
-                reason = self._fit_dataset(stop.stops_after)
-                self.save(force=True)
-                self._checkpoints.wait_until_finished()
-                wall_s = time.monotonic() - start_s
-                summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
-                self._trackers.log_summary(summary)
+            record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
+            self._decisions, reason, summary = decode_decisions(record), None, None
+            with self._peers.naming_causes(), self.program.on_mesh:
+                while summary is None:  # once more if the guard goes back to a checkpoint
+                    with self._make_trackers() as self._trackers:
+                        reason, summary = self._train_from_checkpoint(stop.stops_after, statistics)
         if reason is not None:
             raise Preempted(
                 f"{self.run_dir.location}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
                 "start the same command to go on"
             )
         return summary
+
+    def _make_trackers(self) -> MultiTracker:
+        if self._owned is None:
+            return MultiTracker()
+        return make_trackers(self.run.track, self.run_dir.path, self.run_dir.location, self._owned.check)
+
+    def _train_from_checkpoint(
+        self, stops_after: Callable[[int], str | None], statistics: RunStatistics
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Trains from the newest checkpoint on, or from the start, and saves.
+
+        Returns the reason to stop before the last step, if any, and the summary; None if the guard goes back.
+        """
+        assert self._checkpoints is not None
+        self.state, init_source = self._restore_or_init()
+        self._record = {"init": init_source, **self._make_record(statistics)}
+        if self._owned is not None:
+            self._owned.check()
+            write_record(self.run_dir.record, self._record)
+        self._trackers.start(
+            self._record, statistics, start_step=self.completed_steps, total_steps=self.run.train.steps
+        )
+        self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
+        start_s = time.monotonic()
+        try:
+            reason = self._fit_dataset(stops_after)
+        except Rewind as rewind:
+            self._go_back(rewind)
+            return None, None
+        self.save(force=True)
+        self._checkpoints.wait_until_finished()
+        wall_s = time.monotonic() - start_s
+        summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
+        self._trackers.log_summary(summary)
+        return reason, summary
+
+    def _go_back(self, rewind: Rewind) -> None:
+        """Decides to which checkpoint the run goes back; NonFiniteError if it has been there before."""
+        assert self._checkpoints is not None
+        self._checkpoints.wait_until_finished()
+        to = self._peers.broadcast(self._checkpoints.latest_step()) or 0
+        decision = decide(rewind, to, self._train_config, self.run.guard, self._decisions)
+        self._decisions.append(decision)
+        self.completed_steps, self._interval_losses, self._skipped_steps = to, [], 0
+        if self._is_main:
+            _log.warning("%s; going back to step %d, without the batches %d to %d", rewind, to, *decision.skip)
+
+    @property
+    def _train_config(self) -> TrainConfig:
+        """With the batches that the guard has left out so far."""
+        skip_batches = with_decisions(self.run.train.skip_batches, self._decisions)
+        return replace(self.run.train, skip_batches=skip_batches)
 
     def fit(
         self,
@@ -194,7 +240,8 @@ class Trainer:
         """Trains until the batches end or `stops_after` returns a reason, and returns that.
 
         `stops_after` is called after each step with the number of completed steps. `batches` are pairs of the steps
-        before it, from `completed_steps` on, and arrays on the devices.
+        before it, from `completed_steps` on, and arrays on the devices. Raises NonFiniteError if the numbers go wrong,
+        see `GuardConfig`.
         """
         assert self.state is not None
         config, reason = self.run.train, None
@@ -219,28 +266,39 @@ class Trainer:
                 self._finish_profile()
             if evaluates:
                 self._log_evaluation()
+            if self._compares_replicas_after(self.completed_steps):
+                self._replicas.check(self.completed_steps, self.state)
             self.save(metrics)
             if reason := stops_after(self.completed_steps):
                 break
         if pending is not None:
             self.report(*pending)
-            require_finite(*pending)
+            self._require_finite(*pending)
         self._finish_profile()
         return reason if self.completed_steps < config.steps else None
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, counted from 1, and logs its metrics if they are due.
 
-        Raises NonFiniteError if the loss or the gradient is not finite.
+        Raises NonFiniteError if the loss or the gradient is not finite, or Rewind if the guard says so.
         """
         jax.block_until_ready(metrics)
         self._timer.finish_step()
         self._trackers.finish_step(step)
-        self._interval_losses.append(metrics["loss"])
+        loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
+        self._skipped_steps += int(skipped)
+        if not skipped:
+            self._interval_losses.append(float(loss))
+        if self.run.guard.skip_nonfinite:
+            self._guard.look(step, float(loss), skipped=bool(skipped))
         if not self.run.track.due(step, self.run.train.steps):
             return
-        values = require_finite(step, metrics)
-        values["loss_mean"], self._interval_losses = float(np.mean(jax.device_get(self._interval_losses))), []
+        values = self._require_finite(step, metrics)
+        values.pop("skipped", None)
+        if self._skipped_steps:
+            values["skipped_steps"], self._skipped_steps = self._skipped_steps, 0
+        if self._interval_losses:
+            values["loss_mean"], self._interval_losses = float(np.mean(self._interval_losses)), []
         step_time_s = self._timer.read()
         if step_time_s is not None:
             values["step_time_s"] = step_time_s
@@ -283,17 +341,22 @@ class Trainer:
         """
         assert self._checkpoints is not None
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:
+            if self._guard.skipped and not force:
+                return  # if the run goes back, then to a checkpoint from before
             if metrics is not None:
-                require_finite(self.completed_steps, metrics)
+                self._require_finite(self.completed_steps, metrics)
             assert self.state is not None
             # The loss of a step is computed before its update, which may be the one that is not finite.
             if not jax.device_get(self.program.all_finite(self.state)):
-                raise NonFiniteError(
-                    f"step {self.completed_steps}: its update made a parameter NaN or infinite; it was not saved: "
-                    "use a lower optim.peak_lr, and check optim.optimizer and optim.schedule"
-                )
+                cause = "its update made a parameter NaN or infinite: check optim.peak_lr and optim.optimizer"
+                raise Rewind(self.completed_steps, self.completed_steps, cause)
+            if self.run.guard.compare_replicas_every is not None:
+                self._replicas.check(self.completed_steps, self.state)
+        record = self._record | {"guard": self._guard.history}
         try:
-            if self._checkpoints.save(self.completed_steps, self.state, self._record, force=force):
+            if self._checkpoints.save(
+                self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force
+            ):
                 self._trackers.log_save(self.completed_steps)
         except StorageError as error:
             if self._peers.count > 1 and not self.run_dir.is_remote:
@@ -301,7 +364,28 @@ class Trainer:
             if self._is_main:
                 _log.error("%s; training goes on, the next save tries again", error)
             if force:  # the error may come from the save before, which runs in the background
-                self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
+                self._checkpoints.save(
+                    self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=True
+                )
+
+    def _new_eval_metrics(self) -> dict[str, float]:
+        """The metrics of an evaluation after the last step; {} without one."""
+        if self._eval_step != self.completed_steps:
+            return {}
+        return {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()}
+
+    def _require_finite(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Copies the metrics of a step to the host; NonFiniteError if one is not finite, unless the guard skips it."""
+        return require_finite(step, metrics, ("lr",) if self.run.guard.skip_nonfinite else ("loss", "grad_norm", "lr"))
+
+    def _compares_replicas_after(self, completed_steps: int) -> bool:
+        every = self.run.guard.compare_replicas_every
+        return every is not None and completed_steps % every == 0
+
+    @cached_property
+    def _replicas(self) -> ReplicaCheck:
+        assert isinstance(self.program.mesh, jax.sharding.Mesh)
+        return ReplicaCheck(self.program.mesh, self.program.state)
 
     # Results
 
@@ -310,10 +394,10 @@ class Trainer:
         """The train state on the devices; before `train`, the newest checkpoint, or None without one."""
         if self._state is None and self.run_dir.has_checkpoints():
             with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
-                if step := checkpoints.latest_step():
+                if checkpoints.all_steps():
                     self.run_dir.check(self._loaded.run, self.dataset)
-                    self._state = checkpoints.restore(step, self.program.state)
-                    self.completed_steps = step
+                if newest := checkpoints.newest(partial(checkpoints.restore, abstract_state=self.program.state)):
+                    self.completed_steps, self._state = newest
         return self._state
 
     @state.setter
@@ -400,8 +484,12 @@ class Trainer:
         """
         assert self._checkpoints is not None
         if self.completed_steps:
-            state = self._checkpoints.restore(self.completed_steps, self.program.state)
+            newest = self._checkpoints.newest(partial(self._checkpoints.restore, abstract_state=self.program.state))
+            assert newest is not None
+            self.completed_steps, state = newest  # an older one if the newest is damaged
+            self._guard = Guard(self.run.guard, self._checkpoints.load_record(self.completed_steps).get("guard"))
             return state, self.run_dir.existing_record().get("init")
+        self._guard = Guard(self.run.guard)
         if self.run.init is None:
             return self.program.init(jax.random.key(self.run.seed)), None
         loaded = load_params(self.run.init, self.program)
@@ -411,7 +499,7 @@ class Trainer:
 
     def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on."""
-        config, start = self.run.train, self.completed_steps
+        config, start = self._train_config, self.completed_steps
         batches = BatchLoader(
             self.run.data,
             self.dataset.train,
@@ -419,7 +507,7 @@ class Trainer:
             rows=self._rows,
             start_step=start,
             steps=config.steps - start,
-            sample_ids=self.dataset.sample_ids,
+            sample_ids=lambda step, rows: self.dataset.sample_ids(config.batch_of_step(step), rows),
         )
         with Prefetcher(batches, self._place) as self._loader:
             start_s = time.monotonic()
@@ -431,10 +519,12 @@ class Trainer:
         return reason
 
     def _log_evaluation(self) -> None:
-        self._eval_metrics = self.evaluate()
+        self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
         text = self._sample()
         self._timer.pause()
         self._trackers.log(self.completed_steps, self._eval_metrics)
+        if not math.isfinite(loss := self._eval_metrics.get("eval/loss", 0.0)):
+            raise Rewind(self.completed_steps, self.completed_steps, f"the validation loss is {loss}")
         if text is not None:
             self._trackers.log_sample(self.completed_steps, text)
 
@@ -464,7 +554,7 @@ class Trainer:
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         return {
-            **start_record(self._loaded, self.program, self.dataset, command=self._command),
+            **start_record(self._loaded, self.program, self.dataset, command=self._command, decisions=self._decisions),
             "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
             "baselines": self.baselines,
@@ -486,13 +576,13 @@ class Trainer:
         }
 
 
-def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Copies the metrics of a step to the host; NonFiniteError if the loss or the gradient is not finite."""
+def require_finite(step: int, metrics: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, float]:
+    """Copies the metrics of a step to the host; NonFiniteError if one of those named is not finite."""
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    for name in ("loss", "grad_norm", "lr"):
+    for name in names:
         if not math.isfinite(values.get(name, 0.0)):
             raise NonFiniteError(
-                f"step {step}: {name} is {values[name]}; nothing was saved since: start the same command with a lower "
+                f"step {step}: {name} is {values[name]}; nothing was saved since: use name=ANOTHER with a lower "
                 "optim.peak_lr, a longer warmup, or another data.seed"
             )
     return values

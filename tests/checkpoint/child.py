@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from jaxinfra.checkpoint.bucket_backend import BucketBackend
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import tree_bytes
 from jaxinfra.checkpoint.manager import CheckpointManager
@@ -95,8 +98,29 @@ def ended(directory: Path) -> dict[str, Any]:
         return {"error": str(error), "notes": error.__notes__}
 
 
+def golden_state() -> dict[str, Any]:
+    """A state of some dtypes, whatever the versions of JAX and optax."""
+    values = np.arange(64, dtype=np.float32).reshape(8, 8) / 3
+    state = {"step": np.int32(1), "params": {"w": values, "b": values[0].astype("bfloat16")}, "opt_state": [values * 2]}
+    return jax.tree.map(jnp.asarray, state)
+
+
+def golden(directory: Path) -> dict[str, Any]:
+    """Saves it on a disk, and as in a bucket."""
+    for where in ("disk", "bucket"):
+        (directory / where).mkdir(parents=True)
+        with CheckpointManager(directory / where, CheckpointConfig(save_every=1)) as checkpoints:
+            if where == "bucket":
+                backend = BucketBackend(str(directory / where), checkpoints.config, read_only=False)
+                backend.save(1, golden_state(), {"step": 1}, {})
+                backend.wait_until_finished()
+            else:
+                checkpoints.save(1, golden_state(), {"step": 1})
+    return {}
+
+
 SCENES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    scene.__name__: scene for scene in (no_space, ended, killed, memory)
+    scene.__name__: scene for scene in (no_space, ended, killed, memory, golden)
 }
 
 if __name__ == "__main__":

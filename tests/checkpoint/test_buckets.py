@@ -259,9 +259,9 @@ def test_no_such_step(server: Server) -> None:
 
 
 def test_large_arrays_have_several_chunks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxinfra.checkpoint import bucket_backend
+    from jaxinfra.checkpoint import bucket_backend, zarr_chunks
 
-    monkeypatch.setattr(bucket_backend, "_MAX_CHUNK_BYTES", 300)
+    monkeypatch.setattr(zarr_chunks, "MAX_CHUNK_BYTES", 300)
     monkeypatch.setattr(bucket_backend, "_MAX_PENDING_BYTES", 1000)
     url = server.new_url()
     expected = saved(url, 1, fsdp=2)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.errors import CheckpointError, StorageError
+from jaxinfra.errors import StorageError
 from tests.refusals import names, raises
 
 from .child import random_state
@@ -95,25 +94,6 @@ def test_failed_save_is_a_note_of_the_error_that_ended_the_run(tmp_path):
     names(note, f"{tmp_path}/1: File too large; none;")
 
 
-@pytest.mark.parametrize("damage", ["truncate", "state", "record"])
-def test_damaged_step_is_an_error(tmp_path, damage):
-    mesh = make_mesh(fsdp=2)
-    state = random_state(0, 256)
-    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(step, state, {})
-        checkpoints.wait_until_finished()
-        if damage == "truncate":
-            for path in (tmp_path / "2" / "state").glob("**/d/*"):
-                os.truncate(path, path.stat().st_size // 2)
-        else:
-            shutil.rmtree(tmp_path / "2" / damage)
-        with raises(CheckpointError, f"{tmp_path}/2: steps: 1"):
-            checkpoints.restore(2, abstract(state, mesh))
-            checkpoints.load_record(2)
-        assert_same(checkpoints.restore(1, abstract(state, mesh)), state)
-
-
 def test_unwritable_directory_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "run", "/proc/jaxinfra"):
@@ -142,7 +122,7 @@ def test_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", refuse)
             checkpoints.save(2, state, {})
-            with raises(StorageError, "2: Permission denied; 1, 2"):
+            with raises(StorageError, "2: deleting older steps Permission denied; 2"):
                 checkpoints.wait_until_finished()
         checkpoints.save(3, state, {})
         checkpoints.wait_until_finished()

@@ -17,8 +17,8 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
-from tests.refusals import preempted
-from tests.tiny_run import STEPS, Tiny, contents, ended, summary
+from tests.refusals import names, preempted, refused
+from tests.tiny_run import STEPS, Tiny, contents, ended, launch, summary
 
 RECIPES = {
     "plain": [],
@@ -93,6 +93,64 @@ def test_go_on_after_a_kill(begun: Tiny, stopped: Path) -> None:
     rows = read_metrics(begun.directory() / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval/loss" in row] == [5, 10, STEPS]
     assert_same_bits(saved(begun, begun.directory(), STEPS), saved(begun, stopped.parent / "whole", STEPS))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_newest(directory: Path, part: str = "params") -> Path:
+    """Flips a bit of the largest file of a part of the newest checkpoint; returns the checkpoint."""
+    checkpoints = directory / "checkpoints"
+    newest = max((path for path in checkpoints.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    files = [path for path in newest.glob(f"{part}/**/*") if path.is_file()]
+    flip(max(files, key=lambda path: path.stat().st_size))
+    return newest
+
+
+@pytest.fixture
+def killed(tiny: Tiny) -> Tiny:
+    """A run that was killed after step 12, and has saved steps 5 and 10."""
+    assert tiny.launch("checkpoint.keep_last=9", "track.console=off").code == 0
+    shutil.rmtree(tiny.directory() / "checkpoints" / str(STEPS))
+    return tiny
+
+
+def test_go_on_from_before_a_damaged_checkpoint(killed: Tiny, stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The steps since the last intact one are done again, and nothing else is different."""
+    directory, whole = killed.directory(), killed.losses()
+    damaged = flip_newest(directory, "opt_state")
+    ended = killed.launch()
+    assert ended.code == 0 and "at step 5 of 12" in ended.out, ended
+    (warning,) = caplog.messages
+    names(warning, f"{damaged}: damaged: opt_state/ {damaged}.damaged step 5")
+    assert Path(f"{damaged}.damaged").is_dir() and killed.losses() == whole
+    assert_same_bits(saved(killed, directory, STEPS), saved(killed, stopped.parent / "whole", STEPS))
+    # A command that only reads says the same, and changes nothing.
+    caplog.clear()
+    newest = flip_newest(directory)
+    shown = launch("evaluate", str(directory))
+    assert shown.code == 0 and "step 10" in shown.out and newest.is_dir(), shown
+    names(caplog.messages[-1], f"{newest}: damaged: params/ step 10")
+    refused(launch("evaluate", f"{directory}@{STEPS}"), f"{newest}: params/", code=79)
+
+
+def test_a_folder_without_a_manifest_is_no_progress(begun: Tiny) -> None:
+    (begun.directory() / "checkpoints" / str(STEPS + 10)).mkdir()
+    ended = begun.launch()
+    assert ended.code == 0 and "at step 10 of 12" in ended.out, ended
+
+
+def test_no_intact_checkpoint_is_no_new_start(killed: Tiny) -> None:
+    losses = killed.losses()
+    for path in (killed.directory() / "checkpoints").glob("*/manifest.json"):
+        flip(path)
+    for _ in range(2):
+        reasons = f"{killed.directory()}/checkpoints: step 10: manifest.json step 5: manifest.json"
+        refused(killed.launch(), reasons, code=79)
+    assert killed.losses() == losses
 
 
 @pytest.mark.jax_range

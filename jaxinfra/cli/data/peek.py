@@ -25,10 +25,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the rows of the global batch that the process reads; ConfigError if there is no such process."""
     if options.rank >= options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
-    data, global_batch, rows, hint = _data_and_rows(options)
+    data, global_batch, rows, hint, before = _data_and_rows(options)
     if options.step > (last := _MAX_SAMPLES // global_batch):
         raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last} or less")
-    before = options.step - 1  # the code counts steps from 0
     opened = data.open(hint=hint)
     ids = opened.sample_ids(before, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
@@ -38,8 +37,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str]:
-    """Returns the data, the global batch size, the rows of the process, and the command that prepares the data."""
+def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str, int]:
+    """Returns data, global batch size, rows of the process, the command that prepares the data, and the batch.
+
+    The batch is counted from 0, in the order of the data.
+    """
     config = load(options.config, options.overrides, imports=options.imports).run  # a run or a data config
     validate(config)
     size = options.global_batch
@@ -47,14 +49,14 @@ def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.nda
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
         rows, hint = batch_rows(config, options.rank, options.of), config_argument.prepare_command(options, config)
-        return config.data, config.train.global_batch, rows, hint
+        return config.data, config.train.global_batch, rows, hint, config.train.batch_of_step(options.step - 1)
     if not hasattr(config, "modality") or not hasattr(config, "open"):
         raise ConfigError(f"{options.config}: is neither a run nor data; use a run such as configs/quickstart.py")
     if size is None or not 1 <= size <= _MAX_BATCH or size % options.of:
         fix = f"use --global-batch {8 * options.of}"
         raise ConfigError(f"--global-batch {size}: {options.config} is data without a batch size; {fix}")
     num_rows = size // options.of  # each rank has a range of rows, as on a mesh whose first axes shard the batch
-    return config, size, np.arange(num_rows * options.rank, num_rows * (options.rank + 1)), PREPARE
+    return config, size, np.arange(num_rows * options.rank, num_rows * (options.rank + 1)), PREPARE, options.step - 1
 
 
 def batch_rows(run: Run, rank: int, of: int) -> np.ndarray:

@@ -1,0 +1,132 @@
+"""Watches the losses of a run: skipped steps, spikes, and the decision to go back to a checkpoint.
+
+All processes see the same losses, so they decide the same. What was decided is in the run record: the batches that are
+left out become `train.skip_batches`, so a resumed run and a replay leave out the same ones.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from jaxinfra.errors import NonFiniteError
+from jaxinfra.run import GuardConfig, TrainConfig
+
+_log = logging.getLogger(__name__)
+_TO_STANDARD = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
+_LEAST_DEVIATION = 1e-3
+"""Smallest deviation that counts, relative to the median: losses that hardly vary have no spikes."""
+
+
+class Rewind(NonFiniteError):
+    """Ends the steps of a run, to go on from an earlier checkpoint; outside of `Trainer.train` it ends the run.
+
+    Attributes:
+        step: number of steps that were completed, the bad ones included.
+        first_bad: number of the first bad step, counted from 1.
+        cause: what was bad, for people.
+    """
+
+    def __init__(self, step: int, first_bad: int, cause: str) -> None:
+        super().__init__(f"step {step}: {cause}")
+        self.step, self.first_bad, self.cause = step, first_bad, cause
+
+
+class Decision(NamedTuple):
+    """A decision to go back.
+
+    Attributes:
+        step: number of steps that were completed then.
+        to: number of completed steps of the checkpoint that the run goes back to; 0 for its start.
+        skip: range of batches that are left out from now on.
+        cause: what was bad.
+    """
+
+    step: int
+    to: int
+    skip: tuple[int, int]
+    cause: str
+
+
+class Guard:
+    """Looks at each step of a run, in order."""
+
+    def __init__(self, config: GuardConfig, history: Mapping[str, Any] | None = None) -> None:
+        """Goes on from a `history`, which is saved with each checkpoint."""
+        history = history or {"losses": [], "skipped": 0}
+        self._config = config
+        self._losses = deque[float](history["losses"], maxlen=config.window)
+        self.skipped: int = history["skipped"]
+        """Number of skipped steps up to the last one, in a row."""
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What the next start needs to decide the same, as JSON."""
+        return {"losses": [*self._losses] if self._config.spike is not None else [], "skipped": self.skipped}
+
+    def look(self, step: int, loss: float, *, skipped: bool) -> None:
+        """Looks at a completed step, counted from 1; raises Rewind if the run must go back."""
+        self.skipped = self.skipped + 1 if skipped else 0
+        if skipped:
+            if self.skipped == 1:
+                _log.warning("step %d: the loss (%s) or the gradient is not finite; its update is skipped", step, loss)
+            if self.skipped >= self._config.max_nonfinite:
+                first = step - self.skipped + 1
+                raise Rewind(step, first, f"the loss or the gradient was not finite in {self.skipped} steps in a row")
+        elif (cause := self._spike(loss)) is not None:
+            raise Rewind(step, step, cause)
+        else:
+            self._losses.append(loss)
+
+    def _spike(self, loss: float) -> str | None:
+        """Returns what is wrong with a loss."""
+        if self._config.spike is None or len(self._losses) < self._config.window:
+            return None
+        middle = median(self._losses)
+        deviation = _TO_STANDARD * median(abs(each - middle) for each in self._losses)
+        deviation = max(deviation, _LEAST_DEVIATION * abs(middle))
+        if loss <= middle + self._config.spike * deviation:
+            return None
+        return f"the loss {loss:.4f} is {(loss - middle) / deviation:.1f} deviations above its median {middle:.4f}"
+
+
+def decide(rewind: Rewind, to: int, train: TrainConfig, guard: GuardConfig, earlier: Sequence[Decision]) -> Decision:
+    """Returns the decision to go back to a checkpoint; raises NonFiniteError if the run has done so before.
+
+    Args:
+        rewind: what was bad.
+        to: number of completed steps of the newest checkpoint from before.
+        train: with the batches that have been left out so far.
+        guard: the policy.
+        earlier: the decisions so far.
+    """
+    if any(each.to == to for each in earlier):
+        raise NonFiniteError(
+            f"step {rewind.step}: {rewind.cause}, again after the run has gone back to step {to} and left out batches; "
+            f"use a lower optim.peak_lr with name=ANOTHER, or look at the data of these batches with data peek"
+        )
+    skip = train.batch_of_step(to), train.batch_of_step(rewind.step - 1) + 1 + guard.skip_batches
+    return Decision(rewind.step, to, skip, rewind.cause)
+
+
+def with_decisions(
+    skip_batches: Sequence[tuple[int, int]], decisions: Sequence[Decision]
+) -> tuple[tuple[int, int], ...]:
+    """Returns the ranges of batches to leave out, joined where they touch or overlap."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted({*map(tuple, skip_batches), *(each.skip for each in decisions)}):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def decode_decisions(record: Mapping[str, Any]) -> list[Decision]:
+    """Returns the decisions in a run record."""
+    return [
+        Decision(each["step"], each["to"], (each["skip"][0], each["skip"][1]), each["cause"])
+        for each in record.get("decisions", ())
+    ]

@@ -1,0 +1,141 @@
+"""Notices of the clouds, from servers that answer as theirs do."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.runtime import maintenance
+from tests.refusals import raises
+
+GOOGLE, AZURE = "/computeMetadata/v1/instance", "/metadata/scheduledevents?api-version=2020-07-01"
+MAINTENANCE, EC2 = f"{GOOGLE}/maintenance-event", "/latest/meta-data/spot/instance-action"
+
+
+class Cloud:
+    """A metadata server: answers by path, None for 404. It asks for the headers that the real ones need."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str] = {
+            f"{GOOGLE}/preempted": "FALSE",
+            f"{GOOGLE}/maintenance-event": "NONE",
+            "/latest/api/token": "secret",
+            "/metadata/instance/compute/name?api-version=2021-02-01&format=text": "vm_1",
+            AZURE: json.dumps({"DocumentIncarnation": 1, "Events": []}),
+        }
+        self.asked = threading.Semaphore(0)
+        cloud = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                needed = {"/comp": ("Metadata-Flavor", "Google"), "/meta": ("Metadata", "true")}
+                name, value = needed.get(self.path[:5], ("X-aws-ec2-metadata-token", "secret"))
+                answer = cloud.answers.get(self.path) if self.headers[name] == value else None
+                self._answer(answer)
+
+            def do_PUT(self) -> None:
+                self._answer(cloud.answers[self.path] if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else None)
+
+            def _answer(self, answer: str | None) -> None:
+                self.send_response(404 if answer is None else 200)
+                self.end_headers()
+                self.wfile.write((answer or "").encode())
+                cloud.asked.release()
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.server.server_port}"
+
+    def environment(self, name: str) -> dict[str, str]:
+        url = f"http://{self.address}"
+        addresses = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": url, "AZURE_METADATA_ENDPOINT": url}
+        return {"JAXINFRA_METADATA": name, "GCE_METADATA_HOST": self.address, **addresses}
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    made = Cloud()
+    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.server.shutdown()
+    thread.join()
+    made.server.server_close()
+
+
+def event(kind: str, machine: str) -> str:
+    return json.dumps({"Events": [{"EventType": kind, "Resources": [machine], "NotBefore": "Mon, 19 Sep 2026"}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "quiet", "answer", "words"),
+    [
+        ("google", f"{GOOGLE}/preempted", "FALSE", "TRUE", "spot"),
+        (
+            "google",
+            f"{GOOGLE}/maintenance-event",
+            "MIGRATE_ON_HOST_MAINTENANCE",
+            "TERMINATE_ON_HOST_MAINTENANCE",
+            "host",
+        ),
+        ("aws", EC2, None, json.dumps({"action": "terminate", "time": "2026-09-18T08:22:00Z"}), "terminate at 2026"),
+        ("azure", AZURE, event("Preempt", "vm_2"), event("Preempt", "vm_1"), "Preempt, not before Mon"),
+        ("azure", AZURE, event("Freeze", "vm_1"), event("Reboot", "vm_1"), "Reboot"),
+    ],
+)
+def test_a_notice_is_heard_once(cloud: Cloud, name: str, path: str, quiet: str, answer: str, words: str) -> None:
+    heard, arrived = [], threading.Event()
+
+    def hear(notice: str) -> None:
+        heard.append(notice)
+        arrived.set()
+
+    if quiet is not None:
+        cloud.answers[path] = quiet
+    with maintenance.listen(cloud.environment(name), hear, poll_s=0.01):
+        for _ in range(8):
+            assert cloud.asked.acquire(timeout=30)
+        assert not heard
+        cloud.answers[path] = answer
+        assert arrived.wait(30)
+    assert len(heard) == 1 and words in heard[0]
+
+
+def test_a_server_that_is_away_costs_a_warning(cloud: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+    environment = cloud.environment("google") | {"GCE_METADATA_HOST": "127.0.0.1:9"}
+    with maintenance.listen(environment, lambda notice: None, poll_s=0.001):
+        for _ in range(1000):
+            if caplog.messages:
+                break
+            threading.Event().wait(0.01)
+    assert len(caplog.messages) == 1 and "not heard" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "cloud_name"),
+    [
+        ("product_name", "Google Compute Engine\n", "google"),
+        ("sys_vendor", "Amazon EC2\n", "aws"),
+        ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77\n", "azure"),
+        ("product_name", "KVM\n", None),
+    ],
+)
+def test_the_firmware_names_the_cloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, cloud_name: str | None
+) -> None:
+    monkeypatch.setattr(maintenance, "_FIRMWARE", tmp_path)
+    (tmp_path / file).write_text(text)
+    assert maintenance._cloud_of_firmware() == cloud_name
+
+
+def test_an_unknown_cloud_is_refused() -> None:
+    expected = raises(ConfigError, "JAXINFRA_METADATA=gcp: google, aws, azure off")
+    with expected, maintenance.listen({"JAXINFRA_METADATA": "gcp"}, print):
+        pass
