@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.restart_policy import DEFAULT_MAX_PER_HOUR
 
 CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"
@@ -126,6 +127,13 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
+    supervised = parser.add_argument_group("restarts")
+    what = (
+        "start the run again when it is stopped, killed or loses a process, but not at an error that would come again"
+    )
+    supervised.add_argument("--supervise", action="store_true", help=what)
+    what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
+    _add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
     _add_processes(parser)
 
 
@@ -284,7 +292,10 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
 )
 JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
 """The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
-DEVICE_OPTIONS = ("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout")
+DEVICE_OPTIONS = (
+    *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
+    *("supervise", "max-restarts-per-hour"),
+)
 """Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}

@@ -8,7 +8,7 @@ each process also holds a TCP connection to process 0, served by a thread, which
   then leave with the code of `PeerLostError`, also where a collective operation would block them forever.
 - A process that leaves with an error sends it, and all others leave with the same code.
 - `Peers.gather` exchanges small values.
-- A request to stop one process stops all after the same step (`stop_agreement`).
+- A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
 The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
 one of the same host. Neither asks who connects: use them only inside a trusted network.
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import override
+from typing import NoReturn, override
 
 from jaxinfra import __version__
 from jaxinfra.errors import (
@@ -34,7 +34,8 @@ from jaxinfra.errors import (
 )
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Json, ProtocolError, connect, listen
 from jaxinfra.runtime.peer_hub import Hub
-from jaxinfra.runtime.peers import GRACE_S, Peers
+from jaxinfra.runtime.peers import GRACE_S, INTERRUPTED, Peers
+from jaxinfra.runtime.step_agreement import Action
 from jaxinfra.user_code import Ending, ending_of
 
 JOIN_S = 300.0
@@ -194,11 +195,26 @@ class ConnectedPeers(Peers):
         self._connection.close()
 
     @override
-    def request_stop(self, reason: str) -> None:
+    def request(self, action: Action, reason: str) -> None:
         if self._leaving.is_set():
-            self.exit(Preempted.exit_code, self.stop.describe(reason))
+            super()._act_without_steps(action, reason)
         with suppress(OSError):  # process 0 has gone, and the receiving thread says so
-            self._connection.send(kind="stop", reason=reason)
+            self._connection.send(kind="ask", action=action, reason=reason)
+
+    @override
+    def _act_without_steps(self, action: Action, reason: str) -> None:
+        if action == "stop":
+            with self.exit_lock:
+                self._disconnect(Ending(Preempted.exit_code, ""))
+                super()._act_without_steps(action, reason)
+        elif self.index == 0:
+            super()._act_without_steps(action, reason)
+
+    @override
+    def interrupt(self) -> NoReturn:
+        with self.exit_lock:
+            self._disconnect(Ending(INTERRUPTED, "interrupted"))
+            super().interrupt()
 
     def _receive(self, joined: Future[Sequence[str]]) -> None:
         """The thread that receives messages, until this process leaves."""
@@ -209,17 +225,15 @@ class ConnectedPeers(Peers):
                         joined.set_result(message["hosts"])
                     case "values" if self._failure is None:
                         self._answers.pop(message["round"]).set_result(message["values"])
-                    case "stop":
-                        self.stop.request(message["reason"])
-                        training, step = self.stop.promise
+                    case "request":
+                        number = message["number"]
+                        training, step = self.agreement.request(number, message["action"], message["reason"])
                         with suppress(ConnectionError):  # the next message says so
-                            self._connection.send(kind="promise", training=training, step=step)
-                    case "last_step" if message["step"] is None:
-                        with self.exit_lock:
-                            self._disconnect(Ending(Preempted.exit_code, ""))
-                            self.exit(Preempted.exit_code, self.stop.describe(message["reason"]))
-                    case "last_step":
-                        self.stop.decide(message["training"], message["step"])
+                            self._connection.send(kind="promise", number=number, training=training, step=step)
+                    case "agreed":
+                        self.agreement.decide(message["number"], message["training"], message["step"])
+                        if message["step"] is None:
+                            self._act_without_steps(message["action"], message["reason"])
                     case "failure":
                         self._fail(error_of_code(*message["error"]), joined)
             self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
@@ -239,7 +253,7 @@ class ConnectedPeers(Peers):
         if not self._failed.is_set():
             self._failure = error
             self._failed.set()
-            self.stop.fail(error)
+            self.agreement.fail(error)
             for answer in list(self._answers.values()):  # the main thread may add one
                 answer.set_exception(error)
             if not joined.done():

@@ -26,9 +26,10 @@ _FIELDS = {
     "beat": set[str](),
     "value": {"round", "value"},
     "values": {"round", "values"},
-    "stop": {"reason"},
-    "promise": {"training", "step"},
-    "last_step": {"training", "step", "reason"},
+    "ask": {"action", "reason"},
+    "request": {"number", "action", "reason"},
+    "promise": {"number", "training", "step"},
+    "agreed": {"number", "training", "step", "action", "reason"},
     "failure": {"error"},
     "leave": {"error"},
 }

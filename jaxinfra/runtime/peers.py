@@ -3,6 +3,8 @@
 `Peers` is a run of one process. `join` makes a run of several (`ConnectedPeers`); then these are `current_peers`.
 """
 
+import itertools
+import logging
 import os
 import socket
 import sys
@@ -14,11 +16,15 @@ from typing import NoReturn, Self
 
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.runtime.peer_connection import Json
-from jaxinfra.runtime.stop_agreement import StopAgreement, last_step
+from jaxinfra.runtime.step_agreement import Action, StepAgreement, agreed_step
 
+INTERRUPTED = 130
+"""Exit code after an interrupt, 128 + SIGINT, as a shell has it."""
 GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, and then the last calls, before the process is ended."""
 _SHOW_CURSOR = "\x1b[?25h"
+
+_log = logging.getLogger(__name__)
 
 
 class Peers:
@@ -28,7 +34,7 @@ class Peers:
         index: of this process.
         count: number of processes.
         hosts: the host of each process.
-        stop: when this process stops, if one is asked to.
+        agreement: the step after which all stop, or save, if one is asked to.
         last_calls: what `exit` calls, such as to remove a temporary folder.
         exit_lock: of the thread that ends the process; another one that would leave, too, waits for that end.
     """
@@ -37,17 +43,33 @@ class Peers:
 
     def __init__(self) -> None:
         self.hosts: Sequence[str] = (socket.gethostname(),)
-        self.stop = StopAgreement()
+        self.agreement = StepAgreement()
+        self._requests = itertools.count(1)
         self.last_calls: list[Callable[[], object]] = []
         self.exit_lock = threading.RLock()
 
-    def request_stop(self, reason: str) -> None:
-        """Stops all processes after the same step; ends them at once, with code 75, before the first one."""
-        self.stop.request(reason)
-        promise = self.stop.promise
-        if (step := last_step([promise])) is None:
-            self.exit(Preempted.exit_code, self.stop.describe(reason))
-        self.stop.decide(promise.training, step)
+    def request(self, action: Action, reason: str) -> None:
+        """Makes all processes stop, or save, after the same step.
+
+        Before the first step, and outside of a training, a request to stop ends them at once, with code 75.
+        """
+        number = next(self._requests)
+        promise = self.agreement.request(number, action, reason)
+        step = agreed_step([promise])
+        self.agreement.decide(number, promise.training, step)
+        if step is None:
+            self._act_without_steps(action, reason)
+
+    def _act_without_steps(self, action: Action, reason: str) -> None:
+        """Does what was asked for where there is nothing to save."""
+        if action == "save":
+            _log.warning("%s: nothing to save before the first step", reason)
+        else:
+            self.exit(Preempted.exit_code, self.agreement.describe(reason))
+
+    def interrupt(self) -> NoReturn:
+        """Ends this process at once, with code 130; the others leave, too. What is being saved is given up."""
+        self.exit(INTERRUPTED, "error: interrupted")
 
     def exit(self, code: int, text: str = "") -> NoReturn:
         """Prints a text and ends the process, from any thread.

@@ -42,7 +42,8 @@ from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
-from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.formatting import flatten
@@ -110,7 +111,7 @@ class Trainer:
         self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
-        self._trackers, self._timer = MultiTracker(), StepTimer()
+        self._trackers, self._timer, self._step_writer = MultiTracker(), StepTimer(), StepWriter()
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
@@ -124,6 +125,7 @@ class Trainer:
         self._interval_losses: list[float] = []  # since the last log
         self._skipped_steps = 0  # since the last log
         self._logged_wait_s = 0.0
+        self._pending: tuple[int, Metrics] | None = None  # the step whose metrics are not reported yet
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
 
     # Training
@@ -138,7 +140,7 @@ class Trainer:
             dataset, steps = self.dataset, self.run.train.steps
         self.require_equal_processes()
         with (
-            RunStopRequest() as stop,
+            RunSignals() as signals,
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
@@ -172,7 +174,7 @@ class Trainer:
             with self._peers.naming_causes(), self.program.on_mesh:
                 while summary is None:  # once more if the guard goes back to a checkpoint
                     with self._make_trackers() as self._trackers:
-                        reason, summary = self._train_from_checkpoint(stop.stops_after, statistics)
+                        reason, summary = self._train_from_checkpoint(signals, statistics)
         if reason is not None:
             raise Preempted(
                 f"{self.run_dir.location}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
@@ -186,7 +188,7 @@ class Trainer:
         return make_trackers(self.run.track, self.run_dir.path, self.run_dir.location, self._owned.check)
 
     def _train_from_checkpoint(
-        self, stops_after: Callable[[int], str | None], statistics: RunStatistics
+        self, signals: RunSignals, statistics: RunStatistics
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Trains from the newest checkpoint on, or from the start, and saves.
 
@@ -204,12 +206,10 @@ class Trainer:
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
         start_s = time.monotonic()
         try:
-            reason = self._fit_dataset(stops_after)
+            reason = self._fit_dataset(signals)
         except Rewind as rewind:
             self._go_back(rewind)
             return None, None
-        self.save(force=True)
-        self._checkpoints.wait_until_finished()
         wall_s = time.monotonic() - start_s
         summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
         self._trackers.log_summary(summary)
@@ -236,46 +236,50 @@ class Trainer:
         self,
         batches: Iterable[tuple[int, dict[str, jax.Array]]],
         stops_after: Callable[[int], str | None] = lambda completed_steps: None,
+        saves_after: Callable[[int], str | None] = lambda completed_steps: None,
     ) -> str | None:
         """Trains until the batches end or `stops_after` returns a reason, and returns that.
 
-        `stops_after` is called after each step with the number of completed steps. `batches` are pairs of the steps
-        before it, from `completed_steps` on, and arrays on the devices. Raises NonFiniteError if the numbers go wrong,
-        see `GuardConfig`.
+        `saves_after` and then `stops_after` are called after each step with the number of completed steps; a reason to
+        save saves a step that is not due. `batches` are pairs of the steps before it, from `completed_steps` on, and
+        arrays on the devices. Raises NonFiniteError if the numbers go wrong, see `GuardConfig`.
         """
         assert self.state is not None
         config, reason = self.run.train, None
-        # The step whose metrics are not reported yet: one step late, so that the devices work while the host waits.
-        pending: tuple[int, Metrics] | None = None
+        self._pending = None
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
             self.state, metrics = self.program.train_step(self.state, batch)
-            if pending is not None:
-                self.report(*pending)
+            self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
                 self._owned.lease.check()
             self.completed_steps = step + 1
-            pending = (self.completed_steps, metrics)
+            self._pending = (self.completed_steps, metrics)
             evaluates = config.evaluates_after(self.completed_steps)
             profile_ends = self._profiler.ends_after(self.completed_steps)
-            saves = self.completed_steps % self.run.checkpoint.save_every == 0
+            asked = saves_after(self.completed_steps) is not None
+            saves = asked or self.completed_steps % self.run.checkpoint.save_every == 0
             if evaluates or profile_ends or saves:  # a checkpoint has all metrics up to its step beside it
-                self.report(*pending)
-                pending = None
+                self._report_pending()
             if profile_ends:
                 self._finish_profile()
             if evaluates:
                 self._log_evaluation()
             if self._compares_replicas_after(self.completed_steps):
                 self._replicas.check(self.completed_steps, self.state)
-            self.save(metrics)
+            self.save(metrics, force=asked)
             if reason := stops_after(self.completed_steps):
                 break
-        if pending is not None:
-            self.report(*pending)
-            self._require_finite(*pending)
+        if (last := self._pending) is not None:
+            self._report_pending()
+            self._require_finite(*last)
         self._finish_profile()
         return reason if self.completed_steps < config.steps else None
+
+    def _report_pending(self) -> None:
+        if self._pending is not None:
+            self.report(*self._pending)
+            self._pending = None
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, counted from 1, and logs its metrics if they are due.
@@ -285,6 +289,7 @@ class Trainer:
         jax.block_until_ready(metrics)
         self._timer.finish_step()
         self._trackers.finish_step(step)
+        self._step_writer.complete(step)
         loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
         self._skipped_steps += int(skipped)
         if not skipped:
@@ -497,8 +502,8 @@ class Trainer:
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
-    def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
-        """Calls `fit` with the training batches of the run, from the next step on."""
+    def _fit_dataset(self, signals: RunSignals) -> str | None:
+        """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
         config, start = self._train_config, self.completed_steps
         batches = BatchLoader(
             self.run.data,
@@ -509,11 +514,26 @@ class Trainer:
             steps=config.steps - start,
             sample_ids=lambda step, rows: self.dataset.sample_ids(config.batch_of_step(step), rows),
         )
-        with Prefetcher(batches, self._place) as self._loader:
+
+        def is_over() -> bool:
+            """Acts on requests while a batch is late; nothing is saved before the first step."""
+            if self.completed_steps == start:
+                return False
+            self._report_pending()
+            if signals.saves_after(self.completed_steps) is not None:
+                self.save(force=True)
+            return signals.stops_after(self.completed_steps) is not None
+
+        with Prefetcher(batches, self._place, is_over=is_over) as self._loader:
             start_s = time.monotonic()
-            reason = self.fit(self._loader, stops_after)
-            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
+            reason = self.fit(signals.begun(self._loader), signals.stops_after, signals.saves_after)
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
+            if reason is None and self.completed_steps < config.steps:  # the batches have ended before
+                reason = signals.stops_after(self.completed_steps)
+            self.save(force=True)  # before the prefetcher is closed: a read of it may hang
+            assert self._checkpoints is not None
+            self._checkpoints.wait_until_finished()
+            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
             _log.warning("%s", warning)
         return reason
