@@ -48,6 +48,11 @@ BENCHES = {
         parts=("axes", "experts", "schedules"),
         options=("config", "pairs"),
     ),
+    "canonical": BenchmarkSpec(
+        summary="the train step with train.canonical=8 against plain training on the same mesh: time, memory, bytes",
+        parts=("fsdp", "replica"),
+        options=("config", "pairs"),
+    ),
     "processes": BenchmarkSpec(
         summary="2 processes with a device each against 1 process with 2: step, start, a killed process, restart",
         parts=("step", "start", "kill"),
