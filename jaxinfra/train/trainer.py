@@ -10,6 +10,7 @@ checkpoints, and what it reads there it tells the others.
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,6 +36,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, TrainConfig, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location
+from jaxinfra.runtime import maintenance
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.peers import current_peers
@@ -132,6 +134,7 @@ class Trainer:
         self.require_equal_processes()
         with (
             RunSignals() as signals,
+            maintenance.listen(os.environ, lambda notice: self._peers.request("stop", notice)),
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,12 @@ import pytest
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime import maintenance
-from tests.refusals import raises
+from jaxinfra.runtime.peers import Peers
+from jaxinfra.track.jsonl import JsonlTracker
+from tests.refusals import preempted, raises
+from tests.tiny_run import STEPS, Tiny
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
 
 GOOGLE, AZURE = "/computeMetadata/v1/instance", "/metadata/scheduledevents?api-version=2020-07-01"
 MAINTENANCE, EC2 = f"{GOOGLE}/maintenance-event", "/latest/meta-data/spot/instance-action"
@@ -139,3 +144,26 @@ def test_an_unknown_cloud_is_refused() -> None:
     expected = raises(ConfigError, "JAXINFRA_METADATA=gcp: google, aws, azure off")
     with expected, maintenance.listen({"JAXINFRA_METADATA": "gcp"}, print):
         pass
+
+
+def test_a_run_saves_and_stops(tiny: Tiny, cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, request, asked = JsonlTracker.log, Peers.request, threading.Event()
+
+    def ask(self: Peers, *arguments: Any) -> None:
+        request(self, *arguments)
+        asked.set()
+
+    def log_late(self: JsonlTracker, step: int, metrics: Mapping[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 3 and "loss" in metrics:
+            cloud.answers[f"{GOOGLE}/preempted"] = "TRUE"
+            assert asked.wait(30)
+
+    monkeypatch.setattr(Peers, "request", ask)
+    monkeypatch.setattr(JsonlTracker, "log", log_late)
+    monkeypatch.setitem(maintenance.listen.__wrapped__.__kwdefaults__, "poll_s", 0.01)
+    for name, value in cloud.environment("google").items():
+        monkeypatch.setenv(name, value)
+    stopped = tiny.launch("track.console=off")
+    preempted(stopped, f"{tiny.directory()}: notice of Google Cloud spot machine step of {STEPS}, saved")
+    assert max(int(path.name) for path in (tiny.directory() / "checkpoints").iterdir()) < STEPS
