@@ -1,7 +1,7 @@
 """Errors that end a run, each with the exit code that a supervisor acts on.
 
 A message is one line: what is wrong, where, what is allowed, and how to fix it. The command line prints it and exits
-with `exit_code`; `--debug` adds the traceback. Codes 75 and 76 mean "run the same command again"; the others need a
+with `exit_code`; `--debug` adds the traceback. Codes 75 to 77 mean "run the same command again"; the others need a
 person.
 """
 
@@ -22,6 +22,12 @@ class PeerLostError(JaxinfraError):
     """Another process of the run has not joined, was killed or does not answer; the run can be started again."""
 
     exit_code = 76
+
+
+class HungError(JaxinfraError):
+    """No progress within the deadline of a phase; the run can be started again."""
+
+    exit_code = 77
 
 
 class DataError(JaxinfraError):

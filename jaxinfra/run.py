@@ -23,6 +23,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.runtime.profile_config import ProfileConfig
+from jaxinfra.runtime.watchdog_config import WatchdogConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.user_code import user_code_errors
 
@@ -156,6 +157,7 @@ class Run:
         checkpoint: when to save checkpoints.
         track: where to log metrics.
         profile: which steps to profile.
+        watchdog: how long each phase may take before the run counts as hung.
     """
 
     name: Annotated[str, NOT_FINGERPRINTED]
@@ -175,6 +177,7 @@ class Run:
     checkpoint: Annotated[CheckpointConfig, NOT_FINGERPRINTED] = field(default_factory=CheckpointConfig)
     track: Annotated[TrackConfig, NOT_FINGERPRINTED] = field(default_factory=TrackConfig)
     profile: Annotated[ProfileConfig, NOT_FINGERPRINTED] = ProfileConfig()
+    watchdog: Annotated[WatchdogConfig, NOT_FINGERPRINTED] = WatchdogConfig()
 
     @property
     def mesh_fit(self) -> MeshFit:

@@ -57,8 +57,7 @@ class RunDirectory:
         self.path = Path(location)
         if self.is_remote:
             temporary = tempfile.mkdtemp(prefix="jaxinfra-run-")
-            remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
-            current_peers().last_calls.append(remove)
+            _remove_at_end(self, temporary)
             self.path = Path(temporary, self.location.rpartition("/")[2])
             self.path.mkdir()
         self.record = self.path / RECORD_FILE
@@ -196,6 +195,18 @@ class Owned(NamedTuple):
     lease: Lease
     sync: Callable[[], None]
     check: Callable[[], None]
+
+
+def _remove_at_end(owner: RunDirectory, folder: str) -> None:
+    """Removes a folder when its owner is no longer used, or the process ends."""
+    calls = current_peers().last_calls
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        calls.remove(remove)
+
+    calls.append(remove)
+    weakref.finalize(owner, remove)
 
 
 def join_location(root: str, name: str) -> str:

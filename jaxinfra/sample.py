@@ -25,6 +25,8 @@ from jaxinfra.run import Run
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.trained_params import load_params
 
+_PROMPT_TOKENS = 100  # that follow `track.sample_prompt`
+
 PROMPT_BLOCK = 64
 """Prompts are padded to a multiple of this, so that prompts of similar length share one compiled program."""
 
@@ -106,6 +108,16 @@ class Sampler:
                 yield piece
         if rest := decoder.flush():
             yield rest
+
+    def continue_prompt(self, prompt: str) -> str:
+        """Returns a prompt of `track.sample_prompt` with 100 tokens after it; ConfigError if they do not fit."""
+        room = self.room_after(prompt)
+        if room is not None and room < _PROMPT_TOKENS:
+            raise ConfigError(
+                f"{_PROMPT_TOKENS} tokens must fit after the prompt, but learned positions leave {room}; "
+                "use track.sample_prompt=none, or a shorter prompt"
+            )
+        return prompt + "".join(self.stream(prompt, max_tokens=_PROMPT_TOKENS, sampling=SamplingParams()))
 
     def room_after(self, prompt: str) -> int | None:
         """Returns how many tokens fit after a prompt, at least 0; None if the model has no learned positions."""

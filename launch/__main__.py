@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxinfra.cli.main import main
+from jaxinfra.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

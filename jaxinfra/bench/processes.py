@@ -1,7 +1,8 @@
 """`python -m launch bench processes`: what several processes cost, against one process with the same devices.
 
 Two processes with one device each, against one process with two. The steps of both sides alternate, in processes that
-stay. Then it trains as a user would, `python -m launch CONFIG`, kills a process with SIGKILL, and starts again.
+stay. Then it trains as a user would, `python -m launch CONFIG`, kills a process with SIGKILL, and starts again; at last
+`--supervise` does that.
 """
 
 import argparse
@@ -97,11 +98,12 @@ class _Training:
         self._folder, self._name = folder, name
 
     @contextmanager
-    def started(self, count: int) -> Iterator[list[subprocess.Popen[str]]]:
-        """Starts the processes with equal shares of the devices; none survives the block."""
+    def started(self, count: int, *, supervised: bool = False) -> Iterator[list[subprocess.Popen[str]]]:
+        """Starts the processes with equal shares of the devices, or a supervisor for them; none survives the block."""
         environment = emulated_env(NUM_DEVICES) | {"JAX_COMPILATION_CACHE_DIR": str(self._folder / f"compiled-{count}")}
-        shares = _shares(environment) if count > 1 else [{}]
-        command, children = [sys.executable, "-u", "-m", "launch", *self._words], []
+        shares = _shares(environment) if count > 1 and not supervised else [{}]
+        options = ["--supervise", "--processes", str(count)] if supervised else []
+        command, children = [sys.executable, "-u", "-m", "launch", *self._words, *options], []
         with ExitStack() as stack:
             for rank, share in enumerate(shares):
                 log = stack.enter_context((self._folder / f"{self._name}-{rank}.log").open("w"))
@@ -112,11 +114,12 @@ class _Training:
                 children.append(child)
             yield children
 
-    def wait_for_step(self, child: subprocess.Popen[str], number: int = 1) -> float:
-        """Waits until process 0 prints a number of steps; returns the time."""
+    def wait_for_step(self, child: subprocess.Popen[str], number: int = 1, *, resumed: bool = False) -> float:
+        """Waits until process 0 prints a number of steps, those after its next start if `resumed`; returns the time."""
         assert child.stdout is not None
         for line in child.stdout:
-            number -= line.startswith("step") and " loss " in line and "validation" not in line
+            resumed = resumed and not line.startswith("resuming")
+            number -= not resumed and line.startswith("step") and " loss " in line and "validation" not in line
             if number == 0:
                 return time.perf_counter()
         raise command_error(self._words, (self._folder / f"{self._name}-0.log").read_text())
@@ -156,6 +159,7 @@ def kill_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times how long the other process takes to leave after a SIGKILL, and the restart up to the next step."""
     left_s: dict[int, list[float]] = {index: [] for index in range(NUM_DEVICES)}
     restarts_s: Times = {"several": [], "one": []}
+    supervised_s: Times = {"several": [], "one": []}
     with _prepared(options) as folder:
         for number in range(1 + min(options.pairs, MAX_ROUNDS)):
             for index in range(NUM_DEVICES):
@@ -168,10 +172,15 @@ def kill_rows(options: argparse.Namespace) -> Iterator[TableRow]:
                     restarts_s["one"].append(_time_restart(training, 1))
                 else:
                     _time_restart(training, 1)
+            for side, count in (("several", NUM_DEVICES), ("one", 1)):
+                elapsed_s = _time_supervised(_Training(options, folder, f"supervised-{side}-{number}"), count)
+                if number > 0:
+                    supervised_s[side].append(elapsed_s)
     for index, times_s in left_s.items():
         other = NUM_DEVICES - 1 - index
         yield _row(f"SIGKILL of process {index} to exit code 76 of process {other}", times_s, None, "s")
     yield _row("restart after a SIGKILL to the next step", restarts_s["several"], restarts_s["one"], "s")
+    yield _row("SIGKILL to the next step, with --supervise", supervised_s["several"], supervised_s["one"], "s")
 
 
 def _time_kill(training: _Training, index: int) -> float:
@@ -196,6 +205,16 @@ def _time_restart(training: _Training, count: int) -> float:
         for child in children:
             child.send_signal(signal.SIGKILL)
     return elapsed_s
+
+
+def _time_supervised(training: _Training, count: int) -> float:
+    """Kills the last process of a supervised run."""
+    with training.started(count, supervised=True) as (supervisor,):
+        training.wait_for_step(supervisor, STEPS_BEFORE_KILL)
+        ranks = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+        killed_s = time.perf_counter()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        return training.wait_for_step(supervisor, resumed=True) - killed_s
 
 
 CASES: Cases = {"step": step_rows, "start": start_rows, "kill": kill_rows}

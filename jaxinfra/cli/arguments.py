@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.restart_policy import DEFAULT_MAX_PER_HOUR
 
 CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"
@@ -133,6 +134,13 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
+    supervised = parser.add_argument_group("restarts")
+    what = (
+        "start the run again when it is stopped, killed or loses a process, but not at an error that would come again"
+    )
+    supervised.add_argument("--supervise", action="store_true", help=what)
+    what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
+    _add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
     _add_processes(parser)
 
 
@@ -264,6 +272,26 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_goodput(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+    what = "also model the goodput for a mean time between failures, such as 3.1h, 90m or 2d"
+    parser.add_argument("--mtbf", type=_duration_s, metavar="TIME", help=what)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON, to a file or URL")
+
+
+def _duration_s(text: str) -> float:
+    """Parses a time such as 3.1h; ConfigError if it is none, or not positive."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    unit = text[-1:] if text[-1:] in units else "s"
+    try:
+        value = float(text.removesuffix(unit)) * units[unit]
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"--mtbf {text}: expected a time such as 3.1h, 90m, 2d or 600s; use --mtbf 3.1h")
+    return value
+
+
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
@@ -305,6 +333,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
     ("checkpoints", _add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
+    ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),
@@ -312,7 +341,10 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
 )
 JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
 """The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
-DEVICE_OPTIONS = ("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout")
+DEVICE_OPTIONS = (
+    *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
+    *("supervise", "max-restarts-per-hour"),
+)
 """Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}

@@ -10,12 +10,14 @@ import io
 import os
 import platform
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
 from jaxinfra import __version__
+from jaxinfra.cli import early_signals
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
@@ -25,9 +27,17 @@ from jaxinfra.runtime.host_memory import keep_freed_memory
 from jaxinfra.runtime.join import join
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import find_processes
-from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.runtime.restart_policy import RULES
+from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.user_code import ending_of
 
+_MEANINGS = ", ".join(f"{code} {rule.meaning}" for code, rule in RULES.items())
+_AGAIN = ", ".join(str(code) for code, rule in RULES.items() if rule.restarts)
+EXIT_CODES = textwrap.fill(
+    f"exit codes: {_MEANINGS}. After {_AGAIN} run the same command again, as --supervise does. docs/exit-codes.md says "
+    "what to do.",
+    width=116,
+)
 EPILOG = f"""\
 examples:
   {COMMAND} configs/quickstart.py
@@ -41,14 +51,12 @@ examples:
   {COMMAND} evaluate runs/quickstart mesh.fsdp=4 --devices cpu:4
   {COMMAND} checkpoints runs/quickstart verify
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
+  {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs
   {COMMAND} bench processes
   {COMMAND} runs/quickstart/run.json
 
-exit codes: 0 done, 1 a bug, 2 wrong usage, 75 stopped and saved, 76 another process lost (with both, run the same
-command again), 78 data damaged, 79 no usable checkpoint, 80 loss or gradient NaN or infinite, 81 invalid config or
-mesh, 82 no storage, 84 another start trains this run, 130 interrupted. docs/exit-codes.md
-says what to do.
+{EXIT_CODES}
 """
 
 
@@ -162,7 +170,7 @@ def _all_processes(options: argparse.Namespace) -> Iterator[None]:
     if options.command not in JOINING_COMMANDS:
         yield
         return
-    with RunStopRequest(training=False), _joined(options):
+    with RunSignals(training=False, interrupts=options.command == "train"), _joined(options):
         yield
 
 
@@ -210,11 +218,15 @@ def _run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
+        joins, trains = options.command in JOINING_COMMANDS, options.command == "train"
+        early_signals.give_back(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
-        if options.command in JOINING_COMMANDS and options.processes > 1:
+        if trains and options.supervise:
+            return importlib.import_module("jaxinfra.cli.supervise").run(options, argv)
+        if joins and options.processes > 1:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
-        if options.command in JOINING_COMMANDS and _is_one_cpu():
+        if joins and _is_one_cpu():
             keep_freed_memory()
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")

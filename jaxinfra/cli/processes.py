@@ -1,51 +1,67 @@
 """`--processes N`: runs a command in N processes on this machine. It asks JAX for no devices."""
 
 import argparse
-import io
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jaxinfra.cli import bench, config_argument
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.run_dir import join_location
 from jaxinfra.runtime.launcher import launch
 from jaxinfra.runtime.local_processes import process_environments
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
-from jaxinfra.track.runs import parse_source, record_of
 
-_MAIN = "import sys; from jaxinfra.cli.main import main; sys.exit(main())"
+_MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _OPTIONS_OF_ONE = ("coordinator", "process_id", "of")  # options of a process among several
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Starts the processes with their share of the devices, supervises them, and returns the exit code of the run."""
+    from jaxinfra.cli import bench, run_location  # these import JAX, which the supervisor must not
+
+    check_options(options)
+    if options.command == "bench":
+        bench.check_options(options)
+    environments = process_environments(options.processes, options.devices)
+    command = child_command(argv, share_of_devices(options.devices, environments))
+    location = run_location.run_location(options)
+    if location is None:
+        return launch(command, environments, None)
+    with logs_folder(f"{location}/logs") as (logs, _):
+        return launch(command, environments, logs)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError if there are options of one process among several."""
     for name in _OPTIONS_OF_ONE:
         if (value := getattr(options, name)) is not None:
             option = f"--{name.replace('_', '-')} {value}"
             raise ConfigError(f"{option}: is for one of several processes, --processes starts all; leave out one")
-    if options.command == "bench":
-        bench.check_options(options)
-    environments = process_environments(options.processes, options.devices)
-    devices = options.devices
-    if "JAX_NUM_CPU_DEVICES" in environments[0]:
-        devices = f"cpu:{environments[0]['JAX_NUM_CPU_DEVICES']}"
-    command = child_command(argv, devices)
-    location = _logs_location(options)
-    if location is None or not is_remote(location):
-        return launch(command, environments, None if location is None else Path(location))
+
+
+def share_of_devices(devices: str | None, environments: Sequence[Mapping[str, str]]) -> str | None:
+    """Returns the value of --devices for one of the processes."""
+    count = environments[0].get("JAX_NUM_CPU_DEVICES")
+    return devices if count is None else f"cpu:{count}"
+
+
+@contextmanager
+def logs_folder(location: str) -> Iterator[tuple[Path, str]]:
+    """Returns a folder for the logs of a run, and its path or URL for people; a bucket gets copies."""
+    if not is_remote(location):
+        yield Path(location), location
+        return
     with TemporaryDirectory(prefix="jaxinfra-logs-") as folder:
         # A folder of its own for each start: it may meet another start that goes on, and holds no lease.
-        start = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}"
-        mirror = Mirror(Path(folder), ObjectStore(f"{location}/{start}"))
+        url = f"{location}/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}"
+        mirror = Mirror(Path(folder), ObjectStore(url))
         try:
-            return launch(command, environments, Path(folder))
+            yield Path(folder), url
         finally:
             _close(mirror)
 
@@ -59,35 +75,14 @@ def _close(mirror: Mirror) -> None:
 
 
 def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
-    """Returns the command line of one process: this one with other devices and without --processes."""
+    """Returns the command line of one process: this one with other devices, alone and unsupervised."""
     parser = argparse.ArgumentParser(add_help=False)  # knows abbreviations, too
     parser.add_argument("--processes")
     parser.add_argument("--devices")
+    parser.add_argument("--supervise", action="store_true")
+    parser.add_argument("--max-restarts-per-hour")
     words = parser.parse_known_args(argv)[1]
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(argv)]  # such as -m launch
     if [*program, *argv] != sys.orig_argv[1:]:  # a script has called `main`
         program = ["-c", _MAIN]
     return [sys.executable, *program, *words, *(["--devices", devices] if devices else [])]
-
-
-def _logs_location(options: argparse.Namespace) -> str | None:
-    """Returns the folder or URL of the logs in the run's directory; None for a command without a run."""
-    if options.command == "train":
-        return f"{_directory_of_config(options)}/logs"
-    if "run_dir" not in options:
-        return None
-    location, _ = parse_source(options.run_dir)
-    record_of(location)
-    return f"{location}/logs"
-
-
-def _directory_of_config(options: argparse.Namespace) -> str:
-    environment = dict(os.environ)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # a config file that asks JAX for devices must not take those of the processes
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the processes will say the same
-            run = config_argument.load_config(options).run
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-    return join_location(run.root, run.name)

@@ -5,6 +5,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+DATA_REMEDIES = {
+    "reading": "use a store nearer to this machine, or more data.threads",
+    "decoding": "use more data.threads, if there are cores for them",
+    "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
+}
+"""The fix to suggest for each slow stage of the input pipeline."""
+
 MAX_WAIT_FRACTION = 0.05  # a run that waits for data for a larger fraction of its time gets a warning
 
 

@@ -4,11 +4,13 @@ JAX's own service connects the devices, but says neither who is missing nor who 
 each process also holds a TCP connection to process 0, served by a thread, which is independent of the devices:
 
 - At the start all wait for each other. Missing processes are named.
-- A process that is killed closes its connection; one that is stopped, or cut off, is silent for `SILENCE_S`. The others
-  then leave with the code of `PeerLostError`, also where a collective operation would block them forever.
+- A process that is killed closes its connection. The others then leave with the code of `PeerLostError`, also where a
+  collective operation would block them forever.
+- One that is stopped, or cut off, is silent for `SILENCE_S`; one whose watchdog sees no progress says so. All others
+  write their stacks into the run directory, and leave with the code of `HungError`.
 - A process that leaves with an error sends it, and all others leave with the same code.
 - `Peers.gather` exchanges small values.
-- A request to stop one process stops all after the same step (`stop_agreement`).
+- A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
 The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
 one of the same host. Neither asks who connects: use them only inside a trusted network.
@@ -17,15 +19,16 @@ one of the same host. Neither asks who connects: use them only inside a trusted 
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import override
+from typing import NoReturn, override
 
 from jaxinfra import __version__
 from jaxinfra.errors import (
     CheckpointError,
     ConfigError,
+    HungError,
     JaxinfraError,
     PeerLostError,
     Preempted,
@@ -34,7 +37,9 @@ from jaxinfra.errors import (
 )
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Json, ProtocolError, connect, listen
 from jaxinfra.runtime.peer_hub import Hub
-from jaxinfra.runtime.peers import GRACE_S, Peers
+from jaxinfra.runtime.peers import GRACE_S, INTERRUPTED, Peers
+from jaxinfra.runtime.progress import compare, hung_error
+from jaxinfra.runtime.step_agreement import Action
 from jaxinfra.user_code import Ending, ending_of
 
 JOIN_S = 300.0
@@ -126,8 +131,7 @@ class ConnectedPeers(Peers):
         wait_s: float,
         late: str = "another process did not reach the same point of the program",
     ) -> list[Json]:
-        self._rounds[channel] += 1
-        key = f"{channel} {self._rounds[channel]}"
+        key = self._next_round(channel)
         answer = self._answers[key] = Future()
         self.raise_if_lost()
         if self.has_left:
@@ -139,6 +143,33 @@ class ConnectedPeers(Peers):
         except TimeoutError:
             cause = f"{late} within {wait_s:.0f} s"
             raise PeerLostError(f"{self.name_of(self.index)}: {cause}; {AGAIN}") from None
+
+    def _next_round(self, channel: str) -> str:
+        self._rounds[channel] += 1
+        return f"{channel} {self._rounds[channel]}"
+
+    @override
+    def collect(self, value: Json, channel: str, use: Callable[[list[Json]], object]) -> None:
+        key = self._next_round(channel)
+        if self.index == 0:
+            answer = self._answers[key] = Future()
+            answer.add_done_callback(lambda done: None if done.exception() else use([*map(_value, done.result())]))
+        with suppress(OSError):  # the receiving thread says so
+            self._connection.send(kind="value", round=key, value={"value": value}, for_first=True)
+
+    @override
+    def request_stacks(self, why: str) -> None:
+        with suppress(OSError):  # the receiving thread says so
+            self._connection.send(kind="stacks", why=f"{why} to {self.name_of(self.index)}")
+
+    @override
+    def end_hung(self, cause: str) -> None:
+        with suppress(OSError):  # process 0 has gone
+            self._connection.send(kind="hung", cause=cause)
+        if not self._failed.wait(GRACE_S):  # process 0 is stopped, or cut off
+            error = hung_error(f"{self.name_of(self.index)}: {cause}", f"{self.name_of(0)} does not answer")
+            self._fail(error)
+        self._end_process()
 
     @override
     def raise_if_lost(self, wait_s: float = 0.0) -> None:
@@ -194,11 +225,26 @@ class ConnectedPeers(Peers):
         self._connection.close()
 
     @override
-    def request_stop(self, reason: str) -> None:
+    def request(self, action: Action, reason: str) -> None:
         if self._leaving.is_set():
-            self.exit(Preempted.exit_code, self.stop.describe(reason))
+            super()._act_without_steps(action, reason)
         with suppress(OSError):  # process 0 has gone, and the receiving thread says so
-            self._connection.send(kind="stop", reason=reason)
+            self._connection.send(kind="ask", action=action, reason=reason)
+
+    @override
+    def _act_without_steps(self, action: Action, reason: str) -> None:
+        if action == "stop":
+            with self.exit_lock:
+                self._disconnect(Ending(Preempted.exit_code, ""))
+                super()._act_without_steps(action, reason)
+        elif self.index == 0:
+            super()._act_without_steps(action, reason)
+
+    @override
+    def interrupt(self) -> NoReturn:
+        with self.exit_lock:
+            self._disconnect(Ending(INTERRUPTED, "interrupted"))
+            super().interrupt()
 
     def _receive(self, joined: Future[Sequence[str]]) -> None:
         """The thread that receives messages, until this process leaves."""
@@ -209,42 +255,46 @@ class ConnectedPeers(Peers):
                         joined.set_result(message["hosts"])
                     case "values" if self._failure is None:
                         self._answers.pop(message["round"]).set_result(message["values"])
-                    case "stop":
-                        self.stop.request(message["reason"])
-                        training, step = self.stop.promise
+                    case "stacks":
+                        super().request_stacks(message["why"])
+                    case "request":
+                        number = message["number"]
+                        training, step = self.agreement.request(number, message["action"], message["reason"])
                         with suppress(ConnectionError):  # the next message says so
-                            self._connection.send(kind="promise", training=training, step=step)
-                    case "last_step" if message["step"] is None:
-                        with self.exit_lock:
-                            self._disconnect(Ending(Preempted.exit_code, ""))
-                            self.exit(Preempted.exit_code, self.stop.describe(message["reason"]))
-                    case "last_step":
-                        self.stop.decide(message["training"], message["step"])
+                            self._connection.send(kind="promise", number=number, training=training, step=step)
+                    case "agreed":
+                        self.agreement.decide(message["number"], message["training"], message["step"])
+                        if message["step"] is None:
+                            self._act_without_steps(message["action"], message["reason"])
                     case "failure":
                         self._fail(error_of_code(*message["error"]), joined)
             self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
         except TimeoutError:
-            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
-            self._fail(PeerLostError(f"{self.name_of(0)}: {cause}; {AGAIN}"), joined)
+            cause = f"{self.name_of(0)}: was silent for {self._silence_s:.0f} s, stopped or cut off"
+            self._fail(hung_error(cause, compare({self.index: self.progress()}, self.name_of)), joined)
         except ProtocolError as error:
             fix = "check --coordinator or JAX_COORDINATOR_ADDRESS: another program listens there"
             self._fail(ConfigError(f"{self.name_of(0)}: {error.strerror}; {fix}"), joined)
         except OSError as error:
             self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {AGAIN}"), joined, grace_s=0.0)
 
-    def _fail(self, error: JaxinfraError, joined: Future[Sequence[str]], grace_s: float = GRACE_S) -> None:
+    def _fail(
+        self, error: JaxinfraError, joined: Future[Sequence[str]] | None = None, grace_s: float = GRACE_S
+    ) -> None:
         """Records the first error of another process. Without `grace_s`: JAX itself would abort within a moment."""
         if self._leaving.is_set():
             return
         if not self._failed.is_set():
             self._failure = error
+            if isinstance(error, HungError):
+                self.write_stacks(str(error))  # before anybody hears of it and ends the process
             self._failed.set()
-            self.stop.fail(error)
+            self.agreement.fail(error)
             for answer in list(self._answers.values()):  # the main thread may add one
                 answer.set_exception(error)
-            if not joined.done():
+            if joined is not None and not joined.done():
                 joined.set_exception(error)
-        if joined.exception() is not None:  # the main thread raises it
+        if joined is not None and joined.exception() is not None:  # the main thread raises it
             return
         timer = threading.Timer(grace_s, self._end_process)
         timer.daemon = True
@@ -261,7 +311,12 @@ class ConnectedPeers(Peers):
     def _beat(self) -> None:
         with suppress(OSError):  # the receiving thread says so
             while not self._closed.wait(BEAT_S):
-                self._connection.send(kind="beat")
+                self._connection.send(kind="beat", progress=self.progress())
+
+
+def _value(found: Json) -> Json:
+    """Returns the value that a process has sent; None if it has ended its program."""
+    return found.get("value")
 
 
 def _may_come_from_a_peer(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from jaxinfra.runtime.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
 from jaxinfra.runtime.peer_connection import AGAIN, free_port, is_loopback
 from jaxinfra.runtime.peers import Peers, current_peers, set_current_peers
 from jaxinfra.runtime.processes import Processes, find_processes
-from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.user_code import ending_of
 
@@ -61,7 +61,7 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
         raise
     leave_at_exit(peers)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        RunStopRequest(training=False).__enter__()  # for the life of the process
+        RunSignals(training=False, interrupts=False).__enter__()  # for the life of the process
     return peers
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +58,15 @@ class ProcessExit:
     @property
     def text(self) -> str:
         """How it ended, in words."""
+        return f"ended with exit code {self.code}" if self.signal is None else f"was killed by {self.signal}"
+
+    @property
+    def signal(self) -> str | None:
+        """Name of the signal that killed it, or None."""
         number = -self.code
         if number <= 0:
-            return f"ended with exit code {self.code}"
-        return f"was killed by {signal.Signals(number).name if number in signal.Signals else f'signal {number}'}"
+            return None
+        return signal.Signals(number).name if number in signal.Signals else f"signal {number}"
 
     @property
     def is_cause(self) -> bool:
@@ -101,18 +106,23 @@ def launch(
         logs: a folder for `rank-N.log`, StorageError if it is not writable; None keeps no logs.
         patience: for the others when one has failed.
     """
-    with Output(logs, len(environments)) as output:
-        supervisor = _Supervisor(output, patience)
-        with supervisor.handling_signals():
-            ends = supervisor.run(command, environments)
-    cause = find_cause(ends)
-    killed = cause if cause and cause.code < 0 else None
-    output.show_errors(killed and killed.rank)
-    if supervisor.interrupted and any(end.code < 0 for end in ends):
+    launcher = Launcher(patience)
+    with Output(logs, len(environments)) as output, launcher.handling_signals():
+        ends = launcher.run(command, environments, output)
+    killed = show_errors(ends, output)
+    if launcher.interrupted and any(end.code < 0 for end in ends):
         raise KeyboardInterrupt
     if killed:
         output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on")
-    return exit_code(ends, stop_requested=supervisor.stop_requested)
+    return exit_code(ends, stop_requested=launcher.stop_requested)
+
+
+def show_errors(ends: Sequence[ProcessExit], output: Output) -> ProcessExit | None:
+    """Shows the errors of the processes, and returns the one that a signal has killed, which no error names then."""
+    cause = find_cause(ends)
+    killed = cause if cause and cause.code < 0 else None
+    output.show_errors(killed and killed.rank)
+    return killed
 
 
 class _Child:
@@ -147,9 +157,14 @@ class _Child:
             self._sent.add(signal.SIGTERM)
             self._process.terminate()
 
-    def profile(self) -> None:
-        """Sends SIGUSR2."""
-        self._process.send_signal(signal.SIGUSR2)
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def send(self, number: int) -> None:
+        """Sends a signal."""
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """Kills it with all processes that it has started and that are in its session, even if it has ended."""
@@ -163,25 +178,44 @@ class _Child:
         self._process.wait()
 
 
-class _Supervisor:
-    """The running processes, and what they have been asked to do."""
+class Launcher:
+    """The running processes, and what they have been asked to do; it may run them several times.
 
-    def __init__(self, output: Output, patience: Patience) -> None:
+    Attributes:
+        stop_requested: whether a signal has asked to stop.
+        interrupted: whether Ctrl-C came after that.
+    """
+
+    def __init__(self, patience: Patience = Patience()) -> None:
         self.stop_requested = self.interrupted = False
-        self._output, self._patience = output, patience
+        self._patience = patience
+        self._output: Output | None = None
         self._running: list[_Child] = []
 
-    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[ProcessExit]:
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the processes that run."""
+        return [child.pid for child in self._running]
+
+    def run(
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        output: Output,
+        on_start: Callable[[], object] = lambda: None,
+    ) -> list[ProcessExit]:
         """Starts the processes, waits until all have ended, and returns their ends in the order of time."""
+        self._output = output
         ends: list[ProcessExit] = []
         failed_at_s: float | None = None
         try:
             for rank, environment in enumerate(environments):
                 if not self.stop_requested:
-                    self._output.log(rank, f"--- {time.strftime('%F %T')} {shlex.join(command)}")
-                    self._running.append(_Child(rank, command, environment, self._output))
+                    output.log(rank, f"--- {time.strftime('%F %T')} {shlex.join(command)}")
+                    self._running.append(_Child(rank, command, environment, output))
+            on_start()
             while self._running:
-                self._output.relay(_POLL_S)
+                output.relay(_POLL_S)
                 ends += self._collect()
                 if failed_at_s is None and any(end.is_failure for end in ends):
                     failed_at_s = time.monotonic()
@@ -190,10 +224,17 @@ class _Supervisor:
             for child in self._running:
                 child.kill()
                 child.wait()
-        self._output.drain()
+        output.drain()
         for end in ends:
-            self._output.log(end.rank, f"--- process {end.rank} {end.text}")
+            output.log(end.rank, f"--- process {output.first_rank + end.rank} {end.text}")
+        self._output = None
         return ends
+
+    def wait(self, wait_s: float) -> None:
+        """Waits while nothing runs, at most until a signal asks to stop."""
+        deadline_s = time.monotonic() + wait_s
+        while not self.stop_requested and (left_s := deadline_s - time.monotonic()) > 0:
+            time.sleep(min(_POLL_S, left_s))
 
     def _collect(self) -> list[ProcessExit]:
         """Removes the processes that have ended, with those that they have left behind, and returns their ends."""
@@ -220,23 +261,24 @@ class _Supervisor:
             for number in numbers
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
-        previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, lambda *_: self._profile())
-        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._output.resize())
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            previous[number] = signal.signal(number, self._pass_on)
+        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._output and self._output.resize())
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _profile(self) -> None:
-        """Passes SIGUSR2 on to rank 0, which profiles a few steps."""
+    def _pass_on(self, number: int, frame: object) -> None:
+        """Passes a signal on to rank 0: at SIGUSR1 all processes save, at SIGUSR2 rank 0 profiles a few steps."""
         for child in self._running:
             if child.rank == 0:
-                child.profile()
+                child.send(number)
 
     def _handle(self, number: int, frame: object) -> None:
         self.interrupted |= number == signal.SIGINT and self.stop_requested
-        if number == signal.SIGINT and not self.stop_requested:
+        if number == signal.SIGINT and not self.stop_requested and self._output is not None:
             self._output.say("stopping: the processes save and leave; Ctrl-C again kills them")
         self.stop_requested = True
         self._urge(0.0)  # at once: a slow terminal may hold up the loop

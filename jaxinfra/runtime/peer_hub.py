@@ -4,6 +4,7 @@ It waits for all of them, passes values on, and tells the others when one leaves
 process waits in a queue of its own, so that one that is stopped holds up no others.
 """
 
+import itertools
 import socket
 import threading
 import time
@@ -12,9 +13,10 @@ from contextlib import closing, suppress
 from queue import SimpleQueue
 
 from jaxinfra import __version__
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection, Json
-from jaxinfra.runtime.stop_agreement import Promise, are_together, last_step
+from jaxinfra.runtime.progress import compare, hung_error
+from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
 
 class Hub:
@@ -29,8 +31,11 @@ class Hub:
         self._hosts: dict[int, str] = {}
         self._left = set[int]()
         self._values: dict[str, dict[int, Json]] = {}
-        self._stop_reason: str | None = None
-        self._promises: dict[int, Promise] = {}
+        self._for_first = set[str]()  # rounds whose values only process 0 gets
+        self._progress: dict[int, Mapping[str, Json]] = {}
+        self._requests: dict[int, tuple[Action, str]] = {}  # what all are asked for, and why, by number
+        self._promises: dict[int, dict[int, Promise]] = {}  # to each request, by process
+        self._numbers = itertools.count(1)
         self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
@@ -75,21 +80,33 @@ class Hub:
             cause = "was killed"
             while (message := connection.receive()) is not None:
                 if message["kind"] == "value":
-                    self._collect(index, message["round"], message["value"])
-                elif message["kind"] == "stop":
-                    self._request_stop(f"{message['reason']} to {self._name(index)}")
+                    self._collect(index, message["round"], message["value"], for_first="for_first" in message)
+                elif message["kind"] == "beat":
+                    self._progress[index] = message["progress"]
+                elif message["kind"] == "stacks":
+                    self._send_all(kind="stacks", why=message["why"])
+                elif message["kind"] == "hung":
+                    self._fail(self._hung(f"{self._name(index)}: {message['cause']}"))
+                elif message["kind"] == "ask":
+                    self._request(message["action"], f"{message['reason']} to {self._name(index)}")
                 elif message["kind"] == "promise":
-                    self._promise(index, Promise(message["training"], message["step"]))
+                    self._promise(index, message["number"], Promise(message["training"], message["step"]))
                 elif message["kind"] == "leave":
                     self._leave(index, message["error"])
                     return
         except TimeoutError:
-            cause = f"was silent for {self._silence_s:.0f} s, stopped or cut off"
+            cause = None
         except OSError as error:
             cause = error.strerror or str(error)
-        lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
+        if cause is None:
+            lost = self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off")
+        else:
+            lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
         self._fail(lost, cause_index=index)
         self._members[index].put(kind="failure", error=[lost.exit_code, str(lost)])  # it may go on later
+
+    def _hung(self, cause: str) -> HungError:
+        return hung_error(cause, compare(dict(self._progress), self._name))
 
     def _name(self, index: int) -> str:
         return f"process {index} ({self._hosts[index]})"
@@ -126,8 +143,10 @@ class Hub:
             return f"process {index} ({host}): {both}; install the same version on all hosts"
         return None
 
-    def _collect(self, index: int, key: str, value: Json) -> None:
+    def _collect(self, index: int, key: str, value: Json, *, for_first: bool) -> None:
         with self._lock:
+            if for_first:
+                self._for_first.add(key)
             self._values.setdefault(key, {})[index] = value
             self._send_complete()
 
@@ -137,28 +156,40 @@ class Hub:
             if len(values.keys() | self._left) == self._count:
                 del self._values[key]
                 found = [values.get(each, {"done": True}) for each in range(self._count)]
-                self._send_all(kind="values", round=key, values=found)
+                if key in self._for_first:
+                    self._for_first.remove(key)
+                    self._members[0].put(kind="values", round=key, values=found)
+                else:
+                    self._send_all(kind="values", round=key, values=found)
 
-    def _request_stop(self, reason: str) -> None:
-        """Asks all processes for the step that they are going to complete; one request at a time counts."""
+    def _request(self, action: Action, reason: str) -> None:
+        """Makes a request to all processes, unless there is one for the same action already."""
         with self._lock:
-            if self._stop_reason is None:
-                self._stop_reason = reason
-                self._send_all(kind="stop", reason=reason)
+            if all(action != other for other, _ in self._requests.values()):
+                number = next(self._numbers)
+                self._requests[number] = action, reason
+                self._ask(number)
 
-    def _promise(self, index: int, promise: Promise) -> None:
-        """Tells all processes the last step, once each has promised one."""
+    def _ask(self, number: int) -> None:
+        """Asks all processes for the last step that they have begun."""
         with self._lock:
-            self._promises[index] = promise
-            if len(self._promises) < self._count:
+            action, reason = self._requests[number]
+            self._promises[number] = {}
+            self._send_all(kind="request", number=number, action=action, reason=reason)
+
+    def _promise(self, index: int, number: int, promise: Promise) -> None:
+        """Tells all processes the agreed step, once each has promised one."""
+        with self._lock:
+            promises = self._promises[number]
+            promises[index] = promise
+            if len(promises) < self._count:
                 return
-            promises, reason = self._promises.values(), self._stop_reason
-            self._promises, self._stop_reason = {}, None
-            if are_together(promises):
-                step = last_step(promises)
-                self._send_all(kind="last_step", training=promise.training, step=step, reason=reason)
+            if are_together(promises.values()):
+                step, (action, reason) = agreed_step(promises.values()), self._requests.pop(number)
+                words = {"number": number, "training": promise.training, "step": step}
+                self._send_all(kind="agreed", action=action, reason=reason, **words)
                 return
-        again = threading.Timer(BEAT_S, self._request_stop, [reason])
+        again = threading.Timer(BEAT_S, self._ask, [number])
         again.daemon = True
         again.start()
 
@@ -194,7 +225,7 @@ class Hub:
 
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
-            self._send_all(kind="beat")
+            self._send_all(kind="beat", progress={})
 
 
 class _Outbox:

@@ -3,6 +3,8 @@
 `Peers` is a run of one process. `join` makes a run of several (`ConnectedPeers`); then these are `current_peers`.
 """
 
+import itertools
+import logging
 import os
 import socket
 import sys
@@ -12,13 +14,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, Self
 
-from jaxinfra.errors import ConfigError, Preempted
+from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.runtime.peer_connection import Json
-from jaxinfra.runtime.stop_agreement import StopAgreement, last_step
+from jaxinfra.runtime.progress import hung_error, where
+from jaxinfra.runtime.stacks import StackFiles, all_stacks
+from jaxinfra.runtime.step_agreement import Action, StepAgreement, agreed_step
 
+INTERRUPTED = 130
+"""Exit code after an interrupt, 128 + SIGINT, as a shell has it."""
 GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, and then the last calls, before the process is ended."""
 _SHOW_CURSOR = "\x1b[?25h"
+
+_log = logging.getLogger(__name__)
 
 
 class Peers:
@@ -28,26 +36,46 @@ class Peers:
         index: of this process.
         count: number of processes.
         hosts: the host of each process.
-        stop: when this process stops, if one is asked to.
+        agreement: the step after which all stop, or save, if one is asked to.
         last_calls: what `exit` calls, such as to remove a temporary folder.
         exit_lock: of the thread that ends the process; another one that would leave, too, waits for that end.
+        stacks: where `write_stacks` writes to; None outside of a training.
+        progress: returns how far this process is, for messages of the others: "step" and "phase"; {} outside of one.
     """
 
     index, count = 0, 1
 
     def __init__(self) -> None:
         self.hosts: Sequence[str] = (socket.gethostname(),)
-        self.stop = StopAgreement()
+        self.agreement = StepAgreement()
+        self._requests = itertools.count(1)
         self.last_calls: list[Callable[[], object]] = []
         self.exit_lock = threading.RLock()
+        self.stacks: StackFiles | None = None
+        self.progress: Callable[[], Mapping[str, Json]] = dict
 
-    def request_stop(self, reason: str) -> None:
-        """Stops all processes after the same step; ends them at once, with code 75, before the first one."""
-        self.stop.request(reason)
-        promise = self.stop.promise
-        if (step := last_step([promise])) is None:
-            self.exit(Preempted.exit_code, self.stop.describe(reason))
-        self.stop.decide(promise.training, step)
+    def request(self, action: Action, reason: str) -> None:
+        """Makes all processes stop, or save, after the same step.
+
+        Before the first step, and outside of a training, a request to stop ends them at once, with code 75.
+        """
+        number = next(self._requests)
+        promise = self.agreement.request(number, action, reason)
+        step = agreed_step([promise])
+        self.agreement.decide(number, promise.training, step)
+        if step is None:
+            self._act_without_steps(action, reason)
+
+    def _act_without_steps(self, action: Action, reason: str) -> None:
+        """Does what was asked for where there is nothing to save."""
+        if action == "save":
+            _log.warning("%s: nothing to save before the first step", reason)
+        else:
+            self.exit(Preempted.exit_code, self.agreement.describe(reason))
+
+    def interrupt(self) -> NoReturn:
+        """Ends this process at once, with code 130; the others leave, too. What is being saved is given up."""
+        self.exit(INTERRUPTED, "error: interrupted")
 
     def exit(self, code: int, text: str = "") -> NoReturn:
         """Prints a text and ends the process, from any thread.
@@ -67,6 +95,41 @@ class Peers:
                 call.join(max(0.0, deadline_s - time.monotonic()))
         finally:
             os._exit(code)
+
+    def write_stacks(self, why: str) -> None:
+        """Writes the stacks of all threads of this process as they are now, in a thread that `exit` waits for."""
+        if (files := self.stacks) is None:
+            return
+        text = f"{self.name_of(self.index)}: {why}\n\n{all_stacks()}"
+
+        def write() -> None:
+            try:
+                files.write(text)
+            except (OSError, StorageError) as error:
+                _log.error("%s: the stacks cannot be written: %s", files.folder, error)
+            finally:
+                self.last_calls.remove(thread.join)
+
+        thread = threading.Thread(target=write, name="stacks", daemon=True)
+        self.last_calls.append(thread.join)
+        thread.start()
+
+    def request_stacks(self, why: str) -> None:
+        """Makes all processes write their stacks; they go on."""
+        self.write_stacks(why)
+        if self.stacks is not None:
+            _log.warning("%s: stacks of all threads written to %s", why, self.stacks.folder)
+
+    def end_hung(self, cause: str) -> None:
+        """Ends all processes with the code of HungError, from any thread, after they have written their stacks.
+
+        Returns only if this process leaves by itself now.
+
+        `cause` says what does not go on, such as "no progress in step for 600 s".
+        """
+        error = hung_error(cause, f"it is {where(self.progress())}")
+        self.write_stacks(str(error))
+        self.exit(error.exit_code, f"error: {error}")
 
     @contextmanager
     def last_call(self, call: Callable[[], object]) -> Iterator[None]:
@@ -96,6 +159,13 @@ class Peers:
         minutes by default. A value has up to 16 MiB of JSON.
         """
         return [value]
+
+    def collect(self, value: Json, channel: str, use: Callable[[list[Json]], object]) -> None:
+        """Calls `use` in process 0 with the values of all processes by index, from a thread, once it has them all.
+
+        All processes must call it; none waits.
+        """
+        use([value])
 
     def broadcast(self, value: Json) -> Json:
         """Returns the value of process 0; all processes must call it."""

@@ -40,13 +40,17 @@ _ERASE_LINE, _HIDE_CURSOR, _SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25l", b"\x1b[?25
 class Output:
     """The standard output and error of the processes; a context that closes the logs."""
 
-    def __init__(self, logs: Path | None, num_ranks: int) -> None:
-        """Opens `logs/rank-N.log` to append to; raises StorageError if that fails. None keeps no logs."""
+    def __init__(self, logs: Path | None, num_ranks: int, *, first_rank: int = 0) -> None:
+        """Opens `logs/rank-N.log` to append to; raises StorageError if that fails. None keeps no logs.
+
+        Ranks count from 0 here; `first_rank` is the number in the run of the one that is shown as rank 0.
+        """
+        self.first_rank = first_rank
         self._logs: list[Appender] = []
         if logs is not None:
             make_writable(logs)
             with storage_errors(logs):
-                self._logs = [Appender(logs / f"rank-{rank}.log") for rank in range(num_ranks)]
+                self._logs = [Appender(logs / f"rank-{first_rank + rank}.log") for rank in range(num_ranks)]
         self._streams: dict[int, _Stream] = {}  # by the descriptor that they are read from
         self._selector = selectors.DefaultSelector()
         self._screen = _Screen()
@@ -160,6 +164,12 @@ class Output:
                 continue
             prefix = b"[%d] " % rank if rank and len(by_rank) == 1 else b""
             self._screen.write_line(prefix + by_rank[rank], _STDERR)
+
+    def last_error(self, rank: int) -> str | None:
+        """Returns the last error that a rank has written; if it has written none, the last one of any rank."""
+        lines = [by_rank.get(rank) for by_rank in self._errors.values()]
+        found = [line for line in lines if line] or [line for all_ in self._errors.values() for line in all_.values()]
+        return found[-1].removeprefix(_ERROR).decode(errors="replace") if found else None
 
     def drain(self) -> None:
         """Relays what ended processes have left in their pipes."""

@@ -21,7 +21,7 @@ _MAX_DEVICE_LINES = 3
 _MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
 _NOT_CHARTED = ("step", "time_s", "loss_mean")  # the page computes its own mean of the loss
 # Metrics with a chart of their own, or in one with others; any other metric has a chart after these.
-_KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
+_KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes", "open_files", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,7 @@ def make_charts(runs: Sequence[RunCurves]) -> Charts:
         _chart(runs, "MFU", {"mfu": "MFU"}, unit="%", zero=True, divisor=0.01),
         _chart(runs, "Step time", {"step_time_s": "step", "data_wait_s": "waiting for data"}, unit="s", zero=True),
         _chart(runs, "Memory", memory, unit=unit, zero=True, divisor=divisor),
+        _chart(runs, "Open files and threads", {"open_files": "open files", "threads": "threads"}, zero=True),
         *(_chart(runs, name, {name: name}) for name in others[:_MAX_OTHER_CHARTS]),
     ]
     drawn = [chart for chart in charts[1:] if chart.levels or not all(map(_is_constant, chart.lines))]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_PERF_METRICS = ("step_time_s", "data_wait_s", "mfu")
+_PERF_METRICS = ("step_time_s", "data_wait_s", "mfu", "slowest_process", "slowest_process_s")
+_HOST_METRICS = ("open_files", "threads")
 
 
 def format_number(value: object) -> str:
@@ -84,7 +85,7 @@ def grouped_name(metric: str) -> str:
     """Returns a metric's name with its group: "train/loss", "eval/loss", "perf/mfu", "memory/rss_bytes"."""
     if "/" in metric:
         return metric
-    if metric.endswith("_bytes"):
+    if metric.endswith("_bytes") or metric in _HOST_METRICS:
         return f"memory/{metric}"
     return f"perf/{metric}" if metric.endswith("_per_s") or metric in _PERF_METRICS else f"train/{metric}"
 

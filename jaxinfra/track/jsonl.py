@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import JaxinfraError, PeerLostError, StorageError
+from jaxinfra.errors import HungError, JaxinfraError, PeerLostError, StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
@@ -66,7 +66,7 @@ class JsonlTracker(FileTracker):
     @override
     def log_error(self, error: BaseException) -> None:
         kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__} "
-        status = "interrupted" if isinstance(error, PeerLostError) else "failed"
+        status = "interrupted" if isinstance(error, PeerLostError | HungError) else "failed"
         self.log_summary({"status": status, "error": " ".join(f"{kind}{error}".split())})
 
 

@@ -6,6 +6,7 @@ be written during a run, after a kill, or on another machine, from:
         statistics as [value, unit or formula]; `devices` and `host`; everything else is listed as the environment.
     metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
     samples.jsonl, optional: texts that the model wrote.
+    goodput.jsonl, optional: see `goodput`.
     summary.json, optional: see `formatting.summary_rows`.
 """
 
@@ -27,7 +28,9 @@ from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
 from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
+from jaxinfra.track.goodput import GOODPUT_FILE, Attempt, account, read_ledger
 from jaxinfra.track.runs import no_run_error
+from jaxinfra.track.timeline import COLUMNS, HEIGHT, timeline
 
 REPORT_FILE = "report.html"
 MAX_RUNS = 8
@@ -49,6 +52,7 @@ class RunFiles:
     summary: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]]
     samples: Sequence[tuple[int, str]]
+    attempts: Sequence[Attempt] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,7 @@ def read_run(run_dir: Path, *, is_running: bool) -> RunFiles:
         summary=_last_values(rows) | {"baselines": record.get("baselines")} | summary,
         rows=rows,
         samples=jsonl.read_samples(samples_file) if samples_file.exists() else [],
+        attempts=read_ledger(run_dir / GOODPUT_FILE),
     )
 
 
@@ -140,6 +145,8 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         charts=charts.drawn,
         axes=["steps", *({run.units for run in curves} if all(run.units_per_step for run in curves) else ()), "time"],
         omitted=charts.omitted,
+        timelines=[(run.name, timeline(account(run.attempts))) for run in runs if run.attempts],
+        timeline_size=(COLUMNS, HEIGHT),
         tiles=_tiles(only) if only else [],
         comparisons=list(_comparisons(only.summary)) if only else [],
         results=[] if only else [_results(runs)],

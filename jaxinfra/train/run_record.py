@@ -12,19 +12,24 @@ import jax.numpy as jnp
 
 from jaxinfra.config import Loaded, diff, fingerprint, record
 from jaxinfra.config.classes import source_of, user_classes
+from jaxinfra.config.codec import encode
 from jaxinfra.config.folder import loaded_files
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.devices import device_memory
-from jaxinfra.runtime.environment import git_state, host_state, module_digests, package_versions
+from jaxinfra.runtime.environment import code_digest, git_state, host_state, module_digests, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
+from jaxinfra.runtime.peers import Peers
+from jaxinfra.track.formatting import flatten
 from jaxinfra.train.guard import Decision, with_decisions
 from jaxinfra.user_code import user_modules
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 """The packages whose versions decide the numbers of a run."""
+
+_FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 
 def find_peak(run_dir: RunDirectory, compute: str) -> dict[str, Any]:
@@ -75,6 +80,26 @@ def start_record(
         "decisions": [each._asdict() for each in decisions],
         "host": host_state(),
     }
+
+
+def require_equal_processes(peers: Peers, loaded: Loaded[Run], dataset: Dataset) -> None:
+    """Raises ConfigError if the processes of the run differ in what decides its numbers."""
+    if peers.count == 1:
+        return
+    fields = flatten(encode(loaded.run))
+    peers.require_equal(
+        {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
+        | {
+            "the data": dataset.fingerprint,
+            "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
+            **package_versions(PACKAGES),
+            "the device": jax.local_devices()[0].device_kind,
+            "the number of devices": jax.local_device_count(),
+        }
+    )
+    digests = user_code_digests(loaded.run)
+    everywhere = set[str].intersection(*map(set, peers.gather([*digests])))  # some import more, for plots
+    peers.require_equal({name: digests[name] for name in sorted(everywhere)})
 
 
 def user_code_digests(run: Run) -> dict[str, str]:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,12 +25,11 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, validate, write_record
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.config.codec import encode
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
-from jaxinfra.data.stopwatch import input_bound_warning
+from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
 from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
@@ -39,42 +37,30 @@ from jaxinfra.run import Run, TrainConfig, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
-from jaxinfra.runtime.environment import code_digest, package_versions
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
-from jaxinfra.runtime.signals import RunStopRequest
-from jaxinfra.sample import Sampler, SamplingParams
+from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.runtime.step_file import StepWriter
+from jaxinfra.sample import Sampler
 from jaxinfra.storage.checks import check_space
-from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.replicas import ReplicaCheck
-from jaxinfra.train.run_record import PACKAGES, find_peak, start_record, summary_of_metrics, user_code_digests
+from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
+from jaxinfra.train.watch import Watch, is_busy
 from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
 
-DATA_REMEDIES = {
-    "reading": "use a store nearer to this machine, or more data.threads",
-    "decoding": "use more data.threads, if there are cores for them",
-    "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
-}
-"""The fix to suggest for each slow stage of the input pipeline."""
-
 _SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
-
-SAMPLE_TOKENS = 100
-"""Tokens that the model continues `track.sample_prompt` by."""
-
-_FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 
 class Trainer:
@@ -111,7 +97,7 @@ class Trainer:
         self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
-        self._trackers, self._timer = MultiTracker(), StepTimer()
+        self._trackers, self._timer, self._step_writer = MultiTracker(), StepTimer(), StepWriter()
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
@@ -119,12 +105,15 @@ class Trainer:
         self._eval_metrics: dict[str, float] = {}
         self._eval_step: int | None = None  # completed steps at the last evaluation
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
+        self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
+        self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
         self._guard = Guard(self.run.guard)
         self._decisions: list[Decision] = []  # of the guard, to go back
         self._interval_losses: list[float] = []  # since the last log
         self._skipped_steps = 0  # since the last log
         self._logged_wait_s = 0.0
+        self._pending: tuple[int, Metrics] | None = None  # the step whose metrics are not reported yet
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
 
     # Training
@@ -139,10 +128,11 @@ class Trainer:
             dataset, steps = self.dataset, self.run.train.steps
         self.require_equal_processes()
         with (
-            RunStopRequest() as stop,
+            RunSignals() as signals,
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
+            self._watch,
             CheckpointManager(
                 self.run_dir.checkpoints,
                 self.run.checkpoint,
@@ -161,6 +151,7 @@ class Trainer:
                 summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
                 return self._peers.broadcast(summary)
             if self._is_main:
+                self._watch.open_ledger()
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
                 fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
                 check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
@@ -173,7 +164,7 @@ class Trainer:
             with self._peers.naming_causes(), self.program.on_mesh:
                 while summary is None:  # once more if the guard goes back to a checkpoint
                     with self._make_trackers() as self._trackers:
-                        reason, summary = self._train_from_checkpoint(stop.stops_after, statistics)
+                        reason, summary = self._train_from_checkpoint(signals, statistics)
         if reason is not None:
             raise Preempted(
                 f"{self.run_dir.location}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
@@ -187,14 +178,16 @@ class Trainer:
         return make_trackers(self.run.track, self.run_dir.path, self.run_dir.location, self._owned.check)
 
     def _train_from_checkpoint(
-        self, stops_after: Callable[[int], str | None], statistics: RunStatistics
+        self, signals: RunSignals, statistics: RunStatistics
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Trains from the newest checkpoint on, or from the start, and saves.
 
         Returns the reason to stop before the last step, if any, and the summary; None if the guard goes back.
         """
         assert self._checkpoints is not None
-        self.state, init_source = self._restore_or_init()
+        with self._phases("restore" if self.completed_steps or self.run.init else "init"):
+            self.state, init_source = self._restore_or_init()
+        self._phases.resume(self.completed_steps)
         self._record = {"init": init_source, **self._make_record(statistics)}
         if self._owned is not None:
             self._owned.check()
@@ -205,12 +198,11 @@ class Trainer:
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
         start_s = time.monotonic()
         try:
-            reason = self._fit_dataset(stops_after)
+            reason = self._fit_dataset(signals)
         except Rewind as rewind:
             self._go_back(rewind)
             return None, None
-        self.save(force=True)
-        self._checkpoints.wait_until_finished()
+        self._phases.enter("end")
         wall_s = time.monotonic() - start_s
         summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
         self._trackers.log_summary(summary)
@@ -223,7 +215,7 @@ class Trainer:
         to = self._peers.broadcast(self._checkpoints.latest_step()) or 0
         decision = decide(rewind, to, self._train_config, self.run.guard, self._decisions)
         self._decisions.append(decision)
-        self.completed_steps, self._interval_losses, self._skipped_steps = to, [], 0
+        self.completed_steps, self._pending, self._interval_losses, self._skipped_steps = to, None, [], 0
         if self._is_main:
             _log.warning("%s; going back to step %d, without the batches %d to %d", rewind, to, *decision.skip)
 
@@ -237,55 +229,67 @@ class Trainer:
         self,
         batches: Iterable[tuple[int, dict[str, jax.Array]]],
         stops_after: Callable[[int], str | None] = lambda completed_steps: None,
+        saves_after: Callable[[int], str | None] = lambda completed_steps: None,
     ) -> str | None:
         """Trains until the batches end or `stops_after` returns a reason, and returns that.
 
-        `stops_after` is called after each step with the number of completed steps. `batches` are pairs of the steps
-        before it, from `completed_steps` on, and arrays on the devices. Raises NonFiniteError if the numbers go wrong,
-        see `GuardConfig`.
+        `saves_after` and then `stops_after` are called after each step with the number of completed steps; a reason to
+        save saves a step that is not due. `batches` are pairs of the steps before it, from `completed_steps` on, and
+        arrays on the devices. Raises NonFiniteError if the numbers go wrong, see `GuardConfig`.
         """
         assert self.state is not None
         config, reason = self.run.train, None
-        # The step whose metrics are not reported yet: one step late, so that the devices work while the host waits.
-        pending: tuple[int, Metrics] | None = None
+        self._pending = None
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
-            self.state, metrics = self.program.train_step(self.state, batch)
-            if pending is not None:
-                self.report(*pending)
+            with self._phases.first("train_step"):
+                self.state, metrics = self.program.train_step(self.state, batch)
+            self._phases.begun = step + 1
+            self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
                 self._owned.lease.check()
             self.completed_steps = step + 1
-            pending = (self.completed_steps, metrics)
+            self._pending = (self.completed_steps, metrics)
             evaluates = config.evaluates_after(self.completed_steps)
             profile_ends = self._profiler.ends_after(self.completed_steps)
-            saves = self.completed_steps % self.run.checkpoint.save_every == 0
+            asked = saves_after(self.completed_steps) is not None
+            saves = asked or self.completed_steps % self.run.checkpoint.save_every == 0
             if evaluates or profile_ends or saves:  # a checkpoint has all metrics up to its step beside it
-                self.report(*pending)
-                pending = None
+                self._report_pending()
             if profile_ends:
                 self._finish_profile()
             if evaluates:
                 self._log_evaluation()
             if self._compares_replicas_after(self.completed_steps):
                 self._replicas.check(self.completed_steps, self.state)
-            self.save(metrics)
+            with self._phases("save" if saves else "step"):
+                self.save(metrics, force=asked)
             if reason := stops_after(self.completed_steps):
                 break
-        if pending is not None:
-            self.report(*pending)
-            self._require_finite(*pending)
+        if (last := self._pending) is not None:
+            self._report_pending()
+            self._require_finite(*last)
         self._finish_profile()
         return reason if self.completed_steps < config.steps else None
+
+    def _report_pending(self) -> None:
+        if self._pending is not None:
+            self.report(*self._pending)
+            self._pending = None
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, counted from 1, and logs its metrics if they are due.
 
         Raises NonFiniteError if the loss or the gradient is not finite, or Rewind if the guard says so.
         """
-        jax.block_until_ready(metrics)
+        was_ready = not is_busy(metrics["loss"])
+        with self._phases("device"):
+            jax.block_until_ready(metrics)
+        self._phases.finish_step(step)
+        self._stragglers.finish_step(step, was_ready=was_ready)
         self._timer.finish_step()
         self._trackers.finish_step(step)
+        self._step_writer.complete(step)
         loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
         self._skipped_steps += int(skipped)
         if not skipped:
@@ -307,8 +311,8 @@ class Trainer:
             values["mfu"] = step_flops(self.program) / step_time_s / (self._peak["flops"] * self.program.mesh.size)
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
         values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
-        values["rss_bytes"] = rss_bytes()
-        self._trackers.log(step, values | device_memory())
+        values |= process_metrics() | device_memory() | self._watch.log()
+        self._trackers.log(step, values)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".
@@ -323,7 +327,8 @@ class Trainer:
         total: Metrics | None = None
         with self.program.on_mesh:
             for _, batch in self._validation:
-                sums = self.program.eval_step(params, self._place(batch), state.reference)
+                with self._phases.first("eval_step"):
+                    sums = self.program.eval_step(params, self._place(batch), state.reference)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
@@ -348,7 +353,9 @@ class Trainer:
                 self._require_finite(self.completed_steps, metrics)
             assert self.state is not None
             # The loss of a step is computed before its update, which may be the one that is not finite.
-            if not jax.device_get(self.program.all_finite(self.state)):
+            with self._phases.first("all_finite"):
+                is_finite = jax.device_get(self.program.all_finite(self.state))
+            if not is_finite:
                 cause = "its update made a parameter NaN or infinite: check optim.peak_lr and optim.optimizer"
                 raise Rewind(self.completed_steps, self.completed_steps, cause)
             if self.run.guard.compare_replicas_every is not None:
@@ -438,22 +445,7 @@ class Trainer:
 
     def require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
-        if self._peers.count == 1:
-            return
-        fields = flatten(encode(self._loaded.run))
-        self._peers.require_equal(
-            {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
-            | {
-                "the data": self.dataset.fingerprint,
-                "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
-                **package_versions(PACKAGES),
-                "the device": jax.local_devices()[0].device_kind,
-                "the number of devices": jax.local_device_count(),
-            }
-        )
-        digests = user_code_digests(self._loaded.run)
-        everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more, for plots
-        self._peers.require_equal({name: digests[name] for name in sorted(everywhere)})
+        require_equal_processes(self._peers, self._loaded, self.dataset)
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -498,8 +490,8 @@ class Trainer:
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         return self.program.init_from(loaded.params), init_source
 
-    def _fit_dataset(self, stops_after: Callable[[int], str | None]) -> str | None:
-        """Calls `fit` with the training batches of the run, from the next step on."""
+    def _fit_dataset(self, signals: RunSignals) -> str | None:
+        """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
         config, start = self._train_config, self.completed_steps
         batches = BatchLoader(
             self.run.data,
@@ -510,20 +502,45 @@ class Trainer:
             steps=config.steps - start,
             sample_ids=lambda step, rows: self.dataset.sample_ids(config.batch_of_step(step), rows),
         )
-        with Prefetcher(batches, self._place) as self._loader:
+
+        def is_over() -> bool:
+            """Acts on requests while a batch is late; nothing is saved before the first step."""
+            if self.completed_steps == start:
+                return False
+            self._report_pending()
+            if signals.saves_after(self.completed_steps) is not None:
+                with self._phases("save"):
+                    self.save(force=True)
+            return signals.stops_after(self.completed_steps) is not None
+
+        self._phases.enter("step")
+        with Prefetcher(
+            batches,
+            self._place,
+            is_over=is_over,
+            are_devices_busy=lambda: self._pending is not None and is_busy(self._pending[1]["loss"]),
+            waiting=lambda: self._phases("data"),
+        ) as self._loader:
             start_s = time.monotonic()
-            reason = self.fit(self._loader, stops_after)
-            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
+            reason = self.fit(signals.begun(self._loader), signals.stops_after, signals.saves_after)
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
+            if reason is None and self.completed_steps < config.steps:  # the batches have ended before
+                reason = signals.stops_after(self.completed_steps)
+            assert self._checkpoints is not None
+            with self._phases("save"):
+                self.save(force=True)  # before the prefetcher is closed: a read of it may hang
+                self._checkpoints.wait_until_finished()
+            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
             _log.warning("%s", warning)
         return reason
 
     def _log_evaluation(self) -> None:
-        self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+        with self._phases("evaluation"):
+            self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+            self._trackers.log(self.completed_steps, self._eval_metrics)
         text = self._sample()
         self._timer.pause()
-        self._trackers.log(self.completed_steps, self._eval_metrics)
         if not math.isfinite(loss := self._eval_metrics.get("eval/loss", 0.0)):
             raise Rewind(self.completed_steps, self.completed_steps, f"the validation loss is {loss}")
         if text is not None:
@@ -531,7 +548,9 @@ class Trainer:
 
     def _finish_profile(self) -> None:
         """Ends the profile, if there is one, and logs its text."""
-        if (text := self._profiler.finish(self.completed_steps, self.state)) is not None:
+        with self._phases("profile"):
+            text = self._profiler.finish(self.completed_steps, self.state)
+        if text is not None:
             self._timer.pause()
             self._trackers.log_profile(self.completed_steps, text)
 
@@ -540,18 +559,12 @@ class Trainer:
         prompt, state = self.run.track.sample_prompt, self.state
         if prompt is None or state is None:
             return None
-        with error_prefix("track.sample_prompt: "):
+        with self._phases("sample"), error_prefix("track.sample_prompt: "):
             if self._sampler is None:
                 self._sampler = self.sampler()
             else:
                 self._sampler.set_params(state.params if state.ema is None else state.ema)
-            room = self._sampler.room_after(prompt)
-            if room is not None and room < SAMPLE_TOKENS:
-                raise ConfigError(
-                    f"{SAMPLE_TOKENS} tokens must fit after the prompt, but learned positions leave {room}; "
-                    "use track.sample_prompt=none, or a shorter prompt"
-                )
-            return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
+            return self._sampler.continue_prompt(prompt)
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ TITLES = [
     "SIGKILL of process 0 to exit code 76 of process 1",
     "SIGKILL of process 1 to exit code 76 of process 0",
     "restart after a SIGKILL to the next step",
+    "SIGKILL to the next step, with --supervise",
 ]
 
 
@@ -31,5 +32,5 @@ def test_all_cases(tiny: Tiny, repo_root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["case"] for row in rows] == TITLES
-    assert [row.get("ratio", 0) > 0 for row in rows] == [True, True, False, False, True]
+    assert [row.get("ratio", 0) > 0 for row in rows] == [True, True, False, False, True, True]
     assert all(f"| {title} " in done.stdout for title in TITLES)

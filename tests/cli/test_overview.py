@@ -28,6 +28,7 @@ from tests.tiny_run import Tiny, launch
         ["models"],
         ["runs", "."],
         ["report", "."],
+        ["goodput", "."],
         ["--version"],
     ],
 )
@@ -37,6 +38,12 @@ def test_it_answers_without_importing_jax(command: list[str], tmp_path: Path, re
     code += f"try: main({command!r})\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(repo_root)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
+def test_goodput_refuses_what_has_no_ledger_and_what_is_no_time(tmp_path: Path) -> None:
+    refused(launch("goodput", str(tmp_path)), "goodput.jsonl")
+    for time in "soon", "-3h", "inf":
+        refused(launch("goodput", str(tmp_path), f"--mtbf={time}"), "--mtbf 3.1h")
 
 
 def test_explain_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:

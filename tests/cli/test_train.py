@@ -22,6 +22,7 @@ def test_whole_run(tiny: Tiny) -> None:
         "lease",
         "run.json",
         "metrics.jsonl",
+        "goodput.jsonl",
         "summary.json",
         "report.html",
         "tensorboard",
@@ -87,6 +88,7 @@ def test_quiet_run(tiny: Tiny) -> None:
     assert (ended.code, ended.out, ended.err) == (0, "", "")
     assert {path.name for path in tiny.directory("quiet").iterdir()} == {
         "run.json",
+        "goodput.jsonl",
         "report.html",
         "checkpoints",
         "lease",

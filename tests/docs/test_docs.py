@@ -104,7 +104,7 @@ def install(folder: Path) -> None:
         f"{folder}\nimport site; site.addsitedir({sysconfig.get_path('purelib')!r})"
     )
     command = folder / ".venv/bin/jaxinfra"
-    command.write_text(f"#!{folder}/.venv/bin/python\nfrom jaxinfra.cli.main import main\nraise SystemExit(main())\n")
+    command.write_text(f"#!{folder}/.venv/bin/python\nfrom jaxinfra.cli.entry import main\nraise SystemExit(main())\n")
     command.chmod(0o755)
     for stamp in (".installed", ".installed-test"):
         (folder / ".venv" / stamp).touch()

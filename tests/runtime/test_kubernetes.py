@@ -9,8 +9,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from jaxinfra import errors
 from jaxinfra.runtime.processes import find_processes
+from jaxinfra.runtime.restart_policy import RULES
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "docs" / "kubernetes"
@@ -114,13 +114,12 @@ def test_pods_of_a_jobset_find_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["job.yaml", "jobset.yaml", "jobset-tpu.yaml"])
 def test_codes_that_need_a_person_start_nothing_again(name: str) -> None:
-    """The run starts again after 75 and 76, when the bucket is back (82), and when its other owner has ended (84)."""
+    """The run starts again after 75 to 77, when the bucket is back (82), and when its other owner has ended (84)."""
     found = manifests(name)
     job = found["Job"] if "Job" in found else found["JobSet"]["spec"]["replicatedJobs"][0]["template"]
     rules = job["spec"]["podFailurePolicy"]["rules"]
     (fatal,) = (rule["onExitCodes"] for rule in rules if rule["action"] == "FailJob")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    kinds = {cls.exit_code for cls in vars(errors).values() if isinstance(cls, type)} - {errors.JaxinfraError.exit_code}
-    assert {*fatal["values"]} == kinds - {75, 76, 82, 84} | {2}
+    assert {*fatal["values"]} == {code for code, rule in RULES.items() if not rule.restarts} - {0, 1, 84, 130}
     assert all(rule["onExitCodes"]["containerName"] == container["name"] for rule in rules if "onExitCodes" in rule)
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "needed by podFailurePolicy"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.errors import ConfigError, PeerLostError, Preempted
+from jaxinfra.errors import ConfigError, HungError, PeerLostError, Preempted
 from tests.conftest import ROOT
 from tests.refusals import names
 from tests.several import all_ended, free_address
@@ -73,12 +73,12 @@ def test_process_0_leaves_last_and_needs_no_standard_error(start: Start) -> None
     os.close(reader)
     third.send_signal(signal.SIGSTOP)
     end = ended(second)
-    assert end.code == PeerLostError.exit_code
+    assert end.code == HungError.exit_code
     names(end.err.splitlines()[-1], "process 2 silent")
-    assert ended(first).code == PeerLostError.exit_code
+    assert ended(first).code == HungError.exit_code
     third.send_signal(signal.SIGCONT)
     end = ended(third)
-    assert end.code == PeerLostError.exit_code
+    assert end.code == HungError.exit_code
     names(end.err.splitlines()[-1], "process 2 silent")
 
 
@@ -110,12 +110,12 @@ def test_a_script_that_exits_early_ends_all(start: Start) -> None:
 
 def test_a_request_before_the_first_step_needs_no_standard_error(start: Start) -> None:
     code = """\
-from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.runtime.signals import RunSignals
 reader, writer = os.pipe()
 os.dup2(writer, 2)
 os.close(writer)
 os.close(reader)
-with RunStopRequest() as stop:
+with RunSignals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1000)
 """
@@ -127,7 +127,7 @@ import os, sys, time
 from jaxinfra.runtime import join
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import Processes
-from jaxinfra.runtime.signals import RunStopRequest
+from jaxinfra.runtime.signals import RunSignals
 
 def connect_devices(*arguments):
     if os.environ["PLACE"] == "joining":
@@ -137,7 +137,7 @@ def connect_devices(*arguments):
 join._connect_devices = connect_devices
 found = Processes(coordinator=sys.argv[1], count=2, index=int(sys.argv[2]), local_devices=None, source="test")
 if os.environ["PLACE"] == "joining":
-    with RunStopRequest(training=False):
+    with RunSignals(training=False):
         join.join(found)
 join.join(found)
 print("up", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra import __version__
-from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, PeerLostError
+from jaxinfra.errors import CheckpointError, ConfigError, HungError, JaxinfraError, PeerLostError
 from jaxinfra.runtime import connected_peers
 from jaxinfra.runtime.connected_peers import ConnectedPeers
 from jaxinfra.runtime.join import join
@@ -213,9 +213,9 @@ def test_a_stopped_process_holds_up_no_others() -> None:
             values = [*threads.map(lambda each: each.gather("x" * 10**7), peers)]
             assert [len(each[2]) for each in values] == [10**7] * 2
             for each in peers:
-                with raises(PeerLostError, "process 1 silent"):
+                with raises(HungError, "process 1 silent"):
                     each.raise_if_lost(wait_s=10)
-            own = PeerLostError("process 1")
+            own = HungError("process 1")
             [*threads.map(lambda each: each.leave(own), peers)]
 
 

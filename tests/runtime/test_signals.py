@@ -1,5 +1,4 @@
 import signal
-import time
 
 import pytest
 
@@ -52,16 +51,3 @@ def test_under_nohup_a_closed_terminal_changes_nothing() -> None:
             assert stop.reason is None
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_an_interrupt_in_an_audit_hook_comes_after_it() -> None:
-    """C++ may have called the hook, and ends the process at an exception from it."""
-
-    def _audit_events() -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    with StopRequest():
-        signal.raise_signal(signal.SIGINT)
-        _audit_events()
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(10)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import read_record
-from jaxinfra.errors import ConfigError, PeerLostError, Preempted
+from jaxinfra.errors import ConfigError, HungError, PeerLostError, Preempted
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.runs import list_runs
 from tests.refusals import names
@@ -144,15 +144,19 @@ def test_the_loss_of_one_ends_the_others(tiny: Tiny, index: int, number: signal.
         wait_for_step(tiny, "long", 3, children)
         children[index].send_signal(number)
         survivor = ended(children[1 - index])
-        assert survivor.code == PeerLostError.exit_code, survivor
-        cause = "killed" if number == signal.SIGKILL else "silent"
+        code = PeerLostError.exit_code if number == signal.SIGKILL else HungError.exit_code
+        assert survivor.code == code, survivor
+        cause = "killed" if number == signal.SIGKILL else "silent at step stacks/"
         (line,) = (line for line in survivor.err.splitlines() if line.startswith("error: "))
         names(line, f"process {index} {cause}")
         if number == signal.SIGKILL:
             (overview,) = list_runs(tiny.runs)
             assert overview.state == "interrupted"
+        else:
+            (stacks,) = (tiny.directory("long") / "stacks").iterdir()
+            assert stacks.name.endswith(f"-rank-{1 - index}.txt") and "MainThread" in stacks.read_text()
         children[index].send_signal(signal.SIGCONT)
-        assert ended(children[index]).code == (-signal.SIGKILL if number == signal.SIGKILL else PeerLostError.exit_code)
+        assert ended(children[index]).code == (-signal.SIGKILL if number == signal.SIGKILL else code)
 
 
 @pytest.mark.parametrize("override", ["optim.peak_lr=1e-3", "train.eval_every=7"])

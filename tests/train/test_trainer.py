@@ -15,7 +15,7 @@ import pytest
 
 from jaxinfra.errors import Preempted
 from jaxinfra.run import Run
-from jaxinfra.runtime.signals import StopRequest
+from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.train.statistics import step_flops
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.train.trainer import Trainer
@@ -174,7 +174,7 @@ def test_step_timer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_resumed_run_keeps_its_peak(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is measured on CPUs: otherwise MFU would jump at a resume."""
     stopping = Trainer(tiny.loaded("track.console=off"))
-    monkeypatch.setattr(StopRequest, "reason", property(lambda self: "SIGTERM"))
+    monkeypatch.setattr(RunSignals, "stops_after", lambda self, completed_steps: "SIGTERM")
     with pytest.raises(Preempted):
         stopping.train()
     monkeypatch.undo()

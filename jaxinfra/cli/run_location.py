@@ -1,0 +1,52 @@
+"""Finds the directory of the run that a command line names, which takes loading its config, and so importing JAX."""
+
+import argparse
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+from jaxinfra.cli import config_argument
+from jaxinfra.cli.main import parse_command_line
+from jaxinfra.run_dir import join_location
+from jaxinfra.track.runs import parse_source, record_of
+from jaxinfra.user_code import ending_of
+
+
+def run_location(options: argparse.Namespace) -> str | None:
+    """Returns the directory or URL of the run; None for a command without a run."""
+    if options.command == "train":
+        return _location_of_config(options)
+    if "run_dir" not in options:
+        return None
+    location, _ = parse_source(options.run_dir)
+    record_of(location)
+    return location
+
+
+def _location_of_config(options: argparse.Namespace) -> str:
+    environment = dict(os.environ)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a config file that asks JAX for devices must not take those of the processes
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the processes will say the same
+            run = config_argument.load_config(options).run
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return join_location(run.root, run.name)
+
+
+def _print_location(argv: list[str]) -> None:
+    """Prints where the run is, or the exit code and message of an error, as JSON."""
+    try:
+        found = {"location": run_location(parse_command_line(argv))}
+    except Exception as error:
+        if (ending := ending_of(error)).code == 1:  # a bug
+            raise
+        found = {"error": ending}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _print_location(sys.argv[1:])

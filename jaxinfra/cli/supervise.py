@@ -1,0 +1,57 @@
+"""`--supervise`: starts a run, in one process or in several, again after what it can go on from. It imports no JAX."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from jaxinfra.cli import processes
+from jaxinfra.errors import error_of_code
+from jaxinfra.runtime.local_processes import process_environments
+from jaxinfra.runtime.processes import find_processes
+from jaxinfra.runtime.restart_policy import RestartLimits
+from jaxinfra.runtime.supervisor import Attempt, Supervised, supervise
+from jaxinfra.track.attempts import AttemptLog
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Starts the processes of this host until there is nothing to start again; returns the last exit code."""
+    is_several = options.processes > 1
+    if is_several:
+        processes.check_options(options)
+    among = {"coordinator": options.coordinator, "process_id": options.process_id, "of": options.of}
+    found = None if is_several else find_processes(os.environ, **among)
+    first_rank = 0 if found is None else found.index
+
+    def environments() -> Sequence[Mapping[str, str]]:
+        return process_environments(options.processes, options.devices) if is_several else [{}]
+
+    command = processes.child_command(argv, processes.share_of_devices(options.devices, environments()))
+    location = _run_location(argv)
+    attempts = AttemptLog(location)
+
+    def record(attempt: Attempt) -> None:
+        if first_rank == 0:
+            attempts.append(asdict(attempt))
+
+    with processes.logs_folder(f"{location}/logs") as (logs, logs_location):
+        what = Supervised(
+            command=command, environments=environments, logs=logs, logs_location=logs_location, first_rank=first_rank
+        )
+        return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
+
+
+def _run_location(argv: Sequence[str]) -> str:
+    """Returns the directory or URL of the run; asks another process, since loading a config imports JAX."""
+    command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
+    # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
+    if asked.returncode:
+        raise SystemExit(asked.returncode)  # it has printed its traceback
+    found = json.loads(asked.stdout)
+    if "error" in found:
+        raise error_of_code(*found["error"])
+    return found["location"]

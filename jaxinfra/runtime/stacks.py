@@ -1,0 +1,43 @@
+"""Writes what every thread of this process does, for people who look for the cause of a hang."""
+
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.location import is_remote
+
+STACKS_FOLDER = "stacks"
+
+
+def all_stacks() -> str:
+    """Returns the stacks of all threads of Python, the main thread first."""
+    frames, threads = sys._current_frames(), {each.ident: each for each in threading.enumerate()}
+    main = threading.main_thread().ident
+    parts = []
+    for ident in sorted(frames, key=lambda each: each != main):
+        name = threads[ident].name if ident in threads else "a thread that Python has not started"
+        parts.append(f"{name} ({ident})\n{''.join(traceback.format_stack(frames[ident]))}")
+    return "\n".join(parts)
+
+
+class StackFiles:
+    """Writes stacks into the directory of a run, as `stacks/TIME-rank-N.txt`, in a folder or a bucket."""
+
+    def __init__(self, location: str, index: int) -> None:
+        """Takes the path or URL of the run directory, and the index of this process."""
+        self.folder, self._location, self._index = f"{location}/{STACKS_FOLDER}", location, index
+
+    def write(self, text: str) -> None:
+        """Writes the stacks of this process, from `all_stacks`; StorageError or OSError if that fails."""
+        name, content = f"{STACKS_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-rank-{self._index}.txt", text.encode()
+        if is_remote(self._location):
+            from jaxinfra.storage.objects import ObjectStore  # imports TensorStore, which --help does not wait for
+
+            ObjectStore(self._location).write(name, content)
+            return
+        path = Path(self._location, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomic(path, content)

@@ -1,0 +1,301 @@
+"""Accounts for the time of a run, from goodput.jsonl: each second of all its starts has one class. Imports no JAX.
+
+The ledger has a row at each log interval, after each save and evaluation, and at least every ten seconds:
+`{"attempt": 2, "t": 31.2, "phase": "step", "step": 40, "from": 20, "resumes": 1, "saves": 3, "seconds": {"init": 3.1,
+...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed
+step, `from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart.
+The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. A
+kill loses what came after the last row: that counts as down.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jaxinfra.storage.errors import storage_errors
+
+GOODPUT_FILE = "goodput.jsonl"
+CLASSES = {
+    "step": "steps",
+    "data": "waiting for data",
+    "save": "checkpoint stall",
+    "evaluation": "evaluation",
+    "sample": "sampling",
+    "profile": "profile",
+    "compile": "compile",
+    "restore": "restore",
+    "init": "init",
+    "end": "end",
+    "lost": "lost and recomputed",
+    "down": "down",
+}
+"""The classes of time, with their labels."""
+_PHASE_CLASSES = {"device": "step"}  # all other phases are classes
+_LOOP = ("step", "data")  # is lost if the steps are done again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The state of an attempt at one moment.
+
+    Attributes:
+        time_s: seconds since its start.
+        step: last completed step.
+        from_step: the step from which it goes on; None before that is known.
+        resumes: number of times that it has gone on from a step.
+        saves: number of checkpoints that it has begun to save.
+        seconds: of each class since its start.
+    """
+
+    time_s: float
+    step: int
+    from_step: int | None
+    resumes: int
+    saves: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run: when, in seconds since 1970, and its rows."""
+
+    start_s: float
+    rows: Sequence[Row]
+
+    @property
+    def from_step(self) -> int | None:
+        """The step from which it first went on; None if it did not get there."""
+        return next((row.from_step for row in self.rows if row.from_step is not None), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A part of the time line, in seconds since the first start, and the seconds of each class in it."""
+
+    begin_s: float
+    end_s: float
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput:
+    """Where the time of one run, or of several, went.
+
+    Attributes:
+        attempts: number of starts.
+        seconds: of each class.
+        intervals: the time line.
+        starts_s: of each attempt, in seconds since the first.
+        stalls_s: how long each save has blocked the training.
+        save_intervals_s: training time between two saves.
+        restarts_s: time from the end of an attempt to the first step of the next one; only the latter part of it, from
+            the start on, of a run with one attempt.
+    """
+
+    attempts: int
+    seconds: Mapping[str, float]
+    intervals: Sequence[Interval] = ()
+    starts_s: Sequence[float] = ()
+    stalls_s: Sequence[float] = ()
+    save_intervals_s: Sequence[float] = ()
+    restarts_s: Sequence[float] = ()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the first start to the last sign of life."""
+        return sum(self.seconds.values())
+
+    @property
+    def fraction(self) -> float:
+        """The goodput: the time of steps that were not lost, as a fraction of the whole."""
+        return self.seconds.get("step", 0.0) / self.wall_s if self.wall_s else math.nan
+
+
+def read_ledger(path: Path) -> list[Attempt]:
+    """Reads goodput.jsonl; leaves out lines that a kill has torn, and those of an attempt after the next one began."""
+    with storage_errors(path, action="read", fix="name the directory of a run that has started"):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for row in map(_parse, lines):
+        if row is not None and row["attempt"] >= max(attempts, default=0):
+            attempts.setdefault(row["attempt"], []).append(row)
+    return [_attempt(rows) for rows in attempts.values() if "start" in rows[0]]
+
+
+def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
+    from_step = next((line["from"] for line in lines if line["from"] is not None), None)
+    rows = [
+        Row(
+            time_s=line["t"],
+            step=line["step"] if line["from"] is not None else from_step or 0,  # before the restore
+            from_step=line["from"],
+            resumes=line["resumes"],
+            saves=line["saves"],
+            seconds=_classes(line["seconds"]),
+        )
+        for line in lines
+    ]
+    return Attempt(start_s=lines[0]["start"], rows=rows)
+
+
+def last_attempt(content: bytes) -> int:
+    """Returns the number of the last attempt in a ledger, 0 without one."""
+    return max((row["attempt"] for row in map(_parse, content.splitlines()) if row is not None), default=0)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return (
+        row
+        if isinstance(row, dict) and {"attempt", "t", "step", "saves", "from", "resumes", "seconds"} <= row.keys()
+        else None
+    )
+
+
+def _classes(phases: Mapping[str, float]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for phase, value in phases.items():
+        name = _PHASE_CLASSES.get(phase, phase)
+        seconds[name] = seconds.get(name, 0.0) + value
+    return seconds
+
+
+def account(attempts: Sequence[Attempt]) -> Goodput:
+    """Divides the time of all attempts into classes.
+
+    Steps are lost if they are done again later: all time of the loop after the step from which the run then goes on
+    counts as lost. The time between two attempts is down; if a clock was set back between them, it is 0.
+    """
+    intervals: list[Interval] = []
+    starts_s, stalls_s, save_intervals_s, restarts_s = [], [], [], []
+    now_s, kept_steps = 0.0, _kept_steps(attempts)  # since the first start
+    for number, attempt in enumerate(attempts):
+        begin_s = max(now_s, attempt.start_s - attempts[0].start_s)
+        if down_s := begin_s - now_s:
+            intervals.append(Interval(begin_s=now_s, end_s=begin_s, seconds={"down": down_s}))
+        starts_s.append(begin_s)
+        first = Row(time_s=0.0, step=attempt.from_step or 0, from_step=None, resumes=0, saves=0, seconds={})
+        for before, after in pairwise([first, *attempt.rows]):
+            seconds = _lost(before, after, kept_steps[number, after.resumes])
+            intervals.append(Interval(begin_s=begin_s + before.time_s, end_s=begin_s + after.time_s, seconds=seconds))
+        now_s = begin_s + attempt.rows[-1].time_s
+        stalls, saved = _saves(attempt)
+        stalls_s += stalls
+        save_intervals_s += saved
+        at_step = next((row.seconds for row in attempt.rows if row.step > first.step), None)
+        if at_step is not None and (number > 0 or len(attempts) == 1):
+            restarts_s.append(down_s + sum(at_step.get(name, 0.0) for name in ("init", "restore", "compile")))
+    totals = {name: sum(each.seconds.get(name, 0.0) for each in intervals) for name in CLASSES}
+    return Goodput(
+        attempts=len(attempts),
+        seconds={name: value for name, value in totals.items() if value > 0},
+        intervals=intervals,
+        starts_s=starts_s,
+        stalls_s=stalls_s,
+        save_intervals_s=save_intervals_s,
+        restarts_s=restarts_s,
+    )
+
+
+def _kept_steps(attempts: Sequence[Attempt]) -> dict[tuple[int, int], float]:
+    """Returns, for each attempt and number of resumes in it, the last step that is not done again later."""
+    parts = {(number, row.resumes): row.from_step for number, each in enumerate(attempts) for row in each.rows}
+    kept_steps, least = {}, math.inf
+    for part, from_step in reversed(parts.items()):
+        kept_steps[part] = least
+        least = least if from_step is None else min(least, from_step)
+    return kept_steps
+
+
+def _lost(before: Row, after: Row, kept_step: float) -> dict[str, float]:
+    """Returns the seconds of each class between two rows; the loop's after `kept_step` are lost."""
+    seconds = {name: value - before.seconds.get(name, 0.0) for name, value in after.seconds.items()}
+    steps = after.step - before.step
+    fraction = min(1.0, (after.step - kept_step) / steps) if steps > 0 else float(after.step >= kept_step)
+    if fraction > 0:
+        lost_s = fraction * sum(seconds.get(name, 0.0) for name in _LOOP)
+        seconds = {name: value * (1 - fraction) if name in _LOOP else value for name, value in seconds.items()}
+        seconds["lost"] = lost_s
+    return {name: value for name, value in seconds.items() if value > 0}
+
+
+def _saves(attempt: Attempt) -> tuple[list[float], list[float]]:
+    """Returns how long each save has blocked the training, and the time of the loop before each."""
+    stalls_s, intervals_s, loop_s = [], [], 0.0
+    for before, after in pairwise(attempt.rows):
+        if after.saves > before.saves:
+            stalls_s.append(after.seconds.get("save", 0.0) - before.seconds.get("save", 0.0))
+            now_s = sum(after.seconds.get(name, 0.0) for name in _LOOP)
+            intervals_s.append(now_s - loop_s)
+            loop_s = now_s
+    return stalls_s, intervals_s
+
+
+def total(runs: Sequence[Goodput]) -> Goodput:
+    """Returns the sum over runs, without a time line."""
+    names = [name for name in CLASSES if any(name in run.seconds for run in runs)]
+    return Goodput(
+        attempts=sum(run.attempts for run in runs),
+        seconds={name: sum(run.seconds.get(name, 0.0) for run in runs) for name in names},
+        stalls_s=[each for run in runs for each in run.stalls_s],
+        save_intervals_s=[each for run in runs for each in run.save_intervals_s],
+        restarts_s=[each for run in runs for each in run.restarts_s],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The goodput to expect at a mean time between failures; see `model`."""
+
+    mtbf_s: float
+    stall_s: float
+    interval_s: float
+    restart_s: float
+    goodput: float
+    best_interval_s: float
+    best_goodput: float
+
+
+def model(run: Goodput, mtbf_s: float) -> Model | None:
+    """Models the goodput of a run that fails at random with a mean time between failures of `mtbf_s` seconds.
+
+    With the run's own medians of the stall d of a save, the training time t between two saves, and the restart time r.
+    After J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (Future Generation
+    Computer Systems 22, 2006): with exponentially distributed failures of mean M, an interval with its save takes
+    M exp(r/M) (exp((t + d)/M) - 1) on average (eq. 20), so the goodput is t divided by that. The best interval is
+    sqrt(2 d M) (1 + sqrt(d/(2M))/3 + (d/(2M))/9) - d, or M if d is 2 M or more (eq. 37); its first term is that of
+    J. W. Young (Communications of the ACM 17, 1974). Evaluations and waiting for data are left out.
+
+    Returns None if the run has not saved or not reached a step yet.
+    """
+    if not (run.stalls_s and run.restarts_s):
+        return None
+    stall_s, interval_s, restart_s = median(run.stalls_s), median(run.save_intervals_s), median(run.restarts_s)
+
+    def goodput(interval_s: float) -> float:
+        exponents = restart_s / mtbf_s, (interval_s + stall_s) / mtbf_s
+        if not interval_s or sum(exponents) > 500:  # beyond the range of floats
+            return 0.0
+        return interval_s / (mtbf_s * math.exp(exponents[0]) * math.expm1(exponents[1]))
+
+    ratio = stall_s / (2 * mtbf_s)
+    best_s = mtbf_s
+    if ratio < 1:
+        best_s = math.sqrt(2 * stall_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
+    return Model(
+        mtbf_s=mtbf_s,
+        stall_s=stall_s,
+        interval_s=interval_s,
+        restart_s=restart_s,
+        goodput=goodput(interval_s),
+        best_interval_s=best_s,
+        best_goodput=goodput(best_s),
+    )

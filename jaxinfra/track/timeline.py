@@ -1,0 +1,98 @@
+"""Lays out the time line of the report: what a run did over all its starts, as columns of equal time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxinfra.track.formatting import format_duration, format_number, format_percent
+from jaxinfra.track.goodput import CLASSES, Goodput
+
+COLUMNS, HEIGHT = 120, 100
+"""Number of columns, each one unit wide, and their height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A part of a column, or of several equal ones: position and size in units, class of time, and text."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The time line of a run.
+
+    Attributes:
+        bars: the parts of the columns.
+        starts: the position of each start after the first.
+        legend: class and label, of those that the run has.
+        end: the time at the right end, in words.
+        text: what the picture shows, in words.
+        rows: of the table: class, seconds, share.
+    """
+
+    bars: Sequence[Bar]
+    starts: Sequence[float]
+    legend: Sequence[tuple[str, str]]
+    end: str
+    text: str
+    rows: Sequence[tuple[str, str, str]]
+
+
+def timeline(run: Goodput) -> Timeline:
+    """Divides the time of a run into equal columns; the height of a bar is the share of its class in the column."""
+    width_s = run.wall_s / COLUMNS or 1.0
+    shares: list[dict[str, float]] = [{} for _ in range(COLUMNS)]
+    for interval in run.intervals:
+        length_s = interval.end_s - interval.begin_s
+        first, last = (min(int(each / width_s), COLUMNS - 1) for each in (interval.begin_s, interval.end_s))
+        for column in range(first, last + 1) if length_s else ():
+            overlap_s = min(interval.end_s, (column + 1) * width_s) - max(interval.begin_s, column * width_s)
+            for kind, seconds in interval.seconds.items():
+                part = shares[column].get(kind, 0.0) + seconds * max(0.0, overlap_s) / length_s / width_s
+                shares[column][kind] = part
+    legend = [(kind, label) for kind, label in CLASSES.items() if kind in run.seconds]
+    rows = [
+        (label, format_number(run.seconds[kind]), format_percent(run.seconds[kind] / run.wall_s))
+        for kind, label in legend
+    ]
+    starts = "1 start" if run.attempts == 1 else f"{run.attempts} starts"
+    largest = sorted(((run.seconds[kind], label) for kind, label in legend), reverse=True)
+    listed = ", ".join(f"{label} {format_percent(seconds / run.wall_s)}" for seconds, label in largest)
+    return Timeline(
+        bars=_merged([bar for column, share in enumerate(shares) for bar in _column(column, share)]),
+        starts=[round(start_s / width_s, 2) for start_s in run.starts_s[1:]],
+        legend=legend,
+        end=format_duration(run.wall_s),
+        text=f"{format_duration(run.wall_s)} in {starts}, goodput {format_percent(run.fraction)}: {listed}",
+        rows=rows,
+    )
+
+
+def _column(column: int, share: Mapping[str, float]) -> list[Bar]:
+    bars, y = [], float(HEIGHT)
+    for kind, label in CLASSES.items():
+        if height := HEIGHT * share.get(kind, 0.0):
+            y -= height
+            text = f"{label} {format_percent(share[kind])}"
+            bars.append(Bar(x=column, y=round(y, 2), width=1, height=round(height, 2), kind=kind, text=text))
+    return bars
+
+
+def _merged(bars: Sequence[Bar]) -> list[Bar]:
+    """Makes one bar of neighbors that look the same."""
+    merged: dict[tuple[str, float, float], Bar] = {}
+    done = []
+    for bar in bars:
+        key = bar.kind, bar.y, bar.height
+        before = merged.pop(key, None)
+        if before is not None and before.x + before.width == bar.x:
+            bar = Bar(x=before.x, y=bar.y, width=before.width + 1, height=bar.height, kind=bar.kind, text=bar.text)
+        elif before is not None:
+            done.append(before)
+        merged[key] = bar
+    return [*done, *merged.values()]

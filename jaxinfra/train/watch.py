@@ -1,0 +1,178 @@
+"""Watches a training from the outside: its ledger of time, its deadlines, and its processes that hold up the others."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, Self
+
+from jaxinfra.run_dir import RunDirectory
+from jaxinfra.runtime.peers import Peers
+from jaxinfra.runtime.stacks import StackFiles
+from jaxinfra.runtime.watchdog_config import WatchdogConfig
+from jaxinfra.track.goodput import GOODPUT_FILE
+from jaxinfra.train.ledger import Ledger
+from jaxinfra.train.phases import Phases, Progress, attempt_start_s
+
+_LOOK_S = 1.0
+"""Time between two looks at the progress."""
+_STOPPED_S = 5.0
+"""A look that comes so late was held up by a stop of the whole process."""
+
+_log = logging.getLogger(__name__)
+
+
+class Watch:
+    """A context manager around a training: a thread that ends it if it hangs, and in process 0 its ledger.
+
+    Attributes:
+        phases: which the training declares.
+        stragglers: which processes hold up the others.
+    """
+
+    def __init__(self, config: WatchdogConfig, run_dir: RunDirectory, peers: Peers) -> None:
+        self.phases, self._config, self._run_dir, self._peers = Phases(), config, run_dir, peers
+        self.stragglers = Stragglers(self.phases, peers)
+        self._ledger: Ledger | None = None
+        self._ended, self._thread = threading.Event(), threading.Thread()
+
+    def __enter__(self) -> Self:
+        self.phases.restart(attempt_start_s())
+        self._peers.stacks = StackFiles(self._run_dir.location, self._peers.index)
+        self._peers.progress = self._progress
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._look_regularly, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._peers.stacks, self._peers.progress = None, dict
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.close()
+
+    def open_ledger(self) -> None:
+        """Opens the ledger in the directory of the run, whose owner this process is; raises StorageError."""
+        self._ledger = Ledger(self._run_dir.path / GOODPUT_FILE, self.phases)
+
+    def log(self) -> dict[str, float]:
+        """Adds a row to the ledger, and returns metrics of the processes."""
+        if self._ledger is not None:
+            self._ledger.write()
+        return self.stragglers.metrics
+
+    def _progress(self) -> Mapping[str, Any]:
+        progress = self.phases.progress()
+        return {"step": progress.begun, "phase": _in_words(progress.phase)}
+
+    def _look_regularly(self) -> None:
+        deadlines_s = [each for name, each in vars(self._config).items() if name.endswith("_s") and each is not None]
+        look_s = min(_LOOK_S, *(each / 4 for each in deadlines_s))
+        looked_s, woke_s = time.monotonic(), -math.inf
+        while not self._ended.wait(look_s):
+            looked_before_s, looked_s = looked_s, time.monotonic()
+            if looked_s - looked_before_s > look_s + _STOPPED_S:
+                woke_s = looked_s  # this process was stopped, as by Ctrl-Z
+            progress = self.phases.progress()
+            idle_s = min(progress.idle_s, looked_s - woke_s)
+            limit_s = deadline_s(self._config, self.phases, progress)
+            if limit_s is not None and idle_s > limit_s:
+                if self._ledger is not None:
+                    self._ledger.write()
+                self._peers.end_hung(f"no progress in {_in_words(progress.phase)} for {idle_s:.0f} s")
+                return
+            if self._ledger is not None:
+                self._ledger.beat()
+
+
+def deadline_s(config: WatchdogConfig, phases: Phases, progress: Progress) -> float | None:
+    """Returns the seconds without progress after which the current phase counts as hung; None without a limit."""
+    phase = progress.phase
+    if phase in ("step", "device"):
+        step_s = phases.median_step_s()
+        if progress.done == (phases.start_step or 0):
+            return config.compile_s
+        return config.step_s and max(config.step_s, config.step_factor * (step_s or 0.0))
+    named = {"compile": config.compile_s, "restore": config.restore_s, "data": config.data_s, "save": config.save_s}
+    named |= {"evaluation": config.evaluation_s, "sample": config.evaluation_s}
+    return named.get(phase, config.other_s)
+
+
+def is_busy(array: Any) -> bool:
+    """Whether the devices still compute a `jax.Array`; `is_ready` is missing in its public type."""
+    return not array.is_ready()
+
+
+def _in_words(phase: str) -> str:
+    return {"device": "step", "data": "waiting for data"}.get(phase, phase)
+
+
+class Stragglers:
+    """Finds the process that holds up the others: steps are collective, so that all take the time of the slowest.
+
+    Each process measures how long its devices had nothing to do because the process had not dispatched the next step:
+    the time of its loop outside of waiting for the devices, in steps that were done before the loop came to wait for
+    them. A process whose devices compute slowly is not found: the others wait for it inside of the step.
+    """
+
+    WINDOW = 5
+    """Steps of a measurement; two in a row must agree."""
+    SHARE = 0.15
+    """Of the step time, beyond the median of all processes."""
+    LEAST_S = 0.005
+    """The smallest time that counts: process 0 also logs."""
+
+    def __init__(self, phases: Phases, peers: Peers) -> None:
+        self._phases, self._peers = phases, peers
+        self.metrics: dict[str, float] = {}
+        self._steps, self._own_s, self._loop_s, self._since_s = 0, 0.0, 0.0, self._seconds()
+        self._suspect: int | None = None
+        self._named: int | None = None
+
+    def _seconds(self) -> tuple[float, float]:
+        """Returns the time of the loop outside of waiting for the devices, and with it."""
+        seconds = self._phases.seconds()
+        own_s = seconds["step"] + seconds["data"]
+        return own_s, own_s + seconds["device"]
+
+    def finish_step(self, step: int, *, was_ready: bool) -> None:
+        """Counts a step that has ended; `was_ready` says that it had before the loop came to wait for it."""
+        if self._peers.count == 1:
+            return
+        own_s, loop_s = self._seconds()
+        if was_ready:
+            self._own_s += own_s - self._since_s[0]
+        self._loop_s += loop_s - self._since_s[1]
+        self._since_s, self._steps = (own_s, loop_s), self._steps + 1
+        if step % self.WINDOW == 0:
+            value = [self._own_s / self._steps, self._loop_s / self._steps]
+            self._peers.collect(value, "stragglers", lambda values: self.judge(step, values))
+            self._steps, self._own_s, self._loop_s = 0, 0.0, 0.0
+
+    def judge(self, step: int, values: list[list[float] | None]) -> None:
+        """Compares the own time and the step time of all processes; warns once of each that holds up the others."""
+        own_s = [value[0] for value in values if value is not None]
+        step_s = median(value[1] for value in values if value is not None)
+        if len(own_s) < len(values):  # one has ended
+            return
+        slowest = max(range(len(own_s)), key=own_s.__getitem__)
+        excess_s = own_s[slowest] - median(own_s[:slowest] + own_s[slowest + 1 :])
+        self.metrics = {"slowest_process": float(slowest), "slowest_process_s": own_s[slowest]}
+        is_slow = excess_s > max(self.SHARE * step_s, self.LEAST_S)
+        suspect, self._suspect = self._suspect, slowest if is_slow else None
+        if not is_slow:
+            self._named = None
+        elif suspect == slowest != self._named:
+            self._named = slowest
+            _log.warning(
+                "step %d: %s holds up the others: the devices wait %.0f ms of each step of %.0f ms for its host, which "
+                "the others do not; look at its processor, its disk and its data",
+                step,
+                self._peers.name_of(slowest),
+                1e3 * own_s[slowest],
+                1e3 * step_s,
+            )

@@ -1,0 +1,90 @@
+"""`--supervise` in real runs: what a kill costs, what is recorded, and who may train a run."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.errors import RunInUseError
+from jaxinfra.storage.objects import ObjectStore
+from tests.servers.fixtures import Server
+from tests.several import all_ended, several
+from tests.tiny_run import Tiny, ended
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    deadline_s = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def attempts(lines: bytes) -> list[dict]:
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def has_step(tiny: Tiny, step: int, name: str = "tiny") -> Callable[[], bool]:
+    metrics = tiny.directory(name) / "metrics.jsonl"
+    return lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+
+def test_a_killed_run_goes_on(tiny: Tiny) -> None:
+    supervisor = tiny.start("train.steps=300", "train.eval_every=none", "name=tiny", "--supervise")
+    until((tiny.directory() / "checkpoints" / "5").exists, supervisor)
+    (child,) = children(supervisor.pid)
+    os.kill(child, signal.SIGKILL)
+    end = ended(supervisor)
+    (line,) = end.err.splitlines()
+    assert end.code == 0 and line.startswith("restart 1: process 0 killed by SIGKILL after step ")
+    assert end.out.count("new run") == end.out.count("resuming") == 1 and "Training loss" in end.out
+    assert list(tiny.losses()) == [*range(1, 301)]
+    first, second = attempts((tiny.directory() / "attempts.jsonl").read_bytes())
+    assert (first["pids"], first["signal"], first["first_step"]) == ([child], "SIGKILL", 1)
+    assert second["exit_code"] == 0 and second["last_step"] == 300
+    assert second["first_step"] % 5 == 1 and second["first_step"] <= first["last_step"] + 1
+
+
+@pytest.mark.slow(20)
+def test_a_run_in_a_bucket(s3: Server, tiny: Tiny) -> None:
+    """A dead process's lease is free at once there, too. As long as the process lives, nobody else trains the run."""
+    root = s3.new_url().removesuffix("/store")
+    words = (f"root={root}", "name=tiny", "train.steps=60", "train.eval_every=none", "checkpoint.save_every=2")
+    supervisor = tiny.start(*words, "--supervise")
+    store = ObjectStore(f"{root}/tiny")
+    until(lambda: any(name.startswith("checkpoints/4.") for name in store.list_names()), supervisor)
+    (child,) = children(supervisor.pid)
+    os.kill(child, signal.SIGSTOP)  # it may not end before the second supervisor has looked
+    other = ended(tiny.start(*words, "--supervise"))
+    assert other.code == RunInUseError.exit_code and f"process {child} " in other.err and "restart" not in other.err
+    os.kill(child, signal.SIGKILL)
+    end = ended(supervisor)
+    assert end.code == 0 and "restart 1: process 0 killed by SIGKILL" in end.err and "waiting" not in end.err, end
+    first, second = attempts(store.read("attempts.jsonl"))
+    assert first["signal"] == "SIGKILL" and (second["exit_code"], second["last_step"]) == (0, 60)
+    assert second["first_step"] > 1 and first["log"].startswith(f"{root}/tiny/logs/")
+
+
+@pytest.mark.slow(20)
+def test_hosts_that_supervise_meet_again(tiny: Tiny) -> None:
+    """Each host supervises its own process; the supervisor of process 0 records the attempts."""
+    words = ("train.steps=60", "mesh.fsdp=2", "train.eval_every=none", "checkpoint.save_every=5", "name=tiny")
+    with several(str(tiny.config), *words, "--supervise", devices=1) as hosts:
+        until(has_step(tiny, 12), hosts[0])
+        os.kill(children(hosts[1].pid)[0], signal.SIGKILL)
+        ends = all_ended(hosts)
+    assert [each.code for each in ends] == [0, 0], ends
+    assert "restart 1: exit code 76 (another process lost) after step " in ends[0].err
+    assert "restart 1: process 1 killed by SIGKILL after step " in ends[1].err
+    first, second = attempts((tiny.directory() / "attempts.jsonl").read_bytes())
+    assert (first["exit_code"], second["exit_code"], second["last_step"]) == (76, 0, 60)
+    assert {path.name for path in (tiny.directory() / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
