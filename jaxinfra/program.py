@@ -11,8 +11,7 @@ In JAX's explicit sharding, an *unreduced* array is a partial sum on each device
 its gradient is *unreduced*.
 """
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -34,11 +33,22 @@ from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update, select
+from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rounding import rounded, unknown_zero, with_rounded_products
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import Partitioner, unit_cotangent, unreduced_zeros
-from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, PyTree, merge_trees, param_key, select_trainable
+from jaxinfra.parallel.spec import (
+    Params,
+    ParamSpec,
+    ParamSpecs,
+    PyTree,
+    freeze,
+    merge_trees,
+    param_key,
+    select_trainable,
+)
 from jaxinfra.run import Run
 from jaxinfra.stages import Stages
 from jaxinfra.user_code import user_code_errors
@@ -127,7 +137,11 @@ class Program:
             quantize=run.precision.quantize,
             # A sum over positions does not depend on their order.
             zigzag=self.objective.by_position,
+            alone=run.train.canonical is not None,
         )
+        self.virtual_shards: VirtualShards | None = None
+        if run.train.canonical is not None:
+            self.virtual_shards = VirtualShards(count=run.train.canonical, mesh=self.partitioner.mesh)
         with user_code_errors(type(run.model), "model"):
             self.module = run.model.build(self.partitioner)
         if not isinstance(self.module, nnx.Module):
@@ -142,7 +156,7 @@ class Program:
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         self._stages: Stages | None = None
-        if self.partitioner.mesh.stage > 1:
+        if self.partitioner.mesh.stage > 1 and self.virtual_shards is None:
             self._stages = Stages(run, self.partitioner, self.specs, self._stored)
         trainable_specs = select_trainable(self.specs, self.specs)
         self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable_specs)
@@ -170,9 +184,21 @@ class Program:
         """The arrays of one global validation batch: those of `batch`, and the weights of samples."""
         rows = self.run.train.global_batch
         return {
-            name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self.partitioner.spec("batch", *spec.axes))
+            name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self._batch_spec(*spec.axes))
             for name, spec in self.run.data.batch_spec(validation=True).items()
         }
+
+    @property
+    def rows_per_device(self) -> float:
+        """Samples of a global batch on one device; a fraction if devices share a sample."""
+        shards = self.virtual_shards
+        devices = self.partitioner.num_shards("batch") if shards is None else shards.devices
+        return self.run.train.global_batch / devices
+
+    def _batch_spec(self, *names: str | None) -> PartitionSpec:
+        """Returns the sharding of an array of a batch whose dimensions after the rows have these names."""
+        shards = self.virtual_shards
+        return self.partitioner.spec("batch", *names) if shards is None else shards.rows
 
     @cached_property
     def params(self) -> Params:
@@ -268,14 +294,20 @@ class Program:
             return self.train_step.trace(self.state, self.batch).lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array) -> Params:
-        params = self.module.init_params(key, self._stored)
+        if self.virtual_shards is not None:
+            whole = jax.tree.map(lambda _: PartitionSpec(), self._stored)
+            return self.virtual_shards.make(lambda key: self._init_sharded(key, whole), key, self._stored)
+        return self._init_sharded(key, self._stored)
+
+    def _init_sharded(self, key: jax.Array, shardings: PyTree) -> Params:
+        params = self.module.init_params(key, shardings)
         if params is not None:  # a module of Flax, which has no `ParamSpec`s with initializers
             return params
 
         def init_param(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
             return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
 
-        return jax.tree.map(init_param, self._paths, self.specs, self._stored)
+        return jax.tree.map(init_param, self._paths, self.specs, shardings)
 
     def _from_params(self, params: Params) -> TrainState:
         """Returns the state before the first step."""
@@ -296,7 +328,7 @@ class Program:
             return batch
         key = param_key(jax.random.key(self.run.seed), DROPOUT_FIELD)
         shape = (self.run.train.global_batch, model.positions(data))
-        bits = token_bits(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence"))
+        bits = token_bits(key, jnp.asarray(step), shape, self._batch_spec("sequence"))
         return {**batch, DROPOUT_FIELD: bits}
 
     def _loss(
@@ -347,10 +379,30 @@ class Program:
         if self._stages is not None:  # the config cannot have both stages and a reference
             grads, sums, stats = self._stages.gradients(params, self._microbatches(batch))
             grads = select_trainable(grads, self.specs)
+        elif self.virtual_shards is not None:
+            weights, stored = self._with_reference(params, reference)
+            (sums, stats), grads = self.virtual_shards.gradients(
+                self._virtual_shard, weights, stored, batch, select_trainable(self._stored, self.specs)
+            )
         else:
             grads, sums, stats = self._accumulate_gradients(params, batch, reference)
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        return jax.tree.map(lambda g: g * scale, grads), sums, stats
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        if self.virtual_shards is not None:
+            zero = unknown_zero(sums["weight"])
+            grads = jax.tree.map(lambda g: rounded(g, zero), grads)
+        return grads, sums, stats
+
+    def _with_reference(self, params: Params, reference: Params | None) -> tuple[PyTree, PyTree]:
+        """Returns parameters and reference, and the `PartitionSpec`s in which they are stored."""
+        return (params, reference), (self._stored, None if reference is None else self._stored)
+
+    def _virtual_shard(
+        self, weights: tuple[Params, Params | None], batch: Batch
+    ) -> tuple[tuple[Sums, LayerStats], Params]:
+        """Returns sums, statistics and gradients of a virtual shard, on one device."""
+        sums, stats, grads = self._loss_and_grads(weights[0], batch, weights[1])
+        return (sums, stats), grads
 
     def _accumulate_gradients(
         self, params: Params, batch: Batch, reference: Params | None
@@ -381,34 +433,51 @@ class Program:
         return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        optim = self.run.optim
         batch = self.with_dropout_bits(batch, state.step)
         grads, sums, stats = self._gradients(state.params, batch, state.reference)
-        grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm)
         metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
-        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        model = self.model(state.params)
+        metrics |= model.metrics(stats, sums["weight"])
+        metrics |= {"weight": sums["weight"], "lr": jnp.asarray(self._schedule(state.step))}
+        update, square_sum = self._update, None
+        if self.virtual_shards is not None:
+            square_sum = self.virtual_shards.square_sum(grads, select_trainable(self._stored, self.specs))
+            update = with_rounded_products(self._update, unknown_zero(square_sum), "optim.optimizer")
+        state, norms = update(state, grads, model.update_buffers(stats), metrics["loss"], square_sum)
+        return state, metrics | norms
+
+    def _update(
+        self, state: TrainState, grads: Params, buffers: Params, loss: jax.Array, square_sum: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the state after the update, the global norm of the gradients, and whether a guard has skipped it."""
+        optim, trainable = self.run.optim, select_trainable(state.params, self.specs)
+        grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm, square_sum)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         condition = is_finite if self.run.guard.skip_nonfinite else None
-        trainable = select_trainable(state.params, self.specs)
         with user_code_errors(type(optim.optimizer), "optim.optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable, condition=condition)
         # In float32, also if parameters are stored in bfloat16.
         trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
-        model = self.model(state.params)
-        params = merge_trees(merge_trees(state.params, trained), model.update_buffers(stats))
+        params = merge_trees(merge_trees(state.params, trained), buffers)
         params = select(condition, params, state.params)
         ema = state.ema
         if optim.ema_decay is not None:
             ema = select(condition, ema_update(ema, params, optim.ema_decay, state.step), ema)
-        metrics |= model.metrics(stats, sums["weight"])
-        metrics |= {"weight": sums["weight"], "grad_norm": grad_norm, "lr": jnp.asarray(self._schedule(state.step))}
-        if condition is not None:
-            metrics["skipped"] = 1.0 - is_finite
-        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+        skipped = {} if condition is None else {"skipped": 1.0 - is_finite}
+        after = replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        return after, {"grad_norm": grad_norm, **skipped}
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
         batch = self._to_shard_order(batch)
         if self._stages is not None:
             return self._stages.evaluate(params, self._microbatches(batch))
+        if self.virtual_shards is not None:
+            weights, stored = self._with_reference(params, reference)
+
+            def sums_of(weights: tuple[Params, Params | None], batch: Batch) -> Sums:
+                return self._loss(weights[0], batch, weights[1], train=False)[1][0]
+
+            return self.virtual_shards.sums(sums_of, weights, stored, batch)
         _, (sums, _) = self._loss(params, batch, reference, train=False)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
 
@@ -424,30 +493,3 @@ def _platform(mesh: Mesh | AbstractMesh) -> str:
 def _dotted(path: tuple[Any, ...]) -> str:
     """Formats the path of a parameter, such as `blocks.mlp.up.weight`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:
-    """Marks parameters as frozen if a pattern matches their path or a parent of it: `blocks.mlp`, `*.bias`.
-
-    `paths` has the path of each parameter, in the same nested dict.
-    """
-    all_paths = jax.tree.leaves(paths)
-    for pattern in patterns:
-        if not any(_matches(path, pattern) for path in all_paths):
-            parts = sorted({path.partition(".")[0] for path in all_paths})
-            raise ConfigError(
-                f"optim.frozen={pattern}: no parameter of the model has this path; its parts are {', '.join(parts)}"
-            )
-
-    def freeze_matching(spec: ParamSpec, path: str) -> ParamSpec:
-        frozen = spec.state == "trained" and any(_matches(path, pattern) for pattern in patterns)
-        return replace(spec, state="frozen") if frozen else spec
-
-    frozen = jax.tree.map(freeze_matching, specs, paths)
-    if all(spec.state != "trained" for spec in jax.tree.leaves(frozen)):
-        raise ConfigError(f"optim.frozen={','.join(patterns)}: leaves no parameter to train; name fewer")
-    return frozen
-
-
-def _matches(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")

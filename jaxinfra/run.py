@@ -1,7 +1,8 @@
 """`Run`: the config of a training run."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -36,6 +37,8 @@ class TrainConfig:
         steps: number of updates of the parameters.
         global_batch: samples (sequences, images) per step, over all devices.
         accumulate: number of microbatches per step (gradient accumulation).
+        canonical: number of virtual shards of a batch, a power of two. Losses and parameters are then the same bits on
+            every mesh of up to this number of devices, at a price in memory (see docs/parallelism.md). None is faster.
         eval_every: steps between evaluations. The last step is always followed by one; None evaluates only there.
         eval_samples: number of validation samples to evaluate on; None takes all.
         compiler: name of a set of compiler options (see `jaxinfra.compiler`).
@@ -49,6 +52,7 @@ class TrainConfig:
     steps: Annotated[int, Ge(1), Lt(2**31)] = 1000
     global_batch: PositiveInt = 32
     accumulate: Annotated[PositiveInt, NOT_FINGERPRINTED] = 1
+    canonical: Annotated[int, Ge(2)] | None = None
     eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
     eval_samples: PositiveInt | None = None
     skip_batches: tuple[tuple[int, int], ...] = ()
@@ -68,13 +72,35 @@ class TrainConfig:
         return step
 
     def problems(self) -> Iterable[Problem]:
-        """Yields a problem if `skip_batches` are not disjoint ranges."""
+        """Yields ranges of `skip_batches` that overlap, and conflicts with the virtual shards of `canonical`."""
+        yield from self._canonical_problems()
         ranges = sorted(self.skip_batches)
         if any(not 0 <= start < stop for start, stop in ranges) or any(
             following[0] < stop for (_, stop), following in pairwise(ranges)
         ):
             message = "must be ranges (FIRST, END) of batches, which do not overlap"
             yield Problem(fields=("skip_batches",), message=message, fix="use train.skip_batches=((120, 140),)")
+
+    def _canonical_problems(self) -> Iterable[Problem]:
+        """Yields conflicts with the virtual shards."""
+        if self.canonical is None:
+            return
+        if self.canonical & (self.canonical - 1):
+            power = 2 ** self.canonical.bit_length()
+            message = "must be a power of two, as it is halved until each device has its virtual shards"
+            yield Problem(fields=("canonical",), message=message, fix=f"use canonical={power}")
+        if self.accumulate > 1:
+            yield Problem(
+                fields=("canonical", "accumulate"),
+                message="virtual shards take the place of microbatches: each device computes its own one by one",
+                fix=f"use accumulate=1 canonical={self.canonical * self.accumulate}",
+            )
+        if self.global_batch % self.canonical:
+            yield Problem(
+                fields=("global_batch", "canonical"),
+                message="each virtual shard has as many samples",
+                fix=f"use global_batch={-(-self.global_batch // self.canonical) * self.canonical}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +161,9 @@ class Run:
     """The config of a training run.
 
     Fields marked `NOT_FINGERPRINTED`, here and in nested configs, change the place, the speed or the order of rounding,
-    but not the mathematics of a run. Prepared datasets and the run named by `init` have fingerprints of their own, so
-    their paths are not part of the fingerprint.
+    but not the mathematics of a run. `train.canonical` is not one of them: a run with it is wanted to the last bit.
+    Prepared datasets and the run named by `init` have fingerprints of their own, so their paths are not part of the
+    fingerprint.
 
     Attributes:
         name: name of the run's directory.
@@ -210,6 +237,7 @@ class Run:
             yield Problem(fields=("root",), message=message, fix="use root=runs")
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
         yield from self.profile.problems_in_run(self.train.steps, "profile.")
+        yield from self._canonical_problems()
         model, objective, data = self.model, self.objective, self.data
         if model.modality not in (None, data.modality):
             yield Problem(
@@ -247,6 +275,32 @@ class Run:
                 fields=("objective", "mesh.stage"),
                 message="the objective needs two forward passes, but pipeline stages make one",
                 fix="use mesh.stage=1",
+            )
+
+    def _canonical_problems(self) -> Iterable[Problem]:
+        """Yields what cannot have the same bits on every mesh."""
+        if (count := self.train.canonical) is None:
+            return
+        if not vars(type(self.optim.optimizer)).get("elementwise", False):  # it is not inherited
+            yield Problem(
+                fields=("optim.optimizer", "train.canonical"),
+                message="its update adds up elements that the mesh spreads over devices",
+                fix="use optim.optimizer=adamw, lion or sgd",
+            )
+        if self.optim.offload:
+            yield Problem(
+                fields=("optim.offload", "train.canonical"),
+                message="an offloaded state is updated in a loop, whose products are rounded as the compiler likes",
+                fix="use optim.offload=false",
+            )
+        axes, devices = asdict(self.mesh), math.prod(self.mesh.sizes)
+        if -1 not in self.mesh.sizes and count % devices:
+            # `n & -n` is the largest power of two that divides n.
+            smaller = [f"mesh.{axis}={size & -size}" for axis, size in axes.items() if size & (size - 1)]
+            yield Problem(
+                fields=(*(f"mesh.{axis}" for axis, size in axes.items() if size > 1), "train.canonical"),
+                message=f"{devices} devices cannot share {count} virtual shards evenly",
+                fix=f"use {' '.join(smaller or [f'train.canonical={devices}'])}",
             )
 
 

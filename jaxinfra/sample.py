@@ -189,10 +189,13 @@ class Sampler:
 
 
 def sampling_program(run: Run) -> Program:
-    """Returns the program of a language model's run on the first device, with default compiler options."""
+    """Returns the program of a language model's run on the first device, with default compiler options.
+
+    It is not in canonical mode, in which each device applies the model to its own rows alone.
+    """
     require_text(run)
     mesh = MeshConfig(fsdp=1)
-    run = replace(run, mesh=mesh, train=replace(run.train, compiler="default"))
+    run = replace(run, mesh=mesh, train=replace(run.train, compiler="default", canonical=None))
     return Program(run, make_mesh(mesh, jax.local_devices()[:1]))
 
 

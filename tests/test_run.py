@@ -54,7 +54,7 @@ RUNS = [
 NOT_THE_NUMBERS = {
     *("name", "root", "mesh", "rules", "pipeline", "checkpoint", "track", "optim.offload", "objective.loss_chunks"),
     *("train.accumulate", "train.compile_cache", "train.compiler", "train.eval_every"),
-    *("profile", "watchdog"),
+    *("profile", "watchdog", "guard"),
     *("model.attention_kernel", "model.context_attention", "model.remat"),
     *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads"),
     *("data.sources.0.store", "data.sources.0.version", "data.sources.0.recipe"),

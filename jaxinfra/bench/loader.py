@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.sequences import num_sequences
-from jaxinfra.data.store.store import TOKENS
+from jaxinfra.data.store.layout import TOKENS
 from jaxinfra.data.tokens import PackingMode, TokenData
 from jaxinfra.track.memory import rss_bytes
 

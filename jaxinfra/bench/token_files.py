@@ -9,7 +9,7 @@ from jaxinfra.bench.loader import SEQ_LEN, TOKEN_DTYPE, TokenFiles
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
-from jaxinfra.data.store.store import TOKENS, hash_files
+from jaxinfra.data.store.store import hash_files
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.prepare.builders.writers import SplitWriter, provenance, write_pack
 from jaxinfra.prepare.tokenizers import Bytes, build_tokenizer
@@ -59,10 +59,11 @@ def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generato
         counts=Counts(),
         dtype=np.dtype(TOKEN_DTYPE).name,
         block=arrays.CHUNK,
+        index_block=arrays.SMALL_CHUNK,
         tokenizer=info,
         splits=splits,
         packs=packs,
-        files=hash_files(root, block_hashed=(TOKENS,)),
+        files=hash_files(root),
         baselines={},
         **provenance(),
     )

@@ -48,6 +48,11 @@ BENCHES = {
         parts=("axes", "experts", "schedules"),
         options=("config", "pairs"),
     ),
+    "canonical": BenchmarkSpec(
+        summary="the train step with train.canonical=8 against plain training on the same mesh: time, memory, bytes",
+        parts=("fsdp", "replica"),
+        options=("config", "pairs"),
+    ),
     "processes": BenchmarkSpec(
         summary="2 processes with a device each against 1 process with 2: step, start, a killed process, restart",
         parts=("step", "start", "kill"),
@@ -332,8 +337,8 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
-    ("checkpoints", _add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
     ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
+    ("checkpoints", _add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import NoReturn, override
 
 from jaxinfra import __version__
 from jaxinfra.cli import early_signals
@@ -29,6 +30,7 @@ from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.restart_policy import RULES
 from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.user_code import ending_of
 
 _MEANINGS = ", ".join(f"{code} {rule.meaning}" for code, rule in RULES.items())
@@ -60,6 +62,14 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats words of the command line in errors without the credentials in them."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        super().error(mask_credentials(message))
+
+
 def help_parser() -> argparse.ArgumentParser:
     """Builds the parser of `--help` without a command."""
     about, raw = "Train JAX models on any mesh from one typed config.", argparse.RawDescriptionHelpFormatter
@@ -74,7 +84,7 @@ def help_parser() -> argparse.ArgumentParser:
 
 def command_parser(command: str) -> argparse.ArgumentParser:
     """Builds the parser of one command, with the options that all commands share."""
-    parser = argparse.ArgumentParser(prog=f"{COMMAND} {command}", description=COMMANDS[command])
+    parser = _Parser(prog=f"{COMMAND} {command}", description=COMMANDS[command])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     devices_help = "cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
     parser.add_argument("--devices", metavar="PLATFORM[:N]", help=devices_help)
@@ -193,9 +203,13 @@ def _is_one_cpu() -> bool:
 
 
 def _print_error(message: str, exit_code: int) -> int:
-    """Prints an error on one line."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Prints an error on one line, without credentials."""
+    print(f"error: {mask_credentials(' '.join(message.split()))}", file=sys.stderr)
     return exit_code
+
+
+def _print_traceback() -> None:
+    print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,11 +246,11 @@ def _run_command(argv: Sequence[str]) -> int:
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
             return module.run(options, argv)
     except Preempted as error:  # asked for: no error
-        print(error, file=sys.stderr)
+        print(mask_credentials(str(error)), file=sys.stderr)
         return error.exit_code
     except JaxinfraError as error:
         if "--debug" in argv:
-            traceback.print_exc()
+            _print_traceback()
         failures_to_close = getattr(error, "__notes__", ())
         return _print_error("; then ".join((str(error), *failures_to_close)), error.exit_code)
     except Exception as error:
@@ -244,7 +258,7 @@ def _run_command(argv: Sequence[str]) -> int:
         if code == 1:  # a bug
             raise
         if "--debug" in argv:
-            traceback.print_exc()
+            _print_traceback()
         return _print_error(line, code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

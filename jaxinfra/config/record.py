@@ -19,6 +19,7 @@ from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 
@@ -52,7 +53,7 @@ def record(
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(command),
+        "command": [mask_credentials(word) for word in command],
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
         "config": encode(loaded.run),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from jaxinfra.config.schema import choice_name, conform, is_choice, is_config, is_node, walk
 from jaxinfra.config.text import format_value, same
+from jaxinfra.storage.credentials import mask_credentials
 
 ABSENT = "absent"  # in a difference, the value of the config that does not have the path
 
@@ -63,10 +64,14 @@ def diff(left: object, right: object, *, fingerprinted_only: bool = False) -> li
 
 
 def format_diff(differences: Sequence[Difference]) -> str:
-    """Returns a line `path  left -> right` for each difference, in aligned columns."""
-    rows = [(each.path, format_value(each.left), format_value(each.right)) for each in differences]
+    """Returns a line `path  left -> right` for each difference, in aligned columns, without credentials."""
+    rows = [(each.path, _masked(each.left), _masked(each.right)) for each in differences]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"{path:<{widths[0]}}  {left:<{widths[1]}} -> {right}" for path, left, right in rows)
+
+
+def _masked(value: object) -> str:
+    return mask_credentials(format_value(value))
 
 
 def fingerprint(root: object) -> str:

@@ -2,8 +2,12 @@
 
 The batch of a step depends on the data, the seed and the step alone, and every process reads its own rows of it. So
 a resumed run starts at its step, and reads every sample exactly once an epoch with any number of processes.
+
+With `on_damage="skip"`, a row whose sample is damaged holds zeros, weights too. So the shape of the batch and the order
+of all other samples stay as they are, and the same damage gives the same batches to any number of processes.
 """
 
+import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
@@ -11,9 +15,15 @@ import numpy as np
 
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, DataError, JaxinfraError
+
+MAX_SKIPPED_SHARE, MIN_MAX_SKIPPED = 0.01, 16
+"""Samples of a split that one start of a process leaves out at most, a share of all of them but at least so many."""
 
 _MAX_PREFETCH = 16  # batches; more would be wasted work when a run ends
+_MAX_NAMED = 8
+
+_log = logging.getLogger(__name__)
 type Rows = slice | np.ndarray
 
 
@@ -41,6 +51,8 @@ class BatchLoader:
         self._global_batch, self._rows = global_batch, np.arange(global_batch)[rows]
         self._start_step, self._steps = start_step, steps
         self._total_time = Stopwatch()
+        self._skipped: dict[int, list[int]] = {}  # step -> samples that its batch leaves out
+        self._damaged: set[int] = set()
 
     def __len__(self) -> int:
         return self._steps
@@ -52,7 +64,11 @@ class BatchLoader:
         with self._total_time.running():
             if self._sample_ids is None:
                 return step, self._sequential_batch(step)
-            return step, self.samples.read(self._sample_ids(step, self._global_batch)[self._rows], weighted=False)
+            return step, self._read(step, self._sample_ids(step, self._global_batch)[self._rows])
+
+    def take_skipped(self, end_step: int) -> dict[int, list[int]]:
+        """Returns the samples that batches of this process have left out, by step, before a step; each step once."""
+        return {step: self._skipped.pop(step) for step in sorted(self._skipped) if step < end_step}
 
     @property
     def stage_times_s(self) -> Mapping[str, float]:
@@ -73,14 +89,58 @@ class BatchLoader:
         options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
-            yield from batches
+            try:
+                yield from batches
+            except JaxinfraError as error:
+                error.__notes__ = []  # one by Grain, about its frames, which would end the line of the error
+                raise
 
     def _sequential_batch(self, step: int) -> Batch:
         ids, last = step * self._global_batch + self._rows, len(self.samples) - 1
-        batch = self.samples.read(np.minimum(ids, last), weighted=True)
+        batch = self._read(step, np.minimum(ids, last))
         weights = batch["weights"].copy()
         weights[ids > last] = 0
         return batch | {"weights": weights}
+
+    def _read(self, step: int, ids: np.ndarray) -> Batch:
+        weighted = self._data.always_weighted(validation=self._sample_ids is None)
+        try:
+            return self.samples.read(ids, weighted=weighted)
+        except DataError:  # which samples are damaged?
+            parts: list[Batch] = []
+            errors: dict[int, DataError] = {}
+            for sample in ids.tolist():
+                try:
+                    parts.append(self.samples.read(np.array([sample]), weighted=weighted))
+                except DataError as error:
+                    errors[sample] = error
+                    parts.append(self._blank)
+        if errors:
+            self._skip(step, errors)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    @property
+    def _blank(self) -> Batch:
+        """A row in place of a damaged sample."""
+        specs = self._data.batch_spec(validation=True)
+        return {name: np.zeros((1, *spec.shape), spec.dtype) for name, spec in specs.items()}
+
+    def _skip(self, step: int, errors: Mapping[int, DataError]) -> None:
+        """Records the damaged samples of a batch; DataError if they must not be left out, or if they are too many."""
+        split = "validation" if self._sample_ids is None else "training"
+        named = ", ".join(map(str, [*errors][:_MAX_NAMED])) + (", ..." if len(errors) > _MAX_NAMED else "")
+        line = f"{split} sample{'s' * (len(errors) > 1)} {named}: {next(iter(errors.values()))}"
+        if self._data.on_damage == "stop":
+            has_field = "on_damage" in vars(self._data)
+            raise DataError(f"{line}, or use data.on_damage=skip to leave such samples out" if has_field else line)
+        self._damaged |= errors.keys()
+        limit = max(MIN_MAX_SKIPPED, int(MAX_SKIPPED_SHARE * len(self.samples)))
+        if len(self._damaged) > limit:
+            raise DataError(
+                f"{line}; damaged {split} samples: {len(self._damaged)}, data.on_damage=skip allows {limit}"
+            )
+        self._skipped[step] = [*errors]
+        _log.warning("%s %d leaves out %s", "step" if split == "training" else "evaluation batch", step + 1, line)
 
 
 def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> BatchLoader:

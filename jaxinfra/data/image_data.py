@@ -10,8 +10,9 @@ import numpy as np
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.interfaces import ArraySpec, Batch
+from jaxinfra.data.store.layout import IMAGES, LABELS
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
+from jaxinfra.data.store.store import PREPARE, Store
 from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
 from jaxinfra.errors import ConfigError
 
@@ -35,12 +36,12 @@ class ImageData(StoreData):
     @override
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
         images = ArraySpec(shape=(self.image_size, self.image_size, self.channels), axes=(None, None, None))
-        weights = {"weights": ArraySpec()} if validation else {}
+        weights = {"weights": ArraySpec()} if self.always_weighted(validation=validation) else {}
         return {"images": images, "labels": ArraySpec(dtype="int32")} | weights
 
     @override
     def open(self, *, hint: str = PREPARE) -> "ImageDataset":
-        store = Store.open(self.store, self.version, hint=hint)
+        store = Store.open(self.store, self.version, hint=hint, blocks_may_lack=self.on_damage == "skip")
         if store.manifest.kind != "images":
             raise ConfigError(
                 f"data.store={self.store}: holds {store.manifest.kind}, expected images; name a store of images"

@@ -6,8 +6,9 @@ from itertools import groupby
 import numpy as np
 
 from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.store.layout import LABELS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Manifest
-from jaxinfra.data.store.store import LABELS, OFFSETS, Store, TokenStore
+from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 
 _DOCUMENT_SEPARATOR = " ⏎ "

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
 from jaxinfra.config import Extensible
 
 type Batch = dict[str, np.ndarray]
+type OnDamage = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class DataConfig(Extensible, ABC):
         modality: the unit of throughput, such as "token" or "image".
         prefetch_bytes: bytes of host batches to make ahead.
         threads: threads that make host batches.
+        on_damage: "stop" makes a sample that cannot be read an error. "skip" leaves it out by weights of 0, and counts
+            it; then batches of training have `weights`, too.
     """
 
     builtins: ClassVar[tuple[str, ...]] = (
@@ -97,10 +100,15 @@ class DataConfig(Extensible, ABC):
     modality: ClassVar[str] = "sample"
     prefetch_bytes: int = 2**26
     threads: int = 1
+    on_damage: OnDamage = "stop"
 
     @abstractmethod
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
         """Returns the arrays of a batch by name; a validation batch always has `weights`."""
+
+    def always_weighted(self, *, validation: bool) -> bool:
+        """Whether all batches have `weights`: those of validation, and of training if samples may be left out."""
+        return validation or self.on_damage == "skip"
 
     @abstractmethod
     def open(self, *, hint: str) -> Dataset:

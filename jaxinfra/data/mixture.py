@@ -10,7 +10,7 @@ import numpy as np
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data import buffers
-from jaxinfra.data.interfaces import Batch, Samples
+from jaxinfra.data.interfaces import Batch, OnDamage, Samples
 from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
@@ -50,6 +50,7 @@ class Mixture(TokenRows):
         curriculum: reads short rows first in the first epochs; None shuffles all epochs.
         seed: seed of the order of samples.
         mask_documents: whether attention, positions and loss treat each document of a row on its own.
+        on_damage: whether a damaged block ends the run or its samples are left out, as in `TokenData`.
     """
 
     sources: tuple[MixSource, ...]
@@ -60,6 +61,7 @@ class Mixture(TokenRows):
     prefetch_bytes: Annotated[PositiveInt, NOT_FINGERPRINTED] = 2**26
     threads: Annotated[PositiveInt, NOT_FINGERPRINTED] = 6
     mask_documents: bool = True
+    on_damage: Annotated[OnDamage, NOT_FINGERPRINTED] = "stop"
 
     def problems(self) -> Iterable[Problem]:
         """Yields fields that contradict each other; `open` compares them with the stores."""

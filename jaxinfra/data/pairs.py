@@ -12,8 +12,9 @@ from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.inspect import format_token_rows
 from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.sequences import packed_batch
+from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
+from jaxinfra.data.store.store import PREPARE, TokenStore
 from jaxinfra.data.store_data import StoreData, StoreSamples
 from jaxinfra.data.tokens import TokenRows, TokenStoreDataset
 from jaxinfra.errors import ConfigError
@@ -43,13 +44,13 @@ class PairData(StoreData, TokenRows):
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
         """Returns the arrays of `TokenData` for each side of a pair, `chosen_inputs` and so on."""
         row = super().batch_spec(validation=validation)
-        weights = {"weights": ArraySpec()} if validation else {}
+        weights = {"weights": ArraySpec()} if self.always_weighted(validation=validation) else {}
         return {f"{side}_{name}": spec for side in SIDES for name, spec in row.items()} | weights
 
     @override
     def open(self, *, hint: str = PREPARE) -> "PairDataset":
         """Opens the store like `DataConfig.open`, and warns how many pairs are truncated."""
-        store = TokenStore.open(self.store, self.version, hint=hint)
+        store = TokenStore.open(self.store, self.version, hint=hint, blocks_may_lack=self.on_damage == "skip")
         if store.manifest.kind != "pairs":
             raise ConfigError(
                 f"data.store={self.store}: holds {store.manifest.kind}, expected pairs; name a store of pairs"

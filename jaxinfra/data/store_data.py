@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
-from jaxinfra.data.interfaces import DataConfig, Samples
+from jaxinfra.data.interfaces import DataConfig, OnDamage, Samples
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
@@ -29,6 +29,8 @@ class StoreData(DataConfig):
         seed: seed of the order of samples.
         prefetch_bytes: bytes of host batches to make ahead, at least 1 batch and at most 16.
         threads: threads that make host batches.
+        on_damage: "stop" ends the run at a damaged block. "skip" leaves its samples out, by weights of 0, and counts
+            and lists them.
     """
 
     store: Annotated[NonEmptyStr, NOT_FINGERPRINTED]
@@ -37,6 +39,7 @@ class StoreData(DataConfig):
     seed: int = 0
     prefetch_bytes: Annotated[PositiveInt, NOT_FINGERPRINTED] = 2**26
     threads: Annotated[PositiveInt, NOT_FINGERPRINTED] = 6
+    on_damage: Annotated[OnDamage, NOT_FINGERPRINTED] = "stop"  # a run that has stopped can go on with "skip"
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:

@@ -45,7 +45,8 @@ class TokenRows(DataConfig):
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
         names = ("inputs", "targets", "segments", "positions") if self.mask_documents else ("inputs", "targets")
         row = ArraySpec(shape=(self.seq_len,), dtype="int32", axes=("sequence",))
-        weights = {"weights": replace(row, dtype="float32")} if self.mask_documents or validation else {}
+        has_weights = self.mask_documents or self.always_weighted(validation=validation)
+        weights = {"weights": replace(row, dtype="float32")} if has_weights else {}
         return dict.fromkeys(names, row) | weights
 
 
@@ -89,7 +90,8 @@ class TokenData(StoreData, TokenRows):
     @override
     def open(self, *, section: str = "data", hint: str = PREPARE) -> "TokenDataset":
         """Opens the store like `DataConfig.open`; `section` is the path of this config in the run, for messages."""
-        store = TokenStore.open(self.store, self.version, section=section, hint=hint)
+        lenient = self.on_damage == "skip"
+        store = TokenStore.open(self.store, self.version, section=section, hint=hint, blocks_may_lack=lenient)
         if store.manifest.kind != "text":
             raise ConfigError(
                 f"{section}.store={self.store}: holds {store.manifest.kind}, expected text; name a store of text"

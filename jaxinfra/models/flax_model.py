@@ -96,7 +96,8 @@ class FlaxModule(Module):
             )
         self.structure = _structure(config, partitioner)
         shardings = [partitioner.stored_spec(_param_name(path), spec) for path, spec in self.structure.specs.items()]
-        if partitioner.mesh.tensor > 1 and not any("tensor" in str(sharding) for sharding in shardings):
+        uses_tensor = any("tensor" in str(sharding) for sharding in shardings)
+        if partitioner.mesh.tensor > 1 and not uses_tensor and not partitioner.alone:
             raise ConfigError(
                 f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices "
                 'would repeat work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
@@ -109,7 +110,7 @@ class FlaxModule(Module):
             values = _flatten(nnx.state(_make_module(self.config, nnx.Rngs(key)), nnx.Not(nnx.RngState)))
             return {"module": _unflatten(values)}
 
-        return _auto_sharded(init, shardings)(key)
+        return self._auto_sharded(init, shardings)(key)
 
     @override
     def __call__(self, batch: Inputs, /) -> Any:
@@ -120,9 +121,9 @@ class FlaxModule(Module):
         inputs = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
         bits = batch.get(DROPOUT_FIELD)
         values = {path: _at(self.module, path)[...] for path in self.structure.specs}
-        shapes, _ = jax.eval_shape(_auto_sharded(self._run, PartitionSpec()), values, inputs, bits)
+        shapes, _ = jax.eval_shape(self._auto_sharded(self._run, PartitionSpec()), values, inputs, bits)
         self._check_output(shapes, rows=next(iter(inputs.values())).shape[0])
-        run = _auto_sharded(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
+        run = self._auto_sharded(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
         # The backward pass gathers the weights again.
         return remat(lambda values: run(self._gather(values), inputs, bits), "weights", alone=False)(values)
 
@@ -141,12 +142,21 @@ class FlaxModule(Module):
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
             dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
-            stored = self.partitioner.stored_spec(_param_name(path), spec)
+            stored = PartitionSpec()
+            if not self.partitioner.alone:
+                stored = self.partitioner.stored_spec(_param_name(path), spec)
             # P("fsdp", "tensor") becomes P(None, "tensor").
             kept = [tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions]
             value = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
             gathered[path] = checkpoint_name(value, GATHERED_WEIGHT)
         return gathered
+
+    def _auto_sharded[R](self, fun: Callable[..., R], out: Any) -> Callable[..., R]:
+        """Wraps `fun`: JAX's partitioner shards it inside, and its results have the shardings `out`."""
+        if self.partitioner.alone:
+            return fun
+        wrapped: Any = auto_axes(fun, out_sharding=out)
+        return wrapped
 
     def _run(
         self, values: Mapping[PathParts, jax.Array], inputs: Inputs, bits: jax.Array | None
@@ -201,12 +211,6 @@ class FlaxModule(Module):
         return {"module": _unflatten(changed)}
 
 
-def _auto_sharded[R](fun: Callable[..., R], out: Any) -> Callable[..., R]:
-    """Wraps `fun`: JAX's partitioner shards it inside, and its results have the shardings `out`."""
-    wrapped: Any = auto_axes(fun, out_sharding=out)
-    return wrapped
-
-
 def _make_module(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
     with nnx.use_eager_sharding(False):  # annotations may name logical axes that are not in the mesh
         module = config.make_module(rngs)
@@ -257,7 +261,7 @@ def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, parti
         role = "bias" if "bias" in name else "norm"
     elif name == "embedding":
         role = "embedding"
-    axes = axes or _default_axes(shape, role, partitioner.num_shards("embed"))
+    axes = axes or _default_axes(shape, role, partitioner.stored.num_shards("embed"))
     if role != "matrix":
         return ParamSpec(shape=shape, axes=axes, init=init, role=role)
     # A kernel is `[*in_features, *out_features]`; nnx.LinearGeneral may have several of both.

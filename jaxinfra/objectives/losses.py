@@ -20,6 +20,7 @@ from jaxinfra.ops.cross_entropy import (
     token_losses,
 )
 from jaxinfra.ops.logits import FactoredLogits
+from jaxinfra.parallel.sharding import local_shape
 
 CHUNK_TOKENS = 1024
 """The logits of at most this many tokens per device exist at once: enough rows for an efficient matmul, and 0.5 GiB for
@@ -120,5 +121,5 @@ def _default_num_chunks(hidden_BTD: jax.Array) -> int:
 
     A device with 2 rows of 3,000 positions gets 6 chunks of 2 x 500 tokens.
     """
-    rows, length, _ = jax.typeof(hidden_BTD).sharding.shard_shape(hidden_BTD.shape)
+    rows, length, _ = local_shape(hidden_BTD)
     return next((n for n in range(1, length) if length % n == 0 and rows * length // n <= CHUNK_TOKENS), length)

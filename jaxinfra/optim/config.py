@@ -24,9 +24,12 @@ class Optimizer(Extensible, ABC):
     """An update rule: a frozen dataclass that inherits from this class and defines `transform`.
 
     Attributes:
+        elementwise: whether the update of an element depends on its own gradients and values alone. `train.canonical`
+            needs that; each class must declare it itself, since a subclass may override `transform`.
         weight_decay: fraction of a parameter subtracted per unit of learning rate, after `transform`.
     """
 
+    elementwise: ClassVar[bool] = False
     builtins: ClassVar[tuple[str, ...]] = tuple(
         f"jaxinfra.optim.optimizers:{name}" for name in ("AdamW", "Adafactor", "Lion", "SGD", "Muon")
     )

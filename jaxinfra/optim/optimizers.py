@@ -8,7 +8,7 @@ parameters whose role is in `OptimConfig.decay_roles`. Update t (from 0) uses th
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, override
+from typing import Annotated, ClassVar, Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class AdamW(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
+    elementwise: ClassVar[bool] = True
     b1: DecayRate = 0.9
     b2: DecayRate = 0.95
     eps: PositiveFloat = 1e-8
@@ -102,6 +103,7 @@ class Lion(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
+    elementwise: ClassVar[bool] = True
     b1: DecayRate = 0.9
     b2: DecayRate = 0.99
     weight_decay: NonNegativeFloat = 1.0
@@ -121,6 +123,7 @@ class SGD(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate, without momentum.
     """
 
+    elementwise: ClassVar[bool] = True
     momentum: DecayRate = 0.9
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0

@@ -7,13 +7,19 @@ import optax
 from jaxinfra.parallel.spec import PyTree
 
 
-def clip_by_global_norm(grads: PyTree, max_norm: float | None) -> tuple[PyTree, jax.Array]:
+def clip_by_global_norm(
+    grads: PyTree, max_norm: float | None, square_sum: jax.Array | None = None
+) -> tuple[PyTree, jax.Array]:
     """Scales gradients down to a global norm of at most `max_norm`; returns them and the norm before.
 
     Sums in float32, whatever the gradients' dtype, and keeps that dtype. Gradients within the limit, or with
     `max_norm=None`, are returned bit for bit. If the norm is not finite, neither are the scaled gradients.
+
+    `square_sum` is the sum of the squares of all elements, if it is known.
     """
-    norm = jnp.sqrt(sum((_square_sum(g) for g in jax.tree.leaves(grads)), start=jnp.float32(0)))
+    if square_sum is None:
+        square_sum = sum((_square_sum(g) for g in jax.tree.leaves(grads)), start=jnp.float32(0))
+    norm = jnp.sqrt(square_sum)
     if max_norm is None:
         return grads, norm
     scale = max_norm / jnp.maximum(norm, max_norm)

@@ -13,7 +13,7 @@ activations. So its gradient is unreduced over these axes. It is reduce-scattere
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class Partitioner:
         compute_dtype: dtype of gathered weights.
         quantize: number format of matmuls with the layers' weights.
         zigzag: whether sharded sequences are in zigzag order (see `parallel.context`).
+        alone: whether every device applies the whole model to rows of its own, in a `shard_map` over all mesh axes (see
+            `parallel.canonical`). Then the mesh shards only stored parameters.
     """
 
     rules: ShardingRules = ShardingRules()
@@ -61,6 +63,12 @@ class Partitioner:
     compute_dtype: jnp.dtype = jnp.dtype("float32")
     quantize: Quantize = "none"
     zigzag: bool = False
+    alone: bool = False
+
+    @property
+    def stored(self) -> "Partitioner":
+        """The partitioner of stored parameters."""
+        return replace(self, alone=False) if self.alone else self
 
     @property
     def sequence_sharding(self) -> SequenceSharding:
@@ -73,7 +81,7 @@ class Partitioner:
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """Returns the mesh axes of a logical axis (see `ShardingRules.mesh_axes`)."""
-        if name is None:
+        if name is None or self.alone:
             return ()
         axes = ("stage",) if name == STAGES else self.rules.mesh_axes(name)
         return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
@@ -102,6 +110,8 @@ class Partitioner:
         Raises:
             ConfigError: two dimensions use one mesh axis, or a dimension is not divisible by its shards.
         """
+        if self.alone:
+            return self.stored.stored_spec(path, spec)
         axes = [self._param_axes(name, spec.axes) for name in spec.axes]
         if "layers" in spec.axes:
             dim = spec.axes.index("layers")
@@ -233,6 +243,15 @@ def axis_names(entry: SpecEntry) -> tuple[str, ...]:
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def local_shape(x: jax.Array) -> tuple[int, ...]:
+    """Returns the shape of a device's part of an array; in a `shard_map` an array is the part."""
+    sharding = jax.typeof(x).sharding
+    axes = [*map(axis_names, sharding.spec.partitions)]
+    axes += [()] * (x.ndim - len(axes))
+    shards = (math.prod(sharding.mesh.shape[name] for name in names) for names in axes)
+    return tuple(size // count for size, count in zip(x.shape, shards, strict=True))
 
 
 def local_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -4,16 +4,18 @@ A model is built from `ParamSpec`s and holds no arrays until `Program.init` crea
 weight decay and the optimizer's treatment all follow from this declaration, so they cannot disagree.
 """
 
+import fnmatch
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.rules import Role
 
 type PyTree = Any
@@ -85,6 +87,33 @@ def merge_trees(tree: PyTree, updates: PyTree) -> PyTree:
     if not isinstance(tree, dict):
         return updates
     return {name: merge_trees(value, updates[name]) if name in updates else value for name, value in tree.items()}
+
+
+def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:
+    """Marks parameters as frozen if a pattern matches their path or a parent of it: `blocks.mlp`, `*.bias`.
+
+    `paths` has the path of each parameter, in the same nested dict.
+    """
+    all_paths = jax.tree.leaves(paths)
+    for pattern in patterns:
+        if not any(_matches(path, pattern) for path in all_paths):
+            parts = sorted({path.partition(".")[0] for path in all_paths})
+            raise ConfigError(
+                f"optim.frozen={pattern}: no parameter of the model has this path; its parts are {', '.join(parts)}"
+            )
+
+    def freeze_matching(spec: ParamSpec, path: str) -> ParamSpec:
+        frozen = spec.state == "trained" and any(_matches(path, pattern) for pattern in patterns)
+        return replace(spec, state="frozen") if frozen else spec
+
+    frozen = jax.tree.map(freeze_matching, specs, paths)
+    if all(spec.state != "trained" for spec in jax.tree.leaves(frozen)):
+        raise ConfigError(f"optim.frozen={','.join(patterns)}: leaves no parameter to train; name fewer")
+    return frozen
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def normal(stddev: float) -> Initializer:

@@ -114,7 +114,7 @@ def compile_step(
     """
     start_s = time.monotonic()
     program = program_on(run, topology)
-    per_device_batch_size = program.run.train.global_batch / program.partitioner.num_shards("batch")
+    per_device_batch_size = program.rows_per_device
     on_progress(f"tracing {run.name} for {topology}, {topology.num_devices} devices")
     compiled = _compile(program, topology, per_device_batch_size, on_progress)
     on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")

@@ -1,8 +1,8 @@
 """Lists and reads files in folders, S3, Azure, Hugging Face, HTTP and everything else that fsspec has a package for.
 
 Names are relative to the root, with slashes, and sorted. A folder that cannot be listed is an error, never skipped.
-Every function raises ConfigError if no installed package reads the URL, and StorageError if a file or folder is
-missing or cannot be read. Messages contain no credentials.
+Every function raises ConfigError if no package reads the URL or it has credentials in it, and StorageError if a file or
+folder is missing or cannot be read. Messages contain no credentials.
 """
 
 import io
@@ -19,9 +19,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import install_command
-from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.storage.credentials import has_credentials, mask_credentials
 from jaxinfra.storage.errors import storage_errors
 
 STDLIB = "stdlib"  # as a root: the standard library of the running Python
@@ -73,7 +73,7 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
     """Lists the files below the root with relative names that match, sorted by name; reads no file.
 
     Links to files are followed, links to folders are not. Raises ConfigError if there is no such folder, or no file
-    matches.
+    matches, and DataError for a name that is not UTF-8.
 
     Args:
         root: a folder, a URL, or the word `stdlib`.
@@ -98,6 +98,7 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
     for entry in entries:
         name = entry["name"][len(prefix) + 1 :]
         if regex.match(name) and not (root == STDLIB and _NOT_STDLIB & set(name.split("/"))):
+            _require_utf8(root, name)
             version = next((str(value) for key in _VERSION_KEYS if (value := entry.get(key))), "").strip('"')
             files.append(FileInfo(name=name, size_bytes=entry["size"], stamp=f"{entry['size']}:{version}"))
     if not files:
@@ -112,7 +113,10 @@ def list_folders(root: str) -> list[str]:
         fs.invalidate_cache()
         entries = cast(list[_Entry], fs.ls(base, detail=True))
     paths = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
-    return sorted(path.rpartition("/")[2] for path in paths if path != base.rstrip("/"))
+    names = sorted(path.rpartition("/")[2] for path in paths if path != base.rstrip("/"))
+    for name in names:
+        _require_utf8(root, name)
+    return names
 
 
 @contextmanager
@@ -152,6 +156,8 @@ def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFil
     if "://" not in root:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(root))
     protocol, url = root.partition("://")[0], f"{field}{display_url(root)}"
+    if has_credentials(root):  # clients would repeat them in their errors
+        raise ConfigError(f"{url}: has credentials in it; set them in the environment or a profile")
     try:
         fs, path = fsspec.url_to_fs(root)
     except ImportError:
@@ -163,6 +169,14 @@ def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFil
     except ValueError:
         raise ConfigError(f"{url}: {protocol}:// is unknown; use a path, s3:// or gs://") from None
     return cast(fsspec.AbstractFileSystem, fs), path
+
+
+def _require_utf8(root: str, name: str) -> None:
+    """Raises DataError for a name that records and messages cannot hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{display_url(root)}: the name {os.fsencode(name)} is not UTF-8; rename it") from None
 
 
 def _listing(root: str) -> AbstractContextManager[None]:

@@ -20,12 +20,14 @@ from typing import Any, override
 from jaxinfra.errors import HungError, JaxinfraError, PeerLostError, StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.base import FileTracker, RunStatistics
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -67,7 +69,7 @@ class JsonlTracker(FileTracker):
     def log_error(self, error: BaseException) -> None:
         kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__} "
         status = "interrupted" if isinstance(error, PeerLostError | HungError) else "failed"
-        self.log_summary({"status": status, "error": " ".join(f"{kind}{error}".split())})
+        self.log_summary({"status": status, "error": mask_credentials(" ".join(f"{kind}{error}".split()))})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

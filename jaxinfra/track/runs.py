@@ -19,9 +19,18 @@ from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.goodput import GOODPUT_FILE
-from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, read_json_object
+from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, read_json_object
 
-RUN_FILES = (RECORD_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, GOODPUT_FILE, "wandb.json", "mlflow.json")
+RUN_FILES = (
+    RECORD_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SKIPPED_FILE,
+    SUMMARY_FILE,
+    GOODPUT_FILE,
+    "wandb.json",
+    "mlflow.json",
+)
 """The files that a resumed run goes on with; event files of TensorBoard are new ones at each start."""
 
 

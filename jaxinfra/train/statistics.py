@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
@@ -42,6 +43,26 @@ def step_flops(program: Program) -> float:
     return program.objective.flops(flops) * program.run.train.global_batch
 
 
+def _canonical_costs(shards: VirtualShards, params: Any, gradients: Any) -> RunStatistics:
+    """Returns what canonical mode holds and receives."""
+    weights, grads = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (params, gradients))
+    held = shards.per_device.bit_length()  # a gradient, and a sum for each halving of the virtual shards of a device
+    # Of each gradient a device adds one part of as many as there are devices; replicas then exchange their parts.
+    gathered = weights - per_device_bytes(params)
+    reduced = grads + per_device_bytes(gradients) - 2 * grads / shards.devices
+    return {
+        "virtual shards": (shards.count, f"train.canonical: {shards.per_device} a device, one after another"),
+        "canonical, held a device": (
+            gib(weights + held * grads),
+            f"during a step: all parameters, and {held} times all gradients",
+        ),
+        "canonical, received a device": (
+            gib(gathered + reduced),
+            f"a step: up to {gib(gathered)} of parameters, and {gib(reduced)} of gradients, as by a reduce-scatter",
+        ),
+    }
+
+
 def run_statistics(program: Program, train_units: int | None = None) -> RunStatistics:
     """Computes the statistics; `train_units` is the number of tokens or images in the training data, if known."""
     run, state, batch = program.run, program.state, program.run.train.global_batch
@@ -60,7 +81,7 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
-        "samples a device": (batch / program.partitioner.num_shards("batch"), f"global batch {batch}"),
+        "samples a device": (program.rows_per_device, f"global batch {batch}"),
         "microbatches": (run.train.accumulate, "a step"),
         f"{modality}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
@@ -76,12 +97,14 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimizer state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
+    if program.virtual_shards is not None:
+        numbers |= _canonical_costs(program.virtual_shards, state.params, gradients)
     for kind, choice in program.module.context_costs(run.data).items():
         numbers[f"{kind} attention over shards"] = (choice.method, "compare the bytes waited for (ops/context_cost.py)")
         for method, cost in choice.costs.items():
             note = f"waited for, of {gib(cost.received_bytes)} a sequence and layer; holds {gib(cost.held_bytes)}"
             numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)
-    if program.partitioner.mesh.stage > 1:
+    if program.partitioner.mesh.stage > 1 and program.virtual_shards is None:
         numbers |= schedule_summary(run.pipeline.make_schedule(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")

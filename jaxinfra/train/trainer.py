@@ -52,6 +52,7 @@ from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisio
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.replicas import ReplicaCheck
 from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
+from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.train.watch import Watch, is_busy
@@ -101,6 +102,8 @@ class Trainer:
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
+        self._batches: BatchLoader | None = None  # that the loader takes from
+        self._skipped: SkippedSamples | None = None  # with `data.on_damage=skip`
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._eval_step: int | None = None  # completed steps at the last evaluation
@@ -195,6 +198,8 @@ class Trainer:
         self._trackers.start(
             self._record, statistics, start_step=self.completed_steps, total_steps=self.run.train.steps
         )
+        if self.run.data.on_damage == "skip":
+            self._skipped = SkippedSamples(self.run_dir.path, self._peers, self.completed_steps)
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
         start_s = time.monotonic()
         try:
@@ -312,6 +317,9 @@ class Trainer:
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
         values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
         values |= process_metrics() | device_memory() | self._watch.log()
+        if self._skipped is not None:
+            self._collect_skipped(step)
+            values["data/skipped"] = self._skipped.count
         self._trackers.log(step, values)
 
     def evaluate(self) -> dict[str, float]:
@@ -349,6 +357,7 @@ class Trainer:
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:
             if self._guard.skipped and not force:
                 return  # if the run goes back, then to a checkpoint from before
+            self._collect_skipped(self.completed_steps)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
                 self._require_finite(self.completed_steps, metrics)
             assert self.state is not None
@@ -381,6 +390,10 @@ class Trainer:
         if self._eval_step != self.completed_steps:
             return {}
         return {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()}
+
+    def _collect_skipped(self, completed_steps: int) -> None:
+        if self._skipped is not None and self._batches is not None:
+            self._skipped.collect(self._batches, completed_steps)
 
     def _require_finite(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Copies the metrics of a step to the host; NonFiniteError if one is not finite, unless the guard skips it."""
@@ -493,7 +506,7 @@ class Trainer:
     def _fit_dataset(self, signals: RunSignals) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
         config, start = self._train_config, self.completed_steps
-        batches = BatchLoader(
+        self._batches = batches = BatchLoader(
             self.run.data,
             self.dataset.train,
             global_batch=config.global_batch,
@@ -538,6 +551,9 @@ class Trainer:
     def _log_evaluation(self) -> None:
         with self._phases("evaluation"):
             self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+            if self._skipped is not None:
+                skipped = self._skipped.collect_evaluation(self._validation, self.completed_steps)
+                self._eval_metrics["eval/skipped"] = skipped
             self._trackers.log(self.completed_steps, self._eval_metrics)
         text = self._sample()
         self._timer.pause()

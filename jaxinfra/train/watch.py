@@ -131,7 +131,7 @@ class Stragglers:
         self.metrics: dict[str, float] = {}
         self._steps, self._own_s, self._loop_s, self._since_s = 0, 0.0, 0.0, self._seconds()
         self._suspect: int | None = None
-        self._named: int | None = None
+        self._named = set[int]()
 
     def _seconds(self) -> tuple[float, float]:
         """Returns the time of the loop outside of waiting for the devices, and with it."""
@@ -164,10 +164,8 @@ class Stragglers:
         self.metrics = {"slowest_process": float(slowest), "slowest_process_s": own_s[slowest]}
         is_slow = excess_s > max(self.SHARE * step_s, self.LEAST_S)
         suspect, self._suspect = self._suspect, slowest if is_slow else None
-        if not is_slow:
-            self._named = None
-        elif suspect == slowest != self._named:
-            self._named = slowest
+        if is_slow and suspect == slowest and slowest not in self._named:
+            self._named.add(slowest)
             _log.warning(
                 "step %d: %s holds up the others: the devices wait %.0f ms of each step of %.0f ms for its host, which "
                 "the others do not; look at its processor, its disk and its data",

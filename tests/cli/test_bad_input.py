@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.config import Loaded, record
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.jsonl import JsonlTracker
-from tests.refusals import mend, refused
+from tests.refusals import mend, names, refused
 from tests.tiny_run import STEPS, Ended, Tiny, contents, launch, summary
 
 
@@ -34,6 +35,30 @@ def test_damaged_store(begun: Tiny, tiny_data: Path, tmp_path: Path) -> None:
         damage(largest)
         refused(begun.launch(f"data.store={store}"), str(largest), code=78)
     assert contents(begun.runs) == before
+
+
+def test_credentials_in_the_words_of_a_command_are_not_repeated(tiny: Tiny) -> None:
+    url = "s3://AKIA:sEcReT@bucket/runs/x"
+    one, two = (
+        tiny.edited(repr(str(tiny.loaded().data.store)), repr(store), name=name)
+        for name, store in (("one.py", url), ("two.py", "s3://bucket/x?X-Amz-Signature=sEcReT"))
+    )
+    commands = {
+        ("diff", str(one), str(two)): (0, "s3://***@bucket/runs/x s3://bucket/x?X-Amz-Signature=***"),
+        (str(tiny.config), "--import", url): (81, "s3://***@bucket/runs/x"),
+        (str(tiny.config), f"--name={url}"): (81, "name=s3://***@bucket/runs/x"),
+        ("runs", url, "--debug"): (81, "s3://***@bucket/runs/x credentials"),
+        ("sample", url, "hello"): (81, "s3://bucket/runs/x credentials"),
+        ("runs", str(tiny.runs), "--all", url): (2, "s3://***@bucket/runs/x"),
+    }
+    for words, (code, named) in commands.items():
+        done = launch(*words)
+        assert done.code == code, done
+        names(" ".join((done.out + done.err).split()), named)
+        assert "sEcReT" not in done.out + done.err
+    loaded = Loaded(run=tiny.loaded(), source="python", origins={})
+    written = record(loaded, command=["launch", "diff", url], versions={}, git={}, devices=[])
+    assert written["command"] == ["launch", "diff", "s3://***@bucket/runs/x"]
 
 
 def test_wrong_config_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The commands about data: what they print is what is there, and what a run is fed."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -242,6 +243,13 @@ def test_bytes_that_are_no_text_are_refused_or_left_out(tiny: Tiny, tiny_data: P
     assert ended.code == 0 and "left out: 1 skipped" in ended.out
     (listed,) = (tmp_path / "store").glob("*/skipped.jsonl")
     assert json.loads(listed.read_text())["where"] == "latin.txt"
+
+
+def test_a_file_name_that_is_no_text_is_one_line(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
+    text = shutil.copytree(tiny_data / "text", tmp_path / "text")
+    Path(os.fsdecode(os.fsencode(text) + b"/caf\xe9.txt")).write_text("a")
+    prepare = ["data", "prepare", str(tiny.recipe), f"source.root={text}", f"store={tmp_path / 'store'}"]
+    refused(launch(*prepare), f"{text}: caf\\xe9.txt UTF-8 rename", code=78)
 
 
 def test_ids_outside_of_the_vocabulary_are_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.image_data import ImageData
-from jaxinfra.data.store.store import IMAGES, LABELS, Store, TokenStore
+from jaxinfra.data.store.layout import IMAGES, LABELS
+from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters

@@ -10,7 +10,8 @@ import pytest
 
 from jaxinfra.config import apply, validate
 from jaxinfra.data.inspect import describe_manifest
-from jaxinfra.data.store.store import LABELS, Store, TokenStore
+from jaxinfra.data.store.layout import LABELS
+from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.builders.select import EmptySplitError
 from jaxinfra.prepare.documents.dedup import Dedup

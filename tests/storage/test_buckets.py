@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxinfra.data.store import arrays
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.store.versions import list_versions
 from jaxinfra.errors import DataError, StorageError
@@ -102,7 +103,7 @@ def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(ser
 def test_a_server_that_goes_down_while_it_is_read_is_one_line(server, recipe, impatient):
     store = TokenStore.open(prepare(recipe, workers=1).path)
     server.faults.down = True
-    with raises(StorageError, "/train/tokens: ABORTED"):
+    with raises(StorageError, "/train/tokens/zarr.json: ABORTED"):
         store.read("train", [0], 100)
     refused(launch("data", "verify", recipe.store), f"{recipe.store}/versions.json: ABORTED", code=82)
 
@@ -122,9 +123,28 @@ def test_a_flipped_bit_is_found_when_it_is_read_and_named_by_verify(server, reci
     content = bytearray(server.get(shard))
     content[1000] ^= 4
     server.put(shard, bytes(content))
-    with raises(DataError, "train/tokens: "):
+    with raises(DataError, f"{shard}: block 0 documents"):
         TokenStore.open(recipe.store).read("train", [0], 5000)
     refused(launch("data", "verify", recipe.store), "train/tokens block 0", code=78)
+
+
+def test_an_object_that_is_wrong_once_is_read_again(server, recipe, monkeypatch, caplog):
+    made = prepare(recipe, workers=1)
+    expected = TokenStore.open(recipe.store).read("train", [0], 5000)
+    shard = f"{made.path}/train/tokens/c/0"
+    whole = server.get(shard)
+    server.put(shard, whole[:1000] + bytes([whole[1000] ^ 4]) + whole[1001:])
+    store, open_array = TokenStore.open(recipe.store), arrays.open_array
+
+    def open_again(path, *, cached=True):
+        if not cached:
+            server.put(shard, whole)
+        return open_array(path, cached=cached)
+
+    monkeypatch.setattr(arrays, "open_array", open_again)
+    np.testing.assert_array_equal(store.read("train", [0], 5000), expected)
+    (line,) = caplog.messages
+    names(line, f"{made.path}/train/tokens: block 0")
 
 
 @pytest.mark.usefixtures("new_context")

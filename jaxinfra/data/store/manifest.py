@@ -8,13 +8,28 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
+from jaxinfra.data.store.layout import (
+    DESCRIPTION,
+    IMAGES,
+    LABELS,
+    LENGTHS,
+    MASK,
+    OFFSETS,
+    PACKS,
+    ROWS,
+    SEGMENTS,
+    TOKENS,
+    ArrayInfo,
+    table_sizes,
+)
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 
-FORMAT = 3
+FORMAT = 4
 FILE_NAME = "manifest.json"
 
 Split = Literal["train", "validation"]
@@ -31,7 +46,6 @@ class SplitInfo:
     tokens: int  # number of token ids, including end-of-document tokens; 0 for images
     bytes: int  # UTF-8 bytes of text, or bytes of pixels
     longest: int  # tokens of the longest document
-    digest: str  # hash of the hashes of all blocks, in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +56,6 @@ class PackInfo:
     segments: int  # number of segments: documents, and parts of long ones
     truncated: int  # documents that are longer than a row
     efficiency: float  # share of the room in the rows that targets fill
-    digest: str  # hash of the arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,7 @@ class StoredFile:
     """Describes one file of the store."""
 
     bytes: int
-    digest: str | None  # XXH3-128; None for arrays, whose blocks are hashed
+    digest: str | None  # XXH3-128; None for a file of blocks, which have hashes of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +114,7 @@ class Manifest:
     shape: tuple[int, ...] = ()  # shape of an image; () for tokens
     masked: bool = False  # whether it has a mask of the tokens that count in the loss
     block: int  # number of tokens or images in a block, which is a chunk of the arrays and has its own hash
+    index_block: int  # the same for all other arrays
     tokenizer: TokenizerInfo | None  # None for images
     labels: tuple[str, ...] = ()  # names of the image classes, in the order of their numbers
     splits: Mapping[Split, SplitInfo]
@@ -115,9 +129,30 @@ class Manifest:
         """Hash of everything that affects batches: equal fingerprints give equal batches."""
         tokenizer = None if self.tokenizer is None else [self.tokenizer.sha256, self.tokenizer.eot_id]
         contents = [self.kind, tokenizer, self.dtype, list(self.shape), self.masked, list(self.labels)]
-        contents += [[name, info.digest] for name, info in sorted(self.splits.items())]
-        contents += [[name, info.digest] for name, info in sorted(self.packs.items())]
+        for name, array in sorted(self.arrays.items()):
+            tables = table_sizes(name, array.blocks)
+            contents.append([name, array.elements, array.block, [self.files[table].digest for table in tables]])
         return digest_of(contents)
+
+    @cached_property
+    def arrays(self) -> Mapping[str, ArrayInfo]:
+        """The arrays by name, such as `train/tokens`."""
+        found = {}
+        for split, info in self.splits.items():
+            index = {OFFSETS: info.documents + 1, LENGTHS: info.documents}
+            data = {TOKENS: info.tokens, MASK: info.tokens} if self.masked else {TOKENS: info.tokens}
+            if self.kind == "images":
+                data, index = {IMAGES: info.documents}, {LABELS: info.documents}
+            found |= {f"{split}/{name}": ArrayInfo(elements=count, block=self.block) for name, count in data.items()}
+            found |= {f"{split}/{name}": self._index_info(count) for name, count in index.items()}
+        for key, pack in self.packs.items():
+            split, _, name = key.partition("/")
+            found[f"{split}/{PACKS}/{name}/{ROWS}"] = self._index_info(pack.rows + 1)
+            found[f"{split}/{PACKS}/{name}/{SEGMENTS}"] = self._index_info(pack.segments)
+        return found
+
+    def _index_info(self, elements: int) -> ArrayInfo:
+        return ArrayInfo(elements=elements, block=self.index_block)
 
     @property
     def tokenizer_info(self) -> TokenizerInfo:
@@ -169,13 +204,23 @@ def is_fingerprint(name: str) -> bool:
 
 def _check(manifest: Manifest, fingerprint: str) -> None:
     """Raises ValueError if the manifest contradicts itself or the fingerprint that it was written with."""
-    counts = [manifest.block - 1]  # a block has at least one element
+    counts = [manifest.block - 1, manifest.index_block - 1]  # a block has at least one element
     counts += [n for info in manifest.splits.values() for n in (info.documents, info.tokens, info.bytes, info.longest)]
+    counts += [n for pack in manifest.packs.values() for n in (pack.rows, pack.segments)]
     if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
         raise ValueError(f"kind {manifest.kind}, splits {', '.join(manifest.splits) or 'none'}")
     if (manifest.tokenizer is None) != (manifest.kind == "images"):
         raise ValueError(f"{manifest.kind} {'without' if manifest.tokenizer is None else 'with'} a tokenizer")
     if not all(type(count) is int and count >= 0 for count in counts):  # isinstance would accept true and false
         raise ValueError("a count is not a whole number from 0")
+    hashed = {f"{name}/{DESCRIPTION}" for name in manifest.arrays}
+    hashed |= {manifest.tokenizer.file} if manifest.tokenizer is not None else set()
+    for name in sorted(hashed):
+        if name not in manifest.files or manifest.files[name].digest is None:
+            raise ValueError(f"no hash of {name}")
+    for array, info in manifest.arrays.items():
+        for name, size_bytes in table_sizes(array, info.blocks).items():
+            if name not in manifest.files or manifest.files[name].bytes != size_bytes:
+                raise ValueError(f"no hashes of all {info.blocks} blocks of {array}")
     if fingerprint != manifest.fingerprint:
         raise ValueError("fingerprint does not match the contents")

@@ -1,34 +1,33 @@
 """Reads a version of a store, on disk or in a bucket; docs/data.md describes the files.
 
-A version has `manifest.json`, the tokenizer, and zarr 3 arrays for each split (see `arrays`). A folder without a
-manifest is not a version. Anything damaged, short or missing is an error that names it, and never read as zeros.
+A version has `manifest.json`, the tokenizer, and zarr 3 arrays for each split. A folder without a manifest is not a
+version. All that is read is compared with its hash (see `blocks`): what is damaged, stale, of another store, short or
+missing is an error that names it.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import tensorstore as ts
 import xxhash
 
 from jaxinfra.command import COMMAND
 from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
-from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, StoredFile
+from jaxinfra.data.store.blocks import CheckedArray, read_file
+from jaxinfra.data.store.layout import IMAGES, LENGTHS, MASK, OFFSETS, TOKENS, holds_blocks
+from jaxinfra.data.store.manifest import Manifest, Split, StoredFile
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 from jaxinfra.storage.objects import ObjectStore
 
 PREPARE = f"{COMMAND} data prepare RECIPE"  # for messages
-# Names of the arrays of a split, and the suffix of the arrays with the hashes of their blocks.
-TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
-IMAGES, LABELS = "images", "labels"
-BLOCKS = ".blocks"
 _VERIFY_BATCH = 256  # blocks to read at once
 _WRONG_HASH = "does not match its hash"
 
@@ -60,10 +59,18 @@ class Store:
 
     def __init__(self, storage: ObjectStore, manifest: Manifest):
         self.storage, self.manifest = storage, manifest
-        self._arrays: dict[str, ts.TensorStore] = {}
+        self._arrays: dict[str, CheckedArray] = {}
 
     @classmethod
-    def open(cls, path: str | Path, version: str | None = None, *, section: str = "data", hint: str = PREPARE) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        version: str | None = None,
+        *,
+        section: str = "data",
+        hint: str = PREPARE,
+        blocks_may_lack: bool = False,
+    ) -> Self:
         """Opens a version and checks its manifest and the length of every file.
 
         Args:
@@ -71,6 +78,7 @@ class Store:
             version: fingerprint of the version, or the start of it; None is the newest.
             section: section of the config that names the store, for messages.
             hint: command that prepares the store, for the message if it is missing.
+            blocks_may_lack: whether a file of blocks that is missing or short is an error only when it is read.
 
         Raises:
             ConfigError: there is no such store or version.
@@ -90,7 +98,9 @@ class Store:
                 f"{section}.version={version}: {storage.url} is version {manifest.fingerprint}; "
                 f"use {section}.version=none"
             )
-        storage.check_sizes({name: info.bytes for name, info in manifest.files.items()})
+        storage.check_sizes(
+            {name: info.bytes for name, info in manifest.files.items() if not (blocks_may_lack and holds_blocks(name))}
+        )
         return cls(storage, manifest)
 
     def __str__(self) -> str:
@@ -106,56 +116,52 @@ class Store:
                 content = self.storage.read(name)
                 is_intact = xxhash.xxh3_128_hexdigest(content) == info.digest
                 yield info.bytes, None if is_intact else Damage(file=name, cause=_WRONG_HASH)
-        for split, info in self.manifest.splits.items():
-            if self.manifest.kind == "images":
-                yield from self._verify_blocks(split, IMAGES, info.documents)
-            else:
-                for name in (TOKENS, MASK) if self.manifest.masked else (TOKENS,):
-                    yield from self._verify_blocks(split, name, info.tokens)
-
-    def _verify_blocks(self, split: Split, name: str, num_elements: int) -> Iterator[tuple[int, Damage | None]]:
-        """Compares each block of an array with its hash; blocks have `manifest.block` elements, the last one fewer."""
-        file, block = f"{split}/{name}", self.manifest.block
-        try:
-            array, hashes = self.array(split, name), self.read_all(split, name + BLOCKS)
-        except DataError as error:
-            yield 0, Damage(file=file, cause=str(error))
-            return
-        starts = np.arange(0, num_elements, block)
-        if len(hashes) != len(starts):
-            yield 0, Damage(file=file, cause=f"has {len(starts)} blocks, but hashes of {len(hashes)}")
-            return
-        for first in range(0, len(starts), _VERIFY_BATCH):
-            batch = starts[first : first + _VERIFY_BATCH]
-            lengths = np.minimum(block, num_elements - batch)
-            contents = arrays.read_each(array, f"{self}/{file}", batch.tolist(), lengths.tolist())
-            for number, content in enumerate(contents, first):
-                if isinstance(content, DataError):
-                    yield 0, Damage(file=file, block=number, cause=str(content))
-                elif hash_block(content) != int(hashes[number]):
-                    yield content.nbytes, Damage(file=file, block=number, cause=_WRONG_HASH)
-                else:
-                    yield content.nbytes, None
+        for name, info in self.manifest.arrays.items():
+            try:
+                array = self._open(name)
+                for first in range(0, info.blocks, _VERIFY_BATCH):
+                    numbers = range(first, min(first + _VERIFY_BATCH, info.blocks))
+                    for block, (size_bytes, cause) in enumerate(array.check(numbers), first):
+                        yield size_bytes, None if cause is None else Damage(file=name, block=block, cause=cause)
+            except DataError as error:
+                yield 0, Damage(file=name, cause=str(error))
 
     def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ranges of an array of a split, such as `tokens` or `offsets`, concatenated.
 
         `starts` and `lengths` are int64[N]. DataError if a range is outside the array, or damaged.
         """
-        path = f"{self}/{split}/{name}"
-        return arrays.read_ranges(self.array(split, name), path, starts.tolist(), lengths.tolist())
+        return self._open(f"{split}/{name}").read(starts, lengths)
 
     def read_all(self, split: Split, name: str) -> np.ndarray:
         """Reads a whole array; DataError if it is damaged."""
-        array = self.array(split, name)
-        return arrays.read_ranges(array, f"{self}/{split}/{name}", [0], [array.shape[0]])
+        return self._open(f"{split}/{name}").read_all()
 
-    def array(self, split: Split, name: str) -> ts.TensorStore:
+    def _open(self, name: str) -> CheckedArray:
         """Opens an array, or returns it if it is open."""
-        key = f"{split}/{name}"
-        if key not in self._arrays:
-            self._arrays[key] = arrays.open_array(self.storage.url_of(key))
-        return self._arrays[key]
+        if name not in self._arrays:
+            self._arrays[name] = CheckedArray(self.storage, self.manifest, name, partial(self._locate, name))
+        return self._arrays[name]
+
+    def _locate(self, name: str, first: int, end: int) -> str:
+        """Describes a range of elements of an array, for messages."""
+        split, _, array = name.partition("/")
+        if array not in (TOKENS, MASK):
+            return f"{IMAGES if array == IMAGES else 'elements'} {first} to {end - 1}"
+        offsets = self._open(f"{split}/{OFFSETS}")
+
+        def start_of(document: int) -> int:
+            return int(offsets.read(np.array([document]), np.array([1]))[0])
+
+        def document_of(token: int) -> int:  # with documents from 0, 5 and 9 on, token 5 is in document 1
+            return bisect_right(range(offsets.info.elements), token, key=start_of) - 1
+
+        try:
+            one, last = document_of(first), document_of(end - 1)
+            documents = f"documents {one} to {last}" if one < last else f"document {one}"
+        except DataError:
+            documents = f"documents unknown, because {split}/{OFFSETS} is damaged, too"
+        return f"{TOKENS} {first} to {end - 1}, {documents}"
 
 
 class TokenStore(Store):
@@ -165,7 +171,7 @@ class TokenStore(Store):
         """Reads the tokenizer; DataError if it is not the one of the manifest."""
         super().__init__(storage, manifest)
         info = manifest.tokenizer_info
-        self._tokenizer_content = storage.read(info.file)
+        self._tokenizer_content = read_file(storage, manifest, info.file)
         if hashlib.sha256(self._tokenizer_content).hexdigest() != info.sha256:
             raise DataError(f"{self}/{info.file}: is not the tokenizer of the manifest; {DAMAGED_VERSION_FIX}")
 
@@ -225,19 +231,12 @@ class TokenStore(Store):
             )
 
 
-def hash_block(values: np.ndarray) -> int:
-    """Returns the XXH3 of values as little-endian integers."""
-    little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(little_endian).data)
-
-
-def hash_files(folder: Path, block_hashed: Sequence[str]) -> dict[str, StoredFile]:
-    """Returns length and hash of every file below a folder; no hash for the arrays whose blocks are hashed."""
-    prefixes = tuple(f"{split}/{name}/c/" for split in SPLITS for name in block_hashed)
+def hash_files(folder: Path) -> dict[str, StoredFile]:
+    """Returns length and hash of every file below a folder; no hash for files of blocks."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
-            digest = None if name.startswith(prefixes) else xxhash.xxh3_128_hexdigest(path.read_bytes())
+            digest = None if holds_blocks(name) else xxhash.xxh3_128_hexdigest(path.read_bytes())
             files[name] = StoredFile(bytes=path.stat().st_size, digest=digest)
     return files

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, override
 
 import numpy as np
-import xxhash
 
 from jaxinfra.config import encode
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.layout import IMAGES, LABELS
 from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, SplitInfo
-from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
+from jaxinfra.data.store.store import hash_files
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
@@ -108,9 +109,10 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
                 writer.add(images.reshape(-1, *shape))
                 label_parts.append(labels)
             labels = np.concatenate(label_parts)
-            digests = writer.close() + write_array(build / split / LABELS, labels)
-            digest, num_bytes = xxhash.xxh3_128_hexdigest(digests.encode()), len(labels) * image_bytes
-            splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=num_bytes, longest=0, digest=digest)
+            writer.close()
+            write_array(build / split / LABELS, labels)
+            num_bytes = len(labels) * image_bytes
+            splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=num_bytes, longest=0)
         baselines = {}
         if self._recipe.baselines and splits["train"].documents <= _MAX_BASELINE_IMAGES:
             train, validation = (source.read_kept(split, keep, *names) for split in ("train", "validation"))
@@ -123,10 +125,11 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             dtype="uint8",
             shape=shape,
             block=block,
+            index_block=arrays.SMALL_CHUNK,
             tokenizer=None,
             labels=self._recipe.classes,
             splits=splits,
-            files=hash_files(build, block_hashed=(IMAGES,)),
+            files=hash_files(build),
             baselines=baselines,
             **provenance(),
         )

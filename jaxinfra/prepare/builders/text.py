@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
+from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
-from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore, hash_files, token_dtype
+from jaxinfra.data.store.store import TokenStore, hash_files, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
@@ -340,10 +341,11 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             dtype=self._dtype.name,
             masked=masked,
             block=arrays.CHUNK,
+            index_block=arrays.SMALL_CHUNK,
             tokenizer=self._info,
             splits=splits,
             packs=packs,
-            files=hash_files(build, block_hashed=(TOKENS, MASK)),
+            files=hash_files(build),
             baselines={},
             **provenance(),
         )

@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from jaxinfra.data.packing import PackSpec, pack_documents
 from jaxinfra.data.store import arrays
+from jaxinfra.data.store.blocks import hash_blocks
+from jaxinfra.data.store.layout import (
+    HASH_BYTES,
+    LENGTHS,
+    MASK,
+    OFFSETS,
+    PACKS,
+    ROWS,
+    SEGMENTS,
+    TOKENS,
+    table_sizes,
+)
 from jaxinfra.data.store.manifest import PackInfo, Split, SplitInfo
-from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
 
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
@@ -32,29 +42,33 @@ def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarra
     """Packs documents of these lengths, ends included, into rows, and writes the ranges of their segments."""
     packs = pack_documents(lengths_D, config.seq_len, by_length=config.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
-    files = {
-        "segments": np.stack([offsets_D[packs.segment_document] + packs.segment_start, packs.segment_length], axis=1),
-        "rows": packs.row_offsets,
-    }
-    digest = xxhash.xxh3_128()
-    for name, values in files.items():
-        write_array(build / split / "packs" / config.name / name, values)
-        digest.update(hash_block(values).to_bytes(8, "little"))
+    segments = np.stack([offsets_D[packs.segment_document] + packs.segment_start, packs.segment_length], axis=1)
+    for name, values in ((SEGMENTS, segments), (ROWS, packs.row_offsets)):
+        write_array(build / split / PACKS / config.name / name, values)
     return PackInfo(
         rows=packs.num_rows,
         segments=len(packs.segment_length),
         truncated=packs.cut_documents,
         efficiency=packs.efficiency,
-        digest=digest.hexdigest(),
     )
 
 
-def write_array(path: Path, values: np.ndarray) -> str:
-    """Writes a whole array in small chunks, because a few elements are read at a time; returns its hash."""
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Writes a whole array in small chunks, because a few elements are read at a time, and the hashes of its blocks."""
     chunk, shard = arrays.SMALL_CHUNK, arrays.SMALL_SHARD
     array = arrays.create(str(path), values.dtype, shape=values.shape[1:], chunk=chunk, shard=shard)
     arrays.append(array, str(path), values)
-    return xxhash.xxh3_128_hexdigest(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    _write_hashes(path, hash_blocks(values, chunk))
+
+
+def _write_hashes(path: Path, hashes: np.ndarray) -> None:
+    """Writes the hashes of the blocks of an array, uint64[blocks], beside it."""
+    content, start = hashes.astype("<u8").tobytes(), 0
+    for name, size_bytes in table_sizes(path.name, len(content) // HASH_BYTES).items():
+        file = path.parent / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content[start : start + size_bytes])
+        start += size_bytes
 
 
 class HashedArrayWriter:
@@ -65,7 +79,7 @@ class HashedArrayWriter:
         self._path, self._block, self._shard = path, block, shard
         self._array = arrays.create(str(path), dtype, shape=shape, chunk=block, shard=shard)
         self._waiting, self._num_waiting = [np.empty((0, *shape), dtype)], 0  # the empty array sets shape and type
-        self._hashes: list[int] = []
+        self._hashes = [np.empty(0, np.uint64)]
 
     def add(self, values: np.ndarray) -> None:
         """Appends elements."""
@@ -74,17 +88,16 @@ class HashedArrayWriter:
         if self._num_waiting >= self._shard:
             self._flush(self._num_waiting // self._shard * self._shard)
 
-    def close(self) -> str:
-        """Writes the last elements and the hashes; returns the digest of the hashes."""
+    def close(self) -> None:
+        """Writes the last elements and the hashes."""
         self._flush(self._num_waiting)
-        return write_array(self._path.with_name(self._path.name + BLOCKS), np.array(self._hashes, np.uint64))
+        _write_hashes(self._path, np.concatenate(self._hashes))
 
     def _flush(self, end: int) -> None:
         values = np.concatenate(self._waiting)
         if end:
             self._array = arrays.append(self._array, str(self._path), values[:end])
-            blocks = (values[start : min(start + self._block, end)] for start in range(0, end, self._block))
-            self._hashes += map(hash_block, blocks)
+            self._hashes.append(hash_blocks(values[:end], self._block))
         self._waiting, self._num_waiting = [values[end:]], len(values) - end
 
 
@@ -115,12 +128,14 @@ class SplitWriter:
         """Writes the rest, and returns what the split holds."""
         lengths_D = self.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
-        digests = [array.close() for array in (self._tokens, self._mask) if array is not None]
-        digests += [write_array(self._folder / OFFSETS, offsets), write_array(self._folder / LENGTHS, lengths_D)]
+        self._tokens.close()
+        if self._mask is not None:
+            self._mask.close()
+        write_array(self._folder / OFFSETS, offsets)
+        write_array(self._folder / LENGTHS, lengths_D)
         return SplitInfo(
             documents=len(lengths_D),
             tokens=int(offsets[-1]),
             bytes=self._bytes,
             longest=int(lengths_D.max(initial=0)),
-            digest=xxhash.xxh3_128_hexdigest("".join(digests).encode()),
         )

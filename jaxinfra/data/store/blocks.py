@@ -1,0 +1,178 @@
+"""Reads the arrays of a version block by block, and compares each block with its hash.
+
+The CRC of a chunk (see `arrays`) says that the chunk is what was once written there. It says nothing about a chunk or
+file that is whole by itself, but stale, swapped with another, or of another store. So each block has a hash in a table
+beside its array, each file of the table one in the manifest, and the fingerprint of the version covers those.
+
+A block is a chunk of the array, which is read whole anyway. A block that does not fit its hash is read once more, past
+all caches, since a bucket or a cache may fail once.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import xxhash
+
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.layout import DESCRIPTION, TABLE_HASHES, table_name
+from jaxinfra.data.store.manifest import Manifest
+from jaxinfra.errors import DataError
+from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
+from jaxinfra.storage.objects import ObjectStore
+
+_SHOWN = 8  # digits of a hash in messages
+_MAX_NAMED = 8  # blocks in a message
+
+_log = logging.getLogger(__name__)
+
+
+def hash_blocks(values: np.ndarray, block: int) -> np.ndarray:
+    """Returns the XXH3-64 of each `block` elements as little-endian integers, uint64[blocks]."""
+    little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    content = memoryview(np.ascontiguousarray(little_endian).reshape(-1).view(np.uint8))
+    size = block * values.itemsize * math.prod(values.shape[1:])
+    starts = range(0, len(content), size)
+    return np.array([xxhash.xxh3_64_intdigest(content[start : start + size]) for start in starts], np.uint64)
+
+
+def read_file(storage: ObjectStore, manifest: Manifest, name: str) -> bytes:
+    """Reads a file whose hash is in the manifest; DataError if it is missing or does not fit, twice."""
+    url, expected, found = storage.url_of(name), manifest.files[name].digest, ""
+    for read in (storage.read, storage.read_or_none):
+        content = read(name)
+        if content is None:
+            break
+        if (digest := xxhash.xxh3_128_hexdigest(content)) == expected:
+            if found:
+                _log.warning("%s: was damaged when it was first read, is whole now", url)
+            return content
+        found = f"has the hash {digest[:_SHOWN]}, expected {str(expected)[:_SHOWN]}"
+    raise DataError(f"{url}: {found}; {DAMAGED_VERSION_FIX}")
+
+
+class CheckedArray:
+    """An array of a version, open for reading; safe to use from many threads.
+
+    Attributes:
+        name: of the array in the version, such as `train/tokens`.
+        info: its elements and blocks.
+    """
+
+    def __init__(self, storage: ObjectStore, manifest: Manifest, name: str, locate: Callable[[int, int], str]):
+        """Opens the array; DataError if its description is damaged or missing.
+
+        `locate(first, end)` describes a range of elements for messages, such as the documents that it is part of.
+        """
+        self.name, self.info, self._locate = name, manifest.arrays[name], locate
+        self._storage, self._manifest, self._path = storage, manifest, storage.url_of(name)
+        self._hashes = np.empty(self.info.blocks, np.uint64)  # takes memory only where it is filled
+        self._tables: set[int] = set()  # files of hashes that were read
+        read_file(storage, manifest, f"{name}/{DESCRIPTION}")
+        self._array = arrays.open_array(self._path)
+        if self._array.shape[0] != self.info.elements:
+            raise DataError(
+                f"{self._path}: has {self._array.shape[0]} elements, expected {self.info.elements}; "
+                f"{DAMAGED_VERSION_FIX}"
+            )
+
+    def read(self, starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+        """Reads the ranges from each start on, concatenated.
+
+        Raises:
+            DataError: a range is outside the array, or a block of it is damaged.
+            StorageError: the storage cannot be read.
+        """
+        block, starts, lengths = self.info.block, starts_N.tolist(), lengths_N.tolist()
+        for start, length in zip(starts, lengths, strict=True):
+            if start < 0 or start + length > self.info.elements:
+                raise DataError(
+                    f"{self._path}: elements {start} to {start + length} are outside its {self.info.elements}; "
+                    f"{DAMAGED_VERSION_FIX}"
+                )
+        # Ranges in the blocks 2 to 3 and 3 to 5 need the blocks 2, 3, 4 and 5, each once. For a batch of some dozen
+        # ranges, this is faster in Python than in NumPy.
+        blocks_of = (range(at // block, -(-(at + n) // block)) for at, n in zip(starts, lengths, strict=True))
+        numbers = sorted({number for own in blocks_of for number in own})
+        values = self._read_blocks(numbers)
+        # Only the last block of an array is shorter, so block number k of those read starts at k * block.
+        offset = {number: (k - number) * block for k, number in enumerate(numbers)}
+        ranges = [values[:0]]
+        for start, length in zip(starts, lengths, strict=True):
+            if length:
+                at = start + offset[start // block]
+                ranges.append(values[at : at + length])
+        return np.concatenate(ranges)
+
+    def read_all(self) -> np.ndarray:
+        """Reads the whole array; raises as `read`."""
+        return self._read_blocks(range(self.info.blocks))
+
+    def check(self, numbers: Sequence[int]) -> Iterator[tuple[int, str | None]]:
+        """Reads blocks; yields the bytes of each, and what is wrong with it."""
+        for content, cause in self._judge(self._array, numbers):
+            yield content.nbytes, cause
+
+    def _read_blocks(self, numbers: Sequence[int]) -> np.ndarray:
+        """Reads blocks, in ascending order, concatenated."""
+        block, elements = self.info.block, self.info.elements
+        # Consecutive blocks are read as one range: 2, 3 and 5 are the ranges 2 to 3 and 5.
+        starts = [block * n for n, before in zip(numbers, (-2, *numbers), strict=False) if n != before + 1]
+        ends = [block * (n + 1) for n, after in zip(numbers, (*numbers[1:], -2), strict=False) if n != after - 1]
+        lengths = [min(end, elements) - start for start, end in zip(starts, ends, strict=True)]
+        try:
+            values = arrays.read_ranges(self._array, self._path, starts, lengths)
+        except DataError:  # all are read again, to find out which ones
+            return self._read_again(numbers)
+        wrong_K = hash_blocks(values, block) != self._hashes_of(numbers)
+        if wrong_K.any():
+            again = self._read_again([numbers[k] for k in np.flatnonzero(wrong_K).tolist()])
+            values[np.repeat(wrong_K, block)[: len(values)]] = again
+        return values
+
+    def _read_again(self, numbers: Sequence[int]) -> np.ndarray:
+        """Reads blocks that were damaged, one by one and not from a cache; DataError if one still is."""
+        contents = []
+        uncached = arrays.open_array(self._path, cached=False)
+        for number, (content, cause) in zip(numbers, self._judge(uncached, numbers), strict=True):
+            if cause is not None:
+                raise DataError(f"{self._place(number)} {cause}, twice; {DAMAGED_VERSION_FIX}")
+            contents.append(content)
+        self._array = arrays.open_array(self._path)  # what caches hold of it is compared with the storage
+        named = ", ".join(map(str, numbers[:_MAX_NAMED])) + (", ..." if len(numbers) > _MAX_NAMED else "")
+        _log.warning("%s: damaged when it was first read, whole now: block %s", self._path, named)
+        return np.concatenate(contents)
+
+    def _judge(self, array: arrays.Array, numbers: Sequence[int]) -> Iterator[tuple[np.ndarray, str | None]]:
+        """Reads blocks of the array; yields each one, empty if it cannot be read, and what is wrong with it."""
+        block, elements = self.info.block, self.info.elements
+        starts = [block * number for number in numbers]
+        contents = arrays.read_each(array, self._path, starts, [min(block, elements - start) for start in starts])
+        for content, expected in zip(contents, self._hashes_of(numbers).tolist(), strict=True):
+            if isinstance(content, DataError):
+                fault = "is missing" if "NOT_FOUND" in str(content) else "cannot be decoded"
+                yield np.empty(0), f"{fault}, expected the hash {_short(expected)}"
+                continue
+            (found,) = hash_blocks(content, block).tolist()
+            differs = f"has the hash {_short(found)}, expected {_short(expected)}"
+            yield content, None if found == expected else differs
+
+    def _hashes_of(self, numbers: Sequence[int]) -> np.ndarray:
+        """Returns the hashes of blocks, uint64; reads the files of the table that are needed for the first time."""
+        for table in {number // TABLE_HASHES for number in numbers} - self._tables:
+            content = read_file(self._storage, self._manifest, table_name(self.name, table))
+            hashes = np.frombuffer(content, "<u8")
+            self._hashes[table * TABLE_HASHES :][: len(hashes)] = hashes
+            self._tables.add(table)
+        return self._hashes[numbers]
+
+    def _place(self, block: int) -> str:
+        """Names the file and the elements of a block."""
+        start = block * self.info.block
+        end = min(start + self.info.block, self.info.elements)
+        return f"{self._path}/{arrays.shard_of(self._array, start)}: block {block} ({self._locate(start, end)})"
+
+
+def _short(digest: int) -> str:
+    return f"{digest:016x}"[:_SHOWN]

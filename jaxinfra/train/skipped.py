@@ -1,0 +1,66 @@
+"""skipped.jsonl: the samples that a run has left out because they are damaged (`data.on_damage=skip`).
+
+Each line is a JSON object `{"step": 12, "split": "train", "samples": [7, 90]}`: what the batch of a step, or the
+evaluation after it, has left out. A run that resumes at step s drops the lines after s. A run that has left out nothing
+has no such file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxinfra.data.batches import BatchLoader
+from jaxinfra.runtime.peers import Peers
+from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.errors import storage_errors
+from jaxinfra.track.jsonl import SKIPPED_FILE
+
+
+class SkippedSamples:
+    """Collects the samples that all processes leave out; all of them must call its methods, process 0 writes the file.
+
+    Attributes:
+        count: number of training samples that the run has left out so far; only process 0 knows those of earlier
+            starts.
+    """
+
+    def __init__(self, run_dir: Path, peers: Peers, start_step: int):
+        """Reads what the run has left out up to the step that it starts at, and drops the rest."""
+        self._path, self._peers, self.count = run_dir / SKIPPED_FILE, peers, 0
+        if peers.index == 0 and self._path.exists():
+            with storage_errors(self._path):
+                rows = [json.loads(line) for line in self._path.read_bytes().split(b"\n")[:-1]]  # whole lines
+                rows = [row for row in rows if row["step"] <= start_step]
+                write_bytes_atomic(self._path, b"".join(map(_line, rows)))
+            self.count = sum(len(row["samples"]) for row in rows if row["split"] == "train")
+
+    def collect(self, loader: BatchLoader, completed_steps: int) -> None:
+        """Adds what the training batches of the completed steps have left out."""
+        for step, samples in self._gather(loader, completed_steps).items():
+            self.count += len(samples)
+            self._append(step + 1, "train", samples)
+
+    def collect_evaluation(self, loader: BatchLoader, completed_steps: int) -> int:
+        """Adds what an evaluation has left out, and returns how many samples that is."""
+        batches = self._gather(loader, len(loader)).values()
+        samples = sorted(sample for batch in batches for sample in batch)
+        if samples:
+            self._append(completed_steps, "validation", samples)
+        return len(samples)
+
+    def _gather(self, loader: BatchLoader, end_step: int) -> dict[int, list[int]]:
+        """Returns what all processes have left out before a step of the loader, by step; each step once."""
+        total: dict[int, list[int]] = {}
+        for own in self._peers.gather([*loader.take_skipped(end_step).items()]):
+            for step, samples in own:
+                total[step] = sorted([*total.get(step, []), *samples])
+        return dict(sorted(total.items()))
+
+    def _append(self, step: int, split: str, samples: list[int]) -> None:
+        if self._peers.index == 0:
+            with storage_errors(self._path), self._path.open("ab") as file:
+                file.write(_line({"step": step, "split": split, "samples": samples}))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"

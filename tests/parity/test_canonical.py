@@ -1,0 +1,96 @@
+"""In canonical mode losses and states are the same bits on every mesh, and those of a plain step up to rounding."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.config import validate
+from jaxinfra.optim.optimizers import AdamW
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.program import Program
+from jaxinfra.run import Run
+from tests.parity.cases import DOCUMENTS, MEAN, TIGHT, batch_on_host, make_program, put_like
+
+SHARDS, STEPS = 8, 4
+FSDP = MeshConfig(fsdp=8)
+
+
+def small(run: Run) -> Run:
+    """The run with Adam as it is used, and with global batches of eight virtual shards of two rows."""
+    return replace(
+        run,
+        optim=replace(run.optim, optimizer=AdamW(), peak_lr=0.01),
+        train=replace(run.train, global_batch=2 * SHARDS),
+    )
+
+
+def program(run: Run, mesh: MeshConfig, canonical: int | None = SHARDS) -> Program:
+    run = replace(run, mesh=mesh, train=replace(run.train, canonical=canonical))
+    validate(run)
+    return make_program(run)
+
+
+def train(program: Program, state: Any = None, steps: Sequence[int] = range(STEPS)) -> tuple[list[str], Any]:
+    """Trains; returns the bits of losses and norms, and of the sums of an evaluation, and the state on the host."""
+    bits = []
+    with program.on_mesh:
+        state = program.init(jax.random.key(0)) if state is None else put_like(state, program.state)
+        for step in steps:
+            rows = {name: x[: program.run.train.global_batch] for name, x in batch_on_host(program.run, step).items()}
+            batch = put_like(rows, {name: program.validation_batch[name] for name in rows})
+            state, metrics = program.train_step(state, batch)
+            bits += [np.float32(metrics[name]).tobytes().hex() for name in ("loss", "grad_norm")]
+        bits += [np.asarray(value).tobytes().hex() for value in program.eval_step(state.params, batch).values()]
+    return bits, jax.tree.map(np.asarray, state)
+
+
+def sha256(state: Any) -> str:
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
+
+
+@pytest.mark.slow(40)
+def test_bits_are_those_of_every_mesh(all_optimizations: None) -> None:
+    """Compiled as for a user: only then does the compiler fuse products and sums, on some shapes."""
+    run = small(DOCUMENTS)
+    bits, state = train(program(run, FSDP))
+    for mesh in (
+        MeshConfig(fsdp=4, replica=2),
+        MeshConfig(fsdp=1, tensor=8),
+        MeshConfig(fsdp=1, expert=2, context=2),
+        MeshConfig(fsdp=1, stage=2),
+        MeshConfig(fsdp=1),
+    ):
+        found, other = train(program(run, mesh))
+        assert found == bits and sha256(other) == sha256(state), mesh
+
+
+@pytest.mark.slow(15)
+@pytest.mark.parametrize("run", [TIGHT, MEAN], ids=lambda run: run.name)
+def test_experts_images_and_dropout_have_the_bits_of_another_mesh(run: Run) -> None:
+    """Experts drop choices and have statistics and biases."""
+    run = small(run)
+    (bits, state), (found, other) = (
+        train(program(run, mesh), steps=range(2)) for mesh in (FSDP, MeshConfig(fsdp=2, replica=2))
+    )
+    assert found == bits and sha256(other) == sha256(state)
+
+
+def test_a_state_goes_on_bit_for_bit_on_another_mesh() -> None:
+    """Plain training does not, so this test can fail; both agree up to rounding."""
+    run = small(DOCUMENTS)
+    first, here, there = range(2), range(2, STEPS), MeshConfig(fsdp=2, tensor=2)
+    _, middle = train(on_fsdp := program(run, FSDP), steps=first)
+    bits, state = train(on_fsdp, middle, here)
+    found, other = train(program(run, there), middle, here)
+    assert found == bits and sha256(other) == sha256(state)
+
+    plain, plain_state = train(program(run, FSDP, canonical=None), middle, here)
+    changed, changed_state = train(program(run, there, canonical=None), middle, here)
+    assert changed != plain and sha256(changed_state) != sha256(plain_state)
+    losses = [[np.frombuffer(bytes.fromhex(each), np.float32)[0] for each in side] for side in (plain, bits)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
