@@ -9,8 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.main import parse_command_line
-from jaxinfra.run_dir import join_location, parse_source
-from jaxinfra.track.runs import record_of
+from jaxinfra.run_dir import join_location
+from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.user_code import ending_of
 
 
