@@ -165,13 +165,16 @@ class RunDirectory:
                 f"name=ANOTHER, or init={before}"
             )
 
+    def summary(self) -> dict[str, Any]:
+        """Returns the contents of summary.json; {} without it."""
+        summary = self.path / SUMMARY_FILE
+        return read_json_object(summary) if summary.exists() else {}
+
     def finished_summary(self, completed_steps: int) -> dict[str, Any]:
         """Returns the summary of a run that is already finished; writes its report if that is missing."""
-        summary = self.path / SUMMARY_FILE
-        values = read_json_object(summary) if summary.exists() else {}
         if self.record.exists() and not self.report.exists() and not self.is_remote:
             write_report(self.path)
-        return {**values, "steps": completed_steps, "status": "finished before"}
+        return {**self.summary(), "steps": completed_steps, "status": "finished before"}
 
     def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
         """Returns the fingerprinted fields in which a run record differs from a config."""

@@ -12,29 +12,26 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.text import error_prefix
-from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
-from jaxinfra.data.interfaces import Batch, Dataset
-from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
+from jaxinfra.data.batches import BatchLoader
+from jaxinfra.data.interfaces import Dataset
+from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
-from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
+from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
-from jaxinfra.run import Run, TrainConfig, with_mesh_size
+from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location
 from jaxinfra.runtime import maintenance
 from jaxinfra.runtime.compile_cache import compile_cache
@@ -45,18 +42,19 @@ from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
 from jaxinfra.storage.checks import check_space
-from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import process_metrics
-from jaxinfra.track.report import REPORT_FILE
+from jaxinfra.track.report import REPORT_FILE, write_report
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
-from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
+from jaxinfra.train.guard import Rewind
+from jaxinfra.train.interval import Interval
+from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
-from jaxinfra.train.replicas import ReplicaCheck
+from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
 from jaxinfra.train.skipped import SkippedSamples
-from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
-from jaxinfra.train.step_timer import StepTimer
+from jaxinfra.train.statistics import RunStatistics, run_statistics, units_per_step
 from jaxinfra.train.watch import Watch, is_busy
 from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
@@ -97,10 +95,11 @@ class Trainer:
         validate(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
         self.run_dir = RunDirectory(join_location(self.run.root, self.run.name))
+        self._data = RunData(self.program, self._loaded.run, self.run_dir, prepare_command)
         self._state: TrainState | None = None
         self.completed_steps = 0
-        self._command, self._prepare_command = list(command), prepare_command
-        self._trackers, self._timer, self._step_writer = MultiTracker(), StepTimer(), StepWriter()
+        self._command = list(command)
+        self._trackers, self._interval, self._step_writer = MultiTracker(), Interval(self.program), StepWriter()
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
@@ -113,11 +112,7 @@ class Trainer:
         self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
         self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
-        self._guard = Guard(self.run.guard)
-        self._decisions: list[Decision] = []  # of the guard, to go back
-        self._interval_losses: list[float] = []  # since the last log
-        self._skipped_steps = 0  # since the last log
-        self._logged_wait_s = 0.0
+        self._numerics = Numerics(self.program, self._phases)
         self._pending: tuple[int, Metrics] | None = None  # the step whose metrics are not reported yet
         self._peak: dict[str, Any] = {"flops": math.nan, "source": ""}  # FLOP/s of one device
 
@@ -154,8 +149,7 @@ class Trainer:
             newest = self._checkpoints.newest(self._checkpoints.manifest)
             self.completed_steps = 0 if newest is None else newest[0]
             if self.completed_steps >= steps:
-                summary = self.run_dir.finished_summary(self.completed_steps) if self._is_main else None
-                return self._peers.broadcast(summary)
+                return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
                 self._watch.open_ledger()
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
@@ -166,7 +160,8 @@ class Trainer:
             )
             statistics = run_statistics(self.program, dataset.train_units)
             record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
-            self._decisions, reason, summary = decode_decisions(record), None, None
+            self._numerics.read_decisions(record)
+            reason = summary = None
             with self._peers.naming_causes(), self.program.on_mesh:
                 while summary is None:  # once more if the guard goes back to a checkpoint
                     with self._make_trackers() as self._trackers:
@@ -177,6 +172,16 @@ class Trainer:
                 "start the same command to go on"
             )
         return summary
+
+    def _finished_before(self) -> dict[str, Any]:
+        """Returns the summary of a run that is finished; writes it if a kill after the last checkpoint left it out."""
+        if self.run_dir.record.exists() and self.run_dir.summary().get("status") != "finished":
+            self._peak = self.run_dir.existing_record().get("peak", self._peak)
+            evaluated = next((row for row in reversed(self.metrics) if "eval/loss" in row), {})
+            self._eval_metrics = {name: value for name, value in evaluated.items() if name.startswith("eval/")}
+            JsonlTracker(self.run_dir.path).log_summary(self._summary(None, 0.0))
+            write_report(self.run_dir.path)
+        return self.run_dir.finished_summary(self.completed_steps)
 
     def _make_trackers(self) -> MultiTracker:
         if self._owned is None:
@@ -221,17 +226,11 @@ class Trainer:
         assert self._checkpoints is not None
         self._checkpoints.wait_until_finished()
         to = self._peers.broadcast(self._checkpoints.latest_step()) or 0
-        decision = decide(rewind, to, self._train_config, self.run.guard, self._decisions)
-        self._decisions.append(decision)
-        self.completed_steps, self._pending, self._interval_losses, self._skipped_steps = to, None, [], 0
+        decision = self._numerics.go_back(rewind, to)
+        self.completed_steps, self._pending = to, None
+        self._interval.begin_again()
         if self._is_main:
             _log.warning("%s; going back to step %d, without the batches %d to %d", rewind, to, *decision.skip)
-
-    @property
-    def _train_config(self) -> TrainConfig:
-        """With the batches that the guard has left out so far."""
-        skip_batches = with_decisions(self.run.train.skip_batches, self._decisions)
-        return replace(self.run.train, skip_batches=skip_batches)
 
     def fit(
         self,
@@ -268,15 +267,14 @@ class Trainer:
                 self._finish_profile()
             if evaluates:
                 self._log_evaluation()
-            if self._compares_replicas_after(self.completed_steps):
-                self._replicas.check(self.completed_steps, self.state)
+            self._numerics.check_after(self.completed_steps, self.state)
             with self._phases("save" if saves else "step"):
                 self.save(metrics, force=asked)
             if reason := stops_after(self.completed_steps):
                 break
         if (last := self._pending) is not None:
             self._report_pending()
-            self._require_finite(*last)
+            self._numerics.require_finite(*last)
         self._finish_profile()
         return reason if self.completed_steps < config.steps else None
 
@@ -295,30 +293,17 @@ class Trainer:
             jax.block_until_ready(metrics)
         self._phases.finish_step(step)
         self._stragglers.finish_step(step, was_ready=was_ready)
-        self._timer.finish_step()
+        self._interval.finish_step()
         self._trackers.finish_step(step)
         self._step_writer.complete(step)
-        loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
-        self._skipped_steps += int(skipped)
-        if not skipped:
-            self._interval_losses.append(float(loss))
-        if self.run.guard.skip_nonfinite:
-            self._guard.look(step, float(loss), skipped=bool(skipped))
+        loss, skipped = self._numerics.look(step, metrics)
+        self._interval.add(loss, skipped=skipped)
         if not self.run.track.due(step, self.run.train.steps):
             return
-        values = self._require_finite(step, metrics)
-        values.pop("skipped", None)
-        if self._skipped_steps:
-            values["skipped_steps"], self._skipped_steps = self._skipped_steps, 0
-        if self._interval_losses:
-            values["loss_mean"], self._interval_losses = float(np.mean(self._interval_losses)), []
-        step_time_s = self._timer.read()
-        if step_time_s is not None:
-            values["step_time_s"] = step_time_s
-            values[f"{self.run.data.modality}s_per_s"] = units_per_step(self.program) / step_time_s
-            values["mfu"] = step_flops(self.program) / step_time_s / (self._peak["flops"] * self.program.mesh.size)
+        values = self._numerics.require_finite(step, metrics)
+        values.pop("skipped", None)  # the interval counts them
         waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
-        values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
+        values |= self._interval.read(waited_s=waited_s, peak_flops=self._peak["flops"])
         values |= process_metrics() | device_memory() | self._watch.log()
         if self._skipped is not None:
             self._collect_skipped(step)
@@ -337,16 +322,16 @@ class Trainer:
         params = state.params if state.ema is None else state.ema
         total: Metrics | None = None
         with self.program.on_mesh:
-            for _, batch in self._validation:
+            for _, batch in self._data.validation:
                 with self._phases.first("eval_step"):
-                    sums = self.program.eval_step(params, self._place(batch), state.reference)
+                    sums = self.program.eval_step(params, self._data.place(batch), state.reference)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
         objective = self.program.objective
         with user_code_errors(type(objective), "objective"):
             # Process 0 tells the others: counting the bytes of the text reads all validation samples.
-            metrics = objective.evaluation_metrics(sums, self._validation.samples) if self._is_main else {}
+            metrics = objective.evaluation_metrics(sums, self._data.validation.samples) if self._is_main else {}
             metrics = {f"eval/{name}": float(value) for name, value in metrics.items()}
         return self._peers.broadcast(metrics)
 
@@ -358,21 +343,14 @@ class Trainer:
         """
         assert self._checkpoints is not None
         if force or self.completed_steps % self.run.checkpoint.save_every == 0:
-            if self._guard.skipped and not force:
+            if self._numerics.guard.skipped and not force:
                 return  # if the run goes back, then to a checkpoint from before
             self._collect_skipped(self.completed_steps)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
-                self._require_finite(self.completed_steps, metrics)
+                self._numerics.require_finite(self.completed_steps, metrics)
             assert self.state is not None
-            # The loss of a step is computed before its update, which may be the one that is not finite.
-            with self._phases.first("all_finite"):
-                is_finite = jax.device_get(self.program.all_finite(self.state))
-            if not is_finite:
-                cause = "its update made a parameter NaN or infinite: check optim.peak_lr and optim.optimizer"
-                raise Rewind(self.completed_steps, self.completed_steps, cause)
-            if self.run.guard.compare_replicas_every is not None:
-                self._replicas.check(self.completed_steps, self.state)
-        record = self._record | {"guard": self._guard.history}
+            self._numerics.check_before_save(self.completed_steps, self.state)
+        record = self._record | {"guard": self._numerics.guard.history}
         try:
             if self._checkpoints.save(
                 self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force
@@ -397,19 +375,6 @@ class Trainer:
     def _collect_skipped(self, completed_steps: int) -> None:
         if self._skipped is not None and self._batches is not None:
             self._skipped.collect(self._batches, completed_steps)
-
-    def _require_finite(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Copies the metrics of a step to the host; NonFiniteError if one is not finite, unless the guard skips it."""
-        return require_finite(step, metrics, ("lr",) if self.run.guard.skip_nonfinite else ("loss", "grad_norm", "lr"))
-
-    def _compares_replicas_after(self, completed_steps: int) -> bool:
-        every = self.run.guard.compare_replicas_every
-        return every is not None and completed_steps % every == 0
-
-    @cached_property
-    def _replicas(self) -> ReplicaCheck:
-        assert isinstance(self.program.mesh, jax.sharding.Mesh)
-        return ReplicaCheck(self.program.mesh, self.program.state)
 
     # Results
 
@@ -442,17 +407,15 @@ class Trainer:
 
     # Data, checkpoints and records
 
-    @cached_property
+    @property
     def dataset(self) -> Dataset:
         """The data of the run, opened and checked; ConfigError if it is missing or does not fit the model."""
-        run = self._loaded.run
-        recipe = next(iter(self.run.data.recipes.values()), "RECIPE")
-        hint = self._prepare_command or f"{COMMAND} data prepare {recipe}"
-        with user_code_errors(type(run.data), "data"):
-            dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
-            dataset.check(self.run.model)
-            dataset.validation()  # raises if there are no validation samples
-        return dataset
+        return self._data.dataset
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Values of simple models on the validation split, by metric; they are known for the whole split only."""
+        return self._data.baselines
 
     @property
     def _is_main(self) -> bool:
@@ -462,29 +425,6 @@ class Trainer:
     def require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         require_equal_processes(self._peers, self._loaded, self.dataset)
-
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """The rows of a global batch that this process loads."""
-        array = next(iter(self.program.batch.values()))  # all arrays of a batch have the same rows
-        return process_rows(array.sharding, array.shape)
-
-    @cached_property
-    def _validation(self) -> BatchLoader:
-        config = self.run.train
-        samples = self.dataset.validation(config.eval_samples)
-        return validation_batches(self.run.data, samples, global_batch=config.global_batch, rows=self._rows)
-
-    @property
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """Values of simple models on the validation split, by metric; they are known for the whole split only."""
-        all_baselines = self.dataset.baselines if self.run.train.eval_samples is None else {}
-        return {metric: dict(values) for metric, values in all_baselines.items()}
-
-    def _place(self, batch: Batch) -> dict[str, jax.Array]:
-        check_batch(batch, self.run.data, len(self._rows))
-        shardings = {name: array.sharding for name, array in self.program.validation_batch.items()}
-        return to_global(batch, shardings, global_batch=self.run.train.global_batch)
 
     def _restore_or_init(self) -> tuple[TrainState, dict[str, Any] | None]:
         """Restores the newest checkpoint, else loads the parameters of `run.init`, else initializes them.
@@ -496,9 +436,9 @@ class Trainer:
             newest = self._checkpoints.newest(partial(self._checkpoints.restore, abstract_state=self.program.state))
             assert newest is not None
             self.completed_steps, state = newest  # an older one if the newest is damaged
-            self._guard = Guard(self.run.guard, self._checkpoints.load_record(self.completed_steps).get("guard"))
+            self._numerics.resume(self._checkpoints.load_record(self.completed_steps))
             return state, self.run_dir.existing_record().get("init")
-        self._guard = Guard(self.run.guard)
+        self._numerics.resume({})
         if self.run.init is None:
             return self.program.init(jax.random.key(self.run.seed)), None
         loaded = load_params(self.run.init, self.program)
@@ -508,12 +448,12 @@ class Trainer:
 
     def _fit_dataset(self, signals: RunSignals) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
-        config, start = self._train_config, self.completed_steps
+        config, start = self._numerics.train_config, self.completed_steps
         self._batches = batches = BatchLoader(
             self.run.data,
             self.dataset.train,
             global_batch=config.global_batch,
-            rows=self._rows,
+            rows=self._data.rows,
             start_step=start,
             steps=config.steps - start,
             sample_ids=lambda step, rows: self.dataset.sample_ids(config.batch_of_step(step), rows),
@@ -532,7 +472,7 @@ class Trainer:
         self._phases.enter("step")
         with Prefetcher(
             batches,
-            self._place,
+            self._data.place,
             is_over=is_over,
             are_devices_busy=lambda: self._pending is not None and is_busy(self._pending[1]["loss"]),
             waiting=lambda: self._phases("data"),
@@ -555,13 +495,12 @@ class Trainer:
         with self._phases("evaluation"):
             self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
             if self._skipped is not None:
-                skipped = self._skipped.collect_evaluation(self._validation, self.completed_steps)
+                skipped = self._skipped.collect_evaluation(self._data.validation, self.completed_steps)
                 self._eval_metrics["eval/skipped"] = skipped
             self._trackers.log(self.completed_steps, self._eval_metrics)
         text = self._sample()
-        self._timer.pause()
-        if not math.isfinite(loss := self._eval_metrics.get("eval/loss", 0.0)):
-            raise Rewind(self.completed_steps, self.completed_steps, f"the validation loss is {loss}")
+        self._interval.pause()
+        self._numerics.check_evaluation(self.completed_steps, self._eval_metrics)
         if text is not None:
             self._trackers.log_sample(self.completed_steps, text)
 
@@ -570,7 +509,7 @@ class Trainer:
         with self._phases("profile"):
             text = self._profiler.finish(self.completed_steps, self.state)
         if text is not None:
-            self._timer.pause()
+            self._interval.pause()
             self._trackers.log_profile(self.completed_steps, text)
 
     def _sample(self) -> str | None:
@@ -587,7 +526,9 @@ class Trainer:
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         return {
-            **start_record(self._loaded, self.program, self.dataset, command=self._command, decisions=self._decisions),
+            **start_record(
+                self._loaded, self.program, self.dataset, command=self._command, decisions=self._numerics.decisions
+            ),
             "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
             "baselines": self.baselines,
@@ -607,15 +548,3 @@ class Trainer:
             "checkpoint": f"{self.run_dir.checkpoints}/{self.completed_steps}",
             "report": f"{self.run_dir.location}/{REPORT_FILE}",
         }
-
-
-def require_finite(step: int, metrics: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, float]:
-    """Copies the metrics of a step to the host; NonFiniteError if one of those named is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    for name in names:
-        if not math.isfinite(values.get(name, 0.0)):
-            raise NonFiniteError(
-                f"step {step}: {name} is {values[name]}; nothing was saved since: use name=ANOTHER with a lower "
-                "optim.peak_lr, a longer warmup, or another data.seed"
-            )
-    return values

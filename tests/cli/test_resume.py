@@ -137,6 +137,21 @@ def test_go_on_from_before_a_damaged_checkpoint(killed: Tiny, stopped: Path, cap
     refused(launch("evaluate", f"{directory}@{STEPS}"), f"{newest}: params/", code=79)
 
 
+def test_a_kill_after_the_last_checkpoint_leaves_nothing_out(tiny: Tiny) -> None:
+    """Before the summary was written: the next start writes it, and the report."""
+    assert tiny.launch("track.console=off").code == 0
+    directory = tiny.directory()
+    whole = summary(directory)
+    (directory / "summary.json").unlink()
+    (directory / "report.html").write_text("of a run that was not finished")
+    ended = tiny.launch("track.console=off")
+    assert ended.code == 0 and "nothing to do" in ended.out
+    again = summary(directory)
+    assert again.pop("wall_s") <= whole.pop("wall_s"), "up to the last logged step"
+    assert again == whole
+    assert ">finished<" in (directory / "report.html").read_text()
+
+
 def test_a_folder_without_a_manifest_is_no_progress(begun: Tiny) -> None:
     (begun.directory() / "checkpoints" / str(STEPS + 10)).mkdir()
     ended = begun.launch()

@@ -1,0 +1,60 @@
+"""Collects what is logged of the steps since the last log."""
+
+import math
+
+import numpy as np
+
+from jaxinfra.program import Program
+from jaxinfra.train.statistics import step_flops, units_per_step
+from jaxinfra.train.step_timer import StepTimer
+
+
+class Interval:
+    """The steps since the last log: their losses, their time, and how long they waited for data."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._timer = StepTimer()
+        self._losses: list[float] = []
+        self._num_skipped = 0
+        self._waited_s = 0.0  # up to the last log
+
+    def begin_again(self) -> None:
+        """Forgets the steps since the last log: the run goes back."""
+        self._losses, self._num_skipped = [], 0
+        self.pause()
+
+    def finish_step(self) -> None:
+        """Counts a step that ends now."""
+        self._timer.finish_step()
+
+    def add(self, loss: float, *, skipped: bool) -> None:
+        """Adds the loss of that step."""
+        self._num_skipped += skipped
+        if not skipped:
+            self._losses.append(loss)
+
+    def pause(self) -> None:
+        """Leaves out the time until the next step ends, for evaluation and compilation."""
+        self._timer.pause()
+
+    def read(self, *, waited_s: float, peak_flops: float) -> dict[str, float]:
+        """Returns the metrics of the interval, which ends.
+
+        Args:
+            waited_s: seconds for which the run has waited for data.
+            peak_flops: FLOP/s of one device.
+        """
+        values = {"data_wait_s": waited_s - self._waited_s}
+        self._waited_s = waited_s
+        if self._losses:
+            values["loss_mean"] = float(np.mean(self._losses))
+        if self._num_skipped:
+            values["skipped_steps"] = self._num_skipped
+        self._losses, self._num_skipped = [], 0
+        if (step_time_s := self._timer.read()) is not None:
+            values["step_time_s"] = step_time_s
+            values[f"{self._program.run.data.modality}s_per_s"] = units_per_step(self._program) / step_time_s
+            devices = math.prod(dict(self._program.mesh.shape).values())
+            values["mfu"] = step_flops(self._program) / step_time_s / (peak_flops * devices)
+        return values

@@ -1,0 +1,98 @@
+"""Checks the numbers of a run: losses, gradients, parameters, and copies of the state on several devices."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from jaxinfra.errors import NonFiniteError
+from jaxinfra.program import Metrics, Program, TrainState
+from jaxinfra.run import TrainConfig
+from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
+from jaxinfra.train.phases import Phases
+from jaxinfra.train.replicas import ReplicaCheck
+
+
+class Numerics:
+    """What a run checks of its numbers, and what it has decided to leave out.
+
+    Attributes:
+        guard: looks at each step.
+        decisions: to go back to a checkpoint, so far.
+    """
+
+    def __init__(self, program: Program, phases: Phases) -> None:
+        self._program, self._config, self._phases = program, program.run.guard, phases
+        self.guard = Guard(self._config)
+        self.decisions: list[Decision] = []
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """With the batches that have been left out so far."""
+        train = self._program.run.train
+        return replace(train, skip_batches=with_decisions(train.skip_batches, self.decisions))
+
+    def read_decisions(self, record: Mapping[str, Any]) -> None:
+        """Takes over the decisions in the run record of an earlier start."""
+        self.decisions = decode_decisions(record)
+
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint with this record; {} is the start of the run."""
+        self.guard = Guard(self._config, record.get("guard"))
+
+    def go_back(self, rewind: Rewind, to: int) -> Decision:
+        """Decides to go back to a checkpoint; NonFiniteError if the run has been there before."""
+        decision = decide(rewind, to, self.train_config, self._config, self.decisions)
+        self.decisions.append(decision)
+        return decision
+
+    def look(self, step: int, metrics: Metrics) -> tuple[float, bool]:
+        """Looks at a completed step, counted from 1; returns its loss, and whether its update was skipped.
+
+        Raises Rewind if the run must go back.
+        """
+        loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
+        if self._config.skip_nonfinite:
+            self.guard.look(step, float(loss), skipped=bool(skipped))
+        return float(loss), bool(skipped)
+
+    def require_finite(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Copies the metrics of a step to the host; NonFiniteError if one is not finite that no step may skip."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        for name in ("lr",) if self._config.skip_nonfinite else ("loss", "grad_norm", "lr"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise NonFiniteError(
+                    f"step {step}: {name} is {values[name]}; nothing was saved since: use name=ANOTHER with a lower "
+                    "optim.peak_lr, a longer warmup, or another data.seed"
+                )
+        return values
+
+    def check_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises Rewind if the validation loss is not finite."""
+        if not math.isfinite(loss := metrics.get("eval/loss", 0.0)):
+            raise Rewind(step, step, f"the validation loss is {loss}")
+
+    def check_after(self, step: int, state: TrainState | None) -> None:
+        """Compares the copies of a state, if that is due after this step; raises CorruptionError."""
+        every = self._config.compare_replicas_every
+        if every is not None and step % every == 0:
+            self._replicas.check(step, state)
+
+    def check_before_save(self, step: int, state: TrainState) -> None:
+        """Raises Rewind if a parameter is not finite, and CorruptionError if copies differ."""
+        # The loss of a step is computed before its update, which may be the one that is not finite.
+        with self._phases.first("all_finite"):
+            is_finite = jax.device_get(self._program.all_finite(state))
+        if not is_finite:
+            cause = "its update made a parameter NaN or infinite: check optim.peak_lr and optim.optimizer"
+            raise Rewind(step, step, cause)
+        if self._config.compare_replicas_every is not None:
+            self._replicas.check(step, state)
+
+    @cached_property
+    def _replicas(self) -> ReplicaCheck:
+        assert isinstance(self._program.mesh, jax.sharding.Mesh)
+        return ReplicaCheck(self._program.mesh, self._program.state)

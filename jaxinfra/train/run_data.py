@@ -1,0 +1,67 @@
+"""The data of a run as its processes read it."""
+
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from jaxinfra.command import COMMAND
+from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
+from jaxinfra.data.interfaces import Batch, Dataset
+from jaxinfra.data.prefetch import process_rows, to_global
+from jaxinfra.program import Program
+from jaxinfra.run import Run
+from jaxinfra.run_dir import RunDirectory
+from jaxinfra.user_code import user_code_errors
+
+
+class RunData:
+    """The dataset of a run, and the rows of its batches that this process has.
+
+    Args:
+        program: of the run.
+        config: the run as it was loaded, to find the versions of the data that it has started with.
+        run_dir: its directory.
+        prepare_command: the command that prepares the data, for the error message if the data is missing.
+    """
+
+    def __init__(self, program: Program, config: Run, run_dir: RunDirectory, prepare_command: str | None) -> None:
+        self._program, self._run = program, program.run
+        self._config, self._run_dir, self._prepare_command = config, run_dir, prepare_command
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data, opened and checked; ConfigError if it is missing or does not fit the model."""
+        recipe = next(iter(self._run.data.recipes.values()), "RECIPE")
+        hint = self._prepare_command or f"{COMMAND} data prepare {recipe}"
+        with user_code_errors(type(self._run.data), "data"):
+            versions = self._run_dir.data_versions(self._config)
+            dataset = self._run.data.with_versions(versions).open(hint=hint)
+            dataset.check(self._run.model)
+            dataset.validation()  # raises if there are no validation samples
+        return dataset
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The rows of a global batch that this process loads."""
+        array = next(iter(self._program.batch.values()))  # all arrays of a batch have the same rows
+        return process_rows(array.sharding, array.shape)
+
+    @cached_property
+    def validation(self) -> BatchLoader:
+        """The validation batches, the same at every evaluation."""
+        config = self._run.train
+        samples = self.dataset.validation(config.eval_samples)
+        return validation_batches(self._run.data, samples, global_batch=config.global_batch, rows=self.rows)
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Values of simple models on the validation split, by metric; they are known for the whole split only."""
+        all_baselines = self.dataset.baselines if self._run.train.eval_samples is None else {}
+        return {metric: dict(values) for metric, values in all_baselines.items()}
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """Moves the rows of this process onto its devices; returns the global batch."""
+        check_batch(batch, self._run.data, len(self.rows))
+        shardings = {name: array.sharding for name, array in self._program.validation_batch.items()}
+        return to_global(batch, shardings, global_batch=self._run.train.global_batch)
