@@ -8,6 +8,7 @@ The position in the data is not saved: it follows from the seed and the step.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,9 +231,14 @@ class CheckpointManager(ClosedOnExit):
             steps = self.all_steps()
             action = "deleting older steps" if step in steps else "saving"  # a listed step is complete
             raise StorageError(
-                f"{self._path(step)}: {action} failed: {cause_of(error)}; intact: {_join(steps)}; "
+                f"{self._path(step)}: {action} failed: {cause_of(error)}{self._free_space()}; intact: {_join(steps)}; "
                 "free space or restore access there"
             ) from error
+
+    def _free_space(self) -> str:
+        """Says how many bytes are free on the disk."""
+        folder = Path(self.directory)
+        return "" if self._is_remote or not folder.is_dir() else f" ({shutil.disk_usage(folder).free:,} bytes free)"
 
     def _read[T](self, step: int, read: Callable[[], T]) -> T:
         """Returns what `read` returns; raises CheckpointError, in all processes, if the step cannot be read in one."""

@@ -8,10 +8,11 @@ folder with a step's name is complete.
 Exceptions of Orbax, TensorStore and the operating system pass through, and DamageError.
 """
 
+import asyncio
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, override
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src import asyncio_utils
 from orbax.checkpoint._src.futures.future import Future
 from orbax.checkpoint._src.metadata.checkpoint import metadata_store
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath, DeferredPath
@@ -62,9 +64,7 @@ class OrbaxBackend(Backend):
         self._directory, self._config, self._lease, self._gather = directory, config, lease, gather
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)
-        # For a line of its log Orbax asks for TensorStore's metrics in each save. TensorStore 0.1.86 leaks its answer:
-        # some 40 kB a save.
-        tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
+        _mend_orbax()
         self._writes_manifest = not read_only and jax.process_index() == 0
         self._intact: dict[int, Metrics] = {}  # of the process that deletes superseded steps
         if self._writes_manifest:
@@ -321,6 +321,30 @@ class _Hashed(Future):
         own = self._directory.glob(f"*/ocdbt.process_{index}/**/*")
         names = [path.relative_to(self._directory).as_posix() for path in own if path.is_file()]
         (self._directory / f"{_HASHES}{index}").write_bytes(encode_hashes(hash_files(self._directory, names)))
+
+
+def _mend_orbax() -> None:
+    """Replaces two private functions of Orbax 0.12."""
+    # For a line of its log Orbax asks for TensorStore's metrics in each save. TensorStore 0.1.86 leaks its answer: some
+    # 40 kB a save.
+    tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
+    # If a write fails, Orbax closes the event loop at once. TensorStore then finds it closed at the end of each other
+    # write, and prints a traceback: a thousand lines on a full disk.
+    asyncio_utils._run_sync_via_new_loop = _run_to_the_end
+
+
+def _run_to_the_end[T](coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine in a new event loop, and then what it has left unfinished; raises the first error of all."""
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)  # it tells of the other errors
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        if left := asyncio.all_tasks(loop):
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 def _delete_incomplete_steps(directory: Path) -> None:

@@ -24,9 +24,14 @@ from jaxinfra.errors import StorageError
 from .states import make_mesh, make_state
 
 
-def random_state(seed: int, rows: int) -> dict[str, Any]:
-    """A state of one leaf: if one of several failed, asyncio would warn about the others on stderr."""
-    return {"params": {"w": jax.random.normal(jax.random.key(seed), (rows, 1024))}}
+LEAVES = 16  # most of them fail after the first one
+
+
+def random_state(seed: int, rows: int, leaves: int = 1) -> dict[str, Any]:
+    """A state of several equal leaves."""
+    key = jax.random.key(seed)
+    names = ["w", *(f"w{i}" for i in range(1, leaves))]
+    return {"params": {name: jax.random.normal(key, (rows, 1024)) for name in names}}
 
 
 @contextmanager
@@ -46,11 +51,11 @@ def no_space(directory: Path) -> dict[str, Any]:
     failures = []
     with CheckpointManager(directory, CheckpointConfig(save_every=10)) as checkpoints:
         for step in (10, 20):
-            checkpoints.save(step, random_state(step, 1024), {})
+            checkpoints.save(step, random_state(step, 1024, LEAVES), {})
         checkpoints.wait_until_finished()
         with small_files():
             for step in (30, 40):
-                checkpoints.save(step, random_state(step, 1024), {})
+                checkpoints.save(step, random_state(step, 1024, LEAVES), {})
                 deadline = time.monotonic() + 30
                 try:
                     while time.monotonic() < deadline:
@@ -59,7 +64,7 @@ def no_space(directory: Path) -> dict[str, Any]:
                     failures.append(str(error))
         left = sorted(path.name for path in directory.iterdir())
         intact = checkpoints.all_steps()
-        checkpoints.save(50, random_state(50, 1024), {})
+        checkpoints.save(50, random_state(50, 1024, LEAVES), {})
         checkpoints.wait_until_finished()
         return {"failures": failures, "left": left, "intact": intact, "after": checkpoints.all_steps()}
 
