@@ -5,6 +5,7 @@ complete. A restored array is bit-equal to the saved one, on any mesh: every byt
 The position in the data is not saved: it follows from the seed and the step.
 """
 
+import errno
 import json
 import logging
 import os
@@ -231,14 +232,15 @@ class CheckpointManager(ClosedOnExit):
             steps = self.all_steps()
             action = "deleting older steps" if step in steps else "saving"  # a listed step is complete
             raise StorageError(
-                f"{self._path(step)}: {action} failed: {cause_of(error)}{self._free_space()}; intact: {_join(steps)}; "
+                f"{self._path(step)}: {action} failed: {self._describe(error)}; intact: {_join(steps)}; "
                 "free space or restore access there"
             ) from error
 
-    def _free_space(self) -> str:
-        """Says how many bytes are free on the disk."""
-        folder = Path(self.directory)
-        return "" if self._is_remote or not folder.is_dir() else f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    def _describe(self, error: Exception) -> str:
+        """Returns the cause of a failure, for a full disk with the bytes that are free."""
+        cause, folder = cause_of(error), Path(self.directory)
+        is_full = cause in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)) and folder.is_dir()
+        return f"{cause} ({shutil.disk_usage(folder).free:,} bytes free)" if is_full else cause
 
     def _read[T](self, step: int, read: Callable[[], T]) -> T:
         """Returns what `read` returns; raises CheckpointError, in all processes, if the step cannot be read in one."""

@@ -23,7 +23,6 @@ from jaxinfra.errors import StorageError
 
 from .states import make_mesh, make_state
 
-
 LEAVES = 16  # most of them fail after the first one
 
 
