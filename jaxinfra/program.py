@@ -32,7 +32,7 @@ from jaxinfra.objectives.objective import WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
-from jaxinfra.optim.transforms import clip_by_global_norm, ema_update, select
+from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -439,33 +439,37 @@ class Program:
         model = self.model(state.params)
         metrics |= model.metrics(stats, sums["weight"])
         metrics |= {"weight": sums["weight"], "lr": jnp.asarray(self._schedule(state.step))}
-        update, square_sum = self._update, None
+        clip, update = partial(clip_by_global_norm, max_norm=self.run.optim.clip_norm), self._apply_gradients
         if self.virtual_shards is not None:
             square_sum = self.virtual_shards.square_sum(grads, select_trainable(self._stored, self.specs))
-            update = with_rounded_products(self._update, unknown_zero(square_sum), "optim.optimizer")
-        state, norms = update(state, grads, model.update_buffers(stats), metrics["loss"], square_sum)
-        return state, metrics | norms
+            clip = partial(clip, square_sum=square_sum)
+            clip, update = (
+                with_rounded_products(each, unknown_zero(square_sum), "optim.optimizer") for each in (clip, update)
+            )
+        grads, metrics["grad_norm"] = clip(grads)
+        arguments = state, grads, model.update_buffers(stats)
+        if not self.run.guard.skip_nonfinite:
+            return update(*arguments), metrics
+        # A branch, not a select: an optimizer that is not elementwise, such as Muon, would need the old and the new
+        # state at once.
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1.0 - is_finite
+        return jax.lax.cond(is_finite, update, self._skip_update, *arguments), metrics
 
-    def _update(
-        self, state: TrainState, grads: Params, buffers: Params, loss: jax.Array, square_sum: jax.Array | None
-    ) -> tuple[TrainState, Metrics]:
-        """Returns the state after the update, the global norm of the gradients, and whether a guard has skipped it."""
+    def _skip_update(self, state: TrainState, grads: Params, buffers: Params) -> TrainState:
+        return replace(state, step=state.step + 1)
+
+    def _apply_gradients(self, state: TrainState, grads: Params, buffers: Params) -> TrainState:
         optim, trainable = self.run.optim, select_trainable(state.params, self.specs)
-        grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm, square_sum)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        condition = is_finite if self.run.guard.skip_nonfinite else None
         with user_code_errors(type(optim.optimizer), "optim.optimizer"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable, condition=condition)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
         # In float32, also if parameters are stored in bfloat16.
         trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
         params = merge_trees(merge_trees(state.params, trained), buffers)
-        params = select(condition, params, state.params)
         ema = state.ema
         if optim.ema_decay is not None:
-            ema = select(condition, ema_update(ema, params, optim.ema_decay, state.step), ema)
-        skipped = {} if condition is None else {"skipped": 1.0 - is_finite}
-        after = replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return after, {"grad_norm": grad_norm, **skipped}
+            ema = ema_update(ema, params, optim.ema_decay, state.step)
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
         batch = self._to_shard_order(batch)

@@ -6,7 +6,6 @@ offloaded. The state has the same tree as without offloading and, up to rounding
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ import optax
 
 from jaxinfra.parallel.spec import PyTree
 
-type OptimizerFactory = Callable[[PyTree], optax.GradientTransformationExtraArgs]
+type OptimizerFactory = Callable[[PyTree], optax.GradientTransformation]
 """Makes the optimizer for parameters, given a tree of their `ParamSpec`s."""
 
 
-def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> optax.GradientTransformationExtraArgs:
+def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> optax.GradientTransformation:
     """Wraps `make(specs)` to keep the arrays of its state in host memory; scalars stay on the devices.
 
     The state of stacked layers is moved and used one layer at a time. Other parameters, and layers that are sharded
@@ -48,24 +47,20 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
     def init(params: optax.Params) -> optax.OptState:
         return _to_host(make(specs).init(params))
 
-    def update(
-        updates: PyTree, state: optax.OptState, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, optax.OptState]:
+    def update(updates: PyTree, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, optax.OptState]:
         trees = (updates, state, params)
         stacked = [name for name in specs if _is_stacked(specs[name], updates[name])]
         others = [name for name in specs if name not in stacked]
         results = []
         if others:
-            results.append(
-                _update_at_once(make(select(specs, others)), *(select(tree, others) for tree in trees), **extra)
-            )
+            results.append(_update_at_once(make(select(specs, others)), *(select(tree, others) for tree in trees)))
         for name in stacked:  # one by one, since they can differ in their number of layers
             layer_specs = jax.tree.map(lambda spec: replace(spec, shape=(1, *spec.shape[1:])), select(specs, [name]))
-            results.append(_update_by_layer(make(layer_specs), *(select(tree, [name]) for tree in trees), **extra))
+            results.append(_update_by_layer(make(layer_specs), *(select(tree, [name]) for tree in trees)))
         new_updates, states = zip(*results, strict=True)
         return merge(updates, *new_updates), merge(state, *states)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _split(state: optax.OptState) -> tuple[optax.OptState, optax.OptState]:
@@ -78,14 +73,14 @@ def _combine(arrays: optax.OptState, counters: optax.OptState) -> optax.OptState
 
 
 def _update_at_once(
-    tx: optax.GradientTransformationExtraArgs, updates: PyTree, state: optax.OptState, params: PyTree, **extra: Any
+    tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
-    updates, state = tx.update(updates, _to_device(state), params, **extra)
+    updates, state = tx.update(updates, _to_device(state), params)
     return updates, _to_host(state)
 
 
 def _update_by_layer(
-    tx: optax.GradientTransformationExtraArgs, updates: PyTree, state: optax.OptState, params: PyTree, **extra: Any
+    tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
     """Updates stacked layers with `tx`, the optimizer of one layer; counters are returned unchanged."""
     all_arrays, counters = _split(state)
@@ -102,7 +97,7 @@ def _update_by_layer(
     def step(carry: tuple[PyTree, PyTree], layer: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
         updates, arrays = carry
         state = _to_device(_combine(select(arrays, layer), counters))
-        update, state = tx.update(select(updates, layer), state, select(params, layer), **extra)
+        update, state = tx.update(select(updates, layer), state, select(params, layer))
         new_arrays, _ = _split(_to_host(state))
         return (write(updates, update, layer), write(arrays, new_arrays, layer)), None
 

@@ -24,7 +24,7 @@ from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_sp
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import optax_schedule
-from jaxinfra.optim.transforms import skip_unless, store_state_as
+from jaxinfra.optim.transforms import store_state_as
 from jaxinfra.parallel.spec import ParamSpec, PyTree
 from jaxinfra.user_code import user_code_errors
 
@@ -185,23 +185,22 @@ class Muon(Optimizer):
         return optax.partition({"muon": matrices, "adamw": others}, labels)
 
 
-def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformation:
     """Makes the optax chain of a run of `steps` steps, without clipping; `specs` are the `ParamSpec`s.
 
-    `update` needs the parameters and returns float32 updates for `optax.apply_updates`; it takes a `condition`, a bool
-    scalar, and keeps the old state where that does not hold. The state is sharded like the parameters, which may be
-    abstract in `init`.
+    `update` needs the parameters and returns float32 updates for `optax.apply_updates`. The state is sharded like the
+    parameters, which may be abstract in `init`.
     """
     rate = optax_schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
 
-    def chain(specs: PyTree) -> optax.GradientTransformationExtraArgs:
+    def chain(specs: PyTree) -> optax.GradientTransformation:
         decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
         links = [_transform(optim.optimizer, specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))
         stored = store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
-        return skip_unless(_checked(stored, type(optim.optimizer).__qualname__))
+        return _checked(stored, type(optim.optimizer).__qualname__)
 
     return store_state_on_host(chain, specs) if optim.offload else chain(specs)
 

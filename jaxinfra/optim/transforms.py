@@ -1,4 +1,4 @@
-"""Gradient clipping by the global norm, averaged parameters, skipped updates, and the dtype of optimizer state."""
+"""Gradient clipping by the global norm, averaged parameters, and the dtype of stored optimizer state."""
 
 import jax
 import jax.numpy as jnp
@@ -51,27 +51,6 @@ def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int)
         return (old_f32 + (1 - keep) * (new.astype(jnp.float32) - old_f32)).astype(old.dtype)
 
     return jax.tree.map(average, ema, params)
-
-
-def select(condition: jax.Array | None, new: PyTree, old: PyTree) -> PyTree:
-    """Returns `new` where a condition holds, bool scalar, else `old`, bit for bit; always `new` without a condition."""
-    return new if condition is None else jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
-
-def skip_unless(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Wraps `tx`: its update takes `condition`, a bool scalar, and keeps the old state where that does not hold."""
-
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        *,
-        condition: jax.Array | None = None,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        updates, new_state = tx.update(updates, state, params)
-        return updates, select(condition, new_state, state)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def store_state_as(tx: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
