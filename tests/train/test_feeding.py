@@ -18,13 +18,13 @@ from tests.tiny_run import Tiny
 CHARS = 2_000_000
 CHUNK_BYTES = 2 * CHUNK
 """Size of a chunk of tokens, which is read whole."""
-INDEX_BYTES = 34_000
+INDEX_BYTES = 68_000
 """Size of a shard's index and of the metadata of its array, which each process reads once."""
 
 
 @pytest.fixture
 def store_url(s3: Server, tmp_path: Path) -> str:
-    """A store of 2 million tokens, in chunks of 8,192."""
+    """A store of 2 million tokens, in chunks of 4,096."""
     draw, texts = random.Random(0), tmp_path / "texts"
     texts.mkdir()
     words = [f"word{number}" for number in range(999)]
@@ -52,12 +52,16 @@ def total(counts: Counter[str], part: str) -> int:
 
 @pytest.mark.slow(40)
 def test_four_processes_read_what_one_does(tiny: Tiny, store_url: str, s3: Server) -> None:
-    """Manifest, tokenizer, list of versions and the check of all files are read by process 0; rows by their process."""
+    """Manifest, tokenizer, list of versions and the check of all files are read by process 0; rows by their process.
+
+    So are the hashes of the blocks that the rows are in.
+    """
     gets, read_bytes = read_by(1, tiny, store_url, s3)
     all_gets, all_bytes = read_by(4, tiny, store_url, s3)
-    shared = [path for path in gets if "/tokens/" not in path]
+    shared = [path for path in gets if "/tokens/" not in path and ".blocks/" not in path]
     assert len(shared) > 10 and {path: all_gets[path] for path in shared} == {path: gets[path] for path in shared}
     assert all_gets.keys() == gets.keys()
+    assert 0 < total(all_gets, ".blocks/") <= 4 * total(gets, ".blocks/")
     train, all_train = total(read_bytes, "/train/tokens/"), total(all_bytes, "/train/tokens/")
     assert train > 40 * CHUNK_BYTES
     assert train <= all_train < 1.2 * train + 3 * INDEX_BYTES
