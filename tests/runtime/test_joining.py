@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jaxinfra.errors import ConfigError, PeerLostError
+from jaxinfra.errors import ConfigError, HungError, PeerLostError
 from tests.conftest import ROOT
 from tests.refusals import names
 from tests.several import all_ended, free_address
@@ -167,5 +167,5 @@ def test_a_silence_has_a_limit(tiny: Tiny) -> None:
     finally:
         children[1].kill()
         children[1].communicate()
-    assert end.code == PeerLostError.exit_code, end
+    assert end.code == HungError.exit_code, end
     names(end.err.splitlines()[-1], "process 1", socket.gethostname(), "silent", "4 s")
