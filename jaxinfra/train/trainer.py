@@ -151,10 +151,10 @@ class Trainer:
             if self.completed_steps >= steps:
                 return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
-                self._watch.open_ledger()
                 needed_bytes = self._checkpoints.needed_bytes(self.program.state)
                 fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
                 check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
+                self._watch.open_ledger()
             self._peak = self._peers.broadcast(
                 find_peak(self.run_dir, self.run.precision.compute) if self._is_main else None
             )
