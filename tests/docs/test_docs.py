@@ -172,6 +172,6 @@ def test_a_newcomer_gets_what_the_readme_says(clone: Path) -> None:
 
 
 def test_make_says_what_is_missing_without_python(clone: Path) -> None:
-    code, output = run("make quickstart PYTHON=", clone)
+    code, output = run("make quickstart PYTHON= VENV=.venv-of-nobody", clone)
     assert code != 0
     assert "error: no Python >= 3.12" in output
