@@ -56,7 +56,7 @@ NOT_THE_NUMBERS = {
     *("train.accumulate", "train.compile_cache", "train.compiler", "train.eval_every"),
     *("profile", "watchdog", "guard"),
     *("model.attention_kernel", "model.context_attention", "model.remat"),
-    *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads"),
+    *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads", "data.on_damage"),
     *("data.sources.0.store", "data.sources.0.version", "data.sources.0.recipe"),
     "init",
 }
