@@ -107,12 +107,14 @@ class TrainConfig:
 class GuardConfig:
     """What a run does when its numbers go wrong.
 
-    A step whose loss or gradient is NaN or infinite changes nothing but the number of steps. After `max_nonfinite` such
-    steps in a row, or after a spike of the loss, the run goes back to its newest checkpoint from before, and leaves out
-    the batches since then. If that does not help before the next checkpoint, it ends with exit code 80.
+    With `skip_nonfinite`, a step whose loss or gradient is NaN or infinite changes nothing but the number of steps.
+    After `max_nonfinite` such steps in a row, or after a spike of the loss, the run goes back to its newest checkpoint
+    from before, and leaves out the batches since then. If that does not help before the next checkpoint, it ends with
+    exit code 80.
 
     Attributes:
-        skip_nonfinite: whether to skip the update of such a step. False ends the run at the next logged step.
+        skip_nonfinite: whether to skip the update of such a step. False ends the run at the next logged step. It makes
+            the update a branch of the program, which takes 0 to 2 % more cycles on TPUs.
         max_nonfinite: number of skipped steps in a row after which the run goes back.
         spike: a loss is a spike if it is this many standard deviations above the median of the last `window` losses.
             The deviation is a robust one, 1.4826 times the median absolute deviation. None looks for no spikes.
@@ -123,7 +125,7 @@ class GuardConfig:
             None compares nothing.
     """
 
-    skip_nonfinite: bool = True
+    skip_nonfinite: bool = False
     max_nonfinite: PositiveInt = 10
     spike: PositiveFloat | None = None
     window: Annotated[int, Ge(8), Le(10_000)] = 64

@@ -55,7 +55,7 @@ class Numerics:
         Raises Rewind if the run must go back.
         """
         loss, skipped = jax.device_get((metrics["loss"], metrics.get("skipped", 0.0)))
-        if self._config.skip_nonfinite:
+        if self._config.skip_nonfinite or math.isfinite(loss):
             self.guard.look(step, float(loss), skipped=bool(skipped))
         return float(loss), bool(skipped)
 

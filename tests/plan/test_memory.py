@@ -149,16 +149,8 @@ def test_offloaded_optimizer_state_leaves_the_device() -> None:
     offloaded, marked_offloaded = memory_of(SMALL, global_batch=8, offload=True)
     assert marked_offloaded and not marked and on_device.host == 0
     state = program_on(replace(SMALL, train=TrainConfig(global_batch=4)), V5E).state
-    sizes = {
-        jax.tree_util.keystr(path): a.size * a.dtype.itemsize // V5E.num_devices
-        for path, a in jax.tree.leaves_with_path(state.opt_state)
-        if a.ndim
-    }
-    moments = sum(sizes.values())
-    # The update is a branch, since it may be skipped: what is not in the layers is not updated in place.
-    outside = sum(size for path, size in sizes.items() if "blocks" not in path)
-    assert 0 < outside < moments / 10
-    assert offloaded.host == pytest.approx(moments + outside, rel=0.01)
+    moments = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.opt_state) if a.ndim) // V5E.num_devices
+    assert offloaded.host == pytest.approx(moments, rel=0.01)
     assert on_device.arguments - offloaded.arguments == pytest.approx(moments, rel=0.01)
     assert offloaded.temporaries - on_device.temporaries < moments / 4
 
