@@ -105,7 +105,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What a run does when its numbers go wrong.
+    """Sets the reaction of a run to numbers that go wrong.
 
     With `skip_nonfinite`, a step whose loss or gradient is NaN or infinite changes nothing but the number of steps.
     After `max_nonfinite` such steps in a row, or after a spike of the loss, the run goes back to its newest checkpoint

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,25 +52,27 @@ COLUMNS: Columns = {
 }
 
 
-class Side:
-    """Something that saves a state into a folder, and restores it."""
+class Side(ABC):
+    """Saves a state into a folder, and restores it."""
 
     def __init__(self, folder: Path, state: Any) -> None:
         self.folder, self.state = folder, state
 
+    @abstractmethod
     def save(self, step: int) -> None:
         """Starts to save; returns when the state may be changed."""
-        raise NotImplementedError
 
     def wait(self) -> None:
         """Waits until the state is on the disk, and the one before is deleted; `save` may have done so."""
+        return
 
+    @abstractmethod
     def restore(self, step: int) -> Any:
         """Returns the arrays of the state, as a tree."""
-        raise NotImplementedError
 
     def close(self) -> None:
-        """Ends threads."""
+        """Ends threads, if there are any."""
+        return
 
 
 class JaxinfraSide(Side):
@@ -192,7 +195,7 @@ SIDES: Mapping[str, tuple[str, type[Side]]] = {
 
 @dataclass
 class SideTimes:
-    """What each round of a side took, and what it has written."""
+    """Seconds of each round of a side, and the bytes that it has written."""
 
     blocked_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What `CheckpointManager` asks of what reads and writes the checkpoints: `OrbaxBackend` or `BucketBackend`."""
+"""Declares what `OrbaxBackend` and `BucketBackend`, which read and write checkpoints, have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-"""What follows the step in the name of a temporary folder; Orbax's `TMP_DIR_SUFFIX`."""
+"""Ending of the name of a temporary folder, after the step; Orbax's `TMP_DIR_SUFFIX`."""
 
 _DELETED = ".deleted-"
 _STEP = re.compile(r"0|[1-9]\d*", re.ASCII)

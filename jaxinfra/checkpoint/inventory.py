@@ -79,7 +79,7 @@ def _about(manifest: Manifest) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What a comparison of every byte of a step with its hash has found.
+    """Holds the result of comparing every byte of a step with its hash.
 
     Attributes:
         step: number of completed steps.
@@ -118,7 +118,7 @@ def verify_step(
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """What to delete.
+    """Names what to delete.
 
     Attributes:
         steps: the superseded steps, with their bytes.

@@ -44,7 +44,7 @@ class FileHash(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says.
+    """Holds the contents of `manifest.json`.
 
     Attributes:
         step: number of completed steps.

@@ -1,4 +1,4 @@
-"""What follows each exit code of a run: the one table that the supervisor, `--help` and the pages agree with.
+"""Decides by exit code whether a run starts again: the one table that supervisor, `--help` and pages agree with.
 
 The limits are those that run programs elsewhere: Kubernetes doubles the wait up to five minutes, as
 `CrashLoopBackOff`; systemd gives up after five starts in a row (`StartLimitBurst`).
@@ -18,7 +18,7 @@ _HOUR_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What an exit code means, and what the supervisor does.
+    """Gives the meaning of an exit code, and says whether the supervisor starts the run again.
 
     Attributes:
         meaning: in a few words, for `--help` and for lines of the supervisor.

@@ -63,7 +63,7 @@ class Attempt:
 
     @property
     def rule(self) -> Rule:
-        """What follows it."""
+        """Whether and when the supervisor starts the run again."""
         return RULES.get(self.exit_code, RULES[JaxinfraError.exit_code])
 
     @property
@@ -77,7 +77,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """What is started.
+    """Names the processes to start.
 
     Attributes:
         command: the same for all processes.

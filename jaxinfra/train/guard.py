@@ -63,7 +63,7 @@ class Guard:
 
     @property
     def history(self) -> dict[str, Any]:
-        """What the next start needs to decide the same, as JSON."""
+        """The losses and counts from which the next start decides the same, as JSON."""
         return {"losses": [*self._losses] if self._config.spike is not None else [], "skipped": self.skipped}
 
     def look(self, step: int, loss: float, *, skipped: bool) -> None:

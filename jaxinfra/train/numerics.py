@@ -17,7 +17,7 @@ from jaxinfra.train.replicas import ReplicaCheck
 
 
 class Numerics:
-    """What a run checks of its numbers, and what it has decided to leave out.
+    """Checks the numbers of a run, and keeps the decisions to leave out batches.
 
     Attributes:
         guard: looks at each step.

@@ -1,4 +1,4 @@
-"""What a run does at each moment: every second of a start belongs to exactly one phase.
+"""Records the phase of a run at each moment: every second of a start belongs to exactly one.
 
 The `Trainer` declares its phases, `with phases("restore"):`. What else the process does is "init" before the first one
 and "step" in the training loop. The goodput ledger sums the phases, and the watchdog has a deadline for each.
