@@ -1,8 +1,12 @@
 """The model of `python -m launch bench step`: a small Llama, 4,096 tokens a step, in float32."""
 
 from jaxinfra import (
+    MLP,
     AdamW,
+    Attention,
     Constant,
+    Layer,
+    NormConfig,
     OptimConfig,
     Precision,
     Run,
@@ -17,7 +21,11 @@ def config() -> Run:
     return Run(
         name="bench-small",
         model=TransformerConfig(
-            vocab_size=8192, num_layers=4, hidden_size=256, num_heads=8, mlp_dim=1024, norm_eps=1e-6
+            vocab_size=8192,
+            num_layers=4,
+            hidden_size=256,
+            layers=(Layer(mixer=Attention(num_heads=8), mlp=MLP(dim=1024)),),
+            norm=NormConfig(eps=1e-6),
         ),
         data=TokenData(
             store="stores/python-stdlib-8k",

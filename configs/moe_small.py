@@ -3,8 +3,19 @@
 A token costs as many FLOPs as with MLPs of dimension 528. Biases balance the load of the experts.
 """
 
-from jaxinfra import WSD, Muon, OptimConfig, Precision, Run, TokenData, TrainConfig, TransformerConfig
-from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra import (
+    WSD,
+    Attention,
+    Layer,
+    MixtureOfExperts,
+    Muon,
+    OptimConfig,
+    Precision,
+    Run,
+    TokenData,
+    TrainConfig,
+    TransformerConfig,
+)
 
 
 def config() -> Run:
@@ -14,16 +25,19 @@ def config() -> Run:
             vocab_size=4096,
             num_layers=4,
             hidden_size=192,
-            num_heads=6,
-            mlp_dim=176,
-            qk_norm=True,
-            moe=MixtureOfExperts(
-                num_experts=8,
-                top_k=2,
-                num_shared_experts=1,
-                score_function="sigmoid",
-                bias_update_rate=1e-2,
-                balance_loss=1e-3,
+            layers=(
+                Layer(
+                    mixer=Attention(num_heads=6, qk_norm=True),
+                    mlp=MixtureOfExperts(
+                        dim=176,
+                        num_experts=8,
+                        top_k=2,
+                        num_shared_experts=1,
+                        score_function="sigmoid",
+                        bias_update_rate=1e-2,
+                        balance_loss=1e-3,
+                    ),
+                ),
             ),
         ),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),

@@ -1,6 +1,19 @@
 """The dense model of `python -m launch parity`: eight divides every dimension that a mesh can shard."""
 
-from jaxinfra import AdamW, CausalLM, Constant, OptimConfig, Precision, Run, TokenData, TrainConfig, TransformerConfig
+from jaxinfra import (
+    MLP,
+    AdamW,
+    Attention,
+    CausalLM,
+    Constant,
+    Layer,
+    OptimConfig,
+    Precision,
+    Run,
+    TokenData,
+    TrainConfig,
+    TransformerConfig,
+)
 
 
 def config() -> Run:
@@ -10,11 +23,7 @@ def config() -> Run:
             vocab_size=128,
             num_layers=8,
             hidden_size=64,
-            num_heads=16,
-            num_kv_heads=8,
-            head_dim=8,
-            mlp_dim=128,
-            qk_norm=True,
+            layers=(Layer(mixer=Attention(num_heads=16, num_kv_heads=8, head_dim=8, qk_norm=True), mlp=MLP(dim=128)),),
             tie_embeddings=True,
         ),
         objective=CausalLM(loss_chunks=2, z_loss=1e-2),

@@ -3,14 +3,29 @@
 The corpus is the standard library of the running Python: always there, no network.
 """
 
-from jaxinfra import WSD, Muon, OptimConfig, Precision, Rope, Run, TokenData, TrainConfig, TransformerConfig
+from jaxinfra import (
+    MLP,
+    WSD,
+    Attention,
+    Layer,
+    Muon,
+    OptimConfig,
+    Precision,
+    Run,
+    TokenData,
+    TrainConfig,
+    TransformerConfig,
+)
 
 
 def config() -> Run:
     return Run(
         name="quickstart",
         model=TransformerConfig(
-            vocab_size=4096, num_layers=2, hidden_size=256, num_heads=8, mlp_dim=704, rope=Rope(), qk_norm=True
+            vocab_size=4096,
+            num_layers=2,
+            hidden_size=256,
+            layers=(Layer(mixer=Attention(num_heads=8, qk_norm=True), mlp=MLP(dim=704)),),
         ),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),

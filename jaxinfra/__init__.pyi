@@ -8,10 +8,14 @@ from .data.interfaces import ArraySpec, DataConfig
 from .data.mixture import MixSource, Mixture
 from .data.pairs import PairData
 from .data.tokens import TokenData
+from .models.attention import Attention
 from .models.flax_model import FlaxModel
+from .models.latent import LatentAttention
+from .models.layers import MLP, NormConfig
 from .models.model import ModelConfig
 from .models.module import Module
-from .models.transformer import TransformerConfig
+from .models.moe import MixtureOfExperts
+from .models.transformer import Layer, TransformerConfig
 from .models.vit import VisionTransformerConfig
 from .objectives.causal_lm import CausalLM
 from .objectives.classification import Classification
@@ -40,6 +44,7 @@ __all__ = [
     "Apply",
     "ArrayData",
     "ArraySpec",
+    "Attention",
     "CausalLM",
     "CheckpointConfig",
     "Classification",
@@ -52,14 +57,19 @@ __all__ = [
     "ImageData",
     "InverseSqrt",
     "LRSchedule",
+    "LatentAttention",
+    "Layer",
     "Linear",
     "Lion",
+    "MLP",
     "MeshConfig",
     "MixSource",
     "Mixture",
+    "MixtureOfExperts",
     "ModelConfig",
     "Module",
     "Muon",
+    "NormConfig",
     "Objective",
     "OptimConfig",
     "Optimizer",

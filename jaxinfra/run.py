@@ -264,6 +264,8 @@ class Run:
             return
         fit = self.mesh_fit
         yield from fit.problems()
+        if self.mesh.stage > 1:
+            yield from model.problems_of_stages(self.mesh.stage * self.pipeline.chunks)
         if (positions := fit.loss_positions()) is not None:
             yield from objective.problems_of_shard(positions)
         if objective.uses_reference and self.init is None:

@@ -13,9 +13,11 @@ from jaxinfra.data.order import Curriculum
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.latent import MLA
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.latent import LatentAttention
+from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
 from jaxinfra.objectives.dpo import DPO
@@ -24,9 +26,14 @@ from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon
 from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
 from jaxinfra.run import Run, with_fingerprint_name
+from tests.decoders import changed
 
 DECODER = TransformerConfig(
-    vocab_size=300, num_layers=2, hidden_size=32, num_heads=4, mlp_dim=64, moe=MixtureOfExperts(), mla=MLA()
+    vocab_size=300,
+    num_layers=3,
+    hidden_size=32,
+    first_layers=(Layer(mixer=Attention(num_heads=4), mlp=MLP(dim=64)),),
+    layers=(Layer(mixer=LatentAttention(num_heads=4), mlp=MixtureOfExperts(dim=32)),),
 )
 TEXT = Run(name="text", model=DECODER, data=TokenData(store="s", curriculum=Curriculum()))
 MIXED = replace(TEXT, data=Mixture(sources=(MixSource(store="a"),), stages=(MixStage(weights=(1.0,)),)))
@@ -47,7 +54,7 @@ RUNS = [
     *(replace(TEXT, optim=OptimConfig(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
     *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
     *(
-        replace(TEXT, model=replace(DECODER, sliding_rope=Rope(scaling=scaling)))
+        replace(TEXT, model=changed(DECODER, first_layers=(), rope=Rope(scaling=scaling)))
         for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling())
     ),
 ]

@@ -22,7 +22,9 @@ STEPS = 12
 CONFIG = """\
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Cosine
@@ -35,7 +37,9 @@ def config() -> Run:
     return Run(
         name="tiny",
         root={runs!r},
-        model=TransformerConfig(vocab_size=304, num_layers=2, hidden_size=32, num_heads=8, mlp_dim=64),
+        model=TransformerConfig(
+            vocab_size=304, num_layers=2, hidden_size=32, layers=(Layer(mixer=Attention(num_heads=8), mlp=MLP(dim=64)),)
+        ),
         data=TokenData(
             store={store!r},
             recipe={recipe!r},

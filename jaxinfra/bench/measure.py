@@ -19,6 +19,8 @@ from jaxinfra.bench.subprocesses import Times
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.run import Run, with_mesh_size
@@ -31,24 +33,28 @@ WARMUP_STEPS = 3  # for compilation and first use of memory
 def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
     """Returns the baseline with the same model, batch and optimizer; raises ConfigError if it cannot have them."""
     (model, data), adamw = require_text(run), run.optim.optimizer
+    layer = model.layers[0]
+    mixer, mlp = layer.mixer, layer.mlp
     if (
-        model.rope is None
-        or model.kv_head_count != model.num_heads
-        or model.mla is not None
+        len({*model.all_layers}) > 1
+        or not isinstance(mixer, Attention)
+        or not isinstance(mlp, MLP)
+        or mixer.rope is None
+        or mixer.kv_head_count != mixer.num_heads
         or not isinstance(adamw, AdamW)
     ):
-        needs = "rotary embeddings, as many key heads as query heads, and AdamW"
+        needs = "equal layers with rotary embeddings, as many key heads as query heads, an MLP, and AdamW"
         raise ConfigError(f"{run.name}: the baseline needs {needs}; use --config {DEFAULT_CONFIG}")
     return BaselineConfig(
         vocab_size=model.vocab_size,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        mlp_dim=model.mlp_dim,
+        num_heads=mixer.num_heads,
+        mlp_dim=mlp.dim,
         seq_len=data.seq_len,
         batch_size=run.train.global_batch,
-        norm_eps=model.norm_eps,
-        rope_theta=model.rope.theta,
+        norm_eps=model.norm.eps,
+        rope_theta=mixer.rope.theta,
         peak_lr=run.optim.peak_lr,
         weight_decay=adamw.weight_decay,
         compute_dtype=run.precision.compute,

@@ -25,8 +25,8 @@ from jaxinfra.runtime.peers import current_peers
 DISPATCH_MODEL = (
     "model.num_layers=2",
     "model.hidden_size=64",
-    "model.num_heads=4",
-    "model.mlp_dim=128",
+    "model.layers.mixer.num_heads=4",
+    "model.layers.mlp.dim=128",
     "model.vocab_size=256",
     "data.seq_len=32",
     "train.global_batch=8",

@@ -9,8 +9,9 @@ from jaxinfra.command import COMMAND
 from jaxinfra.config.source_code import source_code
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.ops.rope import Rope
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
@@ -64,10 +65,7 @@ def small_run(name: str, recipe: str, detected: Detected) -> Run:
             vocab_size=tokenizer.vocab_size,
             num_layers=4,
             hidden_size=192,
-            num_heads=6,
-            mlp_dim=512,
-            rope=Rope(),
-            qk_norm=True,
+            layers=(Layer(mixer=Attention(num_heads=6, qk_norm=True), mlp=MLP(dim=512)),),
         ),
         data=TokenData(store=detected.recipe.store, recipe=recipe, seq_len=_SEQ_LEN),
         precision=Precision(compute="float32"),

@@ -25,7 +25,7 @@ from jaxinfra.config.schema import (
     open_bases,
     union_members,
 )
-from jaxinfra.config.text import format_value, join, nearest, snake_case
+from jaxinfra.config.text import format_value, join, nearest, snake_case, without_indices
 from jaxinfra.errors import ConfigError
 
 _FIELD_PATHS = Path(__file__).with_name("field_paths.json")  # generated: to import all classes takes a second
@@ -147,7 +147,7 @@ def find(roots: Iterable[type], path: str) -> list[Field]:
 
 def _descend(root: type, path: str) -> list[Field]:
     """Returns the fields at a full path; imports open classes only where the path leads."""
-    names = [name for name in path.split(".") if not name.isdigit()]  # an index into a tuple
+    names = without_indices(path).split(".")
     fields = fields_below(root)
     for depth, name in enumerate(names):
         if depth:

@@ -3,6 +3,9 @@
 The annotation of a field says how its text is parsed. The name of a class switches a choice to this class: the new
 object keeps the values of fields with the same name and type in both classes. A switch must not discard an earlier
 override.
+
+In a tuple of config objects an index names one of them: `layers.0.window=512`. Without it, as in `layers.window=512`,
+the override is applied to all that have the field.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from jaxinfra.config.schema import (
     union_members,
     walk,
 )
-from jaxinfra.config.text import error_prefix, join, nearest, shorten
+from jaxinfra.config.text import error_prefix, join, nearest, shorten, without_indices
 from jaxinfra.errors import ConfigError
 
 
@@ -87,6 +90,8 @@ class _Assignment:
         if not names:
             return self._new_value(annotation, value)
         name, *rest = names
+        if isinstance(value, tuple) and is_node(annotation, value) and not name.isdigit():
+            return self._apply_to_all(annotation, value, names, path)
         for part_name, part_annotation, part in children(annotation, value):
             if part_name == name:
                 new = self.apply(part_annotation, part, rest, join(path, name))
@@ -94,6 +99,17 @@ class _Assignment:
                     return (*value[: int(name)], new, *value[int(name) + 1 :])
                 return self._build(dataclasses.replace, value, **{name: new})
         raise ConfigError(self._unknown_path(annotation, value, name, path))
+
+    def _apply_to_all(self, annotation: object, items: tuple[Any, ...], names: Sequence[str], path: str) -> Any:
+        """Returns the tuple with the override applied to all items that have a part at `names`."""
+        parts = list(children(annotation, items))
+        having = [has_path(part_annotation, part, names) for _, part_annotation, part in parts]
+        if not any(having):  # the first item says what it lacks
+            having = [True, *having[1:]]
+        return tuple(
+            self.apply(part_annotation, part, names, join(path, index)) if has else part
+            for (index, part_annotation, part), has in zip(parts, having, strict=True)
+        )
 
     def _new_value(self, annotation: object, old: object) -> object:
         """Returns the value that the override puts in place of `old`."""
@@ -144,10 +160,9 @@ class _Assignment:
 
     def _check_nothing_discarded(self, kept: set[str]) -> None:
         """Raises ConfigError if an earlier override has set a field below the path that is not one of `kept`."""
-        prefix = f"{self.override.path}."
         for earlier in self.earlier:
-            field = earlier.path.removeprefix(prefix).split(".")[0]
-            if earlier.path.startswith(prefix) and field not in kept:
+            below = _names_below(earlier.path.split("."), self.override.path.split("."))
+            if below and below[0] not in kept:
                 raise ConfigError(f"{self.override}: would discard {earlier} before it; put {self.override} first")
 
     def _build[T](self, constructor: Callable[..., T], *args: Any, **fields: Any) -> T:
@@ -173,9 +188,32 @@ class _Assignment:
 
     def _nearest_path(self) -> str | None:
         """Guesses the path that was meant: an alias, a misspelling, or a field of this name elsewhere."""
-        known = [each for each, _, _ in walk(type(self.root), self.root) if each]
+        paths = [each for each, _, _ in walk(type(self.root), self.root) if each]
+        known = list(dict.fromkeys([*map(without_indices, paths), *paths]))
         full = self.override.path
         same_name = [each for each in known if each.rpartition(".")[2] == full.rpartition(".")[2]]
         if (alias := path_of_alias(full)) in known:
             return alias
         return nearest(full, known, cutoff=0.75) or nearest(full, same_name, cutoff=0.0)
+
+
+def has_path(annotation: object, value: object, names: Sequence[str]) -> bool:
+    """Tells whether a node has a part at `names`, which may leave out indices."""
+    if not names:
+        return True
+    if isinstance(value, tuple) and not names[0].isdigit():
+        return any(has_path(part_annotation, part, names) for _, part_annotation, part in children(annotation, value))
+    found = [(each, part) for name, each, part in children(annotation, value) if name == names[0]]
+    return bool(found) and has_path(*found[0], names[1:])
+
+
+def _names_below(names: Sequence[str], prefix: Sequence[str]) -> Sequence[str]:
+    """Returns what follows `prefix` in a path, [] if it does not begin so; one of them may leave out an index."""
+    while prefix:
+        if names[:1] == prefix[:1]:
+            names, prefix = names[1:], prefix[1:]
+        elif names and names[0].isdigit() != prefix[0].isdigit():
+            names, prefix = (names[1:], prefix) if names[0].isdigit() else (names, prefix[1:])
+        else:
+            return []
+    return names

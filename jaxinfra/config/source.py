@@ -18,7 +18,7 @@ from jaxinfra.config.folder import ModuleFolder, config_file_errors
 from jaxinfra.config.overrides import apply, read_overrides
 from jaxinfra.config.record import Loaded, check_classes, decode_record, read_record
 from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
-from jaxinfra.config.text import join, nearest, same
+from jaxinfra.config.text import join, nearest, same, without_indices
 from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.location import is_remote
@@ -174,7 +174,11 @@ def _origins(run: object, before: Mapping[str, object], overridden: set[str], fi
     """
     after = leaves(run)
     # An override that switches a class changes leaves below its path, too.
-    kept = {path for path in before.keys() & after.keys() - overridden if same(before[path], after[path])}
+    kept = {
+        path
+        for path in before.keys() & after.keys()
+        if not {path, without_indices(path)} & overridden and same(before[path], after[path])
+    }
     changed = _not_default(type(run), run, MISSING, "")
     return {path: f"file:{file}" if path in kept else COMMAND_LINE for path in changed}
 

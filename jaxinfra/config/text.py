@@ -33,6 +33,11 @@ def join(path: str, name: str | int) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
+def without_indices(path: str) -> str:
+    """Returns a path without its indices into tuples: `layers.window` for `layers.0.window`."""
+    return ".".join(name for name in path.split(".") if not name.isdigit())
+
+
 def format_value(value: object) -> str:
     """Returns a value as text for an override; for a config object, the name of its class."""
     if value is None:

@@ -3,19 +3,22 @@
 Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G key/value heads, K head dim.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple, override
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfra.config import Problem
+from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.layers import SEQUENCE, Linear, Norm, ParamFactory
-from jaxinfra.ops.attention import AttentionSpec, Kernel, dot_product_attention
+from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
+from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
-from jaxinfra.ops.context_cost import ContextMethod
-from jaxinfra.ops.rope import rotate
+from jaxinfra.ops.rope import Rope, rotate
 from jaxinfra.parallel.sharding import Partitioner
 
 
@@ -26,69 +29,110 @@ class KVCache(NamedTuple):
     values: jax.Array
 
 
-class TokenInfo(NamedTuple):
-    """Positions and documents of the tokens that a layer processes.
+@dataclass(frozen=True, kw_only=True)
+class Attention(Mixer):
+    """Multi-head attention, in which groups of query heads may share keys and values.
 
     Attributes:
-        rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
-        segments: document ids `[B, T]`; None if every row is one document.
-        start: the cache slot of the first token, an int32 scalar; None without a cache.
-        dropout_bits: random bits `[B, T]` (see `ops.dropout`); None drops nothing.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; None is `num_heads`.
+        head_dim: width of a head; None is `hidden_size / num_heads`.
+        rope: rotary positions; None has none.
+        window: positions that a query attends to, its own included; None is all before.
+        softcap: soft cap on attention scores.
+        query_scale: factor on queries; None is `head_dim ** -0.5`.
+        qkv_bias: biases on queries, keys and values.
+        out_bias: a bias on the output.
+        qk_norm: RMSNorm on every query and key head (Qwen3, Gemma 3).
     """
 
-    rope: tuple[jax.Array, jax.Array] | None = None
-    segments: jax.Array | None = None
-    start: jax.Array | None = None
-    dropout_bits: jax.Array | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """The sizes and options of one attention layer, as in `TransformerConfig`.
-
-    `out_scale` is a factor on the initial weights of the output projection.
-    """
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qkv_bias: bool
-    out_bias: bool
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    rope: Rope | None = Rope()
+    window: PositiveInt | None = None
+    softcap: PositiveFloat | None = None
+    query_scale: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
     qk_norm: bool = False
-    norm_eps: float
-    norm_offset: float = 0.0
-    out_scale: float
-    kernel: Kernel | None
-    context_method: ContextMethod | Literal["auto"] = "auto"
+
+    @property
+    def kv_head_count(self) -> int:
+        """Number of key/value heads, also if `num_kv_heads` is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def head_width(self, hidden_size: int) -> int:
+        """Returns the width of a head, also if `head_dim` is None."""
+        return hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields key/value heads that cannot share the query heads."""
+        if self.num_heads % self.kv_head_count:
+            fix = f"use num_kv_heads={max(n for n in range(1, self.kv_head_count + 1) if self.num_heads % n == 0)}"
+            yield Problem(fields=("num_heads", "num_kv_heads"), message="num_kv_heads must divide num_heads", fix=fix)
+
+    @override
+    def problems_in_model(self, hidden_size: int, prefix: str) -> Iterable[Problem]:
+        if self.head_dim is None and hidden_size % self.num_heads:
+            even_heads = 2 * self.num_heads  # rotary positions pair features
+            fix = f"use hidden_size={-(-hidden_size // even_heads) * even_heads} or set {prefix}head_dim"
+            fields = ("hidden_size", f"{prefix}num_heads")
+            yield Problem(fields=fields, message="num_heads must divide hidden_size", fix=fix)
+        yield from rope_problems(self.rope, self.head_width(hidden_size), prefix, "head_dim")
+
+    @override
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        return {"num_heads": (self.num_heads, "heads"), "num_kv_heads": (self.kv_head_count, "kv_heads")}
+
+    @override
+    def matmul_params(self, hidden_size: int) -> int:
+        # Queries and output have all heads, keys and values only `kv_head_count`.
+        return hidden_size * self.head_width(hidden_size) * (2 * self.num_heads + 2 * self.kv_head_count)
+
+    @override
+    def rotary(self, hidden_size: int) -> tuple[Rope, int] | None:
+        return None if self.rope is None else (self.rope, self.head_width(hidden_size))
+
+    @override
+    def attention(self, hidden_size: int) -> tuple[AttentionSpec, HeadSizes]:
+        head_dim, scale = self.head_width(hidden_size), self.query_scale
+        if self.rope is not None and self.rope.score_scale != 1:
+            scale = self.rope.score_scale * (head_dim**-0.5 if scale is None else scale)
+        spec = AttentionSpec(window=self.window, softcap=self.softcap, scale=scale)
+        return spec, HeadSizes(self.num_heads, self.kv_head_count, head_dim, head_dim)
+
+    @override
+    def build(self, options: MixerOptions, params: ParamFactory) -> "AttentionModule":
+        return AttentionModule(self, options, params)
 
 
-class Attention(nnx.Module):
+class AttentionModule(nnx.Module):
     """Attention over a sequence, or over a cache and the tokens that follow it."""
 
-    def __init__(self, config: AttentionConfig, params: ParamFactory):
-        self.config, self.partitioner = config, params.partitioner
-        hidden, head_dim = (config.hidden_size,), config.head_dim
+    def __init__(self, config: Attention, options: MixerOptions, params: ParamFactory):
+        self.config, self.options, self.partitioner = config, options, params.partitioner
+        hidden = (options.hidden_size,)
+        spec, (_, num_kv_heads, head_dim, _) = config.attention(options.hidden_size)
+        self.spec = replace(spec, causal=options.causal)
         linear = partial(Linear, params=params)
         project = partial(linear, hidden, parallelism="column", bias=config.qkv_bias)
         self.query = project((config.num_heads, head_dim), ("embed", "heads", None))
-        self.key = project((config.num_kv_heads, head_dim), ("embed", "kv_heads", None))
-        self.value = project((config.num_kv_heads, head_dim), ("embed", "kv_heads", None))
+        self.key = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
+        self.value = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.out = linear(
             (config.num_heads, head_dim),
             hidden,
             ("heads", None, "embed"),
             parallelism="row",
             bias=config.out_bias,
-            scale=config.out_scale,
+            scale=options.out_scale,
         )
-        norm = partial(Norm, head_dim, norm_type="rmsnorm", eps=config.norm_eps, offset=config.norm_offset)
+        norm = partial(Norm, head_dim, replace(options.norm, type="rmsnorm"))
         self.query_norm = norm(params=params) if config.qk_norm else None
         self.key_norm = norm(params=params) if config.qk_norm else None
 
-    def __call__(
-        self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
+    def __call__(self, x_BTD: jax.Array, tokens: TokenInfo, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -98,18 +142,21 @@ class Attention(nnx.Module):
         if tokens.rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *tokens.rope), rotate(k_BTGK, *tokens.rope)
         if cache is None:
-            y_BTHK = self_attention(q_BTHK, k_BTGK, v_BTGK, spec, tokens.segments, self.config, self.partitioner)
+            y_BTHK = self_attention(q_BTHK, k_BTGK, v_BTGK, self.spec, tokens.segments, self.options, self.partitioner)
             return self.out(y_BTHK), None
         start = tokens.start
         assert start is not None
         cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
         positions = cached_positions(start, q_BTHK, cache.keys)
-        y_BTHK = dot_product_attention(q_BTHK, *cache, spec, platform=self.partitioner.platform, positions=positions)
+        y_BTHK = dot_product_attention(
+            q_BTHK, *cache, self.spec, platform=self.partitioner.platform, positions=positions
+        )
         return self.out(y_BTHK), cache
 
     def empty_cache(self, num_layers: int, batch: int, length: int) -> KVCache:
         """Returns a cache of all layers for `length` tokens of `batch` rows."""
-        shape = (num_layers, batch, length, self.config.num_kv_heads, self.config.head_dim)
+        _, (_, num_kv_heads, head_dim, _) = self.config.attention(self.options.hidden_size)
+        shape = (num_layers, batch, length, num_kv_heads, head_dim)
         spec = self.partitioner.spec(None, "batch", None, "kv_heads", None)
         zeros = jnp.zeros(shape, self.partitioner.compute_dtype, out_sharding=spec)
         return KVCache(zeros, jnp.zeros_like(zeros))
@@ -121,11 +168,11 @@ def self_attention(
     v_BTGV: jax.Array,
     spec: AttentionSpec,
     segments_BT: jax.Array | None,
-    config: AttentionConfig,
+    options: MixerOptions,
     partitioner: Partitioner,
 ) -> jax.Array:
     """Computes attention without a cache, `[B, T, H, V]`; V is the head dim of the values, T may be sharded."""
-    sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, config.kernel
+    sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, options.kernel
     if sharding.num_shards > 1:
         return context_parallel_attention(
             q_BTHK,
@@ -136,7 +183,7 @@ def self_attention(
             platform=platform,
             ids_BT=segments_BT,
             kernel=kernel,
-            method=config.context_method,
+            method=options.context_method,
         )
     segments = None if segments_BT is None else (segments_BT, segments_BT)  # of queries and of keys
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)

@@ -1,14 +1,14 @@
 """The decoder-only transformer of a `TransformerConfig`.
 
-Layers are stacked and scanned, for few arrays and short compiles. Layers of different types (full or sliding attention)
-have the same parameters, and the scan's body switches between the types.
+The layers are a repeated period. Parameters are stacked by position in the period, and a scan applies a period in each
+step: few arrays and short compiles, whatever the number of layers.
 
-Shape suffixes: B batch, T length, L layers, S pipeline stages, D residual width.
+Shape suffixes: B batch, T length, S pipeline stages, D residual width.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, override
 
@@ -19,50 +19,53 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.models import flops, moe
-from jaxinfra.models.attention import Attention, AttentionConfig, KVCache, TokenInfo
-from jaxinfra.models.latent import LatentAttention, LatentCache
-from jaxinfra.models.layers import MLP, Norm, ParamFactory, lookup_embeddings
+from jaxinfra.models.layers import Norm, ParamFactory, lookup_embeddings
+from jaxinfra.models.mixer import MixerOptions, TokenInfo
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
-from jaxinfra.models.transformer import HasSeqLen, LayerType, TransformerConfig
-from jaxinfra.ops.attention import AttentionSpec
+from jaxinfra.models.transformer import HasSeqLen, Layer, Stack, TransformerConfig
 from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_method, context_costs
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.logits import FactoredLogits
-from jaxinfra.ops.rope import rope_tables
+from jaxinfra.ops.rope import Rope, rope_tables
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
 
-type LayerCache = KVCache | LatentCache | None
+type LayerCache = Any
+"""The decoding cache of a layer's mixer, or None."""
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each after a norm; their outputs are added to the residual stream."""
+    """One layer: mixer and MLP with their norms; their outputs are added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig, params: ParamFactory):
-        self.partitioner, self.dropout = params.partitioner, config.dropout
-        norm = partial(_norm, config, params)
+    def __init__(self, layer: Layer, config: TransformerConfig, params: ParamFactory):
+        self.config, self.partitioner, self.dropout = layer, params.partitioner, config.dropout
+        self.rotary = layer.mixer.rotary(config.hidden_size)
+        norm = partial(Norm, config.hidden_size, config.norm, params=params)
         # Each layer adds two outputs to the residual stream. As in GPT-2, this scale keeps its variance near one.
-        out_scale = (2 * config.total_layers) ** -0.5
+        out_scale = (2 * config.num_layers) ** -0.5
+        options = MixerOptions(
+            hidden_size=config.hidden_size,
+            norm=config.norm,
+            out_scale=out_scale,
+            kernel=config.attention_kernel,
+            context_method=config.context_attention,
+        )
         self.attention_norm = norm()
-        self.attention = _attention(config, out_scale, params)
-        self.attention_post_norm = norm() if config.post_norms else None
+        self.attention = layer.mixer.build(options, params)
+        self.attention_post_norm = norm() if layer.norms == "both" else None
         self.mlp_norm = norm()
-        options = {"mlp_type": config.mlp_type, "out_scale": out_scale, "params": params}
-        if config.moe is None:
-            self.mlp = MLP(config.hidden_size, config.mlp_dim, bias=config.mlp_bias, **options)
-        else:
-            self.mlp = MoE(config.hidden_size, config.mlp_dim, config.moe, **options)
-        self.mlp_post_norm = norm() if config.post_norms else None
+        self.mlp = layer.mlp.build(config.hidden_size, out_scale, params)
+        self.mlp_post_norm = norm() if layer.norms == "both" else None
 
     def __call__(
-        self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, layer_index: jax.Array, cache: Any
+        self, x_BTD: jax.Array, tokens: TokenInfo, layer_index: jax.Array, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache, LayerStats]:
         """Returns the residual stream after the layer, the cache with these tokens, and the layer's statistics."""
         bits_BT = layer_bits(tokens.dropout_bits, layer_index)
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), spec, tokens, cache)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), tokens, cache)
         if self.attention_post_norm is not None:
             y_BTD = self.attention_post_norm(y_BTD)
         x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
@@ -77,49 +80,99 @@ class Block(nnx.Module):
         return self.partitioner.row_major(x_BTD), cache, stats
 
 
-def _norm(config: TransformerConfig, params: ParamFactory) -> Norm:
-    options = {"norm_type": config.norm_type, "eps": config.norm_eps, "offset": config.norm_offset}
-    return Norm(config.hidden_size, params=params, **options)
+class Period(nnx.Module):
+    """The layers of a period of several, as the attributes `layer_0`, `layer_1` and so on."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        for name, block in zip(_names(len(blocks)), blocks, strict=True):
+            setattr(self, name, block)
 
 
-def _attention(config: TransformerConfig, out_scale: float, params: ParamFactory) -> Attention | LatentAttention:
-    attention = AttentionConfig(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_head_count,
-        head_dim=config.qk_head_dim,
-        qkv_bias=config.qkv_bias,
-        out_bias=config.out_bias,
-        qk_norm=config.qk_norm,
-        norm_eps=config.norm_eps,
-        norm_offset=config.norm_offset,
-        out_scale=out_scale,
-        kernel=config.attention_kernel,
-        context_method=config.context_attention,
-    )
-    return Attention(attention, params) if config.mla is None else LatentAttention(config.mla, attention, params)
+def _names(count: int) -> tuple[str, ...]:
+    """Returns the names of the layers of a period in parameters and statistics; that of a single layer is empty."""
+    return ("",) if count == 1 else tuple(f"layer_{position}" for position in range(count))
 
 
-class LayerIds(NamedTuple):
-    """The type and the index of layers: `[L]` for a scan, or `[L, S]` if S pipeline stages apply different layers.
+def _build(stack: Stack, config: TransformerConfig, params: ParamFactory) -> Block | Period:
+    params = replace(params, num_layers=stack.times)
+    blocks = [Block(layer, config, params) for layer in stack.layers]
+    return blocks[0] if len(blocks) == 1 else Period(blocks)
+
+
+def _blocks(period: Block | Period, stack: Stack) -> list[Block]:
+    """Returns the layers of a period."""
+    return [period] if isinstance(period, Block) else [getattr(period, name) for name in _names(len(stack.layers))]
+
+
+def _prefixed(stats: LayerStats, *prefix: str) -> LayerStats:
+    """Puts the path of a layer before the names of its statistics: `layer_1.expert_load`."""
+    return {".".join(filter(None, (*prefix, name))): array for name, array in stats.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodContext:
+    """What the layers of a period are applied with.
 
     Attributes:
-        types: index into `TransformerConfig.distinct_layer_types`; -1 is padding.
-        indices: layer index, counted from the first dense layer.
+        stack: the configs of the layers.
+        tokens: the tokens, without rotary positions.
+        tables: `TokenInfo.rope` for each kind of rotary positions.
+        policies: a remat policy for each layer; () has no rematerialization.
+        alone: whether one step of a scan applies one layer only.
     """
 
-    types: jax.Array
-    indices: jax.Array
+    stack: Stack
+    tokens: TokenInfo
+    tables: Mapping[Any, Any]
+    policies: tuple[Remat, ...] = ()
+    alone: bool = True
+
+    def apply(
+        self, period: Block | Period, x_BTD: jax.Array, index: jax.Array, caches: Sequence[LayerCache] = ()
+    ) -> tuple[jax.Array, tuple[LayerCache, ...], LayerStats]:
+        """Applies a period; `index` is its number in the stack, or `[S]` numbers if S stages apply different periods.
+
+        Returns the activations, the new caches and the statistics.
+        """
+        count, new, all_stats = len(self.stack.layers), [], {}
+        first = self.stack.first + count * index
+        for position, (name, block) in enumerate(zip(_names(count), _blocks(period, self.stack), strict=True)):
+            layer = remat(self._layer, self.policies[position] if self.policies else "none", alone=self.alone)
+            x_BTD, cache, stats = layer(block, x_BTD, first + position, caches[position] if caches else None)
+            new.append(cache)
+            all_stats |= _prefixed(stats, name)
+        return x_BTD, tuple(new), all_stats
+
+    def _layer(
+        self, block: Block, x_BTD: jax.Array, index: jax.Array, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache, LayerStats]:
+        return block(x_BTD, self.tokens._replace(rope=self.tables[block.rotary]), index, cache)
 
 
-type LayerFunction = Callable[[Block, jax.Array, LayerIds, LayerCache], tuple[jax.Array, LayerCache, LayerStats]]
-"""Applies one layer to activations; returns activations, cache and statistics."""
+def _keep_on_idle_stages(
+    x_BTD: jax.Array, y_BTD: jax.Array, stats: LayerStats, index_S: jax.Array
+) -> tuple[jax.Array, LayerStats]:
+    """Returns the input and no statistics on the stages that have padding in place of a period (index -1)."""
+    arrays = (y_BTD, stats)
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
+
+    def select(arrays: tuple[jax.Array, LayerStats], x: jax.Array, index: jax.Array) -> tuple[jax.Array, LayerStats]:
+        (y, stats), idle = arrays, index[0] < 0
+        # The result of `where` has the sharding of its last argument, so stats come last to stay unreduced.
+        return jnp.where(idle, x, y), {name: jnp.where(idle, 0, value) for name, value in stats.items()}
+
+    mapped = jax.shard_map(select, in_specs=(specs, specs[0], P("stage")), out_specs=specs)
+    return mapped(arrays, x_BTD, index_S)
 
 
 class Cache(NamedTuple):
-    """The decoding cache of all layers, and its number of tokens (an int32 scalar)."""
+    """The decoding caches, and their number of tokens (an int32 scalar).
 
-    kv: KVCache | LatentCache
+    Attributes:
+        layers: caches by name of the stack and position in the period, `[times, ...]`.
+    """
+
+    layers: dict[str, tuple[LayerCache, ...]]
     length: jax.Array
 
 
@@ -129,21 +182,21 @@ class Transformer(LayeredModule):
     def __init__(self, config: TransformerConfig, partitioner: Partitioner):
         self.config, self.partitioner = config, partitioner
         hidden, vocab = config.hidden_size, config.vocab_size
-        learned, dense = config.learned_positions, config.num_dense_layers
+        learned = config.learned_positions
         params, init = ParamFactory(partitioner=partitioner), normal(hidden**-0.5)
         param, tied = params.param, config.tie_embeddings
-        # Indices of the layers in `prefix`, which have an MLP in place of experts, and of those in `blocks`.
-        self._dense_layers, self._stacked_layers = range(dense), range(dense, config.total_layers)
         self.embedding = param((vocab, hidden), ("vocab", "embed"), init, "embedding")
         self.positions = param((learned, hidden), (None, "embed"), normal(0.01), "embedding") if learned else None
-        self.prefix = Block(replace(config, moe=None), replace(params, num_layers=dense)) if dense else None
-        self.blocks = Block(config, replace(params, num_layers=config.num_layers))
-        self.norm = _norm(config, params)
+        build = partial(_build, config=config, params=params)
+        self.prefix = None if config.prefix is None else build(config.prefix)
+        self.blocks = build(config.blocks)
+        self.tail = None if config.tail is None else build(config.tail)
+        self.norm = Norm(hidden, config.norm, params=params)
         self.unembedding = None if tied else param((hidden, vocab), ("embed", "vocab"), init, "head", in_dims=1)
 
     @override
     def embed(self, batch: Inputs, /) -> jax.Array:
-        """Embeds tokens and applies the dense layers before the stack: `[B, T, D]`.
+        """Embeds tokens and applies the layers before the first period: `[B, T, D]`.
 
         Args:
             batch: fields `[B, T]`, all but the first optional. "inputs": token ids in shard order. "positions":
@@ -153,18 +206,17 @@ class Transformer(LayeredModule):
         """
         x_BTD = self._embed_tokens(batch["inputs"], self._positions(batch))
         x_BTD = dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
-        if self.prefix is None:
-            return x_BTD
-        return self._scan(x_BTD, batch, self.prefix, self._layer_ids(self._dense_layers), uniform=True)[0]
+        return x_BTD if self.prefix is None else self._scan(x_BTD, batch, "prefix")[0]
 
     @override
     def apply_layers(
         self, x_BTD: jax.Array, batch: Inputs, stage_layers: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
-        ids, uniform = self._layer_ids(self._stacked_layers), True
-        if stage_layers is not None:
-            ids, uniform = self._ids_of_stages(ids, stage_layers), stage_layers.uniform
-        return self._scan(x_BTD, batch, self.blocks, ids, uniform=uniform)
+        x_BTD, stats = self._scan(x_BTD, batch, "blocks", stage_layers)
+        if self.tail is None:
+            return x_BTD, stats
+        x_BTD, rest = self._scan(x_BTD, batch, "tail")
+        return x_BTD, stats | _prefixed(rest, "tail")
 
     @override
     def output(self, x_BTD: jax.Array, /) -> FactoredLogits:
@@ -179,8 +231,11 @@ class Transformer(LayeredModule):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Returns a cache for `length` tokens of `batch` rows."""
-        kv = self.blocks.attention.empty_cache(self.config.total_layers, batch, length)
-        return Cache(kv, jnp.zeros((), jnp.int32))
+        layers = {
+            name: tuple(block.attention.empty_cache(stack.times, batch, length) for block in _blocks(period, stack))
+            for name, stack, period in self._stacks()
+        }
+        return Cache(layers, jnp.zeros((), jnp.int32))
 
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[FactoredLogits, Cache]:
         """Returns logits for tokens that follow a cache, and the cache with these tokens.
@@ -188,34 +243,24 @@ class Transformer(LayeredModule):
         Each row of the cache and the tokens is one document.
         """
         positions_1T = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer = self._layer(positions_1T, TokenInfo(start=cache.length), uniform=True, policy="none")
+        x_BTD, caches = self._embed_tokens(tokens_BT, positions_1T), {}
+        for name, stack, period in self._stacks():
+            context = self._context(stack, positions_1T, TokenInfo(start=cache.length))
 
-        def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            block, ids, kv = xs
-            x, kv, _ = layer(block, x, ids, kv)
-            return x, kv
+            def step(x: jax.Array, xs: Any, context: PeriodContext = context) -> tuple[jax.Array, Any]:
+                period, index, caches = xs
+                x, new, _ = context.apply(period, x, index, caches)
+                return x, new
 
-        x_BTD, new_kv = self._embed_tokens(tokens_BT, positions_1T), []  # the caches of `prefix` and of `blocks`
-        for blocks, layers in ((self.prefix, self._dense_layers), (self.blocks, self._stacked_layers)):
-            if blocks is not None:
-                select = partial(jax.lax.slice_in_dim, start_index=layers.start, limit_index=layers.stop)
-                kv = jax.tree.map(select, cache.kv)
-                x_BTD, kv = jax.lax.scan(body, x_BTD, (blocks, self._layer_ids(layers), kv))
-                new_kv.append(kv)
-        kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *new_kv)
-        return self.output(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
+            xs = (period, jnp.arange(stack.times), cache.layers[name])
+            x_BTD, caches[name] = jax.lax.scan(step, x_BTD, xs)
+        return self.output(x_BTD), Cache(caches, cache.length + tokens_BT.shape[1])
 
     # What is known about the model
 
     @override
     def uniform(self, layers: np.ndarray) -> bool:
-        config = self.config
-
-        def type_of(layer: int) -> LayerType | None:
-            return None if layer < 0 else config.layer_type(config.num_dense_layers + layer)
-
-        # Stages may work on different chunks at a time, so layer n of every chunk of every stage must have one type.
-        return all(len({type_of(layer) for layer in layers[:, n].flat}) == 1 for n in range(layers.shape[1]))
+        return bool((layers >= 0).all())  # all stages apply the same period, but padding applies none
 
     @override
     def flops(self, data: HasSeqLen) -> float:
@@ -227,20 +272,23 @@ class Transformer(LayeredModule):
         sharding, method = partitioner.sequence_sharding, config.context_attention
         if sharding.num_shards == 1:
             return {}
-        sizes = AttentionSizes(
-            batch=1,
-            seq_len=data.seq_len,
-            num_heads=config.num_heads // partitioner.num_shards("heads"),
-            num_kv_heads=config.kv_head_count // partitioner.num_shards("kv_heads"),
-            head_dim=config.qk_head_dim,
-            value_dim=config.v_head_dim,
-            itemsize=partitioner.compute_dtype.itemsize,
-        )
         choices = {}
-        for layer_type in config.distinct_layer_types:
-            spec = config.attention_spec(layer_type)
+        for layer in config.all_layers:
+            if (attention := layer.mixer.attention(config.hidden_size)) is None:
+                continue
+            spec, heads = attention
+            sizes = AttentionSizes(
+                batch=1,
+                seq_len=data.seq_len,
+                num_heads=heads.num_heads // partitioner.num_shards("heads"),
+                num_kv_heads=heads.num_kv_heads // partitioner.num_shards("kv_heads"),
+                head_dim=heads.head_dim,
+                value_dim=heads.value_dim,
+                itemsize=partitioner.compute_dtype.itemsize,
+            )
             chosen = choose_method(sharding, spec, sizes) if method == "auto" else method
-            choices[layer_type] = ContextChoice(chosen, context_costs(sharding, spec, sizes))
+            name = "full" if spec.window is None else f"window {spec.window}"
+            choices.setdefault(name, ContextChoice(chosen, context_costs(sharding, spec, sizes)))
         return choices
 
     # Statistics of the layers
@@ -255,11 +303,16 @@ class Transformer(LayeredModule):
 
     @override
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
-        mlp = self.blocks.mlp
-        if not isinstance(mlp, MoE) or mlp.bias is None:
-            return {}
-        bias = moe.updated_bias(mlp.bias[...], stats, mlp.config.bias_update_rate)
-        return {"blocks": {"mlp": {"bias": bias}}}
+        buffers: dict[str, Any] = {}
+        for name, stack, period in self._stacks():
+            for position, block in zip(_names(len(stack.layers)), _blocks(period, stack), strict=True):
+                if isinstance(block.mlp, MoE) and block.mlp.bias is not None:
+                    path = [*(["tail"] if name == "tail" else []), *([position] if position else [])]
+                    load = stats[".".join([*path, moe.LOAD])]
+                    bias = moe.updated_bias(block.mlp.bias[...], load, block.mlp.config.bias_update_rate)
+                    new = {"mlp": {"bias": bias}}
+                    buffers.setdefault(name, {}).update({position: new} if position else new)
+        return buffers
 
     # Embedding
 
@@ -283,85 +336,39 @@ class Transformer(LayeredModule):
 
     # Layers
 
-    def _layer_ids(self, layers: range) -> LayerIds:
-        types = self.config.distinct_layer_types
-        return LayerIds(
-            types=jnp.array([types.index(self.config.layer_type(layer)) for layer in layers]),
-            indices=jnp.arange(layers.start, layers.stop),
-        )
+    def _stacks(self) -> list[tuple[str, Stack, Block | Period]]:
+        """Returns the stacks of layers in order: their names, configs and stacked parameters."""
+        named = ((name, getattr(self.config, name), getattr(self, name)) for name in ("prefix", "blocks", "tail"))
+        return [(name, stack, period) for name, stack, period in named if stack is not None]
 
-    def _ids_of_stages(self, ids: LayerIds, stage_layers: StageLayers) -> LayerIds:
-        """Selects the layers of each stage, `[L, S]`; types that are equal on all stages become `[L]`."""
-        in_stack_LS = stage_layers.indices
-        types_LS = jnp.where(in_stack_LS < 0, -1, ids.types.at[in_stack_LS].get(out_sharding=P(None, "stage")))
-        types = jax.reshard(types_LS, P())[:, 0] if stage_layers.uniform else types_LS
-        return LayerIds(types, in_stack_LS + self.config.num_dense_layers)
+    def _context(self, stack: Stack, positions_BT: jax.Array, tokens: TokenInfo) -> PeriodContext:
+        tables: dict[tuple[Rope, int] | None, Any] = {None: None}
+        for rotary in {layer.mixer.rotary(self.config.hidden_size): None for layer in stack.layers}:
+            if rotary is not None:
+                tables[rotary] = rope_tables(rotary[0], positions_BT, rotary[1], self.partitioner.compute_dtype)
+        return PeriodContext(stack=stack, tokens=tokens, tables=tables)
 
     def _scan(
-        self, x_BTD: jax.Array, batch: Inputs, blocks: Block, ids: LayerIds, *, uniform: bool
+        self, x_BTD: jax.Array, batch: Inputs, name: str, stage_layers: StageLayers | None = None
     ) -> tuple[jax.Array, LayerStats]:
-        """Applies stacked layers; the remat policies are repeated over them."""
+        """Applies the layers of a stack; the remat policies are repeated over them."""
+        stack, policies = getattr(self.config, name), self.config.remat_policies
         tokens = TokenInfo(segments=batch.get("segments"), dropout_bits=batch.get(DROPOUT_FIELD))
-        positions_BT = self._positions(batch)
+        context, period = self._context(stack, self._positions(batch), tokens), len(stack.layers)
+        num_layers = math.lcm(period, len(policies))  # after which the policies of a period repeat
 
-        def make_step(policy: Remat) -> Step:
-            layer = self._layer(positions_BT, tokens, uniform=uniform, policy=policy)
+        def make_step(first: int) -> Step:
+            own = tuple(policies[(first + position) % len(policies)] for position in range(period))
+            apply = replace(context, policies=own, alone=num_layers == 1).apply
 
-            def step(x: jax.Array, xs: tuple[Block, LayerIds]) -> tuple[jax.Array, LayerStats]:
-                block, ids = xs
-                x, _, stats = layer(block, x, ids, None)
-                return x, stats
+            def step(x: jax.Array, xs: tuple[Block | Period, jax.Array]) -> tuple[jax.Array, LayerStats]:
+                y, _, stats = apply(xs[0], x, xs[1])
+                if stage_layers is None or stage_layers.uniform:
+                    return y, stats
+                return _keep_on_idle_stages(x, y, stats, xs[1])
 
             return step
 
-        return scan_pattern([make_step(policy) for policy in self.config.remat_policies], x_BTD, (blocks, ids))
-
-    def _layer(self, positions_BT: jax.Array, tokens: TokenInfo, *, uniform: bool, policy: Remat) -> LayerFunction:
-        """Returns a function that applies a layer of any type; `uniform` is explained at `StageLayers`."""
-        by_type = [self._layer_of_type(t, positions_BT, tokens, policy) for t in self.config.distinct_layer_types]
-        if not uniform:
-            return partial(self._select_by_stage, by_type)
-        if len(by_type) == 1:
-            return by_type[0]
-        return lambda block, x, ids, cache: jax.lax.switch(ids.types, by_type, block, x, ids, cache)
-
-    def _layer_of_type(
-        self, layer_type: LayerType, positions_BT: jax.Array, tokens: TokenInfo, policy: Remat
-    ) -> LayerFunction:
-        config, rope = self.config, self.config.rope_of(layer_type)
-        if rope is not None:
-            tables = rope_tables(rope, positions_BT, config.rope_head_dim, self.partitioner.compute_dtype)
-            tokens = tokens._replace(rope=tables)
-
-        def layer(
-            block: Block, x_BTD: jax.Array, ids: LayerIds, cache: LayerCache
-        ) -> tuple[jax.Array, LayerCache, LayerStats]:
-            return block(x_BTD, config.attention_spec(layer_type), tokens, ids.indices, cache)
-
-        return remat(layer, policy, alone=len(config.remat_policies) == 1)
-
-    def _select_by_stage(
-        self, by_type: Sequence[LayerFunction], block: Block, x_BTD: jax.Array, ids_S: LayerIds, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache, LayerStats]:
-        """Applies layers of different types on different pipeline stages: computes all types, then selects by stage.
-
-        A stage without a layer (type -1) returns its input.
-        """
-        results = [layer(block, x_BTD, ids_S, None) for layer in by_type]
-        outputs = [(y_BTD, stats) for y_BTD, _, stats in results]
-        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, outputs)
-
-        def select(
-            outputs: list[tuple[jax.Array, LayerStats]], x: jax.Array, type_of_stage: jax.Array
-        ) -> tuple[jax.Array, LayerStats]:
-            selected_stats = []
-            for layer_type, (y, stats) in enumerate(outputs):
-                other = type_of_stage[0] != layer_type
-                x = jnp.where(other, x, y)
-                # The result of `where` has the sharding of its last argument, so stats come last to stay unreduced.
-                selected_stats.append({name: jnp.where(other, 0, value) for name, value in stats.items()})
-            return x, jax.tree.map(lambda *of_types: functools.reduce(jnp.add, of_types), *selected_stats)
-
-        mapped = jax.shard_map(select, in_specs=(specs, specs[0][0], P("stage")), out_specs=specs[0])
-        y_BTD, stats = mapped(outputs, x_BTD, ids_S.types)
-        return y_BTD, cache, stats
+        indices = jnp.arange(stack.times) if stage_layers is None else stage_layers.indices
+        steps = [make_step(first) for first in range(0, num_layers, period)]
+        return scan_pattern(steps, x_BTD, (getattr(self, name), indices))

@@ -13,43 +13,89 @@ Shape suffixes: B batch, T queries, S cached tokens, D residual width, H heads, 
 features without positions, P rotated features), V head dim of values, R latent rank.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, override
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.config.limits import PositiveInt
-from jaxinfra.models.attention import AttentionConfig, TokenInfo, cached_positions, self_attention, update_cache
+from jaxinfra.config import Problem
+from jaxinfra.config.limits import PositiveFloat, PositiveInt
+from jaxinfra.models.attention import cached_positions, self_attention, update_cache
 from jaxinfra.models.layers import RESIDUAL, Linear, Norm, ParamFactory
+from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
-from jaxinfra.ops.rope import rotate
+from jaxinfra.ops.rope import Rope, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLA:
-    """The sizes of multi-head latent attention, named as in published configs; defaults are DeepSeek-V2-Lite's.
+class LatentAttention(Mixer):
+    """Multi-head latent attention, with sizes named as in published configs; defaults are DeepSeek-V2-Lite's.
 
     Attributes:
+        num_heads: heads.
         kv_lora_rank: width of the latent of keys and values.
         q_lora_rank: width of the latent of queries; None projects queries from the residual stream.
         qk_nope_head_dim: features of a query or key head without positions.
         qk_rope_head_dim: rotated features of a query head, and of the key that all heads share.
         v_head_dim: features of a value head.
+        rope: rotary positions.
+        window: positions that a query attends to, its own included; None is all before.
+        softcap: soft cap on attention scores.
+        query_scale: factor on queries; None is one over the square root of the width of a query.
     """
 
+    num_heads: PositiveInt
     kv_lora_rank: PositiveInt = 512
     q_lora_rank: PositiveInt | None = None
     qk_nope_head_dim: PositiveInt = 128
     qk_rope_head_dim: PositiveInt = 64
     v_head_dim: PositiveInt = 128
+    rope: Rope = Rope()
+    window: PositiveInt | None = None
+    softcap: PositiveFloat | None = None
+    query_scale: float | None = None
 
     @property
     def qk_head_dim(self) -> int:
         """Width of a query or key head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @override
+    def problems_in_model(self, hidden_size: int, prefix: str) -> Iterable[Problem]:
+        return rope_problems(self.rope, self.qk_rope_head_dim, prefix, "qk_rope_head_dim")
+
+    @override
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        dims = {"kv_lora_rank": (self.kv_lora_rank, "embed"), "num_heads": (self.num_heads, "heads")}
+        return dims if self.q_lora_rank is None else dims | {"q_lora_rank": (self.q_lora_rank, "embed")}
+
+    @override
+    def matmul_params(self, hidden_size: int) -> int:
+        heads, q_rank, kv_rank = self.num_heads, self.q_lora_rank, self.kv_lora_rank
+        all_queries = heads * self.qk_head_dim
+        query = hidden_size * all_queries if q_rank is None else q_rank * (hidden_size + all_queries)
+        key_value = kv_rank * (hidden_size + heads * (self.qk_nope_head_dim + self.v_head_dim))
+        rotated_key = hidden_size * self.qk_rope_head_dim
+        return query + key_value + rotated_key + heads * self.v_head_dim * hidden_size
+
+    @override
+    def rotary(self, hidden_size: int) -> tuple[Rope, int]:
+        return self.rope, self.qk_rope_head_dim
+
+    @override
+    def attention(self, hidden_size: int) -> tuple[AttentionSpec, HeadSizes]:
+        # None would scale by the width of the queries; those of a decoding step are wider than a head.
+        scale = self.qk_head_dim**-0.5 if self.query_scale is None else self.query_scale
+        spec = AttentionSpec(window=self.window, softcap=self.softcap, scale=self.rope.score_scale * scale)
+        return spec, HeadSizes(self.num_heads, self.num_heads, self.qk_head_dim, self.v_head_dim)
+
+    @override
+    def build(self, options: MixerOptions, params: ParamFactory) -> "LatentAttentionModule":
+        return LatentAttentionModule(self, options, params)
 
 
 class LatentCache(NamedTuple):
@@ -58,15 +104,16 @@ class LatentCache(NamedTuple):
     tokens: jax.Array
 
 
-class LatentAttention(nnx.Module):
+class LatentAttentionModule(nnx.Module):
     """Latent attention over a sequence, or over a cache and the tokens that follow it."""
 
-    def __init__(self, mla: MLA, config: AttentionConfig, params: ParamFactory):
-        self.mla, self.config, self.partitioner = mla, config, params.partitioner
-        hidden, heads = config.hidden_size, config.num_heads
+    def __init__(self, config: LatentAttention, options: MixerOptions, params: ParamFactory):
+        self.config, self.options, self.partitioner = config, options, params.partitioner
+        self.spec, _ = config.attention(options.hidden_size)
+        hidden, heads = options.hidden_size, config.num_heads
         linear = partial(Linear, bias=False, params=params)
         down = partial(linear, (hidden,), axes=("embed", None), parallelism="sequence")
-        norm = partial(Norm, norm_type="rmsnorm", eps=config.norm_eps, offset=config.norm_offset, params=params)
+        norm = partial(Norm, config=replace(options.norm, type="rmsnorm"), params=params)
 
         def up(rank: int, head_dim: int) -> Linear:
             # The stored rank is sharded like "embed"; in use only the heads are sharded. The output is not saved, since
@@ -74,19 +121,19 @@ class LatentAttention(nnx.Module):
             axes = ("embed", "heads", None)
             return linear((rank,), (heads, head_dim), axes, parallelism="column", save_output=False)
 
-        self.query_down = down((mla.q_lora_rank,)) if mla.q_lora_rank else None
-        self.query_norm = norm(mla.q_lora_rank) if mla.q_lora_rank else None
-        self.query = up(mla.q_lora_rank or hidden, mla.qk_head_dim)
-        self.kv_down = down((mla.kv_lora_rank,))
-        self.kv_norm = norm(mla.kv_lora_rank)
-        self.rotated_key = down((mla.qk_rope_head_dim,))
-        self.key = up(mla.kv_lora_rank, mla.qk_nope_head_dim)
-        self.value = up(mla.kv_lora_rank, mla.v_head_dim)
+        self.query_down = down((config.q_lora_rank,)) if config.q_lora_rank else None
+        self.query_norm = norm(config.q_lora_rank) if config.q_lora_rank else None
+        self.query = up(config.q_lora_rank or hidden, config.qk_head_dim)
+        self.kv_down = down((config.kv_lora_rank,))
+        self.kv_norm = norm(config.kv_lora_rank)
+        self.rotated_key = down((config.qk_rope_head_dim,))
+        self.key = up(config.kv_lora_rank, config.qk_nope_head_dim)
+        self.value = up(config.kv_lora_rank, config.v_head_dim)
         out_axes = ("heads", None, "embed")
-        self.out = linear((heads, mla.v_head_dim), (hidden,), out_axes, parallelism="row", scale=config.out_scale)
+        self.out = linear((heads, config.v_head_dim), (hidden,), out_axes, parallelism="row", scale=options.out_scale)
 
     def __call__(
-        self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, cache: LatentCache | None
+        self, x_BTD: jax.Array, tokens: TokenInfo, cache: LatentCache | None
     ) -> tuple[jax.Array, LatentCache | None]:
         """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         assert tokens.rope is not None
@@ -96,13 +143,13 @@ class LatentAttention(nnx.Module):
         if cache is None:
             k_BTHK = self._keys(self.key(latent_BTR), rotated_BTP, tokens.rope)
             v_BTHV = self.value(latent_BTR)
-            y_BTHV = self_attention(q_BTHK, k_BTHK, v_BTHV, spec, tokens.segments, self.config, self.partitioner)
+            y_BTHV = self_attention(q_BTHK, k_BTHK, v_BTHV, self.spec, tokens.segments, self.options, self.partitioner)
             return self.out(y_BTHV), None
         assert tokens.start is not None
         rotated_BTP = rotate(rotated_BTP[:, :, None], *tokens.rope)[:, :, 0]
         new = jnp.concatenate([rotated_BTP, latent_BTR], -1)
         cache = LatentCache(update_cache(cache.tokens, new, tokens.start))
-        return self.out(self._attend_to_cache(q_BTHK, spec, tokens.start, cache)), cache
+        return self.out(self._attend_to_cache(q_BTHK, tokens.start, cache)), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         """Projects query heads `[B, T, H, K]`; the features to rotate come first."""
@@ -123,11 +170,9 @@ class LatentAttention(nnx.Module):
 
         return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 
-    def _attend_to_cache(
-        self, q_BTHK: jax.Array, spec: AttentionSpec, start: jax.Array, cache: LatentCache
-    ) -> jax.Array:
+    def _attend_to_cache(self, q_BTHK: jax.Array, start: jax.Array, cache: LatentCache) -> jax.Array:
         """Computes attention to a cache that includes the tokens of the queries, `[B, T, H, V]`."""
-        partitioner, rotated = self.partitioner, self.mla.qk_rope_head_dim
+        partitioner, rotated = self.partitioner, self.config.qk_rope_head_dim
         key_RHN, value_RHV = (
             partitioner.gather_weight(up.weight[...], (None, "heads", None)) for up in (self.key, self.value)
         )
@@ -142,11 +187,11 @@ class LatentAttention(nnx.Module):
         # The whole cache is used as values, which avoids a copy; `to_value` drops the rotated features.
         kv = cache.tokens[:, :, None]  # [B, S, 1, P + R]
         positions = cached_positions(start, q_BTHK, kv)
-        y = dot_product_attention(latent_q, kv, kv, spec, platform=partitioner.platform, positions=positions)
+        y = dot_product_attention(latent_q, kv, kv, self.spec, platform=partitioner.platform, positions=positions)
         return partitioner.map_local(to_value, y, value_RHV)
 
     def empty_cache(self, num_layers: int, batch: int, length: int) -> LatentCache:
         """Returns a cache of all layers for `length` tokens of `batch` rows."""
-        shape = (num_layers, batch, length, self.mla.qk_rope_head_dim + self.mla.kv_lora_rank)
+        shape = (num_layers, batch, length, self.config.qk_rope_head_dim + self.config.kv_lora_rank)
         spec = self.partitioner.spec(None, "batch", None, None)
         return LatentCache(jnp.zeros(shape, self.partitioner.compute_dtype, out_sharding=spec))

@@ -6,6 +6,7 @@ Shape suffixes: B batch, T length, V vocabulary, D residual width, F MLP width.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
@@ -22,8 +24,7 @@ from jaxinfra.parallel.rules import LogicalAxes, Role
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, ParamState, constant, normal
 
-type NormType = Literal["rmsnorm", "layernorm"]
-type MlpType = Literal["swiglu", "geglu", "gelu"]
+type Activation = Literal["swiglu", "geglu", "gelu"]
 
 RESIDUAL: LogicalAxes = ("batch", "positions")
 """The leading logical axes of the residual stream between blocks."""
@@ -76,13 +77,28 @@ class ParamFactory:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """The norms of a model.
+
+    Attributes:
+        type: RMSNorm or LayerNorm.
+        eps: added to the variance.
+        offset: 1.0 if the weights of RMSNorm are stored as their difference from one (Gemma).
+    """
+
+    type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    eps: PositiveFloat = 1e-5
+    offset: float = 0.0
+
+
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dimension."""
 
-    def __init__(self, features: int, *, norm_type: NormType, eps: float, offset: float = 0.0, params: ParamFactory):
-        self.eps, self.offset, self.partitioner = eps, offset, params.partitioner
-        self.scale = params.param((features,), (None,), constant(1.0 - offset), "norm")
-        self.bias = params.param((features,), (None,), constant(0.0), "bias") if norm_type == "layernorm" else None
+    def __init__(self, features: int, config: NormConfig, *, params: ParamFactory):
+        self.eps, self.offset, self.partitioner = config.eps, config.offset, params.partitioner
+        self.scale = params.param((features,), (None,), constant(1.0 - self.offset), "norm")
+        self.bias = params.param((features,), (None,), constant(0.0), "bias") if config.type == "layernorm" else None
 
     def __call__(self, x: jax.Array, axes: LogicalAxes = RESIDUAL) -> jax.Array:
         """Normalizes `x` `[..., features]`; `axes` are its leading logical axes."""
@@ -156,29 +172,53 @@ class Linear(nnx.Module):
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
-class MLP(nnx.Module):
-    """SwiGLU and GeGLU (Shazeer 2020): `down(act(gate(x)) * up(x))`; GELU: `down(gelu(up(x)))`."""
+@dataclass(frozen=True, kw_only=True)
+class MLP:
+    """The MLP of a layer.
 
-    def __init__(
-        self,
-        hidden_size: int,
-        mlp_dim: int,
-        *,
-        mlp_type: MlpType,
-        bias: bool,
-        out_scale: float,
-        params: ParamFactory,
-    ):
-        linear = partial(Linear, bias=bias, params=params)
-        column = partial(linear, (hidden_size,), (mlp_dim,), ("embed", "mlp"), parallelism="column")
-        self.mlp_type = mlp_type
-        self.gate = None if mlp_type == "gelu" else column()
+    Attributes:
+        dim: hidden width.
+        activation: activation and gating: "swiglu" and "geglu" (Shazeer 2020) are `down(act(gate(x)) * up(x))`; "gelu"
+            is `down(gelu(up(x)))`.
+        bias: whether the projections have biases.
+    """
+
+    dim: PositiveInt
+    activation: Activation = "swiglu"
+    bias: bool = False
+
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""
+        return {"dim": (self.dim, "mlp")}
+
+    def matmul_params(self, hidden_size: int) -> int:
+        """Counts the weights in a token's matmuls."""
+        return hidden_size * self.dim * num_matrices(self.activation)
+
+    def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> "MLPModule":
+        """Returns the module; `out_scale` is a factor on the initial weights of the last projection."""
+        return MLPModule(self, hidden_size, out_scale, params)
+
+
+def num_matrices(activation: Activation) -> int:
+    """Returns the number of matrices of an MLP."""
+    return 2 if activation == "gelu" else 3
+
+
+class MLPModule(nnx.Module):
+    """An MLP."""
+
+    def __init__(self, config: MLP, hidden_size: int, out_scale: float, params: ParamFactory):
+        linear = partial(Linear, bias=config.bias, params=params)
+        column = partial(linear, (hidden_size,), (config.dim,), ("embed", "mlp"), parallelism="column")
+        self.activation = config.activation
+        self.gate = None if config.activation == "gelu" else column()
         self.up = column()
-        self.down = linear((mlp_dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
+        self.down = linear((config.dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Takes gathered positions; returns positions sharded like the residual stream."""
-        act = ACTIVATIONS[self.mlp_type]
+        act = ACTIVATIONS[self.activation]
         up_BTF = self.up(x_BTD)
         hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF
         return self.down(hidden_BTF)

@@ -38,8 +38,12 @@ class ModelConfig(Extensible):
 
     @property
     def pipeline_layers(self) -> int:
-        """Number of layers to split over pipeline stages; 0 for a model that cannot be split."""
+        """Number of layers, or of periods of layers, that stages split; 0 for a model that cannot be split."""
         return 0
+
+    def problems_of_stages(self, chunks: int) -> Iterable[Problem]:
+        """Yields conflicts with a pipeline of so many chunks on all stages; fields are named as in `mesh.stage`."""
+        return ()
 
     @property
     def uses_dropout(self) -> bool:
@@ -78,3 +82,12 @@ class LayeredModelConfig(ModelConfig):
     @override
     def uses_dropout(self) -> bool:
         return self.dropout > 0
+
+    @override
+    def problems_of_stages(self, chunks: int) -> Iterable[Problem]:
+        if self.num_layers < chunks:
+            yield Problem(
+                fields=("model.num_layers", "mesh.stage", "pipeline.chunks"),
+                message=f"fewer layers than chunks ({chunks} on all stages)",
+                fix=f"use model.num_layers={chunks} or fewer stages",
+            )

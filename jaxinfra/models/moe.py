@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -23,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from jaxinfra.models.layers import ACTIVATIONS, MLP, RESIDUAL, MlpType, ParamFactory
+from jaxinfra.models.layers import ACTIVATIONS, MLP, RESIDUAL, Activation, ParamFactory, num_matrices
 from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops import routing
@@ -44,9 +43,10 @@ class MixtureOfExperts:
     """The sizes and the routing of a mixture of experts.
 
     Attributes:
+        dim: hidden width of an expert.
+        activation: activation and gating of an expert, as of an MLP.
         num_experts: number of experts, without shared ones.
         top_k: number of experts per token.
-        expert_dim: hidden width of an expert; None is the model's `mlp_dim`.
         num_shared_experts: experts that process every token, computed as one MLP of this many times the width.
         score_function: scores are a "softmax" over all experts, or the "sigmoid" of each logit.
         normalize_weights: scales the weights of a token's experts to sum to one.
@@ -63,9 +63,10 @@ class MixtureOfExperts:
         z_loss: weight of the squared log-sum-exp of the router logits, summed in the same way.
     """
 
+    dim: PositiveInt
+    activation: Activation = "swiglu"
     num_experts: PositiveInt = 8
     top_k: PositiveInt = 2
-    expert_dim: PositiveInt | None = None
     num_shared_experts: NonNegativeInt = 0
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_weights: bool = True
@@ -95,6 +96,19 @@ class MixtureOfExperts:
             fix = f"use top_k_groups={-(-self.top_k // group_size)}"
             yield Problem(fields=("top_k", "top_k_groups"), message=message, fix=fix)
 
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""
+        return {"num_experts": (self.num_experts, "experts"), "dim": (self.dim, "mlp")}
+
+    def matmul_params(self, hidden_size: int) -> int:
+        """Counts the weights of the router and of the experts that process a token."""
+        experts = num_matrices(self.activation) * self.dim * (self.top_k + self.num_shared_experts)
+        return hidden_size * (self.num_experts + experts)
+
+    def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> "MoE":
+        """Returns the module; `out_scale` is a factor on the initial weights of the last projections."""
+        return MoE(self, hidden_size, out_scale, params)
+
     def capacity(self, length: int) -> int | None:
         """Returns the capacity: the most choices of a sequence that an expert serves; None is unlimited."""
         if self.capacity_factor is None:
@@ -117,19 +131,9 @@ class MixtureOfExperts:
 class MoE(nnx.Module):
     """A router, the experts that it chooses from, and an MLP of shared experts that processes every token."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        mlp_dim: int,
-        config: MixtureOfExperts,
-        *,
-        mlp_type: MlpType,
-        out_scale: float,
-        params: ParamFactory,
-    ):
-        self.config, self.mlp_type, self.partitioner = config, mlp_type, params.partitioner
-        experts = config.num_experts
-        expert_dim = mlp_dim if config.expert_dim is None else config.expert_dim
+    def __init__(self, config: MixtureOfExperts, hidden_size: int, out_scale: float, params: ParamFactory):
+        self.config, self.partitioner = config, params.partitioner
+        experts, expert_dim = config.num_experts, config.dim
         router_init = normal(hidden_size**-0.5)
         self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
         has_bias = config.bias_update_rate > 0
@@ -139,12 +143,11 @@ class MoE(nnx.Module):
             shape, init = (experts, inputs, outputs), normal(scale * inputs**-0.5)
             return params.param(shape, ("experts", *axes), init, "matrix", batch_dims=1, in_dims=1)
 
-        self.gate = None if mlp_type == "gelu" else matrices(hidden_size, expert_dim, ("embed", "mlp"))
+        self.gate = None if config.activation == "gelu" else matrices(hidden_size, expert_dim, ("embed", "mlp"))
         self.up = matrices(hidden_size, expert_dim, ("embed", "mlp"))
         self.down = matrices(expert_dim, hidden_size, ("mlp", "embed"), out_scale)
-        shared_dim = config.num_shared_experts * expert_dim
-        shared = partial(MLP, hidden_size, mlp_type=mlp_type, bias=False, out_scale=out_scale, params=params)
-        self.shared = shared(shared_dim) if shared_dim else None
+        shared = MLP(dim=config.num_shared_experts * expert_dim, activation=config.activation)
+        self.shared = shared.build(hidden_size, out_scale, params) if config.num_shared_experts else None
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
         """Takes gathered positions; returns the output, with positions sharded like the residual stream, and stats."""
@@ -227,7 +230,7 @@ class MoE(nnx.Module):
         def multiply(x: jax.Array, name: str) -> jax.Array:
             return grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
 
-        act, up_MF = ACTIVATIONS[self.mlp_type], save_dot(multiply(x_MD, "up"))
+        act, up_MF = ACTIVATIONS[self.config.activation], save_dot(multiply(x_MD, "up"))
         hidden_MF = act(up_MF) if self.gate is None else act(save_dot(multiply(x_MD, "gate"))) * up_MF
         return multiply(hidden_MF, "down")
 
@@ -253,9 +256,15 @@ class MoE(nnx.Module):
         return jax.lax.psum({name: jnp.where(is_first, a, 0) for name, a in stats.items()}, same_tokens)
 
 
+def _of_all_layers(stats: LayerStats, name: str) -> list[jax.Array]:
+    """Returns a statistic of each stack of layers; a layer of a period has its path before the name."""
+    return [array for path, array in stats.items() if path.rpartition(".")[2] == name]
+
+
 def aux_loss(stats: LayerStats, token_axes: tuple[str, ...]) -> jax.Array | None:
     """Sums the auxiliary losses of all layers: a scalar, unreduced over `token_axes`; None if there are no losses."""
-    losses = [stats[name] for name in (BALANCE_LOSS, Z_LOSS) if name in stats]  # each [L], or [L, S] in a pipeline
+    # Each is [L], or [L, S] in a pipeline.
+    losses = [loss for name in (BALANCE_LOSS, Z_LOSS) for loss in _of_all_layers(stats, name)]
     if not losses:
         return None
     spec = jax.typeof(losses[0]).sharding.spec
@@ -275,16 +284,18 @@ def metrics(stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
     Losses are divided by `weight`, like the training loss. Loads are relative to the mean of their layer: the maximum
     over layers and experts, and for each expert the mean over layers.
     """
-    if LOAD not in stats:
+    if not (loads := _of_all_layers(stats, LOAD)):
         return {}
-    load_LE = stats[LOAD] / jnp.maximum(jnp.mean(stats[LOAD], axis=1, keepdims=True), 1)
-    scalars = {name: jnp.sum(stats[name]) / weight for name in (BALANCE_LOSS, Z_LOSS) if name in stats}
-    scalars["expert_load_max"] = jnp.max(load_LE)
-    scalars["expert_dropped"] = 1 - jnp.sum(stats[SERVED]) / jnp.maximum(jnp.sum(stats[LOAD]), 1)
-    return scalars | {f"expert_load/{expert}": load for expert, load in enumerate(jnp.mean(load_LE, axis=0))}
+    load_LE = loads[0] if len(loads) == 1 else jnp.concatenate(loads)
+    relative_LE = load_LE / jnp.maximum(jnp.mean(load_LE, axis=1, keepdims=True), 1)
+    totals = {name: [jnp.sum(a) for a in _of_all_layers(stats, name)] for name in (SERVED, BALANCE_LOSS, Z_LOSS)}
+    sums = {name: functools.reduce(jnp.add, parts) for name, parts in totals.items() if parts}
+    scalars = {name: sums[name] / weight for name in (BALANCE_LOSS, Z_LOSS) if name in sums}
+    scalars["expert_load_max"] = jnp.max(relative_LE)
+    scalars["expert_dropped"] = 1 - sums[SERVED] / jnp.maximum(jnp.sum(load_LE), 1)
+    return scalars | {f"expert_load/{expert}": load for expert, load in enumerate(jnp.mean(relative_LE, axis=0))}
 
 
-def updated_bias(bias_LE: jax.Array, stats: LayerStats, rate: float) -> jax.Array:
+def updated_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
     """Raises the bias of experts with less than their layer's mean load, and lowers the others (Wang et al. 2024)."""
-    load_LE = stats[LOAD]
     return bias_LE + rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE)

@@ -22,19 +22,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
-from jaxinfra.models.attention import Attention, AttentionConfig, TokenInfo
-from jaxinfra.models.layers import MLP, SEQUENCE, Norm, ParamFactory
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP, SEQUENCE, Norm, NormConfig, ParamFactory
+from jaxinfra.models.mixer import MixerOptions, TokenInfo
 from jaxinfra.models.model import LayeredModelConfig
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.remat import Remat, remat
-from jaxinfra.ops.attention import AttentionSpec, Kernel
+from jaxinfra.ops.attention import Kernel
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import constant, normal
-
-BIDIRECTIONAL = AttentionSpec(causal=False)
 
 
 class HasImages(Protocol):
@@ -133,29 +132,23 @@ class EncoderBlock(nnx.Module):
 
     def __init__(self, config: VisionTransformerConfig, params: ParamFactory):
         self.partitioner, self.dropout = params.partitioner, config.dropout
-        hidden, heads, eps = config.hidden_size, config.num_heads, config.norm_eps
-        norm = partial(Norm, hidden, norm_type="layernorm", eps=eps, params=params)
+        hidden, heads = config.hidden_size, config.num_heads
+        norm_config = NormConfig(type="layernorm", eps=config.norm_eps)
+        norm = partial(Norm, hidden, norm_config, params=params)
         # Each layer adds two outputs to the residual stream. This scale keeps its variance near one.
         out_scale = (2 * config.num_layers) ** -0.5
-        attention = AttentionConfig(
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=hidden // heads,
-            qkv_bias=True,
-            out_bias=True,
-            norm_eps=eps,
-            out_scale=out_scale,
-            kernel=config.attention_kernel,
+        options = MixerOptions(
+            hidden_size=hidden, norm=norm_config, out_scale=out_scale, causal=False, kernel=config.attention_kernel
         )
+        attention = Attention(num_heads=heads, rope=None, qkv_bias=True, out_bias=True)
         self.attention_norm = norm()
-        self.attention = Attention(attention, params)
+        self.attention = attention.build(options, params)
         self.mlp_norm = norm()
-        self.mlp = MLP(hidden, config.mlp_dim, mlp_type="gelu", bias=True, out_scale=out_scale, params=params)
+        self.mlp = MLP(dim=config.mlp_dim, activation="gelu", bias=True).build(hidden, out_scale, params)
 
     def __call__(self, x_BTD: jax.Array, bits_BT: jax.Array | None) -> jax.Array:
         """Returns the residual stream after the layer; `bits_BT` are its dropout bits."""
-        y_BTD, _ = self.attention(self.attention_norm(x_BTD), BIDIRECTIONAL, TokenInfo(), None)
+        y_BTD, _ = self.attention(self.attention_norm(x_BTD), TokenInfo(), None)
         x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
         y_BTD = self.mlp(self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp"))
         return x_BTD + dropout(y_BTD, bits_BT, 1, self.dropout)
@@ -174,7 +167,7 @@ class VisionTransformer(LayeredModule):
         self.token = param((hidden,), (None,), normal(0.02), "embedding") if config.pool == "class" else None
         self.positions = param((config.length, hidden), (None, "embed"), normal(0.02), "embedding")
         self.blocks = EncoderBlock(config, replace(params, num_layers=config.num_layers))
-        self.norm = Norm(hidden, norm_type="layernorm", eps=config.norm_eps, params=params)
+        self.norm = Norm(hidden, NormConfig(type="layernorm", eps=config.norm_eps), params=params)
         self.classes = param((hidden, classes), ("embed", None), normal(hidden**-0.5), "head", in_dims=1)
         self.classes_bias = param((classes,), (None,), constant(0.0), "bias")
 

@@ -26,7 +26,7 @@ class MeshFit:
         sharded_dims: sharded dimensions of the model and the data.
         positions: number of positions in the activations of one sample.
         by_position: whether the objective is a sum over positions.
-        pipeline_layers: number of layers to split over stages.
+        pipeline_layers: number of layers, or of periods of layers, to split over stages.
         modality: "token" or "image".
     """
 
@@ -132,13 +132,6 @@ class MeshFit:
                 fix="use mesh.stage=1",
             )
             return
-        chunks = self.mesh.stage * self.pipeline.chunks
-        if self.pipeline_layers < chunks:
-            yield Problem(
-                fields=("model.num_layers", "mesh.stage", "pipeline.chunks"),
-                message=f"fewer layers than chunks ({chunks} on all stages)",
-                fix=f"use model.num_layers={chunks} or fewer stages",
-            )
         if self.pipeline.schedule == "interleaved" and self.accumulate % self.mesh.stage:
             yield Problem(
                 fields=("train.accumulate", "mesh.stage", "pipeline.schedule"),

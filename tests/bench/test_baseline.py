@@ -12,8 +12,8 @@ from jaxinfra.run import Run
 TINY = [
     "model.num_layers=2",
     "model.hidden_size=32",
-    "model.num_heads=4",
-    "model.mlp_dim=64",
+    "model.layers.mixer.num_heads=4",
+    "model.layers.mlp.dim=64",
     "model.vocab_size=128",
     "data.seq_len=16",
     "train.global_batch=4",

@@ -9,9 +9,9 @@ from tests.tiny_run import launch
 SMALL_MODEL = (
     "model.num_layers=2",
     "model.hidden_size=512",
-    "model.mlp_dim=1024",
-    "model.num_heads=4",
-    "model.num_kv_heads=2",
+    "model.layers.mlp.dim=1024",
+    "model.layers.mixer.num_heads=4",
+    "model.layers.mixer.num_kv_heads=2",
     "model.vocab_size=1024",
     "data.seq_len=1024",
     "train.compiler=default",

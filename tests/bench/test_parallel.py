@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-TINY = ["model.hidden_size=32", "model.num_heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
+TINY = [
+    "model.hidden_size=32",
+    "model.layers.mixer.num_heads=4",
+    "model.layers.mlp.dim=64",
+    "model.vocab_size=64",
+    "data.seq_len=16",
+]
 
 
 @pytest.mark.slow(60)

@@ -96,7 +96,7 @@ def test_wrong_arguments_are_rejected(
 
 
 def test_model_that_does_not_fit_is_rejected_before_computing() -> None:
-    done = ended(start("parity", DENSE, "model.num_heads=6", "--devices", "cpu:4", "--jobs", "1"))
+    done = ended(start("parity", DENSE, "model.layers.mixer.num_heads=6", "--devices", "cpu:4", "--jobs", "1"))
     refused(done, f"{DENSE} heads =4")
     assert done.out == ""
 
@@ -122,7 +122,7 @@ def test_workers_exit_with_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow(90)
 def test_two_devices_agree_with_one_device(repo_root: Path) -> None:
-    changes = ("model.qkv_bias=true", "model.num_layers=2")
+    changes = ("model.layers.mixer.qkv_bias=true", "model.num_layers=2")
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = ended(start("parity", DENSE, *changes, "--devices", "cpu:2", "--jobs", "1", env=quick), timeout_s=1500)
     assert done.code == 0, done.err

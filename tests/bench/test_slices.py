@@ -11,7 +11,13 @@ from jaxinfra.errors import ConfigError
 from tests.refusals import names
 from tests.tiny_run import launch
 
-TINY = ["model.hidden_size=64", "model.num_heads=4", "model.mlp_dim=128", "model.num_layers=1", "data.seq_len=16"]
+TINY = [
+    "model.hidden_size=64",
+    "model.layers.mixer.num_heads=4",
+    "model.layers.mlp.dim=128",
+    "model.num_layers=1",
+    "data.seq_len=16",
+]
 PARAMS = 2 * 2048 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64
 
 

@@ -18,8 +18,8 @@ from tests.tiny_run import launch
 TINY = [
     "model.num_layers=1",
     "model.hidden_size=32",
-    "model.num_heads=2",
-    "model.mlp_dim=64",
+    "model.layers.mixer.num_heads=2",
+    "model.layers.mlp.dim=64",
     "model.vocab_size=512",
     "data.seq_len=16",
     "train.global_batch=8",
@@ -74,7 +74,7 @@ def test_command_line_lists_every_part(bench: str) -> None:
         ("data --tokens 5", "--tokens 5:"),
         ("parallel --only float32", "--only float32: axes, experts, schedules"),
         ("step model.foo=3 --only dispatch", "model.foo"),
-        ("step model.rope=none --only dispatch", "rotary"),
+        ("step model.layers.mixer.rope=none --only dispatch", "rotary"),
         ("step --config configs/vit_digits.py --only float32", "vit images"),
     ],
 )

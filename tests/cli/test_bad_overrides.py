@@ -63,8 +63,9 @@ def test_quantized_products_need_qwix(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     refused(tiny.launch("precision.quantize=int8"), "precision.quantize=int8 qwix quantized")
 
 
-LATENT = "model.mla=mla"
-EXPERTS = "model.moe=mixture_of_experts"
+LATENT = "model.layers.mixer=latent_attention"
+EXPERTS = "model.layers.mlp=mixture_of_experts"
+MIXER, MLP = "model.layers.0.mixer", "model.layers.0.mlp"
 # Overrides of which the last does not go with others or with what is there, and the fields that must be named.
 WITH_A_FIX = (
     ("mesh.stage=4", "model.num_layers=2 mesh.stage=4"),
@@ -74,8 +75,7 @@ WITH_A_FIX = (
     ),
     ("pipeline.chunks=2", "pipeline.schedule='1f1b' pipeline.chunks=2"),
     ("pipeline.schedule=interleaved", "pipeline.schedule=interleaved pipeline.chunks=1"),
-    (f"{EXPERTS} model.moe.num_experts=6 mesh.fsdp=2 mesh.expert=4", "model.moe.num_experts=6 mesh.expert=4"),
-    ("model.num_dense_layers=1", "model.num_dense_layers=1 model.moe=none"),
+    (f"{EXPERTS} model.layers.mlp.num_experts=6 mesh.fsdp=2 mesh.expert=4", f"{MLP}.num_experts=6 mesh.expert=4"),
     ("name=a/b", "name=a/b"),
     ("root=ftp://b/runs", "root=ftp://b/runs"),
     ("mesh.fsdp=1 mesh.context=8 data.seq_len=72", "data.seq_len=72 mesh.context=8"),
@@ -88,27 +88,26 @@ WITH_A_FIX = (
     ("data.curriculum=curriculum", "data.curriculum= data.packing=concat"),
     ("data.seq_len=100000", "data.seq_len=100000 train"),
     ("data.seq_len=2000", "data.seq_len=2000"),
-    ("model.num_heads=6 model.head_dim=4 mesh.tensor=4", "model.num_heads=6 mesh.tensor=4"),
-    ("model.num_kv_heads=2 mesh.tensor=4", "model.num_kv_heads=2 mesh.tensor=4"),
-    ("model.num_kv_heads=3", "model.num_heads=8 model.num_kv_heads=3"),
-    ("model.norm_eps=0.0", "model.norm_eps=0.0"),
-    ("model.attn_softcap=0.0", "model.attn_softcap=0.0"),
+    (
+        "model.layers.mixer.num_heads=6 model.layers.mixer.head_dim=4 mesh.tensor=4",
+        f"{MIXER}.num_heads=6 mesh.tensor=4",
+    ),
+    ("model.layers.mixer.num_kv_heads=2 mesh.tensor=4", f"{MIXER}.num_kv_heads=2 mesh.tensor=4"),
+    ("model.layers.mixer.num_kv_heads=3", f"{MIXER}.num_heads=8 {MIXER}.num_kv_heads=3"),
+    ("model.norm.eps=0.0", "model.norm.eps=0.0"),
+    ("model.layers.mixer.softcap=0.0", f"{MIXER}.softcap=0.0"),
     ("model.learned_positions=0", "model.learned_positions=0"),
-    (f"{EXPERTS} model.mlp_bias=true", "model.mlp_bias=true"),
-    (f"{EXPERTS} model.moe.capacity_factor=nan", "model.moe.capacity_factor=nan"),
+    (f"{EXPERTS} model.layers.mlp.capacity_factor=nan", f"{MLP}.capacity_factor=nan"),
     ("mesh.replica=2 mesh.fsdp=4 rules.batch=(fsdp,expert)", "mesh.replica=2 rules.batch=(fsdp, expert)"),
-    (f"{LATENT} model.num_kv_heads=4", "model.num_kv_heads=4 model.mla=mla"),
-    (f"{LATENT} model.qkv_bias=true", "model.qkv_bias=true model.mla=mla"),
-    (f"{LATENT} model.rope=none", "model.rope=none model.mla=mla"),
-    (f"{LATENT} model.mla.kv_lora_rank=0", "model.mla.kv_lora_rank=0"),
-    (f"{LATENT} model.mla.qk_rope_head_dim=5", "model.rope.fraction=1.0 model.mla.qk_rope_head_dim=5"),
-    (f"{LATENT} model.mla.q_lora_rank=12", "model.mla.q_lora_rank=12 mesh.fsdp=8"),
-    ("model.num_heads=10", "model.hidden_size=32 model.num_heads=10"),
+    (f"{LATENT} model.layers.mixer.kv_lora_rank=0", f"{MIXER}.kv_lora_rank=0"),
+    (f"{LATENT} {MIXER}.qk_rope_head_dim=5", f"{MIXER}.rope.fraction=1.0 {MIXER}.qk_rope_head_dim=5"),
+    (f"{LATENT} model.layers.mixer.q_lora_rank=12", f"{MIXER}.q_lora_rank=12 mesh.fsdp=8"),
+    ("model.layers.mixer.num_heads=10", f"model.hidden_size=32 {MIXER}.num_heads=10"),
     ("model.vocab_size=306 mesh.tensor=4", "model.vocab_size=306 mesh.tensor=4"),
-    ("model.mlp_dim=66 mesh.tensor=4", "model.mlp_dim=66 mesh.tensor=4"),
-    ("model.mlp_dim=65 mesh.tensor=4 train.global_batch=2", "model.mlp_dim=65"),
+    ("model.layers.mlp.dim=66 mesh.tensor=4", f"{MLP}.dim=66 mesh.tensor=4"),
+    ("model.layers.mlp.dim=65 mesh.tensor=4 train.global_batch=2", f"{MLP}.dim=65"),
     ("data.seq_len=30 mesh.tensor=4", "data.seq_len=30 mesh.tensor=4"),
-    ("model.hidden_size=36 model.num_heads=6", "model.hidden_size=36 mesh.fsdp=8"),
+    ("model.hidden_size=36 model.layers.mixer.num_heads=6", "model.hidden_size=36 mesh.fsdp=8"),
     ("train.global_batch=12", "train.global_batch=12 mesh.fsdp=8"),
     ("train.accumulate=3", "train.global_batch=8 train.accumulate=3 mesh.fsdp=8"),
     ("objective.loss_chunks=5", "objective.loss_chunks=5 data.seq_len=32"),
@@ -116,7 +115,8 @@ WITH_A_FIX = (
     ("optim.schedule.warmup_steps=40", "optim.schedule.warmup_steps=40"),
     ("optim.schedule=wsd optim.schedule.decay_fraction=1.0", "optim.schedule.decay_fraction=1.0"),
     ("checkpoint.keep_every=7", "checkpoint.keep_every=7 checkpoint.save_every=5"),
-    ("model.layer_types=(sliding,)", "model.layer_types=(sliding,) model.sliding_window=none"),
+    ("model.layers.mixer.window=0", f"{MIXER}.window=0"),
+    ("model.remat=(full,dots,dots)", "model.remat=(full, dots, dots) model.num_layers=2"),
     ("model.vocab_size=256", "model.vocab_size=256 300"),
 )
 

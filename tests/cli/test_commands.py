@@ -14,7 +14,9 @@ from tests.tiny_run import Tiny, contents, ended, launch, start
 
 LLAMA_LIKE = """\
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.run import Run
 
 
@@ -22,7 +24,10 @@ def config() -> Run:
     return Run(
         name="llama",
         model=TransformerConfig(
-            vocab_size=128256, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, mlp_dim=14336
+            vocab_size=128256,
+            num_layers=32,
+            hidden_size=4096,
+            layers=(Layer(mixer=Attention(num_heads=32, num_kv_heads=8), mlp=MLP(dim=14336)),),
         ),
         data=TokenData(store="nowhere", seq_len=8192),
     )

@@ -36,7 +36,12 @@ def test_two_slices_exchange_gradients_once_and_everything_is_told(tiny: Tiny) -
 @pytest.mark.slow
 def test_latent_attention_takes_the_kernels_of_tpus(tiny: Tiny) -> None:
     """Keys of 192 features and values of 128, over heads and positions."""
-    latent = ("model.mla=mla", "model.mla.kv_lora_rank=64", "data.seq_len=512", "precision.compute=bfloat16")
+    latent = (
+        "model.layers.mixer=latent_attention",
+        "model.layers.mixer.kv_lora_rank=64",
+        "data.seq_len=512",
+        "precision.compute=bfloat16",
+    )
     mesh = ("--on", "v5e:2x4", "mesh.fsdp=2", "mesh.context=2", "mesh.tensor=2")
     ended = tiny.launch(*latent, *mesh, command="compile")
     assert ended.code == 0, ended.err
@@ -51,14 +56,14 @@ ON = ("--on", "v5e:2x4")
     ("arguments", "named"),
     [
         ((BIG, "--on", "v5e:2x2"), "v5e:2x2: GiB 15.75 model.remat=full, train.accumulate="),
-        (("model.hidden_size=65536", "model.mlp_dim=65536", *ON), "v5e:2x4: GiB 16.00 mesh.fsdp mesh.replica"),
+        (("model.hidden_size=65536", "model.layers.mlp.dim=65536", *ON), "v5e:2x4: GiB 16.00 mesh.fsdp mesh.replica"),
         (("--on", "v5p:2x2"), "v5p:2x2: v5p:4x4x4"),
         (("--on", "v5e:3x4"), "v5e:3x4: v5e:2x4"),
         ((*ON, "mesh.fsdp=3"), "v5e:2x4: mesh.fsdp=-1"),
         ((*ON, "mesh.tensor=16"), "v5e:2x4: 8 16"),
         (
-            (*ON, "model.num_heads=4", "mesh.fsdp=1", "mesh.tensor=8"),
-            "model.num_heads=4 mesh.tensor=8 use mesh.tensor=4",
+            (*ON, "model.layers.mixer.num_heads=4", "mesh.fsdp=1", "mesh.tensor=8"),
+            "model.layers.mixer.num_heads=4 mesh.tensor=8 use mesh.tensor=4",
         ),
         ((*ON, "mesh.fsdp=0"), "mesh.fsdp=0"),
         ((*ON, "mesh.tensor=-1"), "mesh.tensor=-1"),
@@ -83,7 +88,13 @@ def test_files_that_cannot_be_written_are_named(tiny: Tiny) -> None:
 
 
 def test_attention_that_needs_cudnn_says_so(tiny: Tiny) -> None:
-    wide = ("model.head_dim=64", "precision.compute=bfloat16", "model.attention_kernel=cudnn", "--on", "h100:1x8")
+    wide = (
+        "model.layers.mixer.head_dim=64",
+        "precision.compute=bfloat16",
+        "model.attention_kernel=cudnn",
+        "--on",
+        "h100:1x8",
+    )
     refused(tiny.launch(*wide, command="compile"), "h100:1x8: cuDNN model.attention_kernel=xla")
 
 

@@ -63,7 +63,7 @@ def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
         "mesh.fsdp=2 mesh.tensor=4",
         "mesh.stage=2 mesh.fsdp=4 train.global_batch=16 train.accumulate=2",
         "mesh.fsdp=2 mesh.context=2 mesh.tensor=2",
-        "mesh.replica=2 mesh.fsdp=2 mesh.expert=2 model.moe=mixture_of_experts",
+        "mesh.replica=2 mesh.fsdp=2 mesh.expert=2 model.layers.mlp=mixture_of_experts",
         "mesh.replica=4 mesh.fsdp=2 rules.batch=(fsdp,replica,expert)",
     ],
 )

@@ -11,12 +11,11 @@ from jaxinfra.track.jsonl import read_metrics
 from tests.tiny_run import Tiny
 
 MIXTURE = (
-    "model.moe=mixture_of_experts",
-    "model.moe.num_experts=4",
-    "model.moe.expert_dim=32",
-    "model.moe.bias_update_rate=0.01",
-    "model.moe.balance_loss=0.01",
-    "model.num_dense_layers=1",
+    "model.layers.mlp=mixture_of_experts",
+    "model.layers.mlp.num_experts=4",
+    "model.layers.mlp.dim=32",
+    "model.layers.mlp.bias_update_rate=0.01",
+    "model.layers.mlp.balance_loss=0.01",
     "name=mixture",
     "train.eval_every=none",
     "train.eval_samples=8",

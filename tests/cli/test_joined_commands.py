@@ -134,7 +134,13 @@ def test_parity_in_processes(repo_root: Path) -> None:
     assert len(done.out.splitlines()) == 6
 
 
-TINY = ("model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", "model.mlp_dim=64", "data.seq_len=16")
+TINY = (
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.layers.mixer.num_heads=2",
+    "model.layers.mlp.dim=64",
+    "data.seq_len=16",
+)
 
 
 @pytest.mark.slow(20)

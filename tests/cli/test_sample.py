@@ -132,7 +132,7 @@ def test_command(trained: Path) -> None:
 
 
 def test_the_prompt_of_a_run_must_leave_room(tiny: Tiny) -> None:
-    overrides = ("model.learned_positions=128", "model.rope=none", "train.steps=3", "track.console=off")
+    overrides = ("model.learned_positions=128", "model.layers.mixer.rope=none", "train.steps=3", "track.console=off")
     long = " ".join(["w1"] * 60)
     line = refused(tiny.launch(*overrides, f"track.sample_prompt={long}"), "track.sample_prompt: positions prompt")
     assert "--max-tokens" not in line
@@ -142,7 +142,13 @@ def test_the_prompt_of_a_run_must_leave_room(tiny: Tiny) -> None:
 
 def test_learned_positions_end(tiny: Tiny) -> None:
     """What the model has no position for is refused, with what fits."""
-    overrides = ("model.learned_positions=96", "model.rope=none", "name=learned", "train.steps=3", "track.console=off")
+    overrides = (
+        "model.learned_positions=96",
+        "model.layers.mixer.rope=none",
+        "name=learned",
+        "train.steps=3",
+        "track.console=off",
+    )
     assert tiny.launch(*overrides).code == 0
     directory = str(tiny.directory("learned"))
     long = launch("sample", directory, "w1", "--max-tokens", "96")

@@ -120,5 +120,5 @@ def test_names(tiny: Tiny) -> None:
     assert directories("train.steps=3", "optim.peak_lr=1e-3", "track.log_every=2") == set()
     assert directories("seed=1", "train.steps=3", "name=mine") == {"mine"}
     # A value that the class has by default is a change too where the file says otherwise.
-    (other,) = directories("model.num_heads=8", "optim.schedule.warmup_steps=0", "train.steps=3")
+    (other,) = directories("model.layers.mixer.num_heads=8", "optim.schedule.warmup_steps=0", "train.steps=3")
     assert other not in ("tiny", named)

@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError
 from tests.refusals import raises
 
 from .deferred import Deferred, Large, Unresolved
-from .trees import WSD, Color, Constant, CosineDecay, Run
+from .trees import WSD, Color, Constant, CosineDecay, Run, Source
 
 BASE = Run(name="base")
 
@@ -157,6 +157,15 @@ def test_overrides_apply_from_left_to_right():
 def test_a_kept_field_may_be_set_before_the_switch():
     run = apply(BASE, ["optim.schedule.warmup_steps=5", "optim.schedule=constant"])
     assert run.optim.schedule == Constant(warmup_steps=5)
+
+
+def test_without_an_index_all_items_that_have_the_field_change():
+    first, second = BASE.sources[0], Source(store="books")
+    both = apply(replace(BASE, sources=(first, second)), ["sources.weight=3"])
+    assert both.sources == (replace(first, weight=3.0), replace(second, weight=3.0))
+    assert apply(both, ["sources.1.weight=4"]).sources == (both.sources[0], replace(second, weight=4.0))
+    with raises(ConfigError, "sources.wait=3: sources.weight?"):
+        apply(BASE, ["sources.wait=3"])
 
 
 def test_apply_does_not_change_its_argument():

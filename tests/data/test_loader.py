@@ -21,7 +21,7 @@ from jaxinfra.data.stopwatch import Stopwatch, input_bound_warning
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import ConcatSamples, TokenData
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.models.transformer import TransformerConfig
+from tests.decoders import decoder
 from tests.refusals import names, problem, raises
 from tests.servers.guard import free_ports
 
@@ -154,7 +154,7 @@ def test_a_small_vocabulary_of_the_model_is_refused(data, store):
     size = store.manifest.tokenizer_info.vocab_size
 
     def check(size):
-        data.open().check(TransformerConfig(vocab_size=size, num_layers=1, hidden_size=8, num_heads=1, mlp_dim=8))
+        data.open().check(decoder(vocab_size=size, num_layers=1, hidden_size=8, num_heads=1, mlp_dim=8))
 
     check(size)
     with raises(ConfigError, f"model.vocab_size={size - 1} {size}"):

@@ -33,7 +33,7 @@ FAST = [
     "track.tensorboard=false",
 ]
 TEXT = ["data.store=store", "data.seq_len=16"]
-SMALL = ["num_layers=1", "hidden_size=32", "num_heads=2", "mlp_dim=32", "vocab_size=304"]
+SMALL = ["num_layers=1", "hidden_size=32", "layers.mixer.num_heads=2", "layers.mlp.dim=32", "vocab_size=304"]
 
 
 @pytest.fixture(scope="module")

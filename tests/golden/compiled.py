@@ -15,11 +15,11 @@ from jaxinfra.cli.compile import format_report
 from jaxinfra.config import load
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, compile_step
 from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run, TrainConfig
+from tests.decoders import changed, decoder
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FOLDER = Path(__file__).resolve().parent / "compile"
@@ -34,7 +34,7 @@ BEGIN, END = "<!-- compile: begin -->", "<!-- compile: end -->"
 
 DENSE = Run(
     name="dense",
-    model=TransformerConfig(
+    model=decoder(
         vocab_size=1024,
         num_layers=4,
         hidden_size=256,
@@ -49,9 +49,7 @@ DENSE = Run(
 )
 
 
-MOE = replace(
-    DENSE, name="moe", model=replace(DENSE.model, moe=MixtureOfExperts(num_experts=8, top_k=2, expert_dim=256))
-)
+MOE = replace(DENSE, name="moe", model=changed(DENSE.model, mlp=MixtureOfExperts(dim=256, num_experts=8, top_k=2)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from jaxinfra.config.explain import Field, all_fields, fields_below
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
 from jaxinfra.models.catalog import CatalogEntry, catalog, catalog_text, published_context
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import SHAPES, VISION_SHAPES
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.prepare.recipes import Corpus, ImageSet
@@ -41,17 +42,18 @@ def catalog_entry(name: str) -> CatalogEntry:
     config = (SHAPES | VISION_SHAPES)[name]
     _, state = nnx.split(config.build(Partitioner()))
     specs = jax.tree.leaves(nnx.to_pure_dict(state))
-    moe = getattr(config, "moe", None)
+    layer = config.layers[0] if isinstance(config, TransformerConfig) else None
+    moe, mixer = getattr(layer, "mlp", None), getattr(layer, "mixer", config)
     # The experts that a token does not choose.
-    idle = sum(s.size * (moe.num_experts - moe.top_k) // moe.num_experts for s in specs if "experts" in s.axes and moe)
+    idle = sum(s.size * (moe.num_experts - moe.top_k) // moe.num_experts for s in specs if moe and "experts" in s.axes)
     parameters = sum(spec.size for spec in specs)
     return CatalogEntry(
         name=name,
         function="shape" if name in SHAPES else "vision_shape",
-        num_layers=config.num_layers + getattr(config, "num_dense_layers", 0),
+        num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=getattr(config, "kv_head_count", None),
+        num_heads=mixer.num_heads,
+        num_kv_heads=mixer.attention(config.hidden_size)[1].num_kv_heads if layer else None,
         vocab_size=getattr(config, "vocab_size", None),
         parameters=parameters,
         active_parameters=parameters - idle,
@@ -84,6 +86,47 @@ from jaxinfra.models.zoo import shape
 
 model = replace(shape("qwen3-0.6b"), num_layers=12, remat="full")
 ```
+
+## A pattern of layers
+
+A decoder is a period of layers, which is repeated until there are `num_layers`; the last repetition may be cut short.
+Each layer names its *mixer* (`Attention` or `LatentAttention`, with its own heads, window and rotary positions), its
+`MLP` or `MixtureOfExperts`, and where its norms are. This one has three layers with a window for each layer that sees
+everything, and experts in every other layer:
+
+```python
+from dataclasses import replace
+
+from jaxinfra import MLP, Attention, Layer, MixtureOfExperts, Rope, TransformerConfig
+
+full = Attention(num_heads=16, num_kv_heads=4, head_dim=64, qk_norm=True, rope=Rope(theta=1e6))
+local = replace(full, window=512, rope=Rope(theta=1e4))
+dense, experts = MLP(dim=2816), MixtureOfExperts(dim=704, num_experts=32, top_k=4)
+model = TransformerConfig(
+    vocab_size=32768,
+    hidden_size=1024,
+    num_layers=24,  # six periods
+    layers=(
+        Layer(mixer=local, mlp=dense),
+        Layer(mixer=local, mlp=experts),
+        Layer(mixer=local, mlp=dense),
+        Layer(mixer=full, mlp=experts),
+    ),
+)
+```
+
+On the command line an index names one layer of the period, and a path without an index all that have the field:
+
+    python -m launch configs/x.py model.num_layers=8 model.layers.3.mixer.window=4096 model.layers.mixer.num_kv_heads=8
+
+- `first_layers` are layers before the first period: the dense layers of DeepSeek-V3.
+- Parameters are stacked by position in the period: `blocks.layer_2.mlp.up.weight` is `[6, 1024, 2816]` here. Without
+  unlike layers the name of the position is left out: `blocks.mlp.up.weight`. Layers of a period that is cut short are
+  in `tail`, first layers in `prefix`.
+- One step of a scan applies a period, so compile time grows with the period, not with the number of layers.
+- `remat` is repeated over the layers, pipeline stages split whole periods, and decoding has a cache for each layer.
+
+## Published models
 
 The models start from random weights. *Params* are all parameters, *active* those that a token passes through.
 *Weights* is the memory of the parameters in bfloat16, in GiB; *training* that of float32 parameters, gradients and the

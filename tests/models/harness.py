@@ -1,7 +1,7 @@
 """A small decoder on a mesh, with random values in all parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxinfra.models.decoder import Cache, Transformer
-from jaxinfra.models.latent import MLA
+from jaxinfra.models.latent import LatentAttention
+from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh import make_mesh
@@ -22,15 +23,24 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec
+from tests.decoders import changed, decoder
 
-BASE = TransformerConfig(
-    vocab_size=32, num_layers=3, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24
-)
+BASE = decoder(vocab_size=32, num_layers=3, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)
 ONE = MeshConfig(fsdp=1)
+LATENT = LatentAttention(
+    num_heads=4,
+    kv_lora_rank=8,
+    q_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    # One of two frequencies is kept, the other divided by 4 or half way to it.
+    rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)),
+)
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt-2": {
-        "mlp_type": "gelu",
+        "mlp_activation": "gelu",
         "norm_type": "layernorm",
         "qkv_bias": True,
         "out_bias": True,
@@ -41,34 +51,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_kv_heads": None,
     },
     "gemma": {
-        "mlp_type": "geglu",
+        "mlp_activation": "geglu",
         "norm_offset": 1.0,
-        "post_norms": True,
+        "norms": "both",
         "qk_norm": True,
-        "layer_types": ("sliding", "sliding", "full"),
-        "sliding_window": 3,
-        "attn_softcap": 5.0,
+        "windows": (3, 3, None),
+        "softcap": 5.0,
         "query_scale": 0.2,
         "num_layers": 4,
         "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
-        "sliding_rope": Rope(theta=50.0),
+        "window_rope": Rope(theta=50.0),
         "tie_embeddings": True,
         "scale_embeddings": True,
         "logit_softcap": 2.0,
     },
     "deepseek": {
-        "num_kv_heads": None,
-        "head_dim": None,
-        "mla": MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10),
-        # One of two frequencies is kept, the other divided by 4 or half way to it.
-        "rope": Rope(
-            theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)
-        ),
-        "num_dense_layers": 2,
-        "moe": MixtureOfExperts(
+        "num_layers": 5,
+        "first_layers": (Layer(mixer=LATENT, mlp=MLP(dim=24)),) * 2,
+        "mixer": LATENT,
+        "mlp": MixtureOfExperts(
+            dim=12,
             num_experts=8,
             top_k=3,
-            expert_dim=12,
             num_shared_experts=1,
             score_function="sigmoid",
             routed_scaling_factor=1.5,
@@ -100,7 +104,7 @@ class BuiltDecoder:
     def values(self, seed: int = 0) -> dict[str, Any]:
         """Draws values on the host that differ from the initial ones, for norms and biases too."""
         rng = np.random.default_rng(seed)
-        offset = self.config.norm_offset
+        offset = self.config.norm.offset
 
         def one(spec: ParamSpec) -> np.ndarray:
             noise = rng.normal(size=spec.shape)
@@ -164,10 +168,15 @@ class Applied:
 
 
 def build(
-    mesh: MeshConfig = ONE, *, rules: ShardingRules | None = None, dtype: str = "float32", **changes: Any
+    mesh: MeshConfig = ONE,
+    *,
+    config: TransformerConfig = BASE,
+    rules: ShardingRules | None = None,
+    dtype: str = "float32",
+    **changes: Any,
 ) -> BuiltDecoder:
-    """Builds `BASE` with changed fields."""
-    config = replace(BASE, **changes)
+    """Builds a decoder with changed options (see `tests.decoders`)."""
+    config = changed(config, **changes)
     devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
     partitioner = Partitioner(rules=rules or ShardingRules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
     graphdef, specs = nnx.split(config.build(partitioner))

@@ -82,11 +82,11 @@ def linear(x: np.ndarray, params: Params, in_dims: int) -> np.ndarray:
     return np.tensordot(x, params["weight"], axes=in_dims) + params.get("bias", 0.0)
 
 
-def dot_product_attention(q_THK, k_TGK, v_TGV, config, layer_type: str, segments: np.ndarray | None) -> np.ndarray:
+def dot_product_attention(q_THK, k_TGK, v_TGV, mixer, segments: np.ndarray | None) -> np.ndarray:
     T, H, K = q_THK.shape
     group_of = H // k_TGK.shape[1]
-    window, rope = config.sliding_window if layer_type == "sliding" else None, rope_of(config, layer_type)
-    scale = 1 / math.sqrt(K) if config.query_scale is None else config.query_scale
+    window, rope = mixer.window, mixer.rope
+    scale = 1 / math.sqrt(K) if mixer.query_scale is None else mixer.query_scale
     scale *= 1.0 if rope is None else mscale(rope, "mscale_all_dim") ** 2
     out = np.zeros((T, H, v_TGV.shape[-1]))
     for i in range(T):
@@ -94,56 +94,51 @@ def dot_product_attention(q_THK, k_TGK, v_TGV, config, layer_type: str, segments
         keys = [j for j in keys if segments is None or segments[i] == segments[j]]
         for h in range(H):
             scores = np.array([scale * (q_THK[i, h] @ k_TGK[j, h // group_of]) for j in keys])
-            if config.attn_softcap is not None:
-                scores = config.attn_softcap * np.tanh(scores / config.attn_softcap)
+            if mixer.softcap is not None:
+                scores = mixer.softcap * np.tanh(scores / mixer.softcap)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
             out[i, h] = sum(w * v_TGV[j, h // group_of] for w, j in zip(weights, keys, strict=True))
     return out
 
 
-def rope_of(config, layer_type: str) -> Any:
-    return config.sliding_rope if layer_type == "sliding" and config.sliding_rope is not None else config.rope
-
-
-def latent_attention(x_TD, params: Params, config, layer_type: str, positions, segments) -> np.ndarray:
+def latent_attention(x_TD, params: Params, config, mixer, positions, segments) -> np.ndarray:
     """Equations 37 to 47 of the DeepSeek-V2 paper, one head at a time, in their order; rotated features first."""
-    rope, P = rope_of(config, layer_type), config.mla.qk_rope_head_dim
+    rope, P = mixer.rope, mixer.qk_rope_head_dim
     q_in_TR = x_TD
     if "query_down" in params:
         q_in_TR = [
-            normalize(c, params["query_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
+            normalize(c, params["query_norm"], "rmsnorm", config.norm.eps, config.norm.offset)
             for c in linear(x_TD, params["query_down"], 1)
         ]
     latent_TR = np.stack(
         [
-            normalize(c, params["kv_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
+            normalize(c, params["kv_norm"], "rmsnorm", config.norm.eps, config.norm.offset)
             for c in linear(x_TD, params["kv_down"], 1)
         ]
     )
     shared_TP = [rotate(k, t, rope) for k, t in zip(linear(x_TD, params["rotated_key"], 1), positions, strict=True)]
     heads = []
-    for h in range(config.num_heads):
+    for h in range(mixer.num_heads):
         q_TK = np.stack(q_in_TR) @ params["query"]["weight"][:, h]
         q_TK[:, :P] = [rotate(q, t, rope) for q, t in zip(q_TK[:, :P], positions, strict=True)]
         k_TN, v_TV = (latent_TR @ params[name]["weight"][:, h] for name in ("key", "value"))
         heads.append((q_TK, np.concatenate([shared_TP, k_TN], 1), v_TV))
     q_THK, k_THK, v_THV = (np.stack(arrays, axis=1) for arrays in zip(*heads, strict=True))
-    return linear(dot_product_attention(q_THK, k_THK, v_THV, config, layer_type, segments), params["out"], 2)
+    return linear(dot_product_attention(q_THK, k_THK, v_THV, mixer, segments), params["out"], 2)
 
 
-def attention(x_TD, params: Params, config, layer_type: str, positions, segments) -> np.ndarray:
-    if config.mla is not None:
-        return latent_attention(x_TD, params, config, layer_type, positions, segments)
+def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.ndarray:
+    if "kv_down" in params:
+        return latent_attention(x_TD, params, config, mixer, positions, segments)
     q_THK, k_TGK, v_TGK = (linear(x_TD, params[name], 1) for name in ("query", "key", "value"))
-    rope = rope_of(config, layer_type)
     for name, x_THK in (("query_norm", q_THK), ("key_norm", k_TGK)):
         for t, h in np.ndindex(x_THK.shape[:2]):
-            if config.qk_norm:
-                x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm_eps, config.norm_offset)
-            if rope is not None:
-                x_THK[t, h] = rotate(x_THK[t, h], positions[t], rope)
-    return linear(dot_product_attention(q_THK, k_TGK, v_TGK, config, layer_type, segments), params["out"], 2)
+            if mixer.qk_norm:
+                x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm.eps, config.norm.offset)
+            if mixer.rope is not None:
+                x_THK[t, h] = rotate(x_THK[t, h], positions[t], mixer.rope)
+    return linear(dot_product_attention(q_THK, k_TGK, v_TGK, mixer, segments), params["out"], 2)
 
 
 def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
@@ -156,31 +151,45 @@ def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
 
 def mlp_or_experts(x_TD: np.ndarray, params: Params, config, stats: ExpertStats) -> np.ndarray:
     if "router" not in params:
-        return mlp(x_TD, params, config.mlp_type)
-    return mixture(x_TD, params, config.moe, lambda x, weights: mlp(x, weights, config.mlp_type), stats)
+        return mlp(x_TD, params, config.activation)
+    return mixture(x_TD, params, config, lambda x, weights: mlp(x, weights, config.activation), stats)
 
 
 def decode_row(params: Params, config, tokens, positions, segments, stats: ExpertStats) -> np.ndarray:
     """Returns the hidden states `[T, D]` of one row after the final norm; adds to `stats`."""
 
     def norm(x_TD, weights):
-        return np.stack([normalize(x, weights, config.norm_type, config.norm_eps, config.norm_offset) for x in x_TD])
+        return np.stack([normalize(x, weights, config.norm.type, config.norm.eps, config.norm.offset) for x in x_TD])
 
     x_TD = np.stack([params["embedding"][t] for t in tokens])
     if config.learned_positions:
         x_TD = x_TD + np.stack([params["positions"][p] for p in positions])
     if config.scale_embeddings:
         x_TD = x_TD * math.sqrt(config.hidden_size)
-    for number in range(config.num_dense_layers + config.num_layers):
-        in_stack = number - config.num_dense_layers
-        layer = at_layer(params["prefix"], number) if in_stack < 0 else at_layer(params["blocks"], in_stack)
-        layer_type = config.layer_types[number % len(config.layer_types)]
-        normed = norm(x_TD, layer["attention_norm"])
-        y_TD = attention(normed, layer["attention"], config, layer_type, positions, segments)
-        x_TD = x_TD + (norm(y_TD, layer["attention_post_norm"]) if config.post_norms else y_TD)
-        y_TD = mlp_or_experts(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config, stats)
-        x_TD = x_TD + (norm(y_TD, layer["mlp_post_norm"]) if config.post_norms else y_TD)
+    for layer, weights in zip(config.all_layers, weights_of_layers(params, config), strict=True):
+        both = layer.norms == "both"
+        normed = norm(x_TD, weights["attention_norm"])
+        y_TD = attention(normed, weights["attention"], config, layer.mixer, positions, segments)
+        x_TD = x_TD + (norm(y_TD, weights["attention_post_norm"]) if both else y_TD)
+        y_TD = mlp_or_experts(norm(x_TD, weights["mlp_norm"]), weights["mlp"], layer.mlp, stats)
+        x_TD = x_TD + (norm(y_TD, weights["mlp_post_norm"]) if both else y_TD)
     return norm(x_TD, params["norm"])
+
+
+def weights_of_layers(params: Params, config) -> list[Params]:
+    """The parameters of each layer, from those of the prefix, the whole periods and the rest."""
+    found = []
+    for name in ("prefix", "blocks", "tail"):
+        stacked = params.get(name, {})
+        period = [stacked] if "mlp" in stacked else [stacked[f"layer_{i}"] for i in range(len(stacked))]
+        times = len(any_array(stacked)) if stacked else 0
+        found += [at_layer(weights, number) for number in range(times) for weights in period]
+    return found
+
+
+def any_array(tree: Params) -> np.ndarray:
+    """Any array of a tree."""
+    return tree if not isinstance(tree, dict) else any_array(next(iter(tree.values())))
 
 
 def at_layer(stacked: Params, number: int) -> Params:

@@ -21,8 +21,7 @@ MESHES = {
     "deepseek": MeshConfig(fsdp=2, tensor=2),
 }
 SLIDING = {
-    "layer_types": ("sliding",),
-    "sliding_window": 3,
+    "windows": (3,),
     "num_kv_heads": 1,
     "rope": Rope(fraction=0.5, scaling=LinearScaling(factor=2.0)),
 }

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.models.latent import MLA
+from jaxinfra.models.latent import LatentAttention
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -18,7 +18,9 @@ TOLERANCE = 2e-5
 # Wavelengths are 6 to 6,000 positions: some frequencies are kept, some divided, some between.
 LLAMA3_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
 
-MLA_SIZES = MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+LATENT = LatentAttention(
+    num_heads=4, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10
+)
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -31,49 +33,37 @@ FEATURES: dict[str, dict[str, Any]] = {
     "llama-3 scaling": {"rope": Rope(scaling=LLAMA3_SCALING)},
     "yarn": {"rope": Rope(scaling=YarnScaling(factor=8.0, original_length=256))},
     "yarn on whole scores": {"rope": Rope(scaling=YarnScaling(mscale_all_dim=1.0))},
-    "mla": {"mla": MLA_SIZES, "num_kv_heads": None, "head_dim": None},
-    "mla without a query latent": {
-        "mla": replace(MLA_SIZES, q_lora_rank=None),
-        "num_kv_heads": None,
-        "head_dim": None,
-    },
-    "mla, sliding window": {
-        "mla": MLA_SIZES,
-        "num_kv_heads": None,
-        "head_dim": None,
-        "layer_types": ("sliding", "full"),
-        "sliding_window": 3,
-        "sliding_rope": Rope(theta=50.0, fraction=0.5),
+    "latent": {"mixer": LATENT},
+    "latent without a query latent": {"mixer": replace(LATENT, q_lora_rank=None)},
+    "latent, sliding window": {
+        "mixer": LATENT,
+        "windows": (3, None),
+        "window_rope": Rope(theta=50.0, fraction=0.5),
         "norm_offset": 1.0,
         "query_scale": 0.9,
-        "attn_softcap": 1.5,
+        "softcap": 1.5,
     },
     "no positions": {"rope": None},
     "layernorm": {"norm_type": "layernorm"},
     "norm eps": {"norm_eps": 0.1},
     "norm offset": {"norm_offset": 1.0},
-    "post norms": {"post_norms": True},
-    "geglu": {"mlp_type": "geglu"},
-    "gelu": {"mlp_type": "gelu"},
+    "post norms": {"norms": "both"},
+    "geglu": {"mlp_activation": "geglu"},
+    "gelu": {"mlp_activation": "gelu"},
     "qkv bias": {"qkv_bias": True},
     "out bias": {"out_bias": True},
     "mlp bias": {"mlp_bias": True},
     "qk norm": {"qk_norm": True, "norm_offset": 1.0},
-    "softcap": {"attn_softcap": 1.5},
+    "softcap": {"softcap": 1.5},
     "query scale": {"query_scale": 0.9},
-    "window": {"layer_types": ("sliding",), "sliding_window": 4},
-    "window of one": {"layer_types": ("sliding",), "sliding_window": 1},
-    "alternating layer types": {"layer_types": ("sliding", "full"), "sliding_window": 3, "num_layers": 4},
-    "layer types do not divide layers": {
-        "layer_types": ("sliding", "sliding", "full"),
-        "sliding_window": 3,
-        "num_layers": 5,
-    },
-    "sliding rope": {
-        "layer_types": ("sliding", "full"),
-        "sliding_window": 5,
+    "window": {"windows": (4,)},
+    "window of one": {"windows": (1,)},
+    "alternating windows": {"windows": (3, None), "num_layers": 4},
+    "a last period that is cut short": {"windows": (3, 3, None), "num_layers": 5},
+    "window rope": {
+        "windows": (5, None),
         "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
-        "sliding_rope": Rope(theta=50.0),
+        "window_rope": Rope(theta=50.0),
     },
     "tied": {"tie_embeddings": True},
     "scaled embeddings": {"scale_embeddings": True},

@@ -363,7 +363,10 @@ class Mine(FlaxModel):
         return net
 
 def config() -> Run:"""
-MODEL = "TransformerConfig(vocab_size=304, num_layers=2, hidden_size=32, num_heads=8, mlp_dim=64)"
+MODEL = """\
+TransformerConfig(
+            vocab_size=304, num_layers=2, hidden_size=32, layers=(Layer(mixer=Attention(num_heads=8), mlp=MLP(dim=64)),)
+        )"""
 
 
 @pytest.fixture

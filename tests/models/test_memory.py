@@ -11,17 +11,17 @@ import jax
 import pytest
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Run, TrainConfig
+from tests.decoders import decoder
 
 VOCAB, ROWS, LENGTH = 8192, 8, 64
 RUN = Run(
     name="test",
-    model=TransformerConfig(vocab_size=VOCAB, num_layers=1, hidden_size=8, num_heads=2, mlp_dim=8),
+    model=decoder(vocab_size=VOCAB, num_layers=1, hidden_size=8, num_heads=2, mlp_dim=8),
     objective=CausalLM(loss_chunks=8),
     data=TokenData(store="none", seq_len=LENGTH),
     train=TrainConfig(global_batch=ROWS),
@@ -52,7 +52,7 @@ def test_no_device_of_a_mesh_holds_its_part_of_the_logits() -> None:
 
 def temporaries_of_policies() -> list[int]:
     """Measures eight layers that keep nothing, all matmul outputs, those of every fourth layer, and of every second."""
-    model = TransformerConfig(vocab_size=64, num_layers=8, hidden_size=64, num_heads=4, mlp_dim=256)
+    model = decoder(vocab_size=64, num_layers=8, hidden_size=64, num_heads=4, mlp_dim=256)
     data, train = TokenData(store="none", seq_len=256), TrainConfig(global_batch=16)
     run = replace(RUN, mesh=MeshConfig(fsdp=2), model=model, data=data, train=train)
     policies = ("full", "dots", ("full", "full", "full", "dots"), ("full", "dots"))

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.flops import matmul_params
 from jaxinfra.models.moe import BALANCE_LOSS, LOAD, SERVED, Z_LOSS, MixtureOfExperts, metrics, updated_bias
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
 from jaxinfra.parallel.context import SequenceSharding
+from tests.decoders import decoder
 from tests.models import numpy_reference
 from tests.models.harness import BuiltDecoder, build, random_tokens, relative_error
 from tests.models.numpy_experts import ExpertStats
 from tests.refusals import problem
 
-PLAIN = MixtureOfExperts(num_experts=8, top_k=2, expert_dim=12)
+PLAIN = MixtureOfExperts(dim=12, num_experts=8, top_k=2)
 LOSSES = {"balance_loss": 0.3, "z_loss": 0.02}
 VARIANTS: dict[str, MixtureOfExperts] = {
     "mixtral": PLAIN,
@@ -32,12 +33,12 @@ VARIANTS: dict[str, MixtureOfExperts] = {
     "biases": replace(PLAIN, bias_update_rate=0.1),
     "groups": replace(PLAIN, top_k=3, num_groups=4, top_k_groups=2),
     "shared": replace(PLAIN, num_shared_experts=2),
-    "width of the model": replace(PLAIN, expert_dim=None),
+    "gelu": replace(PLAIN, activation="gelu"),
     "capacity": replace(PLAIN, capacity_factor=0.7),
     "deepseek": MixtureOfExperts(
+        dim=12,
         num_experts=8,
         top_k=3,
-        expert_dim=12,
         score_function="sigmoid",
         routed_scaling_factor=2.5,
         num_shared_experts=1,
@@ -64,7 +65,7 @@ def logits_and_stats(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_stats_agree_with_the_definition(variant: str) -> None:
-    built = build(moe=replace(VARIANTS[variant], **LOSSES), num_layers=2)
+    built = build(mlp=replace(VARIANTS[variant], **LOSSES), num_layers=2)
     values, tokens, stats = built.values(), random_tokens(), ExpertStats()
     expected = numpy_reference.logits(values, built.config, tokens, stats=stats)
     logits, actual = logits_and_stats(built, values, tokens)
@@ -115,7 +116,7 @@ def test_biases_affect_choices_but_not_weights() -> None:
 
 def test_biases_rise_where_the_load_is_below_the_mean() -> None:
     load = jnp.array([[4.0, 2.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    actual = updated_bias(jnp.zeros((2, 4)), {LOAD: load}, 0.5)
+    actual = updated_bias(jnp.zeros((2, 4)), load, 0.5)
     assert actual.tolist() == [[-0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
 
 
@@ -137,8 +138,8 @@ def test_metrics() -> None:
 
 def test_flops_count_the_experts_of_a_token() -> None:
     """Width 8, two heads of 4, experts of 6 of which two are chosen and one is shared, ten tokens, three layers."""
-    experts = MixtureOfExperts(num_experts=5, top_k=2, expert_dim=6, num_shared_experts=1)
-    config = TransformerConfig(vocab_size=10, num_layers=3, hidden_size=8, num_heads=2, mlp_dim=99, moe=experts)
+    experts = MixtureOfExperts(dim=6, num_experts=5, top_k=2, num_shared_experts=1)
+    config = decoder(vocab_size=10, num_layers=3, hidden_size=8, mixer=Attention(num_heads=2), mlp=experts)
     attention, router, expert = 4 * 8 * 8, 8 * 5, 3 * 8 * 6
     assert matmul_params(config) == 3 * (attention + router + 3 * expert) + 8 * 10
     # Active parameters without the embedding: 12.9B and 3.3B are published.

@@ -11,7 +11,6 @@ import pytest
 from jaxinfra.config import validate
 from jaxinfra.data.pairs import PairData
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.dpo import DPO, SIDES
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Constant
@@ -19,15 +18,14 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
+from tests.decoders import decoder
 from tests.models import numpy_reference
 from tests.models.harness import build, relative_error
 
 VOCAB, PAIRS, LENGTH = 32, 8, 16
 RUN = Run(
     name="dpo",
-    model=TransformerConfig(
-        vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=24
-    ),
+    model=decoder(vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=24),
     objective=DPO(beta=0.5, label_smoothing=0.1),
     data=PairData(store="none", seq_len=LENGTH),
     init="runs/base",

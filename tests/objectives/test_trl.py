@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.pairs import PairData
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.dpo import DPO, SIDES
 from jaxinfra.ops.rope import Rope
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
+from tests.decoders import decoder
 from tests.models.harness import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def as_params(arrays: dict[str, np.ndarray], role: str) -> dict[str, Any]:
 def test_loss_and_gradients_are_those_of_trl(trl: dict[str, np.ndarray]) -> None:
     ids, mask, real = (trl[f"batch.{name}"] for name in ("input_ids", "completion_mask", "attention_mask"))
     pairs, length = len(ids) // 2, ids.shape[1] - 1
-    model = TransformerConfig(
+    model = decoder(
         vocab_size=32,
         num_layers=2,
         hidden_size=16,

@@ -8,22 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, constant, normal, param_key
+from tests.decoders import changed, decoder
 from tests.parity.cases import DOCUMENTS, Case, on_host
 
-MODEL = TransformerConfig(vocab_size=16, num_layers=2, hidden_size=8, num_heads=2, mlp_dim=16)
+MODEL = decoder(vocab_size=16, num_layers=2, hidden_size=8, num_heads=2, mlp_dim=16)
 
 
 def initial(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
-    program = Case(run=replace(DOCUMENTS, model=replace(MODEL, **changes)), mesh=MeshConfig(fsdp=1)).program()
+    program = Case(run=replace(DOCUMENTS, model=changed(MODEL, **changes)), mesh=MeshConfig(fsdp=1)).program()
     with program.on_mesh:
         return on_host(program.init(jax.random.key(seed)).params)
 
 
 def test_other_parameters_do_not_change_initial_values() -> None:
-    plain, more = initial(), initial(qkv_bias=True, qk_norm=True, post_norms=True, learned_positions=16)
+    plain, more = initial(), initial(qkv_bias=True, qk_norm=True, norms="both", learned_positions=16)
     assert len(more) > len(plain)
     assert {path for path, one in plain.items() if not np.array_equal(one, more[path])} == set()
 

@@ -15,9 +15,10 @@ from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.latent import MLA
+from jaxinfra.models.latent import LatentAttention
+from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.transformer import Layer
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.objectives.classification import Classification
@@ -29,6 +30,7 @@ from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
+from tests.decoders import changed, decoder
 
 VOCAB, ROWS, LENGTH, STEP = 64, 32, 16, 3
 TOLERANCE = 1e-5
@@ -39,7 +41,7 @@ SHUFFLED = (5, 2, 7, 0, 3, 6, 1, 4)
 
 DOCUMENTS = Run(
     name="documents",
-    model=TransformerConfig(
+    model=decoder(
         vocab_size=VOCAB,
         num_layers=2,
         hidden_size=32,
@@ -69,46 +71,51 @@ DOCUMENTS = Run(
 BIASES = replace(
     DOCUMENTS,
     name="biases",
-    model=TransformerConfig(
+    model=decoder(
         vocab_size=VOCAB,
-        num_layers=3,
+        num_layers=4,
         hidden_size=32,
         num_heads=8,
         mlp_dim=64,
-        mlp_type="gelu",
+        mlp_activation="gelu",
         norm_type="layernorm",
-        post_norms=True,
+        norms="both",
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        layer_types=("sliding", "full"),
-        sliding_window=5,
-        attn_softcap=5.0,
+        windows=(5, None),
+        softcap=5.0,
+        query_scale=0.7,
         logit_softcap=3.0,
         learned_positions=LENGTH,
     ),
     objective=CausalLM(loss_chunks=4),
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=False),
 )
-"""Biases, two layer types, learned positions, soft caps, an untied head, four loss chunks."""
+"""Biases, a period of two layers, learned positions, soft caps, an untied head, four loss chunks."""
 
 # In four layers of DOCUMENTS, all 4 features of some head are near zero: their norm amplifies another order of sums to
 # 2e-5, on one device too. With 8 features it does not.
-DEEP = replace(DOCUMENTS, name="deep", model=replace(DOCUMENTS.model, num_layers=4, head_dim=8))
+DEEP = replace(DOCUMENTS, name="deep", model=changed(DOCUMENTS.model, num_layers=4, head_dim=8))
 
 DROPPING = replace(BIASES, name="dropping", model=replace(BIASES.model, dropout=0.2), objective=CausalLM(loss_chunks=2))
 
 LATENT = replace(
     DOCUMENTS,
     name="latent",
-    model=replace(
+    model=changed(
         DOCUMENTS.model,
-        num_heads=8,
-        num_kv_heads=None,
-        head_dim=None,
-        qk_norm=False,
-        mla=MLA(kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10),
-        rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=1.0)),
+        mixer=LatentAttention(
+            num_heads=8,
+            kv_lora_rank=16,
+            q_lora_rank=24,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=4,
+            v_head_dim=10,
+            rope=Rope(
+                theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=1.0)
+            ),
+        ),
     ),
 )
 """Latent attention."""
@@ -116,13 +123,13 @@ LATENT = replace(
 TIGHT = replace(
     DOCUMENTS,
     name="tight",
-    model=replace(
+    model=changed(
         DOCUMENTS.model,
         dropout=0.1,
-        moe=MixtureOfExperts(
+        mlp=MixtureOfExperts(
+            dim=16,
             num_experts=8,
             top_k=3,
-            expert_dim=16,
             num_shared_experts=1,
             score_function="sigmoid",
             routed_scaling_factor=1.5,
@@ -140,21 +147,36 @@ TIGHT = replace(
 LOOSE = replace(
     DOCUMENTS,
     name="loose",
-    model=replace(DOCUMENTS.model, mlp_type="gelu", moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.1)),
+    model=changed(
+        DOCUMENTS.model, mlp=MixtureOfExperts(dim=64, activation="gelu", num_experts=8, top_k=2, balance_loss=0.1)
+    ),
 )
 """Mixtral's experts: softmax scores, no capacity."""
 
-LAYER_TYPES = replace(
+DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), mlp=MLP(dim=64))
+PERIODS = replace(
     TIGHT,
-    name="layer_types",
-    model=replace(TIGHT.model, num_dense_layers=1, num_layers=3, layer_types=("sliding", "full"), sliding_window=5),
+    name="periods",
+    model=replace(
+        TIGHT.model,
+        num_layers=7,
+        first_layers=(DENSE_LAYER,),
+        layers=(TIGHT.model.layers[0], DENSE_LAYER),
+    ),
 )
-"""Two layer types, uneven over two stages, after a dense layer."""
+"""Three periods of unlike layers, full attention with experts and a window with an MLP, after a dense layer: uneven
+over two stages."""
 
 DEEPSEEK = replace(
     TIGHT,
     name="deepseek",
-    model=replace(LATENT.model, num_dense_layers=1, dropout=0.1, moe=TIGHT.model.moe),
+    model=replace(
+        LATENT.model,
+        num_layers=3,
+        first_layers=LATENT.model.layers,
+        layers=(replace(LATENT.model.layers[0], mlp=TIGHT.model.layers[0].mlp),),
+        dropout=0.1,
+    ),
 )
 """DeepSeek-V3: latent attention, a dense first layer, grouped sigmoid scores with biases, a shared expert."""
 
@@ -178,7 +200,7 @@ MEAN = replace(
 )
 """Images of 16 positions, sharded over tensor between layers; dropout and label smoothing."""
 
-RUNS = {run.name: run for run in (DEEP, DROPPING, LATENT, TIGHT, LOOSE, LAYER_TYPES, DEEPSEEK, TOKEN, MEAN)}
+RUNS = {run.name: run for run in (DEEP, DROPPING, LATENT, TIGHT, LOOSE, PERIODS, DEEPSEEK, TOKEN, MEAN)}
 NO_GRADIENT = "grad.blocks.attention.key.bias"
 """For images: a bias on keys adds the same to all scores of a query, so it has no effect and no gradient."""
 

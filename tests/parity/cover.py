@@ -6,7 +6,7 @@ method, a pipeline schedule and a remat policy. At least one case has:
 - any two axes; an axis of 2, of 4 and of all eight devices (`python -m launch parity` covers every mesh);
 - any run with any axis above 1, number of microbatches, device order and context-parallel method;
 - any two of microbatches, device order, context method, schedule and remat; and each of them with any axis above 1;
-- any schedule or remat policy with any kind of layers: of one type, of several types, with experts, of images.
+- any schedule or remat policy with any kind of layers: of one type, a period of several, with experts, of images.
 
 The cover is greedy: from a fixed sample of all valid combinations it takes the case with the most new pairs for its
 cost. So the first cases test the most, and `FAST` of them run with every test.
@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from jaxinfra.bench.parity import all_meshes
 from jaxinfra.data.image_data import ImageData
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.remat import Remat
 from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
@@ -48,14 +49,14 @@ def kind(run: Run) -> str:
     """Returns the kind of the run's layers."""
     if isinstance(run.data, ImageData):
         return "images"
-    if run.model.moe is not None:
+    if any(isinstance(layer.mlp, MixtureOfExperts) for layer in run.model.layers):
         return "experts"
-    return "several" if len(run.model.distinct_layer_types) > 1 else "one"
+    return "several" if len(run.model.layers) > 1 else "one"
 
 
 def allowed(case: Case) -> bool:
     """Returns whether the run fits the mesh, in the dimensions in which these runs differ."""
-    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.num_layers
+    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.pipeline_layers
     if mesh.context > 1 and isinstance(case.run.data, ImageData):
         return False
     if pipeline.schedule == "interleaved":
@@ -109,7 +110,7 @@ def cost(case: Case) -> float:
     model, staged = case.run.model, case.mesh.stage > 1
     has_images, has_experts = kind(case.run) == "images", kind(case.run) == "experts"
     features = [
-        not has_images and len(model.distinct_layer_types) > 1,
+        not has_images and len(model.layers) > 1,
         has_experts,
         staged,
         staged and case.run.pipeline.schedule == "zero_bubble",

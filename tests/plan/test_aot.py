@@ -59,7 +59,7 @@ def test_small_program_equals_its_golden_file(name: str) -> None:
 def assert_weights_are_gathered_twice(found: CompiledStep) -> None:
     """Weights are gathered in bfloat16 for the forward and the backward pass; gradients are scattered once."""
     model = DENSE.model
-    per_layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.mlp_dim
+    per_layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.layers[0].mlp.dim
     moved = {
         kind: sum(row.bytes for row in found.traffic if row.loops and row.kind == kind)
         for kind in (*KINDS, ALL_REDUCE_SLICE)

@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.parallel.mesh import make_mesh
@@ -17,6 +16,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, Memory, compile_step, memory_usage, no_compilation_cache, program_on
 from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
 from jaxinfra.run import Run, TrainConfig
+from tests.decoders import changed, decoder
 from tests.golden.compiled import DENSE
 
 V5P = parse_topology("v5p:2x2x1")
@@ -64,7 +64,7 @@ def test_total_is_what_the_compiler_compares_with_its_limit() -> None:
 
 
 LAYERS, VOCAB, BATCH_SIZE = 2, 32768, 8
-MODEL = TransformerConfig(
+MODEL = decoder(
     vocab_size=VOCAB,
     num_layers=LAYERS,
     hidden_size=256,
@@ -112,7 +112,7 @@ V5E = parse_topology("v5e:2x2")
 RUN = replace(
     DENSE,
     name="offload",
-    model=replace(
+    model=changed(
         DENSE.model,
         vocab_size=8192,
         hidden_size=1024,
@@ -126,7 +126,7 @@ RUN = replace(
     mesh=MeshConfig(fsdp=4),
 )
 SMALL = replace(
-    RUN, model=replace(RUN.model, vocab_size=1024, hidden_size=256, num_heads=2, num_kv_heads=2, mlp_dim=1024)
+    RUN, model=changed(RUN.model, vocab_size=1024, hidden_size=256, num_heads=2, num_kv_heads=2, mlp_dim=1024)
 )
 IN_HOST_MEMORY = "S(5)"
 """Layout of an array in host memory, in HLO."""
@@ -163,7 +163,7 @@ def test_offloaded_activations_leave_the_device() -> None:
     full, _ = memory_of(RUN, global_batch=128)
     assert marked_offloaded and not marked and dots.host == 0
     model, tokens = RUN.model, 128 * RUN.data.seq_len // V5E.num_devices
-    saved = 2 * tokens * model.num_layers * (4 * model.hidden_size + 2 * model.mlp_dim)
+    saved = 2 * tokens * model.num_layers * (4 * model.hidden_size + 2 * model.layers[0].mlp.dim)
     assert offloaded.host == saved
     assert dots.temporaries - full.temporaries > 0.9 * saved
     assert offloaded.temporaries - full.temporaries < 0.05 * saved

@@ -6,12 +6,12 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.compile_errors import explain, suggest_fix
 from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.run import Run, TrainConfig
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
+from tests.decoders import decoder
 from tests.refusals import names, raises
 
 GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"]
@@ -118,7 +118,7 @@ def test_slice_ids(text: str, sizes: list[int]) -> None:
 
 RUN = Run(
     name="test",
-    model=TransformerConfig(vocab_size=64, num_layers=2, hidden_size=32, num_heads=4, mlp_dim=64),
+    model=decoder(vocab_size=64, num_layers=2, hidden_size=32, num_heads=4, mlp_dim=64),
     data=TokenData(store="none", seq_len=16),
     train=TrainConfig(global_batch=96),
 )

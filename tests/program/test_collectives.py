@@ -10,7 +10,6 @@ import jax
 import pytest
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -18,6 +17,7 @@ from jaxinfra.plan.collectives import Collective, find_collectives, summarize
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
+from tests.decoders import decoder
 
 ONE = MeshConfig(fsdp=1)
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
@@ -51,7 +51,7 @@ of all gradients."""
 def program(mesh: MeshConfig, accumulate: int) -> Program:
     run = Run(
         name="test",
-        model=TransformerConfig(vocab_size=64, num_layers=3, hidden_size=32, num_heads=8, num_kv_heads=4, mlp_dim=64),
+        model=decoder(vocab_size=64, num_layers=3, hidden_size=32, num_heads=8, num_kv_heads=4, mlp_dim=64),
         objective=CausalLM(loss_chunks=2),
         data=TokenData(store="none", seq_len=16),
         precision=Precision(compute="float32"),

@@ -6,7 +6,6 @@ import math
 import jax
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
@@ -14,6 +13,7 @@ from jaxinfra.plan.collectives import Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
+from tests.decoders import decoder
 
 ROWS, LENGTH, WIDTH = 8, 128, 128
 CUBE = MeshConfig(replica=2, stage=2, fsdp=2)
@@ -25,7 +25,7 @@ def program_of(microbatches: int, pipeline: PipelineConfig, mesh: MeshConfig) ->
     """A program of microbatches of `ROWS` rows each."""
     run = Run(
         name="test",
-        model=TransformerConfig(vocab_size=64, num_layers=4, hidden_size=WIDTH, num_heads=2, mlp_dim=128, remat="full"),
+        model=decoder(vocab_size=64, num_layers=4, hidden_size=WIDTH, num_heads=2, mlp_dim=128, remat="full"),
         data=TokenData(store="none", seq_len=LENGTH, mask_documents=False),
         precision=Precision(compute="float32"),
         mesh=mesh,

@@ -57,7 +57,7 @@ def test_goes_on_only_with_the_same_init(tiny: Tiny, base: Trainer) -> None:
 
 def test_what_cannot_be_started_from_is_refused(tiny: Tiny, base: Trainer) -> None:
     init = f"init={tiny.directory('base')}"
-    wider = tiny.launch(init, "model.mlp_dim=128", "name=wider", *QUICK)
+    wider = tiny.launch(init, "model.layers.mlp.dim=128", "name=wider", *QUICK)
     refused(wider, "params.blocks.mlp.down.weight 64 128")
     refused(tiny.launch(f"init={tiny.runs}/nothing", "name=lost", *QUICK), "nothing run.json runs/quickstart")
     gone = tiny.launch(f"{init}@7", "name=gone", *QUICK)

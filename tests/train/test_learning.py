@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Linear
@@ -14,6 +13,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
+from tests.decoders import decoder
 
 WORDS, HALF, BATCH, STEPS = 16, 12, 32, 150
 LENGTH = 2 * HALF - 1
@@ -38,7 +38,7 @@ def test_copies() -> None:
     """The loss falls below 0.05 nats; where there is nothing to copy it is no better than a guess."""
     run = Run(
         name="copy",
-        model=TransformerConfig(vocab_size=WORDS, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
+        model=decoder(vocab_size=WORDS, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
         data=TokenData(store="none", seq_len=LENGTH),
         precision=Precision(compute="float32"),
         mesh=MeshConfig(fsdp=1),

@@ -15,7 +15,9 @@ STEPS, WINDOW = 80, 20
 
 CONFIG = """\
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Cosine
@@ -28,7 +30,12 @@ def config() -> Run:
     return Run(
         name="curve",
         root={root!r},
-        model=TransformerConfig(vocab_size=1024, num_layers=3, hidden_size=128, num_heads=4, mlp_dim=384, qk_norm=True),
+        model=TransformerConfig(
+            vocab_size=1024,
+            num_layers=3,
+            hidden_size=128,
+            layers=(Layer(mixer=Attention(num_heads=4, qk_norm=True), mlp=MLP(dim=384)),),
+        ),
         data=TokenData(store={store!r}, recipe={recipe!r}, seq_len=128),
         precision=Precision(compute="bfloat16"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=20), peak_lr=4e-3),

@@ -6,19 +6,19 @@ import pytest
 from flax import nnx
 
 from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
-from jaxinfra.models.latent import MLA
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.latent import LatentAttention
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.train.statistics import per_device_bytes, run_statistics, step_flops, units_per_step
+from tests.decoders import decoder
 from tests.tiny_run import Tiny
 
 
 def test_flops_by_hand() -> None:
     """Width 8, two heads of 4, one key/value head, MLP of 16, ten words, two layers, three tokens."""
-    config = TransformerConfig(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1, mlp_dim=16)
+    config = decoder(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1, mlp_dim=16)
     query, key, value, out = 8 * 8, 8 * 4, 8 * 4, 8 * 8
     gate, up, down = 8 * 16, 8 * 16, 16 * 8
     weights = 2 * (query + key + value + out + gate + up + down) + 8 * 10
@@ -30,8 +30,10 @@ def test_flops_by_hand() -> None:
 
 def test_flops_of_latents_by_hand() -> None:
     """As above; latents of 4 and 6, heads of 3 features and 2 rotated ones, values of 5."""
-    latent = MLA(kv_lora_rank=4, q_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=5)
-    config = TransformerConfig(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, mla=latent, mlp_dim=16)
+    latent = LatentAttention(
+        num_heads=2, kv_lora_rank=4, q_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=5
+    )
+    config = decoder(vocab_size=10, num_layers=2, hidden_size=8, mixer=latent, mlp_dim=16)
     query, shared, out = 8 * 6 + 6 * 2 * (3 + 2), 8 * 2, 2 * 5 * 8
     key_and_value = 8 * 4 + 4 * 2 * 3 + 4 * 2 * 5
     weights = 2 * (query + shared + key_and_value + out + 3 * 8 * 16) + 8 * 10
@@ -42,12 +44,12 @@ def test_flops_of_latents_by_hand() -> None:
 
 def test_flops_of_options() -> None:
     base = {"vocab_size": 10, "num_layers": 4, "hidden_size": 8, "num_heads": 2, "mlp_dim": 16}
-    plain = flops_per_token(TransformerConfig(**base), 6)
-    assert flops_per_token(TransformerConfig(**base, tie_embeddings=True), 6) == plain
-    assert flops_per_token(TransformerConfig(**base, learned_positions=6), 6) == plain
-    without_gate = flops_per_token(TransformerConfig(**base, mlp_type="gelu"), 6)
+    plain = flops_per_token(decoder(**base), 6)
+    assert flops_per_token(decoder(**base, tie_embeddings=True), 6) == plain
+    assert flops_per_token(decoder(**base, learned_positions=6), 6) == plain
+    without_gate = flops_per_token(decoder(**base, mlp_activation="gelu"), 6)
     assert plain - without_gate == 6 * 4 * 8 * 16
-    local = TransformerConfig(**base, layer_types=("sliding", "full"), sliding_window=2)
+    local = decoder(**base, windows=(2, None))
     # Within a window of 2, six tokens see 1, 2, 2, 2, 2, 2 keys instead of 1 to 6; in two of four layers.
     assert visible_keys(6, 2) == pytest.approx(11 / 6)
     assert visible_keys(6, None) == visible_keys(6, 9) == pytest.approx(21 / 6)
@@ -56,7 +58,7 @@ def test_flops_of_options() -> None:
 
 def test_flops_against_the_compiler() -> None:
     """Of one layer (a scan of one is unrolled), forward; norms and softmax come on top, and the whole square."""
-    config = TransformerConfig(vocab_size=512, num_layers=1, hidden_size=128, num_heads=4, mlp_dim=512)
+    config = decoder(vocab_size=512, num_layers=1, hidden_size=128, num_heads=4, mlp_dim=512)
     batch, length = 2, 64
     graph, specs = nnx.split(config.build(Partitioner()))
     params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), nnx.to_pure_dict(specs))

@@ -1,0 +1,98 @@
+"""What the mixers of layers have in common: a mixer is the part of a layer that moves information between positions.
+
+A layer of a `TransformerConfig` names the config of its mixer, such as `attention.Attention`, which builds the module.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jaxinfra.config import Problem
+from jaxinfra.models.layers import NormConfig, ParamFactory
+from jaxinfra.ops.attention import AttentionSpec, Kernel
+from jaxinfra.ops.context_cost import ContextMethod
+from jaxinfra.ops.rope import Rope
+
+
+class TokenInfo(NamedTuple):
+    """Positions and documents of the tokens that a layer processes.
+
+    Attributes:
+        rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
+        segments: document ids `[B, T]`; None if every row is one document.
+        start: the cache slot of the first token, an int32 scalar; None without a cache.
+        dropout_bits: random bits `[B, T]` (see `ops.dropout`); None drops nothing.
+    """
+
+    rope: tuple[jax.Array, jax.Array] | None = None
+    segments: jax.Array | None = None
+    start: jax.Array | None = None
+    dropout_bits: jax.Array | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerOptions:
+    """What a mixer takes from the model around it.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        norm: the norms of the model.
+        out_scale: factor on the initial weights of the output projection.
+        causal: whether a position sees no later one.
+        kernel: forces a kernel of attention.
+        context_method: method of attention over sharded sequences.
+    """
+
+    hidden_size: int
+    norm: NormConfig
+    out_scale: float
+    causal: bool = True
+    kernel: Kernel | None = None
+    context_method: ContextMethod | Literal["auto"] = "auto"
+
+
+class HeadSizes(NamedTuple):
+    """The heads of an attention layer and their widths."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class Mixer:
+    """The config of a mixer. Arguments `hidden_size` are the width of the residual stream."""
+
+    def build(self, options: MixerOptions, params: ParamFactory) -> Any:
+        """Returns the module: `(x, tokens, cache) -> (y, cache)`, with `empty_cache(layers, batch, length)`."""
+        raise NotImplementedError
+
+    def matmul_params(self, hidden_size: int) -> int:
+        """Counts the weights in a token's matmuls."""
+        raise NotImplementedError
+
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""
+        return {}
+
+    def problems_in_model(self, hidden_size: int, prefix: str) -> Iterable[Problem]:
+        """Yields conflicts with the model; `prefix` comes before the names of own fields."""
+        return ()
+
+    def rotary(self, hidden_size: int) -> tuple[Rope, int] | None:
+        """Returns the rotary positions and the number of features of a head that they may rotate."""
+        return None
+
+    def attention(self, hidden_size: int) -> tuple[AttentionSpec, HeadSizes] | None:
+        """Returns the mask and the scale, and the heads; None if no position attends to another."""
+        return None
+
+
+def rope_problems(rope: Rope | None, head_dim: int, prefix: str, field: str) -> Iterable[Problem]:
+    """Yields a rotated part of a head that is odd; `field` is the one that has the width of a head."""
+    if rope is not None and int(head_dim * rope.fraction) % 2:
+        fix = f"{prefix}{field}={head_dim + 1}" if head_dim % 2 else f"{prefix}rope.fraction=1.0"
+        message = "the rotated part of a head must be even"
+        yield Problem(fields=(f"{prefix}rope.fraction", f"{prefix}{field}"), message=message, fix=f"use {fix}")
