@@ -27,7 +27,7 @@ def config() -> Run:
             hidden_size=192,
             layers=(
                 Layer(
-                    mixer=Attention(num_heads=6, qk_norm=True),
+                    mixer=Attention(num_heads=6, qk_norm="head"),
                     mlp=MixtureOfExperts(
                         dim=176,
                         num_experts=8,

@@ -23,7 +23,9 @@ def config() -> Run:
             vocab_size=128,
             num_layers=8,
             hidden_size=64,
-            layers=(Layer(mixer=Attention(num_heads=16, num_kv_heads=8, head_dim=8, qk_norm=True), mlp=MLP(dim=128)),),
+            layers=(
+                Layer(mixer=Attention(num_heads=16, num_kv_heads=8, head_dim=8, qk_norm="head"), mlp=MLP(dim=128)),
+            ),
             tie_embeddings=True,
         ),
         objective=CausalLM(loss_chunks=2, z_loss=1e-2),

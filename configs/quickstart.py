@@ -25,7 +25,7 @@ def config() -> Run:
             vocab_size=4096,
             num_layers=2,
             hidden_size=256,
-            layers=(Layer(mixer=Attention(num_heads=8, qk_norm=True), mlp=MLP(dim=704)),),
+            layers=(Layer(mixer=Attention(num_heads=8, qk_norm="head"), mlp=MLP(dim=704)),),
         ),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),

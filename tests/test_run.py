@@ -13,7 +13,7 @@ from jaxinfra.data.order import Curriculum
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.attention import Attention
+from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -21,7 +21,7 @@ from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
 from jaxinfra.objectives.dpo import DPO
-from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon
 from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
@@ -32,7 +32,7 @@ DECODER = TransformerConfig(
     vocab_size=300,
     num_layers=3,
     hidden_size=32,
-    first_layers=(Layer(mixer=Attention(num_heads=4), mlp=MLP(dim=64)),),
+    first_layers=(Layer(mixer=Attention(num_heads=4, temperature=AttentionTemperature()), mlp=MLP(dim=64)),),
     layers=(Layer(mixer=LatentAttention(num_heads=4), mlp=MixtureOfExperts(dim=32)),),
 )
 TEXT = Run(name="text", model=DECODER, data=TokenData(store="s", curriculum=Curriculum()))
@@ -55,7 +55,7 @@ RUNS = [
     *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
     *(
         replace(TEXT, model=changed(DECODER, first_layers=(), rope=Rope(scaling=scaling)))
-        for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling())
+        for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling(), LongRopeScaling(divisors=(1.0,)))
     ),
 ]
 NOT_THE_NUMBERS = {

@@ -65,7 +65,7 @@ def small_run(name: str, recipe: str, detected: Detected) -> Run:
             vocab_size=tokenizer.vocab_size,
             num_layers=4,
             hidden_size=192,
-            layers=(Layer(mixer=Attention(num_heads=6, qk_norm=True), mlp=MLP(dim=512)),),
+            layers=(Layer(mixer=Attention(num_heads=6, qk_norm="head"), mlp=MLP(dim=512)),),
         ),
         data=TokenData(store=detected.recipe.store, recipe=recipe, seq_len=_SEQ_LEN),
         precision=Precision(compute="float32"),

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, override
+from typing import Literal, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from flax import nnx
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveFloat, PositiveInt
-from jaxinfra.models.layers import SEQUENCE, Linear, Norm, ParamFactory
+from jaxinfra.models.layers import SEQUENCE, HeadsNorm, Linear, Norm, NormConfig, ParamFactory
 from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
 from jaxinfra.ops.rope import Rope, rotate
 from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.parallel.spec import constant
 
 
 class KVCache(NamedTuple):
@@ -27,6 +28,19 @@ class KVCache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTemperature:
+    """Multiplies the queries at position p by `1 + scale ln(1 + floor((p + 1) / floor))` (Llama 4).
+
+    Attributes:
+        scale: weight of the logarithm.
+        floor: number of positions with the same factor.
+    """
+
+    scale: float = 0.1
+    floor: PositiveInt = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +53,14 @@ class Attention(Mixer):
         head_dim: width of a head; None is `hidden_size / num_heads`.
         rope: rotary positions; None has none.
         window: positions that a query attends to, its own included; None is all before.
+        chunk: a query attends only to keys in its own chunk of this many positions of a document (Llama 4).
         softcap: soft cap on attention scores.
         query_scale: factor on queries; None is `head_dim ** -0.5`.
+        temperature: another factor on queries, which grows with the position.
+        sinks: a learned score for each head, which takes part in the softmax without a value (GPT-OSS).
         qkv_bias: biases on queries, keys and values.
         out_bias: a bias on the output.
-        qk_norm: RMSNorm on every query and key head (Qwen3, Gemma 3).
+        qk_norm: RMSNorm on each query and key "head" (Qwen3, Gemma 3), or on "all" heads at once (OLMo 2).
     """
 
     num_heads: PositiveInt
@@ -51,11 +68,14 @@ class Attention(Mixer):
     head_dim: PositiveInt | None = None
     rope: Rope | None = Rope()
     window: PositiveInt | None = None
+    chunk: PositiveInt | None = None
     softcap: PositiveFloat | None = None
     query_scale: float | None = None
+    temperature: AttentionTemperature | None = None
+    sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
 
     @property
     def kv_head_count(self) -> int:
@@ -67,7 +87,9 @@ class Attention(Mixer):
         return hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     def problems(self) -> Iterable[Problem]:
-        """Yields key/value heads that cannot share the query heads."""
+        """Yields key/value heads that cannot share the query heads, and a window in a chunk."""
+        if self.window is not None and self.chunk is not None:
+            yield Problem(fields=("window", "chunk"), message="a layer has one of them", fix="use window=none")
         if self.num_heads % self.kv_head_count:
             fix = f"use num_kv_heads={max(n for n in range(1, self.kv_head_count + 1) if self.num_heads % n == 0)}"
             yield Problem(fields=("num_heads", "num_kv_heads"), message="num_kv_heads must divide num_heads", fix=fix)
@@ -103,6 +125,13 @@ class Attention(Mixer):
         return spec, HeadSizes(self.num_heads, self.kv_head_count, head_dim, head_dim)
 
     @override
+    def visible_keys(self, hidden_size: int, length: int) -> float:
+        if self.chunk is None:
+            return super().visible_keys(hidden_size, length)
+        rest = length % self.chunk
+        return ((length - rest) * (self.chunk + 1) / 2 + rest * (rest + 1) / 2) / length
+
+    @override
     def build(self, options: MixerOptions, params: ParamFactory) -> "AttentionModule":
         return AttentionModule(self, options, params)
 
@@ -128,30 +157,64 @@ class AttentionModule(nnx.Module):
             bias=config.out_bias,
             scale=options.out_scale,
         )
-        norm = partial(Norm, head_dim, replace(options.norm, type="rmsnorm"))
-        self.query_norm = norm(params=params) if config.qk_norm else None
-        self.key_norm = norm(params=params) if config.qk_norm else None
+        self.sinks = params.param((config.num_heads,), ("heads",), constant(0.0), "bias") if config.sinks else None
+        norm = partial(_qk_norm, config.qk_norm, head_dim, replace(options.norm, type="rmsnorm"), params)
+        self.query_norm = norm(config.num_heads, "heads")
+        self.key_norm = norm(num_kv_heads, "kv_heads")
 
     def __call__(self, x_BTD: jax.Array, tokens: TokenInfo, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        if self.query_norm is not None and self.key_norm is not None:
+        if isinstance(self.query_norm, Norm) and isinstance(self.key_norm, Norm):
             q_BTHK = self.query_norm(q_BTHK, (*SEQUENCE, "heads"))
             k_BTGK = self.key_norm(k_BTGK, (*SEQUENCE, "kv_heads"))
+        elif isinstance(self.query_norm, HeadsNorm) and isinstance(self.key_norm, HeadsNorm):
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         if tokens.rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *tokens.rope), rotate(k_BTGK, *tokens.rope)
+        if self.config.temperature is not None:
+            assert tokens.positions is not None
+            q_BTHK *= _temperature(self.config.temperature, tokens.positions).astype(q_BTHK.dtype)
         if cache is None:
-            y_BTHK = self_attention(q_BTHK, k_BTGK, v_BTGK, self.spec, tokens.segments, self.options, self.partitioner)
+            segments_BT = self._segments(tokens, *x_BTD.shape[:2])
+            y_BTHK = self_attention(
+                q_BTHK, k_BTGK, v_BTGK, self.spec, segments_BT, self.options, self.partitioner, self._sinks()
+            )
             return self.out(y_BTHK), None
         start = tokens.start
         assert start is not None
         cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
         positions = cached_positions(start, q_BTHK, cache.keys)
+        segments = None
+        if self.config.chunk is not None:
+            segments = (positions[0] // self.config.chunk, positions[1] // self.config.chunk)
         y_BTHK = dot_product_attention(
-            q_BTHK, *cache, self.spec, platform=self.partitioner.platform, positions=positions
+            q_BTHK,
+            *cache,
+            self.spec,
+            platform=self.partitioner.platform,
+            segments=segments,
+            positions=positions,
+            sinks_H=self._sinks(),
         )
         return self.out(y_BTHK), cache
+
+    def _sinks(self) -> jax.Array | None:
+        if self.sinks is None:
+            return None
+        return self.partitioner.gather_weight(self.sinks[...], ("heads",), dtype=jnp.dtype("float32"))
+
+    def _segments(self, tokens: TokenInfo, rows: int, length: int) -> jax.Array | None:
+        """Returns an id for each document, or with `chunk` for each chunk of a document, `[B, T]`."""
+        if self.config.chunk is None:
+            return tokens.segments
+        assert tokens.positions is not None
+        chunks_BT = tokens.positions // self.config.chunk
+        if tokens.segments is None:
+            spec = self.partitioner.spec("batch", "sequence")
+            return jax.reshard(jnp.broadcast_to(chunks_BT, (rows, length)), spec)
+        return tokens.segments * (length // self.config.chunk + 1) + chunks_BT
 
     def empty_cache(self, num_layers: int, batch: int, length: int) -> KVCache:
         """Returns a cache of all layers for `length` tokens of `batch` rows."""
@@ -162,6 +225,25 @@ class AttentionModule(nnx.Module):
         return KVCache(zeros, jnp.zeros_like(zeros))
 
 
+def _qk_norm(
+    kind: Literal["head", "all"] | None,
+    head_dim: int,
+    config: NormConfig,
+    params: ParamFactory,
+    num_heads: int,
+    axis: str,
+) -> Norm | HeadsNorm | None:
+    if kind == "all":
+        return HeadsNorm(num_heads, head_dim, axis, config, params=params)
+    return None if kind is None else Norm(head_dim, config, params=params)
+
+
+def _temperature(temperature: AttentionTemperature, positions_BT: jax.Array) -> jax.Array:
+    """Returns the factor on the queries, float32 `[B or 1, T, 1, 1]`."""
+    steps_BT = jnp.floor((positions_BT + 1).astype(jnp.float32) / temperature.floor)
+    return (1 + temperature.scale * jnp.log1p(steps_BT))[..., None, None]
+
+
 def self_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
@@ -170,10 +252,11 @@ def self_attention(
     segments_BT: jax.Array | None,
     options: MixerOptions,
     partitioner: Partitioner,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention without a cache, `[B, T, H, V]`; V is the head dim of the values, T may be sharded."""
     sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, options.kernel
-    if sharding.num_shards > 1:
+    if sharding.num_shards > 1 or sinks_H is not None:
         return context_parallel_attention(
             q_BTHK,
             k_BTGK,
@@ -184,6 +267,7 @@ def self_attention(
             ids_BT=segments_BT,
             kernel=kernel,
             method=options.context_method,
+            sinks_H=sinks_H,
         )
     segments = None if segments_BT is None else (segments_BT, segments_BT)  # of queries and of keys
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)

@@ -53,31 +53,38 @@ class Block(nnx.Module):
             kernel=config.attention_kernel,
             context_method=config.context_attention,
         )
-        self.attention_norm = norm()
+        before, after = layer.norms in ("before", "both"), layer.norms in ("after", "both")
+        self.attention_norm = norm() if before else None
         self.attention = layer.mixer.build(options, params)
-        self.attention_post_norm = norm() if layer.norms == "both" else None
-        self.mlp_norm = norm()
+        self.attention_post_norm = norm() if after else None
+        self.mlp_norm = norm() if before else None
         self.mlp = layer.mlp.build(config.hidden_size, out_scale, params)
-        self.mlp_post_norm = norm() if layer.norms == "both" else None
+        self.mlp_post_norm = norm() if after else None
+        self.multiplier = config.residual_multiplier
 
     def __call__(
         self, x_BTD: jax.Array, tokens: TokenInfo, layer_index: jax.Array, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache, LayerStats]:
         """Returns the residual stream after the layer, the cache with these tokens, and the layer's statistics."""
         bits_BT = layer_bits(tokens.dropout_bits, layer_index)
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), tokens, cache)
+        y_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+        y_BTD, cache = self.attention(y_BTD, tokens, cache)
         if self.attention_post_norm is not None:
             y_BTD = self.attention_post_norm(y_BTD)
-        x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
-        y_BTD, stats = self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp"), {}
+        x_BTD += dropout(self._scaled(y_BTD), bits_BT, 0, self.dropout)
+        y_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
+        y_BTD, stats = self.partitioner.gather_sequence(y_BTD, "mlp"), {}
         if isinstance(self.mlp, MoE):
             y_BTD, stats = self.mlp(y_BTD, drop_tokens=cache is None)  # decoding never drops tokens
         else:
             y_BTD = self.mlp(y_BTD)
         if self.mlp_post_norm is not None:
             y_BTD = self.mlp_post_norm(y_BTD)
-        x_BTD += dropout(y_BTD, bits_BT, 1, self.dropout)
+        x_BTD += dropout(self._scaled(y_BTD), bits_BT, 1, self.dropout)
         return self.partitioner.row_major(x_BTD), cache, stats
+
+    def _scaled(self, y_BTD: jax.Array) -> jax.Array:
+        return y_BTD if self.multiplier == 1 else y_BTD * self.multiplier
 
 
 class Period(nnx.Module):
@@ -221,6 +228,8 @@ class Transformer(LayeredModule):
     @override
     def output(self, x_BTD: jax.Array, /) -> FactoredLogits:
         hidden_BTD = self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
+        if self.config.logits_scaling != 1:
+            hidden_BTD /= self.config.logits_scaling
         if self.unembedding is None:
             head = self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
         else:
@@ -332,6 +341,8 @@ class Transformer(LayeredModule):
             x_BTD += table.at[index].get(out_sharding=partitioner.spec("batch", "sequence", None))
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(self.config.hidden_size**0.5, x_BTD.dtype)
+        if self.config.embedding_multiplier != 1:
+            x_BTD *= self.config.embedding_multiplier
         return partitioner.shard(x_BTD, "batch", "positions", None)
 
     # Layers
@@ -346,7 +357,7 @@ class Transformer(LayeredModule):
         for rotary in {layer.mixer.rotary(self.config.hidden_size): None for layer in stack.layers}:
             if rotary is not None:
                 tables[rotary] = rope_tables(rotary[0], positions_BT, rotary[1], self.partitioner.compute_dtype)
-        return PeriodContext(stack=stack, tokens=tokens, tables=tables)
+        return PeriodContext(stack=stack, tokens=tokens._replace(positions=positions_BT), tables=tables)
 
     def _scan(
         self, x_BTD: jax.Array, batch: Inputs, name: str, stage_layers: StageLayers | None = None

@@ -17,13 +17,6 @@ def matmul_params(config: TransformerConfig) -> int:
     return layers + hidden * config.vocab_size
 
 
-def visible_keys(length: int, window: int | None) -> float:
-    """Returns the mean number of keys that a query attends to, in a causal sequence with an optional window."""
-    window = length if window is None else min(window, length)
-    # The first `window` queries attend to 1, 2, ..., window keys, all others to `window`.
-    return (window * (window + 1) / 2 + (length - window) * window) / length
-
-
 def flops_per_token(config: TransformerConfig, length: int) -> float:
     """Returns the training FLOPs of one token, in sequences of `length`.
 
@@ -39,5 +32,5 @@ def _pair_features(mixer: Mixer, hidden_size: int, length: int) -> float:
     attention = mixer.attention(hidden_size)
     if attention is None:
         return 0
-    spec, heads = attention
-    return heads.num_heads * (heads.head_dim + heads.value_dim) * visible_keys(length, spec.window)
+    _, heads = attention
+    return heads.num_heads * (heads.head_dim + heads.value_dim) * mixer.visible_keys(hidden_size, length)

@@ -24,7 +24,7 @@ from jaxinfra.parallel.rules import LogicalAxes, Role
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, ParamState, constant, normal
 
-type Activation = Literal["swiglu", "geglu", "gelu"]
+type Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
 
 RESIDUAL: LogicalAxes = ("batch", "positions")
 """The leading logical axes of the residual stream between blocks."""
@@ -109,6 +109,28 @@ class Norm(nnx.Module):
         return self.partitioner.map_local(partial(layer_norm, eps=self.eps), x, scale, bias)
 
 
+class HeadsNorm(nnx.Module):
+    """RMSNorm over all heads at once, which may be sharded (OLMo 2)."""
+
+    def __init__(self, num_heads: int, head_dim: int, axis: str, config: NormConfig, *, params: ParamFactory):
+        self.eps, self.offset, self.axis, self.partitioner = config.eps, config.offset, axis, params.partitioner
+        self.size = num_heads * head_dim
+        self.scale = params.param((num_heads, head_dim), (axis, None), constant(1.0 - self.offset), "norm")
+
+    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
+        """Normalizes the heads of each token."""
+        head_axes = self.partitioner.mesh_axes(self.axis)
+
+        def normalize(x: jax.Array, scale: jax.Array) -> jax.Array:
+            squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True)
+            squares = jax.lax.psum(squares, head_axes) if head_axes else squares
+            inverse = jax.lax.rsqrt(squares / self.size + self.eps)
+            return (x.astype(jnp.float32) * inverse * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+        scale = self.partitioner.gather_weight(self.scale[...], (self.axis, None), SEQUENCE)
+        return self.partitioner.map_local(normalize, x_BTHK, scale)
+
+
 class Linear(nnx.Module):
     """A matmul with optional bias.
 
@@ -168,8 +190,20 @@ class Linear(nnx.Module):
         return partitioner.map_local(jnp.add, y, bias)
 
 
-# GPT-2 and Gemma use the tanh approximation of GELU, JAX's default.
-ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
+def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Computes `g sigmoid(1.702 g) (u + 1)` with `g` at most 7 and `u` between -7 and 7 (GPT-OSS's published code)."""
+    gate = jnp.minimum(gate, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (jnp.clip(up, -7.0, 7.0) + 1)
+
+
+def activate(activation: Activation, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """Returns the hidden features of an MLP; `gate` is None without gating."""
+    # GPT-2 and Gemma use the tanh approximation of GELU, JAX's default.
+    if gate is None:
+        return jax.nn.gelu(up)
+    if activation == "clamped_swiglu":
+        return clamped_swiglu(gate, up)
+    return (jax.nn.gelu(gate) if activation == "geglu" else jax.nn.silu(gate)) * up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +213,7 @@ class MLP:
     Attributes:
         dim: hidden width.
         activation: activation and gating: "swiglu" and "geglu" (Shazeer 2020) are `down(act(gate(x)) * up(x))`; "gelu"
-            is `down(gelu(up(x)))`.
+            is `down(gelu(up(x)))`; "clamped_swiglu" limits gate and up (see `clamped_swiglu`).
         bias: whether the projections have biases.
     """
 
@@ -211,17 +245,16 @@ class MLPModule(nnx.Module):
     def __init__(self, config: MLP, hidden_size: int, out_scale: float, params: ParamFactory):
         linear = partial(Linear, bias=config.bias, params=params)
         column = partial(linear, (hidden_size,), (config.dim,), ("embed", "mlp"), parallelism="column")
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.gate = None if config.activation == "gelu" else column()
         self.up = column()
         self.down = linear((config.dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Takes gathered positions; returns positions sharded like the residual stream."""
-        act = ACTIVATIONS[self.activation]
         up_BTF = self.up(x_BTD)
-        hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF
-        return self.down(hidden_BTF)
+        gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        return self.down(activate(self.activation, gate_BTF, up_BTF))
 
 
 def lookup_embeddings(table_VD: jax.Array, tokens_BT: jax.Array, partitioner: Partitioner) -> jax.Array:

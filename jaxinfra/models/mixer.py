@@ -13,19 +13,21 @@ from jaxinfra.config import Problem
 from jaxinfra.models.layers import NormConfig, ParamFactory
 from jaxinfra.ops.attention import AttentionSpec, Kernel
 from jaxinfra.ops.context_cost import ContextMethod
-from jaxinfra.ops.rope import Rope
+from jaxinfra.ops.rope import LongRopeScaling, Rope
 
 
 class TokenInfo(NamedTuple):
     """Positions and documents of the tokens that a layer processes.
 
     Attributes:
+        positions: positions in the documents, `[B or 1, T]`; None for a mixer that does not use them.
         rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
         segments: document ids `[B, T]`; None if every row is one document.
         start: the cache slot of the first token, an int32 scalar; None without a cache.
         dropout_bits: random bits `[B, T]` (see `ops.dropout`); None drops nothing.
     """
 
+    positions: jax.Array | None = None
     rope: tuple[jax.Array, jax.Array] | None = None
     segments: jax.Array | None = None
     start: jax.Array | None = None
@@ -89,10 +91,31 @@ class Mixer:
         """Returns the mask and the scale, and the heads; None if no position attends to another."""
         return None
 
+    def visible_keys(self, hidden_size: int, length: int) -> float:
+        """Returns the mean number of keys that a query attends to in a sequence of this length."""
+        attention = self.attention(hidden_size)
+        return 0 if attention is None else visible_keys(length, attention[0].window)
+
+
+def visible_keys(length: int, window: int | None) -> float:
+    """Returns the mean number of keys that a query attends to, in a causal sequence with an optional window."""
+    window = length if window is None else min(window, length)
+    # The first `window` queries attend to 1, 2, ..., window keys, all others to `window`.
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
 
 def rope_problems(rope: Rope | None, head_dim: int, prefix: str, field: str) -> Iterable[Problem]:
-    """Yields a rotated part of a head that is odd; `field` is the one that has the width of a head."""
+    """Yields a rotated part of a head that is odd, and another number of divisors than of its pairs.
+
+    `field` is the one that has the width of a head.
+    """
     if rope is not None and int(head_dim * rope.fraction) % 2:
         fix = f"{prefix}{field}={head_dim + 1}" if head_dim % 2 else f"{prefix}rope.fraction=1.0"
         message = "the rotated part of a head must be even"
         yield Problem(fields=(f"{prefix}rope.fraction", f"{prefix}{field}"), message=message, fix=f"use {fix}")
+    elif rope is not None and isinstance(rope.scaling, LongRopeScaling):
+        pairs, found = int(head_dim * rope.fraction) // 2, len(rope.scaling.divisors)
+        if pairs != found:
+            fields = (f"{prefix}rope.scaling.divisors", f"{prefix}{field}")
+            message, fix = f"{found} divisors for {pairs} pairs of features", f"use {prefix}{field}={2 * found}"
+            yield Problem(fields=fields, message=message, fix=fix)

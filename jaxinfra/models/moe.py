@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from jaxinfra.models.layers import ACTIVATIONS, MLP, RESIDUAL, Activation, ParamFactory, num_matrices
+from jaxinfra.models.layers import MLP, RESIDUAL, Activation, MLPModule, ParamFactory, activate, num_matrices
 from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops import routing
@@ -48,6 +49,9 @@ class MixtureOfExperts:
         num_experts: number of experts, without shared ones.
         top_k: number of experts per token.
         num_shared_experts: experts that process every token, computed as one MLP of this many times the width.
+        shared_gate: multiplies the output of shared experts by the sigmoid of a projection of the token (Qwen2-MoE).
+        router_bias: a bias on the router's logits.
+        bias: biases in the experts.
         score_function: scores are a "softmax" over all experts, or the "sigmoid" of each logit.
         normalize_weights: scales the weights of a token's experts to sum to one.
         routed_scaling_factor: factor on the weights.
@@ -68,6 +72,9 @@ class MixtureOfExperts:
     num_experts: PositiveInt = 8
     top_k: PositiveInt = 2
     num_shared_experts: NonNegativeInt = 0
+    shared_gate: bool = False
+    router_bias: bool = False
+    bias: bool = False
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_weights: bool = True
     routed_scaling_factor: float = 1.0
@@ -80,6 +87,9 @@ class MixtureOfExperts:
 
     def problems(self) -> Iterable[Problem]:
         """Yields a `top_k` or `top_k_groups` that is too large, and groups of unequal size."""
+        if self.shared_gate and not self.num_shared_experts:
+            fix = "use num_shared_experts=1"
+            yield Problem(fields=("shared_gate", "num_shared_experts"), message="there is no shared expert", fix=fix)
         experts, groups, group_size = self.num_experts, self.num_groups, self.num_experts // self.num_groups
         if self.top_k > experts:
             message, fix = f"there are {experts} experts", f"use top_k={experts}"
@@ -103,7 +113,7 @@ class MixtureOfExperts:
     def matmul_params(self, hidden_size: int) -> int:
         """Counts the weights of the router and of the experts that process a token."""
         experts = num_matrices(self.activation) * self.dim * (self.top_k + self.num_shared_experts)
-        return hidden_size * (self.num_experts + experts)
+        return hidden_size * (self.num_experts + experts + self.shared_gate)
 
     def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> "MoE":
         """Returns the module; `out_scale` is a factor on the initial weights of the last projections."""
@@ -136,6 +146,7 @@ class MoE(nnx.Module):
         experts, expert_dim = config.num_experts, config.dim
         router_init = normal(hidden_size**-0.5)
         self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
+        self.router_bias = params.param((experts,), (None,), constant(0.0), "bias") if config.router_bias else None
         has_bias = config.bias_update_rate > 0
         self.bias = params.param((experts,), (None,), constant(0.0), "bias", state="buffer") if has_bias else None
 
@@ -146,6 +157,13 @@ class MoE(nnx.Module):
         self.gate = None if config.activation == "gelu" else matrices(hidden_size, expert_dim, ("embed", "mlp"))
         self.up = matrices(hidden_size, expert_dim, ("embed", "mlp"))
         self.down = matrices(expert_dim, hidden_size, ("mlp", "embed"), out_scale)
+        bias = partial(params.param, init=constant(0.0), role="bias", batch_dims=1)
+        inner = partial(bias, (experts, expert_dim), ("experts", "mlp"))
+        self.up_bias = inner() if config.bias else None
+        self.gate_bias = inner() if config.bias and self.gate is not None else None
+        self.down_bias = bias((experts, hidden_size), ("experts", None)) if config.bias else None
+        gate = partial(params.param, (hidden_size, 1), ("embed", None), router_init, "matrix", in_dims=1)
+        self.shared_gate = gate() if config.shared_gate else None
         shared = MLP(dim=config.num_shared_experts * expert_dim, activation=config.activation)
         self.shared = shared.build(hidden_size, out_scale, params) if config.num_shared_experts else None
 
@@ -172,7 +190,28 @@ class MoE(nnx.Module):
         out_specs = (P(*x_spec.partitions, unreduced=frozenset(mlp_axes)), P(*stage, unreduced=token_axes))
         y_BTD, stats = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
         y_BTD = save_dot(partitioner.shard(y_BTD, *RESIDUAL, None))
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), stats
+        return y_BTD if self.shared is None else y_BTD + self._apply_shared(self.shared, x_BTD), stats
+
+    def _apply_shared(self, shared: MLPModule, x_BTD: jax.Array) -> jax.Array:
+        y_BTD = shared(x_BTD)
+        return y_BTD if self.shared_gate is None else y_BTD * self._shared_gate(self.shared_gate, x_BTD)
+
+    def _shared_gate(self, gate: nnx.Param, x_BTD: jax.Array) -> jax.Array:
+        """Takes gathered positions; returns `[B, T, 1]`, with positions sharded like the residual stream."""
+        axes = self.partitioner.mesh_axes("block_sequence")
+        weight = self.partitioner.gather_weight(gate[...], ("embed", None), RESIDUAL)
+        specs = tuple(jax.typeof(a).sharding.spec for a in (x_BTD, weight))
+
+        def on_device(x: jax.Array, weight: jax.Array) -> jax.Array:
+            # Each device has all positions, and computes the gate of its own ones.
+            x = jax.lax.pcast(x, tuple(specs[0].reduced), to="varying")
+            if axes:
+                length = x.shape[1] // self.partitioner.num_shards("block_sequence")
+                x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * length, length, axis=1)
+            return jax.nn.sigmoid(x @ local_weight(weight, specs[1]))
+
+        out_specs = self.partitioner.spec(*RESIDUAL, None)
+        return jax.shard_map(on_device, in_specs=specs, out_specs=out_specs)(x_BTD, weight)
 
     def _gather_weights(self) -> dict[str, jax.Array]:
         gather, everywhere = self.partitioner.gather_weight, ("batch", "sequence", "mlp")
@@ -183,6 +222,13 @@ class MoE(nnx.Module):
         }
         if self.gate is not None:
             weights["gate"] = gather(self.gate[...], ("experts", "embed", "mlp"))
+        if self.router_bias is not None:
+            weights["router_bias"] = gather(self.router_bias[...], (None,), everywhere, FLOAT32)
+        for name, bias in (("up_bias", self.up_bias), ("gate_bias", self.gate_bias)):
+            if bias is not None:
+                weights[name] = gather(bias[...], ("experts", "mlp"))
+        if self.down_bias is not None:
+            weights["down_bias"] = gather(self.down_bias[...], ("experts", None), everywhere)
         if self.bias is not None:
             weights["bias"] = gather(jax.lax.stop_gradient(self.bias[...]), (None,), everywhere, FLOAT32)
         return weights
@@ -197,6 +243,8 @@ class MoE(nnx.Module):
         logits_BTE = jnp.einsum(
             "btd,de->bte", x_BTD.astype(FLOAT32), weights["router"], precision=jax.lax.Precision.HIGHEST
         )
+        if "router_bias" in weights:
+            logits_BTE += weights["router_bias"]
         choice = routing.choose_experts(logits_BTE, rule, weights.get("bias"))
         mask_BTE = routing.expert_mask(choice.experts, self.config.num_experts)
         served_BTK = choice.experts  # the index `num_experts` stands for a choice beyond the capacity
@@ -228,11 +276,17 @@ class MoE(nnx.Module):
 
     def _apply_experts(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
         def multiply(x: jax.Array, name: str) -> jax.Array:
-            return grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
+            y = grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
+            if (bias := weights.get(f"{name}_bias")) is None:
+                return y
+            if name == "down":  # the output is summed over the shards of the hidden width
+                bias /= self.partitioner.num_shards("mlp")
+            expert_of_row = jnp.repeat(jnp.arange(len(bias)), sizes_E, total_repeat_length=len(y))
+            return y + bias[expert_of_row]
 
-        act, up_MF = ACTIVATIONS[self.config.activation], save_dot(multiply(x_MD, "up"))
-        hidden_MF = act(up_MF) if self.gate is None else act(save_dot(multiply(x_MD, "gate"))) * up_MF
-        return multiply(hidden_MF, "down")
+        up_MF = save_dot(multiply(x_MD, "up"))
+        gate_MF = None if self.gate is None else save_dot(multiply(x_MD, "gate"))
+        return multiply(activate(self.config.activation, gate_MF, up_MF), "down")
 
     def _layer_stats(
         self, logits_BTE: jax.Array, choice: ExpertChoice, mask_BTE: jax.Array, served_BTK: jax.Array

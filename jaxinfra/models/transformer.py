@@ -32,12 +32,12 @@ class Layer:
     Attributes:
         mixer: moves information between positions.
         mlp: an MLP, or a mixture of experts in its place.
-        norms: where the norms are: "before" mixer and MLP (Llama), or "both" before and after them (Gemma 2).
+        norms: where the norms are: "before" mixer and MLP (Llama), "after" them (OLMo 2), or "both" (Gemma 2).
     """
 
     mixer: Attention | LatentAttention
     mlp: MLP | MixtureOfExperts
-    norms: Literal["before", "both"] = "before"
+    norms: Literal["before", "after", "both"] = "before"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,9 @@ class TransformerConfig(LayeredModelConfig):
         learned_positions: rows of a learned position embedding (GPT-2); None has no such embedding.
         tie_embeddings: the LM head is the transposed embedding.
         scale_embeddings: multiplies embeddings by `sqrt(hidden_size)` (Gemma).
+        embedding_multiplier: another factor on embeddings (Granite).
+        residual_multiplier: factor on what a mixer or an MLP adds to the residual stream (Granite).
+        logits_scaling: divisor of the logits (Granite).
         logit_softcap: soft cap on the logits.
         attention_kernel: forces a kernel; None takes the fastest one that can run.
         context_attention: method of attention over sharded sequences (`mesh.context` above 1); "auto" takes the
@@ -93,6 +96,9 @@ class TransformerConfig(LayeredModelConfig):
     learned_positions: PositiveInt | None = None
     tie_embeddings: bool = False
     scale_embeddings: bool = False
+    embedding_multiplier: PositiveFloat = 1.0
+    residual_multiplier: PositiveFloat = 1.0
+    logits_scaling: PositiveFloat = 1.0
     logit_softcap: PositiveFloat | None = None
     attention_kernel: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
     context_attention: Annotated[ContextMethod | Literal["auto"], NOT_FINGERPRINTED] = "auto"

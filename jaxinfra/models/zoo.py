@@ -83,7 +83,7 @@ def _qwen3(
         vocab_size=151936,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        mixer=Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, qk_norm=True, rope=THETA_1M),
+        mixer=Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, qk_norm="head", rope=THETA_1M),
         mlp=mlp,
         norm=NormConfig(eps=1e-6),
         **options,
@@ -160,7 +160,7 @@ def _gemma3(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         query_scale=query_dim**-0.5,
-        qk_norm=True,
+        qk_norm="head",
         rope=rope,
     )
     mixers = (*[replace(full, window=window, rope=THETA_10K)] * 5, full)

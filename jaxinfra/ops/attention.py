@@ -89,10 +89,12 @@ def reference(
     spec: AttentionSpec,
     segments: Segments | None = None,
     positions: Positions | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention by its definition, with scores and softmax in float32. Memory grows with `T * S`.
 
-    If all keys of a query are masked, its output is the mean of all values.
+    A sink is the score of another key of its head, whose value is zero. If all keys of a query are masked, its output
+    is the mean of all values.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
@@ -103,7 +105,12 @@ def reference(
         positions = jnp.arange(T)[None], jnp.arange(k_BSGK.shape[1])[None]
     mask_BTS = attention_mask(spec, positions, segments)
     scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -1e30)
-    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGV.dtype)
+    if sinks_H is None:
+        weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGV.dtype)
+    else:
+        sinks = sinks_H.astype(jnp.float32).reshape(G, H // G, 1, 1)
+        lse = jnp.logaddexp(jax.nn.logsumexp(scores_BGRTS, axis=-1, keepdims=True), sinks)
+        weights_BGRTS = jnp.exp(scores_BGRTS - lse).astype(v_BSGV.dtype)
     return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV).reshape(B, T, H, v_BSGV.shape[-1])
 
 
@@ -256,6 +263,7 @@ def dot_product_attention(
     segments: Segments | None = None,
     positions: Positions | None = None,
     kernel: Kernel | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention with the fastest kernel that can run: `[B, T, H, V]`, sharded like `q_BTHK`.
 
@@ -270,6 +278,7 @@ def dot_product_attention(
         segments: document ids, for packed sequences.
         positions: None is `0..T-1` and `0..S-1`; decoding from a cache needs explicit positions.
         kernel: forces a kernel; raises ConfigError if it cannot run.
+        sinks_H: a sink for each head, for decoding, which uses the reference (see `ops.context_attention` for others).
     """
     inputs = KernelInputs(
         q_len=q_BTHK.shape[1],
@@ -282,12 +291,19 @@ def dot_product_attention(
     name = choose_kernel(spec, inputs, platform, kernel)
 
     def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, positions: Positions | None
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: Segments | None,
+        positions: Positions | None,
+        sinks: jax.Array | None,
     ) -> jax.Array:
-        explicit = {} if positions is None else {"positions": positions}  # most kernels lack this parameter
+        # Most kernels lack these parameters.
+        explicit = {} if positions is None else {"positions": positions}
+        explicit |= {} if sinks is None else {"sinks_H": sinks}
         return KERNELS[name].attend(q, k, v, spec, segments, **explicit)
 
-    arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions)
+    arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions, sinks_H)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
     # JAX cannot track over which mesh axes a value varies through kernels that are not written in JAX. For the others
     # the check stays on: without it, JAX sums gradients over all unnamed axes, a copy and a wait even on one device.

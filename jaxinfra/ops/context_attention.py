@@ -1,4 +1,6 @@
-"""Self-attention over sequences that are sharded over devices (context parallelism), as a ring or by all-gather.
+"""Self-attention from the log-sum-exp of its scores: over sequences that are sharded over devices, and with sinks.
+
+Sequences are sharded (context parallelism) as a ring or by all-gather.
 
 Ring (Liu et al. 2023, Ring Attention): keys and values are sent from shard to shard, and every shard accumulates its
 softmax (see `ops.block_attention`). The backward pass sends them again, together with their float32 gradients. Steps in
@@ -6,6 +8,10 @@ which the mask hides all keys are skipped: with a sliding window a shard receive
 
 All-gather: every shard holds the keys and values of the whole sequence for one layer at a time. The backward pass
 gathers them again and scatters their gradients.
+
+A sink is the score of another key of its head, whose value is zero (GPT-OSS; Xiao et al. 2023, "Efficient streaming
+language models with attention sinks"). It multiplies the output by `sigmoid(lse - sink)`, and the backward pass is that
+of the other keys with `logaddexp(lse, sink)`, so any kernel that returns the log-sum-exp can have sinks.
 
 No array grows with the square of a length.
 
@@ -21,6 +27,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import AttentionSpec, Kernel, KernelInputs, choose_kernel
@@ -39,6 +46,7 @@ from jaxinfra.ops.block_attention import (
 from jaxinfra.ops.context_cost import AttentionSizes, ContextMethod, RingStep, choose_method, ring_steps
 from jaxinfra.parallel.context import SequenceSharding
 from jaxinfra.parallel.loops import scan
+from jaxinfra.parallel.sharding import local_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +165,9 @@ def _ring_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: OutputG
 def _gather(context: ContextSpec, q: jax.Array, kv: KV) -> Iterator[QKVBlock]:
     """Yields each block of the shard's queries with the keys of the whole sequence."""
     sharding = context.sharding
+    if sharding.num_shards == 1:
+        yield QKVBlock(q, kv.ids, kv, jnp.zeros((), jnp.int32))
+        return
 
     def gather(x: jax.Array) -> jax.Array:
         dim = position_dim(x)
@@ -177,34 +188,39 @@ def _gather_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: Outpu
     dq, dk, dv = zip(*(context.blocks.backward(block, context.spec, part) for block, part in blocks), strict=True)
 
     def scatter(parts: tuple[jax.Array, ...]) -> jax.Array:
+        if sharding.num_shards == 1:
+            return functools.reduce(jnp.add, parts)
         total = sharding.to_shard_order(functools.reduce(jnp.add, parts).astype(kv.k.dtype), 2)
         return jax.lax.psum_scatter(total, sharding.axes, scatter_dimension=2, tiled=True)
 
     return _join(dq), scatter(dk), scatter(dv)
 
 
-type Saved = tuple[jax.Array, KV, jax.Array, jax.Array]
-"""Queries, keys and values, the output, and the log-sum-exp of scores."""
+type Saved = tuple[jax.Array, KV, jax.Array | None, jax.Array, jax.Array]
+"""Queries, keys and values, sinks, the output, and the log-sum-exp of scores and sinks."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(context: ContextSpec, q_BHTK: jax.Array, kv: KV) -> jax.Array:
-    return _forward(context, q_BHTK, kv)[0]
+def _attention(context: ContextSpec, q_BHTK: jax.Array, kv: KV, sinks_BHT: jax.Array | None) -> jax.Array:
+    return _forward(context, q_BHTK, kv, sinks_BHT)[0]
 
 
-def _forward(context: ContextSpec, q: jax.Array, kv: KV) -> tuple[jax.Array, Saved]:
+def _forward(context: ContextSpec, q: jax.Array, kv: KV, sinks: jax.Array | None) -> tuple[jax.Array, Saved]:
     forward = _ring_forward if context.method == "ring" else _gather_forward
-    result = forward(context, q, kv)
-    out = result.out.astype(q.dtype)
-    return out, (q, kv, out, result.lse)
+    out, lse = forward(context, q, kv)
+    if sinks is not None:
+        out, lse = out * jax.nn.sigmoid(lse - sinks)[..., None], jnp.logaddexp(lse, sinks)
+    out = out.astype(q.dtype)
+    return out, (q, kv, sinks, out, lse)
 
 
-def _backward(context: ContextSpec, saved: Saved, do: jax.Array) -> tuple[jax.Array, KV]:
-    q, kv, out, lse = saved
+def _backward(context: ContextSpec, saved: Saved, do: jax.Array) -> tuple[jax.Array, KV, jax.Array | None]:
+    q, kv, sinks, out, lse = saved
     di = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
     backward = _ring_backward if context.method == "ring" else _gather_backward
     dq, dk, dv = backward(context, q, kv, OutputGradient(lse, di, do))
-    return dq.astype(q.dtype), KV(dk.astype(kv.k.dtype), dv.astype(kv.v.dtype), None)
+    dsinks = None if sinks is None else -jnp.exp(sinks - lse) * di
+    return dq.astype(q.dtype), KV(dk.astype(kv.k.dtype), dv.astype(kv.v.dtype), None), dsinks
 
 
 _attention.defvjp(_forward, _backward)
@@ -222,8 +238,9 @@ def context_parallel_attention(
     kernel: Kernel | None = None,
     method: ContextMethod | Literal["auto"] = "auto",
     blocks: BlockAttention | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes self-attention over sharded sequences: `[B, T, H, V]`, sharded like `q_BTHK`.
+    """Computes self-attention, also over sharded sequences: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Args:
         q_BTHK: queries; T is sharded over `sharding.axes`, B and H over any others.
@@ -236,12 +253,15 @@ def context_parallel_attention(
         kernel: forces a kernel; raises ConfigError if it cannot run.
         method: "auto" takes the cheaper one (see `ops.context_cost`).
         blocks: overrides the implementation, for tests.
+        sinks_H: the sink of each head, sharded like the heads.
     """
     q_sharding = jax.typeof(q_BTHK).sharding
     batch, _, num_heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)
     seq_len, value_dim = q_BTHK.shape[1], v_BTGV.shape[-1]
     block_len = seq_len // (sharding.num_shards * sharding.blocks_per_shard)
-    if method == "auto":
+    if sharding.num_shards == 1:
+        method = "gather"
+    elif method == "auto":
         sizes = AttentionSizes(
             batch=batch,
             seq_len=seq_len,
@@ -255,7 +275,7 @@ def context_parallel_attention(
     if blocks is None:
         if kernel == "cudnn":
             raise ConfigError(
-                "model.attention_kernel=cudnn: it does not support sequences that are sharded over devices "
+                "model.attention_kernel=cudnn: it does not support sinks, or sequences that are sharded over devices "
                 "(mesh.context above 1); use model.attention_kernel=none for the fastest that can run"
             )
         inputs = KernelInputs(
@@ -273,11 +293,15 @@ def context_parallel_attention(
             blocks = SPLASH_BLOCKS
     context = ContextSpec(sharding=sharding, spec=spec, method=method, blocks=blocks, block_len=block_len)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, sinks: jax.Array | None) -> jax.Array:
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * spec.qk_scale(head_dim), k, v))
-        return _attention(context, q.astype(k.dtype), KV(k, v, ids)).transpose(0, 2, 1, 3)
+        if sinks is not None:
+            # A sink for each query, which varies over the same mesh axes: JAX adds up the gradients of devices.
+            sinks = jnp.zeros_like(q[..., 0], jnp.float32) + local_weight(sinks, sinks_spec)[:, None]
+        return _attention(context, q.astype(k.dtype), KV(k, v, ids), sinks).transpose(0, 2, 1, 3)
 
-    arrays = (q_BTHK, k_BTGK, v_BTGV, ids_BT)
+    arrays = (q_BTHK, k_BTGK, v_BTGV, ids_BT, sinks_H)
+    sinks_spec = P() if sinks_H is None else jax.typeof(sinks_H).sharding.spec
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
     # JAX cannot check kernels that are not written in JAX (see `dot_product_attention`).
     sharded = jax.shard_map(local, in_specs=specs, out_specs=q_sharding.spec, check_vma=blocks is JAX_BLOCKS)

@@ -71,6 +71,7 @@ class YarnScaling:
         beta_slow: largest number of turns with a fully divided frequency.
         mscale: w for rotated features.
         mscale_all_dim: w for scores, rotated features or not.
+        truncate: whether the ramp begins and ends at whole numbers of pairs; GPT-OSS has no such rounding.
     """
 
     factor: Annotated[float, Ge(1)] = 40.0
@@ -79,6 +80,7 @@ class YarnScaling:
     beta_slow: PositiveFloat = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    truncate: bool = True
 
     def problems(self) -> Iterable[Problem]:
         """Yields a problem if `beta_slow` and `beta_fast` leave no ramp."""
@@ -98,10 +100,34 @@ class YarnScaling:
             """Returns the index, not rounded, of the pair that turns this often: pair i has `theta ** (-i / pairs)`."""
             return pairs * math.log(self.original_length / (2 * math.pi * turns)) / math.log(theta)
 
-        first = max(math.floor(pair_with(self.beta_fast)), 0)
-        last = min(math.ceil(pair_with(self.beta_slow)), 2 * pairs - 1)
+        first, last = pair_with(self.beta_fast), pair_with(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * pairs - 1)
         divide = np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
         return freqs * (1 - divide + divide / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al. 2024), as Phi-3 and Phi-4 publish it: a divisor for each frequency.
+
+    Cosines and sines are multiplied by `sqrt(1 + ln(factor) / ln(original_length))`.
+
+    Attributes:
+        divisors: a divisor for each pair of rotated features: the published "long_factor" for sequences above the
+            original length, "short_factor" for others.
+        factor: new context length over the original one; 1 does not multiply.
+        original_length: context length before scaling, in tokens.
+    """
+
+    divisors: tuple[float, ...]
+    factor: Annotated[float, Ge(1)] = 32.0
+    original_length: Annotated[int, Ge(2)] = 4096
+
+    def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the scaled frequencies."""
+        return freqs / np.asarray(self.divisors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +142,7 @@ class Rope:
 
     theta: PositiveFloat = 10000.0
     fraction: PositiveFraction = 1.0
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
 
     def problems(self) -> Iterable[Problem]:
         """Yields a base of YaRN with which frequencies would not fall from feature to feature."""
@@ -139,6 +165,8 @@ class Rope:
     def table_scale(self) -> float:
         """Factor on cosines and sines."""
         s = self.scaling
+        if isinstance(s, LongRopeScaling):
+            return math.sqrt(1 + math.log(s.factor) / math.log(s.original_length))
         return s.m(s.mscale) / s.m(s.mscale_all_dim) if isinstance(s, YarnScaling) else 1.0
 
 

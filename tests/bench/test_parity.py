@@ -82,7 +82,7 @@ def test_published_table_is_complete_and_within_tolerance(repo_root: Path) -> No
         (("--write", "{tmp}/bare.md"), "{tmp}/bare.md put", 81),
         (("configs/none.py",), "configs/none.py", 81),
         (("configs/vit_digits.py",), "vit-digits: images;", 81),
-        ((DENSE, "model.layer=3"), "model.layer model.num_layers", 81),
+        ((DENSE, "model.layer=3"), "model.layer model.layers", 81),
     ],
     ids=str,
 )

@@ -164,7 +164,7 @@ def test_without_an_index_all_items_that_have_the_field_change():
     both = apply(replace(BASE, sources=(first, second)), ["sources.weight=3"])
     assert both.sources == (replace(first, weight=3.0), replace(second, weight=3.0))
     assert apply(both, ["sources.1.weight=4"]).sources == (both.sources[0], replace(second, weight=4.0))
-    with raises(ConfigError, "sources.wait=3: sources.weight?"):
+    with raises(ConfigError, "sources.wait: sources.weight?"):
         apply(BASE, ["sources.wait=3"])
 
 

@@ -99,7 +99,7 @@ from dataclasses import replace
 
 from jaxinfra import MLP, Attention, Layer, MixtureOfExperts, Rope, TransformerConfig
 
-full = Attention(num_heads=16, num_kv_heads=4, head_dim=64, qk_norm=True, rope=Rope(theta=1e6))
+full = Attention(num_heads=16, num_kv_heads=4, head_dim=64, qk_norm="head", rope=Rope(theta=1e6))
 local = replace(full, window=512, rope=Rope(theta=1e4))
 dense, experts = MLP(dim=2816), MixtureOfExperts(dim=704, num_experts=32, top_k=4)
 model = TransformerConfig(
@@ -117,7 +117,7 @@ model = TransformerConfig(
 
 On the command line an index names one layer of the period, and a path without an index all that have the field:
 
-    python -m launch configs/x.py model.num_layers=8 model.layers.3.mixer.window=4096 model.layers.mixer.num_kv_heads=8
+    python -m launch configs/gemma2_2b.py model.num_layers=8 model.layers.0.mixer.window=1024 model.layers.mixer.num_kv_heads=8
 
 - `first_layers` are layers before the first period: the dense layers of DeepSeek-V3.
 - Parameters are stacked by position in the period: `blocks.layer_2.mlp.up.weight` is `[6, 1024, 2816]` here. Without

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.decoder import Cache, Transformer
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
@@ -54,7 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_activation": "geglu",
         "norm_offset": 1.0,
         "norms": "both",
-        "qk_norm": True,
+        "qk_norm": "head",
         "windows": (3, 3, None),
         "softcap": 5.0,
         "query_scale": 0.2,
@@ -82,6 +83,49 @@ MODELS: dict[str, dict[str, Any]] = {
             balance_loss=0.3,
             z_loss=0.01,
         ),
+    },
+    "gpt-oss": {
+        "layers": tuple(
+            Layer(
+                mixer=Attention(
+                    num_heads=4,
+                    num_kv_heads=2,
+                    head_dim=8,
+                    window=window,
+                    sinks=True,
+                    qkv_bias=True,
+                    out_bias=True,
+                    rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, truncate=False)),
+                ),
+                mlp=MixtureOfExperts(
+                    dim=12, activation="clamped_swiglu", num_experts=4, top_k=2, router_bias=True, bias=True
+                ),
+            )
+            for window in (3, None)
+        ),
+    },
+    # Three kinds of layers, in a last period that is cut short: chunks; no positions, but a temperature; and norms on
+    # the branch only, and over all heads.
+    "unlike": {
+        "num_layers": 5,
+        "layers": (
+            Layer(
+                mixer=Attention(num_heads=4, chunk=5),
+                mlp=MixtureOfExperts(dim=12, num_experts=4, top_k=2, num_shared_experts=1, shared_gate=True),
+            ),
+            Layer(
+                mixer=Attention(num_heads=2, rope=None, temperature=AttentionTemperature(scale=0.5, floor=3)),
+                mlp=MLP(dim=24),
+            ),
+            Layer(
+                mixer=Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="all"),
+                mlp=MLP(dim=16),
+                norms="after",
+            ),
+        ),
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
     },
 }
 """Together they use nearly every option; "gemma" has those of Gemma 2 and 3, "deepseek" those of V3."""

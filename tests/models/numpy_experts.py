@@ -57,7 +57,7 @@ def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, sta
     y_TD, load, taken = np.zeros_like(x_TD), np.zeros(config.num_experts), np.zeros(config.num_experts)
     shares = np.zeros(config.num_experts)
     for t, x_D in enumerate(x_TD):
-        logits = x_D @ params["router"]
+        logits = x_D @ params["router"] + params.get("router_bias", 0.0)
         scores = scores_of(logits, config.score_function)
         chosen = choices(scores, params.get("bias"), config)
         total = scores[chosen].sum() if config.normalize_weights else 1.0
@@ -67,9 +67,12 @@ def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, sta
                 continue
             taken[e] += 1
             weights = {name: {"weight": params[name][e]} for name in ("gate", "up", "down") if name in params}
+            for name, own in weights.items():
+                own["bias"] = params[f"{name}_bias"][e] if config.bias else 0.0
             y_TD[t] += config.routed_scaling_factor * scores[e] / total * mlp(x_D, weights)
         if config.num_shared_experts:
-            y_TD[t] += mlp(x_D, params["shared"])
+            gate = 1 / (1 + np.exp(-x_D @ params["shared_gate"])) if config.shared_gate else 1.0
+            y_TD[t] += gate * mlp(x_D, params["shared"])
         shares += scores / scores.sum()
         stats.z_loss += config.z_loss * np.log(np.exp(logits).sum()) ** 2
     f, p = load * config.num_experts / (config.top_k * T), shares / T

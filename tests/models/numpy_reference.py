@@ -35,6 +35,8 @@ def frequency(pair: int, rotated: int, rope: Any) -> float:
         return base
     if type(scaling).__name__ == "LinearScaling":
         return base / scaling.factor
+    if type(scaling).__name__ == "LongRopeScaling":
+        return base / scaling.divisors[pair]
     if type(scaling).__name__ == "YarnScaling":
         return yarn(base, pair, rotated, rope)
     wavelength = 2 * math.pi / base
@@ -54,7 +56,9 @@ def yarn(base: float, pair: int, rotated: int, rope: Any) -> float:
         rotated * math.log(s.original_length / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
         for beta in (s.beta_fast, s.beta_slow)
     ]
-    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), rotated - 1)
+    if s.truncate:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    low, high = max(ends[0], 0), min(ends[1], rotated - 1)
     interpolated = min(max((pair - low) / (high - low), 0), 1)
     return base / s.factor * interpolated + base * (1 - interpolated)
 
@@ -74,6 +78,8 @@ def rotate(x: np.ndarray, position: int, rope: Any) -> np.ndarray:
     for i in range(half):
         z = complex(x[i], x[i + half]) * np.exp(1j * position * frequency(i, rotated, rope))
         z *= mscale(rope, "mscale") / mscale(rope, "mscale_all_dim")
+        if type(rope.scaling).__name__ == "LongRopeScaling":
+            z *= math.sqrt(1 + math.log(rope.scaling.factor) / math.log(rope.scaling.original_length))
         turned[i], turned[i + half] = z.real, z.imag
     return turned
 
@@ -82,7 +88,7 @@ def linear(x: np.ndarray, params: Params, in_dims: int) -> np.ndarray:
     return np.tensordot(x, params["weight"], axes=in_dims) + params.get("bias", 0.0)
 
 
-def dot_product_attention(q_THK, k_TGK, v_TGV, mixer, segments: np.ndarray | None) -> np.ndarray:
+def dot_product_attention(q_THK, k_TGK, v_TGV, mixer, positions, segments, sinks_H=None) -> np.ndarray:
     T, H, K = q_THK.shape
     group_of = H // k_TGK.shape[1]
     window, rope = mixer.window, mixer.rope
@@ -92,12 +98,15 @@ def dot_product_attention(q_THK, k_TGK, v_TGV, mixer, segments: np.ndarray | Non
     for i in range(T):
         keys = [j for j in range(i + 1) if window is None or i - j < window]
         keys = [j for j in keys if segments is None or segments[i] == segments[j]]
+        if getattr(mixer, "chunk", None) is not None:
+            keys = [j for j in keys if positions[i] // mixer.chunk == positions[j] // mixer.chunk]
         for h in range(H):
             scores = np.array([scale * (q_THK[i, h] @ k_TGK[j, h // group_of]) for j in keys])
             if mixer.softcap is not None:
                 scores = mixer.softcap * np.tanh(scores / mixer.softcap)
             weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
+            sink = 0 if sinks_H is None else np.exp(sinks_H[h] - scores.max())
+            weights /= weights.sum() + sink
             out[i, h] = sum(w * v_TGV[j, h // group_of] for w, j in zip(weights, keys, strict=True))
     return out
 
@@ -125,7 +134,7 @@ def latent_attention(x_TD, params: Params, config, mixer, positions, segments) -
         k_TN, v_TV = (latent_TR @ params[name]["weight"][:, h] for name in ("key", "value"))
         heads.append((q_TK, np.concatenate([shared_TP, k_TN], 1), v_TV))
     q_THK, k_THK, v_THV = (np.stack(arrays, axis=1) for arrays in zip(*heads, strict=True))
-    return linear(dot_product_attention(q_THK, k_THK, v_THV, mixer, segments), params["out"], 2)
+    return linear(dot_product_attention(q_THK, k_THK, v_THV, mixer, positions, segments), params["out"], 2)
 
 
 def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.ndarray:
@@ -133,18 +142,30 @@ def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.nd
         return latent_attention(x_TD, params, config, mixer, positions, segments)
     q_THK, k_TGK, v_TGK = (linear(x_TD, params[name], 1) for name in ("query", "key", "value"))
     for name, x_THK in (("query_norm", q_THK), ("key_norm", k_TGK)):
+        if mixer.qk_norm == "all":
+            for t in range(len(x_THK)):
+                scale = {"scale": params[name]["scale"].ravel()}
+                normed = normalize(x_THK[t].ravel(), scale, "rmsnorm", config.norm.eps, config.norm.offset)
+                x_THK[t] = normed.reshape(x_THK[t].shape)
         for t, h in np.ndindex(x_THK.shape[:2]):
-            if mixer.qk_norm:
+            if mixer.qk_norm == "head":
                 x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm.eps, config.norm.offset)
             if mixer.rope is not None:
                 x_THK[t, h] = rotate(x_THK[t, h], positions[t], mixer.rope)
-    return linear(dot_product_attention(q_THK, k_TGK, v_TGK, mixer, segments), params["out"], 2)
+    if mixer.temperature is not None:
+        for t, position in enumerate(positions):
+            q_THK[t] *= 1 + mixer.temperature.scale * math.log(1 + (position + 1) // mixer.temperature.floor)
+    y_THK = dot_product_attention(q_THK, k_TGK, v_TGK, mixer, positions, segments, params.get("sinks"))
+    return linear(y_THK, params["out"], 2)
 
 
 def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
     hidden = linear(x_TD, params["up"], 1)
     if kind == "gelu":
         return linear(tanh_gelu(hidden), params["down"], 1)
+    if kind == "clamped_swiglu":
+        gate, hidden = np.minimum(linear(x_TD, params["gate"], 1), 7), np.clip(hidden, -7, 7)
+        return linear(gate / (1 + np.exp(-1.702 * gate)) * (hidden + 1), params["down"], 1)
     act = {"swiglu": silu, "geglu": tanh_gelu}[kind]
     return linear(act(linear(x_TD, params["gate"], 1)) * hidden, params["down"], 1)
 
@@ -166,13 +187,15 @@ def decode_row(params: Params, config, tokens, positions, segments, stats: Exper
         x_TD = x_TD + np.stack([params["positions"][p] for p in positions])
     if config.scale_embeddings:
         x_TD = x_TD * math.sqrt(config.hidden_size)
+    x_TD = x_TD * config.embedding_multiplier
     for layer, weights in zip(config.all_layers, weights_of_layers(params, config), strict=True):
-        both = layer.norms == "both"
-        normed = norm(x_TD, weights["attention_norm"])
-        y_TD = attention(normed, weights["attention"], config, layer.mixer, positions, segments)
-        x_TD = x_TD + (norm(y_TD, weights["attention_post_norm"]) if both else y_TD)
-        y_TD = mlp_or_experts(norm(x_TD, weights["mlp_norm"]), weights["mlp"], layer.mlp, stats)
-        x_TD = x_TD + (norm(y_TD, weights["mlp_post_norm"]) if both else y_TD)
+        before, after = layer.norms != "after", layer.norms != "before"
+        y_TD = norm(x_TD, weights["attention_norm"]) if before else x_TD
+        y_TD = attention(y_TD, weights["attention"], config, layer.mixer, positions, segments)
+        x_TD = x_TD + config.residual_multiplier * (norm(y_TD, weights["attention_post_norm"]) if after else y_TD)
+        y_TD = norm(x_TD, weights["mlp_norm"]) if before else x_TD
+        y_TD = mlp_or_experts(y_TD, weights["mlp"], layer.mlp, stats)
+        x_TD = x_TD + config.residual_multiplier * (norm(y_TD, weights["mlp_post_norm"]) if after else y_TD)
     return norm(x_TD, params["norm"])
 
 
@@ -213,7 +236,7 @@ def logits(params: Params, config, tokens, positions=None, segments=None, stats=
     for b, row in enumerate(np.asarray(tokens)):
         row_positions = np.arange(len(row)) if positions is None else positions[b]
         row_segments = None if segments is None else segments[b]
-        rows.append(decode_row(params, config, row, row_positions, row_segments, stats) @ head)
+        rows.append(decode_row(params, config, row, row_positions, row_segments, stats) @ head / config.logits_scaling)
     return np.stack(rows)
 
 

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfra.models.attention import AttentionTemperature
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.objectives.causal_lm import CausalLM
-from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.models import numpy_reference
 from tests.models.harness import MODELS, Applied, build, random_tokens, relative_error
@@ -21,6 +22,8 @@ LLAMA3_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor
 LATENT = LatentAttention(
     num_heads=4, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10
 )
+
+YARN = YarnScaling(factor=4.0, original_length=64, beta_fast=4.0)
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,7 +56,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "qkv bias": {"qkv_bias": True},
     "out bias": {"out_bias": True},
     "mlp bias": {"mlp_bias": True},
-    "qk norm": {"qk_norm": True, "norm_offset": 1.0},
+    "qk norm": {"qk_norm": "head", "norm_offset": 1.0},
     "softcap": {"softcap": 1.5},
     "query scale": {"query_scale": 0.9},
     "window": {"windows": (4,)},
@@ -65,6 +68,16 @@ FEATURES: dict[str, dict[str, Any]] = {
         "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
         "window_rope": Rope(theta=50.0),
     },
+    "sinks": {"sinks": True},
+    "sinks, softcap and window": {"sinks": True, "softcap": 1.5, "windows": (3, None), "num_layers": 4},
+    "chunks": {"chunk": 5},
+    "temperature": {"rope": None, "temperature": AttentionTemperature(scale=0.5, floor=3)},
+    "norm over all heads": {"qk_norm": "all", "norm_offset": 1.0},
+    "norms on the branch only": {"norms": "after"},
+    "clamped swiglu": {"mlp_activation": "clamped_swiglu"},
+    "multipliers": {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "yarn without rounding": {"rope": Rope(theta=100.0, scaling=replace(YARN, truncate=False))},
+    "longrope": {"rope": Rope(scaling=LongRopeScaling(divisors=(1.0, 1.5, 3.0, 9.0), original_length=16))},
     "tied": {"tie_embeddings": True},
     "scaled embeddings": {"scale_embeddings": True},
     "learned positions": {"rope": None, "learned_positions": 16},

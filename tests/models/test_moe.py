@@ -34,6 +34,9 @@ VARIANTS: dict[str, MixtureOfExperts] = {
     "groups": replace(PLAIN, top_k=3, num_groups=4, top_k_groups=2),
     "shared": replace(PLAIN, num_shared_experts=2),
     "gelu": replace(PLAIN, activation="gelu"),
+    "gated shared": replace(PLAIN, num_shared_experts=1, shared_gate=True),
+    "router and expert biases": replace(PLAIN, router_bias=True, bias=True),
+    "clamped": replace(PLAIN, activation="clamped_swiglu", bias=True),
     "capacity": replace(PLAIN, capacity_factor=0.7),
     "deepseek": MixtureOfExperts(
         dim=12,

@@ -23,7 +23,7 @@ def initial(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
 
 
 def test_other_parameters_do_not_change_initial_values() -> None:
-    plain, more = initial(), initial(qkv_bias=True, qk_norm=True, norms="both", learned_positions=16)
+    plain, more = initial(), initial(qkv_bias=True, qk_norm="head", norms="both", learned_positions=16)
     assert len(more) > len(plain)
     assert {path for path, one in plain.items() if not np.array_equal(one, more[path])} == set()
 

@@ -49,7 +49,7 @@ DOCUMENTS = Run(
         num_kv_heads=8,
         head_dim=4,
         mlp_dim=64,
-        qk_norm=True,
+        qk_norm="head",
         tie_embeddings=True,
     ),
     objective=CausalLM(loss_chunks=2, z_loss=1e-2),
@@ -131,6 +131,9 @@ TIGHT = replace(
             num_experts=8,
             top_k=3,
             num_shared_experts=1,
+            shared_gate=True,
+            router_bias=True,
+            bias=True,
             score_function="sigmoid",
             routed_scaling_factor=1.5,
             num_groups=4,
@@ -153,7 +156,9 @@ LOOSE = replace(
 )
 """Mixtral's experts: softmax scores, no capacity."""
 
-DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), mlp=MLP(dim=64))
+DENSE_LAYER = Layer(
+    mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5, sinks=True, qk_norm="all"), mlp=MLP(dim=64), norms="after"
+)
 PERIODS = replace(
     TIGHT,
     name="periods",
@@ -164,8 +169,8 @@ PERIODS = replace(
         layers=(TIGHT.model.layers[0], DENSE_LAYER),
     ),
 )
-"""Three periods of unlike layers, full attention with experts and a window with an MLP, after a dense layer: uneven
-over two stages."""
+"""Three periods of unlike layers, full attention with experts, and a window with sinks and an MLP, after a dense layer:
+uneven over two stages."""
 
 DEEPSEEK = replace(
     TIGHT,

@@ -34,7 +34,7 @@ def config() -> Run:
             vocab_size=1024,
             num_layers=3,
             hidden_size=128,
-            layers=(Layer(mixer=Attention(num_heads=4, qk_norm=True), mlp=MLP(dim=384)),),
+            layers=(Layer(mixer=Attention(num_heads=4, qk_norm="head"), mlp=MLP(dim=384)),),
         ),
         data=TokenData(store={store!r}, recipe={recipe!r}, seq_len=128),
         precision=Precision(compute="bfloat16"),

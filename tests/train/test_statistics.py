@@ -1,12 +1,16 @@
 """Numbers that follow from a config, against counts made by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.flops import flops_per_token, matmul_params
 from jaxinfra.models.latent import LatentAttention
+from jaxinfra.models.mixer import visible_keys
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
@@ -50,6 +54,12 @@ def test_flops_of_options() -> None:
     without_gate = flops_per_token(decoder(**base, mlp_activation="gelu"), 6)
     assert plain - without_gate == 6 * 4 * 8 * 16
     local = decoder(**base, windows=(2, None))
+    chunked = decoder(**base, windows=(None, 4))
+    chunked = replace(
+        chunked, layers=(chunked.layers[0], replace(chunked.layers[1], mixer=Attention(num_heads=2, chunk=4)))
+    )
+    # In chunks of 4, the last two of six tokens see 1 and 2 keys instead of 5 and 6.
+    assert plain - flops_per_token(chunked, 6) == pytest.approx(12 * 2 * 4 * 2 * (11 - 3) / 6)
     # Within a window of 2, six tokens see 1, 2, 2, 2, 2, 2 keys instead of 1 to 6; in two of four layers.
     assert visible_keys(6, 2) == pytest.approx(11 / 6)
     assert visible_keys(6, None) == visible_keys(6, 9) == pytest.approx(21 / 6)
