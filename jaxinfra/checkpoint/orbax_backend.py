@@ -43,6 +43,7 @@ from jaxinfra.checkpoint.manifest import (
     verify_files,
 )
 from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.failpoints import failpoint
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
@@ -120,6 +121,7 @@ class OrbaxBackend(Backend):
         )
         parts, join = split_parts(abstract)
         self._verify_together(step, [*parts])
+        failpoint("restore", step)
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with jax.transfer_guard("allow"), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
 
@@ -200,6 +202,7 @@ class OrbaxBackend(Backend):
         assert self._new_manifest is not None
         if self._lease is not None:
             self._lease.check_now()
+        failpoint("save.manifest", self._new_manifest.keywords["step"])
         hashes = {}
         for path in temporary.glob(f"{_HASHES}*"):
             hashes |= decode_hashes(path.read_bytes())
@@ -211,9 +214,12 @@ class OrbaxBackend(Backend):
         if not move_folder(temporary, final):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
         self._intact[manifest.step] = manifest.metrics
+        failpoint("save.delete", manifest.step)
         for step in superseded(self._intact, self._config):
             del self._intact[step]
-            disk_steps.delete(self._folder(step))
+            hidden = disk_steps.hide(self._folder(step))
+            failpoint("save.deleting", manifest.step)
+            disk_steps.delete(hidden)
 
 
 class _Saver(ocp.AsyncCheckpointer):
@@ -233,7 +239,7 @@ class _Saver(ocp.AsyncCheckpointer):
     def start(self, folder: epath.Path, parts: Mapping[str, Any]) -> None:
         """Starts to write the parts of a state."""
         try:
-            self.save(folder, args=_SaveArgs(parts))
+            self.save(folder, args=_SaveArgs(int(folder.name), parts))
         except BaseException:
             self._parts.start_writing()  # nothing waits for these threads, which would wait for ever
             raise
@@ -246,8 +252,9 @@ class _Saver(ocp.AsyncCheckpointer):
 
 @dataclass
 class _SaveArgs(ocp.args.CheckpointArgs):
-    """The parts of a state by name."""
+    """The step, and the parts of its state by name."""
 
+    step: int
     parts: Mapping[str, Any]
 
 
@@ -278,7 +285,8 @@ class _Handler(ocp.AsyncCheckpointHandler):
             folder = DeferredPath()
             self._held.append((folder, directory / name))
             futures += await self._of_part.async_save(folder, args=ocp.args.PyTreeSave(part)) or []
-        return [_Hashed(self.start_writing, futures, Path(directory))]
+            failpoint("save.copy", args.step)
+        return [_Hashed(self.start_writing, futures, Path(directory), args.step)]
 
     @override
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
@@ -308,13 +316,14 @@ class _Hashed(Future):
     Orbax asks for the result in the background, once nothing blocks training any more.
     """
 
-    def __init__(self, start_writing: Callable[[], None], futures: Sequence[Any], directory: Path) -> None:
-        self._start_writing, self._futures, self._directory = start_writing, futures, directory
+    def __init__(self, start_writing: Callable[[], None], futures: Sequence[Any], directory: Path, step: int) -> None:
+        self._start_writing, self._futures, self._directory, self._step = start_writing, futures, directory, step
 
     @override
     def result(self, timeout: float | None = None) -> None:
         """Writes the hashes beside the files."""
         self._start_writing()
+        failpoint("save.write", self._step)
         for future in self._futures:
             future.result(timeout)
         index = jax.process_index()

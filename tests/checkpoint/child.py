@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxinfra.checkpoint.bucket_backend import BucketBackend
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import tree_bytes
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import StorageError
+from jaxinfra.faults.formats import golden_state
 
 from .states import make_mesh, make_state
 
@@ -100,13 +99,6 @@ def ended(directory: Path) -> dict[str, Any]:
             raise KeyError("the cause")
     except KeyError as error:
         return {"error": str(error), "notes": error.__notes__}
-
-
-def golden_state() -> dict[str, Any]:
-    """A state of some dtypes, whatever the versions of JAX and optax."""
-    values = np.arange(64, dtype=np.float32).reshape(8, 8) / 3
-    state = {"step": np.int32(1), "params": {"w": values, "b": values[0].astype("bfloat16")}, "opt_state": [values * 2]}
-    return jax.tree.map(jnp.asarray, state)
 
 
 def golden(directory: Path) -> dict[str, Any]:
