@@ -47,6 +47,8 @@ from jaxinfra.failpoints import failpoint
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
+_TIMEOUT_S = 10 * 365 * 24 * 3600
+"""Of Orbax's waits, which it measures by the time of day: it may be set forward. `gather` has a limit of its own."""
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 
@@ -192,7 +194,7 @@ class OrbaxBackend(Backend):
             async def finalize(self) -> None:
                 backend._commit(Path(self.get()), Path(self.get_final()))
 
-        return _Saver(_Handler(compress=self._config.compress), OwnedTemporaryPath)
+        return _Saver(_Handler(compress=self._config.compress), OwnedTemporaryPath, self._gather)
 
     def _commit(self, temporary: Path, final: Path) -> None:
         """Writes the manifest of a step and renames its folder, in process 0, in the background.
@@ -225,13 +227,19 @@ class OrbaxBackend(Backend):
 class _Saver(ocp.AsyncCheckpointer):
     """Orbax's writer, which tells whether it is at work."""
 
-    def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath]) -> None:
+    def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath], gather: Gather) -> None:
         self._parts = handler
+
+        def barrier(*, key: str, timeout_ms: int) -> None:
+            gather(key)
+
         super().__init__(
             handler,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
             # that wait for the directory for minutes and keep the process from ending.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_TIMEOUT_S, barrier_sync_fn=barrier, create_directories_asynchronously=False
+            ),
             temporary_path_class=temporary_path,
             checkpoint_metadata_store=metadata_store(enable_write=False),  # the manifest has all of it
         )

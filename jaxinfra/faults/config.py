@@ -75,22 +75,28 @@ class RecordedTokens(TokenData):
         return dataset
 
 
+def checksum(inputs: Any) -> Any:
+    """Returns the sum of tokens `[batch, sequence]`, each times its position in the batch, counted from 1."""
+    rows, length = inputs.shape
+    return (inputs * (np.arange(rows * length, dtype=np.int32) + 1).reshape(rows, length)).sum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class FaultyLM(CausalLM):
-    """A loss that goes wrong on batches whose inputs have one of these sums.
+    """A loss that goes wrong on batches with one of these checksums.
 
     Attributes:
-        sums: of the inputs of the bad batches; those are others in each batch of the matrix.
+        checksums: of the bad batches, see `checksum`.
         fault: "loss" makes the loss NaN, "gradient" that of one leaf, "spike" multiplies the loss.
     """
 
-    sums: tuple[int, ...] = ()
+    checksums: tuple[int, ...] = ()
     fault: str = "loss"
 
     @override
     def loss(self, apply: Any, params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         total, sums = super().loss(apply, params, batch)
-        is_bad = jnp.any(jnp.asarray(self.sums) == jnp.sum(batch["inputs"]))
+        is_bad = jnp.any(jnp.asarray(self.checksums) == checksum(batch["inputs"]))
         if self.fault == "gradient":  # the root has no slope at 0; the loss stays as it is
             zero = jnp.where(is_bad, 0.0, 1.0) * jax.tree.leaves(params)[0]
             return total + jnp.sum(0 * jnp.sqrt(jnp.abs(zero))), sums

@@ -27,7 +27,7 @@ def full_disk(harness: Harness) -> str:
     name = "full"
     ended = harness.train(name, fail="save.write:0:20:enospc,save.manifest:0:40:enospc")
     run = harness.run(name)
-    require(ended.code == 0 and run.steps() == [10, 30, 50, 60], f"{run.steps()}: {ended}")
+    require(ended.code == 0 and {10, 30, 60} <= {*run.steps()} <= {10, 30, 50, 60}, f"{run.steps()}: {ended}")
     lines = [line for line in ended.err.splitlines() if line.strip()]
     require(len(lines) == 2, ended.err)
     for line, step in zip(lines, (20, 40), strict=True):
@@ -91,6 +91,7 @@ def _begun(harness: Harness, name: str) -> Run:
             require(ended.code != 0 and source.steps() == [10, 20, 30], f"{source.steps()}: {ended}")
     run = harness.run(name)
     shutil.copytree(source.path, run.path)
+    shutil.copytree(source.reads, run.reads, dirs_exist_ok=True)
     return run
 
 
@@ -100,7 +101,7 @@ def _goes_on(harness: Harness, run: Run, *, from_step: int) -> str:
     require(ended.code == 0, ended)
     (line,) = (line for line in ended.err.splitlines() if "damaged" in line)
     named(line, "checkpoints/30", "30.damaged", f"step {from_step}")
-    named(ended.out, f"from step {from_step}")
+    named(ended.out, f"at step {from_step} of")
     require((run.checkpoints / "30.damaged").is_dir(), "the damaged step was not moved")
     return harness.same_bits(run.name)
 
@@ -249,7 +250,8 @@ def damaged_data(harness: Harness) -> str:
         codes.append(name)
         named(ended.error, str(store))
     store = harness.folder / "store-flip"
-    ended = harness.train("data-skip", f"data.store={store}", "data.on_damage=skip")
+    few = ("data.seq_len=512", "train.steps=10")  # a damaged block costs few samples, and all are read
+    ended = harness.train("data-skip", f"data.store={store}", "data.on_damage=skip", *few)
     require(ended.code == 0, ended)
     skipped = (harness.run("data-skip").path / "skipped.jsonl").read_text().splitlines()
     require(skipped, "no skipped samples are listed")

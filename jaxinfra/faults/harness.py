@@ -78,6 +78,9 @@ class Ended(NamedTuple):
     err: str
     seconds: float
 
+    def __str__(self) -> str:
+        return f"ended with {self.code}; stderr: {self.err[-2000:]}; stdout: {self.out[-500:]}"
+
     @property
     def error(self) -> str:
         """The one line of its error; NotSurvived if there is none or more, or a traceback."""

@@ -38,7 +38,7 @@ def _goes_on(harness: Harness, name: str, *words: str, start: tuple[int, int], t
     _begun(harness, name, processes=start[0], devices=start[1])
     ended = harness.train(name, *words, processes=to[0], devices=to[1])
     require(ended.code == 0, ended)
-    named(ended.out, "from step 30") if "from step 30" in ended.out else named(ended.out, "at step 30")
+    named(ended.out, "at step 30 of")
     expected, run = harness.reference(processes=start[0], devices=start[1]), harness.run(name)
     require(run.samples() == expected.samples, f"{name}: other samples")
     losses, worst = run.losses(), 0.0

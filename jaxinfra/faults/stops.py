@@ -37,7 +37,7 @@ def sigterm(harness: Harness) -> str:
         steps.append(max(harness.run(name).steps()))
         asked = int(case.split(":")[2])
         require(asked <= steps[-1] <= asked + 2, f"{case}: saved step {steps[-1]}")
-        named(ended.err, f"stopped by SIGTERM after step {steps[-1]}")
+        named(ended.err, "stopped by SIGTERM to process", f"after step {steps[-1]} of")
     ended = harness.train(name, processes=2)
     require(ended.code == 0, ended)
     return f"asked in steps 5, 16, 27, 38, saved {', '.join(map(str, steps))}, each with 75; {harness.same_bits(name)}"
@@ -61,7 +61,7 @@ def short_grace(harness: Harness) -> str:
     require(ended.code != 0 and run.steps() == [10, 20], f"{run.steps()}: {ended}")
     again = harness.train(name, processes=2)
     require(again.code == 0, again)
-    named(again.out, "from step 20")
+    named(again.out, "at step 20 of")
     return f"gone on from step 20; {harness.same_bits(name)}"
 
 
