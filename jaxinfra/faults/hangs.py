@@ -13,6 +13,8 @@ from jaxinfra.faults.harness import Harness, Run, named, require, until, wait
 from jaxinfra.faults.machine import faketime_library
 from jaxinfra.faults.matrix import row
 from jaxinfra.runtime.peer_connection import free_port
+from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
 _HUNG, _HEARTBEAT_S = HungError.exit_code, 4
 
@@ -59,6 +61,7 @@ def hang(harness: Harness) -> str:
         require(attempt["exit_code"] == _HUNG, attempt)
         named(attempt["error"], phase)
     named(_stacks(run), "in failpoint", "MainThread")
+    require(account(read_ledger(run.path / GOODPUT_FILE)).seconds["lost"] > 0, "no time counts as lost")
     return f"77 three times, data, step and evaluation named; {harness.same_bits(name)}"
 
 
@@ -86,23 +89,23 @@ def wrong_clock(harness: Harness) -> str:
     require(library, "libfaketime is missing; install the package faketime")
     clock, run = harness.folder / "clock.txt", harness.run(name)
     clock.write_text("+0")
-    fake = {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
+    fake = {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_CACHE_DURATION": "1"}
     clocks = {"FAKETIME_TIMESTAMP_FILE": str(clock)}, {"FAKETIME": "-1h"}
     with ExitStack() as stack:
         where = f"--coordinator=127.0.0.1:{free_port()}", "--of=2"
         children = [
             stack.enter_context(
-                harness.started(name, *where, f"--process-id={rank}", env=fake | clocks[rank], fail="step:*:20:sleep=1")
+                harness.started(name, *where, f"--process-id={rank}", env=fake | clocks[rank], fail="step:*:20:sleep=2")
             )
             for rank in range(2)
         ]
         until(lambda: len(run.losses()) > 15, children[0])
-        clock.write_text("+1h")
+        write_bytes_atomic(clock, b"+1h")
         ends = [wait(child, 120) for child in children]
     require([each.code for each in ends] == [0, 0], "; ".join(map(str, ends)))
     host, checkpoint = (datetime.fromisoformat(text) for text in _times(run))
     require(checkpoint.timestamp() > time.time() + 3000, f"the clock of process 0 did not jump: {host}, {checkpoint}")
-    return harness.same_bits(name)
+    return harness.same_bits(name, harness.reference(processes=2, devices=2))
 
 
 def _times(run: Run) -> tuple[str, str]:
@@ -149,4 +152,5 @@ def failed_starts(harness: Harness) -> str:
         first = harness.train(name, *where, "--process-id=0")
         ends = first, wait(early, 60)
     require([each.code for each in ends] == [0, 0], "; ".join(map(str, ends)))
-    return f"81 with the port, 76 with the missing ranks; late: {harness.same_bits(name)}"
+    text = harness.same_bits(name, harness.reference(processes=2, devices=2))
+    return f"81 with the port, 76 with the missing ranks; late: {text}"

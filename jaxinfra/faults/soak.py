@@ -10,8 +10,8 @@ from jaxinfra.faults.harness import Harness, Run, require, until, wait
 from jaxinfra.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
-EVENTS = 3
-"""Of the small form; `--soak N` takes N."""
+EVENTS, LONG_EVENTS = 3, 20
+"""Of the small form and of the long one; `--soak N` takes N."""
 _LAYOUTS = ((1, 1), (1, 4), (2, 2), (2, 4))
 _POINTS = ("init", "compile", "restore", "step", "save.copy", "save.write", "save.manifest", "save.delete")
 
@@ -23,7 +23,7 @@ _POINTS = ("init", "compile", "restore", "step", "save.copy", "save.write", "sav
 )
 def soak(harness: Harness) -> str:
     """Injects random faults into a run in canonical mode, whose numbers no layout changes."""
-    events, draw = harness.soak_events or EVENTS, random.Random(harness.seed)
+    events, draw = harness.soak_events or (LONG_EVENTS if harness.is_long else EVENTS), random.Random(harness.seed)
     steps, name, kinds = 40 + 25 * events, "soak", Counter[str]()
     words = ("train.canonical=8", f"train.steps={steps}", "train.eval_every=none")
     reference = harness.reference(*words, devices=2, steps=steps)

@@ -1,7 +1,6 @@
 """Scenes that need a process of their own: `python -m tests.checkpoint.child <scene> <directory>`."""
 
 import json
-import os
 import resource
 import signal
 import sys
@@ -67,17 +66,6 @@ def no_space(directory: Path) -> dict[str, Any]:
         return {"failures": failures, "left": left, "intact": intact, "after": checkpoints.all_steps()}
 
 
-def killed(directory: Path) -> dict[str, Any]:
-    """Kills itself while the files of step 2 are being written."""
-    checkpoints = CheckpointManager(directory, CheckpointConfig(save_every=1))
-    checkpoints.save(1, random_state(1, 256), {})
-    checkpoints.wait_until_finished()
-    checkpoints.save(2, random_state(2, 16 * 1024), {})
-    while True:
-        if any(path.is_file() for path in directory.glob("2.*/**/*")):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def memory(directory: Path) -> dict[str, Any]:
     """Returns the bytes of a state, and of resident memory after each of 60 saves of it."""
     state = make_state(make_mesh(fsdp=2), width=8192)
@@ -116,7 +104,7 @@ def golden(directory: Path) -> dict[str, Any]:
 
 
 SCENES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    scene.__name__: scene for scene in (no_space, ended, killed, memory, golden)
+    scene.__name__: scene for scene in (no_space, ended, memory, golden)
 }
 
 if __name__ == "__main__":
