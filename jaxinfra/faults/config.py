@@ -39,7 +39,7 @@ def config() -> Run:
     """Returns the run: two layers, 64 wide, 60 steps, a checkpoint every 10 of them, an evaluation every 20."""
     return Run(
         name="run",
-        model=TransformerConfig(vocab_size=257, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
+        model=TransformerConfig(vocab_size=264, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
         data=RecordedTokens(store="store", seq_len=32),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=5), peak_lr=3e-3),
