@@ -36,7 +36,7 @@ _ALIASES = {
     "model.layers.mixer.rope.theta": ("rope_theta", "rope_max_timescale", "rotary_base"),
     "model.tie_embeddings": ("tie_word_embeddings", "logits_via_embedding"),
     "model.remat": ("gradient_checkpointing", "activation_checkpoint", "remat_policy", "activation_checkpointing"),
-    "model.norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon"),
+    "model.norm.eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon"),
     "data.seq_len": ("block_size", "seq_length", "sequence_length", "max_seq_len", "max_length", "context_length")
     + ("max_target_length", "train_seq_len", "n_positions", "max_position_embeddings"),
     "data.store": ("dataset", "dataset_path", "dataset_name", "data_path", "train_file"),

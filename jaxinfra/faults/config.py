@@ -17,7 +17,9 @@ import optax
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.tokens import TokenData, TokenDataset
-from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import AdamW
@@ -39,7 +41,12 @@ def config() -> Run:
     """Returns the run: two layers, 64 wide, 60 steps, a checkpoint every 10 of them, an evaluation every 20."""
     return Run(
         name="run",
-        model=TransformerConfig(vocab_size=264, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
+        model=TransformerConfig(
+            vocab_size=264,
+            num_layers=2,
+            hidden_size=64,
+            layers=(Layer(mixer=Attention(num_heads=4), mlp=MLP(dim=128)),),
+        ),
         data=RecordedTokens(store="store", seq_len=32),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=5), peak_lr=3e-3),
