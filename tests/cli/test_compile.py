@@ -63,7 +63,7 @@ ON = ("--on", "v5e:2x4")
         ((*ON, "mesh.tensor=16"), "v5e:2x4: 8 16"),
         (
             (*ON, "model.layers.mixer.num_heads=4", "mesh.fsdp=1", "mesh.tensor=8"),
-            "model.layers.mixer.num_heads=4 mesh.tensor=8 use mesh.tensor=4",
+            "model.layers.0.mixer.num_heads=4 mesh.tensor=8 use mesh.tensor=4",
         ),
         ((*ON, "mesh.fsdp=0"), "mesh.fsdp=0"),
         ((*ON, "mesh.tensor=-1"), "mesh.tensor=-1"),
