@@ -260,7 +260,7 @@ class LocalCopies[State](ClosedOnExit):
             try:
                 manifest = read_manifest(path, step)
             except (DamageError, OSError) as error:
-                _log.warning("copy %s: not used: %s", path, error)
+                self._warn(f"copy of step {step}: not used: {cause_of(error)}")
                 continue
             saved = manifest.record["identity"]
             if differing := [name for name, value in identity.items() if saved.get(name) != value]:
@@ -303,8 +303,10 @@ class LocalCopies[State](ClosedOnExit):
                 try:
                     content = (self._folder / name / str(number)).read_bytes()
                     verify_bytes(str(number), content, manifest)
-                except (OSError, DamageError) as error:
-                    damage = f"file {number}: {cause_of(error)}"
+                except OSError as error:
+                    damage = f"shard {number}: {cause_of(error)}"
+                except DamageError as error:
+                    damage = f"shard {error}"
                 else:
                     contents[number] = content
         return contents, damage
@@ -324,7 +326,7 @@ class LocalCopies[State](ClosedOnExit):
             for number in numbers:
                 sources.setdefault(number, index)
         if lost := [number for number in wanted if number not in sources]:
-            return f"{len(lost)} shards are nowhere"
+            return f"{len(lost)} of its shards are nowhere"
         own = self._processes.index
         outgoing = {
             target: [([number, hash_bytes(offered[number])], offered[number]) for number in numbers]
