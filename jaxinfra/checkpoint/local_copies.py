@@ -99,6 +99,11 @@ class LocalCopies[State](ClosedOnExit):
         """Bytes that must be free: for a copy and the next one, without what is there."""
         return max(0, 2 * self._shards.num_bytes - sum(map(disk_steps.folder_bytes, self._list())))
 
+    def check_neighbors(self) -> None:
+        """Raises OSError if the neighbor cannot be reached: without it each copy would fail, after a while."""
+        for _ in self._swap_with_neighbors(()):
+            pass
+
     def save(self, step: int, state: State, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Starts to write a copy; returns when the arrays may be changed or donated.
 
@@ -147,7 +152,8 @@ class LocalCopies[State](ClosedOnExit):
         """
         found = self._find(newer_than, {**identity, "layout": self._shards.layout}, is_used)
         names = {name for each in self._gather([*found]) for name in each}
-        copies = (self._read(name, found.get(name)) for name in sorted(names, key=_step_of, reverse=True))
+        newest_first = sorted(names, key=lambda name: (_step_of(name), name), reverse=True)
+        copies = (self._read(name, found.get(name)) for name in newest_first)
         copy = next((copy for copy in copies if copy is not None), None)
         self._keep_only(None if copy is None else copy.name)
         return copy
@@ -195,22 +201,25 @@ class LocalCopies[State](ClosedOnExit):
             nonlocal failure
             try:
                 if failure is None:  # else the others still have to get rid of what they send
-                    folder.mkdir(parents=True, exist_ok=True)
+                    folder.mkdir(0o700, parents=True, exist_ok=True)  # others may use the host
                     (folder / str(number)).write_bytes(content)
             except OSError as error:
                 failure = error
 
         for number, content in contents.items():
             write(number, content)
-        if self._shards.sent or self._shards.received:
-            outgoing = [([number, hashes[number]], contents[number]) for number in self._shards.sent]
-            targets = {self._shards.neighbor: outgoing} if outgoing else {}
-            for (number, expected), content in self._swap(targets, self._shards.received):
-                hashes[number] = _check_arrival(number, content, expected)
-                write(number, content)
+        outgoing = [([number, hashes[number]], contents[number]) for number in self._shards.sent]
+        for (number, expected), content in self._swap_with_neighbors(outgoing):
+            hashes[number] = _check_arrival(number, content, expected)
+            write(number, content)
         if failure is not None:
             raise failure
         return {str(number): each for number, each in hashes.items()}
+
+    def _swap_with_neighbors(self, outgoing: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Sends to the neighbor, and yields what others send to this process; nothing if nobody keeps for another."""
+        if self._shards.sent or self._shards.received:
+            yield from self._swap({self._shards.neighbor: outgoing} if self._shards.sent else {}, self._shards.received)
 
     def _together(self, name: str, part: Callable[[], None]) -> bool:
         """Does a part of writing a copy; returns whether all processes could. Of failures in a row it warns once."""

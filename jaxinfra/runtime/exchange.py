@@ -16,7 +16,7 @@ from jaxinfra.runtime.cpu_collectives import reachable_address
 from jaxinfra.runtime.peer_connection import Json, listen
 from jaxinfra.storage.closing import ClosedOnExit
 
-_SILENCE_S = 120.0  # without a byte; one that is lost is noticed by the hub long before
+_SILENCE_S = 60.0  # without a byte; one that is lost is noticed by the hub long before
 _MAX_LINE_BYTES = 2**24
 
 type Parcel = tuple[Json, Buffer]

@@ -15,7 +15,7 @@ from jaxinfra.checkpoint.local_copies import LocalCopies, Swap
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.checkpoint.retention import Metrics
 from jaxinfra.checkpoint.shards import StateShards
-from jaxinfra.errors import StorageError
+from jaxinfra.errors import PeerLostError, StorageError
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run_dir import Owned, RunDirectory
 from jaxinfra.runtime.connected_peers import ConnectedPeers
@@ -23,6 +23,7 @@ from jaxinfra.runtime.exchange import Exchange
 from jaxinfra.runtime.peers import Peers
 from jaxinfra.storage.checks import check_space, make_writable
 from jaxinfra.storage.closing import ClosedOnExit
+from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.location import is_remote
 
 _SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
@@ -154,13 +155,19 @@ class Saving(ClosedOnExit):
         self._copies = self._opened.enter_context(
             LocalCopies(folder, self._start, shards, peers, swap, self._before_commit())
         )
+        try:
+            self._copies.check_neighbors()
+        except OSError as error:
+            fix = "open the ports of all hosts for each other, or use checkpoint.local=none"
+            where = f"{peers.name_of(peers.index)}: {peers.name_of(shards.neighbor)} keeps copies for it"
+            raise PeerLostError(f"{where}, but they do not reach each other: {cause_of(error)}; {fix}") from None
         needed = zip(peers.hosts, peers.gather(self._copies.needed_bytes), strict=True)
         total = sum(num_bytes for host, num_bytes in needed if host == peers.hosts[peers.index])
         try:
             make_writable(folder)
             fix = "use checkpoint.local=FOLDER on another disk, or checkpoint.local=none"
             if number == 0:
-                check_space(self._config.local, total, purpose="two copies of the state", fix=fix)
+                check_space(self._config.local, total, purpose="keeping copies of the state", fix=fix)
         except StorageError as error:
             if is_new:
                 raise
