@@ -124,6 +124,8 @@ class LocalCopies[State](ClosedOnExit):
                 self._write(f"{step}.{self._start}", contents, manifest)
             except Exception as error:  # raised by `wait_until_finished`
                 self._error = error
+            finally:
+                contents.clear()  # the thread is kept until the next copy
 
         self._thread = threading.Thread(target=write, name="copies", daemon=True)
         self._thread.start()
@@ -329,14 +331,14 @@ class LocalCopies[State](ClosedOnExit):
         contents: dict[int, Any],
     ) -> str | None:
         """Adds the shards that this process lacks to `contents`, and sends others theirs; returns what is nowhere."""
-        offered, _ = self._read_files(name, manifest, wanted)
+        own = self._processes.index
+        offered, _ = self._read_files(name, manifest, [number for number in wanted if number not in missing[own]])
         sources: dict[int, int] = {}
         for index, numbers in enumerate(self._gather([*offered])):
             for number in numbers:
                 sources.setdefault(number, index)
         if lost := [number for number in wanted if number not in sources]:
             return f"{len(lost)} of its shards are nowhere"
-        own = self._processes.index
         outgoing = {
             target: [([number, hash_bytes(offered[number])], offered[number]) for number in numbers]
             for target, each in enumerate(missing)
