@@ -76,7 +76,7 @@ OLDEST := .venv-oldest
 OLDEST_PYTHON = for candidate in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3.12 "$(PYTHON)"; do \
 	"$$candidate" -c 'import ensurepip' 2>/dev/null && echo "$$candidate" && exit; done
 
-$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VENV)/.installed
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VENV)/.installed-test
 	"$(shell $(OLDEST_PYTHON))" -m venv $(OLDEST)
 	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python -c constraints-oldest.txt \
 		-c <(grep -v '^jax' constraints.txt) -e . pytest pytest-xdist
