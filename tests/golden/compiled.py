@@ -273,13 +273,14 @@ def write(names: list[str]) -> None:
         if name in CASES:
             (FOLDER / f"{name}.txt").write_text(golden_text(found), encoding="utf-8")
         else:
-            _write_json(BUDGETS, {n: of for n, of in budgets().items() if n in TOPOLOGIES} | {name: budget(found)})
+            write_json(BUDGETS, {n: of for n, of in budgets().items() if n in TOPOLOGIES} | {name: budget(found)})
         if name == EXAMPLE:
             PAGE.write_text(insert_example(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
         of = {n: recorded for n, recorded in programs().items() if n in CASES or n in TOPOLOGIES}
-        _write_json(PROGRAMS, of | {name: fingerprint(*run_on(name), recorded_text(name))})
+        write_json(PROGRAMS, of | {name: fingerprint(*run_on(name), recorded_text(name))})
         print(name, flush=True)
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Writes a record so that a change is a short diff."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
