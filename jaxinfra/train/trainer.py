@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.config import Loaded, validate, write_record
+from jaxinfra.config import Difference, Loaded, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader
@@ -29,6 +29,7 @@ from jaxinfra.data.interfaces import Dataset
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
 from jaxinfra.errors import ConfigError, Preempted, StorageError
+from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
@@ -74,13 +75,21 @@ class Trainer:
         completed_steps: number of steps that the state was trained for.
     """
 
-    def __init__(self, run: Run | Loaded[Run], *, command: Sequence[str] = (), prepare_command: str | None = None):
+    def __init__(
+        self,
+        run: Run | Loaded[Run],
+        *,
+        command: Sequence[str] = (),
+        prepare_command: str | None = None,
+        accept_change: bool = False,
+    ):
         """Checks the config and builds the program; reads, writes and compiles nothing yet.
 
         Args:
             run: a config, or the result of `config.load`.
             command: the command line, for the run record.
             prepare_command: the command that prepares the data, for the error message if the data is missing.
+            accept_change: whether a run that has begun may go on with a config that changes its numbers.
         """
         if not isinstance(run, Run | Loaded):
             raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
@@ -98,7 +107,8 @@ class Trainer:
         self._data = RunData(self.program, self._loaded.run, self.run_dir, prepare_command)
         self._state: TrainState | None = None
         self.completed_steps = 0
-        self._command = list(command)
+        self._command, self._accept_change = list(command), accept_change
+        self._changes: list[Mapping[str, Any]] = []  # of the config, between the starts of the run
         self._trackers, self._interval, self._step_writer = MultiTracker(), Interval(self.program), StepWriter()
         self._checkpoints: CheckpointManager | None = None
         self._owned: Owned | None = None  # in process 0, while it trains
@@ -144,8 +154,9 @@ class Trainer:
         ):
             self._owned = owned
             self.run_dir.require_shared(self._peers)
+            changed = []
             if self._peers.broadcast(self._checkpoints.all_steps()):
-                self.run_dir.check(self._loaded.run, dataset)
+                changed = self.run_dir.check(self._loaded.run, dataset, accept_change=self._accept_change)
             newest = self._checkpoints.newest(self._checkpoints.manifest)
             self.completed_steps = 0 if newest is None else newest[0]
             if self.completed_steps >= steps:
@@ -161,6 +172,9 @@ class Trainer:
             statistics = run_statistics(self.program, dataset.train_units)
             record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
             self._numerics.read_decisions(record)
+            self._changes = [*(record or {}).get("changes", ())]
+            if changed:
+                self._accept(changed)
             reason = summary = None
             with self._peers.naming_causes(), self.program.on_mesh:
                 while summary is None:  # once more if the guard goes back to a checkpoint
@@ -172,6 +186,14 @@ class Trainer:
                 "start the same command to go on"
             )
         return summary
+
+    def _accept(self, changed: Sequence[Difference]) -> None:
+        """Records that the config has changed, and warns of it in process 0."""
+        fields = {each.path: [str(each.left), str(each.right)] for each in changed}
+        self._changes.append({"step": self.completed_steps, "fields": fields})
+        if self._is_main:
+            listed = ", ".join(f"{path} from {old} to {new}" for path, (old, new) in fields.items())
+            _log.warning("%s: goes on with another config: %s", self.run_dir.location, listed)
 
     def _finished_before(self) -> dict[str, Any]:
         """Returns the summary of a run that is finished; writes it if a kill after the last checkpoint left it out."""
@@ -215,7 +237,10 @@ class Trainer:
         except Rewind as rewind:
             self._go_back(rewind)
             return None, None
+        if reason is not None:
+            self._watch.note_stop(reason)
         self._phases.enter("end")
+        failpoint("end", self.completed_steps)
         wall_s = time.monotonic() - start_s
         summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
         self._trackers.log_summary(summary)
@@ -247,11 +272,13 @@ class Trainer:
         assert self.state is not None
         config, reason = self.run.train, None
         self._pending = None
+        failpoint("compile", self.completed_steps)
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
             with self._phases.first("train_step"):
                 self.state, metrics = self.program.train_step(self.state, batch)
             self._phases.begun = step + 1
+            failpoint("step", step + 1)
             self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
                 self._owned.lease.check()
@@ -325,6 +352,8 @@ class Trainer:
             for _, batch in self._data.validation:
                 with self._phases.first("eval_step"):
                     sums = self.program.eval_step(params, self._data.place(batch), state.reference)
+                if total is None:
+                    failpoint("evaluation", self.completed_steps)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
@@ -439,6 +468,7 @@ class Trainer:
             self._numerics.resume(self._checkpoints.load_record(self.completed_steps))
             return state, self.run_dir.existing_record().get("init")
         self._numerics.resume({})
+        failpoint("init", 0)
         if self.run.init is None:
             return self.program.init(jax.random.key(self.run.seed)), None
         loaded = load_params(self.run.init, self.program)
@@ -532,6 +562,7 @@ class Trainer:
             "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
             "baselines": self.baselines,
+            "changes": self._changes,
         }
 
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:

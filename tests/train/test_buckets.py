@@ -123,24 +123,6 @@ def wait_for_saves(url: str, count: int, children: list[subprocess.Popen]) -> No
         time.sleep(0.05)
 
 
-@pytest.mark.slow(100)
-def test_a_bucket_that_is_away_for_a_minute_costs_no_step(s3: Server, tiny: Tiny) -> None:
-    """Steps go on, and what was saved or logged in the meantime arrives when it is back."""
-    away_s, steps, root = 65, 1500, root_of(s3)
-    run = (slow_steps(tiny), f"root={root}", "name=away", f"train.steps={steps}", "track.log_every=50")
-    run = (*run, f"train.eval_every={steps}", "checkpoint.save_every=500", "checkpoint.keep_last=3")
-    with several(*run, "track.tensorboard=false", count=1, devices=1) as children:
-        store = ObjectStore(f"{root}/away")
-        while store.read_or_none("metrics.jsonl") is None:
-            assert children[0].poll() is None, children[0].communicate()
-            time.sleep(0.1)
-        s3.faults.down_for(away_s)
-        (done,) = all_ended(children)
-    assert done.code == 0, done
-    assert [*losses(f"{root}/away")] == [*range(50, steps + 1, 50)]
-    assert {"500", "1000", "1500"} == {*json.loads(store.read("checkpoints/index.json"))["steps"]}
-
-
 @pytest.mark.slow(30)
 def test_a_bucket_that_is_away_costs_no_step_of_several_processes(gcs: Server, tiny: Tiny) -> None:
     """A save that fails is only told; then everything arrives."""
