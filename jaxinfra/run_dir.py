@@ -141,16 +141,20 @@ class RunDirectory:
         except FileNotFoundError:
             return False
 
-    def check(self, run: Run, data: Dataset) -> None:
-        """Raises ConfigError if the run in the directory has another config, other data or another `init`."""
+    def check(self, run: Run, data: Dataset, *, accept_change: bool = False) -> list[Difference]:
+        """Raises ConfigError if the run in the directory has another config, other data or another `init`.
+
+        With `accept_change` it may have another config; the fields that change the numbers are returned.
+        """
         record = self.existing_record()
-        if changes := self._changes(run, record):
+        changes = self._changes(run, record)
+        if changes and not accept_change:
             first = changes[0]
             more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             raise ConfigError(
                 f"{self.location}: holds a run of another config: {first.path} is {first.left} there and "
                 f"{first.right} here{more}; use name=ANOTHER, with init={self.location} to start from its parameters, "
-                "or change it back"
+                "change it back, or go on with other numbers by --accept-change"
             )
         if record.get("data", data.fingerprint) != data.fingerprint:
             raise ConfigError(
@@ -164,6 +168,7 @@ class RunDirectory:
                 f"{self.location}: has started with init={before}, and init={run.init or 'none'} here; use "
                 f"name=ANOTHER, or init={before}"
             )
+        return changes
 
     def summary(self) -> dict[str, Any]:
         """Returns the contents of summary.json; {} without it."""

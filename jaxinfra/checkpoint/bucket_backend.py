@@ -52,6 +52,7 @@ from jaxinfra.checkpoint.manifest import (
 from jaxinfra.checkpoint.retention import Metrics, superseded
 from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, Shard, relative
 from jaxinfra.errors import RunInUseError, StorageError
+from jaxinfra.failpoints import failpoint
 from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.objects import ObjectStore
@@ -114,10 +115,13 @@ class BucketBackend(Backend):
         with jax.transfer_guard("allow"):
             chunks = [chunk for name, leaf in leaves.items() for chunk in _own_chunks(name, leaf, arrays[name])]
         manifest = partial(Manifest, step=step, leaves=leaf_types(state), record=record, metrics=metrics)
+        failpoint("save.copy", step)
 
         def write() -> None:
             try:
+                failpoint("save.write", step)
                 self._write(folder, arrays, chunks)
+                failpoint("save.manifest", step)
                 self._commit(folder, manifest)
             except Exception as error:  # raised by `wait_until_finished`
                 self._error = error
@@ -155,6 +159,7 @@ class BucketBackend(Backend):
             arrays[name] = ChunkedArray.decode(content)
 
         self._read_objects(manifest, {f"{name}/{METADATA_FILE}": partial(decode, name=name) for name in leaves})
+        failpoint("restore", step)
         with jax.transfer_guard("allow"):
             readers = [_ArrayReader(name, leaf, arrays[name]) for name, leaf in leaves.items()]
             uses = {name: use for reader in readers for name, use in reader.uses()}
@@ -293,6 +298,7 @@ class BucketBackend(Backend):
 
         before = folders(self._steps)
         self._steps = update_index(self._store, self._token, add)["steps"]
+        failpoint("save.delete", complete.step)
         for each in sorted({*before, folder}.difference(folders(self._steps))):
             self._store.delete_below(each)
 

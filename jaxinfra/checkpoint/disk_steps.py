@@ -42,13 +42,16 @@ def path_aside(directory: Path, step: int) -> Path:
     return next(path for name in names if not (path := directory / name).exists())
 
 
+def hide(folder: Path) -> Path:
+    """Renames a folder that will be deleted, so that no other process sees a part of it, or completes it."""
+    if folder.name.startswith(_DELETED):
+        return folder
+    return folder.rename(folder.with_name(f"{_DELETED}{folder.name}"))
+
+
 def delete(folder: Path) -> None:
-    """Deletes a folder. It is renamed first, so that no other process sees a part of it, or completes it."""
-    if not folder.name.startswith(_DELETED):
-        deleted = folder.with_name(f"{_DELETED}{folder.name}")
-        folder.rename(deleted)
-        folder = deleted
-    shutil.rmtree(folder)
+    """Deletes a folder, which is hidden first."""
+    shutil.rmtree(hide(folder))
 
 
 def folder_bytes(folder: Path) -> int:

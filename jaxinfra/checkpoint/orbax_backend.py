@@ -45,9 +45,12 @@ from jaxinfra.checkpoint.manifest import (
     verify_files,
 )
 from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.failpoints import failpoint
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
+_TIMEOUT_S = 10 * 365 * 24 * 3600
+"""Of Orbax's waits, which it measures by the time of day: it may be set forward. `gather` has a limit of its own."""
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 
@@ -122,6 +125,7 @@ class OrbaxBackend(Backend):
         )
         parts, join = split_parts(abstract)
         self._verify_together(step, [*parts])
+        failpoint("restore", step)
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with jax.transfer_guard("allow"), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
 
@@ -192,7 +196,7 @@ class OrbaxBackend(Backend):
             async def finalize(self) -> None:
                 backend._commit(Path(self.get()), Path(self.get_final()))
 
-        return _Saver(_Handler(compress=self._config.compress), OwnedTemporaryPath)
+        return _Saver(_Handler(compress=self._config.compress), OwnedTemporaryPath, self._gather)
 
     def _commit(self, temporary: Path, final: Path) -> None:
         """Writes the manifest of a step and renames its folder, in process 0, in the background.
@@ -202,6 +206,7 @@ class OrbaxBackend(Backend):
         assert self._new_manifest is not None
         if self._lease is not None:
             self._lease.check_now()
+        failpoint("save.manifest", self._new_manifest.keywords["step"])
         hashes = {}
         for path in temporary.glob(f"{_HASHES}*"):
             hashes |= decode_hashes(path.read_bytes())
@@ -213,21 +218,30 @@ class OrbaxBackend(Backend):
         if not move_folder(temporary, final):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
         self._intact[manifest.step] = manifest.metrics
+        failpoint("save.delete", manifest.step)
         for step in superseded(self._intact, self._config):
             del self._intact[step]
-            disk_steps.delete(self._folder(step))
+            hidden = disk_steps.hide(self._folder(step))
+            failpoint("save.deleting", manifest.step)
+            disk_steps.delete(hidden)
 
 
 class _Saver(ocp.AsyncCheckpointer):
     """Orbax's writer, which tells whether it is at work."""
 
-    def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath]) -> None:
+    def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath], gather: Gather) -> None:
         self._parts = handler
+
+        def barrier(*, key: str, timeout_ms: int) -> None:
+            gather(key)
+
         super().__init__(
             handler,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
             # that wait for the directory for minutes and keep the process from ending.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_TIMEOUT_S, barrier_sync_fn=barrier, create_directories_asynchronously=False
+            ),
             temporary_path_class=temporary_path,
             checkpoint_metadata_store=metadata_store(enable_write=False),  # the manifest has all of it
         )
@@ -235,7 +249,7 @@ class _Saver(ocp.AsyncCheckpointer):
     def start(self, folder: epath.Path, parts: Mapping[str, Any]) -> None:
         """Starts to write the parts of a state."""
         try:
-            self.save(folder, args=_SaveArgs(parts))
+            self.save(folder, args=_SaveArgs(int(folder.name), parts))
         except BaseException:
             self._parts.start_writing()  # nothing waits for these threads, which would wait for ever
             raise
@@ -248,8 +262,9 @@ class _Saver(ocp.AsyncCheckpointer):
 
 @dataclass
 class _SaveArgs(ocp.args.CheckpointArgs):
-    """The parts of a state by name."""
+    """The step, and the parts of its state by name."""
 
+    step: int
     parts: Mapping[str, Any]
 
 
@@ -280,7 +295,8 @@ class _Handler(ocp.AsyncCheckpointHandler):
             folder = DeferredPath()
             self._held.append((folder, directory / name))
             futures += await self._of_part.async_save(folder, args=ocp.args.PyTreeSave(part)) or []
-        return [_Hashed(self.start_writing, futures, Path(directory))]
+            failpoint("save.copy", args.step)
+        return [_Hashed(self.start_writing, futures, Path(directory), args.step)]
 
     @override
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
@@ -310,13 +326,14 @@ class _Hashed(Future):
     Orbax asks for the result in the background, once nothing blocks training any more.
     """
 
-    def __init__(self, start_writing: Callable[[], None], futures: Sequence[Any], directory: Path) -> None:
-        self._start_writing, self._futures, self._directory = start_writing, futures, directory
+    def __init__(self, start_writing: Callable[[], None], futures: Sequence[Any], directory: Path, step: int) -> None:
+        self._start_writing, self._futures, self._directory, self._step = start_writing, futures, directory, step
 
     @override
     def result(self, timeout: float | None = None) -> None:
         """Writes the hashes beside the files."""
         self._start_writing()
+        failpoint("save.write", self._step)
         for future in self._futures:
             future.result(timeout)
         index = jax.process_index()

@@ -76,7 +76,7 @@ BENCHES = {
     ),
     "checkpoint": BenchmarkSpec(
         summary="saving and restoring a state of 1 GB by jaxinfra, plain Orbax, TensorStore and raw writes",
-        parts=("jaxinfra", "compress", "orbax", "tensorstore", "raw"),
+        parts=("jaxinfra", "compress", "copy", "orbax", "tensorstore", "raw"),
         options=("pairs", "megabytes"),
     ),
     "prepare": BenchmarkSpec(
@@ -139,6 +139,8 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
+    what = "go on with a run whose config was changed in a way that changes its numbers; the change is recorded"
+    parser.add_argument("--accept-change", action="store_true", help=what)
     supervised = parser.add_argument_group("restarts")
     what = (
         "start the run again when it is stopped, killed or loses a process, but not at an error that would come again"
@@ -305,6 +307,17 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     _add_processes(parser)
 
 
+def _add_faults(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(devices="cpu:8")  # to restore on other meshes
+    parser.add_argument("--only", metavar="ROWS", help="rows of the matrix, such as 19,20 (default: all)")
+    what = "try the larger numbers of random places and moments, and longer outages: 25 minutes"
+    parser.add_argument("--long", action="store_true", help=what)
+    _add_int(parser, "--soak", 1, metavar="N", help="inject N random faults in row 41 (default 3)")
+    _add_int(parser, "--seed", 0, metavar="N", help="of these (default: the time)")
+    parser.add_argument("--keep", metavar="DIR", help="run in this new folder and keep it")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="insert the table into this Markdown page")
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides of the config, before options")
@@ -342,13 +355,14 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),
+    ("faults", _add_faults, "inject the fault matrix into small real runs on this machine, and show what happens"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
 JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
 """The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
 DEVICE_OPTIONS = (
     *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
-    *("supervise", "max-restarts-per-hour"),
+    *("supervise", "max-restarts-per-hour", "accept-change"),
 )
 """Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}

@@ -44,6 +44,7 @@ def _read(location: str) -> Goodput:
 
 def _values(run: Goodput, expected: Model | None) -> dict[str, Any]:
     values = {"attempts": run.attempts, "wall_s": run.wall_s, "goodput": run.fraction, "seconds": dict(run.seconds)}
+    values["stops"] = [{"step": step, "reason": reason} for step, reason in run.stops]
     return values if expected is None else values | {"model": asdict(expected)}
 
 
@@ -56,6 +57,8 @@ def _print(name: str, run: Goodput) -> None:
     starts = f"all, {run.attempts} start{'s' * (run.attempts > 1)}"
     table.add_row(starts, format_duration(run.wall_s), f"{run.wall_s:,.1f}", "100.0%")
     stdout_console().print(table)
+    for step, reason in run.stops:
+        print(f"stopped after step {step} by {reason}")
     print(f"goodput {format_percent(run.fraction)}: time of steps that were not lost, of the whole\n")
 
 

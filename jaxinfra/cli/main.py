@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import NoReturn, override
 
-from jaxinfra import __version__
+from jaxinfra import __version__, failpoints
 from jaxinfra.cli import early_signals
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
@@ -232,6 +232,7 @@ def _run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
+        failpoints.check_environment(os.environ)
         joins, trains = options.command in JOINING_COMMANDS, options.command == "train"
         early_signals.give_back(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)

@@ -4,16 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from jaxinfra.bench import PARITY_CONFIGS, process_parity
 from jaxinfra.bench.parity import TOLERANCE, MeshDifference, compare_in_processes, compare_joined, load_text_run
+from jaxinfra.cli.markdown import insert_table
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.storage import outputs
-
-BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"  # `--write` replaces what stands between them
 
 
 def markdown_table(differences: Iterable[MeshDifference]) -> str:
@@ -29,15 +27,6 @@ def markdown_table(differences: Iterable[MeshDifference]) -> str:
             line += [f"{value:.1e}" for value in (row.loss, row.gradient, row.permuted)] if row else [""] * 3
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def insert_table(page: Path, table: str) -> str:
-    """Returns the page with the table between its markers; ConfigError if it has none, StorageError if unreadable."""
-    before, begin, rest = outputs.read_text(page).partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page}: has no place for the table; put {BEGIN} and {END} on lines of their own")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def compare(options: argparse.Namespace, configs: Sequence[str], overrides: Sequence[str]) -> Iterator[MeshDifference]:
@@ -68,7 +57,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     # Errors in options and configs show before the long work.
     if options.write is not None and is_main:
         outputs.check_writable(options.write)
-        insert_table(options.write, "")
+        insert_table(options.write, "parity", "")
     for config in configs:
         load_text_run(config, overrides)
     rows: list[MeshDifference] = []
@@ -85,7 +74,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if is_main:
         print(f"{len(rows)} rows, {num_meshes} meshes, {len(failed)} beyond {TOLERANCE:g}", file=sys.stderr)
         if options.write:
-            outputs.write_text(options.write, insert_table(options.write, markdown_table(rows)))
+            outputs.write_text(options.write, insert_table(options.write, "parity", markdown_table(rows)))
     if failed:
         first = failed[0]
         most = process_parity.TOLERANCE if " x " in first.mesh else TOLERANCE

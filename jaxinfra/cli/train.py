@@ -19,7 +19,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     command = ["python", "-m", "launch", *argv]
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)
-    trainer = Trainer(loaded, command=command, prepare_command=prepare)
+    trainer = Trainer(loaded, command=command, prepare_command=prepare, accept_change=options.accept_change)
     summary, run_dir = trainer.train(), trainer.run_dir.location
     if current_peers().index != 0:
         return 0

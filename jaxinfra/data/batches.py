@@ -16,6 +16,7 @@ import numpy as np
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
+from jaxinfra.failpoints import failpoint
 
 MAX_SKIPPED_SHARE, MIN_MAX_SKIPPED = 0.01, 16
 """Samples of a split that one start of a process leaves out at most, a share of all of them but at least so many."""
@@ -66,6 +67,8 @@ class BatchLoader:
         if not 0 <= index < self._steps:
             raise IndexError(index)
         step = self._start_step + index
+        if self._sample_ids is not None:
+            failpoint("data", step + 1)
         with self._total_time.running():
             if self._sample_ids is None:
                 return step, self._sequential_batch(step)

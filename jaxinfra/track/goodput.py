@@ -4,8 +4,9 @@ The ledger has a row at each log interval, after each save and evaluation, and a
 `{"attempt": 2, "t": 31.2, "phase": "step", "step": 40, "from": 20, "resumes": 1, "saves": 3, "seconds": {"init": 3.1,
 ...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed
 step, `from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart.
-The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. A
-kill loses what came after the last row: that counts as down.
+The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. The
+row after a request to stop has its reason, `stopped`, such as "SIGTERM" or the notice of a cloud. A kill loses what
+came after the last row: that counts as down.
 """
 
 import json
@@ -62,10 +63,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One start of a run: when, in seconds since 1970, and its rows."""
+    """One start of a run: when, in seconds since 1970, its rows, and why it was asked to stop, None if it was not."""
 
     start_s: float
     rows: Sequence[Row]
+    stopped: str | None = None
 
     @property
     def from_step(self) -> int | None:
@@ -91,6 +93,7 @@ class Goodput:
         seconds: of each class.
         intervals: the time line.
         starts_s: of each attempt, in seconds since the first.
+        stops: the last step of each attempt that was asked to stop, and the reason.
         stalls_s: how long each save has blocked the training.
         save_intervals_s: training time between two saves.
         restarts_s: time from the end of an attempt to the first step of the next one; only the latter part of it, from
@@ -101,6 +104,7 @@ class Goodput:
     seconds: Mapping[str, float]
     intervals: Sequence[Interval] = ()
     starts_s: Sequence[float] = ()
+    stops: Sequence[tuple[int, str]] = ()
     stalls_s: Sequence[float] = ()
     save_intervals_s: Sequence[float] = ()
     restarts_s: Sequence[float] = ()
@@ -140,7 +144,8 @@ def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
         )
         for line in lines
     ]
-    return Attempt(start_s=lines[0]["start"], rows=rows)
+    stopped = next((line["stopped"] for line in lines if "stopped" in line), None)
+    return Attempt(start_s=lines[0]["start"], rows=rows, stopped=stopped)
 
 
 def last_attempt(content: bytes) -> int:
@@ -199,6 +204,7 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
         seconds={name: value for name, value in totals.items() if value > 0},
         intervals=intervals,
         starts_s=starts_s,
+        stops=[(attempt.rows[-1].step, attempt.stopped) for attempt in attempts if attempt.stopped is not None],
         stalls_s=stalls_s,
         save_intervals_s=save_intervals_s,
         restarts_s=restarts_s,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, override
 
 from jaxinfra.errors import HungError, JaxinfraError, PeerLostError, StorageError
+from jaxinfra.failpoints import failpoint
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
@@ -52,6 +53,7 @@ class JsonlTracker(FileTracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        failpoint("log", step)
         line = {"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **_encode_nonfinite(metrics)}
         self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 

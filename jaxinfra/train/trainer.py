@@ -12,23 +12,23 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.config import Loaded, validate, write_record
+from jaxinfra.config import Difference, Loaded, fingerprint, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
-from jaxinfra.errors import ConfigError, Preempted, StorageError
+from jaxinfra.errors import ConfigError, Preempted
+from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
@@ -41,7 +41,6 @@ from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
-from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
@@ -53,6 +52,7 @@ from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
+from jaxinfra.train.saving import Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import RunStatistics, run_statistics, units_per_step
 from jaxinfra.train.watch import Watch, is_busy
@@ -60,8 +60,6 @@ from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
-
-_SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
 
 
 class Trainer:
@@ -74,13 +72,21 @@ class Trainer:
         completed_steps: number of steps that the state was trained for.
     """
 
-    def __init__(self, run: Run | Loaded[Run], *, command: Sequence[str] = (), prepare_command: str | None = None):
+    def __init__(
+        self,
+        run: Run | Loaded[Run],
+        *,
+        command: Sequence[str] = (),
+        prepare_command: str | None = None,
+        accept_change: bool = False,
+    ):
         """Checks the config and builds the program; reads, writes and compiles nothing yet.
 
         Args:
             run: a config, or the result of `config.load`.
             command: the command line, for the run record.
             prepare_command: the command that prepares the data, for the error message if the data is missing.
+            accept_change: whether a run that has begun may go on with a config that changes its numbers.
         """
         if not isinstance(run, Run | Loaded):
             raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
@@ -98,9 +104,10 @@ class Trainer:
         self._data = RunData(self.program, self._loaded.run, self.run_dir, prepare_command)
         self._state: TrainState | None = None
         self.completed_steps = 0
-        self._command = list(command)
+        self._command, self._accept_change = list(command), accept_change
+        self._changes: list[Mapping[str, Any]] = []  # of the config, between the starts of the run
         self._trackers, self._interval, self._step_writer = MultiTracker(), Interval(self.program), StepWriter()
-        self._checkpoints: CheckpointManager | None = None
+        self._saving: Saving | None = None  # while it trains
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
         self._batches: BatchLoader | None = None  # that the loader takes from
@@ -135,26 +142,19 @@ class Trainer:
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
             self._watch,
-            CheckpointManager(
-                self.run_dir.checkpoints,
-                self.run.checkpoint,
-                lease=owned and owned.lease,
-                gather=lambda value: self._peers.gather(value, "checkpoint", _SAVE_S),
-                before_commit=owned.sync if owned else lambda: None,
-            ) as self._checkpoints,
+            Saving(self.program, self.run_dir, self._peers, owned) as self._saving,
         ):
-            self._owned = owned
+            self._owned, checkpoints = owned, self._saving.checkpoints
             self.run_dir.require_shared(self._peers)
-            if self._peers.broadcast(self._checkpoints.all_steps()):
-                self.run_dir.check(self._loaded.run, dataset)
-            newest = self._checkpoints.newest(self._checkpoints.manifest)
+            changed = []
+            if self._peers.broadcast(checkpoints.all_steps()):
+                changed = self.run_dir.check(self._loaded.run, dataset, accept_change=self._accept_change)
+            newest = checkpoints.newest(checkpoints.manifest)
             self.completed_steps = 0 if newest is None else newest[0]
             if self.completed_steps >= steps:
                 return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
-                needed_bytes = self._checkpoints.needed_bytes(self.program.state)
-                fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
-                check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
+                self._saving.check_space()
                 self._watch.open_ledger()
             self._peak = self._peers.broadcast(
                 find_peak(self.run_dir, self.run.precision.compute) if self._is_main else None
@@ -162,6 +162,10 @@ class Trainer:
             statistics = run_statistics(self.program, dataset.train_units)
             record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
             self._numerics.read_decisions(record)
+            self._changes = [*(record or {}).get("changes", ())]
+            if changed:
+                self._accept(changed)
+            self._saving.open_copies(is_new=not record)
             reason = summary = None
             with self._peers.naming_causes(), self.program.on_mesh:
                 while summary is None:  # once more if the guard goes back to a checkpoint
@@ -173,6 +177,14 @@ class Trainer:
                 "start the same command to go on"
             )
         return summary
+
+    def _accept(self, changed: Sequence[Difference]) -> None:
+        """Records that the config has changed, and warns of it in process 0."""
+        fields = {each.path: [str(each.left), str(each.right)] for each in changed}
+        self._changes.append({"step": self.completed_steps, "fields": fields})
+        if self._is_main:
+            listed = ", ".join(f"{path} from {old} to {new}" for path, (old, new) in fields.items())
+            _log.warning("%s: goes on with another config: %s", self.run_dir.location, listed)
 
     def _finished_before(self) -> dict[str, Any]:
         """Returns the summary of a run that is finished; writes it if a kill after the last checkpoint left it out."""
@@ -196,17 +208,16 @@ class Trainer:
 
         Returns the reason to stop before the last step, if any, and the summary; None if the guard goes back.
         """
-        assert self._checkpoints is not None
+        assert self._saving is not None
         with self._phases("restore" if self.completed_steps or self.run.init else "init"):
-            self.state, init_source = self._restore_or_init()
+            self.state, init_source, source = self._restore_or_init()
         self._phases.resume(self.completed_steps)
-        self._record = {"init": init_source, **self._make_record(statistics)}
+        self._record = {"init": init_source, **self._saving.record, **self._make_record(statistics)}
         if self._owned is not None:
             self._owned.check()
             write_record(self.run_dir.record, self._record)
-        self._trackers.start(
-            self._record, statistics, start_step=self.completed_steps, total_steps=self.run.train.steps
-        )
+        record = self._record | ({"resumed_from": source} if source else {})
+        self._trackers.start(record, statistics, start_step=self.completed_steps, total_steps=self.run.train.steps)
         if self.run.data.on_damage == "skip":
             self._skipped = SkippedSamples(self.run_dir.path, self._peers, self.completed_steps)
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
@@ -216,7 +227,10 @@ class Trainer:
         except Rewind as rewind:
             self._go_back(rewind)
             return None, None
+        if reason is not None:
+            self._watch.note_stop(reason)
         self._phases.enter("end")
+        failpoint("end", self.completed_steps)
         wall_s = time.monotonic() - start_s
         summary = self._peers.broadcast(self._summary(reason, wall_s) if self._is_main else None)
         self._trackers.log_summary(summary)
@@ -224,9 +238,10 @@ class Trainer:
 
     def _go_back(self, rewind: Rewind) -> None:
         """Decides to which checkpoint the run goes back; NonFiniteError if it has been there before."""
-        assert self._checkpoints is not None
-        self._checkpoints.wait_until_finished()
-        to = self._peers.broadcast(self._checkpoints.latest_step()) or 0
+        assert self._saving is not None
+        self._saving.checkpoints.wait_until_finished()
+        self._saving.forget_copies()
+        to = self._peers.broadcast(self._saving.checkpoints.latest_step()) or 0
         decision = self._numerics.go_back(rewind, to)
         self.completed_steps, self._pending = to, None
         self._interval.begin_again()
@@ -248,11 +263,13 @@ class Trainer:
         assert self.state is not None
         config, reason = self.run.train, None
         self._pending = None
+        failpoint("compile", self.completed_steps)
         for step, batch in batches:
             self._profiler.begin_step(step, self.state)
             with self._phases.first("train_step"):
                 self.state, metrics = self.program.train_step(self.state, batch)
             self._phases.begun = step + 1
+            failpoint("step", step + 1)
             self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
                 self._owned.lease.check()
@@ -261,7 +278,7 @@ class Trainer:
             evaluates = config.evaluates_after(self.completed_steps)
             profile_ends = self._profiler.ends_after(self.completed_steps)
             asked = saves_after(self.completed_steps) is not None
-            saves = asked or self.completed_steps % self.run.checkpoint.save_every == 0
+            saves = asked or self.run.checkpoint.due_after(self.completed_steps) is not None
             if evaluates or profile_ends or saves:  # a checkpoint has all metrics up to its step beside it
                 self._report_pending()
             if profile_ends:
@@ -326,6 +343,8 @@ class Trainer:
             for _, batch in self._data.validation:
                 with self._phases.first("eval_step"):
                     sums = self.program.eval_step(params, self._data.place(batch), state.reference)
+                if total is None:
+                    failpoint("evaluation", self.completed_steps)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
@@ -337,35 +356,30 @@ class Trainer:
         return self._peers.broadcast(metrics)
 
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
-        """Saves the state if a checkpoint is due, or always with `force`.
+        """Saves the state if a checkpoint or a copy of it is due, or always a checkpoint with `force`.
 
-        Without `force` a failed save is only logged, and the next one tries again; not if several processes save on a
-        disk. Given the metrics of the last step, it raises NonFiniteError instead of saving a state that is not finite.
+        A failed save is only logged, see `Saving`. Given the metrics of the last step, it raises NonFiniteError instead
+        of saving a state that is not finite.
         """
-        assert self._checkpoints is not None
-        if force or self.completed_steps % self.run.checkpoint.save_every == 0:
+        assert self._saving is not None and self.state is not None
+        if force or self.run.checkpoint.due_after(self.completed_steps) is not None:
             if self._numerics.guard.skipped and not force:
                 return  # if the run goes back, then to a checkpoint from before
             self._collect_skipped(self.completed_steps)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
                 self._numerics.require_finite(self.completed_steps, metrics)
-            assert self.state is not None
             self._numerics.check_before_save(self.completed_steps, self.state)
         record = self._record | {"guard": self._numerics.guard.history}
-        try:
-            if self._checkpoints.save(
-                self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force
-            ):
-                self._trackers.log_save(self.completed_steps)
-        except StorageError as error:
-            if self._peers.count > 1 and not self.run_dir.is_remote:
-                raise  # the other processes would wait for this one's part of the checkpoint
-            if self._is_main:
-                _log.error("%s; training goes on, the next save tries again", error)
-            if force:  # the error may come from the save before, which runs in the background
-                self._checkpoints.save(
-                    self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=True
-                )
+        if self._saving.save(self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force):
+            self._trackers.log_save(self.completed_steps)
+
+    def _identity(self) -> dict[str, Any]:
+        """Returns what decides the state after a step: it must not have changed since a copy was saved."""
+        return {
+            "config": fingerprint(self._loaded.run),
+            "data": self.dataset.fingerprint,
+            "skip_batches": [list(each) for each in self._numerics.train_config.skip_batches],
+        }
 
     def _new_eval_metrics(self) -> dict[str, float]:
         """The metrics of an evaluation after the last step; {} without one."""
@@ -386,7 +400,7 @@ class Trainer:
             with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
                 if checkpoints.all_steps():
                     self.run_dir.check(self._loaded.run, self.dataset)
-                if newest := checkpoints.newest(partial(checkpoints.restore, abstract_state=self.program.state)):
+                if newest := checkpoints.newest(lambda step: checkpoints.restore(step, self.program.state)):
                     self.completed_steps, self._state = newest
         return self._state
 
@@ -427,25 +441,26 @@ class Trainer:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         require_equal_processes(self._peers, self._loaded, self.dataset)
 
-    def _restore_or_init(self) -> tuple[TrainState, dict[str, Any] | None]:
-        """Restores the newest checkpoint, else loads the parameters of `run.init`, else initializes them.
+    def _restore_or_init(self) -> tuple[TrainState, dict[str, Any] | None, str]:
+        """Restores the newest state, else loads the parameters of `run.init`, else initializes them.
 
-        Returns the state, and for the run record the run and step that the first parameters came from.
+        Returns the state; for the run record the run and step that the first parameters came from; and for people where
+        it was restored from.
         """
-        assert self._checkpoints is not None
-        if self.completed_steps:
-            newest = self._checkpoints.newest(partial(self._checkpoints.restore, abstract_state=self.program.state))
-            assert newest is not None
-            self.completed_steps, state = newest  # an older one if the newest is damaged
-            self._numerics.resume(self._checkpoints.load_record(self.completed_steps))
-            return state, self.run_dir.existing_record().get("init")
+        assert self._saving is not None
+        record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
+        if restored := self._saving.restore(self.completed_steps, self._identity(), record):
+            self.completed_steps = restored.step
+            self._numerics.resume(restored.record)
+            return restored.state, record.get("init"), restored.source
         self._numerics.resume({})
+        failpoint("init", 0)
         if self.run.init is None:
-            return self.program.init(jax.random.key(self.run.seed)), None
+            return self.program.init(jax.random.key(self.run.seed)), None, ""
         loaded = load_params(self.run.init, self.program)
         path, _ = parse_source(self.run.init)
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
-        return self.program.init_from(loaded.params), init_source
+        return self.program.init_from(loaded.params), init_source, ""
 
     def _fit_dataset(self, signals: RunSignals) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
@@ -483,10 +498,11 @@ class Trainer:
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
             if reason is None and self.completed_steps < config.steps:  # the batches have ended before
                 reason = signals.stops_after(self.completed_steps)
-            assert self._checkpoints is not None
+            assert self._saving is not None
             with self._phases("save"):
                 self.save(force=True)  # before the prefetcher is closed: a read of it may hang
-                self._checkpoints.wait_until_finished()
+                self._saving.checkpoints.wait_until_finished()
+                self._saving.forget_copies()
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
             _log.warning("%s", warning)
@@ -533,6 +549,7 @@ class Trainer:
             "peak": self._peak,
             "derived": {name: list(value) for name, value in statistics.items()},
             "baselines": self.baselines,
+            "changes": self._changes,
         }
 
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Watch:
         """Opens the ledger in the directory of the run, whose owner this process is; raises StorageError."""
         self._ledger = Ledger(self._run_dir.path / GOODPUT_FILE, self.phases)
 
+    def note_stop(self, reason: str) -> None:
+        """Adds the reason of a stop to the ledger."""
+        if self._ledger is not None:
+            self._ledger.write(stopped=reason)
+
     def log(self) -> dict[str, float]:
         """Adds a row to the ledger, and returns metrics of the processes."""
         if self._ledger is not None:

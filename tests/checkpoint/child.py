@@ -1,7 +1,6 @@
 """Scenes that need a process of their own: `python -m tests.checkpoint.child <scene> <directory>`."""
 
 import json
-import os
 import resource
 import signal
 import sys
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxinfra.checkpoint.bucket_backend import BucketBackend
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import tree_bytes
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import StorageError
+from jaxinfra.faults.formats import golden_state
 
 from .states import make_mesh, make_state
 
@@ -68,17 +66,6 @@ def no_space(directory: Path) -> dict[str, Any]:
         return {"failures": failures, "left": left, "intact": intact, "after": checkpoints.all_steps()}
 
 
-def killed(directory: Path) -> dict[str, Any]:
-    """Kills itself while the files of step 2 are being written."""
-    checkpoints = CheckpointManager(directory, CheckpointConfig(save_every=1))
-    checkpoints.save(1, random_state(1, 256), {})
-    checkpoints.wait_until_finished()
-    checkpoints.save(2, random_state(2, 16 * 1024), {})
-    while True:
-        if any(path.is_file() for path in directory.glob("2.*/**/*")):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def memory(directory: Path) -> dict[str, Any]:
     """Returns the bytes of a state, and of resident memory after each of 60 saves of it."""
     state = make_state(make_mesh(fsdp=2), width=8192)
@@ -102,13 +89,6 @@ def ended(directory: Path) -> dict[str, Any]:
         return {"error": str(error), "notes": error.__notes__}
 
 
-def golden_state() -> dict[str, Any]:
-    """A state of some dtypes, whatever the versions of JAX and optax."""
-    values = np.arange(64, dtype=np.float32).reshape(8, 8) / 3
-    state = {"step": np.int32(1), "params": {"w": values, "b": values[0].astype("bfloat16")}, "opt_state": [values * 2]}
-    return jax.tree.map(jnp.asarray, state)
-
-
 def golden(directory: Path) -> dict[str, Any]:
     """Saves it on a disk, and as in a bucket."""
     for where in ("disk", "bucket"):
@@ -124,7 +104,7 @@ def golden(directory: Path) -> dict[str, Any]:
 
 
 SCENES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    scene.__name__: scene for scene in (no_space, ended, killed, memory, golden)
+    scene.__name__: scene for scene in (no_space, ended, memory, golden)
 }
 
 if __name__ == "__main__":

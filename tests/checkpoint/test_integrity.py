@@ -21,11 +21,9 @@ from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
 from tests.servers.fixtures import Server
 
-from .child import golden_state
 from .states import abstract, assert_same, make_mesh, make_state, snapshot
 
 KEEP_ALL = CheckpointConfig(save_every=1, keep_last=99)
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def save(directory: Path | str, *steps: int, config: CheckpointConfig = KEEP_ALL) -> dict[int, Any]:
@@ -235,17 +233,3 @@ def test_orbax_alone_reads_a_part(tmp_path: Path) -> None:
     with ocp.PyTreeCheckpointer() as reader:
         restored = reader.restore(tmp_path / "1" / "params", restore_args=jax.tree.map(as_numpy, expected.params))
     assert_same(jax.tree.map(np.asarray, restored), expected.params)
-
-
-@pytest.mark.parametrize("where", ["disk", "bucket"])
-def test_a_checkpoint_of_the_first_format_is_still_read(where: str, gcs: Server) -> None:
-    """Written by `python -m tests.checkpoint.child golden FOLDER`."""
-    place: Any = GOLDEN / where
-    if where == "bucket":
-        place, content = gcs.new_url(), ObjectStore(str(GOLDEN / where))
-        for name in content.list_names():
-            ObjectStore(place).write(name, content.read(name))
-    expected = golden_state()
-    with CheckpointManager(place, read_only=True) as checkpoints:
-        assert_same(checkpoints.restore(1, abstract(expected, make_mesh(fsdp=2))), snapshot(expected))
-        assert checkpoints.load_record(1) == {"step": 1}

@@ -9,12 +9,17 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfra.bench import merge_overrides
 from jaxinfra.config import validate
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from tests.parity.cases import DOCUMENTS, MEAN, TIGHT, batch_on_host, make_program, put_like
+from tests.refusals import mended, problem
+from tests.tiny_run import Tiny
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
 
 SHARDS, STEPS = 8, 4
 FSDP = MeshConfig(fsdp=8)
@@ -53,7 +58,7 @@ def sha256(state: Any) -> str:
     return hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(70)
 def test_bits_are_those_of_every_mesh(all_optimizations: None) -> None:
     """Compiled as for a user: only then does the compiler fuse products and sums, on some shapes."""
     run = small(DOCUMENTS)
@@ -69,7 +74,7 @@ def test_bits_are_those_of_every_mesh(all_optimizations: None) -> None:
         assert found == bits and sha256(other) == sha256(state), mesh
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("run", [TIGHT, MEAN], ids=lambda run: run.name)
 def test_experts_images_and_dropout_have_the_bits_of_another_mesh(run: Run) -> None:
     """Experts drop choices and have statistics and biases."""
@@ -94,3 +99,20 @@ def test_a_state_goes_on_bit_for_bit_on_another_mesh() -> None:
     assert changed != plain and sha256(changed_state) != sha256(plain_state)
     losses = [[np.frombuffer(bytes.fromhex(each), np.float32)[0] for each in side] for side in (plain, bits)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def test_what_cannot_be_honored_is_refused(tiny: Tiny) -> None:
+    """Each line suggests overrides that do."""
+    for wrong, *named in (
+        ("train.canonical=6", "train.canonical=6"),
+        ("train.accumulate=2", "train.accumulate=2 train.canonical=8"),
+        ("train.global_batch=12", "train.global_batch=12"),
+        ("mesh.replica=2", "16 train.canonical=8"),
+        ("mesh.replica=3", "24 train.canonical=8"),
+        ("optim.optimizer=muon", "optim.optimizer"),
+        ("optim.optimizer=adafactor", "optim.optimizer"),
+        ("optim.offload=true", "optim.offload"),
+    ):
+        overrides = merge_overrides(["mesh.fsdp=8", "train.global_batch=48", "train.canonical=8", wrong])
+        line = problem(tiny.loaded(*overrides), *named)
+        validate(tiny.loaded(*mended(overrides, line)))

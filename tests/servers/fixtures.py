@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.servers import gcs as google
+from jaxinfra.faults import gcs_emulator as google
+from jaxinfra.faults.faulty_proxy import Faults, faulty
 from tests.servers import kafka, seaweed
-from tests.servers.proxy import Faults, faulty
 
 BUCKET = "bucket-of-tests"
 

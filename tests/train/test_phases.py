@@ -5,7 +5,6 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,52 +106,6 @@ def test_the_classes_sum_to_the_time_of_a_run_that_is_killed(tiny: Tiny, tmp_pat
     (values,) = json.loads((tmp_path / "goodput.json").read_text()).values()
     assert values["seconds"] == run.seconds and 0 < values["model"]["goodput"] < values["model"]["best_goodput"] < 1
     assert "t-lost" in (folder / "report.html").read_text()
-
-
-HANGING = """\
-import os
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from jaxinfra import Tracker, TrackerConfig
-
-
-class Hanging(Tracker):
-    def __init__(self, run_dir):
-        self.is_first = not (run_dir / "stacks").exists()
-
-    def finish_step(self, step):
-        if step == 6 and self.is_first:
-            time.sleep(1000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HangingConfig(TrackerConfig):
-    def make_tracker(self, run_dir: Path) -> Tracker:
-        return Hanging(run_dir)
-
-
-"""
-
-
-@pytest.mark.slow(10)
-def test_a_callback_that_hangs_ends_the_run(tiny: Tiny) -> None:
-    """The main thread is in C, where no exception reaches it. The same command goes on from the checkpoint."""
-    config = tiny.edited('console="plain")', 'console="plain", trackers=(HangingConfig(),))')
-    config.write_text(HANGING + config.read_text())
-    tiny_run = replace(tiny, config=config)
-    end = ended(tiny_run.start("watchdog.step_s=2", "watchdog.step_factor=2"))
-    assert end.code == HungError.exit_code, end
-    (line,) = (line for line in end.err.splitlines() if line.startswith("error: "))
-    names(line, "no progress step 7 stacks/ same command")
-    (stacks,) = (tiny.directory() / "stacks").iterdir()
-    text = stacks.read_text()
-    assert stacks.name.endswith("-rank-0.txt")
-    assert text.index("MainThread") < text.index("in finish_step") < text.index("watchdog (")
-    assert read_ledger(tiny.directory() / "goodput.jsonl")[-1].rows[-1].step == 6
-    assert ended(tiny_run.start()).code == 0
-    assert account(read_ledger(tiny.directory() / "goodput.jsonl")).seconds["lost"] > 2, "the hang is lost"
 
 
 SLOW = """\

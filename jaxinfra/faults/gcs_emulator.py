@@ -10,13 +10,13 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.servers.proxy import LocalServer, QuietHandler
+from jaxinfra.faults.faulty_proxy import LocalServer, QuietHandler
 
 TOKEN = "a-token-that-is-never-shown"
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)")
@@ -30,9 +30,13 @@ class Objects:
 
     Attributes:
         buckets: of each bucket, of each object its generation and content.
+        altered: what is stored in place of the content of an upload; None stores nothing, and the answer says it did.
+        is_stale: whether listings leave out the newest object.
     """
 
     buckets: dict[str, dict[str, tuple[int, bytes]]]
+    altered: Callable[[str, bytes], bytes | None] = lambda name, content: content
+    is_stale: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -47,7 +51,11 @@ class _Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the end of an answer waits 40 ms for the client to confirm its beginning
     wbufsize = -1
-    server: "_Server"
+
+    @property
+    def _objects(self) -> Objects:
+        assert isinstance(self.server, _Server)
+        return self.server.objects
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
@@ -57,7 +65,7 @@ class _Handler(QuietHandler):
         try:
             if (given := self.headers.get("Authorization", f"Bearer {TOKEN}")) != f"Bearer {TOKEN}":
                 raise _Refused(401, f"Invalid Credentials: {given}")
-            with self.server.objects.lock:
+            with self._objects.lock:
                 status, answer, headers = self._answer(url.path, body)
         except _Refused as refusal:
             status = refusal.status
@@ -91,7 +99,9 @@ class _Handler(QuietHandler):
                 raise _Refused(400, f"uploadType={self.query.get('uploadType')} is not served")
             name = self.query["name"]
             self._check_conditions(bucket[name][0] if name in bucket else 0)
-            bucket[name] = next(self.server.objects.generations), body
+            if (stored := self._objects.altered(name, body)) is None:
+                return self._json({"kind": "storage#object", "bucket": match[1], "name": name, "generation": "1"})
+            bucket[name] = next(self._objects.generations), stored
             return self._json(self._describe(match[1], name))
         if match := _BUCKET.fullmatch(path):
             self._bucket(match[1])
@@ -99,9 +109,9 @@ class _Handler(QuietHandler):
         raise _Refused(400, f"unknown: {self.command} {path}")
 
     def _bucket(self, name: str) -> dict[str, tuple[int, bytes]]:
-        if name not in self.server.objects.buckets:
+        if name not in self._objects.buckets:
             raise _Refused(404, "The specified bucket does not exist.")
-        return self.server.objects.buckets[name]
+        return self._objects.buckets[name]
 
     def _check_conditions(self, generation: int) -> None:
         if int(self.query.get("ifGenerationMatch", generation)) != generation:
@@ -125,7 +135,9 @@ class _Handler(QuietHandler):
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
         items: list[str] = []
         prefixes: set[str] = set()
-        for name in sorted(self.server.objects.buckets[bucket]):
+        stored = self._objects.buckets[bucket]
+        newest = max(stored, key=lambda name: stored[name][0], default=None) if self._objects.is_stale else None
+        for name in sorted(stored.keys() - {newest}):
             below = "endOffset" in self.query and name >= self.query["endOffset"]
             if not name.startswith(prefix) or name < self.query.get("startOffset", "") or below:
                 continue
@@ -137,7 +149,7 @@ class _Handler(QuietHandler):
         return {"items": [self._describe(bucket, name) for name in items], "prefixes": sorted(prefixes)}
 
     def _describe(self, bucket: str, name: str) -> dict[str, Any]:
-        generation, content = self.server.objects.buckets[bucket][name]
+        generation, content = self._objects.buckets[bucket][name]
         return {
             "kind": "storage#object",
             "bucket": bucket,

@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from typing import Literal, override
 
 
 class QuietHandler(BaseHTTPRequestHandler):
     """Answers at once to who waits before it sends, and says nothing on the terminal."""
 
+    @override
     def handle_expect_100(self) -> bool:
         go_on = super().handle_expect_100()
         self.wfile.flush()
         return go_on
 
+    @override
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -97,12 +99,16 @@ class _Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the end of an answer waits 40 ms for the client to confirm its beginning
     wbufsize = -1
-    server: "_Proxy"
+
+    @property
+    def _proxy(self) -> "_Proxy":
+        assert isinstance(self.server, _Proxy)
+        return self.server
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.faults.draw()
-        time.sleep(self.server.faults.delay_s)
+        fault = self._proxy.faults.draw()
+        time.sleep(self._proxy.faults.delay_s)
         if fault == "reset":
             self._reset()
         elif fault == "unavailable":
@@ -113,7 +119,7 @@ class _Handler(QuietHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=60)
+        upstream = http.client.HTTPConnection("127.0.0.1", self._proxy.upstream_port, timeout=60)
         try:
             # The host stays the one that the client signed.
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -124,8 +130,8 @@ class _Handler(QuietHandler):
             answer = upstream.getresponse()
             content = answer.read()
             if self.command == "GET":
-                self.server.faults.count(self.path, content)
-            self.server.faults.after(f"{self.command} {self.path}")
+                self._proxy.faults.count(self.path, content)
+            self._proxy.faults.after(f"{self.command} {self.path}")
             return answer.status, answer.getheaders(), content
         finally:
             upstream.close()

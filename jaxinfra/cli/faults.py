@@ -1,0 +1,72 @@
+"""`python -m launch faults`: injects the fault matrix into real runs on this machine, and prints what happened."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from jaxinfra.cli.markdown import insert_table
+from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.faults.harness import Harness
+from jaxinfra.faults.matrix import Outcome, Row, all_rows, markdown_table, run_rows
+from jaxinfra.storage import outputs
+
+
+class MatrixError(JaxinfraError):
+    """A run did not survive a fault."""
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints each row when it is done; raises MatrixError if a run did not survive one."""
+    rows = _chosen(options.only)
+    if options.write is not None:
+        outputs.check_writable(options.write)
+        insert_table(options.write, "faults", "")
+    kept = nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory(prefix="jaxinfra-faults-")
+    outcomes: list[Outcome] = []
+    with kept as folder:
+        _require_empty(Path(folder))
+        seed = int(time.time()) if options.seed is None else options.seed
+        harness = Harness(Path(folder), is_long=options.long, soak_events=options.soak or 0, seed=seed)
+        for outcome in run_rows(harness, rows):
+            outcomes.append(outcome)
+            print(_line(outcome), flush=True)
+    failed = [each for each in outcomes if not each.survived]
+    numbers = [number for row in rows for number in row.numbers]
+    seconds = sum(each.seconds for each in outcomes)
+    print(f"{len(numbers)} rows, {len(failed)} failed, {seconds:.0f} s; seed {seed}", file=sys.stderr)
+    if options.write is not None:
+        outputs.write_text(options.write, insert_table(options.write, "faults", markdown_table(outcomes)))
+    if failed:
+        first = failed[0]
+        raise MatrixError(
+            f"row {first.row.label}: {first.text}; run it alone by --only {first.row.numbers[0]} --keep DIR"
+        )
+    return 0
+
+
+def _chosen(only: str | None) -> list[Row]:
+    """Returns the rows with these numbers, such as 19,20; all by default."""
+    rows = all_rows()
+    if only is None:
+        return rows
+    known = {number for row in rows for number in row.numbers}
+    words = only.split(",")
+    if unknown := [word for word in words if not word.isdecimal() or int(word) not in known]:
+        raise ConfigError(f"--only {only}: no row {unknown[0]}; the rows are 1 to {max(known)}, use --only 19,20")
+    return [row for row in rows if {*row.numbers} & {int(word) for word in words}]
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or os.listdir(folder)):
+        raise ConfigError(f"--keep {folder}: is not empty; name a new folder")
+
+
+def _line(outcome: Outcome) -> str:
+    verdict = "survived" if outcome.survived else "FAILED  "
+    text = outcome.text if outcome.survived else outcome.text[:2000]
+    return f"{outcome.row.label:>5}  {verdict}  {outcome.seconds:5.1f} s  {outcome.row.fault}: {text}"

@@ -1,0 +1,116 @@
+"""Named places in the code where a test makes a run fail, such as in the middle of a save. Imports no JAX.
+
+JAXINFRA_FAIL=POINT:RANK:STEP:ACTION, several with commas between, arms them; without it they cost a lookup. RANK and
+STEP may be `*`. An action with a step happens once; with `*` at every step. It is written down before it happens, as a
+file `POINT:RANK:STEP:ACTION` in the folder JAXINFRA_FAIL_LOG, if that is set: so a test can tell that it did, and a run
+that is started again does not meet it again.
+
+    JAXINFRA_FAIL=save.write:1:20:kill python -m launch CONFIG --processes 2 --supervise
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxinfra.errors import ConfigError
+
+POINTS = {
+    "init": "before the parameters are initialized",
+    "restore": "after a checkpoint was verified, before it is read",
+    "compile": "before the train step is compiled",
+    "step": "after a step was dispatched, while the devices compute it",
+    "data": "in the thread that reads a batch",
+    "log": "before metrics are written",
+    "evaluation": "after the first batch of an evaluation",
+    "save.copy": "while a save blocks the training, to copy the arrays",
+    "save.write": "in the background, before the files of a checkpoint are complete",
+    "save.manifest": "after the last file, before the manifest",
+    "save.delete": "after a checkpoint is complete, before an older one is deleted",
+    "save.deleting": "in the middle of a deletion",
+    "end": "after the last checkpoint, before summary.json",
+}
+"""Where each failpoint is."""
+
+ACTIONS = ("kill", "stop", "term", "raise", "enospc", "oom", "sleep=SECONDS")
+_MAX_BYTES, _BLOCK_BYTES = 4 << 30, 16 << 20  # that `oom` takes
+_VARIABLE, _LOG = "JAXINFRA_FAIL", "JAXINFRA_FAIL_LOG"
+
+
+class Failpoint(NamedTuple):
+    """An armed failpoint; `rank` and `step` are None for any."""
+
+    point: str
+    rank: int | None
+    step: int | None
+    action: str
+
+    def __str__(self) -> str:
+        anything = ("*" if value is None else str(value) for value in (self.rank, self.step))
+        return ":".join((self.point, *anything, self.action))
+
+
+def parse_failpoints(text: str) -> list[Failpoint]:
+    """Parses the value of JAXINFRA_FAIL; raises ConfigError."""
+    return [_parse(each) for each in text.split(",") if each]
+
+
+def _parse(text: str) -> Failpoint:
+    point, *numbers, action = text.split(":") if text.count(":") == 3 else ("", "", "", "")
+    kind, _, seconds = action.partition("=")
+    is_known = action in ACTIONS or (kind == "sleep" and seconds.replace(".", "", 1).isdecimal())
+    if point not in POINTS or not is_known or not all(each == "*" or each.isdecimal() for each in numbers):
+        raise ConfigError(
+            f"{_VARIABLE}={text}: expected POINT:RANK:STEP:ACTION with a point of {', '.join(POINTS)} and an action of "
+            f"{', '.join(ACTIONS)}; use {_VARIABLE}=step:0:20:kill, or unset it"
+        )
+    rank, step = (None if each == "*" else int(each) for each in numbers)
+    return Failpoint(point=point, rank=rank, step=step, action=action)
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError if JAXINFRA_FAIL is wrong."""
+    parse_failpoints(environment.get(_VARIABLE, ""))
+
+
+def failpoint(point: str, step: int) -> None:
+    """Fails here if that is asked for. `step` is the number of completed steps, those of the save or evaluation."""
+    if _VARIABLE not in os.environ:
+        return
+    for armed in parse_failpoints(os.environ[_VARIABLE]):
+        if armed.point == point and armed.rank in (None, _rank()) and armed.step in (None, step) and _is_new(armed):
+            _act(armed, step)
+
+
+def _rank() -> int:
+    jax = sys.modules.get("jax")
+    return 0 if jax is None else jax.process_index()
+
+
+def _is_new(armed: Failpoint) -> bool:
+    """Writes down that a failpoint acts; returns False if it has done so before, and must act once."""
+    if folder := os.environ.get(_LOG):
+        try:
+            Path(folder, str(armed)).touch(exist_ok=armed.step is None)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _act(armed: Failpoint, step: int) -> None:
+    kind, _, seconds = armed.action.partition("=")
+    if kind == "sleep":
+        time.sleep(float(seconds))
+    elif kind == "raise":
+        raise RuntimeError(f"failpoint {armed} at step {step}")
+    elif kind == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), armed.point)
+    elif kind == "oom":
+        taken = [b"x" * _BLOCK_BYTES for _ in range(_MAX_BYTES // _BLOCK_BYTES)]
+        raise MemoryError(f"failpoint {armed}: took {len(taken) * _BLOCK_BYTES:,} bytes, and no limit was met")
+    else:
+        os.kill(os.getpid(), getattr(signal, {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM"}[kind]))

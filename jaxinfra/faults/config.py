@@ -1,0 +1,167 @@
+"""The run of the fault matrix, and its data, objective and optimizer, which record, or go wrong when they are told."""
+
+import json
+import os
+import threading
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, override
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.tokens import TokenData, TokenDataset
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.objectives.causal_lm import CausalLM
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import AdamW
+from jaxinfra.optim.schedules import Cosine
+from jaxinfra.parallel.spec import PyTree
+from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
+from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.remote import RemoteRun, RemoteTracker, Row
+
+STEPS, SAVE_EVERY, EVAL_EVERY, BATCH = 60, 10, 20, 8
+READS = "JAXINFRA_FAULTS_READS"
+"""The variable that names the folder of what processes have read."""
+
+_thread = threading.local()
+
+
+def config() -> Run:
+    """Returns the run: two layers, 64 wide, 60 steps, a checkpoint every 10 of them, an evaluation every 20."""
+    return Run(
+        name="run",
+        model=TransformerConfig(vocab_size=264, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
+        data=RecordedTokens(store="store", seq_len=32),
+        precision=Precision(compute="float32"),
+        optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=5), peak_lr=3e-3),
+        train=TrainConfig(steps=STEPS, global_batch=BATCH, eval_every=EVAL_EVERY, eval_samples=8),
+        checkpoint=CheckpointConfig(save_every=SAVE_EVERY, keep_last=99),
+        track=TrackConfig(log_every=1, console="plain"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTokens(TokenData):
+    """Appends a line `STEP ID ID ...` for each batch to a file of this process; steps are counted from 1."""
+
+    @override
+    def open(self, *, section: str = "data", hint: str = "") -> TokenDataset:
+        dataset = super().open(section=section, hint=hint)
+        if READS not in os.environ:
+            return dataset
+        sample_ids, read = dataset.sample_ids, dataset.train.read
+        path = os.path.join(os.environ[READS], str(os.getpid()))
+
+        def ids_of_step(step: int, global_batch: int) -> np.ndarray:
+            _thread.step = step + 1
+            return sample_ids(step, global_batch)
+
+        def recorded_read(ids: np.ndarray, *, weighted: bool) -> Batch:
+            with open(path, "a") as file:
+                file.write(f"{' '.join(map(str, (_thread.step, *ids)))}\n")
+            return read(ids, weighted=weighted)
+
+        vars(dataset).update(sample_ids=ids_of_step)
+        vars(dataset.train).update(read=recorded_read)
+        return dataset
+
+
+def checksum(inputs: Any) -> Any:
+    """Returns the sum of tokens `[batch, sequence]`, each times its position in the batch, counted from 1."""
+    rows, length = inputs.shape
+    return (inputs * (np.arange(rows * length, dtype=np.int32) + 1).reshape(rows, length)).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultyLM(CausalLM):
+    """A loss that goes wrong on batches with one of these checksums.
+
+    Attributes:
+        checksums: of the bad batches, see `checksum`.
+        fault: "loss" makes the loss NaN, "gradient" that of one leaf, "spike" multiplies the loss.
+    """
+
+    checksums: tuple[int, ...] = ()
+    fault: str = "loss"
+
+    @override
+    def loss(self, apply: Any, params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        total, sums = super().loss(apply, params, batch)
+        is_bad = jnp.any(jnp.asarray(self.checksums) == checksum(batch["inputs"]))
+        if self.fault == "gradient":  # the root has no slope at 0; the loss stays as it is
+            zero = jnp.where(is_bad, 0.0, 1.0) * jax.tree.leaves(params)[0]
+            return total + jnp.sum(0 * jnp.sqrt(jnp.abs(zero))), sums
+        factor = jnp.where(is_bad, jnp.nan if self.fault == "loss" else 4.0, 1.0)
+        return total * factor, {**sums, "loss": sums["loss"] * factor}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Http(TrackerConfig):
+    """Sends metrics to a server at a port of this machine."""
+
+    port: int = 0
+
+    @override
+    def make_tracker(self, run_dir: Path) -> Tracker:
+        return RemoteTracker(_HttpRun(f"http://127.0.0.1:{self.port}"), str(self.port), "url", announce=False)
+
+
+class _HttpRun(RemoteRun):
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @override
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics) -> str:
+        self._post({})
+        return self._url
+
+    @override
+    def send(self, rows: Sequence[Row]) -> None:
+        self._post([row._asdict() for row in rows])
+
+    @override
+    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        self._post({"status": status})
+
+    def _post(self, values: object) -> None:
+        with urllib.request.urlopen(self._url, json.dumps(values).encode()):
+            pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlippedAdamW(AdamW):
+    """An optimizer that flips a bit of the mantissa of one gradient in a step, on the devices of one process alone.
+
+    Attributes:
+        step: after this number of completed steps.
+        process: index of the process.
+    """
+
+    step: int = 0
+    process: int = 0
+
+    @override
+    def transform(self, specs: PyTree) -> optax.GradientTransformation:
+        adam = super().transform(specs)
+
+        def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+            if jax.process_index() == self.process:  # the others compile another program
+                leaves, tree = jax.tree.flatten(updates)
+                first = leaves[0].astype(jnp.float32)
+                mask = jnp.zeros(first.shape, jnp.uint32).at[(0,) * first.ndim].set(1 << 9)
+                bits = jax.lax.bitcast_convert_type(first, jnp.uint32) ^ mask
+                flipped = jax.lax.bitcast_convert_type(bits, jnp.float32)
+                leaves[0] = jnp.where(state.count == self.step, flipped, first)
+                updates = jax.tree.unflatten(tree, leaves)
+            return adam.update(updates, state, params)
+
+        return optax.GradientTransformation(adam.init, update)

@@ -1,0 +1,49 @@
+"""What the matrix needs of this machine: memory cgroups, small disks, a wrong clock. Each may be missing."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+_ENTER = ("sh", "-c", 'echo $$ > "$0" && exec "$@"')  # the group's file, then the command
+
+
+@contextmanager
+def memory_limit(num_bytes: int) -> Iterator[Sequence[str]]:
+    """Makes a memory cgroup, and yields the words that run a command in it; () where none can be made."""
+    is_v1 = (_V1 / "memory.limit_in_bytes").exists()
+    group = (_V1 if is_v1 else _V2) / f"jaxinfra-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if is_v1 else "memory.max")).write_text(str(num_bytes))
+    except OSError:  # not allowed, or no memory controller
+        if group.exists():
+            group.rmdir()
+        yield ()
+        return
+    try:
+        yield (*_ENTER, str(group / "cgroup.procs"))
+    finally:
+        group.rmdir()
+
+
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[Path | None]:
+    """Mounts a disk of this size in memory; None where that is not allowed."""
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-disk-") as name:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "jaxinfra", name]
+        if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+            yield None
+            return
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", "-l", name], check=True)
+
+
+def faketime_library() -> Path | None:
+    """Returns the library that gives a process another clock; None if it is not installed."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)

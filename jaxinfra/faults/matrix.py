@@ -1,0 +1,83 @@
+"""The rows of the fault matrix: what is injected, and what a run must do then."""
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxinfra.faults.harness import Harness
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One fault, or several that are injected into the same runs.
+
+    Attributes:
+        numbers: in the matrix.
+        fault: what is injected.
+        must: what the run must do.
+        inject: injects it and checks the outcome; returns what happened, or raises.
+    """
+
+    numbers: Sequence[int]
+    fault: str
+    must: str
+    inject: Callable[[Harness], str]
+
+    @property
+    def label(self) -> str:
+        """Its numbers, such as 1-2."""
+        first, last = self.numbers[0], self.numbers[-1]
+        return str(first) if first == last else f"{first}-{last}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What happened, or how it fell short, and the seconds that it took."""
+
+    row: Row
+    text: str
+    survived: bool
+    seconds: float
+
+
+_MODULES = ("kills", "stops", "hangs", "damage", "numbers", "layouts", "buckets", "formats", "soak")
+_rows: list[Row] = []  # the modules add theirs when they are imported
+
+
+def all_rows() -> list[Row]:
+    """Returns the rows in the order of their numbers."""
+    for name in _MODULES:
+        importlib.import_module(f"jaxinfra.faults.{name}")
+    return sorted(_rows, key=lambda row: row.numbers[0])
+
+
+def row(*numbers: int, fault: str, must: str) -> Callable[[Callable[[Harness], str]], Callable[[Harness], str]]:
+    """Adds a row to the matrix, which this function injects and checks."""
+
+    def add(inject: Callable[[Harness], str]) -> Callable[[Harness], str]:
+        _rows.append(Row(numbers=numbers, fault=fault, must=must, inject=inject))
+        return inject
+
+    return add
+
+
+def run_rows(harness: Harness, rows: Iterable[Row]) -> Iterator[Outcome]:
+    """Injects rows one after another."""
+    for each in rows:
+        start_s = time.monotonic()
+        try:
+            text, survived = each.inject(harness), True
+        except Exception as error:  # shown in the table; the others are tried all the same
+            text, survived = f"{type(error).__name__}: {error}", False
+        yield Outcome(row=each, text=text, survived=survived, seconds=time.monotonic() - start_s)
+
+
+def markdown_table(outcomes: Iterable[Outcome]) -> str:
+    """Formats the outcomes as a table."""
+    lines = ["| row | injected | must | happened | seconds |", "| ---: | --- | --- | --- | ---: |"]
+    for each in outcomes:
+        happened = each.text if each.survived else f"**failed**: {each.text}"
+        cells = (each.row.label, each.row.fault, each.row.must, happened, f"{each.seconds:.0f}")
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)

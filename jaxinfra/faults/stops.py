@@ -1,0 +1,170 @@
+"""Rows 10 to 13, 35 and 36: requests to stop, and starts that must not go on."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from jaxinfra.errors import ConfigError, Preempted, RunInUseError
+from jaxinfra.faults.harness import Harness, descendants, named, require, until, wait
+from jaxinfra.faults.matrix import row
+from jaxinfra.track.goodput import GOODPUT_FILE, read_ledger
+
+_PREEMPTED = Preempted.exit_code
+
+
+@row(
+    10,
+    fault="SIGTERM to rank 0, to rank 1, to all, twice during the save",
+    must="all ranks save the same step and leave with 75 within a step and the save; same bits",
+)
+def sigterm(harness: Harness) -> str:
+    """Sends SIGTERM again while it is saved, then to one process, and to both at once."""
+    name, steps = "sigterm", []
+    cases = (
+        "step:0:5:term,save.write:0:*:term,save.write:1:*:term",
+        "step:0:16:term",
+        "step:1:27:term",
+        "step:0:38:term,step:1:38:term",
+    )
+    for case in cases:
+        ended = harness.train(name, processes=2, fail=case)
+        require(ended.code == _PREEMPTED, f"{case}: {ended}")
+        steps.append(max(harness.run(name).steps()))
+        asked = int(case.split(":")[2])
+        require(asked <= steps[-1] <= asked + 2, f"{case}: saved step {steps[-1]}")
+        named(ended.err, "stopped by SIGTERM to process", f"after step {steps[-1]} of")
+    ended = harness.train(name, processes=2)
+    require(ended.code == 0, ended)
+    return f"asked in steps 5, 16, 27, 38, saved {', '.join(map(str, steps))}, each with 75; {harness.same_bits(name)}"
+
+
+@row(
+    11,
+    fault="SIGTERM with a grace shorter than the save (kill -9 follows)",
+    must="goes on from the last periodic checkpoint; same bits",
+)
+def short_grace(harness: Harness) -> str:
+    """Kills all processes in the save that a SIGTERM has asked for."""
+    name = "grace"
+    with harness.started(name, processes=2, fail="step:0:25:term,save.write:*:26:sleep=600") as launcher:
+        run = harness.run(name)
+        until(lambda: list(run.checkpoints.glob("2[5-9].*")), launcher)
+        ranks = descendants(launcher.pid)
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+        ended = wait(launcher, 60)
+    require(ended.code != 0 and run.steps() == [10, 20], f"{run.steps()}: {ended}")
+    again = harness.train(name, processes=2)
+    require(again.code == 0, again)
+    named(again.out, "at step 20 of")
+    return f"gone on from step 20; {harness.same_bits(name)}"
+
+
+@row(12, fault="SIGTERM during an asynchronous save", must="one commit, no deadlock; same bits")
+def sigterm_in_a_save(harness: Harness) -> str:
+    """Sends SIGTERM from the thread that writes a periodic checkpoint."""
+    name = "saving"
+    ended = harness.train(name, processes=2, fail="save.write:0:20:term,save.write:1:20:sleep=1")
+    run = harness.run(name)
+    require(ended.code == _PREEMPTED, ended)
+    steps, left = run.steps(), [path.name for path in run.checkpoints.iterdir() if not path.name.isdecimal()]
+    require(20 in steps and max(steps) >= 20 and not left, f"{steps}, {left}")
+    again = harness.train(name, processes=2)
+    require(again.code == 0, again)
+    return f"75, checkpoints {', '.join(map(str, steps))}, nothing left over; {harness.same_bits(name)}"
+
+
+@contextmanager
+def _metadata_server() -> Iterator[tuple[str, threading.Event]]:
+    """A metadata server as Google Cloud's; once the event is set, this spot machine ends."""
+    ends = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_right = self.headers["Metadata-Flavor"] == "Google"
+            is_spot = self.path.endswith("/preempted")
+            self.send_response(200 if is_right else 403)
+            self.end_headers()
+            self.wfile.write((("TRUE" if ends.is_set() else "FALSE") if is_spot else "NONE").encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}", ends
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@row(
+    13,
+    fault="notice of a metadata server that the machine ends",
+    must="saved before the deadline; the notice is in the last line and in the goodput ledger",
+)
+def maintenance_notice(harness: Harness) -> str:
+    """Announces the end of a spot machine while the run trains."""
+    name = "notice"
+    run = harness.run(name)
+    with _metadata_server() as (address, ends):
+        env = {"JAXINFRA_METADATA": "google", "GCE_METADATA_HOST": address}
+        with harness.started(name, fail="step:0:*:sleep=0.3", env=env) as child:
+            until(lambda: len(run.losses()) > 2, child)
+            ends.set()
+            announced_s = time.monotonic()
+            ended = wait(child, 60)
+            saved_s = time.monotonic() - announced_s
+    require(ended.code == _PREEMPTED, ended)
+    named(ended.err, "stopped by the notice of Google Cloud that this spot machine ends")
+    require(saved_s < 30, f"saved after {saved_s:.1f} s, the machine ends after 30 s")
+    ledger = (run.path / GOODPUT_FILE).read_text()
+    require(read_ledger(run.path / GOODPUT_FILE) and "notice of Google Cloud" in ledger, "no event in the ledger")
+    require(harness.train(name).code == 0, "did not go on")
+    return f"75, saved {saved_s:.1f} s after the notice, which is in the ledger; {harness.same_bits(name)}"
+
+
+@row(35, fault="two supervisors of one run", must="the second is refused (84) and names the process that holds it")
+def two_supervisors(harness: Harness) -> str:
+    """Starts a second supervisor while the first one's child trains."""
+    name = "twice"
+    run = harness.run(name)
+    with harness.started(name, "--supervise", fail="step:0:15:sleep=8") as first:
+        until(lambda: len(run.losses()) > 10, first)
+        second = harness.train(name, "--supervise")
+        require(second.code == RunInUseError.exit_code, second)
+        holders = [str(pid) for pid in descendants(first.pid)]
+        named_pid = next((pid for pid in holders if f"process {pid} " in second.err), None)
+        require(named_pid, f"none of {holders} is named: {second.err}")
+        ended = wait(first, 120)
+    require(ended.code == 0, ended)
+    return f"refused with 84, the holder named; {harness.same_bits(name)}"
+
+
+@row(
+    36,
+    fault="a config that is edited between two starts",
+    must="the difference is shown; one that changes the numbers is refused, or accepted by --accept-change",
+)
+def edited_config(harness: Harness) -> str:
+    """Changes the learning rate, and how often it is logged, between two starts."""
+    name = "edited"
+    ended = harness.train(name, fail="step:0:24:term")
+    require(ended.code == _PREEMPTED, ended)
+    refused = harness.train(name, "optim.peak_lr=1e-3")
+    require(refused.code == ConfigError.exit_code, refused)
+    named(refused.error, "optim.peak_lr", "0.003", "0.001", "--accept-change")
+    accepted = harness.train(name, "optim.peak_lr=1e-3", "track.log_every=2", "--accept-change")
+    require(accepted.code == 0, accepted)
+    record = json.loads((harness.run(name).path / "run.json").read_text())
+    (change,) = record["changes"]
+    require(change["step"] in (24, 25, 26) and "optim.peak_lr" in json.dumps(change), record["changes"])
+    named(accepted.err, "optim.peak_lr")
+    return "another learning rate is refused with 81, both values shown; accepted, it is in run.json with its step"

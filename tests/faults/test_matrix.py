@@ -1,0 +1,94 @@
+"""Every row of the fault matrix in its small form, as `python -m launch faults` injects it, and the command itself."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxinfra import failpoints
+from jaxinfra.faults.harness import Harness, NotSurvived
+from jaxinfra.faults.matrix import Row, all_rows
+from tests.refusals import names, refused
+from tests.tiny_run import launch
+
+ROWS = all_rows()
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    """One folder for all workers of the session: they share the data and the runs that nothing happens to."""
+    base = tmp_path_factory.getbasetemp()
+    return Harness((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults")
+
+
+@pytest.mark.slow(15)
+@pytest.mark.parametrize("each", ROWS, ids=[each.label for each in ROWS])
+def test_a_run_survives(each: Row, harness: Harness) -> None:
+    each.inject(harness)
+
+
+def test_the_matrix_is_complete() -> None:
+    assert [number for each in ROWS for number in each.numbers] == [*range(1, 42)]
+
+
+def test_a_row_that_is_not_survived_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def inject(harness: Harness) -> str:
+        raise NotSurvived("another loss at step 3")
+
+    bad = Row(numbers=(7,), fault="a fault", must="nothing", inject=inject)
+    good = Row(numbers=(8,), fault="none", must="nothing", inject=lambda harness: "nothing | happened")
+    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [bad, good])
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- faults: begin -->\nold\n<!-- faults: end -->\nafter\n")
+    ended = launch("faults", "--write", str(page), "--keep", str(tmp_path / "kept"))
+    assert ended.code == 1
+    names(ended.err.splitlines()[-1], "error: row 7: another loss at step 3 --only 7")
+    assert "FAILED" in ended.out.splitlines()[0] and "survived" in ended.out.splitlines()[1]
+    text = page.read_text()
+    assert (
+        "| 7 | a fault | nothing | **failed**: NotSurvived: another loss at step 3 | 0 |" in text and "old" not in text
+    )
+    assert r"nothing \| happened" in text and text.startswith("before\n") and text.endswith("after\n")
+    assert launch("faults", "--only", "8", "--keep", str(tmp_path / "new")).code == 0
+    for words, named, code in (
+        (("--only", "9"), "--only 9: no row 9 1 to 8", 81),
+        (("--only", "x"), "no row x --only 19,20", 81),
+        (("--keep", str(tmp_path)), f"--keep {tmp_path}: is not empty", 81),
+        (("--write", str(tmp_path / "kept.md")), "kept.md", 82),
+    ):
+        refused(launch("faults", *words), named, code=code)
+
+
+@pytest.mark.parametrize(
+    "text", ["step", "step:0:1", "stop:0:1:kill", "step:0:1:sleep=x", "step:a:1:kill", "step:0:1:die"]
+)
+def test_a_wrong_failpoint_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXINFRA_FAIL", text)
+    ended = launch("models")
+    refused(ended, f"JAXINFRA_FAIL={text} POINT:RANK:STEP:ACTION JAXINFRA_FAIL=step:0:20:kill")
+
+
+def test_a_failpoint_acts_once_where_and_when_it_is_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JAXINFRA_FAIL", "log:*:3:raise,log:1:4:raise,data:0:*:enospc")
+    monkeypatch.setenv("JAXINFRA_FAIL_LOG", str(tmp_path))
+    failpoints.failpoint("log", 2)
+    failpoints.failpoint("step", 3)
+    with pytest.raises(RuntimeError, match="log:[*]:3:raise at step 3"):
+        failpoints.failpoint("log", 3)
+    failpoints.failpoint("log", 3)
+    failpoints.failpoint("log", 4)  # this is process 0
+    for step in (1, 2):
+        with pytest.raises(OSError, match="No space left on device"):
+            failpoints.failpoint("data", step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data:0:*:enospc", "log:*:3:raise"]
+
+
+def test_the_page_shows_each_failpoint(repo_root: Path) -> None:
+    page = (repo_root / "docs/faults.md").read_text()
+    for point, where in failpoints.POINTS.items():
+        assert f"| `{point}` | {where}" in page.replace("`summary.json`", "summary.json")
+    for action in failpoints.ACTIONS:
+        assert f"`{action}`" in page
+    (shown,) = re.findall(r"JAXINFRA_FAIL=([a-z.:0-9]+) python -m launch", page)
+    assert [str(each) for each in failpoints.parse_failpoints(shown)] == [shown]
