@@ -354,9 +354,10 @@ def _mend_orbax() -> None:
     asyncio_utils._run_sync_via_new_loop = _run_to_the_end
 
 
-def _spec_to_json(spec: tensorstore.KvStore.Spec) -> Any:
+def _spec_to_json(self: tensorstore.KvStore.Spec, include_defaults: bool = False) -> Any:
     """Returns the JSON of a store, from its `repr`: KvStore.Spec({...})."""
-    return ast.literal_eval(repr(spec).removeprefix("KvStore.Spec(").removesuffix(")"))
+    assert not include_defaults, "its repr has none"
+    return ast.literal_eval(repr(self).removeprefix("KvStore.Spec(").removesuffix(")"))
 
 
 def _run_to_the_end[T](coroutine: Coroutine[Any, Any, T]) -> T:
