@@ -1,17 +1,22 @@
 """The data of a run as its processes read it."""
 
+import math
 from functools import cached_property
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxinfra.command import COMMAND
-from jaxinfra.data.batches import BatchLoader, check_batch, validation_batches
+from jaxinfra.data.batches import BatchLoader, batches_ahead, check_batch, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
-from jaxinfra.data.prefetch import process_rows, to_global
+from jaxinfra.data.prefetch import DEPTH, process_rows, to_global
+from jaxinfra.errors import ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
+from jaxinfra.track.formatting import format_bytes
+from jaxinfra.track.memory import available_bytes
 from jaxinfra.user_code import user_code_errors
 
 
@@ -41,6 +46,26 @@ class RunData:
             dataset.validation()  # raises if there are no validation samples
         return dataset
 
+    def check_host_memory(self) -> None:
+        """Raises ConfigError if the batches that this process holds cannot be in the memory of its host.
+
+        On CPUs the batches on the devices and the train state are there, too.
+        """
+        batch_bytes = sum(map(_process_bytes, self._program.batch.values()))
+        ahead, state_bytes = batches_ahead(self._run.data, batch_bytes), 0
+        if self._program.partitioner.platform == "cpu":
+            ahead += DEPTH
+            state_bytes = sum(map(_process_bytes, jax.tree.leaves(self._program.state)))
+        needed, available = (ahead + 1) * batch_bytes + state_bytes, available_bytes()
+        if needed > available:
+            name = f"train.global_batch={self._run.train.global_batch}"
+            state = f", and the train state {format_bytes(state_bytes)}" if state_bytes else ""
+            raise ConfigError(
+                f"{name}: needs {format_bytes(needed)} of host memory, {format_bytes(available)} are available: this "
+                f"process holds {ahead + 1} batches of {format_bytes(batch_bytes)}{state}; use a smaller "
+                "train.global_batch, or more hosts"
+            )
+
     @cached_property
     def rows(self) -> np.ndarray:
         """The rows of a global batch that this process loads."""
@@ -65,3 +90,10 @@ class RunData:
         check_batch(batch, self._run.data, len(self.rows))
         shardings = {name: array.sharding for name, array in self._program.validation_batch.items()}
         return to_global(batch, shardings, global_batch=self._run.train.global_batch)
+
+
+def _process_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of the parts of a global array that the devices of this process hold, each part once."""
+    assert isinstance(array.sharding, Sharding)
+    parts = {str(part) for part in array.sharding.addressable_devices_indices_map(array.shape).values()}
+    return len(parts) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

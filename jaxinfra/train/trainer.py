@@ -133,6 +133,7 @@ class Trainer:
         """
         with read_by_first(self._peers):
             dataset, steps = self.dataset, self.run.train.steps
+        self._data.check_host_memory()
         self.require_equal_processes()
         with (
             RunSignals() as signals,

@@ -13,6 +13,7 @@ from jaxinfra.config import Loaded, record
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.memory import available_bytes
 from tests.refusals import mend, names, refused
 from tests.tiny_run import STEPS, Ended, Tiny, contents, launch, summary
 
@@ -156,6 +157,14 @@ def test_what_is_no_recipe(tiny: Tiny, tmp_path: Path) -> None:
     part.write_text("from jaxinfra.run import TrainConfig\n\n\ndef config():\n    return TrainConfig()\n")
     for words in ((tiny.config, "data.recipe=none"), (tiny.config, f"data.recipe={tiny.config}"), (part,)):
         refused(launch("data", "prepare", *map(str, words)), f"{words[0]}: recipe")
+
+
+def test_a_batch_beyond_the_memory_of_the_host(tiny: Tiny) -> None:
+    """It is refused before anything is allocated."""
+    for samples in (2**40, int(available_bytes() / 128)):  # a sample has 32 tokens and as many targets, all of int32
+        batch = samples // 8 * 8
+        refused(tiny.launch(f"train.global_batch={batch}"), f"train.global_batch={batch}: GiB available use")
+    assert not tiny.runs.exists()
 
 
 def test_no_space(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
