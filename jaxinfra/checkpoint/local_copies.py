@@ -31,7 +31,8 @@ from jaxinfra.checkpoint.manifest import (
     verify_bytes,
 )
 from jaxinfra.checkpoint.shards import StateShards
-from jaxinfra.errors import JaxinfraError
+from jaxinfra.errors import JaxinfraError, StorageError
+from jaxinfra.storage.checks import make_private
 from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of
 
@@ -203,9 +204,10 @@ class LocalCopies[State](ClosedOnExit):
             nonlocal failure
             try:
                 if failure is None:  # else the others still have to get rid of what they send
-                    folder.mkdir(0o700, parents=True, exist_ok=True)  # others may use the host
+                    make_private(self._folder)  # others may use the host
+                    folder.mkdir(0o700, exist_ok=True)
                     (folder / str(number)).write_bytes(content)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 failure = error
 
         for number, content in contents.items():
@@ -220,7 +222,7 @@ class LocalCopies[State](ClosedOnExit):
 
     def _swap_with_neighbors(self, outgoing: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """Sends to the neighbor, and yields what others send to this process; nothing if nobody keeps for another."""
-        if self._shards.sent or self._shards.received:
+        if self._shards.exchanges:  # then all processes swap, so that they count alike
             yield from self._swap({self._shards.neighbor: outgoing} if self._shards.sent else {}, self._shards.received)
 
     def _together(self, name: str, part: Callable[[], None]) -> bool:

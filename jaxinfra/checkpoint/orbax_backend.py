@@ -11,6 +11,7 @@ Exceptions of Orbax, TensorStore and the operating system pass through, and Dama
 import ast
 import asyncio
 import errno
+import json
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -354,10 +355,15 @@ def _mend_orbax() -> None:
     asyncio_utils._run_sync_via_new_loop = _run_to_the_end
 
 
+_leaking_to_json = tensorstore.KvStore.Spec.to_json
+
+
 def _spec_to_json(self: tensorstore.KvStore.Spec, include_defaults: bool = False) -> Any:
-    """Returns the JSON of a store, from its `repr`: KvStore.Spec({...})."""
-    assert not include_defaults, "its repr has none"
-    return ast.literal_eval(repr(self).removeprefix("KvStore.Spec(").removesuffix(")"))
+    """Returns the JSON of a store, from its `repr`: KvStore.Spec({...}), with each byte of UTF-8 as a character."""
+    if include_defaults:  # its repr has none
+        return _leaking_to_json(self, include_defaults)
+    value = ast.literal_eval(repr(self).removeprefix("KvStore.Spec(").removesuffix(")"))
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("latin-1").decode())
 
 
 def _run_to_the_end[T](coroutine: Coroutine[Any, Any, T]) -> T:

@@ -45,6 +45,7 @@ class StateShards[State]:
         neighbor: the process that keeps copies for this one.
         sent: numbers of the shards that it keeps for this process.
         received: numbers of the shards that this process keeps for others, by their index.
+        exchanges: whether any process keeps shards for another.
         layout: a hash of types and shards; equal numbers mean equal shards only where it is equal.
 
     Args:
@@ -64,7 +65,7 @@ class StateShards[State]:
             if len(groups) > 1 and len({groups[process] for process in holders}) == 1:
                 sent[min(holders)].append(number)
         self.own = [number for number, shard in enumerate(self._shards) if self._own_devices(shard)]
-        self.neighbor, self.sent = neighbor_of(index, hosts), sent[index]
+        self.neighbor, self.sent, self.exchanges = neighbor_of(index, hosts), sent[index], any(sent.values())
         self.received = {
             source: numbers for source, numbers in sent.items() if numbers and neighbor_of(source, hosts) == index
         }

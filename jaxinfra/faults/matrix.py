@@ -77,7 +77,7 @@ def markdown_table(outcomes: Iterable[Outcome]) -> str:
     """Formats the outcomes as a table."""
     lines = ["| row | injected | must | happened | seconds |", "| ---: | --- | --- | --- | ---: |"]
     for each in outcomes:
-        happened = each.text if each.survived else f"**failed**: {each.text}"
+        happened = each.text if each.survived else f"**failed**: {' '.join(each.text.split())[:200]}"
         cells = (each.row.label, each.row.fault, each.row.must, happened, f"{each.seconds:.0f}")
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def _event(harness: Harness, run: Run, words: tuple[str, ...], draw: random.Rand
     rank, step = draw.randrange(processes), newest + draw.randint(2, 2 * SAVE_EVERY)
     saved = (step // SAVE_EVERY + 1) * SAVE_EVERY
     if kind == "damage" and len(run.steps()) > 1:
-        files = [path for path in (run.checkpoints / str(newest)).rglob("*") if path.is_file()]
+        files = sorted(path for path in (run.checkpoints / str(newest)).rglob("*") if path.is_file())
         path = draw.choice([each for each in files if each.stat().st_size])
         content = bytearray(path.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)

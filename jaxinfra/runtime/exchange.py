@@ -7,6 +7,7 @@ import itertools
 import json
 import secrets
 import socket
+import time
 from collections.abc import Buffer, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import override
@@ -17,6 +18,7 @@ from jaxinfra.runtime.peer_connection import Json, listen
 from jaxinfra.storage.closing import ClosedOnExit
 
 _SILENCE_S = 60.0  # without a byte; one that is lost is noticed by the hub long before
+_HELLO_S, _MAX_HELLO_BYTES = 5.0, 256  # until a connection has shown the secret
 _MAX_LINE_BYTES = 2**24
 
 type Parcel = tuple[Json, Buffer]
@@ -67,11 +69,11 @@ class Exchange(ClosedOnExit):
         while hellos:
             channel, _ = self._listener.accept()
             with channel, channel.makefile("rb") as stream:
-                channel.settimeout(_SILENCE_S)
-                hello = stream.readline(_MAX_LINE_BYTES)
+                hello = _read_hello(channel)
                 if hello not in hellos:  # a stranger, or of an exchange that was given up
                     continue
                 hellos.remove(hello)
+                channel.settimeout(_SILENCE_S)
                 while (header := _parse(stream.readline(_MAX_LINE_BYTES))) is not None:
                     label, num_bytes = header
                     content = bytearray(num_bytes)
@@ -81,6 +83,20 @@ class Exchange(ClosedOnExit):
 
     def _hello(self, number: int, source: int) -> bytes:
         return _line([self._secret, number, source])
+
+
+def _read_hello(channel: socket.socket) -> bytes:
+    """Reads the first line of a connection; b"" for a stranger that is silent, slow or gone within a few seconds."""
+    deadline_s, hello = time.monotonic() + _HELLO_S, b""
+    try:
+        while not hello.endswith(b"\n") and len(hello) < _MAX_HELLO_BYTES:
+            channel.settimeout(max(0.01, deadline_s - time.monotonic()))
+            if not (byte := channel.recv(1)):
+                return b""
+            hello += byte
+    except OSError:
+        return b""
+    return hello
 
 
 def _line(value: Json) -> bytes:

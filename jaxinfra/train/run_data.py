@@ -15,6 +15,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.formatting import format_bytes
 from jaxinfra.track.memory import available_bytes
 from jaxinfra.user_code import user_code_errors
@@ -47,7 +48,7 @@ class RunData:
         return dataset
 
     def check_host_memory(self) -> None:
-        """Raises ConfigError if the batches that this process holds cannot be in the memory of its host.
+        """Raises ConfigError, in all processes, if a host has too little memory for the batches of its processes.
 
         On CPUs the batches on the devices and the train state are there, too.
         """
@@ -55,16 +56,15 @@ class RunData:
         ahead, state_bytes = batches_ahead(self._run.data, batch_bytes), 0
         if self._program.partitioner.platform == "cpu":
             ahead += DEPTH
-            state_bytes = sum(map(_process_bytes, jax.tree.leaves(self._program.state)))
-        needed, available = (ahead + 1) * batch_bytes + state_bytes, available_bytes()
-        if needed > available:
-            name = f"train.global_batch={self._run.train.global_batch}"
-            state = f", and the train state {format_bytes(state_bytes)}" if state_bytes else ""
-            raise ConfigError(
-                f"{name}: needs {format_bytes(needed)} of host memory, {format_bytes(available)} are available: this "
-                f"process holds {ahead + 1} batches of {format_bytes(batch_bytes)}{state}; use a smaller "
-                "train.global_batch, or more hosts"
-            )
+            state_bytes = sum(map(_device_bytes, jax.tree.leaves(self._program.state)))
+        peers = current_peers()
+        needs = peers.gather(((ahead + 1) * batch_bytes, state_bytes, available_bytes()))
+        for host in dict.fromkeys(peers.hosts):
+            of_host = [need for need, each in zip(needs, peers.hosts, strict=True) if each == host]
+            batches, state = (sum(need[part] for need in of_host) for part in (0, 1))
+            available = of_host[0][2]
+            if batches + state > available:
+                raise ConfigError(_too_large(self._run.train.global_batch, batches, state, available, host))
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -90,6 +90,22 @@ class RunData:
         check_batch(batch, self._run.data, len(self.rows))
         shardings = {name: array.sharding for name, array in self._program.validation_batch.items()}
         return to_global(batch, shardings, global_batch=self._run.train.global_batch)
+
+
+def _too_large(global_batch: int, batches: int, state: int, available: int, host: str) -> str:
+    for_state = f" and {format_bytes(state)} for the train state" if state else ""
+    needed = f"{format_bytes(batches)} for batches{for_state}"
+    where = f"{host}: {format_bytes(available)} of memory are available, and its processes need {needed}"
+    if state > batches:
+        return f"{where}; use a smaller model, or more hosts"
+    return f"train.global_batch={global_batch}: {where}; use a smaller train.global_batch, or more hosts"
+
+
+def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes that the devices of this process hold of a global array, copies included."""
+    assert isinstance(array.sharding, Sharding)
+    devices = len(array.sharding.addressable_devices_indices_map(array.shape))
+    return devices * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def _process_bytes(array: jax.ShapeDtypeStruct) -> int:

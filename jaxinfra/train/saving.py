@@ -21,7 +21,7 @@ from jaxinfra.run_dir import Owned, RunDirectory
 from jaxinfra.runtime.connected_peers import ConnectedPeers
 from jaxinfra.runtime.exchange import Exchange
 from jaxinfra.runtime.peers import Peers
-from jaxinfra.storage.checks import check_space, make_writable
+from jaxinfra.storage.checks import check_space, make_private, make_writable
 from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.location import is_remote
@@ -174,6 +174,7 @@ class Saving(ClosedOnExit):
         needed = zip(peers.hosts, peers.gather(self._copies.needed_bytes), strict=True)
         total = sum(num_bytes for host, num_bytes in needed if host == peers.hosts[peers.index])
         try:
+            make_private(folder)
             make_writable(folder)
             fix = "use checkpoint.local=FOLDER on another disk, or checkpoint.local=none"
             if number == 0:
@@ -184,7 +185,7 @@ class Saving(ClosedOnExit):
             _log.warning("%s; training goes on without copies until then", error)
 
     def _before_commit(self) -> Callable[[], None]:
-        """Returns what must hold before a copy counts: the run is still this start's, and its metrics are safe."""
+        """Returns the check that runs before a copy is complete: this start has the run, and its metrics are safe."""
         if (owned := self._owned) is None:
             return lambda: None
 

@@ -119,6 +119,12 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
     assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [first]
     assert f"{store}/{first}" in launch("data", "peek", str(begun.directory("mine") / "run.json"), "--rows", "0").out
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
+    start.append("optim.peak_lr=2e-3")
+    assert begun.launch(*start, "--accept-change").code == 0
+    record = json.loads((begun.directory("mine") / "run.json").read_text())
+    assert record["data_versions"] == [first]
+    assert record["changes"] == [{"step": 10, "fields": {"optim.peak_lr": ["0.003", "0.002"]}}]
+    shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
     shutil.rmtree(store)
     assert launch(*prepare).code == 0
     before = contents(begun.runs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jaxinfra.runtime import exchange
 from jaxinfra.runtime.exchange import Exchange
 
 
@@ -33,25 +34,31 @@ class Pair:
         )
 
 
-def test_both_send_at_once_and_strangers_are_ignored() -> None:
+def test_both_send_at_once_and_strangers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, contents = Pair(), [os.urandom(5_000_000), b""]  # more than the sockets buffer
+    silent: list[socket.socket] = []
+    monkeypatch.setattr(exchange, "_HELLO_S", 0.5)
 
     def run(index: int) -> list[list[Any]]:
-        with Exchange(pair.peers(index)) as exchange:
-            for _, port in exchange._addresses:
-                with socket.create_connection(("127.0.0.1", port)) as stranger:
-                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with Exchange(pair.peers(index)) as link:
+            for _, port in link._addresses:
+                for said in (b"GET / HTTP/1.1\r\n\r\n", b"", b"x" * 1000):
+                    with socket.create_connection(("127.0.0.1", port)) as stranger:
+                        stranger.sendall(said)
+                silent.append(socket.create_connection(("127.0.0.1", port)))  # it stays, and says nothing
             other, found = 1 - index, []
             for _ in range(2):
                 parcels = [([index, number], content) for number, content in enumerate(contents)]
-                found.append(sorted(exchange.swap({other: parcels}, [other])))
-            assert [*exchange.swap({}, [])] == []
+                found.append(sorted(link.swap({other: parcels}, [other])))
+            assert [*link.swap({}, [])] == []
             pair.peers(index).gather(None)
             return found
 
     with ThreadPoolExecutor(2) as pool:
         for index, found in enumerate(pool.map(run, range(2))):
             assert found == [[([1 - index, number], content) for number, content in enumerate(contents)]] * 2
+    for each in silent:
+        each.close()
 
 
 def test_a_process_that_breaks_off_is_an_error_of_the_connection() -> None:
@@ -62,13 +69,13 @@ def test_a_process_that_breaks_off_is_an_error_of_the_connection() -> None:
         raise OSError("killed")
 
     def run(index: int) -> None:
-        with Exchange(pair.peers(index)) as exchange:
+        with Exchange(pair.peers(index)) as link:
             if index == 0:
                 with pytest.raises(OSError, match="killed"):
-                    [*exchange.swap({1: breaks_off()}, [])]
+                    [*link.swap({1: breaks_off()}, [])]
             else:
                 with pytest.raises(ConnectionResetError):
-                    [*exchange.swap({}, [0])]
+                    [*link.swap({}, [0])]
 
     with ThreadPoolExecutor(2) as pool:
         [*pool.map(run, range(2))]
