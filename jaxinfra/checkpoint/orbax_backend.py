@@ -27,8 +27,10 @@ from etils import epath
 from orbax.checkpoint._src import asyncio_utils
 from orbax.checkpoint._src.futures.future import Future
 from orbax.checkpoint._src.metadata.checkpoint import metadata_store
+from orbax.checkpoint._src.path import types as path_types
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath, DeferredPath
 from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import types as serialization_types
 
 from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.backend import Backend, Gather
@@ -344,12 +346,14 @@ class _Hashed(Future):
 
 
 def _mend_orbax() -> None:
-    """Replaces two private functions of Orbax 0.12, and one of TensorStore."""
+    """Replaces functions of Orbax 0.12, and one of TensorStore."""
     # For a line of its log Orbax asks for TensorStore's metrics in each save. TensorStore 0.1.86 leaks its answer: some
     # 40 kB a save.
     tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
     # Orbax asks for the JSON of a store for each array. TensorStore 0.1.86 leaks it: some 5 kB a save.
     tensorstore.KvStore.Spec.to_json = _spec_to_json
+    # Several threads wait for the folder of one array; the first to go on replaces it while others look at it.
+    serialization_types.ParamInfo.await_path_creation = _await_path_creation
     # If a write fails, Orbax closes the event loop at once. TensorStore then finds it closed at the end of each other
     # write, and prints a traceback: a thousand lines on a full disk.
     asyncio_utils._run_sync_via_new_loop = _run_to_the_end
@@ -364,6 +368,14 @@ def _spec_to_json(self: tensorstore.KvStore.Spec, include_defaults: bool = False
         return _leaking_to_json(self, include_defaults)
     value = ast.literal_eval(repr(self).removeprefix("KvStore.Spec(").removesuffix(")"))
     return json.loads(json.dumps(value, ensure_ascii=False).encode("latin-1").decode())
+
+
+async def _await_path_creation(self: serialization_types.ParamInfo) -> None:
+    """Waits for the folder of an array, in any number of threads."""
+    folder = self._parent_dir
+    if isinstance(folder, path_types.PathAwaitingCreation):
+        created = await folder.await_creation()
+        self.path, self.parent_dir = created / self.name, created
 
 
 def _run_to_the_end[T](coroutine: Coroutine[Any, Any, T]) -> T:

@@ -7,16 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from jaxinfra.config import load
 from jaxinfra.errors import PeerLostError, StorageError
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.train.trainer import Trainer
+from jaxinfra.trained_params import load_params
 from tests.refusals import names, refused
 from tests.several import several
 from tests.tiny_run import Ended, Tiny, ended
-from tests.train.test_kills import parameters
+
+
+def parameters(tiny: Tiny, name: str) -> list[np.ndarray]:
+    run = with_mesh_size(load(tiny.directory(name) / "run.json", ["mesh.fsdp=1"], Run).run, 1)
+    program = Program(run, make_mesh(run.mesh, jax.devices()[:1]))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_params(tiny.directory(name), program).params)]
+
 
 _usage = shutil.disk_usage
 RUN = ("train.eval_every=none", "checkpoint.save_every=40", "train.steps=90", "mesh.fsdp=2")
