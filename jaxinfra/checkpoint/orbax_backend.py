@@ -53,7 +53,7 @@ from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
 _TIMEOUT_S = 10 * 365 * 24 * 3600
-"""Of Orbax's waits, which it measures by the time of day: it may be set forward. `gather` has a limit of its own."""
+"""Seconds that Orbax may wait: more than any change of the clock, by which it measures. `gather` limits the wait."""
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 

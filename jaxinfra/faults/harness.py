@@ -90,7 +90,7 @@ class Ended(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a run must end as.
+    """The numbers that a run must end with.
 
     Attributes:
         losses: of each step, in hexadecimal.

@@ -1,4 +1,4 @@
-"""What the matrix needs of this machine: memory cgroups, small disks, a wrong clock. Each may be missing."""
+"""Makes memory cgroups and small disks, and finds the library of a wrong clock; a machine may lack each of them."""
 
 import os
 import subprocess

@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What happened, or how it fell short, and the seconds that it took."""
+    """The result of a row: whether the run survived, what happened or what went wrong, and the seconds that it took."""
 
     row: Row
     text: str

@@ -11,7 +11,7 @@ from jaxinfra.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
 EVENTS, LONG_EVENTS = 3, 20
-"""Of the small form and of the long one; `--soak N` takes N."""
+"""Number of random faults, by default and with `--long`; `--soak N` injects N."""
 _LAYOUTS = ((1, 1), (1, 4), (2, 2), (2, 4))
 _POINTS = ("init", "compile", "restore", "step", "save.copy", "save.write", "save.manifest", "save.delete")
 

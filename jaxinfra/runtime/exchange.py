@@ -22,7 +22,7 @@ _HELLO_S, _MAX_HELLO_BYTES = 5.0, 256  # until a connection has shown the secret
 _MAX_LINE_BYTES = 2**24
 
 type Parcel = tuple[Json, Buffer]
-"""What the content is, and the content."""
+"""A label, which tells the receiver what the content is, and the content."""
 
 
 class Exchange(ClosedOnExit):

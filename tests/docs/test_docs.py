@@ -78,7 +78,7 @@ def test_configs_and_overrides_in_commands_are_right(command: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """What a newcomer has: no virtual environment, nothing of JAX's, but for a compiler that is quick."""
+    """The variables of a newcomer: no virtual environment, and nothing of JAX but a compiler that is quick."""
     others = ("JAX_", "VIRTUAL_ENV", "PYTHON", "PYTEST", "MAKE")
     return {k: v for k, v in os.environ.items() if not k.startswith(others)} | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 

@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FOLDER = Path(__file__).resolve().parent / "compile"
 BUDGETS, PROGRAMS = FOLDER / "budgets.json", FOLDER / "programs.json"
 READERS = CONFIGS.parent / "jaxinfra" / "plan"
-"""What reads figures from compiled programs."""
+"""The code that reads figures from compiled programs."""
 TOLERANCE = 0.01
 
 LONG_CONTEXT = "llama3_8b_128k"
