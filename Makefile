@@ -13,6 +13,9 @@ ifndef PYTHON
 PYTHON := $(shell $(FIND_PYTHON))
 endif
 
+# Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help quickstart test test-slow test-all test-oldest test-trl lint bench docs clean
 .DEFAULT_GOAL := help
 
@@ -47,9 +50,9 @@ quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss 
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
 
-# One session: the slow tests first, shared out over the workers (tests/conftest.py). Three workers keep two cores busy:
+# One session: the slow tests first, shared out over the workers (tests/conftest.py). Four workers keep two cores busy:
 # tests wait for processes, servers and outages.
-PYTEST = $(BIN)/python -m pytest -n 3 --dist worksteal
+PYTEST = $(BIN)/python -m pytest -n 4 --dist worksteal
 
 test: lint ## install what tests need, lint, and run the fast tests
 	$(PYTEST) -m "not slow"
@@ -73,7 +76,7 @@ OLDEST := .venv-oldest
 OLDEST_PYTHON = for candidate in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3.12 "$(PYTHON)"; do \
 	"$$candidate" -c 'import ensurepip' 2>/dev/null && echo "$$candidate" && exit; done
 
-$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VENV)/.installed
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VENV)/.installed-test
 	"$(shell $(OLDEST_PYTHON))" -m venv $(OLDEST)
 	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python -c constraints-oldest.txt \
 		-c <(grep -v '^jax' constraints.txt) -e . pytest pytest-xdist

@@ -1,11 +1,11 @@
 """Named places in the code where a test makes a run fail, such as in the middle of a save. Imports no JAX.
 
 JAXINFRA_FAIL=POINT:RANK:STEP:ACTION, several with commas between, arms them; without it they cost a lookup. RANK and
-STEP may be `*`. An action with a step happens once; with `*` at every step. It is written down before it happens, as a
-file `POINT:RANK:STEP:ACTION` in the folder JAXINFRA_FAIL_LOG, if that is set: so a test can tell that it did, and a run
-that is started again does not meet it again.
+STEP may be `*`. An action is written down before it happens, in the folder JAXINFRA_FAIL_LOG, if that is set: as a file
+`POINT:RANK:STEP:ACTION`, and one with `@` and the rank for each rank. So a test can tell that it did happen, and an
+action at one step happens once in each rank, also if the run is started again.
 
-    JAXINFRA_FAIL=save.write:1:20:kill python -m launch CONFIG --processes 2 --supervise
+    JAXINFRA_FAIL_LOG=/tmp/fired JAXINFRA_FAIL=save.write:1:20:kill python -m launch CONFIG --processes 2 --supervise
 """
 
 import errno
@@ -73,12 +73,16 @@ def _parse(text: str) -> Failpoint:
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError if JAXINFRA_FAIL is wrong."""
-    parse_failpoints(environment.get(_VARIABLE, ""))
+    """Creates the folder of JAXINFRA_FAIL_LOG; raises ConfigError if that fails, or if JAXINFRA_FAIL is wrong."""
+    if parse_failpoints(environment.get(_VARIABLE, "")) and (folder := environment.get(_LOG)):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{_LOG}={folder}: {error.strerror}; name a folder that can be written") from None
 
 
 def failpoint(point: str, step: int) -> None:
-    """Fails here if that is asked for. `step` is the number of completed steps, those of the save or evaluation."""
+    """Runs the action that is armed for this point, if any; `step` is the number of completed steps here."""
     if _VARIABLE not in os.environ:
         return
     for armed in parse_failpoints(os.environ[_VARIABLE]):
@@ -92,12 +96,13 @@ def _rank() -> int:
 
 
 def _is_new(armed: Failpoint) -> bool:
-    """Writes down that a failpoint acts; returns False if it has done so before, and must act once."""
+    """Writes down that a failpoint acts in this rank; returns False if it has done so before, and must act once."""
     if folder := os.environ.get(_LOG):
         try:
-            Path(folder, str(armed)).touch(exist_ok=armed.step is None)
+            Path(folder, f"{armed}@{_rank()}").touch(exist_ok=armed.step is None)
         except FileExistsError:
             return False
+        Path(folder, str(armed)).touch()
     return True
 
 

@@ -410,11 +410,13 @@ class Program:
         """Returns gradients of the summed loss, sums and statistics; reduces over `replica` once."""
         if self.module.partial_gradients:  # *reduced* parameters keep their gradients partial sums until the end
             params = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
-        step = partial(self._loss_and_grads, params, reference=reference)
         if self.run.train.accumulate == 1:
-            sums, stats, grads = step(batch)
+            sums, stats, grads = self._loss_and_grads(params, batch, reference)
         else:
             microbatches = self._microbatches(batch)
+            # Traced once for both: jit remembers what it has traced, and `inline` leaves no call in the program.
+            traced = jax.jit(self._loss_and_grads, inline=True)
+            step = partial(traced, params, reference=reference)
             shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))
             # Starting from zeros, not from the first microbatch, compiles the model once, inside the loop.
             zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)

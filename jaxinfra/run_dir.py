@@ -85,9 +85,9 @@ class RunDirectory:
             return {} if newest is None else newest[1]
 
     def data_versions(self, run: Run) -> Sequence[str]:
-        """Returns the dataset versions that the run started with; () for a new run or a changed config."""
+        """Returns the dataset versions that the run started with; () for a new run or other data in the config."""
         record = self.existing_record()
-        if not record or self._changes(run, record):
+        if not record or any(change.path.partition(".")[0] == "data" for change in self._changes(run, record)):
             return ()
         return record.get("data_versions", ())
 

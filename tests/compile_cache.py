@@ -66,7 +66,8 @@ def key(lowered: Any, program: Any, topology: Any) -> str:
         str(topology),
         [(device.id, device.process_index) for device in devices],
         OPTION_SETS[program.run.train.compiler],
-        {name: os.environ.get(name) for name in FLAGS},
+        # Compilers of accelerators do not read the flags of CPUs.
+        {name: [flag for flag in os.environ.get(name, "").split() if "_cpu_" not in flag] for name in FLAGS},
         {name: _version(name) for name in COMPILERS},
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

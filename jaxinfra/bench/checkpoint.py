@@ -29,9 +29,12 @@ from jaxinfra.bench.subprocesses import call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import leaves_by_name
+from jaxinfra.checkpoint.local_copies import LocalCopies
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.checkpoint.shards import StateShards
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime.emulation import emulation_env
+from jaxinfra.runtime.peers import Peers
 from jaxinfra.storage.checks import check_space
 
 DEFAULT_MB, MIN_MB = 1000, 1
@@ -106,6 +109,29 @@ class CompressedSide(JaxinfraSide):
     """The same with `checkpoint.compress`."""
 
     compress = True
+
+
+class CopySide(Side):
+    """A copy as with `checkpoint.local`, which is not synced; a restore compares every byte with its hash."""
+
+    def __init__(self, folder: Path, state: Any) -> None:
+        super().__init__(folder, state)
+        shards = StateShards(_abstract(state), ["host"], 0)
+        self._copies = LocalCopies(folder, "bench", shards, Peers(), lambda outgoing, sources: iter(()))
+
+    @override
+    def save(self, step: int) -> None:
+        self._copies.save(step, self.state, {}, {})
+
+    @override
+    def wait(self) -> None:
+        self._copies.wait_until_finished()
+
+    @override
+    def restore(self, step: int) -> Any:
+        copy = self._copies.restore(step - 1, {}, lambda name: True)
+        assert copy is not None
+        return copy.state
 
 
 class OrbaxSide(Side):
@@ -186,6 +212,7 @@ ORBAX, RAW = "plain Orbax, defaults", "write + fsync"
 SIDES: Mapping[str, tuple[str, type[Side]]] = {
     "jaxinfra": ("jaxinfra", JaxinfraSide),
     "compress": ("jaxinfra, checkpoint.compress", CompressedSide),
+    "copy": ("jaxinfra, checkpoint.local", CopySide),
     "orbax": (ORBAX, OrbaxSide),
     "tensorstore": ("TensorStore alone, zarr3", TensorStoreSide),
     "raw": (RAW, RawSide),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import PositiveInt
+from jaxinfra.config.limits import NonEmptyStr, PositiveInt
+from jaxinfra.storage.location import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class CheckpointConfig:
         async_save: writes checkpoints in the background while training continues.
         compress: compresses checkpoints on a disk with zstd. Float32 weights get 8 % smaller, and a save takes twice as
             long.
+        local: a folder on each host's own disk or in its memory, such as /dev/shm/jaxinfra, for copies of the state
+            between two checkpoints; none for no copies.
+        local_every: steps between two copies.
     """
 
     save_every: PositiveInt = 100
@@ -33,13 +37,33 @@ class CheckpointConfig:
     best_is: Literal["lowest", "highest"] = "lowest"
     async_save: bool = True
     compress: bool = False
+    local: NonEmptyStr | None = None
+    local_every: PositiveInt = 10
+
+    def due_after(self, step: int) -> Literal["checkpoint", "copy"] | None:
+        """Returns what is saved after a step, counted from 1."""
+        if step % self.save_every == 0:
+            return "checkpoint"
+        return "copy" if self.local is not None and step % self.local_every == 0 else None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields a problem if `keep_every` names steps that are never saved."""
+        """Yields a problem if `keep_every` names steps that are never saved, or copies are in vain."""
         if self.keep_every and self.keep_every % self.save_every:
             rounded = -(-self.keep_every // self.save_every) * self.save_every
             yield Problem(
                 fields=("keep_every", "save_every"),
                 message="keep_every must be a multiple of save_every: other steps are never saved",
                 fix=f"use keep_every={rounded}",
+            )
+        if self.local is not None and is_remote(self.local):
+            yield Problem(
+                fields=("local",),
+                message=f"{self.local} is a URL, but copies are for the host's own disk or memory",
+                fix="use local=/dev/shm/jaxinfra",
+            )
+        if self.local is not None and self.local_every >= self.save_every:
+            yield Problem(
+                fields=("local_every", "save_every"),
+                message="copies are saved between two checkpoints, so local_every must be less than save_every",
+                fix=f"use local_every={max(1, self.save_every // 10)}" if self.save_every > 1 else "use local=none",
             )

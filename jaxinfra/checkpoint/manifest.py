@@ -10,7 +10,7 @@ JAX nor Orbax.
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -153,11 +153,11 @@ def check_block(name: str, index: int, digest: str, manifest: Manifest) -> None:
         raise DamageError(f"{name} is damaged{where}")
 
 
-def hash_bytes(content: bytes) -> FileHash:
+def hash_bytes(content: Buffer) -> FileHash:
     """Returns the hash of a file with this content."""
     view = memoryview(content)
-    blocks = (view[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES] for i in range(_num_blocks(len(content))))
-    return FileHash(len(content), tuple(xxhash.xxh3_128_hexdigest(block) for block in blocks))
+    blocks = (view[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES] for i in range(_num_blocks(len(view))))
+    return FileHash(len(view), tuple(xxhash.xxh3_128_hexdigest(block) for block in blocks))
 
 
 def verify_bytes(name: str, content: bytes, manifest: Manifest) -> None:

@@ -8,8 +8,10 @@ folder with a step's name is complete.
 Exceptions of Orbax, TensorStore and the operating system pass through, and DamageError.
 """
 
+import ast
 import asyncio
 import errno
+import json
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -20,12 +22,15 @@ from typing import Any, override
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from orbax.checkpoint._src import asyncio_utils
 from orbax.checkpoint._src.futures.future import Future
 from orbax.checkpoint._src.metadata.checkpoint import metadata_store
+from orbax.checkpoint._src.path import types as path_types
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath, DeferredPath
 from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import types as serialization_types
 
 from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.backend import Backend, Gather
@@ -48,7 +53,7 @@ from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
 _TIMEOUT_S = 10 * 365 * 24 * 3600
-"""Of Orbax's waits, which it measures by the time of day: it may be set forward. `gather` has a limit of its own."""
+"""Seconds that Orbax may wait: more than any change of the clock, by which it measures. `gather` limits the wait."""
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 
@@ -341,13 +346,36 @@ class _Hashed(Future):
 
 
 def _mend_orbax() -> None:
-    """Replaces two private functions of Orbax 0.12."""
+    """Replaces functions of Orbax 0.12, and one of TensorStore."""
     # For a line of its log Orbax asks for TensorStore's metrics in each save. TensorStore 0.1.86 leaks its answer: some
     # 40 kB a save.
     tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
+    # Orbax asks for the JSON of a store for each array. TensorStore 0.1.86 leaks it: some 5 kB a save.
+    tensorstore.KvStore.Spec.to_json = _spec_to_json
+    # Several threads wait for the folder of one array; the first to go on replaces it while others look at it.
+    serialization_types.ParamInfo.await_path_creation = _await_path_creation
     # If a write fails, Orbax closes the event loop at once. TensorStore then finds it closed at the end of each other
     # write, and prints a traceback: a thousand lines on a full disk.
     asyncio_utils._run_sync_via_new_loop = _run_to_the_end
+
+
+_leaking_to_json = tensorstore.KvStore.Spec.to_json
+
+
+def _spec_to_json(self: tensorstore.KvStore.Spec, include_defaults: bool = False) -> Any:
+    """Returns the JSON of a store, from its `repr`: KvStore.Spec({...}), with each byte of UTF-8 as a character."""
+    if include_defaults:  # its repr has none
+        return _leaking_to_json(self, include_defaults)
+    value = ast.literal_eval(repr(self).removeprefix("KvStore.Spec(").removesuffix(")"))
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("latin-1").decode())
+
+
+async def _await_path_creation(self: serialization_types.ParamInfo) -> None:
+    """Waits for the folder of an array, in any number of threads."""
+    folder = self._parent_dir
+    if isinstance(folder, path_types.PathAwaitingCreation):
+        created = await folder.await_creation()
+        self.path, self.parent_dir = created / self.name, created
 
 
 def _run_to_the_end[T](coroutine: Coroutine[Any, Any, T]) -> T:

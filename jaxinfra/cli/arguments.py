@@ -76,7 +76,7 @@ BENCHES = {
     ),
     "checkpoint": BenchmarkSpec(
         summary="saving and restoring a state of 1 GB by jaxinfra, plain Orbax, TensorStore and raw writes",
-        parts=("jaxinfra", "compress", "orbax", "tensorstore", "raw"),
+        parts=("jaxinfra", "compress", "copy", "orbax", "tensorstore", "raw"),
         options=("pairs", "megabytes"),
     ),
     "prepare": BenchmarkSpec(

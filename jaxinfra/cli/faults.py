@@ -23,6 +23,8 @@ class MatrixError(JaxinfraError):
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints each row when it is done; raises MatrixError if a run did not survive one."""
     rows = _chosen(options.only)
+    if options.write is not None and options.only is not None:
+        raise ConfigError(f"--only {options.only} --write {options.write}: a page has all rows; leave out one of them")
     if options.write is not None:
         outputs.check_writable(options.write)
         insert_table(options.write, "faults", "")
@@ -39,13 +41,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     numbers = [number for row in rows for number in row.numbers]
     seconds = sum(each.seconds for each in outcomes)
     print(f"{len(numbers)} rows, {len(failed)} failed, {seconds:.0f} s; seed {seed}", file=sys.stderr)
-    if options.write is not None:
+    if options.write is not None and not failed:
         outputs.write_text(options.write, insert_table(options.write, "faults", markdown_table(outcomes)))
     if failed:
         first = failed[0]
-        raise MatrixError(
-            f"row {first.row.label}: {first.text}; run it alone by --only {first.row.numbers[0]} --keep DIR"
-        )
+        again = f"--only {first.row.numbers[0]}{' --long' * options.long} --seed {seed} --keep DIR"
+        raise MatrixError(f"row {first.row.label}: {first.text}; run it alone by {again}")
     return 0
 
 

@@ -51,6 +51,8 @@ _ALIASES = {
     "mesh.context": ("ici_context_parallelism", "context_parallel_degree", "context_parallel_size", "cp", "cp_size"),
     "mesh.expert": ("ici_expert_parallelism", "expert_parallel_degree", "expert_parallel_size", "ep", "ep_size"),
     "checkpoint.save_every": ("save_steps", "save_interval", "checkpoint_period", "checkpoint_interval"),
+    "checkpoint.local": ("local_checkpoint_directory",),
+    "checkpoint.local_every": ("local_checkpoint_period",),
     "checkpoint.keep_last": ("save_total_limit", "max_to_keep", "keep_latest_k"),
     "track.log_every": ("logging_steps", "log_interval", "log_freq", "log_period"),
     "name": ("run_name", "experiment_name"),

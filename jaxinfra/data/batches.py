@@ -28,6 +28,11 @@ _log = logging.getLogger(__name__)
 type Rows = slice | np.ndarray
 
 
+def batches_ahead(data: DataConfig, batch_bytes: int) -> int:
+    """Returns the number of host batches to make ahead."""
+    return max(1, min(data.prefetch_bytes // batch_bytes, _MAX_PREFETCH))
+
+
 class BatchLoader:
     """Host batches of a range of steps: iterate over `(step, batch)`, or index one batch without those before it."""
 
@@ -87,8 +92,7 @@ class BatchLoader:
         # Grain imports JAX, which takes seconds: the first batch, and users of single batches, do not wait for it.
         from grain import MapDataset, ReadOptions
 
-        num_that_fit = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
-        ahead = max(1, min(num_that_fit, _MAX_PREFETCH))
+        ahead = batches_ahead(self._data, sum(array.nbytes for array in batch.values()))
         options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:

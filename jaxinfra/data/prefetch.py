@@ -16,6 +16,8 @@ from jaxinfra.data.stopwatch import Stopwatch
 
 CLOSE_S = 2.0
 """Longest wait for a read when a prefetcher is closed; one that hangs is left alone."""
+DEPTH = 2
+"""Number of batches that wait on the devices."""
 _POLL_S, _BUSY_POLL_S = 0.1, 0.001
 _THREAD = "prefetch"
 
@@ -62,7 +64,7 @@ class Prefetcher[T]:
         batches: Iterable[tuple[int, Batch]],
         transfer: Callable[[Batch], T],
         *,
-        depth: int = 2,
+        depth: int = DEPTH,
         is_over: Callable[[], bool] = lambda: False,
         are_devices_busy: Callable[[], bool] = lambda: False,
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,

@@ -26,6 +26,7 @@ from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.parallel.spec import PyTree
 from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.remote import RemoteRun, RemoteTracker, Row
@@ -58,7 +59,10 @@ def config() -> Run:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTokens(TokenData):
-    """Appends a line `STEP ID ID ...` for each batch to a file of this process; steps are counted from 1."""
+    """Appends a line `STEP ID ID ...` for each batch to a file START-PID; steps are counted from 1.
+
+    START is the same in all processes of a start, and another one in each start by a launcher.
+    """
 
     @override
     def open(self, *, section: str = "data", hint: str = "") -> TokenDataset:
@@ -66,14 +70,14 @@ class RecordedTokens(TokenData):
         if READS not in os.environ:
             return dataset
         sample_ids, read = dataset.sample_ids, dataset.train.read
-        path = os.path.join(os.environ[READS], str(os.getpid()))
 
         def ids_of_step(step: int, global_batch: int) -> np.ndarray:
             _thread.step = step + 1
             return sample_ids(step, global_batch)
 
         def recorded_read(ids: np.ndarray, *, weighted: bool) -> Batch:
-            with open(path, "a") as file:
+            several = os.environ.get("JAX_COORDINATOR_ADDRESS", "joined") if current_peers().count > 1 else os.getpid()
+            with open(f"{os.environ[READS]}/{several}-{os.getpid()}", "a") as file:
                 file.write(f"{' '.join(map(str, (_thread.step, *ids)))}\n")
             return read(ids, weighted=weighted)
 

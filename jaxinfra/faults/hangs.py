@@ -40,6 +40,7 @@ def stopped_process(harness: Harness) -> str:
     named(_stacks(run), "MainThread")
     (stacks,) = (run.path / "stacks").glob("*-rank-0.txt")
     after_s = stacks.stat().st_mtime - harness.fired_s(name, stop)
+    require(after_s < _HEARTBEAT_S + 5, f"stacks only after {after_s:.1f} s")
     return f"77, process 1 named and stacks written {after_s:.1f} s after; {harness.same_bits(name)}"
 
 
@@ -52,7 +53,7 @@ def hang(harness: Harness) -> str:
     """Hangs in three phases, each with a deadline of its own."""
     name = "hang"
     hangs = ("data:0:15:sleep=600", "log:0:36:sleep=600", "evaluation:0:40:sleep=600")
-    limits = [f"watchdog.{phase}_s=3" for phase in ("data", "step", "evaluation")]
+    limits = [f"watchdog.{phase}_s=8" for phase in ("data", "step", "evaluation")]
     ended = harness.train(name, "--supervise", *limits, "watchdog.step_factor=2", fail=",".join(hangs))
     run = harness.run(name)
     require(ended.code == 0, ended)
@@ -65,11 +66,11 @@ def hang(harness: Harness) -> str:
     return f"77 three times, data, step and evaluation named; {harness.same_bits(name)}"
 
 
-@row(16, fault="a straggler: one rank is slower in each step", must="named within 20 steps; no stop; same bits")
+@row(16, fault="a straggler: one rank is 30 % slower in each step", must="named within 20 steps; no stop; same bits")
 def straggler(harness: Harness) -> str:
     """Makes the host of process 1 late in each step."""
     name = "straggler"
-    ended = harness.train(name, processes=2, fail="step:1:*:sleep=0.05")
+    ended = harness.train(name, processes=2, fail="step:0:*:sleep=0.1,step:1:*:sleep=0.13")
     require(ended.code == 0, ended)
     lines = [line for line in ended.err.splitlines() if "holds up the others" in line]
     require(len(lines) == 1, ended)
@@ -86,7 +87,8 @@ def straggler(harness: Harness) -> str:
 def wrong_clock(harness: Harness) -> str:
     """Gives process 1 a clock that is an hour behind, and process 0 one that jumps ahead in the middle of the run."""
     library, name = faketime_library(), "clock"
-    require(library, "libfaketime is missing; install the package faketime")
+    if library is None:
+        return "not tried: libfaketime is missing; install the package faketime"
     clock, run = harness.folder / "clock.txt", harness.run(name)
     clock.write_text("+0")
     fake = {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_CACHE_DURATION": "1"}
@@ -144,7 +146,7 @@ def failed_starts(harness: Harness) -> str:
     named(ended.error, "in use")
     where = f"--coordinator=127.0.0.1:{free_port()}", "--of=3", "--join-timeout=4"
     ended = harness.train(name, *where, "--process-id=0")
-    require(ended.code == PeerLostError.exit_code, ended)
+    require(ended.code == PeerLostError.exit_code and ended.seconds < 60, ended)
     named(ended.error, "processes 1, 2 of 3", "not joined within 4 s")
     where = f"--coordinator=127.0.0.1:{free_port()}", "--of=2"
     with harness.started(name, *where, "--process-id=1") as early:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from jaxinfra.checkpoint.inventory import stored_checkpoints
 from jaxinfra.errors import JaxinfraError
 from jaxinfra.faults.bucket import Bucket, emulated_bucket
-from jaxinfra.faults.config import READS, STEPS
+from jaxinfra.faults.config import BATCH, READS, STEPS
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.attempts import ATTEMPTS_FILE
 from jaxinfra.track.jsonl import METRICS_FILE
@@ -90,7 +90,7 @@ class Ended(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a run must end as.
+    """The numbers that a run must end with.
 
     Attributes:
         losses: of each step, in hexadecimal.
@@ -145,13 +145,23 @@ class Run:
         return found
 
     def samples(self) -> dict[int, list[int]]:
-        """Returns the samples of each step that any process of any start has read."""
-        found = defaultdict[int, set[int]](set)
+        """Returns the samples that the processes of a start have read for each step.
+
+        NotSurvived if the processes of a start have read one twice, or if two starts have read other ones.
+        """
+        starts: dict[str, dict[int, list[int]]] = {}
         for path in self.reads.iterdir():
+            of_start = starts.setdefault(path.name.partition("-")[0], defaultdict(list))
             for line in path.read_text().splitlines():
                 step, *ids = map(int, line.split())
-                found[step].update(ids)
-        return {step: sorted(found[step]) for step in sorted(found)}
+                of_start[step] += ids
+        found: dict[int, list[int]] = {}
+        for of_start in starts.values():
+            for step, ids in of_start.items():
+                require(len({*ids}) == len(ids), f"{self.name}: a sample was read twice in step {step}: {ids}")
+                if len(ids) == BATCH:  # a start that was killed while it read ahead has read a part
+                    require(found.setdefault(step, sorted(ids)) == sorted(ids), f"{self.name}: other samples in {step}")
+        return dict(sorted(found.items()))
 
     def attempts(self) -> list[dict[str, Any]]:
         """Returns the starts by a supervisor."""
@@ -352,7 +362,10 @@ class Harness:
 
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
-_NOT_INHERITED = {"JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"}
+_NOT_INHERITED = {
+    *("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"),
+    *("JAXINFRA_FAIL", "JAXINFRA_FAIL_LOG", "JAXINFRA_METADATA", "JAXINFRA_STORAGE_RETRY_S"),
+}
 
 
 def wait(child: subprocess.Popen[str], timeout_s: float) -> Ended:

@@ -15,6 +15,7 @@ from jaxinfra.track.jsonl import SUMMARY_FILE
 
 _LIMIT_BYTES = 3 << 30  # of all processes
 _SYNC = "checkpoint.async_save=false"  # so that it is known which save is complete
+_LEAVE_S = 10.0  # 0.3 s without other work on the machine
 _KILLED = 76  # another process was lost, or a signal killed it
 
 
@@ -42,6 +43,7 @@ def in_a_step(harness: Harness) -> str:
         log = (run.path / f"logs/rank-{rank}.log").read_text()
         require(f"process {1 - rank}" in log and "Traceback" not in log, f"rank {rank} does not name the other: {log}")
     require(_first_steps(run) == [1, 11, 31], _first_steps(run))
+    require(max(left_s) < _LEAVE_S, f"the others have left after {left_s} s")
     seconds = " and ".join(f"{each:.1f}" for each in left_s)
     return f"76 after {seconds} s, started again at steps 11 and 31; {harness.same_bits('step')}"
 

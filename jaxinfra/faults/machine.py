@@ -1,8 +1,9 @@
-"""What the matrix needs of this machine: memory cgroups, small disks, a wrong clock. Each may be missing."""
+"""Makes memory cgroups and small disks, and finds the library of a wrong clock; a machine may lack each of them."""
 
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +28,26 @@ def memory_limit(num_bytes: int) -> Iterator[Sequence[str]]:
     try:
         yield (*_ENTER, str(group / "cgroup.procs"))
     finally:
-        group.rmdir()
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Removes a cgroup once its last process is gone."""
+    deadline_s = time.monotonic() + 10
+    while True:
+        try:
+            return group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)
 
 
 @contextmanager
-def small_disk(num_bytes: int) -> Iterator[Path | None]:
+def small_disk(num_bytes: int, *, read_only: bool = False) -> Iterator[Path | None]:
     """Mounts a disk of this size in memory; None where that is not allowed."""
     with tempfile.TemporaryDirectory(prefix="jaxinfra-disk-") as name:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "jaxinfra", name]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}{',ro' * read_only}", "jaxinfra", name]
         if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
             yield None
             return
@@ -46,4 +59,5 @@ def small_disk(num_bytes: int) -> Iterator[Path | None]:
 
 def faketime_library() -> Path | None:
     """Returns the library that gives a process another clock; None if it is not installed."""
-    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    folders = (*Path("/usr/lib").glob("*/faketime"), Path("/usr/lib64/faketime"), Path("/usr/lib/faketime"))
+    return next((path for folder in folders if (path := folder / "libfaketime.so.1").exists()), None)

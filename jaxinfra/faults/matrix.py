@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What happened, or how it fell short, and the seconds that it took."""
+    """The result of a row: whether the run survived, what happened or what went wrong, and the seconds that it took."""
 
     row: Row
     text: str
@@ -77,7 +77,7 @@ def markdown_table(outcomes: Iterable[Outcome]) -> str:
     """Formats the outcomes as a table."""
     lines = ["| row | injected | must | happened | seconds |", "| ---: | --- | --- | --- | ---: |"]
     for each in outcomes:
-        happened = each.text if each.survived else f"**failed**: {each.text}"
+        happened = each.text if each.survived else f"**failed**: {' '.join(each.text.split())[:200]}"
         cells = (each.row.label, each.row.fault, each.row.must, happened, f"{each.seconds:.0f}")
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def one_nan(harness: Harness) -> str:
     for fault in ("loss", "gradient"):
         name = f"nan-{fault}"
         config = _faulty(harness, [12], fault)
-        ended = harness.train(name, *words, devices=2, config=config, fail="step:0:12:term")
+        ended = harness.train(name, *words, processes=2, config=config, fail="step:0:12:term")
         require(ended.code == Preempted.exit_code, ended)
         run = harness.run(name)
         before, after = _state(run, 11), _state(run, 12)

@@ -11,7 +11,7 @@ from jaxinfra.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
 EVENTS, LONG_EVENTS = 3, 20
-"""Of the small form and of the long one; `--soak N` takes N."""
+"""Number of random faults, by default and with `--long`; `--soak N` injects N."""
 _LAYOUTS = ((1, 1), (1, 4), (2, 2), (2, 4))
 _POINTS = ("init", "compile", "restore", "step", "save.copy", "save.write", "save.manifest", "save.delete")
 
@@ -49,7 +49,7 @@ def _event(harness: Harness, run: Run, words: tuple[str, ...], draw: random.Rand
     rank, step = draw.randrange(processes), newest + draw.randint(2, 2 * SAVE_EVERY)
     saved = (step // SAVE_EVERY + 1) * SAVE_EVERY
     if kind == "damage" and len(run.steps()) > 1:
-        files = [path for path in (run.checkpoints / str(newest)).rglob("*") if path.is_file()]
+        files = sorted(path for path in (run.checkpoints / str(newest)).rglob("*") if path.is_file())
         path = draw.choice([each for each in files if each.stat().st_size])
         content = bytearray(path.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)

@@ -261,7 +261,7 @@ class Launcher:
             for number in numbers
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
             previous[number] = signal.signal(number, self._pass_on)
         previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._output and self._output.resize())
         try:
@@ -271,7 +271,10 @@ class Launcher:
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: object) -> None:
-        """Passes a signal on to rank 0: at SIGUSR1 all processes save, at SIGUSR2 rank 0 profiles a few steps."""
+        """Passes a signal on to rank 0.
+
+        At SIGUSR1 all processes save, at SIGQUIT all write their stacks, at SIGUSR2 rank 0 profiles a few steps.
+        """
         for child in self._running:
             if child.rank == 0:
                 child.send(number)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix:
         raise StorageError(
             f"{folder}: {decimal(free)} free, {purpose} needs about {decimal(needed_bytes)}; free some space, or {fix}"
         )
+
+
+def make_private(folder: Path) -> None:
+    """Creates a folder for this user alone; raises StorageError if another user may change it, or what is in it."""
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, exist_ok=True)
+        found, above = folder.lstat(), folder.parent.stat()
+    me = os.geteuid()
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == me and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    is_safe_above = above.st_mode & stat.S_ISVTX or (above.st_uid in (0, me) and not above.st_mode & stat.S_IWOTH)
+    if not is_ours or not is_safe_above:
+        raise StorageError(f"{folder}: another user may write to it or to the folder above; name a folder of your own")
 
 
 def make_writable(folder: epath.PathLike) -> None:

@@ -206,7 +206,8 @@ class ConsoleTracker(Tracker):
 def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
     """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ..."."""
     if start_step:
-        return f"resuming {run_dir} at step {start_step} of {total_steps}"
+        source = record.get("resumed_from")
+        return f"resuming {run_dir} at step {start_step} of {total_steps}{f', {source}' if source else ''}"
     config = flatten(record.get("config", {}))
     changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE and path != "name"]
     values = " ".join(f"{path}={format_value(config[path])}" for path in changed if path in config)

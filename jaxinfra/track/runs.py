@@ -1,6 +1,7 @@
 """Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
-from jaxinfra.track.goodput import GOODPUT_FILE
+from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, read_json_object
 
 RUN_FILES = (
@@ -47,6 +48,7 @@ class RunOverview:
         loss: training loss at the last logged step, in nats, or None.
         best_validation: smallest validation loss, in nats, or None.
         units_per_s: throughput at the last logged step, in tokens or images, or None.
+        goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
         age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
     """
 
@@ -57,6 +59,7 @@ class RunOverview:
     loss: float | None = None
     best_validation: float | None = None
     units_per_s: float | None = None
+    goodput: float | None = None
     age_s: float = 0.0
 
 
@@ -100,6 +103,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         age_s = _age_s(record) if is_remote(location) else _file_age_s(folder)
         completed = max(int(last.get("step", 0)), summary.get("steps", 0))
         state = _state(location, summary, completed)
+        goodput = account(read_ledger(folder / GOODPUT_FILE)).fraction
     except JaxinfraError as error:
         return RunOverview(path=location, state=f"damaged: {error}", age_s=_file_age_s(folder))
     return RunOverview(
@@ -110,6 +114,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         loss=last.get("loss_mean", last.get("loss")),
         best_validation=min(validations, default=None),
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
+        goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
     )
 

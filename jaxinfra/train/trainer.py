@@ -14,21 +14,20 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.config import Difference, Loaded, validate, write_record
+from jaxinfra.config import Difference, Loaded, fingerprint, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
-from jaxinfra.errors import ConfigError, Preempted, StorageError
+from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
@@ -42,7 +41,6 @@ from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
-from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
@@ -54,6 +52,7 @@ from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import find_peak, require_equal_processes, start_record, summary_of_metrics
+from jaxinfra.train.saving import Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import RunStatistics, run_statistics, units_per_step
 from jaxinfra.train.watch import Watch, is_busy
@@ -61,8 +60,6 @@ from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
 
 _log = logging.getLogger(__name__)
-
-_SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
 
 
 class Trainer:
@@ -110,7 +107,7 @@ class Trainer:
         self._command, self._accept_change = list(command), accept_change
         self._changes: list[Mapping[str, Any]] = []  # of the config, between the starts of the run
         self._trackers, self._interval, self._step_writer = MultiTracker(), Interval(self.program), StepWriter()
-        self._checkpoints: CheckpointManager | None = None
+        self._saving: Saving | None = None  # while it trains
         self._owned: Owned | None = None  # in process 0, while it trains
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
         self._batches: BatchLoader | None = None  # that the loader takes from
@@ -136,6 +133,7 @@ class Trainer:
         """
         with read_by_first(self._peers):
             dataset, steps = self.dataset, self.run.train.steps
+        self._data.check_host_memory()
         self.require_equal_processes()
         with (
             RunSignals() as signals,
@@ -144,27 +142,19 @@ class Trainer:
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
             self._watch,
-            CheckpointManager(
-                self.run_dir.checkpoints,
-                self.run.checkpoint,
-                lease=owned and owned.lease,
-                gather=lambda value: self._peers.gather(value, "checkpoint", _SAVE_S),
-                before_commit=owned.sync if owned else lambda: None,
-            ) as self._checkpoints,
+            Saving(self.program, self.run_dir, self._peers, owned) as self._saving,
         ):
-            self._owned = owned
+            self._owned, checkpoints = owned, self._saving.checkpoints
             self.run_dir.require_shared(self._peers)
             changed = []
-            if self._peers.broadcast(self._checkpoints.all_steps()):
+            if self._peers.broadcast(checkpoints.all_steps()):
                 changed = self.run_dir.check(self._loaded.run, dataset, accept_change=self._accept_change)
-            newest = self._checkpoints.newest(self._checkpoints.manifest)
+            newest = checkpoints.newest(checkpoints.manifest)
             self.completed_steps = 0 if newest is None else newest[0]
             if self.completed_steps >= steps:
                 return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
-                needed_bytes = self._checkpoints.needed_bytes(self.program.state)
-                fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
-                check_space(self.run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
+                self._saving.check_space()
                 self._watch.open_ledger()
             self._peak = self._peers.broadcast(
                 find_peak(self.run_dir, self.run.precision.compute) if self._is_main else None
@@ -175,6 +165,7 @@ class Trainer:
             self._changes = [*(record or {}).get("changes", ())]
             if changed:
                 self._accept(changed)
+            self._saving.open_copies(is_new=not record)
             reason = summary = None
             with self._peers.naming_causes(), self.program.on_mesh:
                 while summary is None:  # once more if the guard goes back to a checkpoint
@@ -217,17 +208,16 @@ class Trainer:
 
         Returns the reason to stop before the last step, if any, and the summary; None if the guard goes back.
         """
-        assert self._checkpoints is not None
+        assert self._saving is not None
         with self._phases("restore" if self.completed_steps or self.run.init else "init"):
-            self.state, init_source = self._restore_or_init()
+            self.state, init_source, source = self._restore_or_init()
         self._phases.resume(self.completed_steps)
-        self._record = {"init": init_source, **self._make_record(statistics)}
+        self._record = {"init": init_source, **self._saving.record, **self._make_record(statistics)}
         if self._owned is not None:
             self._owned.check()
             write_record(self.run_dir.record, self._record)
-        self._trackers.start(
-            self._record, statistics, start_step=self.completed_steps, total_steps=self.run.train.steps
-        )
+        record = self._record | ({"resumed_from": source} if source else {})
+        self._trackers.start(record, statistics, start_step=self.completed_steps, total_steps=self.run.train.steps)
         if self.run.data.on_damage == "skip":
             self._skipped = SkippedSamples(self.run_dir.path, self._peers, self.completed_steps)
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
@@ -248,9 +238,10 @@ class Trainer:
 
     def _go_back(self, rewind: Rewind) -> None:
         """Decides to which checkpoint the run goes back; NonFiniteError if it has been there before."""
-        assert self._checkpoints is not None
-        self._checkpoints.wait_until_finished()
-        to = self._peers.broadcast(self._checkpoints.latest_step()) or 0
+        assert self._saving is not None
+        self._saving.checkpoints.wait_until_finished()
+        self._saving.forget_copies()
+        to = self._peers.broadcast(self._saving.checkpoints.latest_step()) or 0
         decision = self._numerics.go_back(rewind, to)
         self.completed_steps, self._pending = to, None
         self._interval.begin_again()
@@ -287,7 +278,7 @@ class Trainer:
             evaluates = config.evaluates_after(self.completed_steps)
             profile_ends = self._profiler.ends_after(self.completed_steps)
             asked = saves_after(self.completed_steps) is not None
-            saves = asked or self.completed_steps % self.run.checkpoint.save_every == 0
+            saves = asked or self.run.checkpoint.due_after(self.completed_steps) is not None
             if evaluates or profile_ends or saves:  # a checkpoint has all metrics up to its step beside it
                 self._report_pending()
             if profile_ends:
@@ -365,35 +356,30 @@ class Trainer:
         return self._peers.broadcast(metrics)
 
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
-        """Saves the state if a checkpoint is due, or always with `force`.
+        """Saves the state if a checkpoint or a copy of it is due, or always a checkpoint with `force`.
 
-        Without `force` a failed save is only logged, and the next one tries again; not if several processes save on a
-        disk. Given the metrics of the last step, it raises NonFiniteError instead of saving a state that is not finite.
+        A failed save is only logged, see `Saving`. Given the metrics of the last step, it raises NonFiniteError instead
+        of saving a state that is not finite.
         """
-        assert self._checkpoints is not None
-        if force or self.completed_steps % self.run.checkpoint.save_every == 0:
+        assert self._saving is not None and self.state is not None
+        if force or self.run.checkpoint.due_after(self.completed_steps) is not None:
             if self._numerics.guard.skipped and not force:
                 return  # if the run goes back, then to a checkpoint from before
             self._collect_skipped(self.completed_steps)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
                 self._numerics.require_finite(self.completed_steps, metrics)
-            assert self.state is not None
             self._numerics.check_before_save(self.completed_steps, self.state)
         record = self._record | {"guard": self._numerics.guard.history}
-        try:
-            if self._checkpoints.save(
-                self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force
-            ):
-                self._trackers.log_save(self.completed_steps)
-        except StorageError as error:
-            if self._peers.count > 1 and not self.run_dir.is_remote:
-                raise  # the other processes would wait for this one's part of the checkpoint
-            if self._is_main:
-                _log.error("%s; training goes on, the next save tries again", error)
-            if force:  # the error may come from the save before, which runs in the background
-                self._checkpoints.save(
-                    self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=True
-                )
+        if self._saving.save(self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force):
+            self._trackers.log_save(self.completed_steps)
+
+    def _identity(self) -> dict[str, Any]:
+        """Returns what decides the state after a step: it must not have changed since a copy was saved."""
+        return {
+            "config": fingerprint(self._loaded.run),
+            "data": self.dataset.fingerprint,
+            "skip_batches": [list(each) for each in self._numerics.train_config.skip_batches],
+        }
 
     def _new_eval_metrics(self) -> dict[str, float]:
         """The metrics of an evaluation after the last step; {} without one."""
@@ -414,7 +400,7 @@ class Trainer:
             with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
                 if checkpoints.all_steps():
                     self.run_dir.check(self._loaded.run, self.dataset)
-                if newest := checkpoints.newest(partial(checkpoints.restore, abstract_state=self.program.state)):
+                if newest := checkpoints.newest(lambda step: checkpoints.restore(step, self.program.state)):
                     self.completed_steps, self._state = newest
         return self._state
 
@@ -455,26 +441,26 @@ class Trainer:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""
         require_equal_processes(self._peers, self._loaded, self.dataset)
 
-    def _restore_or_init(self) -> tuple[TrainState, dict[str, Any] | None]:
-        """Restores the newest checkpoint, else loads the parameters of `run.init`, else initializes them.
+    def _restore_or_init(self) -> tuple[TrainState, dict[str, Any] | None, str]:
+        """Restores the newest state, else loads the parameters of `run.init`, else initializes them.
 
-        Returns the state, and for the run record the run and step that the first parameters came from.
+        Returns the state; for the run record the run and step that the first parameters came from; and for people where
+        it was restored from.
         """
-        assert self._checkpoints is not None
-        if self.completed_steps:
-            newest = self._checkpoints.newest(partial(self._checkpoints.restore, abstract_state=self.program.state))
-            assert newest is not None
-            self.completed_steps, state = newest  # an older one if the newest is damaged
-            self._numerics.resume(self._checkpoints.load_record(self.completed_steps))
-            return state, self.run_dir.existing_record().get("init")
+        assert self._saving is not None
+        record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
+        if restored := self._saving.restore(self.completed_steps, self._identity(), record):
+            self.completed_steps = restored.step
+            self._numerics.resume(restored.record)
+            return restored.state, record.get("init"), restored.source
         self._numerics.resume({})
         failpoint("init", 0)
         if self.run.init is None:
-            return self.program.init(jax.random.key(self.run.seed)), None
+            return self.program.init(jax.random.key(self.run.seed)), None, ""
         loaded = load_params(self.run.init, self.program)
         path, _ = parse_source(self.run.init)
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
-        return self.program.init_from(loaded.params), init_source
+        return self.program.init_from(loaded.params), init_source, ""
 
     def _fit_dataset(self, signals: RunSignals) -> str | None:
         """Calls `fit` with the training batches of the run, from the next step on, and saves the last step."""
@@ -512,10 +498,11 @@ class Trainer:
             wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
             if reason is None and self.completed_steps < config.steps:  # the batches have ended before
                 reason = signals.stops_after(self.completed_steps)
-            assert self._checkpoints is not None
+            assert self._saving is not None
             with self._phases("save"):
                 self.save(force=True)  # before the prefetcher is closed: a read of it may hang
-                self._checkpoints.wait_until_finished()
+                self._saving.checkpoints.wait_until_finished()
+                self._saving.forget_copies()
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
             _log.warning("%s", warning)

@@ -18,7 +18,7 @@ SMALL_MODEL = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.usefixtures("compile_cache")
 def test_small_model_fits_without_remat(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without recomputation it needs more memory, and attention runs forward once per layer, not twice."""

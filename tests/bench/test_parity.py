@@ -10,9 +10,12 @@ import pytest
 from jaxinfra.bench import PARITY_CONFIGS as CONFIGS
 from jaxinfra.bench.parity import TOLERANCE, MeshDifference, all_meshes, relative_differences
 from jaxinfra.bench.process_parity import COUNTS, layout_meshes
-from jaxinfra.cli.parity import BEGIN, END, insert_table, is_too_large, markdown_table
+from jaxinfra.cli.markdown import insert_table
+from jaxinfra.cli.parity import is_too_large, markdown_table
 from tests.refusals import names, refused
 from tests.tiny_run import ended, launch, start
+
+BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 DENSE = CONFIGS[0]
 
@@ -56,8 +59,8 @@ def test_table_has_a_row_per_mesh() -> None:
 def test_table_replaces_the_old_one(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    page.write_text(insert_table(page, "| newer |"))
-    assert insert_table(page, "| new |") == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
+    page.write_text(insert_table(page, "parity", "| newer |"))
+    assert insert_table(page, "parity", "| new |") == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
 
 
 def test_published_table_is_complete_and_within_tolerance(repo_root: Path) -> None:

@@ -251,3 +251,12 @@ def test_read_only_manager_changes_nothing(tmp_path):
         with pytest.raises(AssertionError, match="read_only"):
             reader.save(3, state, {})
     assert incomplete.exists()
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    state, directory = make_state(make_mesh(fsdp=2)), tmp_path / "jürgen 中"
+    with CheckpointManager(directory, CheckpointConfig(save_every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait_until_finished()
+        assert_same(checkpoints.restore(1, abstract(state, make_mesh(fsdp=2))), snapshot(state))
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]

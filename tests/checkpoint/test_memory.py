@@ -1,4 +1,4 @@
-"""Saves leak neither memory nor files nor threads, but for what a package does."""
+"""Saves leak neither memory nor files nor threads."""
 
 import json
 import subprocess
@@ -12,9 +12,8 @@ import pytest
 from tests.conftest import ROOT
 
 SAVES, FIRST = 200, 60  # the first ones fill pools and caches
-KNOWN_LEAK_BYTES = 16_000
-"""A save: TensorStore 0.1.86 leaks what it converts from JSON, four objects in each `Spec.to_json`, and Orbax converts
-the spec of each array in each save."""
+RESOLUTION_BYTES = 4096
+"""The same code grows by 0.2 to 2.6 kB a save, as the fragments of the heap happen to lie."""
 
 
 def slope(values: list[float]) -> tuple[float, float, float]:
@@ -32,7 +31,7 @@ def test_the_memory_of_two_hundred_saves(tmp_path: Path) -> None:
     child = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(child.stdout.splitlines()[-1])[FIRST:]
     low, estimate, _ = slope([row["rss_bytes"] for row in rows])
-    assert low < KNOWN_LEAK_BYTES, f"a save leaks {estimate:,.0f} bytes"
+    assert low < RESOLUTION_BYTES, f"a save leaks {estimate:,.0f} bytes"
     for name in "open_files", "threads":
         low, _, high = slope([row[name] for row in rows])
         assert low <= 0 <= high, name

@@ -13,6 +13,7 @@ from jaxinfra.config import Loaded, record
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.memory import available_bytes
 from tests.refusals import mend, names, refused
 from tests.tiny_run import STEPS, Ended, Tiny, contents, launch, summary
 
@@ -118,6 +119,12 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
     assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [first]
     assert f"{store}/{first}" in launch("data", "peek", str(begun.directory("mine") / "run.json"), "--rows", "0").out
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
+    start.append("optim.peak_lr=2e-3")
+    assert begun.launch(*start, "--accept-change").code == 0
+    record = json.loads((begun.directory("mine") / "run.json").read_text())
+    assert record["data_versions"] == [first]
+    assert record["changes"] == [{"step": 10, "fields": {"optim.peak_lr": ["0.003", "0.002"]}}]
+    shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
     shutil.rmtree(store)
     assert launch(*prepare).code == 0
     before = contents(begun.runs)
@@ -156,6 +163,14 @@ def test_what_is_no_recipe(tiny: Tiny, tmp_path: Path) -> None:
     part.write_text("from jaxinfra.run import TrainConfig\n\n\ndef config():\n    return TrainConfig()\n")
     for words in ((tiny.config, "data.recipe=none"), (tiny.config, f"data.recipe={tiny.config}"), (part,)):
         refused(launch("data", "prepare", *map(str, words)), f"{words[0]}: recipe")
+
+
+def test_a_batch_beyond_the_memory_of_the_host(tiny: Tiny) -> None:
+    """It is refused before anything is allocated."""
+    for samples in (2**40, int(available_bytes() / 128)):  # a sample has 32 tokens and as many targets, all of int32
+        batch = samples // 8 * 8
+        refused(tiny.launch(f"train.global_batch={batch}"), f"train.global_batch={batch}: GiB available use")
+    assert not tiny.runs.exists()
 
 
 def test_no_space(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

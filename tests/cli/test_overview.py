@@ -114,6 +114,22 @@ def test_runs_shows_the_state_of_each(begun: Tiny, capsys: pytest.CaptureFixture
     assert "damaged" in capsys.readouterr().out
 
 
+def test_runs_shows_the_goodput_over_all_starts(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = Path(list_runs(begun.runs)[0].path)
+    (directory / "goodput.jsonl").unlink()
+    assert list_runs(begun.runs)[0].goodput is None
+    row = {"phase": "step", "saves": 0, "resumes": 1}
+    seconds = {"init": 10.0, "step": 80.0}
+    rows = [
+        row | {"attempt": 1, "start": 1e9, "t": 90.0, "step": 20, "from": 0, "seconds": seconds},
+        row | {"attempt": 2, "start": 1e9 + 110, "t": 90.0, "step": 30, "from": 10, "seconds": seconds},
+    ]
+    (directory / "goodput.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert list_runs(begun.runs)[0].goodput == pytest.approx((80 / 2 + 80) / 200)  # steps 11 to 20 were lost
+    assert main(["runs", str(begun.runs)]) == 0
+    assert "60%" in capsys.readouterr().out
+
+
 def test_runs_of_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 0
     assert "no runs yet" in capsys.readouterr().out

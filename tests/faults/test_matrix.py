@@ -46,14 +46,18 @@ def test_a_row_that_is_not_survived_fails_the_command(monkeypatch: pytest.Monkey
     names(ended.err.splitlines()[-1], "error: row 7: another loss at step 3 --only 7")
     assert "FAILED" in ended.out.splitlines()[0] and "survived" in ended.out.splitlines()[1]
     text = page.read_text()
-    assert (
-        "| 7 | a fault | nothing | **failed**: NotSurvived: another loss at step 3 | 0 |" in text and "old" not in text
-    )
-    assert r"nothing \| happened" in text and text.startswith("before\n") and text.endswith("after\n")
+    assert "old" in page.read_text(), "a page has no rows that failed"
+    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [good])
+    assert launch("faults", "--write", str(page), "--keep", str(tmp_path / "again")).code == 0
+    text = page.read_text()
+    assert r"| 8 | none | nothing | nothing \| happened | 0 |" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [bad, good])
     assert launch("faults", "--only", "8", "--keep", str(tmp_path / "new")).code == 0
     for words, named, code in (
         (("--only", "9"), "--only 9: no row 9 1 to 8", 81),
         (("--only", "x"), "no row x --only 19,20", 81),
+        (("--only", "8", "--write", str(page)), f"--only 8 --write {page}", 81),
         (("--keep", str(tmp_path)), f"--keep {tmp_path}: is not empty", 81),
         (("--write", str(tmp_path / "kept.md")), "kept.md", 82),
     ):
@@ -81,11 +85,13 @@ def test_a_failpoint_acts_once_where_and_when_it_is_asked_to(monkeypatch: pytest
     for step in (1, 2):
         with pytest.raises(OSError, match="No space left on device"):
             failpoints.failpoint("data", step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data:0:*:enospc", "log:*:3:raise"]
+    written = ["data:0:*:enospc", "data:0:*:enospc@0", "log:*:3:raise", "log:*:3:raise@0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
-def test_the_page_shows_each_failpoint(repo_root: Path) -> None:
+def test_the_page_shows_each_row_and_failpoint(repo_root: Path) -> None:
     page = (repo_root / "docs/faults.md").read_text()
+    assert all(f"| {each.label} | {each.fault} | {each.must} | " in page for each in ROWS) and "**failed**" not in page
     for point, where in failpoints.POINTS.items():
         assert f"| `{point}` | {where}" in page.replace("`summary.json`", "summary.json")
     for action in failpoints.ACTIONS:

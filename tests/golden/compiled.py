@@ -1,31 +1,42 @@
 """Golden figures of programs compiled ahead of time: small programs exactly, configs as budgets.
 
 The golden file of a small program in `compile/` has its memory and its collectives. `compile/budgets.json` has memory,
-cycles and bytes sent of every config, which may change by `TOLERANCE`. `python tests/golden/write.py compile` writes
-both.
+cycles and bytes sent of every config, which may change by `TOLERANCE`. `compile/programs.json` has the `fingerprint` of
+each program: one that has not changed since it was recorded need not be compiled again. `python tests/golden/write.py
+compile` writes all three.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+
+import jax
 
 from jaxinfra.cli.compile import format_report
 from jaxinfra.config import load
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.plan.aot import CompiledStep, compile_step
-from jaxinfra.plan.topology import parse_topology
+from jaxinfra.plan.aot import CompiledStep, compile_step, program_on
+from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, KINDS
+from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.run import Run, TrainConfig
+from tests.compile_cache import key
 from tests.decoders import changed, decoder
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FOLDER = Path(__file__).resolve().parent / "compile"
-BUDGETS = FOLDER / "budgets.json"
+BUDGETS, PROGRAMS = FOLDER / "budgets.json", FOLDER / "programs.json"
+READERS = CONFIGS.parent / "jaxinfra" / "plan"
+"""The code that reads figures from compiled programs."""
 TOLERANCE = 0.01
 
+LONG_CONTEXT = "llama3_8b_128k"
 EXAMPLE = "llama3_70b"
 PAGE = CONFIGS.parent / "docs" / "compile.md"
 """The page shows the command's output for this config."""
@@ -93,14 +104,101 @@ CPU_CONFIGS = {"bench_small", "flax_module", "parity_dense", "parity_moe", "quic
 """Configs made for CPUs, which have no budget."""
 
 
-def compiled(name: str, dump: Callable[[str], object] | None = None) -> CompiledStep:
-    """Compiles a case or a config for its topology; `dump` receives the HLO."""
+def run_on(name: str) -> tuple[Run, Topology]:
+    """Returns the run of a case or a config, and its topology."""
     if name in CASES:
-        on, run = CASES[name].topology, replace(CASES[name].run, name=name, mesh=CASES[name].mesh)
-    else:
-        on, *overrides = TOPOLOGIES[name]
-        run = load(CONFIGS / f"{name}.py", overrides, root=Run).run
-    return compile_step(run, parse_topology(on), dump=dump)
+        case = CASES[name]
+        return replace(case.run, name=name, mesh=case.mesh), parse_topology(case.topology)
+    on, *overrides = TOPOLOGIES[name]
+    return load(CONFIGS / f"{name}.py", overrides, root=Run).run, parse_topology(on)
+
+
+def compiled(name: str) -> CompiledStep:
+    """Compiles a case or a config for its topology, and checks what must hold whatever is recorded."""
+    texts: list[str] = []
+    run, topology = run_on(name)
+    found = compile_step(run, topology, dump=texts.append)
+    assert found.memory.total <= topology.chip.hbm_bytes
+    assert not found.unknown_loops
+    if name in CASES and topology.slices > 1:
+        assert_gradients_cross_slices_once(found)
+    if name in CASES and found.mesh.keys() == {"fsdp"}:
+        assert_weights_are_gathered_twice(found)
+    if name == LONG_CONTEXT:
+        assert_no_attention_matrix(texts[0], found)
+    return found
+
+
+def assert_weights_are_gathered_twice(found: CompiledStep) -> None:
+    """Weights are gathered in bfloat16 for the forward and the backward pass; gradients are scattered once."""
+    model = DENSE.model
+    per_layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.layers[0].mlp.dim
+    moved = {
+        kind: sum(row.bytes for row in found.traffic if row.loops and row.kind == kind)
+        for kind in (*KINDS, ALL_REDUCE_SLICE)
+    }
+    assert moved["all-gather"] == 2 * 2 * model.num_layers * per_layer
+    assert moved["reduce-scatter"] + moved[ALL_REDUCE_SLICE] == 2 * model.num_layers * per_layer
+
+
+def assert_gradients_cross_slices_once(found: CompiledStep) -> None:
+    """Only float32 gradients and sums of the loss cross slices, once per step and outside all loops."""
+    far = [row for row in found.traffic if row.link == "network"]
+    assert {(row.kind, row.axes, row.loops) for row in far} == {("all-reduce", ("replica",), 0)}
+    assert all(row.runs == row.arrays for row in far)
+    params_bytes = found.memory.output / 3  # AdamW has two moments of the same size
+    assert abs(sum(row.bytes for row in far) - params_bytes) < 0.02 * params_bytes
+
+
+def assert_no_attention_matrix(text: str, found: CompiledStep) -> None:
+    """Attention scores stay inside kernels; weights are all-gathered, not all-reduced from zero-padded shards."""
+    run, _ = run_on(LONG_CONTEXT)
+    block = run.data.units_per_sample // (2 * run.mesh.context)
+    shapes = set(re.findall(r"\w+\[([\d,]+)\]", text))
+    assert shapes
+    assert not [shape for shape in shapes if sum(int(size) >= block for size in shape.split(",")) > 1]
+    kernels = {kernel.name.partition("_segmented")[0] for kernel in found.kernels}
+    assert kernels == {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
+    assert not [row for row in found.traffic if row.kind == "all-reduce" and row.bytes > 2**20]
+
+
+def fingerprint(run: Run, topology: Topology, recorded: str) -> str:
+    """A hash of what was recorded and of all that it depends on: the program, the compilers, and what reads them."""
+    program = program_on(run, topology)
+    with _no_source_lines():
+        parts = [key(program.lower(), program, topology), recorded]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(READERS.glob("*.py"))]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@contextmanager
+def _no_source_lines() -> Iterator[None]:
+    """Leaves out of lowered programs from which line of which file each operation comes."""
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+
+
+def recorded_text(name: str) -> str:
+    """Everything that is recorded of a program, empty if nothing is."""
+    if name in CASES:
+        path = FOLDER / f"{name}.txt"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    page = PAGE.read_text(encoding="utf-8") if name == EXAMPLE else ""
+    return json.dumps(budgets().get(name, {}), sort_keys=True) + page.partition(BEGIN)[2].partition(END)[0]
+
+
+def is_as_recorded(name: str) -> bool:
+    """Returns whether the program is the recorded one, and so its figures are."""
+    return fingerprint(*run_on(name), recorded_text(name)) == programs().get(name)
+
+
+def programs() -> dict[str, str]:
+    """Reads the recorded fingerprints by name."""
+    return json.loads(PROGRAMS.read_text(encoding="utf-8")) if PROGRAMS.exists() else {}
 
 
 def golden_text(found: CompiledStep) -> str:
@@ -165,7 +263,6 @@ def write(names: list[str]) -> None:
     for name in names:
         if name not in CASES and name not in TOPOLOGIES:
             raise SystemExit(f"{name}: no such program; must be one of {', '.join([*CASES, *TOPOLOGIES])}")
-    recorded = {name: figures for name, figures in budgets().items() if name in TOPOLOGIES}
     for path in FOLDER.glob("*.txt"):
         if path.stem not in CASES:
             path.unlink()
@@ -174,8 +271,14 @@ def write(names: list[str]) -> None:
         if name in CASES:
             (FOLDER / f"{name}.txt").write_text(golden_text(found), encoding="utf-8")
         else:
-            recorded[name] = budget(found)
-            BUDGETS.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(BUDGETS, {n: of for n, of in budgets().items() if n in TOPOLOGIES} | {name: budget(found)})
         if name == EXAMPLE:
             PAGE.write_text(insert_example(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        of = {n: recorded for n, recorded in programs().items() if n in CASES or n in TOPOLOGIES}
+        write_json(PROGRAMS, of | {name: fingerprint(*run_on(name), recorded_text(name))})
         print(name, flush=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a record so that a change is a short diff."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -36,9 +36,11 @@ def write_picture(run_dir: Path) -> None:
 
 def main(words: list[str]) -> None:
     if words[:1] == ["compile"]:
-        from tests.golden.compiled import write
+        from tests.golden import compiled, proofs
 
-        write(words[1:])
+        compiled.write(words[1:])
+        if not words[1:]:
+            proofs.record()
         return
     if words[:1] == ["picture"]:
         write_picture(Path(words[1]))

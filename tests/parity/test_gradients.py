@@ -9,7 +9,7 @@ from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.run import Run
 from tests.parity.cases import BIASES, DOCUMENTS, RUNS, TIGHT, Case, gradients, near_zero, on_one_device, too_different
-from tests.parity.cover import FAST, candidates, cover, pairs
+from tests.parity.cover import FAST, candidates, cost, cover, pairs
 
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
 MIXED = MeshConfig(fsdp=2, expert=4)
@@ -26,12 +26,14 @@ def test_every_pair_of_choices_has_a_case() -> None:
     assert {name for pair in every for name in pair} >= {*RUNS, *AXES}
 
 
-def marked(number: int) -> tuple[pytest.MarkDecorator, ...]:
+def marked(number: int, case: Case) -> tuple[pytest.MarkDecorator, ...]:
     """Three cases run with every supported JAX; cases after the first `FAST` are slow."""
-    return (pytest.mark.jax_range,) if number < 3 else (pytest.mark.slow,) if number >= FAST else ()
+    return (pytest.mark.jax_range,) if number < 3 else (pytest.mark.slow(4 * cost(case)),) if number >= FAST else ()
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=marked(n), id=str(case)) for n, case in enumerate(cover())])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=marked(n, case), id=str(case)) for n, case in enumerate(cover())]
+)
 def test_gradients_equal_one_device(case: Case) -> None:
     assert not differs(case)
 

@@ -51,7 +51,7 @@ def assert_close(found: Arrays, run: Run) -> None:
         Case(run=run_of("fp8"), mesh=MeshConfig(fsdp=1, tensor=8)),
         Case(run=run_of("int8"), mesh=MeshConfig(fsdp=8)),
         *(
-            pytest.param(Case(run=run_of(quantize, run=DEEPSEEK), mesh=mesh, accumulate=2), marks=pytest.mark.slow)
+            pytest.param(Case(run=run_of(quantize, run=DEEPSEEK), mesh=mesh, accumulate=2), marks=pytest.mark.slow(40))
             for quantize, mesh in (
                 ("int8", MeshConfig(fsdp=1, expert=2, context=2, tensor=2)),
                 ("fp8", MeshConfig(stage=2, fsdp=2, expert=2)),

@@ -5,10 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.program import Program
+from tests.parity.cases import DOCUMENTS
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.py"))
@@ -42,3 +48,13 @@ def test_lowering_makes_no_array_and_needs_no_more_than_one_device(config: str) 
     assert found["arrays"] == 0
     assert found["partitions"] == {"cpu": True, "tpu": True}
     assert not found["kernels"]["cpu"]
+
+
+def test_the_model_is_traced_once_however_many_microbatches_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing is Python's part of the time until the first step, and more than half of it for some models."""
+    traced = []
+    forward = Program._loss
+    monkeypatch.setattr(Program, "_loss", lambda self, *args, **kw: traced.append(1) or forward(self, *args, **kw))
+    run = replace(DOCUMENTS, mesh=MeshConfig(fsdp=2), train=replace(DOCUMENTS.train, accumulate=4))
+    Program(run, abstract_mesh(run.mesh), "tpu").lower()
+    assert len(traced) == 1

@@ -174,7 +174,7 @@ TOLD = """\
 def told(number, frame):
     (folder / signal.Signals(number).name).touch()
     if number == signal.SIGTERM: sys.exit(75)
-for each in (signal.SIGTERM, signal.SIGUSR1): signal.signal(each, told)
+for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT): signal.signal(each, told)
 (folder / f"up-{number}").touch()
 while True: time.sleep(0.01)
 """
@@ -184,8 +184,9 @@ while True: time.sleep(0.01)
 def test_a_signal_is_passed_on_and_nothing_starts_again(tmp_path: Path, number: signal.Signals) -> None:
     supervisor = start(tmp_path, TOLD)
     until((tmp_path / "up-0").exists)
-    supervisor.send_signal(signal.SIGUSR1)
-    until((tmp_path / "SIGUSR1").exists)
+    for passed in (signal.SIGUSR1, signal.SIGQUIT):
+        supervisor.send_signal(passed)
+        until((tmp_path / passed.name).exists)
     supervisor.send_signal(number)
     supervisor.communicate(timeout=60)
     assert supervisor.returncode == 75 and (tmp_path / "SIGTERM").exists()

@@ -16,7 +16,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.atomic import move_folder, open_atomic, write_bytes_atomic
-from jaxinfra.storage.checks import check_space, make_writable
+from jaxinfra.storage.checks import check_space, make_private, make_writable
 from jaxinfra.storage.connection import normalize_url
 from jaxinfra.storage.credentials import has_credentials, mask_credentials
 from jaxinfra.storage.errors import cause_of, classify_error, storage_errors
@@ -80,6 +80,20 @@ def test_too_little_space_is_told_with_both_numbers_and_a_fix(tmp_path):
     with raises(StorageError, f"{folder}: saving 1.0 EB save less"):
         check_space(folder, 10**18, purpose="saving", fix="save less")
     assert not (tmp_path / "not").exists()
+
+
+def test_a_folder_that_others_may_change_is_not_private(tmp_path):
+    make_private(tmp_path / "new" / "own")
+    assert (tmp_path / "new" / "own").stat().st_mode & 0o077 == 0
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "own")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "sticky").mkdir()
+    (tmp_path / "sticky").chmod(0o1777)
+    make_private(tmp_path / "sticky" / "own")
+    for wrong in ("link", "open", "open/own"):
+        with raises(StorageError, f"{tmp_path}/{wrong}: another user"):
+            make_private(tmp_path / wrong)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_storage(path):

@@ -62,19 +62,45 @@ def test_it_is_the_run_of_a_disk(server: Server, tiny: Tiny, tmp_path: Path) -> 
         assert json.loads((folder / "run.json").read_text())["init"]["run"] == f"{root}/tiny"
 
 
-@pytest.mark.slow(60)
+SLOW_STEPS = """
+@dataclass(frozen=True, kw_only=True)
+class SlowSteps(TrackerConfig):
+    def make_tracker(self, run_dir):
+        return Waits()
+
+
+class Waits(Tracker):
+    def finish_step(self, step):
+        time.sleep(0.04)
+
+
+def config() -> Run:
+"""
+IMPORTS = "import time\nfrom dataclasses import dataclass\n\nfrom jaxinfra import Tracker, TrackerConfig\n"
+
+
+def slow_steps(tiny: Tiny) -> str:
+    """A config whose steps take 0.04 s more."""
+    text = tiny.config.read_text().replace("def config() -> Run:\n", SLOW_STEPS)
+    tiny.config.write_text(IMPORTS + text.replace('console="plain"', 'console="plain", trackers=(SlowSteps(),)'))
+    return str(tiny.config)
+
+
+@pytest.mark.slow(35)
 def test_processes_without_a_shared_disk(s3: Server, tiny: Tiny) -> None:
-    """Checkpoints of 1, 2, 4 and 8 processes restore one another's; losses are those of one process."""
-    root, mesh = root_of(s3), ("mesh.fsdp=8", "train.steps=60", "checkpoint.save_every=5", "train.eval_every=60")
-    for number, count in enumerate((1, 2, 4, 8, 1)):
-        run = (str(tiny.config), *mesh, f"root={root}", "name=several", "track.tensorboard=false")
-        with several(*run, count=count, devices=8 // count) as children:
-            if number < 4:
-                wait_for_saves(f"{root}/several", 2 * number + 1, children)
+    """Checkpoints of 1, 2 and 4 processes restore one another's; losses are those of one process."""
+    root, mesh = root_of(s3), ("mesh.fsdp=4", "train.steps=150", "checkpoint.save_every=5", "train.eval_every=150")
+    config, url, counts = slow_steps(tiny), f"{root}/several", (1, 2, 4, 1)
+    for number, count in enumerate(counts):
+        is_last, run = number == len(counts) - 1, (config, *mesh, f"root={root}", "name=several")
+        saved = newest_step(url)
+        with several(*run, "track.tensorboard=false", count=count, devices=4 // count) as children:
+            if not is_last:
+                wait_for_saves(url, saved // 5 + 1, children)
                 children[-1].send_signal(signal.SIGTERM)
             ends = all_ended(children)
-        assert [each.code for each in ends] == [Preempted.exit_code if number < 4 else 0] * count, ends
-    one = tiny.launch(*mesh, "name=one", "track.console=off")
+        assert [each.code for each in ends] == [0 if is_last else Preempted.exit_code] * count, ends
+    one = ended(tiny.start(*mesh, "name=one", "track.console=off", devices=4))
     assert one.code == 0, one
     ours = {step: float.fromhex(loss) for step, loss in losses(f"{root}/several").items()}
     theirs = {step: float.fromhex(loss) for step, loss in tiny.losses("one").items()}
@@ -82,12 +108,15 @@ def test_processes_without_a_shared_disk(s3: Server, tiny: Tiny) -> None:
     assert all(abs(ours[step] - theirs[step]) < 1e-6 * theirs[step] for step in ours)
 
 
+def newest_step(url: str) -> int:
+    index = ObjectStore(f"{url}/checkpoints").read_or_none("index.json")
+    return 0 if index is None else max((int(step) for step in json.loads(index)["steps"]), default=0)
+
+
 def wait_for_saves(url: str, count: int, children: list[subprocess.Popen]) -> None:
     deadline_s = time.monotonic() + 120
     while True:
-        index = ObjectStore(f"{url}/checkpoints").read_or_none("index.json")
-        steps = [] if index is None else [int(step) for step in json.loads(index)["steps"]]
-        if max(steps, default=0) >= 5 * count:
+        if newest_step(url) >= 5 * count:
             return
         assert all(child.poll() is None for child in children), [child.communicate() for child in children]
         assert time.monotonic() < deadline_s

@@ -99,7 +99,8 @@ def test_a_run_goes_back_and_a_replay_leaves_out_the_same(
     policy = {"max_nonfinite": 2} if kind == "loss" else {"spike": 8.0, "window": 8, "skip_batches": 1}
     bad = (6, 7) if kind == "loss" else (9,)
     objective = Faulty(sums=sums_of(tiny, *bad), fault=kind)
-    trainer = faulty(tiny, "back", objective, **policy)
+    copies = (f"checkpoint.local={tiny.runs.parent}/local", "checkpoint.local_every=2")  # it does not go back to one
+    trainer = faulty(tiny, "back", objective, *copies, **policy)
     assert trainer.train()["steps"] == STEPS
     record = json.loads(trainer.run_dir.record.read_text())
     (decision,) = record["decisions"]

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from jaxinfra.errors import ConfigError, HungError, Preempted
-from jaxinfra.track.runs import list_runs
 from tests.refusals import names
 from tests.several import all_ended, free_address, several
 from tests.tiny_run import Tiny, ended, start
@@ -39,8 +38,6 @@ def test_the_others_say_that_the_first_process_is_silent(tiny: Tiny) -> None:
         assert stacks.name.endswith("-rank-1.txt") and "MainThread" in stacks.read_text()
         children[0].send_signal(signal.SIGCONT)
         assert ended(children[0]).code == HungError.exit_code
-    (overview,) = list_runs(tiny.runs)
-    assert overview.state == "interrupted"
 
 
 @pytest.mark.parametrize("override", ["optim.peak_lr=1e-3", "train.eval_every=7"])

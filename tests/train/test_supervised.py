@@ -63,6 +63,8 @@ def test_a_run_in_a_bucket(s3: Server, tiny: Tiny) -> None:
     store = ObjectStore(f"{root}/tiny")
     until(lambda: any(name.startswith("checkpoints/4.") for name in store.list_names()), supervisor)
     (child,) = children(supervisor.pid)
+    supervisor.send_signal(signal.SIGQUIT)
+    until(lambda: any(name.startswith("stacks/") for name in store.list_names()), supervisor)
     os.kill(child, signal.SIGSTOP)  # it may not end before the second supervisor has looked
     other = ended(tiny.start(*words, "--supervise"))
     assert other.code == RunInUseError.exit_code and f"process {child} " in other.err and "restart" not in other.err
@@ -71,6 +73,8 @@ def test_a_run_in_a_bucket(s3: Server, tiny: Tiny) -> None:
     assert end.code == 0 and "restart 1: process 0 killed by SIGKILL" in end.err and "waiting" not in end.err, end
     first, second = attempts(store.read("attempts.jsonl"))
     assert first["signal"] == "SIGKILL" and (second["exit_code"], second["last_step"]) == (0, 60)
+    ledger = [json.loads(line) for line in store.read("goodput.jsonl").splitlines()]
+    assert {row["attempt"] for row in ledger} == {1, 2} and ledger[-1]["step"] == 60
     assert second["first_step"] > 1 and first["log"].startswith(f"{root}/tiny/logs/")
 
 

@@ -1,0 +1,109 @@
+"""Sends bytes from process to process, over connections of their own: the hub of process 0 passes on small values only.
+
+Whoever connects must show the secret of this start, which the hub has passed on.
+"""
+
+import itertools
+import json
+import secrets
+import socket
+import time
+from collections.abc import Buffer, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import override
+
+from jaxinfra.runtime.connected_peers import ConnectedPeers
+from jaxinfra.runtime.cpu_collectives import reachable_address
+from jaxinfra.runtime.peer_connection import Json, listen
+from jaxinfra.storage.closing import ClosedOnExit
+
+_SILENCE_S = 60.0  # without a byte; one that is lost is noticed by the hub long before
+_HELLO_S, _MAX_HELLO_BYTES = 5.0, 256  # until a connection has shown the secret
+_MAX_LINE_BYTES = 2**24
+
+type Parcel = tuple[Json, Buffer]
+"""A label, which tells the receiver what the content is, and the content."""
+
+
+class Exchange(ClosedOnExit):
+    """The connections of a process to others; all processes create it, and call `swap` equally often."""
+
+    def __init__(self, peers: ConnectedPeers) -> None:
+        host = reachable_address(peers.gather(peers.addresses), peers.index)
+        self._index = peers.index
+        self._listener = listen(f"[{host}]:0" if ":" in host else f"{host}:0")
+        self._listener.settimeout(_SILENCE_S)
+        self._addresses = [(host, port) for host, port in peers.gather((host, self._listener.getsockname()[1]))]
+        self._secret = peers.broadcast(secrets.token_hex())
+        self._numbers = itertools.count(1)
+
+    def swap(
+        self, outgoing: Mapping[int, Iterable[Parcel]], sources: Collection[int]
+    ) -> Iterator[tuple[Json, bytearray]]:
+        """Sends to other processes, and yields what `sources` send to this one; raises OSError if one does not.
+
+        All of it must be taken: a sender waits for that.
+        """
+        number = next(self._numbers)
+        with ThreadPoolExecutor(max(1, len(outgoing)), "exchange") as pool:
+            sends = [pool.submit(self._send, target, number, parcels) for target, parcels in outgoing.items()]
+            yield from self._receive(number, sources)
+            for send in sends:
+                send.result()
+
+    @override
+    def close(self) -> None:
+        self._listener.close()
+
+    def _send(self, target: int, number: int, parcels: Iterable[Parcel]) -> None:
+        with socket.create_connection(self._addresses[target], _SILENCE_S) as channel:
+            channel.sendall(self._hello(number, self._index))
+            for label, content in parcels:
+                view = memoryview(content)
+                channel.sendall(_line([label, view.nbytes]))
+                channel.sendall(view)
+            channel.sendall(_line(None))
+
+    def _receive(self, number: int, sources: Collection[int]) -> Iterator[tuple[Json, bytearray]]:
+        hellos = {self._hello(number, source) for source in sources}
+        while hellos:
+            channel, _ = self._listener.accept()
+            with channel, channel.makefile("rb") as stream:
+                hello = _read_hello(channel)
+                if hello not in hellos:  # a stranger, or of an exchange that was given up
+                    continue
+                hellos.remove(hello)
+                channel.settimeout(_SILENCE_S)
+                while (header := _parse(stream.readline(_MAX_LINE_BYTES))) is not None:
+                    label, num_bytes = header
+                    content = bytearray(num_bytes)
+                    if stream.readinto(content) < num_bytes:
+                        raise ConnectionResetError("the other process has closed the connection")
+                    yield label, content
+
+    def _hello(self, number: int, source: int) -> bytes:
+        return _line([self._secret, number, source])
+
+
+def _read_hello(channel: socket.socket) -> bytes:
+    """Reads the first line of a connection; b"" for a stranger that is silent, slow or gone within a few seconds."""
+    deadline_s, hello = time.monotonic() + _HELLO_S, b""
+    try:
+        while not hello.endswith(b"\n") and len(hello) < _MAX_HELLO_BYTES:
+            channel.settimeout(max(0.01, deadline_s - time.monotonic()))
+            if not (byte := channel.recv(1)):
+                return b""
+            hello += byte
+    except OSError:
+        return b""
+    return hello
+
+
+def _line(value: Json) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _parse(line: bytes) -> Json:
+    if not line.endswith(b"\n"):
+        raise ConnectionResetError("the other process has closed the connection")
+    return json.loads(line)
