@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import tensorstore as ts
 
 from jaxinfra.errors import ConfigError, DataError, StorageError
@@ -65,6 +66,18 @@ class ObjectStore:
         """Reads an object; returns None if it is missing."""
         result = call_storage(self.url_of(name), self._objects.read(name).result)
         return result.value if result.state == "value" else None
+
+    def read_range(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads bytes of an object, `uint8 [stop - start]`; raises DataError if it is missing or shorter."""
+        url, folder = self.url_of(name), self.folder
+        if folder is not None:  # straight into the array
+            found = call_storage(url, lambda: np.fromfile(folder / name, np.uint8, stop - start, offset=start))
+        else:
+            read = self._objects.read(name, byte_range=slice(start, stop)) if start < stop else None
+            found = np.frombuffer(call_storage(url, read.result).value if read else b"", np.uint8)
+        if len(found) != stop - start:
+            raise DataError(f"{url}: missing, or fewer than {stop} bytes; {DAMAGED_VERSION_FIX}")
+        return found
 
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""

@@ -1,0 +1,20 @@
+"""The families of published models: each is a file with its shape and its form at Hugging Face, in both directions."""
+
+import difflib
+import importlib
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.families.common import Family
+
+MODULES = {"llama": "llama"}
+"""Module of each `model_type`."""
+
+
+def family(model_type: str, where: str) -> Family:
+    """Returns the family of a `model_type`; ConfigError names the nearest one if it is unknown."""
+    if model_type not in MODULES:
+        near = difflib.get_close_matches(model_type, MODULES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODULES)}"
+        raise ConfigError(f"{where}: model_type {model_type} is not supported; {hint}")
+    module = importlib.import_module(f"jaxinfra.models.families.{MODULES[model_type]}")
+    return next(each for each in vars(module).values() if isinstance(each, Family) and each.model_type == model_type)

@@ -1,0 +1,314 @@
+"""What most families of decoders have in common: names of tensors, and keys of `config.json`.
+
+A family says in its file where it differs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Binding, Part, Rule, bind, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP, Activation, NormConfig
+from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "gelu",
+}
+"""Activations of MLPs by their names in `config.json`."""
+
+ACTIVATION_NAMES: Mapping[Activation, str] = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_new"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the models of one `model_type` are published.
+
+    Attributes:
+        model_type: the key in `config.json`.
+        architecture: the class of transformers that runs them.
+        read: returns the model of a `config.json`.
+        write: returns the keys of a model, without those of every model. If the family cannot say what the model has,
+            `read(write(model))` is another model.
+        layer_rules: returns the rules of a layer; names begin after `layer_prefix`.
+        model_rules: returns the rules of what is outside of layers.
+        layer_prefix: begins the names of a layer's tensors.
+        unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, or layers for other purposes.
+        text_config: whether the keys are in an object of this name, beside those of other modalities.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[ModelJson], TransformerConfig]
+    write: Callable[[TransformerConfig], dict[str, Any]]
+    layer_rules: Callable[[Layer, TransformerConfig], Iterable[Rule]]
+    model_rules: Callable[[TransformerConfig], Iterable[Rule]]
+    layer_prefix: str = "model.layers.{layer}."
+    unused: tuple[str, ...] = ("*rotary_emb.inv_freq",)
+
+    def bindings(self, model: TransformerConfig, shapes: Mapping[str, Sequence[int]]) -> list[Binding]:
+        """Binds the rules to a model; raises ConfigError if a parameter of it has no rule."""
+        found = [bind(each, shapes) for each in self.model_rules(model)]
+        for name in ("prefix", "blocks", "tail"):
+            stack = getattr(model, name)
+            if stack is None:
+                continue
+            for position, layer in enumerate(stack.layers):
+                prefix = f"{name}." + (f"layer_{position}." if len(stack.layers) > 1 else "")
+                first, step = stack.first + position, len(stack.layers)
+                layers = tuple(range(first, first + step * stack.times, step))
+                for each in self.layer_rules(layer, model):
+                    each = replace(each, theirs=f"{self.layer_prefix}{each.theirs}")
+                    found.append(bind(each, shapes, prefix=prefix, layers=layers))
+        covered = {part.path for binding in found for part in binding.parts}
+        if missing := sorted(shapes.keys() - covered):
+            raise ConfigError(f"{self.architecture} has no tensor for the parameter {missing[0]}")
+        return found
+
+
+# Rules
+
+
+def model_rules(model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of embeddings, the last norm and the LM head."""
+    yield rule("model.embed_tokens.weight", "embedding", "v d -> v d")
+    yield rule("model.norm.weight", "norm.scale", "d -> d")
+    if not model.tie_embeddings:
+        yield rule("lm_head.weight", "unembedding", "v d -> d v")
+
+
+NORMS: Mapping[str, Mapping[str, str]] = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+"""Names of the norms of a layer, by where they are: `post_attention_layernorm` is two different ones."""
+
+
+def norm_rules(layer: Layer) -> Iterator[Rule]:
+    """Yields the rules of a layer's norms."""
+    for ours, theirs in NORMS[layer.norms].items():
+        yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
+
+
+def attention_rules(mixer: Attention, name: str = "self_attn") -> Iterator[Rule]:
+    """Yields the rules of attention with separate projections."""
+    for short, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+        yield rule(f"{name}.{short}_proj.weight", f"attention.{ours}.weight", "(h k) d -> d h k")
+        if mixer.qkv_bias:
+            yield rule(f"{name}.{short}_proj.bias", f"attention.{ours}.bias", "(h k) -> h k")
+        if mixer.qk_norm is not None and ours != "value":
+            pattern = "k -> k" if mixer.qk_norm == "head" else "(h k) -> h k"
+            yield rule(f"{name}.{short}_norm.weight", f"attention.{ours}_norm.scale", pattern)
+    yield rule(f"{name}.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
+    if mixer.out_bias:
+        yield rule(f"{name}.o_proj.bias", "attention.out.bias", "d -> d")
+    if mixer.sinks:
+        yield rule(f"{name}.sinks", "attention.sinks", "h -> h")
+
+
+def mlp_rules(mlp: MLP, name: str = "mlp", ours: str = "mlp") -> Iterator[Rule]:
+    """Yields the rules of an MLP with separate projections."""
+    for matrix in ("gate", "up", "down"):
+        if matrix == "gate" and mlp.activation == "gelu":
+            continue
+        yield rule(f"{name}.{matrix}_proj.weight", f"{ours}.{matrix}.weight", "o i -> i o")
+        if mlp.bias:
+            yield rule(f"{name}.{matrix}_proj.bias", f"{ours}.{matrix}.bias", "o -> o")
+
+
+def experts_rules(mlp: MixtureOfExperts, shared: str = "mlp.shared_expert") -> Iterator[Rule]:
+    """Yields the rules of a router, of experts in tensors of their own, and of shared experts."""
+    yield rule("mlp.gate.weight", "mlp.router", "e d -> d e")
+    for matrix in ("gate", "up", "down"):
+        yield rule(f"mlp.experts.{{e}}.{matrix}_proj.weight", f"mlp.{matrix}", "o i -> e i o")
+    if mlp.num_shared_experts:
+        yield from mlp_rules(MLP(dim=mlp.dim), shared, "mlp.shared")
+    if mlp.shared_gate:
+        yield rule(f"{shared}_gate.weight", "mlp.shared_gate", "1 d -> d 1")
+
+
+def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of a layer with attention, and an MLP or experts."""
+    assert isinstance(layer.mixer, Attention)
+    yield from norm_rules(layer)
+    yield from attention_rules(layer.mixer)
+    yield from mlp_rules(layer.mlp) if isinstance(layer.mlp, MLP) else experts_rules(layer.mlp)
+
+
+def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
+    """Returns the rule of a tensor that holds several parameters: `(path, pattern)` of each."""
+    return Rule(theirs=theirs, parts=tuple(Part(ours=ours, pattern=pattern, sizes=sizes) for ours, pattern in parts))
+
+
+# Keys
+
+
+def read_attention(keys: ModelJson, **options: Any) -> Attention:
+    """Reads the heads of attention; `options` are of `Attention`."""
+    heads, head_dim = keys.take("num_attention_heads", int), keys.optional("head_dim", int)
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=keys.take("num_key_value_heads", int, heads),
+        head_dim=None if head_dim == keys.take("hidden_size", int) // heads else head_dim,
+        **options,
+    )
+
+
+def read_mlp(keys: ModelJson, **options: Any) -> MLP:
+    """Reads the width and the activation of an MLP; `options` are of `MLP`."""
+    return MLP(dim=keys.take("intermediate_size", int), activation=read_activation(keys), **options)
+
+
+def read_activation(keys: ModelJson, name: str = "hidden_act") -> Activation:
+    """Reads the activation of MLPs."""
+    keys.require(name, *ACTIVATIONS)
+    return ACTIVATIONS[keys.take(name, str)]
+
+
+def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> TransformerConfig:
+    """Reads the sizes of a decoder; `layers` are all layers or one period, `options` of `TransformerConfig`."""
+    num_layers = keys.take("num_hidden_layers", int)
+    keys.ignore("dtype", "torch_dtype")  # the dtype of the stored tensors, which say it themselves
+    options.setdefault("norm", NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6)))
+    return TransformerConfig(
+        vocab_size=keys.take("vocab_size", int),
+        num_layers=num_layers,
+        hidden_size=keys.take("hidden_size", int),
+        layers=shortest_period(layers),
+        tie_embeddings=keys.take("tie_word_embeddings", bool, False),
+        **options,
+    )
+
+
+def shortest_period(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Returns the shortest period of layers; its last repetition may be cut short."""
+    count = len(layers)
+    fits = (n for n in range(1, count + 1) if all(layers[i] == layers[i % n] for i in range(n, count)))
+    return tuple(layers[: next(fits)])
+
+
+def write_model(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a decoder's sizes, and of the attention and the MLP of its first layer."""
+    keys: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "rms_norm_eps": model.norm.eps,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    layer = model.all_layers[0]
+    if isinstance(layer.mixer, Attention):
+        keys |= {
+            "num_attention_heads": layer.mixer.num_heads,
+            "num_key_value_heads": layer.mixer.kv_head_count,
+            "head_dim": layer.mixer.head_width(model.hidden_size),
+        }
+    if isinstance(layer.mlp, MLP):
+        keys |= {"intermediate_size": layer.mlp.dim, "hidden_act": ACTIVATION_NAMES.get(layer.mlp.activation)}
+    return keys
+
+
+# Rotary positions
+
+
+def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0) -> Rope:
+    """Reads rotary positions.
+
+    Published files have `rope_theta` and `rope_scaling`; those of transformers 5 have both in `rope_parameters`, for
+    models with two kinds of layers an object for each `kind`.
+    """
+    fraction = keys.take("partial_rotary_factor", float, 1.0)
+    theta = keys.take("rope_theta", float, theta)
+    scaling = ModelJson({})
+    for name in ("rope_scaling", "rope_parameters"):
+        if name in keys:
+            scaling = keys.part(name)
+            scaling = scaling.part(kind) if kind is not None and kind in scaling else scaling
+    theta = scaling.take("rope_theta", float, theta)
+    fraction = scaling.take("partial_rotary_factor", float, fraction)
+    found = _read_scaling(scaling, keys)
+    if kind is None:
+        scaling.close()
+    return Rope(theta=theta, fraction=fraction, scaling=found)
+
+
+def _read_scaling(
+    keys: ModelJson, model: ModelJson
+) -> LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None:
+    kind = keys.take("rope_type", str, keys.take("type", str, "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(factor=keys.take("factor", float))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=keys.take("factor", float),
+            low_freq_factor=keys.take("low_freq_factor", float),
+            high_freq_factor=keys.take("high_freq_factor", float),
+            original_length=keys.take("original_max_position_embeddings", int),
+        )
+    if kind == "yarn":
+        return _read_yarn(keys)
+    raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; use default, linear, llama3 or yarn")
+
+
+def _read_yarn(keys: ModelJson) -> YarnScaling:
+    """Reads YaRN, whose factor on cosines and sines is `m(mscale) / m(mscale_all_dim)`, or `attention_factor`."""
+    factor = keys.take("factor", float)
+    options = {"mscale": 1.0, "mscale_all_dim": 0.0}
+    if "mscale" in keys or "mscale_all_dim" in keys:
+        options = {name: keys.take(name, float, default) for name, default in options.items()}
+    keys.require("attention_factor", None)
+    return YarnScaling(
+        factor=factor,
+        original_length=keys.take("original_max_position_embeddings", int),
+        beta_fast=keys.take("beta_fast", float, 32.0),
+        beta_slow=keys.take("beta_slow", float, 1.0),
+        truncate=keys.take("truncate", bool, True),
+        **options,
+    )
+
+
+def write_rope(rope: Rope) -> dict[str, Any]:
+    """Returns the keys of rotary positions, in the form of published files."""
+    keys: dict[str, Any] = {"rope_theta": rope.theta}
+    if rope.fraction != 1:
+        keys["partial_rotary_factor"] = rope.fraction
+    match rope.scaling:
+        case LinearScaling(factor=factor):
+            keys["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling() as scaling:
+            keys["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+        case YarnScaling() as scaling:
+            keys["rope_scaling"] = {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_length,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": scaling.truncate,
+            }
+            if scaling.mscale_all_dim:
+                keys["rope_scaling"] |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+        case _:
+            pass
+    return keys
