@@ -15,16 +15,17 @@ CONFIG = "config.json"
 
 HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
-    "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
-    "cross_attention_hidden_size", "decoder_start_token_id", "do_sample", "early_stopping", "eos_token_id",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length",
-    "max_position_embeddings", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
-    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "pruned_heads", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
-    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript",
-    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "do_sample", "early_stopping",
+    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
+    "length_penalty", "max_length", "max_position_embeddings", "min_length", "model_type", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 })  # fmt: skip
 """Keys that do not change the logits of a model, whatever their values."""
 
@@ -62,7 +63,7 @@ class ModelJson:
         if value is None:
             raise ConfigError(f"{self.where}: has no {name}; it must be of type {kind.__name__}")
         if kind is float and type(value) is int:
-            value = float(value)
+            return kind(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f"{self.where}: {name} is {value!r}, expected {kind.__name__}")
         return value
@@ -95,8 +96,8 @@ class ModelJson:
                 near = difflib.get_close_matches(name, self._taken, n=1)
                 hint = f", did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"{self.where}: {name}={value!r} is not known for a {self._content.get('model_type')} and may change "
-                    f"its numbers{hint}; remove it only if it does not"
+                    f"{self.where}: {name}={value!r} is not known for a {self._content.get('model_type')}{hint}; "
+                    "it may change the numbers of the model, so remove it only if it does not"
                 )
 
 
