@@ -209,13 +209,19 @@ def _add_data_peek(parser: argparse.ArgumentParser) -> None:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help=CHECKPOINT_HELP)
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    what = "the texts to continue; overrides of the mesh, such as mesh.tensor=4, may stand among them"
+    parser.add_argument("words", metavar="PROMPT", nargs="*", help=what)
+    what = "continue each line of this text file, and write JSON lines"
+    parser.add_argument("--prompts", metavar="FILE", help=what)
+    _add_int(parser, "--batch", 1, default=32, metavar="N", help="prompts to decode at once (default %(default)s)")
     most = "maximum number of tokens to decode (default %(default)s)"
     _add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    what = "end a text before this string; repeatable"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
     _add_imports(parser)
     _add_processes(parser)
 
