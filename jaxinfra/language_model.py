@@ -25,11 +25,13 @@ class LanguageModel:
         tokenizer: its tokenizer.
         documents_apart: whether it was trained on documents that do not see each other. Otherwise the end-of-document
             token of the one before stands before each document.
+        max_length: the number of positions that it was trained with.
     """
 
     run: Run
     tokenizer: Tokenizer
     documents_apart: bool
+    max_length: int
 
     @property
     def max_positions(self) -> int | None:
@@ -53,8 +55,13 @@ def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | Pai
 
 def language_model(run: Run) -> LanguageModel:
     """Returns the language model that a run trains; ConfigError if it trains none, or its data is missing."""
-    _, data = require_text(run)
-    return LanguageModel(run=run, tokenizer=data.open().tokenizer, documents_apart=data.mask_documents)
+    model, data = require_text(run)
+    return LanguageModel(
+        run=run,
+        tokenizer=data.open().tokenizer,
+        documents_apart=data.mask_documents,
+        max_length=model.learned_positions or data.seq_len,
+    )
 
 
 def open_language_model(
