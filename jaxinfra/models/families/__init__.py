@@ -1,4 +1,4 @@
-"""The families of published models: each is a file with its shape and its form at Hugging Face, in both directions."""
+"""The families of published models: each is a file with its shapes and its form at Hugging Face, in both directions."""
 
 import difflib
 import importlib
@@ -6,7 +6,22 @@ import importlib
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.families.common import Family
 
-MODULES = {"llama": "llama"}
+MODULES = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mistral3": "mistral",
+    "olmo2": "olmo2",
+    "olmo3": "olmo3",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
 """Module of each `model_type`."""
 
 
