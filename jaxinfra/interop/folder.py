@@ -1,9 +1,10 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, override
 
 import numpy as np
 
@@ -48,9 +49,9 @@ class ModelFolder(Protocol):
         ...
 
 
-def is_hub_source(source: str) -> bool:
+def is_published(source: str | os.PathLike[str]) -> bool:
     """Returns whether a source names published weights: `hf:DIR`, `hf:ORG/NAME`, `hf:s3://BUCKET/DIR`."""
-    return source.startswith(PREFIX)
+    return os.fspath(source).startswith(PREFIX)
 
 
 def open_folder(source: str) -> ModelFolder:
@@ -68,32 +69,38 @@ def open_folder(source: str) -> ModelFolder:
     raise ConfigError(f"{source}: no such folder; name the folder of a model, or ORG/NAME of the Hugging Face Hub")
 
 
-class StoredFolder:
+class StoredFolder(ModelFolder):
     """A local folder, or one in a bucket."""
 
     def __init__(self, objects: ObjectStore):
         self._objects, self.url = objects, objects.url
 
+    @override
     def url_of(self, name: str) -> str:
         return self._objects.url_of(name)
 
+    @override
     def names(self) -> list[str]:
         return [name for name in self._objects.list_names() if "/" not in name]
 
+    @override
     def exists(self, name: str) -> bool:
         return self._objects.exists(name)
 
+    @override
     def check_size(self, name: str, nbytes: int) -> None:
         self._objects.check_sizes({name: nbytes})
 
+    @override
     def read_or_none(self, name: str) -> bytes | None:
         return self._objects.read_or_none(name)
 
+    @override
     def read_range(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._objects.read_range(name, start, stop)
 
 
-class HubFolder:
+class HubFolder(ModelFolder):
     """A repository of the Hugging Face Hub, read in ranges without a copy on the disk.
 
     `HF_ENDPOINT` names another server, `HF_TOKEN` the user.
@@ -107,23 +114,29 @@ class HubFolder:
     def _files(self) -> Any:
         return self._hub.HfFileSystem()
 
+    @override
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    @override
     def names(self) -> list[str]:
         paths = self._call(lambda: self._files.ls(self.url, detail=False))
         return sorted(path.rpartition("/")[2] for path in paths)
 
+    @override
     def exists(self, name: str) -> bool:
         return self._call(lambda: self._files.exists(self.url_of(name)))
 
+    @override
     def check_size(self, name: str, nbytes: int) -> None:
         if (size := self._call(lambda: self._files.info(self.url_of(name)))["size"]) != nbytes:
             raise DataError(f"{self.url_of(name)}: {size} bytes, expected {nbytes}; ask who uploaded it")
 
+    @override
     def read_or_none(self, name: str) -> bytes | None:
         return self._call(lambda: self._files.cat_file(self.url_of(name))) if self.exists(name) else None
 
+    @override
     def read_range(self, name: str, start: int, stop: int) -> np.ndarray:
         content = self._call(lambda: self._files.cat_file(self.url_of(name), start=start, end=stop))
         if len(content) != stop - start:

@@ -14,11 +14,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
+import jax
 import numpy as np
-
-type Ranges = tuple[tuple[int, int], ...]
-"""First index and end in each dimension."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +86,25 @@ def _dim(text: str) -> Dim:
 class Layout:
     """A pattern with the sizes of its factors, and the place of this part among others in the same tensor.
 
+    Tensors and parameters may be cut along the outermost factor of the tensor, and nowhere else: such a piece is a run
+    of consecutive bytes in the file. Arrays may have other dimensions in front, such as layers and experts.
+
     Attributes:
         pattern: the pattern.
-        sizes: size of each factor.
+        factors: names and sizes of the factors.
         offset: where this part begins in the braces.
         total: size of all parts in the braces.
     """
 
     pattern: Pattern
-    sizes: Mapping[str, int]
+    factors: tuple[tuple[str, int], ...]
     offset: int = 0
     total: int = 0
 
-    def _size(self, names: Sequence[str]) -> int:
-        return math.prod(self.sizes[name] for name in names)
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Size of each factor."""
+        return dict(self.factors)
 
     @property
     def own_size(self) -> int:
@@ -110,104 +114,106 @@ class Layout:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor in the checkpoint."""
-        return tuple(
-            self._size(dim.outer) * (1 if dim.own is None else self.total) * self._size(dim.inner)
-            for dim in self.pattern.theirs
-        )
+        return tuple(math.prod(self._axes(dim, self.sizes)) for dim in self.pattern.theirs)
 
     @property
-    def is_alternating(self) -> bool:
+    def alternates(self) -> bool:
         """Whether the bytes of this part alternate with those of others, instead of being consecutive."""
-        return any(dim.own is not None and (index or dim.outer) for index, dim in enumerate(self.pattern.theirs))
+        return any(dim.own is not None and (dim.outer or index) for index, dim in enumerate(self.pattern.theirs))
 
     @property
-    def outermost(self) -> str:
-        """The outermost factor of the tensor."""
-        return self.pattern.theirs[0].factors[0]
+    def cut_dim(self) -> int | None:
+        """The dimension of the parameter that the outermost factor cuts; None if it is within a merged one."""
+        outermost = self.pattern.theirs[0].factors[0]
+        return next((dim for dim, names in enumerate(self.pattern.ours) if names[0] == outermost), None)
 
-    # A box is a part of a parameter or of a tensor, given by ranges. Within a merged dimension only the outermost
-    # factor is cut; what that reads too much is cut off afterwards.
+    @property
+    def cut_size(self) -> int:
+        """Size of the outermost factor."""
+        return self.sizes[self.pattern.theirs[0].factors[0]]
 
-    def _factor_ranges(self, ranges: Ranges) -> dict[str, tuple[int, int]]:
-        """Returns the range of each factor that covers ranges of our dimensions."""
-        found = {name: (0, size) for name, size in self.sizes.items()}
-        for (start, stop), names in zip(ranges, self.pattern.ours, strict=True):
-            inner = self._size(names[1:])
-            found[names[0]] = (start // inner, -(-stop // inner))
-        return found
-
-    def box(self, ranges: Ranges) -> Ranges:
-        """Returns the ranges of the tensor that hold ranges of the parameter."""
-        factors = self._factor_ranges(ranges)
-        return tuple(self._dim_range(dim, factors) for dim in self.pattern.theirs)
-
-    def _dim_range(self, dim: Dim, factors: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        start, stop = factors[dim.factors[0]]
-        below = self._size(dim.factors[1:])
-        if dim.own is None:
-            return start * below, stop * below
-        if dim.outer:
-            step = self._size(dim.outer[1:]) * self.total * self._size(dim.inner)
-            return start * step, stop * step
-        shift = self.offset * self._size(dim.inner)
+    def rows(self, start: int, stop: int) -> tuple[int, int]:
+        """Returns the rows of the tensor that hold a range of the outermost factor."""
+        first, *rest = self.pattern.theirs[0].factors
+        shift = 0
+        dim = self.pattern.theirs[0]
+        if dim.own is not None and not dim.outer:
+            shift = self.offset * self._size(dim.inner)
+            below = self._size(rest)
+        else:
+            below = math.prod(self._axes(dim, self.sizes)[1:])
         return shift + start * below, shift + stop * below
 
-    def take(self, tensor: np.ndarray, ranges: Ranges) -> np.ndarray:
-        """Returns ranges of the parameter from the box of the tensor that has them, a view if possible."""
-        view, names = self._split(tensor, ranges)
-        order = [names.index(name) for dim in self.pattern.ours for name in dim]
-        view = view.transpose(order)
-        shape = [stop - start for start, stop in self._covered(ranges)]
-        starts = [start - covered for (start, _), (covered, _) in zip(ranges, self._covered(ranges), strict=True)]
-        cut = tuple(slice(low, low + stop - start) for low, (start, stop) in zip(starts, ranges, strict=True))
-        return view.reshape(shape)[cut]
+    def to_ours[A: (np.ndarray, jax.Array)](self, rows: A) -> A:
+        """Returns the parameter, or a part of it, from rows of the tensor, `[..., *rows]`."""
+        lead, sizes = rows.shape[: -len(self.pattern.theirs)], self._cut_sizes(rows.shape[-len(self.pattern.theirs)])
+        names, shape, cut = list[str](), list[int](), list[slice]()
+        for index, dim in enumerate(self.pattern.theirs):
+            consecutive = not index and not dim.outer  # then the rows are those of this part only
+            if dim.own is None or consecutive:
+                parts = [(name, sizes[name]) for name in dim.factors]
+                cut += [slice(None)] * len(parts)
+            else:
+                parts = [(name, sizes[name]) for name in dim.outer]
+                parts += [("", self.total)] + [(name, sizes[name]) for name in dim.inner]
+                own = slice(self.offset, self.offset + self.own_size)
+                cut += [own if name == "" else slice(None) for name, _ in parts]
+            names += [name for name, _ in parts]
+            shape += [size for _, size in parts]
+        found = rows.reshape(*lead, *shape)[(..., *cut)]
+        split = [name for own in names for name in (self._own if own == "" else [own])]
+        found = found.reshape(*lead, *(sizes[name] for name in split))
+        order = [len(lead) + split.index(name) for dim in self.pattern.ours for name in dim]
+        found = found.transpose(*range(len(lead)), *order)
+        return found.reshape(*lead, *(math.prod(sizes[name] for name in dim) for dim in self.pattern.ours))
 
-    def put(self, tensor: np.ndarray, ranges: Ranges, values: np.ndarray) -> None:
-        """Writes ranges of the parameter, whole in all but the outermost factor, into the box of the tensor."""
-        assert self._covered(ranges) == ranges, (ranges, self.pattern)
-        view, names = self._split(tensor, ranges)
-        factors = self._factor_ranges(ranges)
+    def to_theirs[A: (np.ndarray, jax.Array)](self, values: A) -> A:
+        """Returns the rows of the tensor that hold a parameter, or a part of it, `[..., *values]`.
+
+        Where parts alternate, the factors of the braces are one dimension, to be joined with those of other parts by
+        `join`.
+        """
+        ndim = len(self.pattern.ours)
+        lead, sizes = values.shape[: values.ndim - ndim], dict(self.sizes)
+        if (cut := self.cut_dim) is not None:
+            names = self.pattern.ours[cut]
+            sizes[names[0]] = values.shape[len(lead) + cut] // self._size(names[1:])
         ours = [name for dim in self.pattern.ours for name in dim]
-        split = values.reshape([factors[name][1] - factors[name][0] for name in ours])
-        view[...] = split.transpose([ours.index(name) for name in names])
+        found = values.reshape(*lead, *(sizes[name] for name in ours))
+        theirs = [name for dim in self.pattern.theirs for name in dim.factors]
+        found = found.transpose(*range(len(lead)), *(len(lead) + ours.index(name) for name in theirs))
+        return found.reshape(*lead, *(size for dim in self.pattern.theirs for size in self._joined(dim, sizes)))
 
-    def _covered(self, ranges: Ranges) -> Ranges:
-        """Returns the ranges of our dimensions that whole inner factors cover."""
-        factors = self._factor_ranges(ranges)
-        inner = [self._size(names[1:]) for names in self.pattern.ours]
-        firsts = [factors[names[0]] for names in self.pattern.ours]
-        return tuple((start * size, stop * size) for (start, stop), size in zip(firsts, inner, strict=True))
+    def joined_axis(self) -> int:
+        """Returns the axis, counted from the last one, along which alternating parts of `to_theirs` are joined."""
+        axis, found = 0, None
+        for dim in reversed(self.pattern.theirs):
+            parts = self._joined(dim, self.sizes)
+            if dim.own is not None:
+                found = axis + (2 if dim.inner else 1)
+            axis += len(parts)
+        assert found is not None
+        return -found
 
-    def _split(self, tensor: np.ndarray, ranges: Ranges) -> tuple[np.ndarray, list[str]]:
-        """Splits the dimensions of a box into its factors; returns a view of this part, and the names of its axes."""
-        factors = self._factor_ranges(ranges)
-        shape, cuts, names = list[int](), list[slice](), list[str]()
-        expand = list[tuple[int, tuple[str, ...]]]()  # axes of the braces, to be split in their factors afterwards
-        for dim in self.pattern.theirs:
-            first = True
-            for group, is_own in ((dim.outer, False), (dim.own, True), (dim.inner, False)):
-                if group is None:
-                    continue
-                if is_own and not first:
-                    shape.append(self.total)
-                    cuts.append(slice(self.offset, self.offset + self._size(group)))
-                    expand.append((len(shape) - 1, group))
-                    names.append("")
-                    continue
-                for name in group:
-                    start, stop = factors[name]
-                    shape.append(stop - start if first else self.sizes[name])
-                    cuts.append(slice(None) if first else slice(start, stop))
-                    names.append(name)
-                    first = False
-        view = tensor.reshape(shape)
-        assert np.shares_memory(view, tensor) or not tensor.size
-        view = view[tuple(cuts)]
-        for axis, group in reversed(expand):
-            view = view.reshape(*view.shape[:axis], *(self.sizes[name] for name in group), *view.shape[axis + 1 :])
-            names[axis : axis + 1] = group
-        for axis, name in enumerate(names):  # factors of the braces may be cut, too
-            start, stop = factors[name]
-            if view.shape[axis] != stop - start:
-                view = view[(slice(None),) * axis + (slice(start, stop),)]
-        return view, names
+    def _joined(self, dim: Dim, sizes: Mapping[str, int]) -> list[int]:
+        size = partial(self._size, sizes=sizes)
+        if dim.own is None or not self.alternates:
+            return [size(dim.factors)]
+        return [*([size(dim.outer)] if dim.outer else []), size(dim.own), *([size(dim.inner)] if dim.inner else [])]
+
+    @property
+    def _own(self) -> list[str]:
+        return [name for dim in self.pattern.theirs for name in dim.own or ()]
+
+    def _size(self, names: Sequence[str], sizes: Mapping[str, int] | None = None) -> int:
+        return math.prod((self.sizes if sizes is None else sizes)[name] for name in names)
+
+    def _axes(self, dim: Dim, sizes: Mapping[str, int]) -> list[int]:
+        """Returns the sizes that a dimension of the tensor merges: factors, and the parts in braces as one."""
+        own = [] if dim.own is None else [self.total]
+        return [*(sizes[name] for name in dim.outer), *own, *(sizes[name] for name in dim.inner)]
+
+    def _cut_sizes(self, rows: int) -> dict[str, int]:
+        """Returns the sizes of the factors of a part with this number of rows."""
+        start, stop = self.rows(0, 1)
+        return dict(self.sizes) | {self.pattern.theirs[0].factors[0]: rows // (stop - start)}

@@ -1,45 +1,48 @@
 """Reads the parameters of a model from a folder of safetensors onto a mesh, each process its own part.
 
-The tensors of a checkpoint are read in runs of consecutive bytes. So a parameter is read with a sharding that splits
-what is outermost in the file: layers, experts, then rows. If it is stored with another sharding, the devices exchange
-it: the files are read once, whatever the mesh, and a process holds no more than its part of one parameter.
+The tensors of a checkpoint are read in runs of consecutive bytes: a parameter is split over the devices along what is
+outermost in the files: layers, experts, then rows. The devices transpose what was read, and exchange it if the
+parameter is stored with another sharding. So the files are read once, whatever the mesh, and a process holds no more
+than its part of one parameter.
 """
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.interop.pattern import Layout
 from jaxinfra.interop.rules import Binding, BoundPart, nearest
 from jaxinfra.interop.safetensors import StoredTensor, Weights
+from jaxinfra.parallel.sharding import axis_names
 
 
 def check_tensors(
-    weights: Mapping[str, StoredTensor], bindings: Iterable[Binding], unused: Sequence[str], where: str
+    tensors: Mapping[str, StoredTensor], bindings: Iterable[Binding], unused: Sequence[str], where: str
 ) -> None:
     """Raises ConfigError for a tensor that is missing, left over, or of another shape, naming the nearest one."""
     expected = {name: binding.shape for binding in bindings for name in binding.names}
-    left_over = [name for name in weights if name not in expected and not any(fnmatchcase(name, p) for p in unused)]
+    left_over = [name for name in tensors if name not in expected and not any(fnmatchcase(name, p) for p in unused)]
     for name, shape in expected.items():
-        if name not in weights:
-            raise ConfigError(
-                f"{where}: {name} is missing{nearest(name, left_over)}; the config says that the model has it"
-            )
-        if weights[name].shape != shape:
-            found = "x".join(map(str, weights[name].shape))
-            raise ConfigError(f"{where}: {name} is {found}, but by the config {'x'.join(map(str, shape))}")
+        if name not in tensors:
+            hint = nearest(name, left_over)
+            raise ConfigError(f"{where}: {name} is missing{hint}; by {where}/config.json the model has it")
+        if (found := tensors[name].shape) != shape:
+            text, by_config = ("x".join(map(str, sizes)) for sizes in (found, shape))
+            raise ConfigError(f"{where}: {name} is {text}, but by its config.json {by_config}")
     if left_over:
-        name = left_over[0]
+        name, count = left_over[0], len(left_over)
+        more = f"; there are {count - 1} more" if count > 1 else ""
         raise ConfigError(
-            f"{where}: {name} is not used by the model of the config{nearest(name, expected)}; "
-            f"{len(left_over)} such tensor{'s' * (len(left_over) > 1)}"
+            f"{where}: {name} has no place in the model of its config.json{nearest(name, expected)}{more}"
         )
 
 
@@ -47,78 +50,118 @@ def read_params(
     weights: Weights, bindings: Iterable[Binding], params: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
-    found = dict[str, jax.Array]()
-    for binding in bindings:
-        for part in binding.parts:
-            found[part.path] = _read_param(weights, binding, part, params[part.path])
-    return found
+    parts = ((binding, part) for binding in bindings for part in binding.parts)
+    return {part.path: _read_param(weights, binding, part, params[part.path]) for binding, part in parts}
 
 
-def _read_param(weights: Weights, binding: Binding, part: BoundPart, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    target = spec.sharding
-    assert isinstance(target, NamedSharding)
-    dtype = weights.tensors[binding.name()].dtype
+def _read_param(weights: Weights, binding: Binding, part: BoundPart, param: jax.ShapeDtypeStruct) -> jax.Array:
+    target, layout, lead = param.sharding, part.layout, binding.lead
+    assert isinstance(target, NamedSharding) and isinstance(target.mesh, Mesh)
+    first, end = layout.rows(0, layout.cut_size)
+    shape, read = (*lead, end - first, *layout.shape[1:]), dict[str, np.ndarray]()
 
-    def read_shard(index: tuple[slice, ...]) -> np.ndarray:
-        ranges = [cut.indices(size)[:2] for cut, size in zip(index, spec.shape, strict=True)]
-        return read_box(weights, binding, part, ranges, dtype)
+    def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        if (key := str(index)) not in read:  # several devices may have the same
+            *stacked, rows = [cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True)][
+                : len(lead) + 1
+            ]
+            read[key] = _read_rows(weights, binding, stacked, (first + rows[0], first + rows[1]))
+        return read[key]
 
-    sharding = NamedSharding(target.mesh, file_order_spec(target.mesh, binding, part, spec.shape))
-    array = jax.make_array_from_callback(spec.shape, sharding, read_shard)
-    return convert(array, spec.dtype, target)
+    spec = file_order(target, lead, layout)
+    raw = jax.make_array_from_callback(shape, NamedSharding(target.mesh, spec), read_shard)
+    return _to_ours(raw, layout, param.dtype, target.spec)
 
 
-def read_box(
-    weights: Weights, binding: Binding, part: BoundPart, ranges: Sequence[tuple[int, int]], dtype: np.dtype
+def _read_rows(
+    weights: Weights, binding: Binding, lead: Sequence[tuple[int, int]], rows: tuple[int, int]
 ) -> np.ndarray:
-    """Reads ranges of a parameter from the tensors that have it."""
-    shape = [stop - start for start, stop in ranges]
-    box, rest = np.empty(shape, dtype), list(ranges)
-    layers = range(*rest.pop(0)) if binding.layers is not None else range(1)
-    experts = range(*rest.pop(part.expert)) if part.expert is not None else range(1)
-    for layer, expert in itertools.product(layers, experts):
-        name = binding.name(layer, expert)
-        index: list[int | slice] = [] if binding.layers is None else [layer - layers.start]
-        if part.expert is not None:
-            index += [slice(None)] * part.expert + [expert - experts.start]
-        tensor = weights.read(name, part.layout.box(tuple(rest)))
-        box[tuple(index)] = part.layout.take(tensor, tuple(rest))
-    return box
+    """Reads rows of the tensors of some layers and experts."""
+    ranges = [range(*each) for each in lead]
+    names = [_name(binding, index) for index in itertools.product(*ranges)]
+    if len(names) == 1:
+        return weights.read(names[0], *rows).reshape(*map(len, ranges), rows[1] - rows[0], *binding.shape[1:])
+    out = np.empty((len(names), rows[1] - rows[0], *binding.shape[1:]), weights.tensors[names[0]].dtype)
+    for index, name in enumerate(names):
+        out[index] = weights.read(name, *rows)
+    return out.reshape(*map(len, ranges), *out.shape[1:])
 
 
-def file_order_spec(mesh: Mesh, binding: Binding, part: BoundPart, shape: Sequence[int]) -> PartitionSpec:
-    """Returns the sharding that splits a parameter over all devices in runs of consecutive bytes of the files.
+def _name(binding: Binding, index: Sequence[int]) -> str:
+    layer = index[0] if binding.layers is not None else 0
+    return binding.name(layer, index[-1] if binding.experts is not None else 0)
 
-    An axis of the mesh that divides none of layers, experts and outermost rows has copies.
+
+def file_order(target: NamedSharding, lead: Sequence[int], layout: Layout) -> P:
+    """Returns the sharding of rows `[*lead, *rows]` that gives each device a run of consecutive bytes.
+
+    Devices along a mesh axis that divides neither layers, experts nor rows have the same. Axes that can stay in their
+    dimension come first, then those that move from another one, then those along which parameters are copies.
     """
-    pattern, first = part.layout.pattern, 0 if binding.layers is None else 1
-    dims = [(0, shape[0])] if binding.layers is not None else []
-    if part.expert is not None:
-        dims.append((first + part.expert, shape[first + part.expert]))
-    names = [*pattern.ours]
-    if part.expert is not None:
-        names.insert(part.expert, ("",))
-    outermost = part.layout.outermost
-    dims += [
-        (first + dim, part.layout.sizes[outermost]) for dim, factors in enumerate(names) if factors[0] == outermost
-    ]
-    axes = {name: size for name, size in mesh.shape.items() if size > 1}
-    chosen: list[tuple[str, ...]] = [()] * len(shape)
-    for dim, size in dims:
-        for name in list(axes):
-            taken = math.prod(mesh.shape[other] for other in chosen[dim])
-            if size % (taken * axes[name]) == 0:
-                chosen[dim] += (name,)
-                del axes[name]
-    return PartitionSpec(*(names or None for names in chosen))
+    sizes = [*lead, layout.cut_size if layout.cut_dim is not None else 1]
+    ours = [*range(len(lead)), None if layout.cut_dim is None else len(lead) + layout.cut_dim]
+    wanted = _axes_of(target.spec, len(lead) + len(layout.pattern.ours))
+    axes = {name: count for name, count in target.mesh.shape.items() if count > 1}
+    chosen = [list[str]() for _ in sizes]
+    moving = [name for names in wanted for name in names]
+    for choice in (None, moving, list(axes)):
+        for index, size in enumerate(sizes):
+            dim = ours[index]
+            staying = wanted[dim] if dim is not None else []
+            for name in staying if choice is None else choice:
+                taken = math.prod(target.mesh.shape[other] for other in chosen[index])
+                if name in axes and size % (taken * axes[name]) == 0:
+                    del axes[name]
+                    chosen[index].append(name)
+    return P(*(tuple(names) or None for names in chosen))
 
 
-def convert(array: jax.Array, dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
-    """Returns an array in another dtype and with another sharding on the same mesh; the array is given up."""
-    if array.dtype == dtype and array.sharding.is_equivalent_to(sharding, array.ndim):
-        return array
-    return jax.jit(_as, static_argnums=(1, 2), donate_argnums=0)(array, dtype, sharding)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _to_ours(raw: jax.Array, layout: Layout, dtype: jnp.dtype, target: P) -> jax.Array:
+    """Returns the parameter of rows `[*lead, *rows]`, in its dtype and sharding."""
+    spec, lead = jax.typeof(raw).sharding.spec, raw.ndim - len(layout.shape)
+    ours = parameter_spec(spec, lead, layout)
+    values = jax.shard_map(layout.to_ours, in_specs=spec, out_specs=ours)(raw)
+    return reshard(values, target).astype(dtype)
 
 
-def _as(array: jax.Array, dtype: jnp.dtype, sharding: NamedSharding) -> Any:
-    return jax.reshard(array.astype(dtype), sharding.spec)
+def parameter_spec(rows: P, lead: int, layout: Layout) -> P:
+    """Returns the sharding of a parameter whose rows in the files have the sharding `rows`."""
+    axes = [None] * len(layout.pattern.ours)
+    if layout.cut_dim is not None and len(rows) > lead:
+        axes[layout.cut_dim] = rows[lead]
+    return P(*rows[:lead], *axes)
+
+
+def reshard(array: jax.Array, target: P) -> jax.Array:
+    """Changes the sharding of an array by one mesh axis after another, each an all-to-all or an all-gather.
+
+    In one step the compiler would gather the whole array on each device where several axes move.
+    """
+    current, wanted = (_axes_of(spec, array.ndim) for spec in (jax.typeof(array).sharding.spec, target))
+    while (moved := _move_axis(current, wanted)) is not None:
+        current = moved
+        array = jax.reshard(array, P(*(tuple(names) or None for names in current)))
+    return jax.reshard(array, target)
+
+
+def _move_axis(current: list[list[str]], wanted: list[list[str]]) -> list[list[str]] | None:
+    """Moves one mesh axis, the minor one of its dimension, to where it is wanted; None if there is none to move."""
+    for dim, names in enumerate(current):
+        if not names or names == wanted[dim][: len(names)]:
+            continue
+        name, moved = names[-1], [list(each) for each in current]
+        moved[dim].pop()
+        other = next((index for index, each in enumerate(wanted) if name in each), None)
+        if other is None:
+            return moved
+        if wanted[other][: len(moved[other]) + 1] == [*moved[other], name]:
+            moved[other].append(name)
+            return moved
+    return None
+
+
+def _axes_of(spec: P, ndim: int) -> list[list[str]]:
+    """Returns the mesh axes that shard each dimension, major ones first."""
+    parts = [*spec, *[None] * (ndim - len(spec))]
+    return [list(axis_names(part)) for part in parts]

@@ -33,8 +33,8 @@ class Rule:
     """A tensor, or one for each expert, and the parameters in it.
 
     Attributes:
-        theirs: the name in the checkpoint. `{layer}` stands for the index of the layer, and `{e}` for the index of a
-            factor `e` of the parameter, such as an expert.
+        theirs: the name in the checkpoint. `{layer}` stands for the index of the layer, `{e}` for that of an expert,
+            the first dimension `e` of the parameter.
         parts: the parameters, in the order in which they are in the tensor.
     """
 
@@ -54,13 +54,10 @@ class BoundPart:
     Attributes:
         path: the path of the parameter, as in `blocks.attention.query.weight`.
         layout: its layout.
-        expert: the dimension of the parameter, without stacked layers, that selects the tensor; None if one tensor
-            has all of it.
     """
 
     path: str
     layout: Layout
-    expert: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +89,11 @@ class Binding:
             yield self.name(layer, expert)
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The dimensions of the parameters in front of their layout: stacked layers, then experts."""
+        return (*([] if self.layers is None else [len(self.layers)]), *([] if self.experts is None else [self.experts]))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor."""
         return self.parts[0].layout.shape
@@ -108,23 +110,21 @@ def bind(
         prefix: comes before the paths of the rule.
         layers: see `Binding`.
     """
-    laid_out = list[tuple[str, Layout, int | None]]()
-    num_experts = None
+    laid_out, num_experts = list[tuple[str, Layout]](), None
     for part in each.parts:
         path, pattern = f"{prefix}{part.ours}", parse(part.pattern)
         if path not in shapes:
             raise ConfigError(f"{each.theirs}: the model has no parameter {path}{nearest(path, shapes)}")
         shape = tuple(shapes[path])[0 if layers is None else 1 :]
-        sizes, expert = pattern.sizes(shape, part.sizes), None
+        sizes = pattern.sizes(shape, part.sizes)
         if "{e}" in each.theirs:
-            expert = pattern.ours.index(("e",))
-            num_experts = sizes.pop("e")
-            pattern = replace(pattern, ours=pattern.ours[:expert] + pattern.ours[expert + 1 :])
-        laid_out.append((path, Layout(pattern=pattern, sizes=sizes), expert))
-    starts = [0, *itertools.accumulate(layout.own_size for _, layout, _ in laid_out)]
+            assert pattern.ours[0] == ("e",), part.pattern
+            num_experts, pattern = sizes.pop("e"), replace(pattern, ours=pattern.ours[1:])
+        laid_out.append((path, Layout(pattern=pattern, factors=tuple(sizes.items()))))
+    starts = [0, *itertools.accumulate(layout.own_size for _, layout in laid_out)]
     parts = (
-        BoundPart(path=path, layout=replace(layout, offset=start, total=starts[-1]), expert=expert)
-        for (path, layout, expert), start in zip(laid_out, starts, strict=False)
+        BoundPart(path=path, layout=replace(layout, offset=start, total=starts[-1]))
+        for (path, layout), start in zip(laid_out, starts, strict=False)
     )
     return Binding(theirs=each.theirs, layers=layers, parts=tuple(parts), experts=num_experts)
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxinfra.errors import DataError
 from jaxinfra.interop.folder import ModelFolder
-from jaxinfra.interop.pattern import Ranges
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -91,20 +90,20 @@ class Weights:
             if name not in self.tensors or self.tensors[name].file != file:
                 raise DataError(f"{folder.url_of(INDEX)}: says that {file} has {name}, which is not there; {_FIX}")
 
-    def read(self, name: str, ranges: Ranges) -> np.ndarray:
-        """Reads a box of a tensor: the bytes from its first row to its last."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Reads rows of a tensor, `[stop - start, ...]`, all of them by default."""
         tensor = self.tensors[name]
         if not tensor.shape:
-            return self._rows(tensor, 0, 1, tensor.nbytes).reshape(())
+            return self.read_bytes(tensor, 0, tensor.nbytes).view(tensor.dtype).reshape(())
+        stop = tensor.shape[0] if stop is None else stop
         row_bytes = tensor.nbytes // max(tensor.shape[0], 1)
-        (start, stop), rest = ranges[0], ranges[1:]
-        rows = self._rows(tensor, start, stop, row_bytes).reshape(stop - start, *tensor.shape[1:])
-        return rows[(slice(None), *(slice(low, high) for low, high in rest))]
+        content = self.read_bytes(tensor, start * row_bytes, stop * row_bytes)
+        return content.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
-    def _rows(self, tensor: StoredTensor, start: int, stop: int, row_bytes: int) -> np.ndarray:
-        self.bytes_read += (stop - start) * row_bytes
-        first = tensor.start + start * row_bytes
-        return self.folder.read_range(tensor.file, first, first + (stop - start) * row_bytes).view(tensor.dtype)
+    def read_bytes(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+        """Reads bytes of a tensor, uint8."""
+        self.bytes_read += stop - start
+        return self.folder.read_range(tensor.file, tensor.start + start, tensor.start + stop)
 
 
 def _indexed_files(folder: ModelFolder) -> dict[str, str]:

@@ -273,15 +273,21 @@ def self_attention(
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)
 
 
-def update_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+def update_cache(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from the slot `start_B` of each row on."""
+    arrays = (cache, new.astype(cache.dtype), start_B)
+    specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
+
+    def on_device(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(cache, new, start_B)
+
+    return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 
 
-def cached_positions(start: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the positions of queries `[B, T, ...]` that begin at slot `start`, and of a cache `[B, S, ...]`.
+def cached_positions(start_B: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the positions of queries `[B, T, ...]` that begin at slots `start_B`, and of a cache `[B, S, ...]`.
 
-    Two queries at `start=3` and a cache of 8 slots give `[[3, 4]]` and `[[0, ..., 7]]`. Later slots are masked, since
-    attention is causal.
+    Two queries at `start_B=[3, 0]` and a cache of 8 slots give `[[3, 4], [0, 1]]` and `[[0, ..., 7]]`. Later slots are
+    masked, since attention is causal.
     """
-    return start + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]
+    return start_B[:, None] + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]

@@ -170,7 +170,7 @@ class LatentAttentionModule(nnx.Module):
 
         return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 
-    def _attend_to_cache(self, q_BTHK: jax.Array, start: jax.Array, cache: LatentCache) -> jax.Array:
+    def _attend_to_cache(self, q_BTHK: jax.Array, start_B: jax.Array, cache: LatentCache) -> jax.Array:
         """Computes attention to a cache that includes the tokens of the queries, `[B, T, H, V]`."""
         partitioner, rotated = self.partitioner, self.config.qk_rope_head_dim
         key_RHN, value_RHV = (
@@ -186,7 +186,7 @@ class LatentAttentionModule(nnx.Module):
         latent_q = partitioner.map_local(to_latent, q_BTHK, key_RHN)  # [B, T, H, P + R]
         # The whole cache is used as values, which avoids a copy; `to_value` drops the rotated features.
         kv = cache.tokens[:, :, None]  # [B, S, 1, P + R]
-        positions = cached_positions(start, q_BTHK, kv)
+        positions = cached_positions(start_B, q_BTHK, kv)
         y = dot_product_attention(latent_q, kv, kv, self.spec, platform=partitioner.platform, positions=positions)
         return partitioner.map_local(to_value, y, value_RHV)
 

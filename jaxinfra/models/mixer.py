@@ -23,7 +23,7 @@ class TokenInfo(NamedTuple):
         positions: positions in the documents, `[B or 1, T]`; None for a mixer that does not use them.
         rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
         segments: document ids `[B, T]`; None if every row is one document.
-        start: the cache slot of the first token, an int32 scalar; None without a cache.
+        start: the cache slot of each row's first token, int32 `[B]`; None without a cache.
         dropout_bits: random bits `[B, T]` (see `ops.dropout`); None drops nothing.
     """
 

@@ -123,11 +123,12 @@ def shorten(folder: Path) -> None:
 
 
 def write_own_text(folder: Path) -> None:
-    """Makes the folder that README and docs/start.md train on: a few hundred kB of prose."""
+    """Makes the folder that README and docs/start.md train on, a few hundred kB of prose, and prompts beside it."""
     prose = (ROOT / "docs/data.md").read_text() + (ROOT / "docs/design.md").read_text()
     folder.mkdir()
     for number in range(12):
         (folder / f"{number}.txt").write_text(prose)
+    (folder.parent / "prompts.txt").write_text("Once upon a time\nThe end\n")
 
 
 def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 1500) -> tuple[int, str]:

@@ -179,15 +179,15 @@ class BuiltDecoder:
 
     @cached_property
     def forward(self) -> Callable[..., tuple[jax.Array, Cache | None]]:
-        """Compiles `forward(params, tokens, positions, segments, cache=None) -> (logits before the cap, cache)`."""
+        """Compiles `forward(params, tokens, positions, segments, cache, counts) -> (logits before the cap, cache)`."""
 
-        def run(params, tokens, positions=None, segments=None, *, cache=None):
+        def run(params, tokens, positions=None, segments=None, *, cache=None, counts=None):
             model = self.model(params)
             if cache is None:
                 batch = {"inputs": tokens, "positions": positions, "segments": segments}
                 factored = model({name: array for name, array in batch.items() if array is not None})
             else:
-                factored, cache = model.decode(tokens, cache)
+                factored, cache = model.decode(tokens, cache, counts)
             return dot(factored.hidden, factored.head).astype(jnp.float32), cache
 
         return jax.jit(run)
