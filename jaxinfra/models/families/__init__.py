@@ -1,4 +1,4 @@
-"""The families of published models: each is a file with its shape and its form at Hugging Face, in both directions."""
+"""The families of published models: each is a file with its shapes and its form at Hugging Face, in both directions."""
 
 import difflib
 import importlib
@@ -8,8 +8,23 @@ from jaxinfra.models.families.common import Family
 
 __all__ = ["Family", "all_families", "family"]
 
-MODULES = {"llama": "llama"}
-"""Module of each `model_type`."""
+MODULES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "mistral": "mistral",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "olmo2": "olmo2",
+    "olmo3": "olmo3",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "gemma3": "gemma3",
+    "mistral3": "mistral",
+}
+"""Module of each `model_type`. A model is written as the first one that can say what it has."""
 
 
 def family(model_type: str, where: str) -> Family:
