@@ -51,6 +51,10 @@ class ModelJson:
     def __contains__(self, name: str) -> bool:
         return self._content.get(name) is not None
 
+    def default(self, **values: object) -> None:
+        """Gives values to keys that are missing: the family's defaults, which published files leave out."""
+        self._content = values | self._content
+
     def take[T](self, name: str, kind: type[T], default: T | None = None) -> T:
         """Returns the value of a key.
 

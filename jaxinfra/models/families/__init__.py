@@ -6,7 +6,17 @@ import importlib
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.families.common import Family
 
-MODULES = {"llama": "llama"}
+MODULES = {
+    "llama": "llama",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "deepseek_v3": "deepseek",
+    "kimi_k2": "deepseek",
+    "gpt_oss": "gpt_oss",
+    "llama4_text": "llama4",
+    "llama4": "llama4",
+    "glm4_moe": "glm4_moe",
+}
 """Module of each `model_type`."""
 
 
