@@ -95,7 +95,10 @@ class Weights:
         tensor = self.tensors[name]
         if not tensor.shape:
             return self.read_bytes(tensor, 0, tensor.nbytes).view(tensor.dtype).reshape(())
-        stop = tensor.shape[0] if stop is None else stop
+        return self.read_rows(tensor, start, tensor.shape[0] if stop is None else stop)
+
+    def read_rows(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+        """Reads rows of a tensor in its file."""
         row_bytes = tensor.nbytes // max(tensor.shape[0], 1)
         content = self.read_bytes(tensor, start * row_bytes, stop * row_bytes)
         return content.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])

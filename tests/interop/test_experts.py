@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from configs import quickstart
 from jaxinfra.interop.config_json import ModelJson, read_json
 from jaxinfra.interop.folder import open_folder
+from jaxinfra.interop.quantized import open_weights
 from jaxinfra.interop.reading import check_tensors, read_params
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.families import family
@@ -27,7 +29,7 @@ from tests.interop.expert_cases import CASES, GRADIENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_PYTHON = ROOT / ".venv-torch/bin/python"
-pytestmark = pytest.mark.skipif(not TORCH_PYTHON.exists(), reason="needs torch and transformers in .venv-torch")
+needs_torch = pytest.mark.skipif(not TORCH_PYTHON.exists(), reason="needs torch and transformers in .venv-torch")
 
 NAMES = [f"{name}-{i}" for name, cases in CASES.items() for i in range(len(cases))]
 
@@ -59,13 +61,12 @@ def program_of(model: TransformerConfig) -> Program:
     return Program(run, make_mesh(mesh, jax.devices()[:1]))
 
 
-def read_weights(folder: Path, model_type: str, model: TransformerConfig, program: Program) -> Any:
-    """Reads the parameters of a folder as a tree."""
+def params_of(weights: Weights, own: Family, model: TransformerConfig, program: Program) -> Any:
+    """Reads parameters as a tree."""
     flat, tree = jax.tree.flatten_with_path(program.params)
     params = {".".join(key.key for key in path): spec for path, spec in flat}
-    weights, own = Weights(open_folder(str(folder))), family(model_type, "")
     bindings = own.bindings(model, {path: spec.shape for path, spec in params.items()})
-    check_tensors(weights.tensors, bindings, own.unused_by(model), str(folder))
+    check_tensors(weights.tensors, bindings, own.unused_by(model), weights.folder.url)
     with program.on_mesh:
         found = read_params(weights, bindings, params)
     return jax.tree.unflatten(tree, [found[path] for path in params])
@@ -78,17 +79,15 @@ def assert_is_kept(own: Family, model: TransformerConfig) -> None:
     keys.close()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_and_gradients_are_those_of_transformers(models: Path, name: str) -> None:
-    folder = models / name
+def assert_logits(folder: Path, reference: Mapping[str, np.ndarray], gradients: Path | None = None) -> None:
+    """A model has the logits of the reference, and the gradients of a folder; its config is kept."""
     keys = read_json(open_folder(str(folder)))
     own = family(keys.model_type, "")
-    model = own.read(keys)
+    model, weights = own.read(keys), open_weights(open_folder(str(folder)), keys)
     keys.close()
     assert_is_kept(own, model)
     program = program_of(model)
-    params = read_weights(folder, keys.model_type, model, program)
-    reference = np.load(folder / "logits.npz")
+    params = params_of(weights, own, model, program)
     tokens = jnp.asarray(reference["tokens"], jnp.int32)
 
     def logits_of(params: Any) -> jax.Array:
@@ -104,10 +103,19 @@ def test_logits_and_gradients_are_those_of_transformers(models: Path, name: str)
     expected = reference["logits"]
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
-    if (folder / "gradients").exists():
-        wanted = read_weights(folder / "gradients", keys.model_type, model, program)
+    if gradients is not None:
+        wanted = params_of(Weights(open_folder(str(gradients))), own, model, program)
         with program.on_mesh:
             actual = jax.jit(jax.grad(loss_of))(params)
         for (path, want), got in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(actual), strict=True):
             error = np.abs(np.asarray(got) - np.asarray(want)).max()
             assert error <= 1e-5 * max(np.abs(np.asarray(want)).max(), 1e-3), path
+
+
+@needs_torch
+@pytest.mark.slow(60)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_gradients_are_those_of_transformers(models: Path, name: str) -> None:
+    folder = models / name
+    gradients = folder / "gradients"
+    assert_logits(folder, np.load(folder / "logits.npz"), gradients if gradients.exists() else None)

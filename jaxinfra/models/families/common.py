@@ -325,8 +325,10 @@ def _read_yarn(keys: ModelJson) -> YarnScaling:
     )
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
+def write_rope(rope: Rope | None) -> dict[str, Any]:
     """Returns the keys of rotary positions, in the form of published files."""
+    if rope is None:
+        return {}
     keys: dict[str, Any] = {"rope_theta": rope.theta}
     if rope.fraction != 1:
         keys["partial_rotary_factor"] = rope.fraction
