@@ -17,6 +17,7 @@ from jaxinfra.runtime.restart_policy import DEFAULT_MAX_PER_HOUR
 CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"
 CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of step 200"
+HUB_HELP = "published weights: hf:DIR, hf:ORG/NAME of the Hugging Face Hub, or hf:s3://BUCKET/DIR"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
 CHECKPOINT_ACTIONS = {
     "verify": "verify [STEP ...]",
@@ -254,6 +255,27 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     _add_int(parser, "--step", 0, metavar="N", help="copy-to: the checkpoint (default: the newest intact one)")
 
 
+def _add_hub_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=HUB_HELP)
+    what = "also compare the files with the hashes of their export, which reads all of them"
+    parser.add_argument("--hashes", action="store_true", help=what)
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
+
+
+def _add_hub_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=f"{CHECKPOINT_HELP}; or published weights, as in hf:DIR")
+    parser.add_argument("out", metavar="OUT", help="a new folder or URL; several processes need a disk that all share")
+    what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
+    _add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
+    what = "dtype of the tensors (default: that of the parameters)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=what)
+    what = "model_type of the export, such as llama (default: one that can say what the model has)"
+    parser.add_argument("--family", metavar="TYPE", help=what)
+    _add_imports(parser)
+    _add_processes(parser)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
     page = "file or URL of the page (default: report.html in the run, or comparison.html beside the first of several)"
@@ -354,6 +376,8 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("data peek", _add_data_peek, "print the batch of one step and process"),
     ("sample", _add_sample, "continue a text with a checkpoint of a run, the newest by default"),
     ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
+    ("hub check", _add_hub_check, "say what published weights hold, and whether each tensor has its place"),
+    ("hub export", _add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
     ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
@@ -364,7 +388,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("faults", _add_faults, "inject the fault matrix into small real runs on this machine, and show what happens"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
-JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
+JOINING_COMMANDS = ("train", "sample", "evaluate", "hub export", "parity", "bench")
 """The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
 DEVICE_OPTIONS = (
     *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),

@@ -37,11 +37,12 @@ class ModelJson:
     """The keys of a `config.json`, each to be taken once.
 
     Attributes:
+        content: all of them.
         where: its path or URL, for messages.
     """
 
     def __init__(self, content: Mapping[str, Any], where: str = CONFIG):
-        self._content, self.where, self._taken = dict(content), where, set[str]()
+        self.content, self.where, self._taken = dict(content), where, set[str]()
 
     @property
     def model_type(self) -> str:
@@ -49,7 +50,7 @@ class ModelJson:
         return self.take("model_type", str)
 
     def __contains__(self, name: str) -> bool:
-        return self._content.get(name) is not None
+        return self.content.get(name) is not None
 
     def default(self, **values: object) -> None:
         """Gives values to keys that are missing: the family's defaults, which published files leave out."""
@@ -62,7 +63,7 @@ class ModelJson:
         another type; an integer is a float, too.
         """
         self._taken.add(name)
-        value = self._content.get(name)
+        value = self.content.get(name)
         value = default if value is None else value
         if value is None:
             raise ConfigError(f"{self.where}: has no {name}; it must be of type {kind.__name__}")
@@ -80,7 +81,7 @@ class ModelJson:
     def require(self, name: str, *values: object, default: object = None) -> None:
         """Raises ConfigError unless a key has one of the values, the default if it is missing."""
         self._taken.add(name)
-        found = self._content.get(name)
+        found = self.content.get(name)
         if (default if found is None else found) not in values:
             expected = " or ".join(map(repr, values))
             raise ConfigError(f"{self.where}: {name}={found!r} is not supported, only {expected}")
@@ -95,12 +96,12 @@ class ModelJson:
 
     def close(self) -> None:
         """Raises ConfigError for the first key that was not taken."""
-        for name, value in self._content.items():
+        for name, value in self.content.items():
             if name not in self._taken and name not in HARMLESS and name not in DROPOUTS and value is not None:
                 near = difflib.get_close_matches(name, self._taken, n=1)
                 hint = f", did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"{self.where}: {name}={value!r} is not known for a {self._content.get('model_type')}{hint}; "
+                    f"{self.where}: {name}={value!r} is not known for a {self.content.get('model_type')}{hint}; "
                     "it may change the numbers of the model, so remove it only if it does not"
                 )
 

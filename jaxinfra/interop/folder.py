@@ -1,5 +1,6 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -48,9 +49,9 @@ class ModelFolder(Protocol):
         ...
 
 
-def is_hub_source(source: str) -> bool:
+def is_published(source: str | os.PathLike[str]) -> bool:
     """Returns whether a source names published weights: `hf:DIR`, `hf:ORG/NAME`, `hf:s3://BUCKET/DIR`."""
-    return source.startswith(PREFIX)
+    return os.fspath(source).startswith(PREFIX)
 
 
 def open_folder(source: str) -> ModelFolder:

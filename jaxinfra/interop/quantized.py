@@ -42,13 +42,25 @@ class PackedTensor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a model are packed.
+
+    Attributes:
+        block: the shape of blocks of fp8; None is MXFP4.
+    """
+
+    block: tuple[int, int] | None
+
+
 class QuantizedWeights(Weights):
     """The tensors of a folder, some of which are packed."""
 
-    def __init__(self, folder: ModelFolder, block: tuple[int, int] | None):
-        """Reads the headers; `block` is the shape of fp8 blocks, None for MXFP4."""
+    def __init__(self, folder: ModelFolder, quantization: Quantization):
+        """Reads the headers; raises DataError if values and factors do not fit."""
         super().__init__(folder)
-        self._packed = dict(_mxfp4(self.tensors, folder) if block is None else _fp8(self.tensors, folder, block))
+        block = quantization.block
+        self._packed = _mxfp4(self.tensors, folder) if block is None else _fp8(self.tensors, folder, block)
         suffixes = ("_blocks", "_scales") if block is None else ("_scale_inv",)
         parts = {f"{name}{suffix}" for name in self._packed for suffix in suffixes}
         stored = {name: tensor for name, tensor in self.tensors.items() if name not in parts}
@@ -61,27 +73,31 @@ class QuantizedWeights(Weights):
         return self._packed[name].read(self, start, self.tensors[name].shape[0] if stop is None else stop)
 
 
-def open_weights(folder: ModelFolder, keys: ModelJson) -> Weights:
-    """Opens the weights of a model by its `config.json`; raises ConfigError for a format that is not known."""
+def read_quantization(keys: ModelJson) -> Quantization | None:
+    """Reads how weights are packed, None if they are not; raises ConfigError for a method that is not known."""
     if CONFIG not in keys:
-        return Weights(folder)
+        return None
     config = keys.part(CONFIG)
     match config.take("quant_method", str):
         case "mxfp4":
-            return QuantizedWeights(folder, None)
+            return Quantization(block=None)
         case "fp8":
             config.require("fmt", "e4m3", default="e4m3")
-            block = config.take("weight_block_size", list)
-            if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-                raise ConfigError(
-                    f"{config.where}: weight_block_size is {block}, expected two sizes such as [128, 128]"
-                )
-            return QuantizedWeights(folder, (block[0], block[1]))
+            match config.take("weight_block_size", list):
+                case [int(height), int(width)] if height > 0 and width > 0:
+                    return Quantization(block=(height, width))
+                case block:
+                    raise ConfigError(f"{config.where}: weight_block_size is {block}, expected two sizes: [128, 128]")
         case method:
             raise ConfigError(
                 f"{config.where}: quant_method={method!r} is not supported, only 'fp8' in blocks and 'mxfp4'; use the "
                 "weights in bfloat16"
             )
+
+
+def open_weights(folder: ModelFolder, quantization: Quantization | None) -> Weights:
+    """Opens the weights of a model; DataError if a file is damaged."""
+    return Weights(folder) if quantization is None else QuantizedWeights(folder, quantization)
 
 
 # Blocks of fp8

@@ -15,7 +15,7 @@ import pytest
 from configs import quickstart
 from jaxinfra.interop.config_json import ModelJson, read_json
 from jaxinfra.interop.folder import open_folder
-from jaxinfra.interop.quantized import open_weights
+from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors, read_params
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.families import family
@@ -83,7 +83,7 @@ def assert_logits(folder: Path, reference: Mapping[str, np.ndarray], gradients: 
     """A model has the logits of the reference, and the gradients of a folder; its config is kept."""
     keys = read_json(open_folder(str(folder)))
     own = family(keys.model_type, "")
-    model, weights = own.read(keys), open_weights(open_folder(str(folder)), keys)
+    model, weights = own.read(keys), open_weights(open_folder(str(folder)), read_quantization(keys))
     keys.close()
     assert_is_kept(own, model)
     program = program_of(model)

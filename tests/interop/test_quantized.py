@@ -11,7 +11,7 @@ import pytest
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.folder import open_folder
-from jaxinfra.interop.quantized import open_weights
+from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.safetensors import Weights, header_of
 from tests.interop.test_experts import ROOT, TORCH_PYTHON, assert_logits, needs_torch
 from tests.refusals import raises
@@ -21,7 +21,8 @@ MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
 
 def opened(folder: Path, config: dict[str, Any]) -> Weights:
-    return open_weights(open_folder(str(folder)), ModelJson({"quantization_config": config}))
+    quantization = read_quantization(ModelJson({"quantization_config": config}))
+    return open_weights(open_folder(str(folder)), quantization)
 
 
 @pytest.fixture(scope="module")

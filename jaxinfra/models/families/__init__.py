@@ -6,6 +6,8 @@ import importlib
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.families.common import Family
 
+__all__ = ["Family", "all_families", "family"]
+
 MODULES = {
     "llama": "llama",
     "mixtral": "mixtral",
@@ -26,5 +28,14 @@ def family(model_type: str, where: str) -> Family:
         near = difflib.get_close_matches(model_type, MODULES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODULES)}"
         raise ConfigError(f"{where}: model_type {model_type} is not supported; {hint}")
+    return _load(model_type)
+
+
+def all_families() -> list[Family]:
+    """Returns all families."""
+    return [_load(model_type) for model_type in MODULES]
+
+
+def _load(model_type: str) -> Family:
     module = importlib.import_module(f"jaxinfra.models.families.{MODULES[model_type]}")
     return next(each for each in vars(module).values() if isinstance(each, Family) and each.model_type == model_type)

@@ -1,0 +1,2 @@
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
