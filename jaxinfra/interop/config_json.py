@@ -54,7 +54,7 @@ class ModelJson:
 
     def default(self, **values: object) -> None:
         """Gives values to keys that are missing: the family's defaults, which published files leave out."""
-        self._content = values | self._content
+        self.content = values | self.content
 
     def take[T](self, name: str, kind: type[T], default: T | None = None) -> T:
         """Returns the value of a key.

@@ -89,6 +89,18 @@ _LLAMA4 = {
     "attn_scale": 0.3,
 }
 
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
+
 _GLM4_MOE = {
     "vocab_size": 89,
     "hidden_size": 40,
@@ -106,7 +118,7 @@ _GLM4_MOE = {
     "use_qk_norm": True,
 }
 
-CASES: dict[str, list[dict[str, Any]]] = {
+_CASES: dict[str, list[dict[str, Any]]] = {
     "mixtral": [
         _MIXTRAL,
         _MIXTRAL | {"head_dim": 12, "num_key_value_heads": 6, "sliding_window": 7, "tie_word_embeddings": True},
@@ -184,7 +196,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
         },
     ],
 }
-"""Three models of each family, by `model_type`."""
 
-GRADIENTS = ("qwen3_moe", "gpt_oss")
-"""Families whose gradients are compared, too."""
+_GRADIENTS = ("qwen3_moe", "gpt_oss")
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    f"{model_type}-{index}": {"model_type": model_type, **keys}
+    | ({"gradients": True} if model_type in _GRADIENTS else {})
+    for model_type, cases in _CASES.items()
+    for index, keys in enumerate(cases)
+}
+EXPERTS["llama4-text"] = {"model_type": "llama4", "text_config": _LLAMA4, "vision_config": _VISION}
+"""Three models of each family, and the text part of one with images."""

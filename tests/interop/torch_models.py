@@ -1,8 +1,10 @@
-"""Makes tiny random models with transformers, and writes each with its logits into a folder.
+"""Makes tiny random models of transformers, and lists the tensors of large ones without memory.
 
-Runs in an environment of its own, with torch and transformers: `python tests/interop/torch_models.py OUT < CASES.json`.
-Cases are `{name: {"config": keys, "gradients": whether}}`. Gradients of the mean cross entropy of the next token are
-written as another model: each weight is its gradient.
+Runs in an environment of its own, with torch and transformers: `python tests/interop/torch_models.py OUT`.
+`OUT/tiny.json` has the config of each tiny model by name, `OUT/published.json` those of large ones. Of a tiny model
+`OUT/NAME` gets the checkpoint, and `OUT/NAME.npz` tokens and logits; `OUT/NAME.grads` gets the gradients of the mean
+loss, as a checkpoint, if the config says `"gradients": true`. `OUT/tensors.json` gets the shapes of the tensors of
+large models, by their names in a checkpoint.
 """
 
 import json
@@ -11,31 +13,59 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.core_model_loading import revert_weight_conversion
 
-LENGTH = 24
+ROWS, LENGTH, NOISE = 2, 24, 0.1
 
 
-def make(folder: Path, keys: dict, gradients: bool) -> None:
+def model_of(keys: dict) -> torch.nn.Module:
+    config, auto = AutoConfig.for_model(**keys), AutoModelForCausalLM
+    if "vision_config" in keys:
+        auto = AutoModelForImageTextToText
+    return auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def write_tiny(name: str, keys: dict, out: Path) -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**keys)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    gradients = keys.pop("gradients", False)
+    model = model_of(keys)
     with torch.no_grad():
-        for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if "e_score" in n)):
-            tensor.add_(torch.randn_like(tensor) * 0.1)
-    model.save_pretrained(folder)
-    tokens = torch.randint(0, config.vocab_size, (2, LENGTH))
-    logits = model(tokens).logits
-    np.savez(folder / "logits.npz", tokens=tokens.numpy(), logits=logits.detach().numpy())
+        # Biases and norms begin with values that would hide a mistake.
+        biases = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+        for tensor in (*model.parameters(), *biases):
+            tensor.add_(torch.randn_like(tensor) * NOISE)
+    model.save_pretrained(out / name)
+    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH))
+    with torch.set_grad_enabled(gradients):
+        logits = model(tokens).logits
+    np.savez(out / f"{name}.npz", tokens=tokens.numpy(), logits=logits.detach().numpy())
     if gradients:
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        with torch.no_grad():
-            for tensor in model.parameters():
-                tensor.copy_(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
-        model.save_pretrained(folder / "gradients")
+        targets = tokens[:, 1:].reshape(-1)
+        torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1), targets).backward()
+        grads = {path: parameter.grad for path, parameter in model.named_parameters()}
+        (out / f"{name}.grads").mkdir()
+        save_file(
+            {path: grad.contiguous() for path, grad in revert_weight_conversion(model, grads).items()},
+            out / f"{name}.grads" / "model.safetensors",
+        )
+
+
+def tensors_of(keys: dict) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        model = model_of(keys)
+    tensors = revert_weight_conversion(model, model.state_dict())
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    return {name: list(tensor.shape) for name, tensor in tensors.items() if name not in tied}
+
+
+def main(out: Path) -> None:
+    for name, keys in json.loads((out / "tiny.json").read_text()).items():
+        write_tiny(name, keys, out)
+    published = json.loads((out / "published.json").read_text())
+    (out / "tensors.json").write_text(json.dumps({name: tensors_of(keys) for name, keys in published.items()}))
 
 
 if __name__ == "__main__":
-    for name, case in json.load(sys.stdin).items():
-        make(Path(sys.argv[1]) / name, case["config"], case["gradients"])
+    main(Path(sys.argv[1]))

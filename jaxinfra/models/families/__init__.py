@@ -1,4 +1,4 @@
-"""The families of published models: each is a file with its shape and its form at Hugging Face, in both directions."""
+"""The families of published models: each is a file with its shapes and its form at Hugging Face, in both directions."""
 
 import difflib
 import importlib
@@ -9,15 +9,28 @@ from jaxinfra.models.families.common import Family
 __all__ = ["Family", "all_families", "family"]
 
 MODULES = {
-    "llama": "llama",
-    "mixtral": "mixtral",
-    "qwen3_moe": "qwen3_moe",
     "deepseek_v3": "deepseek",
-    "kimi_k2": "deepseek",
-    "gpt_oss": "gpt_oss",
-    "llama4_text": "llama4",
-    "llama4": "llama4",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
     "glm4_moe": "glm4_moe",
+    "gpt2": "gpt2",
+    "gpt_oss": "gpt_oss",
+    "granite": "granite",
+    "kimi_k2": "deepseek",
+    "llama": "llama",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
+    "mistral": "mistral",
+    "mistral3": "mistral",
+    "mixtral": "mixtral",
+    "olmo2": "olmo2",
+    "olmo3": "olmo3",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
 }
 """Module of each `model_type`."""
 

@@ -3,7 +3,8 @@
 A family says in its file where it differs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,13 +37,13 @@ class Family:
         architecture: the class of transformers that runs them.
         read: returns the model of a `config.json`.
         write: returns the keys of a model, without those of every model. If the family cannot say what the model has,
-            `read(write(model))` is another model.
+            `read(write(model))` is another model (see `families.same`), or ConfigError is raised.
         layer_rules: returns the rules of a layer; names begin after `layer_prefix`.
         model_rules: returns the rules of what is outside of layers.
         layer_prefix: begins the names of a layer's tensors.
-        unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, or layers for other purposes;
-            `{num_layers}` stands for the number of layers.
-        text_config: whether the keys are in an object of this name, beside those of other modalities.
+        unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, copies of tied embeddings, or
+            layers for other purposes; `{num_layers}` stands for the number of layers.
+        other_prefix: how names begin, and how they begin instead in some checkpoints, which are read as well.
     """
 
     model_type: str
@@ -52,15 +53,28 @@ class Family:
     layer_rules: Callable[[Layer, TransformerConfig], Iterable[Rule]]
     model_rules: Callable[[TransformerConfig], Iterable[Rule]]
     layer_prefix: str = "model.layers.{layer}."
-    unused: tuple[str, ...] = ("*rotary_emb.inv_freq",)
+    unused: tuple[str, ...] = ("*rotary_emb.inv_freq", "*lm_head.weight")
+    other_prefix: tuple[str, str] = ("", "")
 
     def unused_by(self, model: TransformerConfig) -> tuple[str, ...]:
         """Returns patterns of tensors that a model does without."""
         return tuple(pattern.replace("{num_layers}", str(model.num_layers)) for pattern in self.unused)
 
-    def bindings(self, model: TransformerConfig, shapes: Mapping[str, Sequence[int]]) -> list[Binding]:
-        """Binds the rules to a model; raises ConfigError if a parameter of it has no rule."""
-        found = [bind(each, shapes) for each in self.model_rules(model)]
+    def bindings(
+        self, model: TransformerConfig, shapes: Mapping[str, Sequence[int]], tensors: Container[str] = ()
+    ) -> list[Binding]:
+        """Binds the rules to a model; `tensors` are the names in a checkpoint, if there is one.
+
+        Raises ConfigError if a parameter of the model has no rule.
+        """
+        rules = list(self.model_rules(model))
+        is_other = self._other_name(rules[0].theirs) in tensors
+
+        def named(each: Rule, before: str = "") -> Rule:
+            theirs = f"{before}{each.theirs}"
+            return replace(each, theirs=self._other_name(theirs) if is_other else theirs)
+
+        found = [bind(named(each), shapes) for each in rules]
         for name in ("prefix", "blocks", "tail"):
             stack = getattr(model, name)
             if stack is None:
@@ -70,12 +84,23 @@ class Family:
                 first, step = stack.first + position, len(stack.layers)
                 layers = tuple(range(first, first + step * stack.times, step))
                 for each in self.layer_rules(layer, model):
-                    each = replace(each, theirs=f"{self.layer_prefix}{each.theirs}")
-                    found.append(bind(each, shapes, prefix=prefix, layers=layers))
+                    found.append(bind(named(each, self.layer_prefix), shapes, prefix=prefix, layers=layers))
         covered = {part.path for binding in found for part in binding.parts}
         if missing := sorted(shapes.keys() - covered):
             raise ConfigError(f"{self.architecture} has no tensor for the parameter {missing[0]}")
         return found
+
+    def _other_name(self, theirs: str) -> str:
+        start, other = self.other_prefix
+        return f"{other}{theirs.removeprefix(start)}" if theirs.startswith(start) else theirs
+
+
+def alike(
+    *, num_layers: int, hidden_size: int, mixer: Attention, mlp: MLP | MixtureOfExperts, **options: Any
+) -> TransformerConfig:
+    """Returns a decoder whose layers are all the same; `options` are of `TransformerConfig`."""
+    layers = (Layer(mixer=mixer, mlp=mlp),)
+    return TransformerConfig(num_layers=num_layers, hidden_size=hidden_size, layers=layers, **options)
 
 
 # Rules
@@ -196,7 +221,7 @@ def read_attention(keys: ModelJson, **options: Any) -> Attention:
     return Attention(
         num_heads=heads,
         num_kv_heads=keys.take("num_key_value_heads", int, heads),
-        head_dim=None if head_dim == keys.take("hidden_size", int) // heads else head_dim,
+        head_dim=head_dim,
         **options,
     )
 
@@ -215,9 +240,11 @@ def read_activation(keys: ModelJson, name: str = "hidden_act") -> Activation:
 def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> TransformerConfig:
     """Reads the sizes of a decoder; `layers` are all layers or one period, `options` of `TransformerConfig`."""
     num_layers = keys.take("num_hidden_layers", int)
+    if not layers or num_layers < 1:
+        raise ConfigError(f"{keys.where}: num_hidden_layers is {num_layers}; a model has at least 1")
     first, period = split_first(layers) if len(layers) == num_layers else ((), shortest_period(layers))
     keys.ignore("dtype", "torch_dtype")  # the dtype of the stored tensors, which say it themselves
-    options.setdefault("norm", NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6)))
+    options = {"norm": NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6))} | options
     return TransformerConfig(
         vocab_size=keys.take("vocab_size", int),
         num_layers=num_layers,
@@ -227,6 +254,30 @@ def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> Tran
         tie_embeddings=keys.take("tie_word_embeddings", bool, False),
         **options,
     )
+
+
+def dense_layers(model: TransformerConfig) -> list[tuple[Attention, MLP]]:
+    """Returns the attention and the MLP of each layer; raises ConfigError for a layer with others."""
+    found = list[tuple[Attention, MLP]]()
+    for index, layer in enumerate(model.all_layers):
+        if not isinstance(layer.mixer, Attention) or not isinstance(layer.mlp, MLP):
+            has = f"{type(layer.mixer).__name__} and {type(layer.mlp).__name__}"
+            raise ConfigError(f"layer {index} has {has}; this family has Attention and MLP")
+        found.append((layer.mixer, layer.mlp))
+    return found
+
+
+def read_text_part(keys: ModelJson, read: Callable[[ModelJson], TransformerConfig]) -> TransformerConfig:
+    """Reads the text part of a model with images, which is in `text_config`."""
+    part = keys.part("text_config")
+    model = read(part)
+    part.close()
+    if "tie_word_embeddings" in keys:
+        model = replace(model, tie_embeddings=keys.take("tie_word_embeddings", bool))
+    keys.ignore("dtype", "torch_dtype", "vision_config", "vision_feature_layer", "spatial_merge_size")
+    keys.ignore("mm_tokens_per_image", "multimodal_projector_bias", "projector_hidden_act")
+    keys.ignore(*(f"{name}_token_{kind}" for name in ("image", "boi", "eoi") for kind in ("index", "id")))
+    return model
 
 
 def shortest_period(layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -252,7 +303,7 @@ def write_model(model: TransformerConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm.eps,
         "tie_word_embeddings": model.tie_embeddings,
     }
-    layer = model.all_layers[0]
+    layer = model.layer(0)
     if isinstance(layer.mixer, Attention):
         keys |= {
             "num_attention_heads": layer.mixer.num_heads,
@@ -266,63 +317,86 @@ def write_model(model: TransformerConfig) -> dict[str, Any]:
 
 # Rotary positions
 
+type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
 
 def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0) -> Rope:
-    """Reads rotary positions.
+    """Reads rotary positions; `theta` is the default.
 
     Published files have `rope_theta` and `rope_scaling`; those of transformers 5 have both in `rope_parameters`, for
     models with two kinds of layers an object for each `kind`.
     """
-    fraction = keys.take("partial_rotary_factor", float, 1.0)
-    theta = keys.take("rope_theta", float, theta)
-    scaling = ModelJson({})
+    options = ModelJson({}, keys.where)
     for name in ("rope_scaling", "rope_parameters"):
         if name in keys:
-            scaling = keys.part(name)
-            scaling = scaling.part(kind) if kind is not None and kind in scaling else scaling
-    theta = scaling.take("rope_theta", float, theta)
-    fraction = scaling.take("partial_rotary_factor", float, fraction)
-    found = _read_scaling(scaling, keys)
-    if kind is None:
-        scaling.close()
-    return Rope(theta=theta, fraction=fraction, scaling=found)
+            options = keys.part(name)
+            options = options.part(kind) if kind is not None and kind in options else options
+    keys.ignore("rope_scaling", "rope_parameters")
+    theta = options.take("rope_theta", float, keys.take("rope_theta", float, theta))
+    fraction = options.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
+    rope = Rope(theta=theta, fraction=fraction, scaling=_read_scaling(options, keys))
+    options.close()
+    return rope
 
 
-def _read_scaling(
-    keys: ModelJson, model: ModelJson
-) -> LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None:
+def _read_scaling(keys: ModelJson, model: ModelJson) -> Scaling | None:
+    """Reads scaling from its own keys and those of the model."""
     kind = keys.take("rope_type", str, keys.take("type", str, "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return LinearScaling(factor=keys.take("factor", float))
-    if kind == "llama3":
-        return Llama3Scaling(
-            factor=keys.take("factor", float),
-            low_freq_factor=keys.take("low_freq_factor", float),
-            high_freq_factor=keys.take("high_freq_factor", float),
-            original_length=keys.take("original_max_position_embeddings", int),
-        )
-    if kind == "yarn":
-        return _read_yarn(keys)
-    raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; use default, linear, llama3 or yarn")
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(factor=keys.take("factor", float))
+        case "llama3":
+            return Llama3Scaling(
+                factor=keys.take("factor", float),
+                low_freq_factor=keys.take("low_freq_factor", float),
+                high_freq_factor=keys.take("high_freq_factor", float),
+                original_length=keys.take("original_max_position_embeddings", int),
+            )
+        case "yarn":
+            return _read_yarn(keys, model)
+        case "longrope" | "su":
+            return _read_longrope(keys, model)
+        case _:
+            known = "default, linear, llama3, yarn or longrope"
+            raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; use {known}")
 
 
-def _read_yarn(keys: ModelJson) -> YarnScaling:
+def _read_yarn(keys: ModelJson, model: ModelJson) -> YarnScaling:
     """Reads YaRN, whose factor on cosines and sines is `m(mscale) / m(mscale_all_dim)`, or `attention_factor`."""
-    factor = keys.take("factor", float)
-    options = {"mscale": 1.0, "mscale_all_dim": 0.0}
+    original = keys.take("original_max_position_embeddings", int, model.optional("max_position_embeddings", int))
+    if "factor" not in keys:
+        keys.default(factor=model.take("max_position_embeddings", int) / original)
+    factor, options = keys.take("factor", float), {"mscale": 1.0, "mscale_all_dim": 0.0}
     if "mscale" in keys or "mscale_all_dim" in keys:
         options = {name: keys.take(name, float, default) for name, default in options.items()}
-    keys.require("attention_factor", None)
+    if (attention := keys.optional("attention_factor", float)) is not None and factor > 1:
+        mscale = (attention - 1) / (0.1 * math.log(factor))  # the published ones are m(1)
+        options = {"mscale": round(mscale, 9), "mscale_all_dim": 0.0}
     return YarnScaling(
         factor=factor,
-        original_length=keys.take("original_max_position_embeddings", int),
+        original_length=original,
         beta_fast=keys.take("beta_fast", float, 32.0),
         beta_slow=keys.take("beta_slow", float, 1.0),
         truncate=keys.take("truncate", bool, True),
         **options,
     )
+
+
+def _read_longrope(keys: ModelJson, model: ModelJson) -> LongRopeScaling:
+    """Reads LongRoPE for the longest context: with "long_factor" if that is above the original length."""
+    longest = model.take("max_position_embeddings", int)
+    original = keys.take("original_max_position_embeddings", int, longest)
+    original = model.take("original_max_position_embeddings", int, original)
+    keys.require("attention_factor", None)
+    keys.ignore("long_factor", "short_factor")
+    name = "long_factor" if longest > original else "short_factor"
+    divisors = keys.take(name, list)
+    if original < 2 or not all(isinstance(each, (int, float)) for each in divisors):
+        raise ConfigError(f"{keys.where}: {name} must be a list of numbers, and the original length at least 2")
+    factor = keys.take("factor", float, max(longest / original, 1.0))
+    return LongRopeScaling(divisors=tuple(map(float, divisors)), factor=factor, original_length=original)
 
 
 def write_rope(rope: Rope | None) -> dict[str, Any]:
@@ -344,16 +418,28 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
                 "original_max_position_embeddings": scaling.original_length,
             }
         case YarnScaling() as scaling:
-            keys["rope_scaling"] = {
-                "rope_type": "yarn",
-                "factor": scaling.factor,
-                "original_max_position_embeddings": scaling.original_length,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "truncate": scaling.truncate,
-            }
-            if scaling.mscale_all_dim:
-                keys["rope_scaling"] |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-        case _:
+            keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
+            keys["rope_scaling"] = _write_yarn(scaling)
+        case LongRopeScaling() as scaling:
+            keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
+            keys["original_max_position_embeddings"] = scaling.original_length
+            # Both, since the model has these divisors for every length.
+            factors = {"long_factor": [*scaling.divisors], "short_factor": [*scaling.divisors]}
+            keys["rope_scaling"] = {"type": "longrope", **factors}
+        case None:
             pass
     return keys
+
+
+def _write_yarn(scaling: YarnScaling) -> dict[str, Any]:
+    keys = {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "truncate": scaling.truncate,
+    }
+    if scaling.mscale_all_dim:
+        return keys | {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return keys if scaling.mscale == 1 else keys | {"attention_factor": scaling.m(scaling.mscale)}

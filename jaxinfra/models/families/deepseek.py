@@ -62,7 +62,7 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a DeepSeek V3."""
     mixer = of_kind(model.layers[0].mixer, LatentAttention, "layers.0.mixer")
     keys = write_fields(mixer, FIELDS) | write_layers(model)
-    keys |= {"q_lora_rank": mixer.q_lora_rank, "num_key_value_heads": mixer.num_heads}
+    keys |= {"model_type": "deepseek_v3", "q_lora_rank": mixer.q_lora_rank, "num_key_value_heads": mixer.num_heads}
     return write_model(model) | write_rope(mixer.rope) | keys
 
 
@@ -99,9 +99,10 @@ FAMILY = Family(
     write=write,
     layer_rules=layer_rules,
     model_rules=model_rules,
-    unused=("*rotary_emb.inv_freq", "model.layers.{num_layers}.*"),
+    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
 )
 KIMI = replace(FAMILY, model_type="kimi_k2")
+"""Kimi K2 has the same keys and tensors; it is written as a `deepseek_v3`."""
 
 
 def _shape(

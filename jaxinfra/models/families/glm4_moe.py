@@ -61,7 +61,7 @@ FAMILY = Family(
     write=write,
     layer_rules=layer_rules,
     model_rules=model_rules,
-    unused=("*rotary_emb.inv_freq", "model.layers.{num_layers}.*"),
+    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
 )
 
 

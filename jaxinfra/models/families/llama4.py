@@ -27,6 +27,7 @@ from jaxinfra.models.families.common import (
     read_fields,
     read_model,
     read_rope,
+    read_text_part,
     write_fields,
     write_model,
     write_rope,
@@ -82,6 +83,7 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     rotated = next((mixer for mixer in mixers if mixer.rope is not None), mixers[0])
     temperature = next((mixer.temperature for mixer in mixers if mixer.temperature is not None), None)
     keys = write_fields(experts, FIELDS) | {
+        "model_type": "llama4_text",
         "attention_bias": rotated.qkv_bias,
         "attention_chunk_size": rotated.chunk,
         "use_qk_norm": rotated.qk_norm == "l2",
@@ -121,29 +123,20 @@ FAMILY = Family(
 )
 
 
-def _multimodal_rules(model: TransformerConfig) -> Iterator[Rule]:
-    return (replace(each, theirs=f"language_model.{each.theirs}") for each in model_rules(model))
-
-
-MULTIMODAL = replace(
+WITH_IMAGES = replace(
     FAMILY,
     model_type="llama4",
-    architecture="Llama4ForConditionalGeneration",
-    model_rules=_multimodal_rules,
-    layer_prefix="language_model.model.layers.{layer}.",
-    unused=("*rotary_emb.inv_freq", "vision_model.*", "multi_modal_projector.*"),
+    read=lambda keys: read_text_part(keys, read),
+    other_prefix=("", "language_model."),
+    unused=(*FAMILY.unused, "vision_model.*", "multi_modal_projector.*"),
 )
+"""The models with images: the text part is read, and written as a `llama4_text`."""
 
 
 def _shape(qk_norm: bool, rope: Rope, num_experts: int, moe_step: int) -> TransformerConfig:
     rotated = Attention(num_heads=40, num_kv_heads=8, rope=rope, chunk=8192, qk_norm="l2" if qk_norm else None)
     still = replace(rotated, rope=None, chunk=None, qk_norm=None, temperature=AttentionTemperature())
-    experts = MixtureOfExperts(
-        dim=8192,
-        num_experts=num_experts,
-        top_k=1,
-        **TOP_1,
-    )
+    experts = MixtureOfExperts(dim=8192, num_experts=num_experts, top_k=1, **TOP_1)
     mlps, mixers = [MLP(dim=16384)] * (moe_step - 1) + [experts], (rotated, rotated, rotated, still)
     layers = tuple(Layer(mixer=mixer, mlp=mlps[i % moe_step]) for i, mixer in enumerate(mixers))
     return TransformerConfig(vocab_size=202048, num_layers=48, hidden_size=5120, layers=layers)

@@ -24,9 +24,9 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
+from jaxinfra.models.families.mistral import mistral_shape
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
-from jaxinfra.ops.rope import Rope
 
 FIELDS: Fields = {
     "dim": ("intermediate_size", int),
@@ -70,17 +70,5 @@ FAMILY = Family(
     model_rules=model_rules,
 )
 
-SHAPES = {
-    "mixtral-8x7b": TransformerConfig(
-        vocab_size=32000,
-        num_layers=32,
-        hidden_size=4096,
-        layers=(
-            Layer(
-                mixer=Attention(num_heads=32, num_kv_heads=8, rope=Rope(theta=1e6)),
-                mlp=MixtureOfExperts(dim=14336, num_experts=8, top_k=2, balance_loss=0.02),
-            ),
-        ),
-    )
-}
+SHAPES = {"mixtral-8x7b": mistral_shape(32000, MixtureOfExperts(dim=14336, num_experts=8, top_k=2, balance_loss=0.02))}
 """mistralai/Mixtral-8x7B-v0.1."""

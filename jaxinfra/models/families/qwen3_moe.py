@@ -1,6 +1,7 @@
 """Qwen3-30B-A3B and Qwen3-235B-A22B (Qwen team 2025): Qwen3's attention, and experts in place of MLPs."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jaxinfra.interop.config_json import ModelJson
@@ -23,10 +24,10 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.layers import MLP, NormConfig
+from jaxinfra.models.families.qwen3 import qwen3_shape
+from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
-from jaxinfra.ops.rope import Rope
 
 FIELDS: Fields = {
     "dim": ("moe_intermediate_size", int),
@@ -86,20 +87,11 @@ FAMILY = Family(
 )
 
 
-def _shape(num_layers: int, hidden_size: int, num_heads: int, expert_dim: int) -> TransformerConfig:
-    mixer = Attention(num_heads=num_heads, num_kv_heads=4, head_dim=128, qk_norm="head", rope=Rope(theta=1e6))
-    experts = MixtureOfExperts(dim=expert_dim, num_experts=128, top_k=8, balance_loss=0.001)
-    return TransformerConfig(
-        vocab_size=151936,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        layers=(Layer(mixer=mixer, mlp=experts),),
-        norm=NormConfig(eps=1e-6),
-    )
-
+_experts = partial(MixtureOfExperts, num_experts=128, top_k=8, balance_loss=0.001)
+_shape = partial(qwen3_shape, num_kv_heads=4)
 
 SHAPES = {
-    "qwen3-30b-a3b": _shape(num_layers=48, hidden_size=2048, num_heads=32, expert_dim=768),
-    "qwen3-235b-a22b": _shape(num_layers=94, hidden_size=4096, num_heads=64, expert_dim=1536),
+    "qwen3-30b-a3b": _shape(num_layers=48, hidden_size=2048, num_heads=32, mlp=_experts(dim=768)),
+    "qwen3-235b-a22b": _shape(num_layers=94, hidden_size=4096, num_heads=64, mlp=_experts(dim=1536)),
 }
 """Qwen/Qwen3-30B-A3B and Qwen3-235B-A22B."""
