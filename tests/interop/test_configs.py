@@ -8,6 +8,7 @@ import pytest
 from jaxinfra.errors import ConfigError
 from jaxinfra.hub import differences
 from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.quantized import read_quantization
 from jaxinfra.models.families import family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
@@ -22,6 +23,7 @@ LLAMA = CONFIGS["llama-3.1-8b"]
 def read(keys: dict[str, Any]) -> TransformerConfig:
     json = ModelJson(keys)
     model = family(json.model_type, json.where).read(json)
+    read_quantization(json)
     json.close()
     return model
 

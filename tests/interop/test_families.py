@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxinfra.interop.config_json import read_json
+from jaxinfra.interop.config_json import CONFIG, read_json
 from jaxinfra.interop.folder import open_folder
+from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors, read_params
-from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.families import Family, family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
@@ -31,17 +31,20 @@ def read_tiny(folder: Path) -> tuple[Family, BuiltDecoder]:
     keys = read_json(open_folder(str(folder)))
     found = family(keys.model_type, keys.where)
     config = found.read(keys)
+    read_quantization(keys)
     keys.close()
     return found, build(config=replace(config, attention_kernel="reference"))
 
 
 def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, Any]:
     """Reads the parameters of a model, or their gradients, which are stored in the same form."""
-    weights = Weights(open_folder(str(folder)))
+    opened = open_folder(str(folder))
+    is_model = opened.exists(CONFIG)
+    weights = open_weights(opened, read_quantization(read_json(opened)) if is_model else None)
     flat, tree = jax.tree.flatten_with_path(built.specs)
     specs = {".".join(str(key.key) for key in path): spec for path, spec in flat}
     bindings = found.bindings(built.config, {path: spec.shape for path, spec in specs.items()}, weights.tensors)
-    check_tensors(weights.tensors, bindings, found.unused, str(folder))
+    check_tensors(weights.tensors, bindings, found.unused_by(built.config), str(folder))
     params = {}
     for path, spec in specs.items():
         sharding = NamedSharding(built.mesh, built.partitioner.stored_spec("", spec))

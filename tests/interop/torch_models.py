@@ -32,8 +32,10 @@ def write_tiny(name: str, keys: dict, out: Path) -> None:
     gradients, written = keys.pop("gradients", False), keys.pop("written")
     model = model_of(keys)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms begin with values that would hide a mistake
-            parameter.add_(torch.randn_like(parameter) * NOISE)
+        # Biases and norms begin with values that would hide a mistake.
+        biases = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+        for tensor in (*model.parameters(), *biases):
+            tensor.add_(torch.randn_like(tensor) * NOISE)
     model.save_pretrained(out / name)
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH))
     with torch.set_grad_enabled(gradients):
