@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.config import diff
+from jaxinfra.config import diff, validate
 from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
@@ -98,6 +98,10 @@ def open_published(source: str) -> PublishedModel:
     found = family(keys.model_type, keys.where)
     config = found.read(keys)
     keys.close()
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{keys.where}: {error}") from None
     return PublishedModel(folder=folder, family=found, config=config, keys=keys.content)
 
 
