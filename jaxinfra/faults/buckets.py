@@ -26,7 +26,7 @@ def _steps_done(root: str, name: str) -> int:
 )
 def failing_store(harness: Harness) -> str:
     """Trains in a bucket behind a proxy that does all of it."""
-    away_s, rates = (60, (0.1, 0.3)) if harness.is_long else (3, (0.3,))
+    away_s, rates = (60, (0.1, 0.3)) if harness.is_long else (3, (0.1,))
     with harness.bucket() as bucket:
         texts = {_through_failures(harness, bucket, rate, away_s) for rate in rates}
         lost = _stays_away(harness, bucket)

@@ -62,6 +62,11 @@ def config() -> Corpus:
 """
 
 
+def timeout_of(steps: int) -> float:
+    """Returns the seconds after which a run of this number of steps counts as hung."""
+    return TIMEOUT_S + steps / 4
+
+
 class NotSurvived(JaxinfraError):
     """A run did not do what it must do after a fault."""
 
@@ -229,7 +234,7 @@ class Harness:
         path = self.folder / f"{run.name}.json"
         with self.once(run.name) as is_first:
             if is_first:
-                ended = self.train(run.name, *words, processes=processes, devices=devices)
+                ended = self.train(run.name, *words, processes=processes, devices=devices, timeout_s=timeout_of(steps))
                 require(ended.code == 0, ended)
                 result = run.result()
                 require([*result.losses] == [*range(1, steps + 1)], f"{run.name}: did not log each step")
