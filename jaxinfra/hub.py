@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.config import diff
+from jaxinfra.config import diff, validate
 from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
@@ -55,21 +55,25 @@ class PublishedModel:
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence that its `config.json` tells."""
-        return ModelJson(self.keys, self.folder.url_of(CONFIG)).take("max_position_embeddings", int, 2048)
+        """The longest sequence, by its `config.json` or the default of its family."""
+        if self.config.learned_positions is not None:
+            return self.config.learned_positions
+        keys = ModelJson(self.keys.get("text_config", self.keys), self.folder.url_of(CONFIG))
+        return keys.take("max_position_embeddings", int, self.family.max_positions)
 
     def weights(self) -> Weights:
         """Reads the headers of its files; DataError if one is damaged."""
         return open_weights(self.folder, self.quantization)
 
-    def bindings(self, shapes: Mapping[str, Sequence[int]]) -> list[Binding]:
+    def bindings(self, shapes: Mapping[str, Sequence[int]], weights: Weights) -> list[Binding]:
         """Returns its tensors and the parameters in them."""
-        return self.family.bindings(self.config, shapes)
+        return self.family.bindings(self.config, shapes, weights.tensors)
 
     def check(self) -> Weights:
         """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model."""
         weights, unused = self.weights(), self.family.unused_by(self.config)
-        check_tensors(weights.tensors, self.bindings(param_shapes(self.config)), unused, self.folder.url)
+        bindings = self.bindings(param_shapes(self.config), weights)
+        check_tensors(weights.tensors, bindings, unused, self.folder.url)
         return weights
 
     def tokenizer(self) -> Tokenizer:
@@ -101,6 +105,10 @@ def open_published(source: str) -> PublishedModel:
     found = family(keys.model_type, keys.where)
     config, quantization = found.read(keys), read_quantization(keys)
     keys.close()
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{keys.where}: {error}") from None
     return PublishedModel(folder=folder, family=found, config=config, quantization=quantization, keys=keys.content)
 
 
@@ -132,7 +140,8 @@ def load_published(source: str, config: object, params: Params) -> tuple[Params,
     model = open_published(source)
     _require_same(config, model, source)
     weights, wanted = model.check(), by_path(params)
-    found = read_params(weights, model.bindings({path: each.shape for path, each in wanted.items()}), wanted)
+    bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
+    found = read_params(weights, bindings, wanted)
     headers = sorted((name, str(each)) for name, each in weights.tensors.items())
     fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
     return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint

@@ -67,6 +67,13 @@ TINY: dict[str, dict[str, Any]] = {
         "llama", attention_bias=True, mlp_bias=True, rope_scaling={"rope_type": "linear", "factor": 2.0}, **ONE_KEY
     ),
     "llama-tied": _tiny("llama", tied=True, rms_norm_eps=1e-3, rope_scaling=YARN, **PLAIN),
+    "llama-long": _tiny(
+        "llama",
+        original_max_position_embeddings=16,
+        max_position_embeddings=64,
+        rope_scaling={"type": "longrope", **PHI_FACTORS},
+        **PLAIN | {"num_attention_heads": 4, "num_key_value_heads": 4},
+    ),
     "smollm3-grouped": _tiny("smollm3", tied=True, layers=6, **GROUPED),
     "smollm3-window": _tiny(
         "smollm3", layers=5, use_sliding_window=True, sliding_window=7, no_rope_layer_interval=2, **ONE_KEY

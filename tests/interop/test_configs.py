@@ -1,12 +1,14 @@
 """Configs of published models are read and written, and what would change their numbers is refused."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub import differences
+from jaxinfra.hub import differences, open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.quantized import read_quantization
 from jaxinfra.models.families import family
@@ -75,6 +77,13 @@ WRONG = {
     "attention both ways": (CONFIGS["gemma-2-2b"] | {"use_bidirectional_attention": True}, "bidirectional"),
     "scores by layer": (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
 }
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for name, value, words in (("num_key_value_heads", 5, "num_kv_heads"), ("hidden_size", -8, "hidden_size -8")):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {name: value}))
+        with raises(ConfigError, "config.json", words):
+            open_published(f"hf:{tmp_path}")
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -54,7 +54,7 @@ def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, 
 
 
 @needs_torch
-@pytest.mark.slow(60)
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("name", TINY)
 def test_logits_and_gradients_are_those_of_transformers(references: References, name: str) -> None:
     found, built = read_tiny(references.folder / name)
@@ -86,7 +86,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
 
 
 @needs_torch
-@pytest.mark.slow(20)
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_of_published_models_are_those_of_transformers(references: References, name: str) -> None:
     assert tensors(*PUBLISHED[name]) == references.tensors(name)

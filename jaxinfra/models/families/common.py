@@ -43,6 +43,7 @@ class Family:
         layer_prefix: begins the names of a layer's tensors.
         unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, copies of tied embeddings, or
             layers for other purposes; `{num_layers}` stands for the number of layers.
+        max_positions: the longest sequence of a model whose config does not tell it.
         other_prefix: how names begin, and how they begin instead in some checkpoints, which are read as well.
     """
 
@@ -54,6 +55,7 @@ class Family:
     model_rules: Callable[[TransformerConfig], Iterable[Rule]]
     layer_prefix: str = "model.layers.{layer}."
     unused: tuple[str, ...] = ("*rotary_emb.inv_freq", "*lm_head.weight")
+    max_positions: int = 2048
     other_prefix: tuple[str, str] = ("", "")
 
     def unused_by(self, model: TransformerConfig) -> tuple[str, ...]:

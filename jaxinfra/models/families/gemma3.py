@@ -114,6 +114,7 @@ FAMILY = Family(
     write=write,
     layer_rules=layer_rules,
     model_rules=model_rules,
+    max_positions=131072,
 )
 
 WITH_IMAGES = replace(

@@ -55,7 +55,7 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Mistral."""
-    keys.default(num_key_value_heads=8)
+    keys.default(num_key_value_heads=8, sliding_window=4096)
     mixer = read_attention(keys, rope=read_rope(keys), window=keys.optional("sliding_window", int))
     return read_model(keys, [Layer(mixer=mixer, mlp=read_mlp(keys))])
 
