@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,10 +22,9 @@ from jaxinfra.interop.reading import check_tensors, read_params
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import Gather, write_model
-from jaxinfra.models.attention import Attention
 from jaxinfra.models.families import Family, all_families, family
-from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.families.canonical import canonical
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
@@ -34,7 +33,6 @@ from jaxinfra.parallel.spec import Params
 TOKENIZER = "tokenizer.json"
 
 _TRAVELING = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-_TRAINING_FIELDS = frozenset({"dropout", "balance_loss", "z_loss", "capacity_factor"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,22 +170,7 @@ def check_init(source: str, config: object, tokenizer: Tokenizer | None) -> None
 
 def differences(left: TransformerConfig, right: TransformerConfig) -> list[Any]:
     """Returns the fields in which two models have other logits."""
-    found = diff(_explicit(left), _explicit(right), fingerprinted_only=True)
-    return [each for each in found if each.path.rpartition(".")[2] not in _TRAINING_FIELDS]
-
-
-def _explicit(config: TransformerConfig) -> TransformerConfig:
-    """Fills in the sizes of heads that follow from others; biases of experts have one rate of change or none."""
-
-    def fill(layer: Layer) -> Layer:
-        if isinstance(layer.mlp, MixtureOfExperts):
-            layer = replace(layer, mlp=replace(layer.mlp, bias_update_rate=float(layer.mlp.bias_update_rate > 0)))
-        if not isinstance(layer.mixer, Attention):
-            return layer
-        heads, width = layer.mixer.kv_head_count, layer.mixer.head_width(config.hidden_size)
-        return replace(layer, mixer=replace(layer.mixer, num_kv_heads=heads, head_dim=width))
-
-    return replace(config, layers=tuple(map(fill, config.layers)), first_layers=tuple(map(fill, config.first_layers)))
+    return diff(canonical(left), canonical(right), fingerprinted_only=True)
 
 
 # Writing
@@ -250,8 +233,10 @@ def export_model(
     content = {
         "architectures": [found.architecture],
         "model_type": found.model_type,
-        **keys,
+        "bos_token_id": None,  # the defaults of a family may be outside of the vocabulary
+        "pad_token_id": None,
         "max_position_embeddings": max_positions,
+        **keys,  # which may have the length that rotary positions are scaled to
         "torch_dtype": str(jnp.dtype(stored)),
     }
     others = dict(traveling or {})

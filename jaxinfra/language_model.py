@@ -27,11 +27,13 @@ class LanguageModel:
         tokenizer: its tokenizer.
         first_tokens: tokens before each document: the end of the one before, if documents see each other; a published
             model may have a token that begins a document.
+        max_length: the number of positions that it was trained with.
     """
 
     run: Run
     tokenizer: Tokenizer
     first_tokens: tuple[int, ...]
+    max_length: int
 
     @property
     def max_positions(self) -> int | None:
@@ -54,9 +56,14 @@ def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | Pai
 
 def language_model(run: Run) -> LanguageModel:
     """Returns the language model that a run trains; ConfigError if it trains none, or its data is missing."""
-    _, data = require_text(run)
+    model, data = require_text(run)
     tokenizer = data.open().tokenizer
-    return LanguageModel(run=run, tokenizer=tokenizer, first_tokens=() if data.mask_documents else (tokenizer.eot_id,))
+    return LanguageModel(
+        run=run,
+        tokenizer=tokenizer,
+        first_tokens=() if data.mask_documents else (tokenizer.eot_id,),
+        max_length=model.learned_positions or data.seq_len,
+    )
 
 
 def open_language_model(
@@ -80,4 +87,9 @@ def _published_language_model(source: str, overrides: Sequence[str]) -> Language
         data=TokenData(store=source, seq_len=1),
         precision=Precision(params=dtype, compute=dtype),
     )
-    return LanguageModel(run=apply(run, overrides), tokenizer=model.tokenizer(), first_tokens=model.first_tokens())
+    return LanguageModel(
+        run=apply(run, overrides),
+        tokenizer=model.tokenizer(),
+        first_tokens=model.first_tokens(),
+        max_length=model.max_positions,
+    )

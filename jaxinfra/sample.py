@@ -31,7 +31,7 @@ from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.runtime.devices import all_devices
 from jaxinfra.sampling_program import sampling_program
-from jaxinfra.trained_params import load_params
+from jaxinfra.trained_params import TrainedParams, load_params
 
 _PROMPT_TOKENS = 100  # that follow `track.sample_prompt`
 _SCORED_TOKENS = 4096  # that a device scores at once, of several rows
@@ -97,12 +97,13 @@ class Sampler:
 
     Attributes:
         model: its config and its tokenizer.
-        rows: number of rows that the mesh processes at once, or a divisor of it.
+        program: its program on the mesh.
+        rows: a batch has a multiple of this number of rows.
     """
 
     def __init__(self, model: LanguageModel, program: Program, params: Params):
         """Binds the parameters, which must be on the mesh of the program, made by `sampling_program`."""
-        self.model, self._program, self._params = model, program, params
+        self.model, self.program, self._params = model, program, params
         self.rows = program.partitioner.num_shards("batch")
 
     @staticmethod
@@ -120,8 +121,17 @@ class Sampler:
         used where that of the run does not fit the devices.
         """
         model = open_language_model(source, overrides, imports)
-        program = sampling_program(model.run, all_devices(), strict=bool(overrides))
-        return cls(model, program, load_params(source, program).params)
+        return cls.load(source, model, overrides)[0]
+
+    @classmethod
+    def load(
+        cls, source: str | Path, model: LanguageModel, overrides: Sequence[str] = ()
+    ) -> tuple[Self, TrainedParams]:
+        """Loads the parameters of a source whose model was opened with these overrides."""
+        strict = any(override.startswith("mesh.") for override in overrides)
+        program = sampling_program(model.run, all_devices(), strict=strict)
+        loaded = load_params(source, program)
+        return cls(model, program, loaded.params), loaded
 
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
@@ -137,7 +147,7 @@ class Sampler:
 
         They are not copied if they have the right shardings; the sampler is of no use once they are donated.
         """
-        self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self._program.params))
+        self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self.program.params))
 
     # Texts
 
@@ -157,9 +167,15 @@ class Sampler:
 
     def complete(self, prompts: Sequence[str], *, max_tokens: int, sampling: SamplingParams) -> list[Completion]:
         """Returns the continuations of a batch of prompts; each ends like that of `stream`."""
-        texts, pieces = [_Text(self.model, sampling) for _ in prompts], [[] for _ in prompts]
         ids = [self.model.encode(prompt) for prompt in prompts]
-        for tokens in self.tokens(ids, max_tokens=max_tokens, sampling=sampling):
+        return self.complete_tokens(ids, max_tokens=max_tokens, sampling=sampling)
+
+    def complete_tokens(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        """Returns the continuations of a batch of prompts of at least one token each."""
+        texts, pieces = [_Text(self.model, sampling) for _ in prompts], [[] for _ in prompts]
+        for tokens in self.tokens(prompts, max_tokens=max_tokens, sampling=sampling):
             for token, text, found in zip(tokens, texts, pieces, strict=True):
                 if text.finish is None:
                     found.append(text.push(token))
@@ -194,15 +210,16 @@ class Sampler:
         and its continuation are longer than the model's learned positions.
         """
         longest = max(map(len, prompts))
-        slots = min(padded_length(longest), self._require_room(longest, max_tokens) or padded_length(longest))
+        self._require_room(longest, max_tokens)
+        slots = self._slots(longest)
         tokens, counts = self._padded(prompts, slots)
         distribution = replace(sampling, seed=0, stop=())
-        with self._program.on_mesh:
+        with self.program.on_mesh:
             key = jax.random.key(sampling.seed)
             cache_slots = padded_length(max(slots, longest + max_tokens))
             cache = self._decoder(self._params).empty_cache(len(tokens), cache_slots)
         for step in range(max_tokens):  # first the padded prompts, then one token at a time
-            with self._program.on_mesh:
+            with self.program.on_mesh:
                 step_key = jax.random.fold_in(key, step)
                 tokens, cache = self._next_tokens(self._params, cache, tokens, counts, step_key, distribution)
             counts = np.ones_like(counts)
@@ -213,12 +230,12 @@ class Sampler:
         by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         found: dict[int, TokenScores] = {}
         while by_length:
-            length = padded_length(len(rows[by_length[0]]) - 1)
+            length = self._slots(len(rows[by_length[0]]) - 1)
             batch = by_length[: self.rows * max(1, _SCORED_TOKENS // length)]
             by_length = by_length[len(batch) :]
             inputs_BT, _ = self._padded([rows[row][:-1] for row in batch], length)
             targets_BT, _ = self._padded([rows[row][1:] for row in batch], length)
-            with self._program.on_mesh:
+            with self.program.on_mesh:
                 scores = map(np.asarray, self._score(self._params, inputs_BT, targets_BT))
             for row, log_probs, likeliest in zip(batch, *scores, strict=False):
                 count = len(rows[row]) - 1
@@ -233,8 +250,12 @@ class Sampler:
             tokens_BT[row, : len(ids)], counts_B[row] = ids, len(ids)
         return tokens_BT, counts_B
 
-    def _require_room(self, length: int, max_tokens: int) -> int | None:
-        """Returns the number of learned positions, if the model has some; ConfigError if they are too few."""
+    def _slots(self, length: int) -> int:
+        """Returns the length that rows are padded to; the model has positions for it."""
+        return min(padded_length(length), self.model.max_positions or padded_length(length))
+
+    def _require_room(self, length: int, max_tokens: int) -> None:
+        """Raises ConfigError if the model has learned positions, but too few."""
         max_positions = self.model.max_positions
         if max_positions is not None and length + max_tokens > max_positions:
             room = max_positions - length
@@ -242,10 +263,9 @@ class Sampler:
                 f"--max-tokens {max_tokens}: with a prompt of {length} tokens it exceeds the {max_positions} "
                 f"learned positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
             )
-        return max_positions
 
     def _decoder(self, params: Params) -> Transformer:
-        model = self._program.model(params)
+        model = self.program.model(params)
         assert isinstance(model, Transformer)
         return model
 
@@ -260,7 +280,7 @@ class Sampler:
         sampling: SamplingParams,
     ) -> tuple[jax.Array, Cache]:
         """Adds the first `counts_B` tokens of each row to the cache; returns the tokens that follow, `[B, 1]`."""
-        partitioner = self._program.partitioner
+        partitioner = self.program.partitioner
         counts_B = jax.reshard(counts_B, partitioner.spec("batch"))
         logits, cache = self._decoder(params).decode(tokens_BT, cache, counts_B)
         last = jax.vmap(lambda x_TD, count: jax.lax.dynamic_slice_in_dim(x_TD, count - 1, 1))
@@ -269,7 +289,7 @@ class Sampler:
 
     @partial(jax.jit, static_argnums=0)
     def _score(self, params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        spec = self._program.partitioner.spec("batch", None)
+        spec = self.program.partitioner.spec("batch", None)
         inputs_BT, targets_BT = jax.reshard(inputs_BT, spec), jax.reshard(targets_BT, spec)
         scores = token_scores(self._decoder(params)({"inputs": inputs_BT}), targets_BT)
         return jax.tree.map(lambda a: jax.reshard(a, P()), scores)

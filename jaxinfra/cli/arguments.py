@@ -232,6 +232,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     example = "mesh.fsdp=4 or train.eval_samples=100"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"overrides of its config, such as {example}")
     parser.add_argument("--json", metavar="FILE", help="also write the metrics as JSON, to a file or URL")
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    what = "run these tasks in place of the validation samples: names, or YAML files of tasks"
+    tasks.add_argument("--tasks", metavar="NAME|FILE[,...]", help=what)
+    _add_int(tasks, "--limit", 1, metavar="N", help="maximum of samples of each task (default: all)")
+    _add_int(tasks, "--num-fewshot", 0, metavar="N", help="examples in the prompts (default: what a task says)")
     _add_imports(parser)
     _add_processes(parser)
 
@@ -375,7 +380,11 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("data verify", _add_store, "read a whole store and check the hash of every block"),
     ("data peek", _add_data_peek, "print the batch of one step and process"),
     ("sample", _add_sample, "continue a text with a checkpoint of a run, the newest by default"),
-    ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
+    (
+        "evaluate",
+        _add_evaluate,
+        "evaluate a checkpoint of a run on its validation samples or on tasks, on any mesh",
+    ),
     ("hub check", _add_hub_check, "say what published weights hold, and whether each tensor has its place"),
     ("hub export", _add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     ("models", _add_models, "list the published models that a config can name"),

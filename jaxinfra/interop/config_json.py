@@ -43,6 +43,7 @@ class ModelJson:
 
     def __init__(self, content: Mapping[str, Any], where: str = CONFIG):
         self.content, self.where, self._taken = dict(content), where, set[str]()
+        self._defaults = dict[str, object]()
 
     @property
     def model_type(self) -> str:
@@ -50,11 +51,14 @@ class ModelJson:
         return self.take("model_type", str)
 
     def __contains__(self, name: str) -> bool:
-        return self.content.get(name) is not None
+        return self._get(name) is not None
 
     def default(self, **values: object) -> None:
         """Gives values to keys that are missing: the family's defaults, which published files leave out."""
-        self.content = values | self.content
+        self._defaults |= values
+
+    def _get(self, name: str) -> Any:
+        return self.content[name] if name in self.content else self._defaults.get(name)
 
     def take[T](self, name: str, kind: type[T], default: T | None = None) -> T:
         """Returns the value of a key.
@@ -63,7 +67,7 @@ class ModelJson:
         another type; an integer is a float, too.
         """
         self._taken.add(name)
-        value = self.content.get(name)
+        value = self._get(name)
         value = default if value is None else value
         if value is None:
             raise ConfigError(f"{self.where}: has no {name}; it must be of type {kind.__name__}")
@@ -81,7 +85,7 @@ class ModelJson:
     def require(self, name: str, *values: object, default: object = None) -> None:
         """Raises ConfigError unless a key has one of the values, the default if it is missing."""
         self._taken.add(name)
-        found = self.content.get(name)
+        found = self._get(name)
         if (default if found is None else found) not in values:
             expected = " or ".join(map(repr, values))
             raise ConfigError(f"{self.where}: {name}={found!r} is not supported, only {expected}")
@@ -101,8 +105,8 @@ class ModelJson:
                 near = difflib.get_close_matches(name, self._taken, n=1)
                 hint = f", did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"{self.where}: {name}={value!r} is not known for a {self.content.get('model_type')}{hint}; "
-                    "it may change the numbers of the model, so remove it only if it does not"
+                    f"{self.where}: {name}={value!r} is not known{hint}; it may change the numbers of the model, "
+                    "so remove it only if it does not"
                 )
 
 

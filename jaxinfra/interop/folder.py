@@ -44,8 +44,8 @@ class ModelFolder(Protocol):
         """Reads a file; returns None if it is missing."""
         ...
 
-    def read_range(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads bytes of a file, `uint8 [stop - start]`."""
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out`, uint8 `[N]`, with the bytes of a file from `start` on; DataError if it has fewer."""
         ...
 
 
@@ -96,8 +96,8 @@ class StoredFolder(ModelFolder):
         return self._objects.read_or_none(name)
 
     @override
-    def read_range(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._objects.read_range(name, start, stop)
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        self._objects.read_into(name, start, out)
 
 
 class HubFolder(ModelFolder):
@@ -137,11 +137,11 @@ class HubFolder(ModelFolder):
         return self._call(lambda: self._files.cat_file(self.url_of(name))) if self.exists(name) else None
 
     @override
-    def read_range(self, name: str, start: int, stop: int) -> np.ndarray:
-        content = self._call(lambda: self._files.cat_file(self.url_of(name), start=start, end=stop))
-        if len(content) != stop - start:
-            raise StorageError(f"{self.url_of(name)}: {len(content)} bytes instead of {stop - start}; try again")
-        return np.frombuffer(content, np.uint8)
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        content = self._call(lambda: self._files.cat_file(self.url_of(name), start=start, end=start + len(out)))
+        if len(content) != len(out):
+            raise StorageError(f"{self.url_of(name)}: {len(content)} bytes instead of {len(out)}; try again")
+        out[:] = np.frombuffer(content, np.uint8)
 
     def _call[T](self, call: Callable[[], T]) -> T:
         try:

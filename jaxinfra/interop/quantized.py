@@ -37,8 +37,8 @@ class PackedTensor(Protocol):
         """The tensor that is presented."""
         ...
 
-    def read(self, weights: Weights, start: int, stop: int) -> np.ndarray:
-        """Reads rows in bfloat16."""
+    def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
+        """Fills `out`, bfloat16 `[N, ...]`, with the rows from `start` on."""
         ...
 
 
@@ -67,10 +67,11 @@ class QuantizedWeights(Weights):
         self.tensors = stored | {name: packed.plain for name, packed in self._packed.items()}
 
     @override
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        if name not in self._packed:
-            return super().read(name, start, stop)
-        return self._packed[name].read(self, start, self.tensors[name].shape[0] if stop is None else stop)
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        if name in self._packed:
+            self._packed[name].read_into(self, start, out)
+        else:
+            super().read_into(name, start, out)
 
 
 def read_quantization(keys: ModelJson) -> Quantization | None:
@@ -115,15 +116,14 @@ class _Fp8Blocks(PackedTensor):
         return replace(self.values, dtype=BFLOAT16)
 
     @override
-    def read(self, weights: Weights, start: int, stop: int) -> np.ndarray:
-        (height, width), columns = self.block, self.values.shape[1]
+    def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
+        (height, width), (count, columns) = self.block, out.shape
         first = start // height
-        scales = weights.read_rows(self.scales, first, -(-stop // height)).astype(np.float32)
-        values, out = weights.read_rows(self.values, start, stop), np.empty((stop - start, columns), BFLOAT16)
+        scales = _read(weights, self.scales, first, -(-(start + count) // height)).astype(np.float32)
+        values = _read(weights, self.values, start, start + count)
         for index, row in enumerate(scales, first):
             own = slice(max(index * height - start, 0), (index + 1) * height - start)
             out[own] = (values[own].astype(np.float32) * np.repeat(row, width)[:columns]).astype(BFLOAT16)
-        return out
 
 
 def _fp8(tensors: Mapping[str, StoredTensor], folder: ModelFolder, block: tuple[int, int]) -> dict[str, PackedTensor]:
@@ -153,14 +153,13 @@ class _Mxfp4(PackedTensor):
         return replace(self.blocks, dtype=BFLOAT16, shape=(experts, groups * GROUP, outputs))
 
     @override
-    def read(self, weights: Weights, start: int, stop: int) -> np.ndarray:
-        out, table = np.empty((stop - start, *self.plain.shape[1:]), BFLOAT16), _mxfp4_table()
-        for index, expert in enumerate(range(start, stop)):
-            blocks = weights.read_rows(self.blocks, expert, expert + 1)[0]
-            scales = weights.read_rows(self.scales, expert, expert + 1)[0].astype(np.uint16)[..., None] * 16
+    def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
+        table = _mxfp4_table()
+        for expert, own in enumerate(out, start):
+            blocks = _read(weights, self.blocks, expert, expert + 1)[0]
+            scales = _read(weights, self.scales, expert, expert + 1)[0].astype(np.uint16)[..., None] * 16
             values = np.stack([table[scales + (blocks & 15)], table[scales + (blocks >> 4)]], axis=-1)
-            out[index] = values.reshape(len(blocks), -1).T
-        return out
+            own[...] = values.reshape(len(blocks), -1).T
 
 
 def _mxfp4_table() -> np.ndarray:
@@ -180,6 +179,12 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], folder: ModelFolder) -> dict[str
                 raise _unfit(folder, blocks, f"{plain}_scales", scales, f"groups of {GROUP}")
             found[plain] = _Mxfp4(blocks, scales)
     return found
+
+
+def _read(weights: Weights, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    rows = np.empty((stop - start, *tensor.shape[1:]), tensor.dtype)
+    weights.read_stored(tensor, start, rows)
+    return rows
 
 
 def _part(tensors: Mapping[str, StoredTensor], name: str, other: str, folder: ModelFolder) -> StoredTensor:

@@ -5,6 +5,7 @@ Headers are read and checked without any weights. The format: https://huggingfac
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,7 @@ class Weights:
         Raises DataError if a file is missing, truncated, or its header is wrong, or if there are no safetensors.
         """
         self.folder, self.tensors, self.bytes_read = folder, dict[str, StoredTensor](), 0
+        self._lock = threading.Lock()
         listed = _indexed_files(folder)
         for file in sorted(set(listed.values()) or [WEIGHTS]):
             for name, tensor in _read_header(folder, file).items():
@@ -90,23 +92,23 @@ class Weights:
             if name not in self.tensors or self.tensors[name].file != file:
                 raise DataError(f"{folder.url_of(INDEX)}: says that {file} has {name}, which is not there; {_FIX}")
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Reads rows of a tensor, `[stop - start, ...]`, all of them by default."""
+    def read(self, name: str) -> np.ndarray:
+        """Reads a whole tensor."""
         tensor = self.tensors[name]
-        if not tensor.shape:
-            return self.read_bytes(tensor, 0, tensor.nbytes).view(tensor.dtype).reshape(())
-        return self.read_rows(tensor, start, tensor.shape[0] if stop is None else stop)
+        out = np.empty(tensor.shape, tensor.dtype)
+        self.read_into(name, 0, out.reshape(-1) if not tensor.shape else out)
+        return out
 
-    def read_rows(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-        """Reads rows of a tensor in its file."""
-        row_bytes = tensor.nbytes // max(tensor.shape[0], 1)
-        content = self.read_bytes(tensor, start * row_bytes, stop * row_bytes)
-        return content.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out`, `[N, ...]`, with the rows of a tensor from `start` on; safe to call in several threads."""
+        self.read_stored(self.tensors[name], start, out)
 
-    def read_bytes(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-        """Reads bytes of a tensor, uint8."""
-        self.bytes_read += stop - start
-        return self.folder.read_range(tensor.file, tensor.start + start, tensor.start + stop)
+    def read_stored(self, tensor: StoredTensor, start: int, out: np.ndarray) -> None:
+        """Fills `out` like `read_into`, with rows as they are in a file."""
+        row_bytes = tensor.nbytes // max(tensor.shape[0], 1) if tensor.shape else 0
+        self.folder.read_into(tensor.file, tensor.start + start * row_bytes, out.reshape(-1).view(np.uint8))
+        with self._lock:
+            self.bytes_read += out.nbytes
 
 
 def _indexed_files(folder: ModelFolder) -> dict[str, str]:
@@ -133,11 +135,11 @@ def _indexed_files(folder: ModelFolder) -> dict[str, str]:
 def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
     """Reads the header of a file and checks that its tensors fill the file without gaps."""
     url = folder.url_of(file)
-    length = int.from_bytes(folder.read_range(file, 0, 8).tobytes(), "little")
+    length = int.from_bytes(_read_bytes(folder, file, 0, 8), "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise DataError(f"{url}: a header of {length} bytes: damaged, or no safetensors; {_FIX}")
     try:
-        header = json.loads(folder.read_range(file, 8, 8 + length).tobytes())
+        header = json.loads(_read_bytes(folder, file, 8, length))
         found = {name: _entry(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{url}: its header is damaged ({error}); {_FIX}") from None
@@ -148,6 +150,12 @@ def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
         position += tensor.nbytes
     folder.check_size(file, position)
     return found
+
+
+def _read_bytes(folder: ModelFolder, file: str, start: int, count: int) -> bytes:
+    out = np.empty(count, np.uint8)
+    folder.read_into(file, start, out)
+    return out.tobytes()
 
 
 def _entry(file: str, first: int, entry: Mapping[str, Any]) -> StoredTensor:

@@ -33,6 +33,7 @@ from jaxinfra.interop.pattern import Layout
 from jaxinfra.interop.reading import file_order, parameter_spec, reshard
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import INDEX, WEIGHTS, header_of
+from jaxinfra.parallel.sharding import axis_names
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import upload_file
 from jaxinfra.storage.objects import ObjectStore
@@ -342,10 +343,14 @@ def _to_theirs(
     parts = []
     for param, layout in zip(params, layouts, strict=True):
         spec = jax.typeof(param).sharding.spec
-        if layer is not None:
+        if layer is not None and not axis_names(spec[0]):
+            param = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
+        elif layer is not None:  # stacked layers are sharded over stages
             param = param.at[layer].get(out_sharding=_of_layer(spec))
         lead = param.ndim - len(layout.pattern.ours)
-        parts.append(reshard(param.astype(dtype), parameter_spec(rows, lead, layout)))
+        # The barrier keeps XLA's fast transposition on CPUs: fused with a slice it is a slow loop.
+        param = jax.lax.optimization_barrier(param.astype(dtype))
+        parts.append(reshard(param, parameter_spec(rows, lead, layout)))
     lead = parts[0].ndim - len(layouts[0].pattern.ours)
 
     def join(*parts: jax.Array) -> jax.Array:

@@ -66,7 +66,7 @@ def greedy_without_cache(sampler: Sampler, ids: list[int], count: int) -> list[i
     def logits(tokens: jax.Array) -> jax.Array:
         return sampler._decoder(sampler._params)({"inputs": tokens}).materialize()
 
-    with sampler._program.on_mesh:
+    with sampler.program.on_mesh:
         for at in range(len(ids), length):
             padded = np.zeros((1, length), np.int32)
             padded[0, :at] = ids
@@ -135,7 +135,7 @@ def test_stop_strings_in_pieces() -> None:
 
 
 def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> None:
-    program = sampler._program
+    program = sampler.program
     with program.on_mesh, CheckpointManager(trained / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(12, program.state)
     for found, average, last in zip(*map(jax.tree.leaves, (sampler._params, state.ema, state.params)), strict=True):

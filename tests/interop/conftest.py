@@ -13,19 +13,13 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from jaxinfra.models.families import MODULES
-from jaxinfra.models.families.common import Family
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.families import MODULES, Family, family
 from jaxinfra.models.transformer import TransformerConfig
 from tests.interop.references import TINY
+from tests.interop.torch_python import TORCH_PYTHON
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
-
-ROOT = Path(__file__).parents[2]
-TORCH_PYTHON = ROOT / ".venv-transformers/bin/python"
-
-needs_torch = pytest.mark.skipif(
-    not TORCH_PYTHON.exists(), reason="`make .venv-transformers` installs torch and transformers there"
-)
 
 
 def published() -> Iterator[tuple[str, Family, TransformerConfig]]:
@@ -62,13 +56,22 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     return References(folder)
 
 
+def written_again(keys: dict[str, Any]) -> dict[str, Any] | None:
+    """What is written for the model of a config; None for one with images, of which the text part is written."""
+    if "vision_config" in keys:
+        return None
+    of = family(keys["model_type"], "")
+    return {"model_type": of.model_type, "pad_token_id": None} | of.write(of.read(ModelJson(keys)))
+
+
 def _make(folder: Path) -> None:
     folder.mkdir()
     configs: dict[str, dict[str, Any]] = {
         name: {"model_type": family.model_type} | family.write(shape) for name, family, shape in published()
     }
-    (folder / "tiny.json").write_text(json.dumps(TINY))
+    tiny = {name: keys | {"written": written_again(keys)} for name, keys in TINY.items()}
+    (folder / "tiny.json").write_text(json.dumps(tiny))
     (folder / "published.json").write_text(json.dumps(configs))
-    script = ROOT / "tests/interop/torch_models.py"
+    script = Path(__file__).with_name("torch_models.py")
     made = subprocess.run([TORCH_PYTHON, script, folder], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]

@@ -18,7 +18,8 @@ PHI_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1
 
 def _tiny(model_type: str, tied: bool = False, layers: int = 3, **keys: Any) -> dict[str, Any]:
     sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": layers}
-    return {"model_type": model_type, "tie_word_embeddings": tied, "pad_token_id": None} | sizes | keys
+    others = {"hidden_act": "silu", "tie_word_embeddings": tied, "pad_token_id": None}
+    return {"model_type": model_type} | sizes | others | keys
 
 
 def _gpt2(**keys: Any) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from jaxinfra.interop.config_json import CONFIG, read_json
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors, read_params
-from jaxinfra.models.families import family
-from jaxinfra.models.families.common import Family
+from jaxinfra.models.families import Family, family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
-from tests.interop.conftest import References, needs_torch, published
+from tests.interop.conftest import References, published
 from tests.interop.references import TINY
+from tests.interop.torch_python import needs_torch
 from tests.models.harness import BuiltDecoder, build, relative_error
 
 PUBLISHED = {name: (of, shape) for name, of, shape in published()}
@@ -81,6 +81,8 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
                 assert float(jnp.abs(grad - wanted[path]).max()) < 1e-4 * largest, jax.tree_util.keystr(path)
     assert relative_error(logits, expected["logits"]) < 1e-5
     assert (logits.argmax(-1) == expected["logits"].argmax(-1)).all()
+    if "rewritten" in expected:
+        assert relative_error(expected["rewritten"], expected["logits"]) < 1e-6
 
 
 @needs_torch

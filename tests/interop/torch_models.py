@@ -2,9 +2,9 @@
 
 Runs in an environment of its own, with torch and transformers: `python tests/interop/torch_models.py OUT`.
 `OUT/tiny.json` has the config of each tiny model by name, `OUT/published.json` those of large ones. Of a tiny model
-`OUT/NAME` gets the checkpoint, and `OUT/NAME.npz` tokens and logits; `OUT/NAME.grads` gets the gradients of the mean
-loss, as a checkpoint, if the config says `"gradients": true`. `OUT/tensors.json` gets the shapes of the tensors of
-large models, by their names in a checkpoint.
+`OUT/NAME` gets the checkpoint, and `OUT/NAME.npz` tokens, logits, and logits by the config that jaxinfra has "written".
+`OUT/NAME.grads` gets the gradients of the mean loss, as a checkpoint, if the config asks for them. `OUT/tensors.json`
+gets the shapes of the tensors of large models, by their names in a checkpoint.
 """
 
 import json
@@ -29,7 +29,7 @@ def model_of(keys: dict) -> torch.nn.Module:
 
 def write_tiny(name: str, keys: dict, out: Path) -> None:
     torch.manual_seed(0)
-    gradients = keys.pop("gradients", False)
+    gradients, written = keys.pop("gradients", False), keys.pop("written")
     model = model_of(keys)
     with torch.no_grad():
         # Biases and norms begin with values that would hide a mistake.
@@ -41,7 +41,13 @@ def write_tiny(name: str, keys: dict, out: Path) -> None:
     with torch.set_grad_enabled(gradients):
         # The whole Llama 4 of transformers 5.24 fails without images.
         logits = (model.language_model if keys["model_type"] == "llama4" else model)(tokens).logits
-    np.savez(out / f"{name}.npz", tokens=tokens.numpy(), logits=logits.detach().numpy())
+    arrays = {"tokens": tokens, "logits": logits.detach()}
+    if written is not None:
+        other = model_of(written)
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            arrays["rewritten"] = other(tokens).logits
+    np.savez(out / f"{name}.npz", **{key: array.numpy() for key, array in arrays.items()})
     if gradients:
         targets = tokens[:, 1:].reshape(-1)
         torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(targets), -1), targets).backward()

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import numpy as np
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -82,9 +83,11 @@ def _check_hashes(model: PublishedModel) -> str:
         )
     files = json.loads(receipt)["files"]
     for name, entry in files.items():
-        found, step = hashlib.sha256(), 1 << 26
-        for start in range(0, entry["bytes"], step):
-            found.update(model.folder.read_range(name, start, min(start + step, entry["bytes"])))
+        found, buffer = hashlib.sha256(), np.empty(1 << 26, np.uint8)
+        for start in range(0, entry["bytes"], len(buffer)):
+            part = buffer[: entry["bytes"] - start]
+            model.folder.read_into(name, start, part)
+            found.update(part)
         if found.hexdigest() != entry["sha256"]:
             raise DataError(f"{model.folder.url_of(name)}: other bytes than were exported; export it again")
     return f"{len(files)} files have the bytes that were exported"

@@ -9,30 +9,30 @@ from jaxinfra.models.families.common import Family
 __all__ = ["Family", "all_families", "family"]
 
 MODULES = {
-    "deepseek_v3": "deepseek",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "gemma3_text": "gemma3",
-    "glm4_moe": "glm4_moe",
-    "gpt2": "gpt2",
-    "gpt_oss": "gpt_oss",
-    "granite": "granite",
-    "kimi_k2": "deepseek",
     "llama": "llama",
-    "llama4": "llama4",
-    "llama4_text": "llama4",
-    "mistral": "mistral",
-    "mistral3": "mistral",
-    "mixtral": "mixtral",
-    "olmo2": "olmo2",
-    "olmo3": "olmo3",
-    "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "olmo2": "olmo2",
+    "olmo3": "olmo3",
+    "phi3": "phi3",
     "smollm3": "smollm3",
+    "granite": "granite",
+    "deepseek_v3": "deepseek",
+    "kimi_k2": "deepseek",
+    "gpt_oss": "gpt_oss",
+    "glm4_moe": "glm4_moe",
+    "llama4_text": "llama4",
+    "llama4": "llama4",
+    "gemma3": "gemma3",
+    "mistral3": "mistral",
 }
-"""Module of each `model_type`."""
+"""Module of each `model_type`. A model is written as the first one that can say what it has."""
 
 
 def family(model_type: str, where: str) -> Family:

@@ -37,7 +37,7 @@ class Family:
         architecture: the class of transformers that runs them.
         read: returns the model of a `config.json`.
         write: returns the keys of a model, without those of every model. If the family cannot say what the model has,
-            `read(write(model))` is another model (see `families.same`), or ConfigError is raised.
+            `read(write(model))` is another model (see `families.canonical`), or ConfigError is raised.
         layer_rules: returns the rules of a layer; names begin after `layer_prefix`.
         model_rules: returns the rules of what is outside of layers.
         layer_prefix: begins the names of a layer's tensors.
@@ -320,8 +320,8 @@ def write_model(model: TransformerConfig) -> dict[str, Any]:
 type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
-def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0) -> Rope:
-    """Reads rotary positions; `theta` is the default.
+def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0, partial: bool = False) -> Rope:
+    """Reads rotary positions; `theta` is the default, and `partial` says whether a part of a head may be rotated.
 
     Published files have `rope_theta` and `rope_scaling`; those of transformers 5 have both in `rope_parameters`, for
     models with two kinds of layers an object for each `kind`.
@@ -334,6 +334,8 @@ def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0) 
     keys.ignore("rope_scaling", "rope_parameters")
     theta = options.take("rope_theta", float, keys.take("rope_theta", float, theta))
     fraction = options.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
+    if fraction != 1 and not partial:
+        raise ConfigError(f"{keys.where}: partial_rotary_factor is {fraction}; this family has none but 1")
     rope = Rope(theta=theta, fraction=fraction, scaling=_read_scaling(options, keys))
     options.close()
     return rope

@@ -85,7 +85,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     for name in ("full_attn_mod", "interpolate_factor"):  # of the code published with Phi-4-mini
         keys.require(name, 1, default=1)
     keys.ignore("original_max_position_embeddings")
-    rope = read_rope(keys)
+    rope = read_rope(keys, partial=True)
     if not isinstance(rope.scaling, LongRopeScaling | None):
         raise ConfigError(f"{keys.where}: {type(rope.scaling).__name__} is not supported for a phi3, only LongRoPE")
     mixer = read_attention(keys, rope=rope, window=keys.optional("sliding_window", int))
