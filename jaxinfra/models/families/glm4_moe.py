@@ -33,7 +33,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.default(partial_rotary_factor=0.5)
     mixer = read_attention(
         keys,
-        rope=read_rope(keys),
+        rope=read_rope(keys, partial=True),
         qkv_bias=keys.take("attention_bias", bool, False),
         qk_norm="head" if keys.take("use_qk_norm", bool, False) else None,
     )
