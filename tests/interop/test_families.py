@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxinfra.interop.config_json import read_json
+from jaxinfra.hub import open_published
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.reading import check_tensors, read_params
 from jaxinfra.interop.safetensors import Weights
-from jaxinfra.models.families import Family, family
+from jaxinfra.models.families import Family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
 from tests.interop.conftest import References, published
@@ -27,12 +27,10 @@ PUBLISHED = {name: (of, shape) for name, of, shape in published()}
 
 
 def read_tiny(folder: Path) -> tuple[Family, BuiltDecoder]:
-    """Reads a config, and builds its model on one device."""
-    keys = read_json(open_folder(str(folder)))
-    found = family(keys.model_type, keys.where)
-    config = found.read(keys)
-    keys.close()
-    return found, build(config=replace(config, attention_kernel="reference"))
+    """Reads a config, checks the tensors of its folder, and builds its model on one device."""
+    found = open_published(f"hf:{folder}")
+    found.check()
+    return found.family, build(config=replace(found.config, attention_kernel="reference"))
 
 
 def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, Any]:
