@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxinfra.hub import open_published
+from jaxinfra.hub import export_model, open_published
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.reading import check_tensors, read_params
 from jaxinfra.interop.safetensors import Weights
@@ -48,10 +48,20 @@ def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, 
     return jax.tree.unflatten(tree, [arrays[path] for path in specs])
 
 
+def stored(folder: Path) -> dict[str, bytes]:
+    """Dtype, shape and bytes of each tensor, but for those of images."""
+    weights = Weights(open_folder(str(folder)))
+    return {
+        name.removeprefix("language_model."): repr((tensor.dtype, tensor.shape)).encode() + weights.read(name).tobytes()
+        for name, tensor in weights.tensors.items()
+        if not name.startswith(("vision_tower.", "multi_modal_projector."))
+    }
+
+
 @needs_torch
 @pytest.mark.slow(2)
 @pytest.mark.parametrize("name", TINY)
-def test_logits_and_gradients_are_those_of_transformers(references: References, name: str) -> None:
+def test_logits_and_gradients_are_those_of_transformers(references: References, name: str, tmp_path: Path) -> None:
     found, built = read_tiny(references.folder / name)
     expected = references.arrays(name)
 
@@ -63,6 +73,8 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
 
     with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
         params = read_weights(references.folder / name, found, built)
+        options = {"tokenizer": None, "max_positions": 64, "model_type": found.model_type}
+        export_model(str(tmp_path / "out"), built.config, params, source={}, **options)
         tokens = built.put_rows(expected["tokens"].astype("int32"))
         if "gradients" not in TINY[name]:
             _, logits = jax.jit(loss)(params, tokens)
@@ -76,6 +88,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
                 assert float(jnp.abs(grad - wanted[path]).max()) < 1e-4 * largest, jax.tree_util.keystr(path)
     assert relative_error(logits, expected["logits"]) < 1e-5
     assert (logits.argmax(-1) == expected["logits"].argmax(-1)).all()
+    assert stored(tmp_path / "out") == stored(references.folder / name)
     if "rewritten" in expected:
         assert relative_error(expected["rewritten"], expected["logits"]) < 1e-6
 
