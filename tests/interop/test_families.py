@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jaxinfra.hub import export_model, open_published
 from jaxinfra.interop.config_json import CONFIG, read_json
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors, read_params
-from jaxinfra.models.families import Family, family
+from jaxinfra.interop.safetensors import Weights
+from jaxinfra.models.families import Family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
 from tests.interop.conftest import References, published
@@ -27,13 +29,10 @@ PUBLISHED = {name: (of, shape) for name, of, shape in published()}
 
 
 def read_tiny(folder: Path) -> tuple[Family, BuiltDecoder]:
-    """Reads a config, and builds its model on one device."""
-    keys = read_json(open_folder(str(folder)))
-    found = family(keys.model_type, keys.where)
-    config = found.read(keys)
-    read_quantization(keys)
-    keys.close()
-    return found, build(config=replace(config, attention_kernel="reference"))
+    """Reads a config, checks the tensors of its folder, and builds its model on one device."""
+    found = open_published(f"hf:{folder}")
+    found.check()
+    return found.family, build(config=replace(found.config, attention_kernel="reference"))
 
 
 def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, Any]:
@@ -53,10 +52,20 @@ def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, 
     return jax.tree.unflatten(tree, [arrays[path] for path in specs])
 
 
+def stored(folder: Path) -> dict[str, bytes]:
+    """Dtype, shape and bytes of each tensor, but for those of images."""
+    weights = Weights(open_folder(str(folder)))
+    return {
+        name.removeprefix("language_model."): repr((tensor.dtype, tensor.shape)).encode() + weights.read(name).tobytes()
+        for name, tensor in weights.tensors.items()
+        if not name.startswith(("vision_tower.", "multi_modal_projector."))
+    }
+
+
 @needs_torch
 @pytest.mark.slow(2)
 @pytest.mark.parametrize("name", TINY)
-def test_logits_and_gradients_are_those_of_transformers(references: References, name: str) -> None:
+def test_logits_and_gradients_are_those_of_transformers(references: References, name: str, tmp_path: Path) -> None:
     found, built = read_tiny(references.folder / name)
     expected = references.arrays(name)
 
@@ -68,6 +77,8 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
 
     with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
         params = read_weights(references.folder / name, found, built)
+        options = {"tokenizer": None, "max_positions": 64, "model_type": found.model_type}
+        export_model(str(tmp_path / "out"), built.config, params, source={}, **options)
         tokens = built.put_rows(expected["tokens"].astype("int32"))
         if "gradients" not in TINY[name]:
             _, logits = jax.jit(loss)(params, tokens)
@@ -81,6 +92,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
                 assert float(jnp.abs(grad - wanted[path]).max()) < 1e-4 * largest, jax.tree_util.keystr(path)
     assert relative_error(logits, expected["logits"]) < 1e-5
     assert (logits.argmax(-1) == expected["logits"].argmax(-1)).all()
+    assert stored(tmp_path / "out") == stored(references.folder / name)
     if "rewritten" in expected:
         assert relative_error(expected["rewritten"], expected["logits"]) < 1e-6
 

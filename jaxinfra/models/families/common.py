@@ -271,7 +271,9 @@ def dense_layers(model: TransformerConfig) -> list[tuple[Attention, MLP]]:
 
 
 def read_text_part(keys: ModelJson, read: Callable[[ModelJson], TransformerConfig]) -> TransformerConfig:
-    """Reads the text part of a model with images, which is in `text_config`."""
+    """Reads the text part of a model with images, which is in `text_config`, or a text model that is written for it."""
+    if "text_config" not in keys:
+        return read(keys)
     part = keys.part("text_config")
     model = read(part)
     part.close()
