@@ -176,16 +176,13 @@ class Sampler:
         key: jax.Array,
         sampling: SamplingParams,
     ) -> tuple[jax.Array, Cache]:
-        """Appends the first `count` tokens to the cache; returns the token that follows, `[B, 1]`, and the cache.
+        """Appends the first `count` tokens to the cache, since others pad a prompt.
 
-        The cache then also holds the tokens after `count`, which pad a prompt, but beyond its length: they are masked,
-        and overwritten by the next call.
+        Returns the token that follows, `[B, 1]`, and the cache.
         """
-        model = self._model(params)
-        logits, padded_cache = model.decode(tokens_BT, cache)
+        logits, cache = self._model(params).decode(tokens_BT, cache, count)
         last_BD = jax.lax.dynamic_index_in_dim(logits.hidden, count - 1, axis=1, keepdims=False)
-        token_B1 = _sample_token(replace(logits, hidden=last_BD), key, sampling)
-        return token_B1, padded_cache._replace(length=cache.length + count)
+        return _sample_token(replace(logits, hidden=last_BD), key, sampling), cache
 
 
 def sampling_program(run: Run) -> Program:

@@ -246,15 +246,20 @@ class Transformer(LayeredModule):
         }
         return Cache(layers, jnp.zeros((), jnp.int32))
 
-    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[FactoredLogits, Cache]:
+    def decode(
+        self, tokens_BT: jax.Array, cache: Cache, num_tokens: jax.Array | int | None = None
+    ) -> tuple[FactoredLogits, Cache]:
         """Returns logits for tokens that follow a cache, and the cache with these tokens.
 
-        Each row of the cache and the tokens is one document.
+        Each row of the cache and the tokens is one document. The tokens after the first `num_tokens` are padding: the
+        cache does not count them, and the tokens of the next call take their place.
         """
         positions_1T = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         x_BTD, caches = self._embed_tokens(tokens_BT, positions_1T), {}
+        if num_tokens is not None:
+            num_tokens = jnp.asarray(num_tokens, jnp.int32)
         for name, stack, period in self._stacks():
-            context = self._context(stack, positions_1T, TokenInfo(start=cache.length))
+            context = self._context(stack, positions_1T, TokenInfo(start=cache.length, num_tokens=num_tokens))
 
             def step(x: jax.Array, xs: Any, context: PeriodContext = context) -> tuple[jax.Array, Any]:
                 period, index, caches = xs
@@ -263,7 +268,8 @@ class Transformer(LayeredModule):
 
             xs = (period, jnp.arange(stack.times), cache.layers[name])
             x_BTD, caches[name] = jax.lax.scan(step, x_BTD, xs)
-        return self.output(x_BTD), Cache(caches, cache.length + tokens_BT.shape[1])
+        length = cache.length + (tokens_BT.shape[1] if num_tokens is None else num_tokens)
+        return self.output(x_BTD), Cache(caches, length)
 
     # What is known about the model
 

@@ -11,7 +11,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from tests.models.harness import MODELS, ONE, BuiltDecoder, build, random_tokens, relative_error
 
-PROMPT, LENGTH, SLOTS = 5, 12, 16
+PROMPT, PADDING, LENGTH, SLOTS = 5, 3, 12, 16
 # A single token has no positions to shard between blocks.
 DECODING = ShardingRules(block_sequence=())
 MESHES = {
@@ -19,6 +19,7 @@ MESHES = {
     "gemma": MeshConfig(fsdp=2, tensor=2),
     "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
     "deepseek": MeshConfig(fsdp=2, tensor=2),
+    "qwen3-next": MeshConfig(fsdp=2, tensor=2),
 }
 SLIDING = {
     "windows": (3,),
@@ -28,14 +29,15 @@ SLIDING = {
 
 
 def decode(built: BuiltDecoder, values: dict[str, Any], tokens: np.ndarray, prompt: int) -> np.ndarray:
-    """Returns logits `[B, T, V]`: for the prompt at once, then token by token."""
+    """Returns logits `[B, T, V]`: for the padded prompt at once, then token by token."""
     with jax.set_mesh(built.mesh):
         forward, params = built.forward, built.put(values)
         cache = jax.jit(lambda p: built.model(p).empty_cache(len(tokens), SLOTS))(params)
         pieces = []
         for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.shape[1]))]:
-            logits, cache = forward(params, built.put_rows(tokens[:, start:end]), cache=cache)
-            pieces.append(np.asarray(logits))
+            padded = np.pad(tokens[:, start:end], [(0, 0), (0, 0 if start else PADDING)], constant_values=7)
+            logits, cache = forward(params, built.put_rows(padded), cache=cache, count=end - start)
+            pieces.append(np.asarray(logits)[:, : end - start])
         assert cache is not None and int(cache.length) == tokens.shape[1]
     return np.concatenate(pieces, axis=1)
 
