@@ -24,6 +24,7 @@ CONTEXT = {
     "gemma-2": 8192,
     "gemma-3": 131072,
     "gemma-3-1b": 32768,
+    "qwen3-next": 262144,
     "deepseek-v3": 163840,
     "gpt2": 1024,
 }

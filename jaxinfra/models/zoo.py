@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.attention import Attention
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
@@ -95,6 +96,26 @@ def _qwen3_dense(num_layers: int, hidden_size: int, num_heads: int, mlp_dim: int
 
 
 _qwen3_experts = partial(MixtureOfExperts, num_experts=128, top_k=8, balance_loss=0.001)
+
+
+def _qwen3_next() -> TransformerConfig:
+    """Qwen/Qwen3-Next-80B-A3B-Instruct, without its multi-token prediction module: attention in every fourth layer."""
+    mlp = _qwen3_experts(dim=512, num_experts=512, top_k=10, num_shared_experts=1, shared_gate=True)
+    full = Attention(
+        num_heads=16,
+        num_kv_heads=2,
+        head_dim=256,
+        gate=True,
+        qk_norm="head",
+        rope=Rope(theta=1e7, fraction=0.25),
+    )
+    return TransformerConfig(
+        vocab_size=151936,
+        num_layers=48,
+        hidden_size=2048,
+        layers=(*(Layer(mixer=GatedDeltaNet(), mlp=mlp),) * 3, Layer(mixer=full, mlp=mlp)),
+        norm=NormConfig(eps=1e-6, offset=1.0),
+    )
 
 
 def _mistral(
@@ -293,6 +314,7 @@ SHAPES: dict[str, TransformerConfig] = {
         num_kv_heads=4,
         mlp=_qwen3_experts(dim=1536),
     ),
+    "qwen3-next-80b-a3b": _qwen3_next(),
     "deepseek-v3": _deepseek_v3(),
     "gpt2": _gpt2(12, 768, 12),
     "gpt2-medium": _gpt2(24, 1024, 16),

@@ -44,6 +44,7 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-next-80b-a3b": 79_674_391_296,
     # With the biases of its routers, which are published but not trained.
     "deepseek-v3": 671_026_419_200,
     "gpt2": 124_439_808,
