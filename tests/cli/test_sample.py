@@ -69,6 +69,17 @@ def test_prompt_longer_than_a_block(sampler: Sampler) -> None:
     assert found == greedy_without_cache(sampler, prompt, 4)[: len(found)]
 
 
+def test_padding_of_a_prompt_does_not_change_a_recurrent_state(tiny: Tiny) -> None:
+    mixer = ("num_key_heads=8", "num_value_heads=8", "key_head_dim=4", "value_head_dim=4")
+    overrides = ("model.layers.mixer=gated_delta_net", *(f"model.layers.mixer.{each}" for each in mixer))
+    program = sampling_program(tiny.loaded(*overrides, "mesh.fsdp=1"))
+    with program.on_mesh:
+        sampler = Sampler(program, program.init(jax.random.key(0)).params)
+    prompt = encoded(sampler, "w1 w7 w50 w45 w11 " * 8)[:75]
+    found = list(sampler.tokens(prompt, max_tokens=8, sampling=GREEDY))
+    assert found == greedy_without_cache(sampler, prompt, 8)[: len(found)] and len(found) > 2
+
+
 def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> None:
     program = sampling_program(sampler._program.run)
     with program.on_mesh, CheckpointManager(trained / "checkpoints", read_only=True) as checkpoints:
