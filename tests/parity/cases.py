@@ -157,11 +157,9 @@ LOOSE = replace(
 )
 """Mixtral's experts: softmax scores, no capacity."""
 
-DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), mlp=MLP(dim=64))
+DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), mlp=MLP(dim=64), norms="after")
 DELTA_LAYER = Layer(
-    mixer=GatedDeltaNet(num_key_heads=8, num_value_heads=16, key_head_dim=6, value_head_dim=4),
-    mlp=MLP(dim=64),
-    norms="after",
+    mixer=GatedDeltaNet(num_key_heads=8, num_value_heads=16, key_head_dim=6, value_head_dim=4), mlp=MLP(dim=64)
 )
 GATED_MIXER = replace(DOCUMENTS.model.layers[0].mixer, sinks=True, qk_norm="all", gate=True)
 PERIODS = replace(
