@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.decoder import Cache, Transformer
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -103,6 +104,22 @@ MODELS: dict[str, dict[str, Any]] = {
             )
             for window in (3, None)
         ),
+    },
+    "qwen3-next": {
+        "num_layers": 2,
+        "layers": (
+            Layer(
+                mixer=GatedDeltaNet(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6),
+                mlp=MLP(dim=24),
+            ),
+            Layer(
+                mixer=Attention(
+                    num_heads=4, num_kv_heads=2, head_dim=8, gate=True, qk_norm="head", rope=Rope(fraction=0.5)
+                ),
+                mlp=MLP(dim=24),
+            ),
+        ),
+        "norm_offset": 1.0,
     },
     # Three kinds of layers, in a last period that is cut short: chunks; no positions, but a temperature; and norms on
     # the branch only, and over all heads.
