@@ -61,6 +61,7 @@ class Attention(Mixer):
         sinks: a learned score for each head, which takes part in the softmax without a value (GPT-OSS).
         qkv_bias: biases on queries, keys and values.
         out_bias: a bias on the output.
+        gate: multiplies the output of each head by the sigmoid of another projection of the tokens (Qwen3-Next).
         qk_norm: RMSNorm on each query and key "head" (Qwen3, Gemma 3), on "all" heads at once (OLMo 2), or "l2" on each
             head without weights (Llama 4).
     """
@@ -77,6 +78,7 @@ class Attention(Mixer):
     sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
+    gate: bool = False
     qk_norm: Literal["head", "all", "l2"] | None = None
 
     @property
@@ -111,8 +113,9 @@ class Attention(Mixer):
 
     @override
     def matmul_params(self, hidden_size: int) -> int:
-        # Queries and output have all heads, keys and values only `kv_head_count`.
-        return hidden_size * self.head_width(hidden_size) * (2 * self.num_heads + 2 * self.kv_head_count)
+        # Queries, output and its gate have all heads, keys and values only `kv_head_count`.
+        heads = (3 if self.gate else 2) * self.num_heads + 2 * self.kv_head_count
+        return hidden_size * self.head_width(hidden_size) * heads
 
     @override
     def rotary(self, hidden_size: int) -> tuple[Rope, int] | None:
@@ -149,6 +152,7 @@ class AttentionModule(nnx.Module):
         linear = partial(Linear, params=params)
         project = partial(linear, hidden, parallelism="column", bias=config.qkv_bias)
         self.query = project((config.num_heads, head_dim), ("embed", "heads", None))
+        self.gate = project((config.num_heads, head_dim), ("embed", "heads", None)) if config.gate else None
         self.key = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.value = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.out = linear(
@@ -186,7 +190,7 @@ class AttentionModule(nnx.Module):
             y_BTHK = self_attention(
                 q_BTHK, k_BTGK, v_BTGK, self.spec, segments_BT, self.options, self.partitioner, self._sinks()
             )
-            return self.out(y_BTHK), None
+            return self.out(self._gated(y_BTHK, x_BTD)), None
         start = tokens.start
         assert start is not None
         cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
@@ -203,7 +207,10 @@ class AttentionModule(nnx.Module):
             positions=positions,
             sinks_H=self._sinks(),
         )
-        return self.out(y_BTHK), cache
+        return self.out(self._gated(y_BTHK, x_BTD)), cache
+
+    def _gated(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return y_BTHK if self.gate is None else y_BTHK * jax.nn.sigmoid(self.gate(x_BTD))
 
     def _sinks(self) -> jax.Array | None:
         if self.sinks is None:

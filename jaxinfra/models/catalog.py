@@ -30,6 +30,7 @@ CONTEXT = {
     "gemma-2": 8192,
     "gemma-3": 131072,
     "gemma-3-1b": 32768,
+    "qwen3-next": 262144,
     "deepseek-v3": 163840,
     "kimi-k2": 131072,
     "glm-4.5": 131072,

@@ -259,10 +259,11 @@ class Transformer(LayeredModule):
         partitioner, length = self.partitioner, tokens_BT.shape[1]
         tokens_BT = jax.reshard(tokens_BT, partitioner.spec("batch", None))
         counts_B = jnp.full_like(cache.lengths, length) if counts_B is None else counts_B
+        counts_B = jax.reshard(counts_B, partitioner.spec("batch"))
         positions_BT = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
         x_BTD, caches = self._embed_tokens(tokens_BT, positions_BT), {}
         for name, stack, period in self._stacks():
-            context = self._context(stack, positions_BT, TokenInfo(start=cache.lengths))
+            context = self._context(stack, positions_BT, TokenInfo(start=cache.lengths, counts=counts_B))
 
             def step(x: jax.Array, xs: Any, context: PeriodContext = context) -> tuple[jax.Array, Any]:
                 period, index, caches = xs
@@ -271,7 +272,7 @@ class Transformer(LayeredModule):
 
             xs = (period, jnp.arange(stack.times), cache.layers[name])
             x_BTD, caches[name] = scan(step, x_BTD, xs)
-        return self.output(x_BTD), Cache(caches, cache.lengths + jax.reshard(counts_B, partitioner.spec("batch")))
+        return self.output(x_BTD), Cache(caches, cache.lengths + counts_B)
 
     # What is known about the model
 

@@ -30,6 +30,7 @@ from jaxinfra.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     smollm3,
 )
 from jaxinfra.models.families.common import alike
@@ -53,6 +54,7 @@ SHAPES: dict[str, TransformerConfig] = {
     **gemma3.SHAPES,
     **mixtral.SHAPES,
     **qwen3_moe.SHAPES,
+    **qwen3_next.SHAPES,
     **deepseek.SHAPES,
     **glm4_moe.SHAPES,
     **gpt_oss.SHAPES,

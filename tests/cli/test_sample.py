@@ -134,6 +134,17 @@ def test_stop_strings_in_pieces() -> None:
         assert "".join(pieces) == "ab abx abab c" and stop.found
 
 
+def test_padding_of_a_prompt_does_not_change_a_recurrent_state(tiny: Tiny) -> None:
+    mixer = ("num_key_heads=8", "num_value_heads=8", "key_head_dim=4", "value_head_dim=4")
+    overrides = ("model.layers.mixer=gated_delta_net", *(f"model.layers.mixer.{each}" for each in mixer))
+    program = sampling_program(tiny.loaded(*overrides, "mesh.fsdp=1"))
+    with program.on_mesh:
+        sampler = Sampler(program, program.init(jax.random.key(0)).params)
+    prompt = sampler.model.encode("w1 w7 w50 w45 w11 " * 8)[:75]
+    found = greedy(sampler, prompt, 8)
+    assert found == greedy_without_cache(sampler, prompt, 8)[: len(found)] and len(found) > 2
+
+
 def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> None:
     program = sampler.program
     with program.on_mesh, CheckpointManager(trained / "checkpoints", read_only=True) as checkpoints:

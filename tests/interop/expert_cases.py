@@ -118,6 +118,25 @@ _GLM4_MOE = {
     "use_qk_norm": True,
 }
 
+_QWEN3_NEXT = {
+    "vocab_size": 71,
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
+
 _CASES: dict[str, list[dict[str, Any]]] = {
     "mixtral": [
         _MIXTRAL,
@@ -179,6 +198,21 @@ _CASES: dict[str, list[dict[str, Any]]] = {
                 "high_freq_factor": 1.0,
                 "original_max_position_embeddings": 16,
             },
+        },
+    ],
+    "qwen3_next": [
+        _QWEN3_NEXT,
+        _QWEN3_NEXT
+        | {"full_attention_interval": 2, "linear_num_value_heads": 3, "norm_topk_prob": False, "attention_bias": True},
+        _QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "mlp_only_layers": [1],
+            "shared_expert_intermediate_size": 48,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
         },
     ],
     "glm4_moe": [

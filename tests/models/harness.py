@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.decoder import Cache, Transformer
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -83,6 +84,22 @@ MODELS: dict[str, dict[str, Any]] = {
             balance_loss=0.3,
             z_loss=0.01,
         ),
+    },
+    "qwen3-next": {
+        "num_layers": 2,
+        "layers": (
+            Layer(
+                mixer=GatedDeltaNet(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6),
+                mlp=MLP(dim=24),
+            ),
+            Layer(
+                mixer=Attention(
+                    num_heads=4, num_kv_heads=2, head_dim=8, gate=True, qk_norm="head", rope=Rope(fraction=0.5)
+                ),
+                mlp=MLP(dim=24),
+            ),
+        ),
+        "norm_offset": 1.0,
     },
     # Two kinds of layers: chunks, with sinks and biases as in GPT-OSS; and no positions, but a temperature, with norms
     # on the branch only and over all heads.

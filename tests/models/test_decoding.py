@@ -23,6 +23,7 @@ MESHES = {
     "gemma": MeshConfig(fsdp=2, tensor=2),
     "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
     "deepseek": MeshConfig(fsdp=2, tensor=2),
+    "qwen3-next": MeshConfig(fsdp=2, tensor=2),
 }
 SLIDING = {
     "windows": (3,),

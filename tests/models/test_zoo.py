@@ -59,6 +59,7 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-next-80b-a3b": 79_674_391_296,
     # With the biases of routers, which are published but not trained.
     "deepseek-v3": 671_026_419_200,
     "kimi-k2": 1_026_408_232_448,

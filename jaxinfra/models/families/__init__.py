@@ -13,6 +13,7 @@ MODULES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
     "mistral": "mistral",
     "mixtral": "mixtral",
     "gemma2": "gemma2",
