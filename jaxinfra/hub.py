@@ -17,6 +17,7 @@ from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.interop.config_json import CONFIG, ModelJson, read_json
 from jaxinfra.interop.folder import ModelFolder, open_folder
+from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors, read_params
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import Weights
@@ -42,12 +43,14 @@ class PublishedModel:
         folder: the folder.
         family: how its family is published.
         config: the model.
+        quantization: how its weights are packed; None if they are not.
         keys: its `config.json`.
     """
 
     folder: ModelFolder
     family: Family
     config: TransformerConfig
+    quantization: Quantization | None
     keys: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -60,7 +63,7 @@ class PublishedModel:
 
     def weights(self) -> Weights:
         """Reads the headers of its files; DataError if one is damaged."""
-        return Weights(self.folder)
+        return open_weights(self.folder, self.quantization)
 
     def bindings(self, shapes: Mapping[str, Sequence[int]], weights: Weights) -> list[Binding]:
         """Returns its tensors and the parameters in them."""
@@ -68,9 +71,9 @@ class PublishedModel:
 
     def check(self) -> Weights:
         """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model."""
-        weights = self.weights()
+        weights, unused = self.weights(), self.family.unused_by(self.config)
         bindings = self.bindings(param_shapes(self.config), weights)
-        check_tensors(weights.tensors, bindings, self.family.unused, self.folder.url)
+        check_tensors(weights.tensors, bindings, unused, self.folder.url)
         return weights
 
     def tokenizer(self) -> Tokenizer:
@@ -100,13 +103,13 @@ def open_published(source: str) -> PublishedModel:
     folder = open_folder(source)
     keys = read_json(folder)
     found = family(keys.model_type, keys.where)
-    config = found.read(keys)
+    config, quantization = found.read(keys), read_quantization(keys)
     keys.close()
     try:
         validate(config)
     except ConfigError as error:
         raise ConfigError(f"{keys.where}: {error}") from None
-    return PublishedModel(folder=folder, family=found, config=config, keys=keys.content)
+    return PublishedModel(folder=folder, family=found, config=config, quantization=quantization, keys=keys.content)
 
 
 def published(source: str) -> TransformerConfig:

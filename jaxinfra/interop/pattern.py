@@ -94,12 +94,14 @@ class Layout:
         factors: names and sizes of the factors.
         offset: where this part begins in the braces.
         total: size of all parts in the braces.
+        order: the index in the tensor of each index in the parameter, for factors in another order.
     """
 
     pattern: Pattern
     factors: tuple[tuple[str, int], ...]
     offset: int = 0
     total: int = 0
+    order: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -163,6 +165,8 @@ class Layout:
         found = rows.reshape(*lead, *shape)[(..., *cut)]
         split = [name for own in names for name in (self._own if own == "" else [own])]
         found = found.reshape(*lead, *(sizes[name] for name in split))
+        for name, indices in self.order:
+            found = found.take(np.asarray(indices), axis=len(lead) + split.index(name))
         order = [len(lead) + split.index(name) for dim in self.pattern.ours for name in dim]
         found = found.transpose(*range(len(lead)), *order)
         return found.reshape(*lead, *(math.prod(sizes[name] for name in dim) for dim in self.pattern.ours))
@@ -182,6 +186,8 @@ class Layout:
         found = values.reshape(*lead, *(sizes[name] for name in ours))
         theirs = [name for dim in self.pattern.theirs for name in dim.factors]
         found = found.transpose(*range(len(lead)), *(len(lead) + ours.index(name) for name in theirs))
+        for name, indices in self.order:
+            found = found.take(np.argsort(indices), axis=len(lead) + theirs.index(name))
         return found.reshape(*lead, *(size for dim in self.pattern.theirs for size in self._joined(dim, sizes)))
 
     def joined_axis(self) -> int:

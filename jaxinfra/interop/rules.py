@@ -21,11 +21,13 @@ class Part:
         ours: the path of the parameter; of a layer, the path in it.
         pattern: layouts in the checkpoint and here (see `interop.pattern`), without the dimension of stacked layers.
         sizes: sizes of factors that the shape does not tell, because a dimension merges them.
+        order: for factors in another order, but the outermost one: the index in the tensor of each index here.
     """
 
     ours: str
     pattern: str
     sizes: Mapping[str, int] = field(default_factory=dict)
+    order: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ def bind(
         if "{e}" in each.theirs:
             assert pattern.ours[0] == ("e",), part.pattern
             num_experts, pattern = sizes.pop("e"), replace(pattern, ours=pattern.ours[1:])
-        laid_out.append((path, Layout(pattern=pattern, factors=tuple(sizes.items()))))
+        laid_out.append((path, Layout(pattern=pattern, factors=tuple(sizes.items()), order=tuple(part.order.items()))))
     starts = [0, *itertools.accumulate(layout.own_size for _, layout in laid_out)]
     parts = (
         BoundPart(path=path, layout=replace(layout, offset=start, total=starts[-1]))

@@ -101,7 +101,10 @@ class Weights:
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills `out`, `[N, ...]`, with the rows of a tensor from `start` on; safe to call in several threads."""
-        tensor = self.tensors[name]
+        self.read_stored(self.tensors[name], start, out)
+
+    def read_stored(self, tensor: StoredTensor, start: int, out: np.ndarray) -> None:
+        """Fills `out` like `read_into`, with rows as they are in a file."""
         row_bytes = tensor.nbytes // max(tensor.shape[0], 1) if tensor.shape else 0
         self.folder.read_into(tensor.file, tensor.start + start * row_bytes, out.reshape(-1).view(np.uint8))
         with self._lock:

@@ -18,6 +18,7 @@ from jaxinfra.models.layers import SEQUENCE, HeadsNorm, Linear, Norm, NormConfig
 from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
+from jaxinfra.ops.norm import rms_norm
 from jaxinfra.ops.rope import Rope, rotate
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import constant
@@ -60,7 +61,8 @@ class Attention(Mixer):
         sinks: a learned score for each head, which takes part in the softmax without a value (GPT-OSS).
         qkv_bias: biases on queries, keys and values.
         out_bias: a bias on the output.
-        qk_norm: RMSNorm on each query and key "head" (Qwen3, Gemma 3), or on "all" heads at once (OLMo 2).
+        qk_norm: RMSNorm on each query and key "head" (Qwen3, Gemma 3), on "all" heads at once (OLMo 2), or "l2" on each
+            head without weights (Llama 4).
     """
 
     num_heads: PositiveInt
@@ -75,7 +77,7 @@ class Attention(Mixer):
     sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: Literal["head", "all", "l2"] | None = None
 
     @property
     def kv_head_count(self) -> int:
@@ -171,6 +173,9 @@ class AttentionModule(nnx.Module):
             k_BTGK = self.key_norm(k_BTGK, (*SEQUENCE, "kv_heads"))
         elif isinstance(self.query_norm, HeadsNorm) and isinstance(self.key_norm, HeadsNorm):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        elif self.config.qk_norm == "l2":
+            normalize = partial(rms_norm, eps=self.options.norm.eps)
+            q_BTHK, k_BTGK = (self.partitioner.map_local(normalize, x) for x in (q_BTHK, k_BTGK))
         if tokens.rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *tokens.rope), rotate(k_BTGK, *tokens.rope)
         if self.config.temperature is not None:
@@ -226,7 +231,7 @@ class AttentionModule(nnx.Module):
 
 
 def _qk_norm(
-    kind: Literal["head", "all"] | None,
+    kind: Literal["head", "all", "l2"] | None,
     head_dim: int,
     config: NormConfig,
     params: ParamFactory,
@@ -235,7 +240,7 @@ def _qk_norm(
 ) -> Norm | HeadsNorm | None:
     if kind == "all":
         return HeadsNorm(num_heads, head_dim, axis, config, params=params)
-    return None if kind is None else Norm(head_dim, config, params=params)
+    return Norm(head_dim, config, params=params) if kind == "head" else None
 
 
 def _temperature(temperature: AttentionTemperature, positions_BT: jax.Array) -> jax.Array:

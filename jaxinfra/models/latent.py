@@ -46,6 +46,7 @@ class LatentAttention(Mixer):
         window: positions that a query attends to, its own included; None is all before.
         softcap: soft cap on attention scores.
         query_scale: factor on queries; None is one over the square root of the width of a query.
+        norm_eps: added to the variance of latents; None is that of the model's norms.
     """
 
     num_heads: PositiveInt
@@ -58,6 +59,7 @@ class LatentAttention(Mixer):
     window: PositiveInt | None = None
     softcap: PositiveFloat | None = None
     query_scale: float | None = None
+    norm_eps: PositiveFloat | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -113,7 +115,8 @@ class LatentAttentionModule(nnx.Module):
         hidden, heads = options.hidden_size, config.num_heads
         linear = partial(Linear, bias=False, params=params)
         down = partial(linear, (hidden,), axes=("embed", None), parallelism="sequence")
-        norm = partial(Norm, config=replace(options.norm, type="rmsnorm"), params=params)
+        eps = options.norm.eps if config.norm_eps is None else config.norm_eps
+        norm = partial(Norm, config=replace(options.norm, type="rmsnorm", eps=eps), params=params)
 
         def up(rank: int, head_dim: int) -> Linear:
             # The stored rank is sharded like "embed"; in use only the heads are sharded. The output is not saved, since

@@ -13,67 +13,29 @@ from functools import partial
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.families import (
+    deepseek,
     gemma2,
     gemma3,
+    glm4_moe,
     gpt2,
+    gpt_oss,
     granite,
     llama,
+    llama4,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from jaxinfra.models.families.common import alike
-from jaxinfra.models.families.mistral import mistral_shape
-from jaxinfra.models.families.qwen3 import qwen3_shape
-from jaxinfra.models.latent import LatentAttention
-from jaxinfra.models.layers import MLP, NormConfig
-from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
-from jaxinfra.ops.rope import Rope, YarnScaling
-
-_qwen3_experts = partial(MixtureOfExperts, num_experts=128, top_k=8, balance_loss=0.001)
-
-
-def _deepseek_v3() -> TransformerConfig:
-    """deepseek-ai/DeepSeek-V3-Base, without its multi-token prediction module.
-
-    Load balancing follows Liu et al. 2024, "DeepSeek-V3 technical report", section 4.2.
-    """
-    mixer = LatentAttention(
-        num_heads=128,
-        kv_lora_rank=512,
-        q_lora_rank=1536,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope=Rope(theta=10000.0, scaling=YarnScaling(factor=40.0, original_length=4096, mscale_all_dim=1.0)),
-    )
-    experts = MixtureOfExperts(
-        dim=2048,
-        num_experts=256,
-        top_k=8,
-        num_shared_experts=1,
-        score_function="sigmoid",
-        routed_scaling_factor=2.5,
-        num_groups=8,
-        top_k_groups=4,
-        bias_update_rate=0.001,
-        balance_loss=0.0001,
-    )
-    return TransformerConfig(
-        vocab_size=129280,
-        num_layers=61,
-        hidden_size=7168,
-        first_layers=(Layer(mixer=mixer, mlp=MLP(dim=18432)),) * 3,
-        layers=(Layer(mixer=mixer, mlp=experts),),
-        norm=NormConfig(eps=1e-6),
-    )
-
 
 # ViT-{S,B,L}/16 for ImageNet-1k at 224 pixels (Dosovitskiy et al. 2021; S: Touvron et al. 2021)
 _vit = partial(VisionTransformerConfig, image_size=224, patch_size=16, num_classes=1000)
@@ -89,22 +51,12 @@ SHAPES: dict[str, TransformerConfig] = {
     **mistral.SHAPES,
     **gemma2.SHAPES,
     **gemma3.SHAPES,
-    "mixtral-8x7b": mistral_shape(32000, MixtureOfExperts(dim=14336, num_experts=8, top_k=2, balance_loss=0.02)),
-    "qwen3-30b-a3b": qwen3_shape(
-        num_layers=48,
-        hidden_size=2048,
-        num_heads=32,
-        num_kv_heads=4,
-        mlp=_qwen3_experts(dim=768),
-    ),
-    "qwen3-235b-a22b": qwen3_shape(
-        num_layers=94,
-        hidden_size=4096,
-        num_heads=64,
-        num_kv_heads=4,
-        mlp=_qwen3_experts(dim=1536),
-    ),
-    "deepseek-v3": _deepseek_v3(),
+    **mixtral.SHAPES,
+    **qwen3_moe.SHAPES,
+    **deepseek.SHAPES,
+    **glm4_moe.SHAPES,
+    **gpt_oss.SHAPES,
+    **llama4.SHAPES,
     **gpt2.SHAPES,
     **olmo2.SHAPES,
     **olmo3.SHAPES,

@@ -74,8 +74,8 @@ class MeshLM(TemplateLM):
 
     def _begin(self, context: list[int]) -> list[int]:
         """Returns a context as it stands in training."""
-        eot_id = self.eot_token_id
-        return context if self._model.documents_apart or context[:1] == [eot_id] else [eot_id, *context]
+        first = list(self._model.first_tokens)
+        return context if context[: len(first)] == first else [*first, *context]
 
     def _score(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Returns the log-probability of each continuation, and whether it is the greedy one."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,6 +12,7 @@ from jaxinfra.config.explain import Field, all_fields, fields_below
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
 from jaxinfra.models.catalog import CatalogEntry, catalog, catalog_text, published_context
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import SHAPES, VISION_SHAPES
 from jaxinfra.parallel.sharding import Partitioner
@@ -42,8 +44,9 @@ def catalog_entry(name: str) -> CatalogEntry:
     config = (SHAPES | VISION_SHAPES)[name]
     _, state = nnx.split(config.build(Partitioner()))
     specs = jax.tree.leaves(nnx.to_pure_dict(state))
-    layer = config.layers[0] if isinstance(config, TransformerConfig) else None
-    moe, mixer = getattr(layer, "mlp", None), getattr(layer, "mixer", config)
+    layers = config.layers if isinstance(config, TransformerConfig) else ()
+    moe = next((layer.mlp for layer in layers if isinstance(layer.mlp, MixtureOfExperts)), None)
+    mixer: Any = layers[0].mixer if layers else config
     # The experts that a token does not choose.
     idle = sum(s.size * (moe.num_experts - moe.top_k) // moe.num_experts for s in specs if moe and "experts" in s.axes)
     parameters = sum(spec.size for spec in specs)
@@ -53,7 +56,7 @@ def catalog_entry(name: str) -> CatalogEntry:
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_heads=mixer.num_heads,
-        num_kv_heads=mixer.attention(config.hidden_size)[1].num_kv_heads if layer else None,
+        num_kv_heads=mixer.attention(config.hidden_size)[1].num_kv_heads if layers else None,
         vocab_size=getattr(config, "vocab_size", None),
         parameters=parameters,
         active_parameters=parameters - idle,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.interop.published_experts import EXPERT_CONFIGS
+
 
 def _config(model_type: str, sizes: tuple[int, int, int, int, int, int], eps: float, **keys: Any) -> dict[str, Any]:
     """Sizes are those of vocabulary, residual stream, MLP, layers, heads and key heads."""
@@ -232,4 +234,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
         rope_theta=10000000.0,
         tie_word_embeddings=True,
     ),
+    **EXPERT_CONFIGS,
 }

@@ -6,6 +6,8 @@ shorter than the sequences of 24 tokens, and periods of layers that are cut shor
 
 from typing import Any
 
+from tests.interop.expert_cases import EXPERTS
+
 WINDOW, FULL = "sliding_attention", "full_attention"
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20}
 ONE_KEY = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 10}
@@ -136,4 +138,5 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "granite-one-key": _tiny("granite", attention_bias=True, mlp_bias=True, attention_multiplier=0.3, **ONE_KEY),
     "granite-tied": _tiny("granite", tied=True, logits_scaling=0.5, attention_multiplier=0.25, **PLAIN),
+    **EXPERTS,
 }

@@ -10,6 +10,7 @@ import pytest
 from jaxinfra.errors import ConfigError
 from jaxinfra.hub import differences, open_published
 from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.quantized import read_quantization
 from jaxinfra.models.families import family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
@@ -24,6 +25,7 @@ LLAMA = CONFIGS["llama-3.1-8b"]
 def read(keys: dict[str, Any]) -> TransformerConfig:
     json = ModelJson(keys)
     model = family(json.model_type, json.where).read(json)
+    read_quantization(json)
     json.close()
     return model
 
@@ -71,6 +73,12 @@ WRONG = {
     "layers of another number": (CONFIGS["olmo-3-7b"] | {"layer_types": ["full_attention"]}, "layer_types 32"),
     "other kinds of layers": (CONFIGS["olmo-3-7b"] | {"layer_types": ["linear_attention"] * 32}, "layer_types"),
     "positions of too few layers": (CONFIGS["smollm3-3b"] | {"no_rope_layers": [1, 0]}, "no_rope_layers 36"),
+    "other scores of experts": (CONFIGS["kimi-k2"] | {"scoring_func": "softmax"}, "scoring_func='softmax' 'sigmoid'"),
+    "other halves of heads": (CONFIGS["deepseek-v3"] | {"rope_interleave": False}, "rope_interleave=False True"),
+    "another limit": (CONFIGS["gpt-oss-120b"] | {"swiglu_limit": 8.0}, "swiglu_limit=8.0 7.0"),
+    "other chunks": (CONFIGS["llama-4-maverick"] | {"layer_types": ["full_attention"] * 48}, "layer_types"),
+    "no number of experts": ({**CONFIGS["kimi-k2"], "n_routed_experts": None}, "n_routed_experts"),
+    "another quantization": (CONFIGS["kimi-k2"] | {"quantization_config": {"quant_method": "awq"}}, "'awq' 'fp8'"),
     "YaRN in a Phi": (CONFIGS["phi-4"] | {"rope_scaling": OLMO3_YARN}, "YarnScaling LongRoPE"),
     "attention both ways": (CONFIGS["gemma-2-2b"] | {"use_bidirectional_attention": True}, "bidirectional"),
     "scores by layer": (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),

@@ -12,8 +12,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxinfra.hub import export_model, open_published
+from jaxinfra.interop.config_json import CONFIG, read_json
 from jaxinfra.interop.folder import open_folder
-from jaxinfra.interop.reading import check_tensors, read_params
+from jaxinfra.interop.quantized import open_weights, read_quantization
+from jaxinfra.interop.reading import read_params
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.families import Family
 from jaxinfra.models.transformer import TransformerConfig
@@ -35,11 +37,12 @@ def read_tiny(folder: Path) -> tuple[Family, BuiltDecoder]:
 
 def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, Any]:
     """Reads the parameters of a model, or their gradients, which are stored in the same form."""
-    weights = Weights(open_folder(str(folder)))
+    opened = open_folder(str(folder))
+    is_model = opened.exists(CONFIG)
+    weights = open_weights(opened, read_quantization(read_json(opened)) if is_model else None)
     flat, tree = jax.tree.flatten_with_path(built.specs)
     specs = {".".join(str(key.key) for key in path): spec for path, spec in flat}
     bindings = found.bindings(built.config, {path: spec.shape for path, spec in specs.items()}, weights.tensors)
-    check_tensors(weights.tensors, bindings, found.unused, str(folder))
     params = {}
     for path, spec in specs.items():
         sharding = NamedSharding(built.mesh, built.partitioner.stored_spec("", spec))
@@ -62,8 +65,8 @@ def stored(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow(2)
 @pytest.mark.parametrize("name", TINY)
 def test_logits_and_gradients_are_those_of_transformers(references: References, name: str, tmp_path: Path) -> None:
-    found, built = read_tiny(references.folder / name)
-    expected = references.arrays(name)
+    folder, expected = references.folder / name, references.arrays(name)
+    found, built = read_tiny(folder)
 
     def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = built.model(params)({"inputs": tokens}).materialize()
@@ -72,7 +75,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
         return -jnp.mean(chosen), logits
 
     with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
-        params = read_weights(references.folder / name, found, built)
+        params = read_weights(folder, found, built)
         options = {"tokenizer": None, "max_positions": 64, "model_type": found.model_type}
         export_model(str(tmp_path / "out"), built.config, params, source={}, **options)
         tokens = built.put_rows(expected["tokens"].astype("int32"))
@@ -88,7 +91,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
                 assert float(jnp.abs(grad - wanted[path]).max()) < 1e-4 * largest, jax.tree_util.keystr(path)
     assert relative_error(logits, expected["logits"]) < 1e-5
     assert (logits.argmax(-1) == expected["logits"].argmax(-1)).all()
-    assert stored(tmp_path / "out") == stored(references.folder / name)
+    assert stored(tmp_path / "out") == stored(folder)
     if "rewritten" in expected:
         assert relative_error(expected["rewritten"], expected["logits"]) < 1e-6
 

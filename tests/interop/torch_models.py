@@ -32,12 +32,15 @@ def write_tiny(name: str, keys: dict, out: Path) -> None:
     gradients, written = keys.pop("gradients", False), keys.pop("written")
     model = model_of(keys)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms begin with values that would hide a mistake
-            parameter.add_(torch.randn_like(parameter) * NOISE)
+        # Biases and norms begin with values that would hide a mistake.
+        biases = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+        for tensor in (*model.parameters(), *biases):
+            tensor.add_(torch.randn_like(tensor) * NOISE)
     model.save_pretrained(out / name)
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH))
     with torch.set_grad_enabled(gradients):
-        logits = model(tokens).logits
+        # The whole Llama 4 of transformers 5.24 fails without images.
+        logits = (model.language_model if keys["model_type"] == "llama4" else model)(tokens).logits
     arrays = {"tokens": tokens, "logits": logits.detach()}
     if written is not None:
         other = model_of(written)

@@ -114,15 +114,16 @@ def dot_product_attention(q_THK, k_TGK, v_TGV, mixer, positions, segments, sinks
 def latent_attention(x_TD, params: Params, config, mixer, positions, segments) -> np.ndarray:
     """Equations 37 to 47 of the DeepSeek-V2 paper, one head at a time, in their order; rotated features first."""
     rope, P = mixer.rope, mixer.qk_rope_head_dim
+    eps = config.norm.eps if mixer.norm_eps is None else mixer.norm_eps
     q_in_TR = x_TD
     if "query_down" in params:
         q_in_TR = [
-            normalize(c, params["query_norm"], "rmsnorm", config.norm.eps, config.norm.offset)
+            normalize(c, params["query_norm"], "rmsnorm", eps, config.norm.offset)
             for c in linear(x_TD, params["query_down"], 1)
         ]
     latent_TR = np.stack(
         [
-            normalize(c, params["kv_norm"], "rmsnorm", config.norm.eps, config.norm.offset)
+            normalize(c, params["kv_norm"], "rmsnorm", eps, config.norm.offset)
             for c in linear(x_TD, params["kv_down"], 1)
         ]
     )
@@ -148,6 +149,8 @@ def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.nd
                 normed = normalize(x_THK[t].ravel(), scale, "rmsnorm", config.norm.eps, config.norm.offset)
                 x_THK[t] = normed.reshape(x_THK[t].shape)
         for t, h in np.ndindex(x_THK.shape[:2]):
+            if mixer.qk_norm == "l2":
+                x_THK[t, h] = normalize(x_THK[t, h], {"scale": 1.0}, "rmsnorm", config.norm.eps, 0.0)
             if mixer.qk_norm == "head":
                 x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm.eps, config.norm.offset)
             if mixer.rope is not None:

@@ -23,5 +23,6 @@ def _canonical_layer(layer: Layer, hidden_size: int) -> Layer:
         scale = width**-0.5 if mixer.query_scale is None else mixer.query_scale
         mixer = replace(mixer, num_kv_heads=mixer.kv_head_count, head_dim=width, query_scale=scale)
     if isinstance(mlp, MixtureOfExperts):
-        mlp = replace(mlp, capacity_factor=None, balance_loss=0.0, z_loss=0.0)
+        rate = float(mlp.bias_update_rate > 0)  # above 0 there are biases
+        mlp = replace(mlp, capacity_factor=None, balance_loss=0.0, z_loss=0.0, bias_update_rate=rate)
     return replace(layer, mixer=mixer, mlp=mlp)

@@ -42,7 +42,7 @@ class Family:
         model_rules: returns the rules of what is outside of layers.
         layer_prefix: begins the names of a layer's tensors.
         unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, copies of tied embeddings, or
-            layers for other purposes.
+            layers for other purposes; `{num_layers}` stands for the number of layers.
         max_positions: the longest sequence of a model whose config does not tell it.
         other_prefix: how names begin, and how they begin instead in some checkpoints, which are read as well.
     """
@@ -57,6 +57,10 @@ class Family:
     unused: tuple[str, ...] = ("*rotary_emb.inv_freq", "*lm_head.weight")
     max_positions: int = 2048
     other_prefix: tuple[str, str] = ("", "")
+
+    def unused_by(self, model: TransformerConfig) -> tuple[str, ...]:
+        """Returns patterns of tensors that a model does without."""
+        return tuple(pattern.replace("{num_layers}", str(model.num_layers)) for pattern in self.unused)
 
     def bindings(
         self, model: TransformerConfig, shapes: Mapping[str, Sequence[int]], tensors: Container[str] = ()
@@ -131,13 +135,14 @@ def norm_rules(layer: Layer) -> Iterator[Rule]:
         yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
 
 
-def attention_rules(mixer: Attention, name: str = "self_attn") -> Iterator[Rule]:
-    """Yields the rules of attention with separate projections."""
+def attention_rules(mixer: Attention, name: str = "self_attn", pairs: bool = False) -> Iterator[Rule]:
+    """Yields the rules of attention with separate projections; with `pairs`, both of a rotated pair stand together."""
     for short, ours in (("q", "query"), ("k", "key"), ("v", "value")):
-        yield rule(f"{name}.{short}_proj.weight", f"attention.{ours}.weight", "(h k) d -> d h k")
+        theirs, own = ("(h k 2)", "h (2 k)") if pairs and ours != "value" else ("(h k)", "h k")
+        yield rule(f"{name}.{short}_proj.weight", f"attention.{ours}.weight", f"{theirs} d -> d {own}")
         if mixer.qkv_bias:
-            yield rule(f"{name}.{short}_proj.bias", f"attention.{ours}.bias", "(h k) -> h k")
-        if mixer.qk_norm is not None and ours != "value":
+            yield rule(f"{name}.{short}_proj.bias", f"attention.{ours}.bias", f"{theirs} -> {own}")
+        if mixer.qk_norm in ("head", "all") and ours != "value":
             pattern = "k -> k" if mixer.qk_norm == "head" else "(h k) -> h k"
             yield rule(f"{name}.{short}_norm.weight", f"attention.{ours}_norm.scale", pattern)
     yield rule(f"{name}.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
@@ -160,6 +165,8 @@ def mlp_rules(mlp: MLP, name: str = "mlp", ours: str = "mlp") -> Iterator[Rule]:
 def experts_rules(mlp: MixtureOfExperts, shared: str = "mlp.shared_expert") -> Iterator[Rule]:
     """Yields the rules of a router, of experts in tensors of their own, and of shared experts."""
     yield rule("mlp.gate.weight", "mlp.router", "e d -> d e")
+    if mlp.bias_update_rate:
+        yield rule("mlp.gate.e_score_correction_bias", "mlp.bias", "e -> e")
     for matrix in ("gate", "up", "down"):
         yield rule(f"mlp.experts.{{e}}.{matrix}_proj.weight", f"mlp.{matrix}", "o i -> e i o")
     if mlp.num_shared_experts:
@@ -182,6 +189,32 @@ def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
 
 
 # Keys
+
+type Fields = Mapping[str, tuple[str, type]]
+"""Fields of a config class: for each the key in `config.json` and its type."""
+
+
+def read_fields(keys: ModelJson, fields: Fields) -> dict[str, Any]:
+    """Reads fields; raises ConfigError if a key is missing."""
+    return {field: keys.take(key, kind) for field, (key, kind) in fields.items()}
+
+
+def write_fields(config: object, fields: Fields) -> dict[str, Any]:
+    """Returns the keys of fields."""
+    return {key: getattr(config, field) for field, (key, _) in fields.items()}
+
+
+def of_kind[T](found: object, kind: type[T], where: str) -> T:
+    """Returns a part of a model; raises ConfigError if it is of another class than the family has there."""
+    if not isinstance(found, kind):
+        raise ConfigError(f"{where} is {type(found).__name__}; this family has {kind.__name__}")
+    return found
+
+
+def experts_of(model: TransformerConfig) -> MixtureOfExperts:
+    """Returns the experts of the first layer with some; raises ConfigError if there is none."""
+    found = (layer.mlp for layer in model.all_layers if isinstance(layer.mlp, MixtureOfExperts))
+    return of_kind(next(found, None), MixtureOfExperts, "layers.mlp")
 
 
 def read_attention(keys: ModelJson, **options: Any) -> Attention:
@@ -211,13 +244,15 @@ def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> Tran
     num_layers = keys.take("num_hidden_layers", int)
     if not layers or num_layers < 1:
         raise ConfigError(f"{keys.where}: num_hidden_layers is {num_layers}; a model has at least 1")
+    first, period = split_first(layers) if len(layers) == num_layers else ((), shortest_period(layers))
     keys.ignore("dtype", "torch_dtype")  # the dtype of the stored tensors, which say it themselves
     options = {"norm": NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6))} | options
     return TransformerConfig(
         vocab_size=keys.take("vocab_size", int),
         num_layers=num_layers,
         hidden_size=keys.take("hidden_size", int),
-        layers=shortest_period(layers),
+        first_layers=first,
+        layers=period,
         tie_embeddings=keys.take("tie_word_embeddings", bool, False),
         **options,
     )
@@ -254,6 +289,13 @@ def shortest_period(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     count = len(layers)
     fits = (n for n in range(1, count + 1) if all(layers[i] == layers[i % n] for i in range(n, count)))
     return tuple(layers[: next(fits)])
+
+
+def split_first(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+    """Splits all layers into dense ones before the first experts and a period, if that is shorter than one period."""
+    dense = next((i for i, layer in enumerate(layers) if not isinstance(layer.mlp, MLP)), 0)
+    period, rest = shortest_period(layers), shortest_period(layers[dense:])
+    return (tuple(layers[:dense]), rest) if dense + len(rest) <= len(period) else ((), period)
 
 
 def write_model(model: TransformerConfig) -> dict[str, Any]:
