@@ -14,8 +14,8 @@ from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.safetensors import Weights, header_of
-from tests.interop.conftest import ROOT, TORCH_PYTHON, needs_torch
 from tests.interop.test_families import read_tiny, read_weights
+from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.models.harness import relative_error
 from tests.refusals import raises
 
@@ -31,7 +31,7 @@ def opened(folder: Path, config: dict[str, Any]) -> Weights:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
-    subprocess.run([TORCH_PYTHON, ROOT / "tests/interop/torch_quantized.py", out], check=True, capture_output=True)
+    subprocess.run([TORCH_PYTHON, Path(__file__).with_name("torch_quantized.py"), out], check=True, capture_output=True)
     return out
 
 

@@ -46,6 +46,7 @@ LATENT_EPS = 1e-6
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a DeepSeek V3."""
     heads = keys.take("num_attention_heads", int)
+    keys.default(n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
     for name, value in (("num_key_value_heads", heads), ("rope_interleave", True), ("attention_bias", False)):
         keys.require(name, value, default=value)
     keys.ignore("head_dim", "qk_head_dim")  # they follow from others

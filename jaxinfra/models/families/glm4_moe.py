@@ -30,10 +30,11 @@ from jaxinfra.ops.rope import Rope
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a GLM-4.5."""
-    keys.default(partial_rotary_factor=0.5)
+    keys.default(partial_rotary_factor=0.5, rms_norm_eps=1e-5, num_key_value_heads=8)
+    keys.default(n_group=1, topk_group=1, routed_scaling_factor=1.0, first_k_dense_replace=1)
     mixer = read_attention(
         keys,
-        rope=read_rope(keys),
+        rope=read_rope(keys, partial=True),
         qkv_bias=keys.take("attention_bias", bool, False),
         qk_norm="head" if keys.take("use_qk_norm", bool, False) else None,
     )

@@ -32,6 +32,7 @@ from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
 
 WINDOW, FULL = "sliding_attention", "full_attention"
+YARN = YarnScaling(factor=32.0, original_length=4096, truncate=False)
 FIELDS: Fields = {
     "dim": ("intermediate_size", int),
     "num_experts": ("num_local_experts", int),
@@ -46,8 +47,9 @@ def read(keys: ModelJson) -> TransformerConfig:
     # The published weight of the balance loss, 0.9, is of no use: `output_router_logits` is false.
     keys.ignore("experts_per_token", "initial_context_length", "router_aux_loss_coef")
     keys.default(layer_types=[WINDOW, FULL] * keys.take("num_hidden_layers", int), rms_norm_eps=1e-5)
+    keys.default(**write_rope(Rope(theta=150000.0, scaling=YARN)))
     bias, window = keys.take("attention_bias", bool, True), keys.optional("sliding_window", int)
-    full = read_attention(keys, rope=read_rope(keys, theta=150000.0), qkv_bias=bias, out_bias=bias, sinks=True)
+    full = read_attention(keys, rope=read_rope(keys), qkv_bias=bias, out_bias=bias, sinks=True)
     experts = MixtureOfExperts(activation="clamped_swiglu", router_bias=True, bias=True, **read_fields(keys, FIELDS))
     layers = {kind: Layer(mixer=full, mlp=experts) for kind in (WINDOW, FULL)}
     layers[WINDOW] = replace(layers[FULL], mixer=replace(full, window=window))
@@ -61,11 +63,12 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     windows = [mixer.window for mixer in mixers]
     keys = {
         "hidden_act": "silu",
+        "rope_scaling": {"rope_type": "default"},
         "attention_bias": mixers[0].qkv_bias,
         "sliding_window": next((window for window in windows if window is not None), None),
         "layer_types": [FULL if window is None else WINDOW for window in windows],
     }
-    return write_model(model) | write_rope(mixers[0].rope) | write_fields(experts_of(model), FIELDS) | keys
+    return write_model(model) | keys | write_rope(mixers[0].rope) | write_fields(experts_of(model), FIELDS)
 
 
 def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
@@ -93,7 +96,7 @@ FAMILY = Family(
 
 
 def _shape(num_layers: int, num_experts: int) -> TransformerConfig:
-    rope = Rope(theta=150000.0, scaling=YarnScaling(factor=32.0, original_length=4096, truncate=False))
+    rope = Rope(theta=150000.0, scaling=YARN)
     full = Attention(num_heads=64, num_kv_heads=8, head_dim=64, rope=rope, qkv_bias=True, out_bias=True, sinks=True)
     experts = MixtureOfExperts(
         dim=2880, activation="clamped_swiglu", num_experts=num_experts, top_k=4, router_bias=True, bias=True

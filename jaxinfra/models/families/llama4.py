@@ -54,7 +54,8 @@ TEMPERATURE: Fields = {"scale": ("attn_scale", float), "floor": ("floor_scale", 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Llama 4."""
     layers = range(keys.take("num_hidden_layers", int))
-    keys.default(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, rms_norm_eps=1e-5)
+    keys.default(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, attention_chunk_size=8192)
+    keys.default(rms_norm_eps=1e-5, hidden_act="silu", head_dim=128, num_experts_per_tok=1)
     keys.ignore("router_jitter_noise", "router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
     interval, step = keys.take("no_rope_layer_interval", int, 4), keys.take("interleave_moe_layer_step", int, 1)
     rotates = keys.take("no_rope_layers", list, []) or [int((i + 1) % interval > 0) for i in layers]

@@ -38,7 +38,8 @@ FIELDS: Fields = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Mixtral."""
-    keys.default(rms_norm_eps=1e-5, router_aux_loss_coef=0.0)
+    keys.default(rms_norm_eps=1e-5, router_aux_loss_coef=0.001, hidden_act="silu", num_key_value_heads=8)
+    keys.default(num_local_experts=8, num_experts_per_tok=2)
     keys.ignore("router_jitter_noise")  # in training
     mixer = read_attention(keys, rope=read_rope(keys, theta=1e6), window=keys.optional("sliding_window", int))
     experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS))

@@ -40,7 +40,7 @@ FIELDS: Fields = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3 with experts."""
-    keys.default(router_aux_loss_coef=0.0, norm_topk_prob=False)
+    keys.default(router_aux_loss_coef=0.001, norm_topk_prob=False, hidden_act="silu", num_key_value_heads=4)
     bias, window = keys.take("attention_bias", bool, False), keys.optional("sliding_window", int)
     window = window if keys.take("use_sliding_window", bool, False) else None
     keys.ignore("max_window_layers")

@@ -41,12 +41,13 @@ BALANCE: Mapping[str, Any] = {"bias_update_rate": 0.001, "balance_loss": 0.0001}
 
 def read_layers(keys: ModelJson, mixer: Attention | LatentAttention) -> list[Layer]:
     """Reads MLPs and experts; the first layers have no experts."""
-    keys.default(scoring_func="sigmoid", n_shared_experts=0, norm_topk_prob=True, n_group=1, topk_group=1)
+    keys.default(hidden_act="silu", scoring_func="sigmoid")
+    keys.default(n_shared_experts=1, num_experts_per_tok=8, norm_topk_prob=True)
     for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         keys.require(name, value, default=value)
     keys.ignore("ep_size", "seq_aux", "aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers")
     experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **BALANCE)
-    count, dense = keys.take("num_hidden_layers", int), keys.take("first_k_dense_replace", int, 0)
+    count, dense = keys.take("num_hidden_layers", int), keys.take("first_k_dense_replace", int)
     return [Layer(mixer=mixer, mlp=mlp) for mlp in [read_mlp(keys)] * dense + [experts] * (count - dense)]
 
 
