@@ -57,7 +57,7 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {
         name.removeprefix("language_model."): repr((tensor.dtype, tensor.shape)).encode() + weights.read(name).tobytes()
         for name, tensor in weights.tensors.items()
-        if not name.startswith(("vision_tower.", "multi_modal_projector."))
+        if not name.startswith(("vision_tower.", "vision_model.", "multi_modal_projector."))
     }
 
 
