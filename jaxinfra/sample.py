@@ -149,6 +149,10 @@ class Sampler:
         """
         self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self.program.params))
 
+    def drop_params(self) -> None:
+        """Lets go of the parameters, until `set_params` gives others."""
+        self._params = {}
+
     # Texts
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:

@@ -23,7 +23,7 @@ from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.sample import Sampler
-from jaxinfra.tasks.harness import Tasks
+from jaxinfra.tasks.harness import Tasks, is_standard_error
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
 from jaxinfra.track.runs import parse_source, record_of
@@ -125,7 +125,7 @@ def _print_tasks(result: Mapping[str, Any]) -> None:
     for column in ("samples", "metric", "value", "standard error"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for task, metrics in result["tasks"].items():
-        values = {name: value for name, value in metrics.items() if name != "samples" and not _is_error(name)}
+        values = {name: value for name, value in metrics.items() if name != "samples" and not is_standard_error(name)}
         first = [task, f"{metrics['samples']:,}" if "samples" in metrics else ""]
         for name, value in values.items():
             error = metrics.get(_error_of(name))
@@ -138,10 +138,6 @@ def _error_of(metric: str) -> str:
     """Returns the name of the standard error of a metric: "acc_stderr", "exact_match_stderr/strict"."""
     name, slash, label = metric.partition("/")
     return f"{name}_stderr{slash}{label}"
-
-
-def _is_error(name: str) -> bool:
-    return name.partition("/")[0].endswith("_stderr")
 
 
 def _print(result: Mapping[str, Any], what: str, table: Table) -> None:

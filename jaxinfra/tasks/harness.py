@@ -136,3 +136,8 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
         if comma and isinstance(value, int | float):
             found[metric if label == "none" else f"{metric}/{label}"] = float(value)
     return found
+
+
+def is_standard_error(metric: str) -> bool:
+    """Tells whether a metric is the standard error of another one."""
+    return metric.partition("/")[0].endswith("_stderr")

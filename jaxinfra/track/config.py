@@ -79,8 +79,7 @@ class TrackConfig:
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
             terminal and "plain" elsewhere, "off" prints nothing.
         sample_prompt: a text that a language model continues at each evaluation, for the report, on the mesh of the
-            run. Pipeline stages keep a second copy of the parameters for it, sharded over all devices. None samples
-            nothing.
+            run. With pipeline stages the parameters are copied for it, sharded over all devices. None samples nothing.
         wandb: Weights & Biases.
         mlflow: MLflow.
         trackers: your own trackers, besides these.

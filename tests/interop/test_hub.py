@@ -92,7 +92,7 @@ def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pyte
     program = sampling_program(open_language_model(f"hf:{exported}").run, jax.devices())
     params = load_params(f"hf:{exported}", program).params
     leaves = by_path(params)
-    bindings = model.bindings({path: leaf.shape for path, leaf in leaves.items()})
+    bindings = model.bindings({path: leaf.shape for path, leaf in leaves.items()}, model.weights())
     out = tmp_path / "out"
 
     def write() -> dict[str, Any]:

@@ -84,41 +84,33 @@ MODELS: dict[str, dict[str, Any]] = {
             z_loss=0.01,
         ),
     },
-    "gpt-oss": {
-        "layers": tuple(
+    # Two kinds of layers: chunks, with sinks and biases as in GPT-OSS; and no positions, but a temperature, with norms
+    # on the branch only and over all heads.
+    "unlike": {
+        "num_layers": 4,
+        "layers": (
+            Layer(
+                mixer=Attention(num_heads=4, chunk=5, sinks=True, qkv_bias=True, out_bias=True),
+                mlp=MixtureOfExperts(
+                    dim=12,
+                    activation="clamped_swiglu",
+                    num_experts=4,
+                    top_k=2,
+                    router_bias=True,
+                    bias=True,
+                    num_shared_experts=1,
+                    shared_gate=True,
+                ),
+            ),
             Layer(
                 mixer=Attention(
                     num_heads=4,
                     num_kv_heads=2,
                     head_dim=8,
-                    window=window,
-                    sinks=True,
-                    qkv_bias=True,
-                    out_bias=True,
-                    rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, truncate=False)),
+                    rope=None,
+                    temperature=AttentionTemperature(scale=0.5, floor=3),
+                    qk_norm="all",
                 ),
-                mlp=MixtureOfExperts(
-                    dim=12, activation="clamped_swiglu", num_experts=4, top_k=2, router_bias=True, bias=True
-                ),
-            )
-            for window in (3, None)
-        ),
-    },
-    # Three kinds of layers, in a last period that is cut short: chunks; no positions, but a temperature; and norms on
-    # the branch only, and over all heads.
-    "unlike": {
-        "num_layers": 5,
-        "layers": (
-            Layer(
-                mixer=Attention(num_heads=4, chunk=5),
-                mlp=MixtureOfExperts(dim=12, num_experts=4, top_k=2, num_shared_experts=1, shared_gate=True),
-            ),
-            Layer(
-                mixer=Attention(num_heads=2, rope=None, temperature=AttentionTemperature(scale=0.5, floor=3)),
-                mlp=MLP(dim=24),
-            ),
-            Layer(
-                mixer=Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="all"),
                 mlp=MLP(dim=16),
                 norms="after",
             ),

@@ -14,10 +14,11 @@ from jaxinfra.language_model import open_language_model
 from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.sampling_program import sampling_program
 from jaxinfra.tasks.harness import Tasks
+from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.trained_params import load_params
 from tests.refusals import refused
 from tests.tasks.task_files import CHOICES, GENERATION, ROLLING, write_task
-from tests.tiny_run import launch
+from tests.tiny_run import Tiny, launch
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
@@ -134,6 +135,31 @@ def test_generation(trained: Path, reference: Reference, tmp_path: Path) -> None
     found = Tasks([task]).run(sampler)["generation"]
     assert found["exact_match"] == pytest.approx(1 - 1 / len(PROMPTS))
     assert Tasks([task]).run(sampler, limit=1)["generation"]["exact_match"] == 0
+
+
+@pytest.mark.slow(12)
+def test_tasks_in_training(tiny: Tiny, tmp_path: Path) -> None:
+    """Each evaluation logs them, of the averaged parameters, as a later evaluation finds them."""
+    rows = [{"prompt": p, "options": o, "answer": i % 3} for i, (p, o) in enumerate(zip(PROMPTS, OPTIONS, strict=True))]
+    choices = write_task(tmp_path, "choices", CHOICES.replace("acc_norm", "brier_score"), rows)
+    rolling = write_task(tmp_path, "rolling", ROLLING, [{"text": "w1 w8 w57"}])
+    overrides = [f"train.eval_tasks=({choices},{rolling})", "optim.ema_decay=0.5", "train.eval_samples=8", "name=tiny"]
+    overrides += ["mesh.fsdp=4", "mesh.tensor=2", "train.eval_every=6", "checkpoint.keep_best=1", "track.console=off"]
+    overrides += ["checkpoint.best_metric=rolling/bits_per_byte"]
+    assert tiny.launch(*overrides).code == 0
+    logged = [row for row in read_metrics(tiny.directory() / "metrics.jsonl") if "eval/loss" in row]
+    assert [int(row["step"]) for row in logged] == [6, 12]
+    shown = launch(
+        *("evaluate", str(tiny.directory()), "--tasks", f"{choices},{rolling}", "--json", str(tmp_path / "found.json"))
+    )
+    assert shown.code == 0, shown
+    for task, metrics in json.loads((tmp_path / "found.json").read_text())["tasks"].items():
+        names = {name for name in metrics if name != "samples" and not name.endswith("_stderr")}
+        assert names == {name.split("/")[2] for name in logged[1] if name.startswith(f"eval/{task}/")}
+        assert all(logged[1][f"eval/{task}/{name}"] == pytest.approx(metrics[name], rel=1e-5) for name in names)
+    assert logged[0]["eval/rolling/bits_per_byte"] > logged[1]["eval/rolling/bits_per_byte"]
+    refused(tiny.launch("train.eval_tasks=none.yaml", "name=none"), "train.eval_tasks none.yaml")
+    assert not tiny.directory("none").exists()  # before anything is compiled or written
 
 
 def test_refusals(trained: Path, tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def read_mlp(keys: ModelJson, **options: Any) -> MLP:
 
 def read_activation(keys: ModelJson, name: str = "hidden_act") -> Activation:
     """Reads the activation of MLPs."""
+    keys.default(hidden_act="silu")
     keys.require(name, *ACTIVATIONS)
     return ACTIVATIONS[keys.take(name, str)]
 
