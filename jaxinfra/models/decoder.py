@@ -258,12 +258,12 @@ class Transformer(LayeredModule):
         """
         partitioner, length = self.partitioner, tokens_BT.shape[1]
         tokens_BT = jax.reshard(tokens_BT, partitioner.spec("batch", None))
-        counts_B = jnp.full_like(cache.lengths, length) if counts_B is None else counts_B
-        counts_B = jax.reshard(counts_B, partitioner.spec("batch"))
+        all_B = jnp.full_like(cache.lengths, length)
+        new_B = jax.reshard(all_B if counts_B is None else counts_B, partitioner.spec("batch"))
         positions_BT = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
         x_BTD, caches = self._embed_tokens(tokens_BT, positions_BT), {}
         for name, stack, period in self._stacks():
-            context = self._context(stack, positions_BT, TokenInfo(start=cache.lengths, counts=counts_B))
+            context = self._context(stack, positions_BT, TokenInfo(start=cache.lengths, counts=new_B))
 
             def step(x: jax.Array, xs: Any, context: PeriodContext = context) -> tuple[jax.Array, Any]:
                 period, index, caches = xs
@@ -272,7 +272,7 @@ class Transformer(LayeredModule):
 
             xs = (period, jnp.arange(stack.times), cache.layers[name])
             x_BTD, caches[name] = scan(step, x_BTD, xs)
-        return self.output(x_BTD), Cache(caches, cache.lengths + counts_B)
+        return self.output(x_BTD), Cache(caches, cache.lengths + new_B)
 
     # What is known about the model
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.tokenizer import StopStrings
-from jaxinfra.language_model import open_language_model
+from jaxinfra.language_model import language_model, open_language_model
 from jaxinfra.sample import Sampler, SamplingParams, filter_top_k_top_p
 from jaxinfra.sampling_program import sampling_program
 from jaxinfra.track.jsonl import read_samples
@@ -137,9 +137,10 @@ def test_stop_strings_in_pieces() -> None:
 def test_padding_of_a_prompt_does_not_change_a_recurrent_state(tiny: Tiny) -> None:
     mixer = ("num_key_heads=8", "num_value_heads=8", "key_head_dim=4", "value_head_dim=4")
     overrides = ("model.layers.mixer=gated_delta_net", *(f"model.layers.mixer.{each}" for each in mixer))
-    program = sampling_program(tiny.loaded(*overrides, "mesh.fsdp=1"))
+    model = language_model(tiny.loaded(*overrides))
+    program = sampling_program(model.run, jax.devices()[:1])
     with program.on_mesh:
-        sampler = Sampler(program, program.init(jax.random.key(0)).params)
+        sampler = Sampler(model, program, program.init(jax.random.key(0)).params)
     prompt = sampler.model.encode("w1 w7 w50 w45 w11 " * 8)[:75]
     found = greedy(sampler, prompt, 8)
     assert found == greedy_without_cache(sampler, prompt, 8)[: len(found)] and len(found) > 2

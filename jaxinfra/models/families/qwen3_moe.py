@@ -40,7 +40,7 @@ FIELDS: Fields = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3 with experts."""
-    keys.default(router_aux_loss_coef=0.001, norm_topk_prob=False, hidden_act="silu", num_key_value_heads=4)
+    keys.default(norm_topk_prob=False, num_key_value_heads=4)
     bias, window = keys.take("attention_bias", bool, False), keys.optional("sliding_window", int)
     window = window if keys.take("use_sliding_window", bool, False) else None
     keys.ignore("max_window_layers")
@@ -50,6 +50,7 @@ def read(keys: ModelJson) -> TransformerConfig:
 
 def read_layers(keys: ModelJson, mixers: Sequence[Attention], **options: Any) -> list[Layer]:
     """Reads MLPs and experts; `options` are of `MixtureOfExperts`."""
+    keys.default(router_aux_loss_coef=0.001, hidden_act="silu")
     if "num_local_experts" in keys:  # from transformers 5
         keys.default(num_experts=keys.take("num_local_experts", int))
     step, only_dense = keys.take("decoder_sparse_step", int, 1), keys.take("mlp_only_layers", list, [])
