@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,27 +54,41 @@ def read_params(
     weights: Weights, bindings: Iterable[Binding], params: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
-    parts = ((binding, part) for binding in bindings for part in binding.parts)
-    return {part.path: _read_param(weights, binding, part, params[part.path]) for binding, part in parts}
+    found = dict[str, jax.Array]()
+    for binding in bindings:
+        if binding.parts[0].layout.alternates:  # the same rows have all parts
+            found |= _read_parts(weights, binding, binding.parts, params)
+        else:
+            for part in binding.parts:
+                found |= _read_parts(weights, binding, [part], params)
+    return found
 
 
-def _read_param(weights: Weights, binding: Binding, part: BoundPart, param: jax.ShapeDtypeStruct) -> jax.Array:
-    target, layout, lead = param.sharding, part.layout, binding.lead
+def _read_parts(
+    weights: Weights, binding: Binding, parts: Sequence[BoundPart], params: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads the rows of one part, or of all that alternate, and takes the parameters out of them."""
+    layout, lead = parts[0].layout, binding.lead
+    target = params[parts[0].path].sharding
     assert isinstance(target, NamedSharding) and isinstance(target.mesh, Mesh)
-    first, end = layout.rows(0, layout.cut_size)
-    shape, read = (*lead, end - first, *layout.shape[1:]), dict[str, np.ndarray]()
+    start, stop = layout.rows(0, layout.cut_size)
+    shape, read = (*lead, stop - start, *layout.shape[1:]), dict[str, np.ndarray]()
 
     def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
         if (key := str(index)) not in read:  # several devices may have the same
-            *stacked, rows = [cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True)][
-                : len(lead) + 1
-            ]
-            read[key] = _read_rows(weights, binding, stacked, (first + rows[0], first + rows[1]))
+            ranges = [cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True)]
+            first, end = ranges[len(lead)]
+            read[key] = _read_rows(weights, binding, ranges[: len(lead)], (start + first, start + end))
         return read[key]
 
-    spec = file_order(target, lead, layout)
-    raw = jax.make_array_from_callback(shape, NamedSharding(target.mesh, spec), read_shard)
-    return _to_ours(raw, layout, param.dtype, target.spec)
+    order = file_order(target, lead, layout)
+    raw = jax.make_array_from_callback(shape, NamedSharding(target.mesh, order.read), read_shard)
+    found = dict[str, jax.Array]()
+    for part in parts:
+        spec = params[part.path]
+        assert isinstance(spec.sharding, NamedSharding)
+        found[part.path] = _to_ours(raw, part.layout, order.whole, spec.dtype, spec.sharding.spec)
+    return found
 
 
 def _read_rows(
@@ -101,36 +116,59 @@ def _name(binding: Binding, index: Sequence[int]) -> str:
     return binding.name(layer, index[-1] if binding.experts is not None else 0)
 
 
-def file_order(target: NamedSharding, lead: Sequence[int], layout: Layout) -> P:
-    """Returns the sharding of rows `[*lead, *rows]` that gives each device a run of consecutive bytes.
+class FileOrder(NamedTuple):
+    """How rows `[*lead, *rows]` are sharded, so that each device has a run of consecutive bytes of the files.
 
-    Devices along a mesh axis that divides neither layers, experts nor rows have the same. Axes that can stay in their
-    dimension come first, then those that move from another one, then those along which parameters are copies.
+    Attributes:
+        read: the sharding in which they are read or written.
+        whole: the same without the axes that cut through an outermost factor, such as a head.
+    """
+
+    read: P
+    whole: P
+
+
+def file_order(target: NamedSharding, lead: Sequence[int], layout: Layout) -> FileOrder:
+    """Returns how rows of a parameter are sharded; `target` is the sharding of the parameter.
+
+    Axes that can stay in their dimension come first, then those that move from another one, then those along which
+    parameters are copies. Devices along an axis that divides neither layers, experts nor rows have the same.
     """
     sizes = [*lead, layout.cut_size if layout.cut_dim is not None else 1]
     ours = [*range(len(lead)), None if layout.cut_dim is None else len(lead) + layout.cut_dim]
     wanted = _axes_of(target.spec, len(lead) + len(layout.pattern.ours))
-    axes = {name: count for name, count in target.mesh.shape.items() if count > 1}
+    mesh = target.mesh.shape
+    axes = {name: count for name, count in mesh.items() if count > 1}
     chosen = [list[str]() for _ in sizes]
     moving = [name for names in wanted for name in names]
+
+    def choose(index: int, size: int, names: Iterable[str]) -> None:
+        for name in names:
+            taken = math.prod(mesh[other] for other in chosen[index])
+            if name in axes and size % (taken * axes[name]) == 0:
+                del axes[name]
+                chosen[index].append(name)
+
     for choice in (None, moving, list(axes)):
         for index, size in enumerate(sizes):
-            dim = ours[index]
-            staying = wanted[dim] if dim is not None else []
-            for name in staying if choice is None else choice:
-                taken = math.prod(target.mesh.shape[other] for other in chosen[index])
-                if name in axes and size % (taken * axes[name]) == 0:
-                    del axes[name]
-                    chosen[index].append(name)
-    return P(*(tuple(names) or None for names in chosen))
+            staying = [] if (dim := ours[index]) is None else wanted[dim]
+            choose(index, size, staying if choice is None else choice)
+    whole = _spec_of(chosen)
+    start, stop = layout.rows(0, layout.cut_size)
+    choose(len(lead), stop - start, list(axes))
+    return FileOrder(_spec_of(chosen), whole)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _to_ours(raw: jax.Array, layout: Layout, dtype: jnp.dtype, target: P) -> jax.Array:
+def _spec_of(axes: Iterable[Sequence[str]]) -> P:
+    return P(*(tuple(names) or None for names in axes))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _to_ours(raw: jax.Array, layout: Layout, whole: P, dtype: jnp.dtype, target: P) -> jax.Array:
     """Returns the parameter of rows `[*lead, *rows]`, in its dtype and sharding."""
-    spec, lead = jax.typeof(raw).sharding.spec, raw.ndim - len(layout.shape)
-    ours = parameter_spec(spec, lead, layout)
-    values = jax.shard_map(layout.to_ours, in_specs=spec, out_specs=ours)(raw)
+    lead = raw.ndim - len(layout.shape)
+    ours = parameter_spec(whole, lead, layout)
+    values = jax.shard_map(layout.to_ours, in_specs=whole, out_specs=ours)(jax.reshard(raw, whole))
     return reshard(values, target).astype(dtype)
 
 
@@ -150,7 +188,7 @@ def reshard(array: jax.Array, target: P) -> jax.Array:
     current, wanted = (_axes_of(spec, array.ndim) for spec in (jax.typeof(array).sharding.spec, target))
     while (moved := _move_axis(current, wanted)) is not None:
         current = moved
-        array = jax.reshard(array, P(*(tuple(names) or None for names in current)))
+        array = jax.reshard(array, _spec_of(current))
     return jax.reshard(array, target)
 
 

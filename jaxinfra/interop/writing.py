@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.interop.pattern import Layout
-from jaxinfra.interop.reading import file_order, parameter_spec, reshard
+from jaxinfra.interop.reading import FileOrder, file_order, parameter_spec, reshard
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import INDEX, WEIGHTS, header_of
 from jaxinfra.parallel.sharding import axis_names
@@ -318,11 +318,9 @@ def _rows(
         sharding, lead = arrays[0].sharding, binding.lead[0 if binding.layers is None else 1 :]
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
         spec = _of_layer(sharding.spec) if binding.layers is not None else sharding.spec
-        rows = file_order(NamedSharding(sharding.mesh, spec), lead, layouts[0])
-        if whole:
-            rows = P()
+        order = FileOrder(P(), P()) if whole else file_order(NamedSharding(sharding.mesh, spec), lead, layouts[0])
         index = None if binding.layers is None else layer
-        array = _to_theirs(arrays, index, layouts, dtypes[parts[0].path], rows)
+        array = _to_theirs(arrays, index, layouts, dtypes[parts[0].path], order)
         first, _ = layouts[0].rows(0, 0)
         for shard in array.addressable_shards:
             if shard.replica_id == 0 or (whole and shard.device == array.addressable_shards[0].device):
@@ -337,9 +335,9 @@ def _of_layer(spec: P) -> P:
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _to_theirs(
-    params: Sequence[jax.Array], layer: int | None, layouts: Sequence[Layout], dtype: np.dtype, rows: P
+    params: Sequence[jax.Array], layer: int | None, layouts: Sequence[Layout], dtype: np.dtype, order: FileOrder
 ) -> jax.Array:
-    """Returns rows of the tensors of one layer, `[*experts, *rows]`, with the sharding `rows`."""
+    """Returns rows of the tensors of one layer, `[*experts, *rows]`, in the order of the files."""
     parts = []
     for param, layout in zip(params, layouts, strict=True):
         spec = jax.typeof(param).sharding.spec
@@ -350,7 +348,7 @@ def _to_theirs(
         lead = param.ndim - len(layout.pattern.ours)
         # The barrier keeps XLA's fast transposition on CPUs: fused with a slice it is a slow loop.
         param = jax.lax.optimization_barrier(param.astype(dtype))
-        parts.append(reshard(param, parameter_spec(rows, lead, layout)))
+        parts.append(reshard(param, parameter_spec(order.whole, lead, layout)))
     lead = parts[0].ndim - len(layouts[0].pattern.ours)
 
     def join(*parts: jax.Array) -> jax.Array:
@@ -358,5 +356,5 @@ def _to_theirs(
         joined = found[0] if len(found) == 1 else jnp.concatenate(found, axis=layouts[0].joined_axis())
         return joined.reshape(*joined.shape[:lead], -1, *layouts[0].shape[1:])
 
-    specs = tuple(parameter_spec(rows, lead, layout) for layout in layouts)
-    return jax.shard_map(join, in_specs=specs, out_specs=rows)(*parts)
+    specs = tuple(parameter_spec(order.whole, lead, layout) for layout in layouts)
+    return jax.reshard(jax.shard_map(join, in_specs=specs, out_specs=order.whole)(*parts), order.read)

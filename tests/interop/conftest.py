@@ -65,7 +65,7 @@ def written_again(keys: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _make(folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # what failed before is there
     configs: dict[str, dict[str, Any]] = {
         name: {"model_type": family.model_type} | family.write(shape) for name, family, shape in published()
     }

@@ -1,21 +1,32 @@
 """Runs become folders in the format of Hugging Face, and folders become runs: commands, bytes, meshes and bad input."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
 
-from jaxinfra.hub import by_path, open_published
+from jaxinfra.hub import by_path, family_of, open_published, param_shapes
 from jaxinfra.interop import writing
 from jaxinfra.interop.folder import open_folder
+from jaxinfra.interop.reading import file_order
 from jaxinfra.interop.safetensors import Weights, header_of
 from jaxinfra.language_model import open_language_model
+from jaxinfra.models.zoo import shape
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.sampling_program import sampling_program
 from jaxinfra.trained_params import load_params
 from tests.refusals import refused
+from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import launch
 
@@ -213,3 +224,42 @@ def test_model_that_no_family_can_say(trained: Path, tiny_data: Path, tmp_path: 
     words = (f"root={tmp_path}", "name=odd", "train.steps=1", "track.console=off", "model.residual_multiplier=0.3")
     assert launch(str(tiny_data / "tiny.py"), *words, "model.scale_embeddings=true").code == 0
     refused(launch("hub", "export", str(tmp_path / "odd"), str(tmp_path / "out")), "model.", code=81)
+
+
+# Buckets, and who reads what
+
+
+@pytest.mark.slow(15)
+def test_two_processes_write_into_a_bucket_and_read_it(s3: Server, exported: Path) -> None:
+    url = s3.new_url()
+    with several("hub", "export", f"hf:{exported}", url) as children:
+        assert [each.code for each in all_ended(children)] == [0, 0]
+    assert s3.get(f"{url}/model.safetensors") == (exported / "model.safetensors").read_bytes()
+    ended = launch("hub", "check", f"hf:{url}", "--hashes")
+    assert ended.code == 0, ended
+    texts = [launch("sample", f"hf:{source}", PROMPT, *GREEDY).out for source in (exported, url)]
+    assert texts[0] == texts[1] and PROMPT in texts[0]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2), MeshConfig(replica=2, fsdp=4)])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "gemma-3-4b", "mixtral-8x7b", "gpt-oss-20b", "phi-4"])
+def test_four_hosts_read_a_quarter_each(name: str, mesh: MeshConfig) -> None:
+    model, devices = shape(name), jax.devices()
+    found, _ = family_of(model)
+    shapes = param_shapes(model)
+    partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, platform="cpu", compute_dtype=jnp.dtype("float32"))
+    specs = by_path(nnx.to_pure_dict(nnx.split(model.build(partitioner))[1]))
+    made = make_mesh(mesh, devices)
+    read, total = [0] * 4, 0
+    for binding in found.bindings(model, shapes):
+        for part in binding.parts[:1] if binding.parts[0].layout.alternates else binding.parts:
+            target = NamedSharding(made, partitioner.stored_spec(part.path, specs[part.path]))
+            start, stop = part.layout.rows(0, part.layout.cut_size)
+            rows = (*binding.lead, stop - start, *part.layout.shape[1:])
+            sharding = NamedSharding(made, file_order(target, binding.lead, part.layout).read)
+            indices = sharding.devices_indices_map(rows)
+            for host in range(4):
+                own = {str(indices[device]) for device in devices[2 * host : 2 * host + 2]}
+                read[host] += len(own) * math.prod(sharding.shard_shape(rows))
+            total += math.prod(rows)
+    assert max(read) <= 1.1 * total / 4, [each / total for each in read]
