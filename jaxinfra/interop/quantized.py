@@ -7,6 +7,7 @@
   of each group, plus 127. The tensor is `NAME` `[experts, inputs, outputs]`.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, override
@@ -22,8 +23,9 @@ from jaxinfra.interop.safetensors import StoredTensor, Weights
 CONFIG = "quantization_config"
 BFLOAT16, FP8, UINT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint8)
 
+FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The values of E2M1, by their bits."""
+"""The values of E4M3 and E2M1, by their bits."""
 
 GROUP = 32
 """Values of MXFP4 that share an exponent."""
@@ -120,10 +122,10 @@ class _Fp8Blocks(PackedTensor):
         (height, width), (count, columns) = self.block, out.shape
         first = start // height
         scales = _read(weights, self.scales, first, -(-(start + count) // height)).astype(np.float32)
-        values = _read(weights, self.values, start, start + count)
+        values = _read(weights, self.values, start, start + count).view(np.uint8)
         for index, row in enumerate(scales, first):
             own = slice(max(index * height - start, 0), (index + 1) * height - start)
-            out[own] = (values[own].astype(np.float32) * np.repeat(row, width)[:columns]).astype(BFLOAT16)
+            out[own] = (FP8_VALUES[values[own]] * np.repeat(row, width)[:columns]).astype(BFLOAT16)
 
 
 def _fp8(tensors: Mapping[str, StoredTensor], folder: ModelFolder, block: tuple[int, int]) -> dict[str, PackedTensor]:
@@ -154,18 +156,21 @@ class _Mxfp4(PackedTensor):
 
     @override
     def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
-        table = _mxfp4_table()
+        pairs = _mxfp4_pairs()
         for expert, own in enumerate(out, start):
             blocks = _read(weights, self.blocks, expert, expert + 1)[0]
-            scales = _read(weights, self.scales, expert, expert + 1)[0].astype(np.uint16)[..., None] * 16
-            values = np.stack([table[scales + (blocks & 15)], table[scales + (blocks >> 4)]], axis=-1)
-            own[...] = values.reshape(len(blocks), -1).T
+            scales = _read(weights, self.scales, expert, expert + 1)[0].astype(np.uint16)
+            values = pairs[(scales[..., None] << 8) | blocks]
+            own.view(np.uint16)[...] = values.view(np.uint16).reshape(len(blocks), -1).T
 
 
-def _mxfp4_table() -> np.ndarray:
-    """Returns the products of all factors and values, `[256 * 16]`."""
+@functools.cache
+def _mxfp4_pairs() -> np.ndarray:
+    """Returns the two values of each byte with each factor, as their bits side by side, uint32 `[256 * 256]`."""
     with np.errstate(over="ignore"):
-        return np.ldexp(FP4_VALUES, np.arange(256)[:, None] - 127).astype(BFLOAT16).reshape(-1)
+        bits = np.ldexp(FP4_VALUES, np.arange(256)[:, None] - 127).astype(BFLOAT16).view(np.uint16)
+    byte = np.arange(256)
+    return np.stack([bits[:, byte & 15], bits[:, byte >> 4]], axis=-1).view(np.uint32).reshape(-1)
 
 
 def _mxfp4(tensors: Mapping[str, StoredTensor], folder: ModelFolder) -> dict[str, PackedTensor]:
