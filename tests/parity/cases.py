@@ -15,6 +15,7 @@ from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.models.attention import AttentionTemperature
 from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP, NormConfig
@@ -152,10 +153,15 @@ LOOSE = replace(
     DOCUMENTS,
     name="loose",
     model=changed(
-        DOCUMENTS.model, mlp=MixtureOfExperts(dim=64, activation="gelu", num_experts=8, top_k=2, balance_loss=0.1)
+        DOCUMENTS.model,
+        chunk=5,
+        qk_norm="l2",
+        temperature=AttentionTemperature(scale=0.5, floor=3),
+        mlp=MixtureOfExperts(dim=64, activation="gelu", num_experts=8, top_k=2, scale_inputs=True, balance_loss=0.1),
     ),
 )
-"""Mixtral's experts: softmax scores, no capacity."""
+"""Mixtral's experts, with softmax scores and no capacity; of Llama 4 chunks, the temperature, and scores that multiply
+the inputs of experts."""
 
 DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), mlp=MLP(dim=64), norms="after")
 DELTA_LAYER = Layer(
