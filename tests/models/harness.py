@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -138,6 +139,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Together they use nearly every option; "gemma" has those of Gemma 2 and 3, "deepseek" those of V3."""
+
+
+def slow_but(*fast: str) -> list[Any]:
+    """Returns the names of the models as parameters of a test; all but some are slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow(6)) for name in MODELS]
 
 
 def random_tokens(rows: int = 2, length: int = 12, seed: int = 0) -> np.ndarray:
