@@ -98,7 +98,8 @@ class FaultyLM(CausalLM):
 
     Attributes:
         checksums: of the bad batches, see `checksum`.
-        fault: "loss" makes the loss NaN, "gradient" that of one leaf, "spike" multiplies the loss.
+        fault: "loss" makes the loss NaN, "infinity" infinite, "gradient" makes that of one leaf NaN, "spike" multiplies
+            the loss.
     """
 
     checksums: tuple[int, ...] = ()
@@ -111,7 +112,7 @@ class FaultyLM(CausalLM):
         if self.fault == "gradient":  # the root has no slope at 0; the loss stays as it is
             zero = jnp.where(is_bad, 0.0, 1.0) * jax.tree.leaves(params)[0]
             return total + jnp.sum(0 * jnp.sqrt(jnp.abs(zero))), sums
-        factor = jnp.where(is_bad, jnp.nan if self.fault == "loss" else 4.0, 1.0)
+        factor = jnp.where(is_bad, {"loss": jnp.nan, "infinity": jnp.inf, "spike": 4.0}[self.fault], 1.0)
         return total * factor, {**sums, "loss": sums["loss"] * factor}
 
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ from jaxinfra.faults.bucket import Bucket, emulated_bucket
 from jaxinfra.faults.config import BATCH, READS, STEPS
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.attempts import ATTEMPTS_FILE
+from jaxinfra.track.goodput import GOODPUT_FILE, Goodput, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE
+from jaxinfra.track.runs import local_files
 
 TIMEOUT_S = 240.0
 _MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
@@ -58,6 +60,11 @@ def config() -> Corpus:
         validation=ByKey(fraction=0.2),
     )
 """
+
+
+def timeout_of(steps: int) -> float:
+    """Returns the seconds after which a run of this number of steps counts as hung."""
+    return TIMEOUT_S + steps / 4
 
 
 class NotSurvived(JaxinfraError):
@@ -147,7 +154,7 @@ class Run:
     def samples(self) -> dict[int, list[int]]:
         """Returns the samples that the processes of a start have read for each step.
 
-        NotSurvived if the processes of a start have read one twice, or if two starts have read other ones.
+        NotSurvived if the processes of a start have read one twice in an epoch, or if two starts have read other ones.
         """
         starts: dict[str, dict[int, list[int]]] = {}
         for path in self.reads.iterdir():
@@ -156,12 +163,21 @@ class Run:
                 step, *ids = map(int, line.split())
                 of_start[step] += ids
         found: dict[int, list[int]] = {}
+        # Of an epoch, if the run is that long; of all that was read, otherwise.
+        num_samples = len({each for of_start in starts.values() for ids in of_start.values() for each in ids})
         for of_start in starts.values():
             for step, ids in of_start.items():
-                require(len({*ids}) == len(ids), f"{self.name}: a sample was read twice in step {step}: {ids}")
+                epochs = (step * BATCH - 1) // num_samples - (step - 1) * BATCH // num_samples + 1
+                most = max(Counter(ids).values())
+                require(most <= epochs, f"{self.name}: a sample was read {most} times in step {step}: {ids}")
                 if len(ids) == BATCH:  # a start that was killed while it read ahead has read a part
                     require(found.setdefault(step, sorted(ids)) == sorted(ids), f"{self.name}: other samples in {step}")
         return dict(sorted(found.items()))
+
+    def goodput(self) -> Goodput:
+        """Returns what its time went to."""
+        with local_files(self.location) as folder:
+            return account(read_ledger(folder / GOODPUT_FILE))
 
     def attempts(self) -> list[dict[str, Any]]:
         """Returns the starts by a supervisor."""
@@ -218,7 +234,7 @@ class Harness:
         path = self.folder / f"{run.name}.json"
         with self.once(run.name) as is_first:
             if is_first:
-                ended = self.train(run.name, *words, processes=processes, devices=devices)
+                ended = self.train(run.name, *words, processes=processes, devices=devices, timeout_s=timeout_of(steps))
                 require(ended.code == 0, ended)
                 result = run.result()
                 require([*result.losses] == [*range(1, steps + 1)], f"{run.name}: did not log each step")

@@ -26,7 +26,7 @@ def _first_steps(run: Run) -> list[int | None]:
 @row(
     *(1, 2),
     fault="kill -9 of a worker, then of the coordinator, in the middle of a step",
-    must="the other process leaves with 76, the supervisor starts again; same bits",
+    must="the other process exits with 76, the supervisor starts again; same bits",
 )
 def in_a_step(harness: Harness) -> str:
     """Kills one of two processes while the devices compute."""
@@ -61,7 +61,7 @@ def in_a_save(harness: Harness) -> str:
     # A step is gone with each kill, and is saved by the next start.
     require(_first_steps(run) == [1, 1, 11, 21, 31], _first_steps(run))
     require("damaged" not in ended.out + ended.err, ended)
-    return f"gone on from steps 0, 10, 20, 30, half-written ones never seen; {harness.same_bits('save')}"
+    return f"resumed from steps 0, 10, 20, 30, half-written ones never seen; {harness.same_bits('save')}"
 
 
 @row(
@@ -114,7 +114,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 @row(
     9,
     fault="kill -9 during compile, before step 0, during an evaluation, after the last step",
-    must="same bits; a finished run started again leaves with 0 at once",
+    must="same bits; a finished run started again exits with 0 at once",
 )
 def at_other_moments(harness: Harness) -> str:
     """Kills a process in each other phase."""

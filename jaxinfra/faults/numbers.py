@@ -34,13 +34,13 @@ def _state(run: Run, step: int) -> dict[str, np.ndarray]:
 
 @row(
     24,
-    fault="NaN in the loss of a batch; NaN in one leaf of the gradient",
+    fault="NaN or infinity in the loss of a batch; NaN in one leaf of the gradient",
     must="the step is skipped on all ranks; the state is bit-identical before and after",
 )
 def one_nan(harness: Harness) -> str:
     """Makes one batch bad on a sharded mesh, and stops after it, which saves."""
     words = ("guard.skip_nonfinite=true", "checkpoint.save_every=1", "train.steps=14")
-    for fault in ("loss", "gradient"):
+    for fault in ("loss", "infinity", "gradient"):
         name = f"nan-{fault}"
         config = _faulty(harness, [12], fault)
         ended = harness.train(name, *words, processes=2, config=config, fail="step:0:12:term")
@@ -50,7 +50,7 @@ def one_nan(harness: Harness) -> str:
         different = [leaf for leaf in before if before[leaf].tobytes() != after[leaf].tobytes()]
         require(not different, f"{fault}: {different}")
         require(run.steps()[-1] == 12, run.steps())
-    return "skipped twice, every leaf bit-identical before and after"
+    return "skipped three times, every leaf bit-identical before and after"
 
 
 @row(

@@ -6,7 +6,7 @@ from collections import Counter
 
 from jaxinfra.errors import Preempted
 from jaxinfra.faults.config import SAVE_EVERY
-from jaxinfra.faults.harness import Harness, Run, require, until, wait
+from jaxinfra.faults.harness import Harness, Run, require, timeout_of, until, wait
 from jaxinfra.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
@@ -24,13 +24,13 @@ _POINTS = ("init", "compile", "restore", "step", "save.copy", "save.write", "sav
 def soak(harness: Harness) -> str:
     """Injects random faults into a run in canonical mode, whose numbers no layout changes."""
     events, draw = harness.soak_events or (LONG_EVENTS if harness.is_long else EVENTS), random.Random(harness.seed)
-    steps, name, kinds = 40 + 25 * events, "soak", Counter[str]()
+    steps, name, kinds = 40 + 22 * events, "soak", Counter[str]()
     words = ("train.canonical=8", f"train.steps={steps}", "train.eval_every=none")
     reference = harness.reference(*words, devices=2, steps=steps)
     run = harness.run(name)
     for number in range(events):
         kinds[_event(harness, run, words, draw, number)] += 1
-    ended = harness.train(name, *words, devices=2)
+    ended = harness.train(name, *words, devices=2, timeout_s=timeout_of(steps))
     require(ended.code == 0, ended)
     text = harness.same_bits(name, reference)
     attempts = read_ledger(run.path / GOODPUT_FILE)

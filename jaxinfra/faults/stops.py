@@ -64,7 +64,7 @@ def short_grace(harness: Harness) -> str:
     again = harness.train(name, processes=2)
     require(again.code == 0, again)
     named(again.out, "at step 20 of")
-    return f"gone on from step 20; {harness.same_bits(name)}"
+    return f"resumed from step 20; {harness.same_bits(name)}"
 
 
 @row(12, fault="SIGTERM during an asynchronous save", must="one commit, no deadlock; same bits")

@@ -123,7 +123,8 @@ On the command line an index names one layer of the period, and a path without a
 - Parameters are stacked by position in the period: `blocks.layer_2.mlp.up.weight` is `[6, 1024, 2816]` here. Without
   unlike layers the name of the position is left out: `blocks.mlp.up.weight`. Layers of a period that is cut short are
   in `tail`, first layers in `prefix`.
-- One step of a scan applies a period, so compile time grows with the period, not with the number of layers.
+- One step of a scan applies a period, so compile time grows with the period, not with the number of layers: on a CPU,
+  48 layers with a period of four take 1.6 times as long to compile as 48 alike layers, with a period of six 2.2 times.
 - `remat` is repeated over the layers, pipeline stages split whole periods, and decoding has a cache for each layer.
 
 ## Published models

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -84,41 +85,33 @@ MODELS: dict[str, dict[str, Any]] = {
             z_loss=0.01,
         ),
     },
-    "gpt-oss": {
-        "layers": tuple(
+    # Two kinds of layers: chunks, with sinks and biases as in GPT-OSS; and no positions, but a temperature, with norms
+    # on the branch only and over all heads.
+    "unlike": {
+        "num_layers": 4,
+        "layers": (
+            Layer(
+                mixer=Attention(num_heads=4, chunk=5, sinks=True, qkv_bias=True, out_bias=True),
+                mlp=MixtureOfExperts(
+                    dim=12,
+                    activation="clamped_swiglu",
+                    num_experts=4,
+                    top_k=2,
+                    router_bias=True,
+                    bias=True,
+                    num_shared_experts=1,
+                    shared_gate=True,
+                ),
+            ),
             Layer(
                 mixer=Attention(
                     num_heads=4,
                     num_kv_heads=2,
                     head_dim=8,
-                    window=window,
-                    sinks=True,
-                    qkv_bias=True,
-                    out_bias=True,
-                    rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, truncate=False)),
+                    rope=None,
+                    temperature=AttentionTemperature(scale=0.5, floor=3),
+                    qk_norm="all",
                 ),
-                mlp=MixtureOfExperts(
-                    dim=12, activation="clamped_swiglu", num_experts=4, top_k=2, router_bias=True, bias=True
-                ),
-            )
-            for window in (3, None)
-        ),
-    },
-    # Three kinds of layers, in a last period that is cut short: chunks; no positions, but a temperature; and norms on
-    # the branch only, and over all heads.
-    "unlike": {
-        "num_layers": 5,
-        "layers": (
-            Layer(
-                mixer=Attention(num_heads=4, chunk=5),
-                mlp=MixtureOfExperts(dim=12, num_experts=4, top_k=2, num_shared_experts=1, shared_gate=True),
-            ),
-            Layer(
-                mixer=Attention(num_heads=2, rope=None, temperature=AttentionTemperature(scale=0.5, floor=3)),
-                mlp=MLP(dim=24),
-            ),
-            Layer(
-                mixer=Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="all"),
                 mlp=MLP(dim=16),
                 norms="after",
             ),
@@ -129,6 +122,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Together they use nearly every option; "gemma" has those of Gemma 2 and 3, "deepseek" those of V3."""
+
+
+def slow_but(*fast: str) -> list[Any]:
+    """Returns the names of the models as parameters of a test; all but some are slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow(6)) for name in MODELS]
 
 
 def random_tokens(rows: int = 2, length: int = 12, seed: int = 0) -> np.ndarray:

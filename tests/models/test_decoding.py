@@ -12,7 +12,7 @@ import pytest
 from jaxinfra.ops.rope import LinearScaling, Rope
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
-from tests.models.harness import MODELS, ONE, BuiltDecoder, build, random_tokens, relative_error
+from tests.models.harness import MODELS, ONE, BuiltDecoder, build, random_tokens, relative_error, slow_but
 
 LENGTH, SLOTS, PROMPTS = 12, 16, (5, 2, 1, 4)
 STEPS = LENGTH - max(PROMPTS) + 1
@@ -23,6 +23,7 @@ MESHES = {
     "gemma": MeshConfig(fsdp=2, tensor=2),
     "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
     "deepseek": MeshConfig(fsdp=2, tensor=2),
+    "unlike": MeshConfig(fsdp=2, tensor=2),
 }
 SLIDING = {
     "windows": (3,),
@@ -60,6 +61,6 @@ def test_decoding_agrees_with_the_forward_pass(changes: dict[str, Any]) -> None:
     check(changes, ONE)
 
 
-@pytest.mark.parametrize(("model", "mesh"), MESHES.items(), ids=MESHES)
-def test_decoding_on_a_mesh_agrees_with_the_forward_pass(model: str, mesh: MeshConfig) -> None:
-    check(MODELS[model], mesh)
+@pytest.mark.parametrize("model", slow_but("llama", "gpt-2"))
+def test_decoding_on_a_mesh_agrees_with_the_forward_pass(model: str) -> None:
+    check(MODELS[model], MESHES[model])

@@ -377,6 +377,7 @@ def mine(tiny: Tiny) -> Tiny:
     return replace(tiny, config=path)
 
 
+@pytest.mark.slow(12)
 def test_a_run_that_goes_on_is_the_one_that_never_stopped(mine: Tiny) -> None:
     """With dropout, running averages, a counter and microbatches."""
     words = ("name=tiny", "mesh.fsdp=4", "mesh.tensor=2", "train.accumulate=2", "optim.ema_decay=0.9")

@@ -17,7 +17,7 @@ from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.decoders import changed
 from tests.models import numpy_reference
-from tests.models.harness import BASE, MODELS, ONE, build, random_tokens, relative_error
+from tests.models.harness import BASE, MODELS, ONE, build, random_tokens, relative_error, slow_but
 from tests.models.numpy_experts import ExpertStats
 
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
@@ -95,7 +95,7 @@ def values_of(run: Run) -> dict[str, Any]:
     return build(config=run.model).values()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but("llama", "gpt-2", "gemma"))
 def test_gradients_agree_with_finite_differences(model: str) -> None:
     """Along the gradient of every parameter the slope is its squared norm, to 1e-4."""
     run = run_of(MODELS[model], ONE)
@@ -113,7 +113,7 @@ def test_gradients_agree_with_finite_differences(model: str) -> None:
         assert abs(slope - norm) < 1e-4 * norm + 1e-12, path
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but("llama"))
 def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
     """To 2e-5 of the largest."""
     grads, loss = gradients_of(model, ONE)
@@ -124,14 +124,18 @@ def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy",
-    ["weights", "dots", "dots_and_attention", "full", "offload", ("full", "dots"), ("none", "offload", "weights")],
+    ("model", "policy"),
+    [
+        *(("llama", policy) for policy in ("weights", "dots", "dots_and_attention", "full", "offload")),
+        pytest.param("gemma", ("full", "dots"), marks=pytest.mark.slow(6)),
+        pytest.param("gemma", ("none", "offload", "weights"), marks=pytest.mark.slow(6)),
+    ],
     ids=str,
 )
-def test_remat_keeps_loss_and_gradients(policy: Policy) -> None:
+def test_remat_keeps_loss_and_gradients(model: str, policy: Policy) -> None:
     """To 1e-6: the same numbers are computed, only fused otherwise."""
-    plain, loss = gradients_of("gemma", CUBE)
-    again, same = gradients_of("gemma", CUBE, policy)
+    plain, loss = gradients_of(model, CUBE)
+    again, same = gradients_of(model, CUBE, policy)
     assert loss == pytest.approx(same, rel=1e-6)
     for (path, one), other in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(again), strict=True):
         assert relative_error(other, one) < 1e-6, jax.tree_util.keystr(path)

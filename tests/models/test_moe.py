@@ -11,7 +11,9 @@ import pytest
 
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.flops import matmul_params
+from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import BALANCE_LOSS, LOAD, SERVED, Z_LOSS, MixtureOfExperts, metrics, updated_bias
+from jaxinfra.models.transformer import Layer
 from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
 from jaxinfra.parallel.context import SequenceSharding
@@ -78,6 +80,18 @@ def test_logits_and_stats_agree_with_the_definition(variant: str) -> None:
     assert actual[SERVED].sum() == stats.served
     assert relative_error(actual[BALANCE_LOSS].sum(), stats.balance_loss) < 1e-5
     assert relative_error(actual[Z_LOSS].sum(), stats.z_loss) < 1e-5
+
+
+def test_biases_are_updated_in_every_layer_also_of_a_last_period_that_is_cut_short() -> None:
+    biased = Layer(mixer=Attention(num_heads=4), mlp=replace(PLAIN, bias_update_rate=0.1))
+    built = build(layers=(biased, replace(biased, mlp=MLP(dim=12))), num_layers=3)
+    values = built.values()
+    _, stats = logits_and_stats(built, values, random_tokens())
+    found = built.model(values).update_buffers(jax.tree.map(jnp.asarray, stats))
+    assert {*found} == {"blocks", "tail"}
+    for new, old in ((found["blocks"]["layer_0"], values["blocks"]["layer_0"]), (found["tail"], values["tail"])):
+        steps = np.abs(new["mlp"]["bias"] - old["mlp"]["bias"])
+        assert steps.shape == (1, 8) and steps.max() == pytest.approx(0.1)
 
 
 def test_an_even_load_has_a_balance_loss_of_one_a_token() -> None:

@@ -79,17 +79,20 @@ def test_label_smoothing_mixes_the_target_with_all_classes() -> None:
     """The gradient of the smoothed loss is that of the plain one, and that of the mean over all labels."""
     epsilon, classes = 0.25, TOKEN.model.num_classes
 
-    def gradients(smoothing: float, labels: np.ndarray) -> list[np.ndarray]:
+    def program_of(smoothing: float) -> Program:
         objective = replace(TOKEN.objective, label_smoothing=smoothing)
-        program = Case(run=replace(TOKEN, objective=objective)).program()
+        return Case(run=replace(TOKEN, objective=objective)).program()
+
+    def gradients(program: Program, labels: np.ndarray) -> list[np.ndarray]:
         with program.on_mesh:
             batch = put_like({**batch_on_host(TOKEN), "labels": labels}, program.validation_batch)
             grads, *_ = program.gradients(put_like(values_on_host(program.specs), program.params), batch)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
 
     labels = batch_on_host(TOKEN)["labels"]
-    plain, smooth = gradients(0.0, labels), gradients(epsilon, labels)
-    every = [gradients(0.0, np.full_like(labels, label)) for label in range(classes)]
+    one_hot = program_of(0.0)
+    plain, smooth = gradients(one_hot, labels), gradients(program_of(epsilon), labels)
+    every = [gradients(one_hot, np.full_like(labels, label)) for label in range(classes)]
     for own, mixed, *others in zip(plain, smooth, *every, strict=True):
         expected = (1 - epsilon) * own + epsilon * np.mean(others, axis=0)
         assert np.abs(mixed - expected).max() < 1e-5 * np.abs(own).max() + 1e-7
