@@ -98,9 +98,8 @@ def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
         yield rule(f"mlp.{theirs}.bias", f"mlp.{ours}.bias", "o -> o")
 
 
-def _norm_rules(theirs: str, ours: str) -> Iterator[Rule]:
-    yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
-    yield rule(f"{theirs}.bias", f"{ours}.bias", "d -> d")
+def _norm_rules(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    return rule(f"{theirs}.weight", f"{ours}.scale", "d -> d"), rule(f"{theirs}.bias", f"{ours}.bias", "d -> d")
 
 
 FAMILY = Family(
