@@ -16,7 +16,7 @@ endif
 # Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-slow test-all test-oldest test-trl lint bench docs clean
+.PHONY: help quickstart test test-slow test-all test-oldest lint bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,17 @@ quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss 
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
 
+# Torch, Transformers and TRL stay out of the environment that trains; tests start this Python to compare with them.
+# Python 3.11 if there is one, for which a machine may have builds of torch without CUDA, then the one that trains.
+TORCH := .venv-transformers
+TORCH_PYTHON = for candidate in python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.11.*/bin/python3.11 "$(PYTHON)"; do \
+	"$$candidate" -c 'import ensurepip' 2>/dev/null && echo "$$candidate" && exit; done
+
+$(TORCH)/.installed:
+	"$(shell $(TORCH_PYTHON))" -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "transformers>=5" "trl>=1.16"
+	@touch $@
+
 # One session: the slow tests first, shared out over the workers (tests/conftest.py). Four workers keep two cores busy:
 # tests wait for processes, servers and outages.
 PYTEST = $(BIN)/python -m pytest -n 4 --dist worksteal
@@ -57,19 +68,11 @@ PYTEST = $(BIN)/python -m pytest -n 4 --dist worksteal
 test: lint ## install what tests need, lint, and run the fast tests
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.installed-test ## run the slow tests
+test-slow: $(VENV)/.installed-test $(TORCH)/.installed ## run the slow tests
 	$(PYTEST) -m slow
 
-test-all: lint ## lint, and run all tests, fast and slow
+test-all: lint $(TORCH)/.installed ## lint, and run all tests, fast and slow
 	$(PYTEST)
-
-# Torch and TRL stay out of the environment that trains.
-.venv-trl/bin/python:
-	"$(PYTHON)" -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch "trl>=1.16"
-
-test-trl: $(VENV)/.installed-test .venv-trl/bin/python ## install TRL beside, and compare the DPO loss with its own
-	$(BIN)/python -m pytest -m trl
 
 # The oldest Python that is supported and here, in a place of pyenv's too, with the oldest JAX.
 OLDEST := .venv-oldest
@@ -98,4 +101,4 @@ docs: $(VENV)/.installed-docs ## write the documentation with the API into site/
 	$(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 clean: ## remove what was installed and built; runs and stores stay
-	rm -rf $(VENV) $(OLDEST) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(TORCH) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info

@@ -9,6 +9,7 @@ from .data.mixture import MixSource, Mixture
 from .data.pairs import PairData
 from .data.tokens import TokenData
 from .models.attention import Attention
+from .models.delta_net import GatedDeltaNet
 from .models.flax_model import FlaxModel
 from .models.latent import LatentAttention
 from .models.layers import MLP, NormConfig
@@ -54,6 +55,7 @@ __all__ = [
     "DataConfig",
     "FactoredLogits",
     "FlaxModel",
+    "GatedDeltaNet",
     "ImageData",
     "InverseSqrt",
     "LRSchedule",

@@ -1,11 +1,48 @@
-"""Checks that a run trains a language model, for commands that work only on text."""
+"""Finds the language model of a source: its run and its tokenizer. All commands that need text begin here."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxinfra.config import apply, load
+from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.mixture import Mixture
 from jaxinfra.data.pairs import PairData
+from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.hub import open_published
+from jaxinfra.interop.folder import is_published
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.run import Run
+from jaxinfra.run import Precision, Run
+from jaxinfra.track.runs import parse_source, record_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A language model without its parameters.
+
+    Attributes:
+        run: its config.
+        tokenizer: its tokenizer.
+        first_tokens: tokens before each document: the end of the one before, if documents see each other; a published
+            model may have a token that begins a document.
+        max_length: the number of positions that it was trained with.
+    """
+
+    run: Run
+    tokenizer: Tokenizer
+    first_tokens: tuple[int, ...]
+    max_length: int
+
+    @property
+    def max_positions(self) -> int | None:
+        """Number of learned positions; None if the model has none, and takes any length."""
+        return require_text(self.run)[0].learned_positions
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of the beginning of a document, at least one."""
+        return [*self.first_tokens, *self.tokenizer.encode(text)] or [self.tokenizer.eot_id]
 
 
 def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | PairData]:
@@ -15,3 +52,44 @@ def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | Pai
         return model, data
     found = f"{type(model).__qualname__} with data of {data.modality}s"
     raise ConfigError(f"{run.name}: is not a language model but {found}; name a run of a TransformerConfig with tokens")
+
+
+def language_model(run: Run) -> LanguageModel:
+    """Returns the language model that a run trains; ConfigError if it trains none, or its data is missing."""
+    model, data = require_text(run)
+    tokenizer = data.open().tokenizer
+    return LanguageModel(
+        run=run,
+        tokenizer=tokenizer,
+        first_tokens=() if data.mask_documents else (tokenizer.eot_id,),
+        max_length=model.learned_positions or data.seq_len,
+    )
+
+
+def open_language_model(
+    source: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] | ClassFinder = ()
+) -> LanguageModel:
+    """Opens the language model of a source (see `trained_params.load_params`, which reads its parameters)."""
+    if is_published(source):
+        return _published_language_model(str(source), overrides)
+    path, _ = parse_source(source)
+    return language_model(load(record_of(path), overrides, Run, imports).run)
+
+
+def _published_language_model(source: str, overrides: Sequence[str]) -> LanguageModel:
+    """Opens a model in the format of Hugging Face; it computes in the dtype in which its weights are stored."""
+    model = open_published(source)
+    dtypes = {str(tensor.dtype) for tensor in model.weights().tensors.values()}
+    dtype = "float32" if "float32" in dtypes else "bfloat16"
+    run = Run(
+        name="published",
+        model=model.config,
+        data=TokenData(store=source, seq_len=1),
+        precision=Precision(params=dtype, compute=dtype),
+    )
+    return LanguageModel(
+        run=apply(run, overrides),
+        tokenizer=model.tokenizer(),
+        first_tokens=model.first_tokens(),
+        max_length=model.max_positions,
+    )

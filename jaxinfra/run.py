@@ -41,6 +41,8 @@ class TrainConfig:
             every mesh of up to this number of devices, at a price in memory (see docs/parallelism.md). None is faster.
         eval_every: steps between evaluations. The last step is always followed by one; None evaluates only there.
         eval_samples: number of validation samples to evaluate on; None takes all.
+        eval_tasks: tasks of lm-eval to run at each evaluation of a language model: names, or YAML files. Their metrics
+            are eval/TASK/METRIC.
         compiler: name of a set of compiler options (see `jaxinfra.compiler`).
         skip_batches: ranges of batches that no step reads, such as ((120, 140),) for the batches 120 to 139 of the
             order of the data, counted from 0. A run that goes back after bad numbers records here what it leaves out
@@ -55,6 +57,7 @@ class TrainConfig:
     canonical: Annotated[int, Ge(2)] | None = None
     eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
     eval_samples: PositiveInt | None = None
+    eval_tasks: Annotated[tuple[str, ...], NOT_FINGERPRINTED] = ()
     skip_batches: tuple[tuple[int, int], ...] = ()
     compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
     compile_cache: Annotated[str | None, NOT_FINGERPRINTED] = "auto"

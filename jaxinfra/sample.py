@@ -1,51 +1,59 @@
-"""Samples text from a trained language model with a KV cache, streamed token by token."""
+"""Samples texts from a language model with KV caches, and scores texts with it, in batches on all devices.
 
-from collections.abc import Callable, Iterator, Sequence
+Prompts of a batch may have unlike lengths: each row is padded at its end, and its cache has a length of its own. All
+processes make the same calls and get the same texts.
+
+Shape suffixes: B rows, T length, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxinfra.config import load
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
+from jaxinfra.data.tokenizer import StopStrings, StreamDecoder
 from jaxinfra.errors import ConfigError
-from jaxinfra.language_model import require_text
+from jaxinfra.language_model import LanguageModel, language_model, open_language_model, require_text
 from jaxinfra.models.decoder import Cache, Transformer
+from jaxinfra.objectives.losses import token_scores
 from jaxinfra.ops.logits import FactoredLogits
-from jaxinfra.parallel.mesh import make_mesh
-from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
 from jaxinfra.run import Run
-from jaxinfra.track.runs import parse_source, record_of
-from jaxinfra.trained_params import load_params
+from jaxinfra.runtime.devices import all_devices
+from jaxinfra.sampling_program import sampling_program
+from jaxinfra.trained_params import TrainedParams, load_params
 
 _PROMPT_TOKENS = 100  # that follow `track.sample_prompt`
-
-PROMPT_BLOCK = 64
-"""Prompts are padded to a multiple of this, so that prompts of similar length share one compiled program."""
+_SCORED_TOKENS = 4096  # that a device scores at once, of several rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is sampled.
+    """How the next token is sampled, and where a text ends.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: samples from this number of likeliest tokens; 0 is all.
         top_p: samples from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         seed: seed of the random numbers.
+        stop: a text ends before the first of these strings.
     """
 
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 0.95
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -54,17 +62,49 @@ class SamplingParams:
             raise ConfigError(f"--top-k {self.top_k}: must not be negative; use --top-k 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p}: must be above 0 and at most 1; use --top-p 1 for all tokens")
+        if "" in self.stop:
+            raise ConfigError('--stop "": would end every text at once; leave the option out')
+
+
+class Completion(NamedTuple):
+    """The continuation of a prompt.
+
+    Attributes:
+        text: the text, without a stop string.
+        tokens: number of tokens that were sampled for it, with the one that ended it.
+        finish: what ended it: the end of the document, a stop string, or the maximum number of tokens.
+    """
+
+    text: str
+    tokens: int
+    finish: Literal["end", "stop", "length"]
+
+
+class TokenScores(NamedTuple):
+    """Scores of the tokens of a row after the first, each given the tokens before it.
+
+    Attributes:
+        log_probs: log-probabilities, float32 `[T - 1]`.
+        likeliest: whether it is the likeliest token, bool `[T - 1]`.
+    """
+
+    log_probs: np.ndarray
+    likeliest: np.ndarray
 
 
 class Sampler:
-    """A language model with its parameters on one device, and its tokenizer."""
+    """A language model with its parameters on a mesh, and its tokenizer.
 
-    def __init__(self, program: Program, params: Params):
+    Attributes:
+        model: its config and its tokenizer.
+        program: its program on the mesh.
+        rows: a batch has a multiple of this number of rows.
+    """
+
+    def __init__(self, model: LanguageModel, program: Program, params: Params):
         """Binds the parameters, which must be on the mesh of the program, made by `sampling_program`."""
-        self._program, self._params = program, params
-        self._config, data = require_text(program.run)
-        self._tokenizer: Tokenizer = data.open().tokenizer
-        self._mask_documents = data.mask_documents
+        self.model, self.program, self._params = model, program, params
+        self.rows = program.partitioner.num_shards("batch")
 
     @staticmethod
     def check(run: Run) -> None:
@@ -72,42 +112,81 @@ class Sampler:
         require_text(run)
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, imports: Sequence[str] | ClassFinder = ()) -> Self:
-        """Loads a language model from a run: its newest checkpoint, or the one of a step with `runs/NAME@STEP`.
+    def from_run(
+        cls, source: str | Path, imports: Sequence[str] | ClassFinder = (), overrides: Sequence[str] = ()
+    ) -> Self:
+        """Loads a language model onto all devices: the newest checkpoint of a run, or that of a step with `RUN@STEP`.
 
-        Takes the averaged parameters if the run keeps them.
+        Takes the averaged parameters if the run keeps them. `overrides` are of its mesh; without them, another mesh is
+        used where that of the run does not fit the devices.
         """
-        path, _ = parse_source(run_dir)
-        program = sampling_program(load(record_of(path), (), Run, imports).run)
-        return cls(program, load_params(run_dir, program).params)
+        model = open_language_model(source, overrides, imports)
+        return cls.load(source, model, overrides)[0]
+
+    @classmethod
+    def load(
+        cls, source: str | Path, model: LanguageModel, overrides: Sequence[str] = ()
+    ) -> tuple[Self, TrainedParams]:
+        """Loads the parameters of a source whose model was opened with these overrides."""
+        strict = any(override.startswith("mesh.") for override in overrides)
+        program = sampling_program(model.run, all_devices(), strict=strict)
+        loaded = load_params(source, program)
+        return cls(model, program, loaded.params), loaded
 
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
-        """Copies parameters, which may be on any mesh, to the first device."""
-        sampler = cls(sampling_program(run), params)
+        """Takes parameters that are on the mesh of a run; where it has stages, they are sharded anew."""
+        sharding = jax.tree.leaves(params)[0].sharding
+        assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+        sampler = cls(language_model(run), sampling_program(run, sharding.mesh), params)
         sampler.set_params(params)
         return sampler
 
     def set_params(self, params: Params) -> None:
-        """Copies other parameters of the same model, which may be on any mesh, to the first device of this process.
+        """Takes other parameters of the same model, on a mesh of the same devices.
 
-        If they are on the devices of several processes, all processes must call it.
+        They are not copied if they have the right shardings; the sampler is of no use once they are donated.
         """
-        if jax.process_count() > 1:
-            params = jax.tree.map(lambda array: array.addressable_data(0), _replicate(params))
-        self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self._program.params))
+        self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self.program.params))
+
+    def drop_params(self) -> None:
+        """Lets go of the parameters, until `set_params` gives others."""
+        self._params = {}
+
+    # Texts
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
         """Yields the continuation in pieces of whole characters, as soon as they are decoded.
 
-        Ends after `max_tokens`, or at the end of the document.
+        Ends after `max_tokens`, at the end of the document, or before a stop string.
         """
-        decoder = StreamDecoder(self._tokenizer)
-        for token in self.tokens(self._tokenizer.encode(prompt), max_tokens=max_tokens, sampling=sampling):
-            if piece := decoder.push(token):
+        text = _Text(self.model, sampling)
+        for (token,) in self.tokens([self.model.encode(prompt)], max_tokens=max_tokens, sampling=sampling):
+            if piece := text.push(token):
                 yield piece
-        if rest := decoder.flush():
+            if text.finish is not None:
+                return
+        if rest := text.flush():
             yield rest
+
+    def complete(self, prompts: Sequence[str], *, max_tokens: int, sampling: SamplingParams) -> list[Completion]:
+        """Returns the continuations of a batch of prompts; each ends like that of `stream`."""
+        ids = [self.model.encode(prompt) for prompt in prompts]
+        return self.complete_tokens(ids, max_tokens=max_tokens, sampling=sampling)
+
+    def complete_tokens(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        """Returns the continuations of a batch of prompts of at least one token each."""
+        texts, pieces = [_Text(self.model, sampling) for _ in prompts], [[] for _ in prompts]
+        for tokens in self.tokens(prompts, max_tokens=max_tokens, sampling=sampling):
+            for token, text, found in zip(tokens, texts, pieces, strict=True):
+                if text.finish is None:
+                    found.append(text.push(token))
+            if all(text.finish for text in texts):
+                break
+        done = zip(texts, pieces, strict=True)
+        return [Completion("".join([*p, text.flush()]), text.tokens, text.finish or "length") for text, p in done]
 
     def continue_prompt(self, prompt: str) -> str:
         """Returns a prompt of `track.sample_prompt` with 100 tokens after it; ConfigError if they do not fit."""
@@ -121,103 +200,152 @@ class Sampler:
 
     def room_after(self, prompt: str) -> int | None:
         """Returns how many tokens fit after a prompt, at least 0; None if the model has no learned positions."""
-        max_positions = self._config.learned_positions
-        if max_positions is None:
-            return None
-        return max(0, max_positions - len(self._with_first_token(self._tokenizer.encode(prompt))))
+        max_positions = self.model.max_positions
+        return None if max_positions is None else max(0, max_positions - len(self.model.encode(prompt)))
 
-    def _with_first_token(self, prompt: list[int]) -> list[int]:
-        # In training, the end-of-document token of the previous document comes before a document, unless documents are
-        # masked from each other.
-        return prompt if prompt and self._mask_documents else [self._tokenizer.eot_id, *prompt]
+    # Tokens
 
-    def tokens(self, prompt: list[int], *, max_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """Yields the token ids of the continuation, without the end-of-document token.
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+    ) -> Iterator[list[int]]:
+        """Yields the next token of each prompt, `max_tokens` times.
 
-        Raises ConfigError if prompt and continuation are longer than the model's learned positions.
+        A row goes on after the end of its document: what follows then has no meaning. Raises ConfigError if a prompt
+        and its continuation are longer than the model's learned positions.
         """
-        ids = self._with_first_token(prompt)
-        slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
-        max_positions = self._config.learned_positions
-        if max_positions is not None:
-            if len(ids) + max_tokens > max_positions:
-                room = max_positions - len(ids)
-                raise ConfigError(
-                    f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it exceeds the {max_positions} "
-                    f"learned positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
-                )
-            slots = min(slots, max_positions)
-        with self._program.on_mesh:
+        longest = max(map(len, prompts))
+        self._require_room(longest, max_tokens)
+        slots = self._slots(longest)
+        tokens, counts = self._padded(prompts, slots)
+        distribution = replace(sampling, seed=0, stop=())
+        with self.program.on_mesh:
             key = jax.random.key(sampling.seed)
-            # First the padded prompt, then one token at a time.
-            tokens_1T, count = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32), len(ids)
-            cache = self._model(self._params).empty_cache(1, max(slots, len(ids) + max_tokens))
-            for num_sampled in range(max_tokens):
-                step_key = jax.random.fold_in(key, num_sampled) if num_sampled else key
-                token_11, cache = self._next_token(self._params, cache, tokens_1T, count, step_key, sampling)
-                token_id = int(token_11[0, 0])
-                if token_id == self._tokenizer.eot_id:
-                    return
-                yield token_id
-                tokens_1T, count = token_11, 1
+            cache_slots = padded_length(max(slots, longest + max_tokens))
+            cache = self._decoder(self._params).empty_cache(len(tokens), cache_slots)
+        for step in range(max_tokens):  # first the padded prompts, then one token at a time
+            with self.program.on_mesh:
+                step_key = jax.random.fold_in(key, step)
+                tokens, cache = self._next_tokens(self._params, cache, tokens, counts, step_key, distribution)
+            counts = np.ones_like(counts)
+            yield np.asarray(tokens)[: len(prompts), 0].tolist()
 
-    def _model(self, params: Params) -> Transformer:
-        model = self._program.model(params)
+    def scores(self, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
+        """Scores the tokens of rows, in the order of the rows; rows of similar length are computed together."""
+        by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        found: dict[int, TokenScores] = {}
+        while by_length:
+            length = self._slots(len(rows[by_length[0]]) - 1)
+            batch = by_length[: self.rows * max(1, _SCORED_TOKENS // length)]
+            by_length = by_length[len(batch) :]
+            inputs_BT, _ = self._padded([rows[row][:-1] for row in batch], length)
+            targets_BT, _ = self._padded([rows[row][1:] for row in batch], length)
+            with self.program.on_mesh:
+                scores = map(np.asarray, self._score(self._params, inputs_BT, targets_BT))
+            for row, log_probs, likeliest in zip(batch, *scores, strict=False):
+                count = len(rows[row]) - 1
+                found[row] = TokenScores(log_probs[:count], likeliest[:count])
+        return [found[row] for row in range(len(rows))]
+
+    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns tokens `[B, T]` of as many rows as the mesh needs, and the number of tokens of each row `[B]`."""
+        count = -(-len(rows) // self.rows) * self.rows
+        tokens_BT, counts_B = np.zeros((count, length), np.int32), np.ones(count, np.int32)
+        for row, ids in enumerate(rows):
+            tokens_BT[row, : len(ids)], counts_B[row] = ids, len(ids)
+        return tokens_BT, counts_B
+
+    def _slots(self, length: int) -> int:
+        """Returns the length that rows are padded to; the model has positions for it."""
+        return min(padded_length(length), self.model.max_positions or padded_length(length))
+
+    def _require_room(self, length: int, max_tokens: int) -> None:
+        """Raises ConfigError if the model has learned positions, but too few."""
+        max_positions = self.model.max_positions
+        if max_positions is not None and length + max_tokens > max_positions:
+            room = max_positions - length
+            raise ConfigError(
+                f"--max-tokens {max_tokens}: with a prompt of {length} tokens it exceeds the {max_positions} "
+                f"learned positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
+            )
+
+    def _decoder(self, params: Params) -> Transformer:
+        model = self.program.model(params)
         assert isinstance(model, Transformer)
         return model
 
     @partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
-    def _next_token(
+    def _next_tokens(
         self,
         params: Params,
         cache: Cache,
         tokens_BT: jax.Array,
-        count: int | jax.Array,
+        counts_B: jax.Array,
         key: jax.Array,
         sampling: SamplingParams,
     ) -> tuple[jax.Array, Cache]:
-        """Appends the first `count` tokens to the cache; returns the token that follows, `[B, 1]`, and the cache.
+        """Adds the first `counts_B` tokens of each row to the cache; returns the tokens that follow, `[B, 1]`."""
+        partitioner = self.program.partitioner
+        counts_B = jax.reshard(counts_B, partitioner.spec("batch"))
+        logits, cache = self._decoder(params).decode(tokens_BT, cache, counts_B)
+        last = jax.vmap(lambda x_TD, count: jax.lax.dynamic_slice_in_dim(x_TD, count - 1, 1))
+        logits = replace(logits, hidden=partitioner.map_local(last, logits.hidden, counts_B))
+        return _sample_tokens(logits, key, sampling, partitioner), cache
 
-        The cache then also holds the tokens after `count`, which pad a prompt, but beyond its length: they are masked,
-        and overwritten by the next call.
-        """
-        model = self._model(params)
-        logits, padded_cache = model.decode(tokens_BT, cache)
-        last_BD = jax.lax.dynamic_index_in_dim(logits.hidden, count - 1, axis=1, keepdims=False)
-        token_B1 = _sample_token(replace(logits, hidden=last_BD), key, sampling)
-        return token_B1, padded_cache._replace(length=cache.length + count)
-
-
-def sampling_program(run: Run) -> Program:
-    """Returns the program of a language model's run on the first device, with default compiler options.
-
-    It is not in canonical mode, in which each device applies the model to its own rows alone.
-    """
-    require_text(run)
-    mesh = MeshConfig(fsdp=1)
-    run = replace(run, mesh=mesh, train=replace(run.train, compiler="default", canonical=None))
-    return Program(run, make_mesh(mesh, jax.local_devices()[:1]))
+    @partial(jax.jit, static_argnums=0)
+    def _score(self, params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        spec = self.program.partitioner.spec("batch", None)
+        inputs_BT, targets_BT = jax.reshard(inputs_BT, spec), jax.reshard(targets_BT, spec)
+        scores = token_scores(self._decoder(params)({"inputs": inputs_BT}), targets_BT)
+        return jax.tree.map(lambda a: jax.reshard(a, P()), scores)
 
 
-def _replicate(params: Params) -> Params:
-    """Copies arrays to all devices of their mesh: a collective operation."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    assert isinstance(sharding, NamedSharding)
-    return _replicated_on(sharding.mesh)(params)
+class _Text:
+    """The continuation of one prompt, token by token."""
+
+    def __init__(self, model: LanguageModel, sampling: SamplingParams):
+        self._eot_id = model.tokenizer.eot_id
+        self._decoder, self._stop = StreamDecoder(model.tokenizer), StopStrings(sampling.stop)
+        self.tokens = 0
+        self.finish: Literal["end", "stop"] | None = None
+
+    def push(self, token: int) -> str:
+        """Returns the text that this token completes."""
+        self.tokens += 1
+        if token == self._eot_id:
+            self.finish = "end"
+            return self.flush()
+        text = self._stop.push(self._decoder.push(token))
+        if self._stop.found:
+            self.finish = "stop"
+        return text
+
+    def flush(self) -> str:
+        """Returns the rest of the text after the last token."""
+        return "" if self._stop.found else self._stop.push(self._decoder.flush()) + self._stop.flush()
 
 
-@cache
-def _replicated_on(mesh: Mesh | AbstractMesh) -> Callable[[Params], Params]:
-    return jax.jit(lambda params: params, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def padded_length(length: int) -> int:
+    """Returns the length that a row is padded to, so that rows of similar length share one compiled program."""
+    return 64 if length <= 64 else -(-length // 128) * 128  # the kernels of TPUs take multiples of 128
 
 
-def _sample_token(logits: FactoredLogits, key: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Samples one token per row, int32 `[B, 1]`; the hidden states are `[B, D]`."""
-    logits_BV = logits.materialize()
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)[:, None]
-    logits_BV = filter_top_k_top_p(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    return jax.random.categorical(key, logits_BV).astype(jnp.int32)[:, None]
+def _sample_tokens(
+    logits: FactoredLogits, key: jax.Array, sampling: SamplingParams, partitioner: Partitioner
+) -> jax.Array:
+    """Samples one token of each row, int32 `[B, 1]`, the same on all devices; the hidden states are `[B, 1, D]`."""
+    logits_BV = jax.reshard(jnp.squeeze(logits.materialize(), 1), partitioner.spec("batch", None))
+    row_B = jax.reshard(jnp.arange(len(logits_BV)), partitioner.spec("batch"))
+
+    def sample(logits_BV: jax.Array, row_B: jax.Array, key: jax.Array) -> jax.Array:
+        if sampling.temperature == 0:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        filtered_BV = filter_top_k_top_p(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
+        return jax.vmap(jax.random.categorical)(keys_B, filtered_BV).astype(jnp.int32)
+
+    rows = partitioner.spec("batch")
+    tokens_B = jax.shard_map(sample, in_specs=(P(*rows, None), rows, P()), out_specs=rows)(logits_BV, row_B, key)
+    return jax.reshard(tokens_B, P())[:, None]
 
 
 def filter_top_k_top_p(logits_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError
+from jaxinfra.hub import check_init, load_published
+from jaxinfra.interop.folder import is_published
 from jaxinfra.program import Program
+from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.runs import no_run_error, parse_source
@@ -29,10 +33,15 @@ class TrainedParams(NamedTuple):
 def load_params(source: str | Path, program: Program) -> TrainedParams:
     """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
 
-    `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500. Raises
+    `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500; or a
+    model in the format of Hugging Face, such as `hf:DIR` or `hf:ORG/NAME`. Raises
     ConfigError if there is no run, or if a parameter differs (it names the first one), and CheckpointError if no
     checkpoint can be read.
     """
+    if is_published(source):
+        with program.on_mesh:
+            params, fingerprint = load_published(str(source), program.run.model, program.params)
+        return TrainedParams(params, 0, fingerprint)
     location, step = parse_source(source)
     directory = RunDirectory(location)
     record = directory.existing_record()
@@ -59,6 +68,12 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
         assert found is not None
         step, params = found
     return TrainedParams(params, step, record.get("fingerprint", ""))
+
+
+def check_source(source: str, run: Run, dataset: Dataset) -> None:
+    """Raises ConfigError if published weights are those of another model than a run, or of another tokenizer."""
+    if is_published(source):
+        check_init(source, run.model, getattr(dataset, "tokenizer", None))
 
 
 def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:

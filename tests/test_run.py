@@ -14,6 +14,7 @@ from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.attention import Attention, AttentionTemperature
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -53,6 +54,7 @@ RUNS = [
     IMAGES,
     *(replace(TEXT, optim=OptimConfig(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
     *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
+    replace(TEXT, model=replace(DECODER, layers=(Layer(mixer=GatedDeltaNet(), mlp=MLP(dim=64)),))),
     *(
         replace(TEXT, model=changed(DECODER, first_layers=(), rope=Rope(scaling=scaling)))
         for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling(), LongRopeScaling(divisors=(1.0,)))

@@ -17,6 +17,7 @@ from jaxinfra.runtime.restart_policy import DEFAULT_MAX_PER_HOUR
 CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"
 CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of step 200"
+HUB_HELP = "published weights: hf:DIR, hf:ORG/NAME of the Hugging Face Hub, or hf:s3://BUCKET/DIR"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
 CHECKPOINT_ACTIONS = {
     "verify": "verify [STEP ...]",
@@ -209,13 +210,19 @@ def _add_data_peek(parser: argparse.ArgumentParser) -> None:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help=CHECKPOINT_HELP)
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    what = "the texts to continue; overrides of the mesh, such as mesh.tensor=4, may stand among them"
+    parser.add_argument("words", metavar="PROMPT", nargs="*", help=what)
+    what = "continue each line of this text file, and write JSON lines"
+    parser.add_argument("--prompts", metavar="FILE", help=what)
+    _add_int(parser, "--batch", 1, default=32, metavar="N", help="prompts to decode at once (default %(default)s)")
     most = "maximum number of tokens to decode (default %(default)s)"
     _add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    what = "end a text before this string; repeatable"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
     _add_imports(parser)
     _add_processes(parser)
 
@@ -225,6 +232,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     example = "mesh.fsdp=4 or train.eval_samples=100"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"overrides of its config, such as {example}")
     parser.add_argument("--json", metavar="FILE", help="also write the metrics as JSON, to a file or URL")
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    what = "run these tasks in place of the validation samples: names, or YAML files of tasks"
+    tasks.add_argument("--tasks", metavar="NAME|FILE[,...]", help=what)
+    _add_int(tasks, "--limit", 1, metavar="N", help="maximum of samples of each task (default: all)")
+    _add_int(tasks, "--num-fewshot", 0, metavar="N", help="examples in the prompts (default: what a task says)")
     _add_imports(parser)
     _add_processes(parser)
 
@@ -246,6 +258,27 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--damaged", action="store_true", default=None, help="prune: also delete steps set aside")
     parser.add_argument("--dry-run", action="store_true", default=None, help="prune: only say what would be deleted")
     _add_int(parser, "--step", 0, metavar="N", help="copy-to: the checkpoint (default: the newest intact one)")
+
+
+def _add_hub_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=HUB_HELP)
+    what = "also compare the files with the hashes of their export, which reads all of them"
+    parser.add_argument("--hashes", action="store_true", help=what)
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
+
+
+def _add_hub_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=f"{CHECKPOINT_HELP}; or published weights, as in hf:DIR")
+    parser.add_argument("out", metavar="OUT", help="a new folder or URL; several processes need a disk that all share")
+    what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
+    _add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
+    what = "dtype of the tensors (default: that of the parameters)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=what)
+    what = "model_type of the export, such as llama (default: one that can say what the model has)"
+    parser.add_argument("--family", metavar="TYPE", help=what)
+    _add_imports(parser)
+    _add_processes(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -347,7 +380,13 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("data verify", _add_store, "read a whole store and check the hash of every block"),
     ("data peek", _add_data_peek, "print the batch of one step and process"),
     ("sample", _add_sample, "continue a text with a checkpoint of a run, the newest by default"),
-    ("evaluate", _add_evaluate, "evaluate a checkpoint of a run on its validation samples, on any mesh"),
+    (
+        "evaluate",
+        _add_evaluate,
+        "evaluate a checkpoint of a run on its validation samples or on tasks, on any mesh",
+    ),
+    ("hub check", _add_hub_check, "say what published weights hold, and whether each tensor has its place"),
+    ("hub export", _add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
     ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
@@ -358,7 +397,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("faults", _add_faults, "inject the fault matrix into small real runs on this machine, and show what happens"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
-JOINING_COMMANDS = ("train", "sample", "evaluate", "parity", "bench")
+JOINING_COMMANDS = ("train", "sample", "evaluate", "hub export", "parity", "bench")
 """The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
 DEVICE_OPTIONS = (
     *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),

@@ -7,18 +7,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.table import Table
 from rich.text import Text
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.cli import output_file
 from jaxinfra.config import load
+from jaxinfra.errors import ConfigError
+from jaxinfra.language_model import open_language_model
 from jaxinfra.parallel.spec import Params
-from jaxinfra.program import TrainState
+from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.shared_reads import read_by_first
+from jaxinfra.sample import Sampler
+from jaxinfra.tasks.harness import Tasks, is_standard_error
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
 from jaxinfra.track.runs import parse_source, record_of
@@ -31,6 +36,18 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     is_main = current_peers().index == 0
     if options.json is not None and is_main:
         output_file.check_writable(options.json)
+    if options.tasks is None and (options.limit, options.num_fewshot) != (None, None):
+        raise ConfigError("--limit, --num-fewshot: are of tasks; name some with --tasks, or use train.eval_samples=100")
+    result = _validate(options) if options.tasks is None else _run_tasks(options)
+    if is_main:
+        _print_tasks(result) if "tasks" in result else _print_validation(result)
+        if options.json is not None:
+            output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates on the validation samples."""
     path, _ = parse_source(options.run_dir)
     trainer = Trainer(load(record_of(path), options.overrides, Run, options.imports))
     with read_by_first(current_peers()):
@@ -39,12 +56,25 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     with compile_cache(trainer.run.train.compile_cache):
         step, fingerprint = _restore(trainer, options.run_dir)
         values = trainer.evaluate()
-    if is_main:
-        result = _result(trainer, path, step, values) | {"data": dataset.fingerprint} | {"fingerprint": fingerprint}
-        _print(result)
-        if options.json is not None:
-            output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
-    return 0
+    found = {
+        "samples": len(dataset.validation(trainer.run.train.eval_samples)),
+        "validation": {name.removeprefix("eval/"): value for name, value in values.items()},
+        "baselines": trainer.baselines,
+    }
+    return _result(path, step, fingerprint, trainer.program, found) | {"data": dataset.fingerprint}
+
+
+def _run_tasks(options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates on tasks of lm-eval."""
+    path, _ = parse_source(options.run_dir)
+    tasks = Tasks(options.tasks.split(","), num_fewshot=options.num_fewshot)
+    with read_by_first(current_peers()):
+        model = open_language_model(options.run_dir, options.overrides, options.imports)
+    tasks.check_room(model.max_length)
+    sampler, loaded = Sampler.load(options.run_dir, model, options.overrides)
+    with compile_cache(model.run.train.compile_cache):
+        found = tasks.run(sampler, limit=options.limit)
+    return _result(path, loaded.step, loaded.fingerprint, sampler.program, {"tasks": found})
 
 
 def _restore(trainer: Trainer, source: str) -> tuple[int, str]:
@@ -69,28 +99,49 @@ def _reference(trainer: Trainer, source: str, step: int) -> Params:
         return checkpoints.restore_params(step, program.params, subtree="reference")
 
 
-def _result(trainer: Trainer, path: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+def _result(path: str, step: int, fingerprint: str, program: Program, found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is printed and written as JSON."""
-    run = trainer.run
     return {
         "run": path,
         "step": step,
-        "samples": len(trainer.dataset.validation(run.train.eval_samples)),
-        "validation": {name.removeprefix("eval/"): value for name, value in values.items()},
-        "baselines": trainer.baselines,
+        **found,
         "processes": jax.process_count(),
         "devices": jax.device_count(),
-        "mesh": dict(trainer.program.mesh.shape),
+        "mesh": dict(program.mesh.shape),
+        "fingerprint": fingerprint,
     }
 
 
-def _print(result: Mapping[str, Any]) -> None:
-    sizes = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
-    samples = f"{result['samples']:,} validation sample{'s' * (result['samples'] > 1)}"
-    console, title = stdout_console(), f"{result['run']}, step {result['step']}: {samples}, {sizes}"
+def _print_validation(result: Mapping[str, Any]) -> None:
     table = titled_table("", "metric")
     table.add_column("value", justify="right")
     for label, value in summary_rows({"validation": result["validation"], "baselines": result["baselines"]}):
         table.add_row(label, value)
+    _print(result, f"{result['samples']:,} validation sample{'s' * (result['samples'] > 1)}", table)
+
+
+def _print_tasks(result: Mapping[str, Any]) -> None:
+    table = titled_table("", "task")
+    for column in ("samples", "metric", "value", "standard error"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for task, metrics in result["tasks"].items():
+        values = {name: value for name, value in metrics.items() if name != "samples" and not is_standard_error(name)}
+        first = [task, f"{metrics['samples']:,}" if "samples" in metrics else ""]
+        for name, value in values.items():
+            error = metrics.get(_error_of(name))
+            table.add_row(*first, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+            first = ["", ""]
+    _print(result, "tasks of lm-eval", table)
+
+
+def _error_of(metric: str) -> str:
+    """Returns the name of the standard error of a metric: "acc_stderr", "exact_match_stderr/strict"."""
+    name, slash, label = metric.partition("/")
+    return f"{name}_stderr{slash}{label}"
+
+
+def _print(result: Mapping[str, Any], what: str, table: Table) -> None:
+    sizes = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
+    console, title = stdout_console(), f"{result['run']}, step {result['step']}: {what}, {sizes}"
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)

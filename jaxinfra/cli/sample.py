@@ -1,27 +1,77 @@
-"""`python -m launch sample RUN_DIR PROMPT`: continues a text with a checkpoint of a run."""
+"""`python -m launch sample RUN_DIR PROMPT...`: continues texts with a checkpoint of a run, on all devices."""
 
 import argparse
+import json
+import re
 from collections.abc import Sequence
 
+from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.sample import Sampler, SamplingParams
 
+_MESH_OVERRIDE = re.compile(r"mesh\.[a-z]+=\S*")
+
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the prompt and its continuation, while it is decoded.
+    """Prints prompts with their continuations: one prompt while it is decoded, several after their batch.
 
-    Several processes all decode, so that none waits for another; process 0 prints.
+    All processes take part; process 0 prints.
     """
     sampling = SamplingParams(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=tuple(options.stop),
     )
-    sampler = Sampler.from_run(options.run_dir, options.imports)
-    prompt = options.prompt  # printed with the first text, so that an error before it is the only output
+    overrides = [word for word in options.words if _MESH_OVERRIDE.fullmatch(word)]
+    prompts = [word for word in options.words if word not in overrides]
+    if bool(prompts) == (options.prompts is not None):
+        raise ConfigError(f"sample {options.run_dir}: expects prompts or --prompts FILE; name one of both")
+    if options.prompts is not None:
+        prompts = _read_lines(options.prompts)
+    sampler = Sampler.from_run(options.run_dir, options.imports, overrides)
+    with compile_cache(sampler.model.run.train.compile_cache):
+        if len(prompts) == 1 and options.prompts is None:
+            _stream(sampler, prompts[0], options.max_tokens, sampling)
+        else:
+            _print_batches(sampler, prompts, options, sampling)
+    return 0
+
+
+def _stream(sampler: Sampler, prompt: str, max_tokens: int, sampling: SamplingParams) -> None:
     prints = current_peers().index == 0
-    for text in sampler.stream(prompt, max_tokens=options.max_tokens, sampling=sampling):
-        if prints:
+    for text in sampler.stream(prompt, max_tokens=max_tokens, sampling=sampling):
+        if prints:  # the prompt with the first text, so that an error before it is the only output
             print(prompt + text, end="", flush=True)
             prompt = ""
     if prints:
         print(prompt)
-    return 0
+
+
+def _print_batches(
+    sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace, sampling: SamplingParams
+) -> None:
+    prints = current_peers().index == 0
+    for start in range(0, len(prompts), options.batch):
+        batch = prompts[start : start + options.batch]
+        completions = sampler.complete(batch, max_tokens=options.max_tokens, sampling=sampling)
+        for prompt, found in zip(batch, completions, strict=True):
+            if prints and options.prompts is None:
+                print(prompt + found.text, flush=True)
+            elif prints:
+                print(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False), flush=True)
+
+
+def _read_lines(path: str) -> list[str]:
+    """Returns the lines of a text file; ConfigError if it cannot be read, or has none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"--prompts {path}: {cause}; name a text file with a prompt in each line") from None
+    if not text:
+        raise ConfigError(f"--prompts {path}: is empty; name a text file with a prompt in each line")
+    return text.removesuffix("\n").split("\n")

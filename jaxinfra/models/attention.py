@@ -18,6 +18,7 @@ from jaxinfra.models.layers import SEQUENCE, HeadsNorm, Linear, Norm, NormConfig
 from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
+from jaxinfra.ops.norm import rms_norm
 from jaxinfra.ops.rope import Rope, rotate
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import constant
@@ -60,7 +61,9 @@ class Attention(Mixer):
         sinks: a learned score for each head, which takes part in the softmax without a value (GPT-OSS).
         qkv_bias: biases on queries, keys and values.
         out_bias: a bias on the output.
-        qk_norm: RMSNorm on each query and key "head" (Qwen3, Gemma 3), or on "all" heads at once (OLMo 2).
+        gate: multiplies the output of each head by the sigmoid of another projection of the tokens (Qwen3-Next).
+        qk_norm: RMSNorm on each query and key "head" (Qwen3, Gemma 3), on "all" heads at once (OLMo 2), or "l2" on each
+            head without weights (Llama 4).
     """
 
     num_heads: PositiveInt
@@ -75,7 +78,8 @@ class Attention(Mixer):
     sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["head", "all"] | None = None
+    gate: bool = False
+    qk_norm: Literal["head", "all", "l2"] | None = None
 
     @property
     def kv_head_count(self) -> int:
@@ -109,8 +113,9 @@ class Attention(Mixer):
 
     @override
     def matmul_params(self, hidden_size: int) -> int:
-        # Queries and output have all heads, keys and values only `kv_head_count`.
-        return hidden_size * self.head_width(hidden_size) * (2 * self.num_heads + 2 * self.kv_head_count)
+        # Queries, output and its gate have all heads, keys and values only `kv_head_count`.
+        heads = (3 if self.gate else 2) * self.num_heads + 2 * self.kv_head_count
+        return hidden_size * self.head_width(hidden_size) * heads
 
     @override
     def rotary(self, hidden_size: int) -> tuple[Rope, int] | None:
@@ -147,6 +152,7 @@ class AttentionModule(nnx.Module):
         linear = partial(Linear, params=params)
         project = partial(linear, hidden, parallelism="column", bias=config.qkv_bias)
         self.query = project((config.num_heads, head_dim), ("embed", "heads", None))
+        self.gate = project((config.num_heads, head_dim), ("embed", "heads", None)) if config.gate else None
         self.key = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.value = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.out = linear(
@@ -171,6 +177,9 @@ class AttentionModule(nnx.Module):
             k_BTGK = self.key_norm(k_BTGK, (*SEQUENCE, "kv_heads"))
         elif isinstance(self.query_norm, HeadsNorm) and isinstance(self.key_norm, HeadsNorm):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        elif self.config.qk_norm == "l2":
+            normalize = partial(rms_norm, eps=self.options.norm.eps)
+            q_BTHK, k_BTGK = (self.partitioner.map_local(normalize, x) for x in (q_BTHK, k_BTGK))
         if tokens.rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *tokens.rope), rotate(k_BTGK, *tokens.rope)
         if self.config.temperature is not None:
@@ -181,7 +190,7 @@ class AttentionModule(nnx.Module):
             y_BTHK = self_attention(
                 q_BTHK, k_BTGK, v_BTGK, self.spec, segments_BT, self.options, self.partitioner, self._sinks()
             )
-            return self.out(y_BTHK), None
+            return self.out(self._gated(y_BTHK, x_BTD)), None
         start = tokens.start
         assert start is not None
         cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
@@ -198,7 +207,10 @@ class AttentionModule(nnx.Module):
             positions=positions,
             sinks_H=self._sinks(),
         )
-        return self.out(y_BTHK), cache
+        return self.out(self._gated(y_BTHK, x_BTD)), cache
+
+    def _gated(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return y_BTHK if self.gate is None else y_BTHK * jax.nn.sigmoid(self.gate(x_BTD))
 
     def _sinks(self) -> jax.Array | None:
         if self.sinks is None:
@@ -226,7 +238,7 @@ class AttentionModule(nnx.Module):
 
 
 def _qk_norm(
-    kind: Literal["head", "all"] | None,
+    kind: Literal["head", "all", "l2"] | None,
     head_dim: int,
     config: NormConfig,
     params: ParamFactory,
@@ -235,7 +247,7 @@ def _qk_norm(
 ) -> Norm | HeadsNorm | None:
     if kind == "all":
         return HeadsNorm(num_heads, head_dim, axis, config, params=params)
-    return None if kind is None else Norm(head_dim, config, params=params)
+    return Norm(head_dim, config, params=params) if kind == "head" else None
 
 
 def _temperature(temperature: AttentionTemperature, positions_BT: jax.Array) -> jax.Array:
@@ -273,15 +285,21 @@ def self_attention(
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)
 
 
-def update_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+def update_cache(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from the slot `start_B` of each row on."""
+    arrays = (cache, new.astype(cache.dtype), start_B)
+    specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
+
+    def on_device(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(cache, new, start_B)
+
+    return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 
 
-def cached_positions(start: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the positions of queries `[B, T, ...]` that begin at slot `start`, and of a cache `[B, S, ...]`.
+def cached_positions(start_B: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the positions of queries `[B, T, ...]` that begin at slots `start_B`, and of a cache `[B, S, ...]`.
 
-    Two queries at `start=3` and a cache of 8 slots give `[[3, 4]]` and `[[0, ..., 7]]`. Later slots are masked, since
-    attention is causal.
+    Two queries at `start_B=[3, 0]` and a cache of 8 slots give `[[3, 4], [0, 1]]` and `[[0, ..., 7]]`. Later slots are
+    masked, since attention is causal.
     """
-    return start + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]
+    return start_B[:, None] + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]

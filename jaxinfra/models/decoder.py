@@ -30,6 +30,7 @@ from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_meth
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.ops.rope import Rope, rope_tables
+from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
 
@@ -173,14 +174,15 @@ def _keep_on_idle_stages(
 
 
 class Cache(NamedTuple):
-    """The decoding caches, and their number of tokens (an int32 scalar).
+    """The decoding caches.
 
     Attributes:
-        layers: caches by name of the stack and position in the period, `[times, ...]`.
+        layers: caches by name of the stack and position in the period, `[times, B, ...]`.
+        lengths: number of tokens of each row, int32 `[B]`.
     """
 
     layers: dict[str, tuple[LayerCache, ...]]
-    length: jax.Array
+    lengths: jax.Array
 
 
 class Transformer(LayeredModule):
@@ -244,17 +246,24 @@ class Transformer(LayeredModule):
             name: tuple(block.attention.empty_cache(stack.times, batch, length) for block in _blocks(period, stack))
             for name, stack, period in self._stacks()
         }
-        return Cache(layers, jnp.zeros((), jnp.int32))
+        return Cache(layers, jnp.zeros(batch, jnp.int32, out_sharding=self.partitioner.spec("batch")))
 
-    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[FactoredLogits, Cache]:
+    def decode(
+        self, tokens_BT: jax.Array, cache: Cache, counts_B: jax.Array | None = None
+    ) -> tuple[FactoredLogits, Cache]:
         """Returns logits for tokens that follow a cache, and the cache with these tokens.
 
-        Each row of the cache and the tokens is one document.
+        Each row of the cache and the tokens is one document. Of a row only the first `counts_B` tokens count, all by
+        default. The others pad it: their logits mean nothing, and the next call overwrites them in the cache.
         """
-        positions_1T = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        x_BTD, caches = self._embed_tokens(tokens_BT, positions_1T), {}
+        partitioner, length = self.partitioner, tokens_BT.shape[1]
+        tokens_BT = jax.reshard(tokens_BT, partitioner.spec("batch", None))
+        all_B = jnp.full_like(cache.lengths, length)
+        new_B = jax.reshard(all_B if counts_B is None else counts_B, partitioner.spec("batch"))
+        positions_BT = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        x_BTD, caches = self._embed_tokens(tokens_BT, positions_BT), {}
         for name, stack, period in self._stacks():
-            context = self._context(stack, positions_1T, TokenInfo(start=cache.length))
+            context = self._context(stack, positions_BT, TokenInfo(start=cache.lengths, counts=new_B))
 
             def step(x: jax.Array, xs: Any, context: PeriodContext = context) -> tuple[jax.Array, Any]:
                 period, index, caches = xs
@@ -262,8 +271,8 @@ class Transformer(LayeredModule):
                 return x, new
 
             xs = (period, jnp.arange(stack.times), cache.layers[name])
-            x_BTD, caches[name] = jax.lax.scan(step, x_BTD, xs)
-        return self.output(x_BTD), Cache(caches, cache.length + tokens_BT.shape[1])
+            x_BTD, caches[name] = scan(step, x_BTD, xs)
+        return self.output(x_BTD), Cache(caches, cache.lengths + new_B)
 
     # What is known about the model
 

@@ -2,11 +2,11 @@
 
 A matmul of `[m, k]` and `[k, n]` counts `2 m k n`, and a training step three times its forward pass (Kaplan et al.
 2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts only pairs of positions inside the mask,
-about half of all pairs if causal. Rematerialization, norms, rotary positions, softmax and the embedding lookup are not
-counted. A token counts the experts that it chooses, even if the choice is dropped.
+about half of all pairs if causal. A gated delta net counts what its recurrence multiplies, token by token.
+Rematerialization, norms, rotary positions, softmax, convolutions and the embedding lookup are not counted. A token
+counts the experts that it chooses, even if the choice is dropped.
 """
 
-from jaxinfra.models.mixer import Mixer
 from jaxinfra.models.transformer import TransformerConfig
 
 
@@ -21,16 +21,7 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     """Returns the training FLOPs of one token, in sequences of `length`.
 
     A weight costs 2 FLOPs, three times as many with the backward pass. So do a feature of a query and of an attention
-    output for each visible key.
+    output for each visible key, and a multiplication with a recurrent state.
     """
-    pairs = sum(_pair_features(layer.mixer, config.hidden_size, length) for layer in config.all_layers)
+    pairs = sum(layer.mixer.pair_features(config.hidden_size, length) for layer in config.all_layers)
     return 6 * matmul_params(config) + 6 * pairs
-
-
-def _pair_features(mixer: Mixer, hidden_size: int, length: int) -> float:
-    """Counts the features of queries and outputs of a token, once for each visible key."""
-    attention = mixer.attention(hidden_size)
-    if attention is None:
-        return 0
-    _, heads = attention
-    return heads.num_heads * (heads.head_dim + heads.value_dim) * mixer.visible_keys(hidden_size, length)

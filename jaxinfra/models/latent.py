@@ -46,6 +46,7 @@ class LatentAttention(Mixer):
         window: positions that a query attends to, its own included; None is all before.
         softcap: soft cap on attention scores.
         query_scale: factor on queries; None is one over the square root of the width of a query.
+        norm_eps: added to the variance of latents; None is that of the model's norms.
     """
 
     num_heads: PositiveInt
@@ -58,6 +59,7 @@ class LatentAttention(Mixer):
     window: PositiveInt | None = None
     softcap: PositiveFloat | None = None
     query_scale: float | None = None
+    norm_eps: PositiveFloat | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -113,7 +115,8 @@ class LatentAttentionModule(nnx.Module):
         hidden, heads = options.hidden_size, config.num_heads
         linear = partial(Linear, bias=False, params=params)
         down = partial(linear, (hidden,), axes=("embed", None), parallelism="sequence")
-        norm = partial(Norm, config=replace(options.norm, type="rmsnorm"), params=params)
+        eps = options.norm.eps if config.norm_eps is None else config.norm_eps
+        norm = partial(Norm, config=replace(options.norm, type="rmsnorm", eps=eps), params=params)
 
         def up(rank: int, head_dim: int) -> Linear:
             # The stored rank is sharded like "embed"; in use only the heads are sharded. The output is not saved, since
@@ -170,7 +173,7 @@ class LatentAttentionModule(nnx.Module):
 
         return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 
-    def _attend_to_cache(self, q_BTHK: jax.Array, start: jax.Array, cache: LatentCache) -> jax.Array:
+    def _attend_to_cache(self, q_BTHK: jax.Array, start_B: jax.Array, cache: LatentCache) -> jax.Array:
         """Computes attention to a cache that includes the tokens of the queries, `[B, T, H, V]`."""
         partitioner, rotated = self.partitioner, self.config.qk_rope_head_dim
         key_RHN, value_RHV = (
@@ -186,7 +189,7 @@ class LatentAttentionModule(nnx.Module):
         latent_q = partitioner.map_local(to_latent, q_BTHK, key_RHN)  # [B, T, H, P + R]
         # The whole cache is used as values, which avoids a copy; `to_value` drops the rotated features.
         kv = cache.tokens[:, :, None]  # [B, S, 1, P + R]
-        positions = cached_positions(start, q_BTHK, kv)
+        positions = cached_positions(start_B, q_BTHK, kv)
         y = dot_product_attention(latent_q, kv, kv, self.spec, platform=partitioner.platform, positions=positions)
         return partitioner.map_local(to_value, y, value_RHV)
 

@@ -23,7 +23,8 @@ class TokenInfo(NamedTuple):
         positions: positions in the documents, `[B or 1, T]`; None for a mixer that does not use them.
         rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
         segments: document ids `[B, T]`; None if every row is one document.
-        start: the cache slot of the first token, an int32 scalar; None without a cache.
+        start: the cache slot of each row's first token, int32 `[B]`; None without a cache.
+        counts: with a cache, the number of tokens of each row, int32 `[B]`; those after them are padding.
         dropout_bits: random bits `[B, T]` (see `ops.dropout`); None drops nothing.
     """
 
@@ -31,6 +32,7 @@ class TokenInfo(NamedTuple):
     rope: tuple[jax.Array, jax.Array] | None = None
     segments: jax.Array | None = None
     start: jax.Array | None = None
+    counts: jax.Array | None = None
     dropout_bits: jax.Array | None = None
 
 
@@ -90,6 +92,17 @@ class Mixer:
     def attention(self, hidden_size: int) -> tuple[AttentionSpec, HeadSizes] | None:
         """Returns the mask and the scale, and the heads; None if no position attends to another."""
         return None
+
+    def pair_features(self, hidden_size: int, length: int) -> float:
+        """Counts the features of queries and outputs of a token, once for each visible key.
+
+        A mixer without attention counts the multiplications with its state.
+        """
+        attention = self.attention(hidden_size)
+        if attention is None:
+            return 0
+        _, heads = attention
+        return heads.num_heads * (heads.head_dim + heads.value_dim) * self.visible_keys(hidden_size, length)
 
     def visible_keys(self, hidden_size: int, length: int) -> float:
         """Returns the mean number of keys that a query attends to in a sequence of this length."""

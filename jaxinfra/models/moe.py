@@ -55,6 +55,7 @@ class MixtureOfExperts:
         score_function: scores are a "softmax" over all experts, or the "sigmoid" of each logit.
         normalize_weights: scales the weights of a token's experts to sum to one.
         routed_scaling_factor: factor on the weights.
+        scale_inputs: multiplies the input of an expert by its weight, instead of its output (Llama 4).
         num_groups: number of groups of consecutive experts. A token chooses experts only from its `top_k_groups` best
             groups, by the sum of a group's two best scores (DeepSeek-V3, section 2.1.2).
         top_k_groups: see `num_groups`.
@@ -78,6 +79,7 @@ class MixtureOfExperts:
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_weights: bool = True
     routed_scaling_factor: float = 1.0
+    scale_inputs: bool = False
     num_groups: PositiveInt = 1
     top_k_groups: PositiveInt = 1
     bias_update_rate: NonNegativeFloat = 0.0
@@ -253,9 +255,13 @@ class MoE(nnx.Module):
             is_served_BTK = routing.within_capacity(choice.experts, mask_BTE, rule.capacity, sharding)
             served_BTK = jnp.where(is_served_BTK, choice.experts, self.config.num_experts)
         plan = plan_dispatch(self._placement(B, T, rule), served_BTK.reshape(B * T, -1))
-        y_MD = self._apply_experts(plan.dispatch(x_BTD.reshape(B * T, D)), weights, plan.group_sizes)
-        y_NKD = save_dot(plan.combine(y_MD)).astype(FLOAT32)
-        y_ND = jnp.sum(y_NKD * choice.weights.reshape(B * T, -1, 1), axis=1)
+        x_ND, weights_NK1 = x_BTD.reshape(B * T, D), choice.weights.reshape(B * T, -1, 1)
+        if self.config.scale_inputs:
+            x_MD, weights_NK1 = plan.dispatch_choices((x_ND[:, None] * weights_NK1).astype(x_ND.dtype)), 1
+        else:
+            x_MD = plan.dispatch(x_ND)
+        y_NKD = save_dot(plan.combine(self._apply_experts(x_MD, weights, plan.group_sizes))).astype(FLOAT32)
+        y_ND = jnp.sum(y_NKD * weights_NK1, axis=1)
         stats = self._layer_stats(logits_BTE, choice, mask_BTE, served_BTK)
         return y_ND.astype(x_BTD.dtype).reshape(B, T, D), stats
 

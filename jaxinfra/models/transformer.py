@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Protocol, override
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
 from jaxinfra.models.attention import Attention
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.model import LayeredModelConfig
@@ -35,7 +36,7 @@ class Layer:
         norms: where the norms are: "before" mixer and MLP (Llama), "after" them (OLMo 2), or "both" (Gemma 2).
     """
 
-    mixer: Attention | LatentAttention
+    mixer: Attention | LatentAttention | GatedDeltaNet
     mlp: MLP | MixtureOfExperts
     norms: Literal["before", "after", "both"] = "before"
 

@@ -16,6 +16,7 @@ from jaxinfra.objectives.objective import Apply, Objective
 from jaxinfra.ops.cross_entropy import (
     CrossEntropyConfig,
     chunked_token_cross_entropy,
+    chunked_token_scores,
     fused_cross_entropy,
     token_losses,
 )
@@ -72,6 +73,12 @@ def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -
         return -token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig())[0]
     config = CrossEntropyConfig(num_chunks=_default_num_chunks(logits.hidden), softcap=logits.softcap)
     return -chunked_token_cross_entropy(logits.hidden, logits.head, targets_BT, config)
+
+
+def token_scores(logits: FactoredLogits, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probability of each target, float32 `[B, T]`, and whether it is the likeliest, bool `[B, T]`."""
+    config = CrossEntropyConfig(num_chunks=_default_num_chunks(logits.hidden), softcap=logits.softcap)
+    return chunked_token_scores(logits.hidden, logits.head, targets_BT, config)
 
 
 def require_logits(output: Any, targets: jax.Array) -> None:

@@ -116,6 +116,27 @@ def chunked_token_cross_entropy(
     return _join_chunks(losses)
 
 
+def chunked_token_scores(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, config: CrossEntropyConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Returns for each token its log-probability, float32 `[B, T]`, and whether it is the likeliest, bool `[B, T]`.
+
+    Of equal logits the first is the likeliest, as in `argmax`. Only the logits of one chunk exist at a time.
+    """
+
+    def scores(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        x_BCD, targets_BC = chunk
+        logits_BCV = dot(x_BCD, w_DV).astype(jnp.float32)
+        # `argmax` of a sharded vocabulary.
+        is_largest_BCV = logits_BCV == jnp.max(logits_BCV, axis=-1, keepdims=True)
+        vocab = logits_BCV.shape[-1]
+        first_BC = jnp.min(jnp.where(is_largest_BCV, jnp.arange(vocab), vocab), axis=-1)
+        return None, (-token_losses(logits_BCV, targets_BC, config)[0], first_BC == targets_BC)
+
+    chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
+    return jax.tree.map(_join_chunks, scan(scores, None, chunks)[1])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_cross_entropy(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropyConfig

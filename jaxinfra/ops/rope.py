@@ -39,7 +39,8 @@ class Llama3Scaling:
     Attributes:
         factor: divisor of frequencies whose wavelength is above `original_length / low_freq_factor`.
         low_freq_factor: see `factor`.
-        high_freq_factor: frequencies with a wavelength below `original_length / high_freq_factor` are kept.
+        high_freq_factor: frequencies with a wavelength below `original_length / high_freq_factor` are kept. Without a
+            ramp it is equal to `low_freq_factor` (Llama 4 Scout).
         original_length: context length before scaling, in tokens.
     """
 
@@ -51,7 +52,8 @@ class Llama3Scaling:
     def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
         """Returns the scaled frequencies."""
         turns = self.original_length * freqs / (2 * math.pi)
-        keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        ramp = max(self.high_freq_factor - self.low_freq_factor, 1e-9)
+        keep = np.clip((turns - self.low_freq_factor) / ramp, 0, 1)
         return freqs * (keep + (1 - keep) / self.factor)
 
 
@@ -83,10 +85,10 @@ class YarnScaling:
     truncate: bool = True
 
     def problems(self) -> Iterable[Problem]:
-        """Yields a problem if `beta_slow` and `beta_fast` leave no ramp."""
-        if self.beta_slow >= self.beta_fast:
+        """Yields a problem if `beta_slow` is larger than `beta_fast`; Kimi K2 has equal ones."""
+        if self.beta_slow > self.beta_fast:
             fix = "use beta_slow=1.0 beta_fast=32.0"
-            yield Problem(fields=("beta_slow", "beta_fast"), message="beta_fast must be larger", fix=fix)
+            yield Problem(fields=("beta_slow", "beta_fast"), message="beta_fast must not be smaller", fix=fix)
 
     def m(self, weight: float) -> float:
         """Returns the factor `m(weight)`."""

@@ -56,6 +56,19 @@ class SequenceSharding:
         length = x.shape[dim] // (2 * self.num_shards)
         return x.reshape(*x.shape[:dim], *blocks, length, *x.shape[dim + 1 :])
 
+    def gather_blocks(self, x: jax.Array) -> jax.Array:
+        """Gathers a value of each of the shard's blocks, `[blocks_per_shard, ...]`, from all shards; in a `shard_map`.
+
+        Returns:
+            `[num_shards * blocks_per_shard, ...]`, in the order of the sequence.
+        """
+        return self.to_natural_order(jax.lax.all_gather(x, self.axes, tiled=True), 0)
+
+    def own_blocks(self) -> jax.Array:
+        """Returns the indices in the sequence of the shard's blocks, int32 `[blocks_per_shard]`; in a `shard_map`."""
+        shard = jax.lax.axis_index(self.axes)
+        return jnp.stack([self.block_index(shard, block) for block in range(self.blocks_per_shard)])
+
     def positions(self, length: int) -> jax.Array:
         """Returns the positions of a sequence in shard order, int32 `[length]`."""
         return self.to_shard_order(jnp.arange(length, dtype=jnp.int32), 0)

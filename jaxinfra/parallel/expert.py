@@ -73,6 +73,11 @@ class ExpertDispatch(NamedTuple):
         token_S = self.choice_S // self.num_choices  # `NO_ROW` stays -1
         return self.send(gather_rows(x_ND, token_S, self.row_A, self.num_choices))
 
+    def dispatch_choices(self, x_NKD: jax.Array) -> jax.Array:
+        """Maps one row per choice `[N, K, D]` to the rows of the device's own experts `[M, D]`, sorted by expert."""
+        x_AD = x_NKD.reshape(-1, x_NKD.shape[2])
+        return self.send(gather_rows(x_AD, self.choice_S, self.row_A, 1))
+
     def combine(self, y_MD: jax.Array) -> jax.Array:
         """Maps the experts' outputs `[M, D]` to one output per choice, `[N, K, D]`."""
         y_AD = gather_rows(self.send_back(y_MD), self.row_A, self.choice_S, 1)

@@ -80,6 +80,11 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(config.sizes, AXES, axis_types=_AXIS_TYPES)
 
 
+def reshape_mesh(mesh: Mesh, config: MeshConfig) -> Mesh:
+    """Returns a mesh of other sizes over the same devices, in the same order; no axis may be -1."""
+    return Mesh(np.asarray(mesh.devices).reshape(config.sizes), AXES, axis_types=_AXIS_TYPES)
+
+
 def permute_devices(mesh: Mesh, order: Sequence[int]) -> Mesh:
     """Returns the mesh with its devices in another order, for tests: results on it must not change."""
     grid = np.asarray(mesh.devices).reshape(-1)[list(order)].reshape(mesh.devices.shape)

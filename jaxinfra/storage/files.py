@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NotRequired, TypedDict, cast
 
 import fsspec
@@ -147,6 +147,13 @@ def file_exists(path: str) -> bool:
     fs, fs_path = _file_system(path, field="")
     with storage_errors(display_url(path), action="read"):
         return fs.exists(fs_path)
+
+
+def upload_file(path: Path, url: str) -> None:
+    """Copies a local file into a bucket in parts, however long it is; raises StorageError if that fails."""
+    fs, target = _file_system(url, field="")
+    with storage_errors(url):
+        fs.put_file(str(path), target)
 
 
 def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFileSystem, str]:

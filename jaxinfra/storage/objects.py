@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import tensorstore as ts
 
 from jaxinfra.errors import ConfigError, DataError, StorageError
@@ -20,6 +21,7 @@ from jaxinfra.storage.known_reads import ask_once
 _UPLOAD_THREADS = 8  # each holds a file in memory: a shard of tokens has 32 or 64 MiB
 _CHECK_THREADS = 32  # as many requests as TensorStore makes at once
 _COMPARED_BYTES = 256
+_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 
 
 class ObjectStore:
@@ -65,6 +67,22 @@ class ObjectStore:
         """Reads an object; returns None if it is missing."""
         result = call_storage(self.url_of(name), self._objects.read(name).result)
         return result.value if result.state == "value" else None
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out`, uint8 `[N]`, with the bytes of an object from `start` on.
+
+        Raises DataError if the object is missing or shorter.
+        """
+        url, folder = self.url_of(name), self.folder
+        if folder is not None:
+            found = call_storage(url, lambda: _read_file_into(folder / name, start, out))
+        else:
+            read = self._objects.read(name, byte_range=slice(start, start + len(out)))
+            content = call_storage(url, read.result).value if len(out) else b""
+            out[: len(content)] = np.frombuffer(content, np.uint8)
+            found = len(content)
+        if found != len(out):
+            raise DataError(f"{url}: missing, or fewer than {start + len(out)} bytes; {DAMAGED_VERSION_FIX}")
 
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
@@ -215,3 +233,13 @@ class ObjectStore:
         if (n_bytes := start + len(result.value)) != size_bytes:
             raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {DAMAGED_VERSION_FIX}")
         return result.value
+
+
+def _read_file_into(path: Path, start: int, out: np.ndarray) -> int:
+    """Returns the number of bytes read, fewer than `out` has if the file ends before."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        rest = memoryview(out)
+        while rest and (count := file.readinto(rest[:_READ_BYTES])):
+            rest = rest[count:]
+    return len(out) - len(rest)

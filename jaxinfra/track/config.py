@@ -78,8 +78,8 @@ class TrackConfig:
         tensorboard: writes TensorBoard event files.
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
             terminal and "plain" elsewhere, "off" prints nothing.
-        sample_prompt: a text that a language model continues at each evaluation, for the report. The parameters are
-            copied to the first device for it, so the model must fit there. None samples nothing.
+        sample_prompt: a text that a language model continues at each evaluation, for the report, on the mesh of the
+            run. With pipeline stages the parameters are copied for it, sharded over all devices. None samples nothing.
         wandb: Weights & Biases.
         mlflow: MLflow.
         trackers: your own trackers, besides these.

@@ -18,6 +18,7 @@ from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.formatting import format_bytes
 from jaxinfra.track.memory import available_bytes
+from jaxinfra.trained_params import check_source
 from jaxinfra.user_code import user_code_errors
 
 
@@ -44,6 +45,8 @@ class RunData:
             versions = self._run_dir.data_versions(self._config)
             dataset = self._run.data.with_versions(versions).open(hint=hint)
             dataset.check(self._run.model)
+            if self._run.init is not None:
+                check_source(self._run.init, self._run, dataset)
             dataset.validation()  # raises if there are no validation samples
         return dataset
 

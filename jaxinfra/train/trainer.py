@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, Loaded, fingerprint, validate, write_record
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.data.prefetch import Prefetcher
@@ -30,6 +29,7 @@ from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location
@@ -55,6 +55,7 @@ from jaxinfra.train.run_record import find_peak, require_equal_processes, start_
 from jaxinfra.train.saving import Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import RunStatistics, run_statistics, units_per_step
+from jaxinfra.train.texts import Texts
 from jaxinfra.train.watch import Watch, is_busy
 from jaxinfra.trained_params import load_params
 from jaxinfra.user_code import user_code_errors
@@ -92,13 +93,11 @@ class Trainer:
             raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
         self._loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
         validate(self._loaded.run)
-        if self._loaded.run.track.sample_prompt is not None:
-            with error_prefix("track.sample_prompt: "):
-                Sampler.check(self._loaded.run)
         devices = all_devices()
         self._peers = current_peers()
         self.run = with_mesh_size(self._loaded.run, len(devices))
         validate(self.run)
+        self._texts = Texts(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
         self.run_dir = RunDirectory(join_location(self.run.root, self.run.name))
         self._data = RunData(self.program, self._loaded.run, self.run_dir, prepare_command)
@@ -115,7 +114,6 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._eval_step: int | None = None  # completed steps at the last evaluation
-        self._sampler: Sampler | None = None  # of `track.sample_prompt`
         self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
         self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
@@ -135,6 +133,7 @@ class Trainer:
             dataset, steps = self.dataset, self.run.train.steps
         self._data.check_host_memory()
         self.require_equal_processes()
+        self._texts.load()
         with (
             RunSignals() as signals,
             maintenance.listen(os.environ, lambda notice: self._peers.request("stop", notice)),
@@ -337,8 +336,7 @@ class Trainer:
         state = self.state
         if state is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
-        params = state.params if state.ema is None else state.ema
-        total: Metrics | None = None
+        params, total = self._evaluated_params, None
         with self.program.on_mesh:
             for _, batch in self._data.validation:
                 with self._phases.first("eval_step"):
@@ -417,8 +415,13 @@ class Trainer:
         """Returns a sampler of the trained language model, with the averaged parameters if the run keeps them."""
         if self.state is None:
             return Sampler.from_run(self.run_dir.location, ClassFinder.from_config(self.run))
-        params = self.state.params if self.state.ema is None else self.state.ema
-        return Sampler.from_params(self.run, params)
+        return Sampler.from_params(self.run, self._evaluated_params)
+
+    @property
+    def _evaluated_params(self) -> Params:
+        """The averaged parameters if the run keeps them; there must be a state."""
+        assert self.state is not None
+        return self.state.params if self.state.ema is None else self.state.ema
 
     # Data, checkpoints and records
 
@@ -511,6 +514,7 @@ class Trainer:
     def _log_evaluation(self) -> None:
         with self._phases("evaluation"):
             self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+            self._eval_metrics |= self._texts.scores(self._evaluated_params)
             if self._skipped is not None:
                 skipped = self._skipped.collect_evaluation(self._data.validation, self.completed_steps)
                 self._eval_metrics["eval/skipped"] = skipped
@@ -531,15 +535,8 @@ class Trainer:
 
     def _sample(self) -> str | None:
         """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""
-        prompt, state = self.run.track.sample_prompt, self.state
-        if prompt is None or state is None:
-            return None
-        with self._phases("sample"), error_prefix("track.sample_prompt: "):
-            if self._sampler is None:
-                self._sampler = self.sampler()
-            else:
-                self._sampler.set_params(state.params if state.ema is None else state.ema)
-            return self._sampler.continue_prompt(prompt)
+        with self._phases("sample"):
+            return self._texts.sample(self._evaluated_params)
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         return {

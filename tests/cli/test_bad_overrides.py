@@ -64,6 +64,7 @@ def test_quantized_products_need_qwix(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
 
 
 LATENT = "model.layers.mixer=latent_attention"
+DELTA = "model.layers.mixer=gated_delta_net"
 EXPERTS = "model.layers.mlp=mixture_of_experts"
 MIXER, MLP = "model.layers.0.mixer", "model.layers.0.mlp"
 # Overrides of which the last does not go with others or with what is there, and the fields that must be named.
@@ -102,6 +103,8 @@ WITH_A_FIX = (
     (f"{LATENT} model.layers.mixer.kv_lora_rank=0", f"{MIXER}.kv_lora_rank=0"),
     (f"{LATENT} {MIXER}.qk_rope_head_dim=5", f"{MIXER}.rope.fraction=1.0 {MIXER}.qk_rope_head_dim=5"),
     (f"{LATENT} model.layers.mixer.q_lora_rank=12", f"{MIXER}.q_lora_rank=12 mesh.fsdp=8"),
+    (f"{DELTA} {MIXER}.num_value_heads=24", f"{MIXER}.num_value_heads=24 {MIXER}.num_key_heads=16"),
+    (f"{DELTA} {MIXER}.num_key_heads=2 mesh.fsdp=2 mesh.tensor=4", f"{MIXER}.num_key_heads=2 mesh.tensor=4"),
     ("model.layers.mixer.num_heads=10", f"model.hidden_size=32 {MIXER}.num_heads=10"),
     ("model.vocab_size=306 mesh.tensor=4", "model.vocab_size=306 mesh.tensor=4"),
     ("model.layers.mlp.dim=66 mesh.tensor=4", f"{MLP}.dim=66 mesh.tensor=4"),

@@ -1,13 +1,16 @@
 """A mixture of experts is trained on a mesh, logged, saved, resumed on another mesh, and sampled."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxinfra.sample import Sampler, SamplingParams, sampling_program
+from jaxinfra.sample import Sampler, SamplingParams
+from jaxinfra.sampling_program import sampling_program
 from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.trained_params import load_params
 from tests.tiny_run import Tiny
 
 MIXTURE = (
@@ -32,16 +35,19 @@ def test_from_the_first_step_to_text(tiny: Tiny) -> None:
     assert [int(row["step"]) for row in rows][-1] == 12 and rows[-1]["loss"] < rows[0]["loss"]
     assert all(sum(row[f"expert_load/{e}"] for e in range(4)) == pytest.approx(4) for row in rows)
     assert all(row["expert_dropped"] == 0 and row["expert_load_max"] >= 1 and row["balance_loss"] > 0 for row in rows)
-    check_greedy(Sampler.from_run(directory))
+    check_greedy(directory)
 
 
-def check_greedy(sampler: Sampler) -> None:
-    """Word by word from a cache, each is the likeliest after reading all before it anew."""
-    prompt = sampler._tokenizer.encode("w1 w7 w50")
-    found = list(sampler.tokens(prompt, max_tokens=12, sampling=SamplingParams(temperature=0.0)))
-    program = sampling_program(sampler._program.run)
-    ids = np.array([[*prompt, *found]], np.int32)
+def check_greedy(directory: Path) -> None:
+    """Word by word from a cache with sharded experts, each is the likeliest after reading all before it anew."""
+    sampler = Sampler.from_run(directory, (), ["mesh.expert=4", "mesh.tensor=1", "mesh.fsdp=2"])
+    prompts = [sampler.model.encode(prompt) for prompt in ("w1 w7 w50", "w3")]
+    steps = [*sampler.tokens(prompts, max_tokens=12, sampling=SamplingParams(temperature=0.0))]
+    program = sampling_program(sampler.model.run, jax.devices()[:1])
+    params = load_params(directory, program).params
     with program.on_mesh:
-        model = program.model(sampler._params)
-        logits = np.asarray(jax.jit(lambda ids: model({"inputs": ids}).materialize())(ids))
-    assert found and logits[0].argmax(-1)[len(prompt) - 1 : -1].tolist() == found
+        model = program.model(params)
+        logits = jax.jit(lambda ids: model({"inputs": ids}).materialize())
+        for prompt, found in zip(prompts, zip(*steps, strict=True), strict=True):
+            ids = np.array([[*prompt, *found]], np.int32)
+            assert np.asarray(logits(ids))[0].argmax(-1)[len(prompt) - 1 : -1].tolist() == [*found]

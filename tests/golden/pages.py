@@ -11,6 +11,7 @@ from jaxinfra.config.explain import Field, all_fields, fields_below
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
 from jaxinfra.models.catalog import CatalogEntry, catalog, catalog_text, published_context
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import SHAPES, VISION_SHAPES
 from jaxinfra.parallel.sharding import Partitioner
@@ -42,8 +43,9 @@ def catalog_entry(name: str) -> CatalogEntry:
     config = (SHAPES | VISION_SHAPES)[name]
     _, state = nnx.split(config.build(Partitioner()))
     specs = jax.tree.leaves(nnx.to_pure_dict(state))
-    layer = config.layers[0] if isinstance(config, TransformerConfig) else None
-    moe, mixer = getattr(layer, "mlp", None), getattr(layer, "mixer", config)
+    layers = config.layers if isinstance(config, TransformerConfig) else ()
+    moe = next((layer.mlp for layer in layers if isinstance(layer.mlp, MixtureOfExperts)), None)
+    heads = next((found[1] for layer in layers if (found := layer.mixer.attention(config.hidden_size))), None)
     # The experts that a token does not choose.
     idle = sum(s.size * (moe.num_experts - moe.top_k) // moe.num_experts for s in specs if moe and "experts" in s.axes)
     parameters = sum(spec.size for spec in specs)
@@ -52,8 +54,8 @@ def catalog_entry(name: str) -> CatalogEntry:
         function="shape" if name in SHAPES else "vision_shape",
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        num_heads=mixer.num_heads,
-        num_kv_heads=mixer.attention(config.hidden_size)[1].num_kv_heads if layer else None,
+        num_heads=heads.num_heads if heads else config.num_heads,
+        num_kv_heads=heads.num_kv_heads if heads else None,
         vocab_size=getattr(config, "vocab_size", None),
         parameters=parameters,
         active_parameters=parameters - idle,
@@ -90,9 +92,9 @@ model = replace(shape("qwen3-0.6b"), num_layers=12, remat="full")
 ## A pattern of layers
 
 A decoder is a period of layers, which is repeated until there are `num_layers`; the last repetition may be cut short.
-Each layer names its *mixer* (`Attention` or `LatentAttention`, with its own heads, window and rotary positions), its
-`MLP` or `MixtureOfExperts`, and where its norms are. This one has three layers with a window for each layer that sees
-everything, and experts in every other layer:
+Each layer names its *mixer* (`Attention`, `LatentAttention` or `GatedDeltaNet`, with its own heads, window and rotary
+positions), its `MLP` or `MixtureOfExperts`, and where its norms are. This one has three layers with a window for each
+layer that sees everything, and experts in every other layer:
 
 ```python
 from dataclasses import replace
@@ -125,6 +127,8 @@ On the command line an index names one layer of the period, and a path without a
   in `tail`, first layers in `prefix`.
 - One step of a scan applies a period, so compile time grows with the period, not with the number of layers: on a CPU,
   48 layers with a period of four take 1.6 times as long to compile as 48 alike layers, with a period of six 2.2 times.
+- `GatedDeltaNet` is the linear attention of Qwen3-Next: time and memory grow with the length, not with its square, and
+  decoding keeps a state of fixed size. It needs no positions.
 - `remat` is repeated over the layers, pipeline stages split whole periods, and decoding has a cache for each layer.
 
 ## Published models

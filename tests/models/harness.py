@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.decoder import Cache, Transformer
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -84,6 +85,22 @@ MODELS: dict[str, dict[str, Any]] = {
             balance_loss=0.3,
             z_loss=0.01,
         ),
+    },
+    "qwen3-next": {
+        "num_layers": 2,
+        "layers": (
+            Layer(
+                mixer=GatedDeltaNet(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6),
+                mlp=MLP(dim=24),
+            ),
+            Layer(
+                mixer=Attention(
+                    num_heads=4, num_kv_heads=2, head_dim=8, gate=True, qk_norm="head", rope=Rope(fraction=0.5)
+                ),
+                mlp=MLP(dim=24),
+            ),
+        ),
+        "norm_offset": 1.0,
     },
     # Two kinds of layers: chunks, with sinks and biases as in GPT-OSS; and no positions, but a temperature, with norms
     # on the branch only and over all heads.
@@ -177,15 +194,15 @@ class BuiltDecoder:
 
     @cached_property
     def forward(self) -> Callable[..., tuple[jax.Array, Cache | None]]:
-        """Compiles `forward(params, tokens, positions, segments, cache=None) -> (logits before the cap, cache)`."""
+        """Compiles `forward(params, tokens, positions, segments, cache, counts) -> (logits before the cap, cache)`."""
 
-        def run(params, tokens, positions=None, segments=None, *, cache=None):
+        def run(params, tokens, positions=None, segments=None, *, cache=None, counts=None):
             model = self.model(params)
             if cache is None:
                 batch = {"inputs": tokens, "positions": positions, "segments": segments}
                 factored = model({name: array for name, array in batch.items() if array is not None})
             else:
-                factored, cache = model.decode(tokens, cache)
+                factored, cache = model.decode(tokens, cache, counts)
             return dot(factored.hidden, factored.head).astype(jnp.float32), cache
 
         return jax.jit(run)

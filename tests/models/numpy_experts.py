@@ -69,7 +69,8 @@ def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, sta
             weights = {name: {"weight": params[name][e]} for name in ("gate", "up", "down") if name in params}
             for name, own in weights.items():
                 own["bias"] = params[f"{name}_bias"][e] if config.bias else 0.0
-            y_TD[t] += config.routed_scaling_factor * scores[e] / total * mlp(x_D, weights)
+            weight = config.routed_scaling_factor * scores[e] / total
+            y_TD[t] += mlp(weight * x_D, weights) if config.scale_inputs else weight * mlp(x_D, weights)
         if config.num_shared_experts:
             gate = 1 / (1 + np.exp(-x_D @ params["shared_gate"])) if config.shared_gate else 1.0
             y_TD[t] += gate * mlp(x_D, params["shared"])

@@ -114,15 +114,16 @@ def dot_product_attention(q_THK, k_TGK, v_TGV, mixer, positions, segments, sinks
 def latent_attention(x_TD, params: Params, config, mixer, positions, segments) -> np.ndarray:
     """Equations 37 to 47 of the DeepSeek-V2 paper, one head at a time, in their order; rotated features first."""
     rope, P = mixer.rope, mixer.qk_rope_head_dim
+    eps = config.norm.eps if mixer.norm_eps is None else mixer.norm_eps
     q_in_TR = x_TD
     if "query_down" in params:
         q_in_TR = [
-            normalize(c, params["query_norm"], "rmsnorm", config.norm.eps, config.norm.offset)
+            normalize(c, params["query_norm"], "rmsnorm", eps, config.norm.offset)
             for c in linear(x_TD, params["query_down"], 1)
         ]
     latent_TR = np.stack(
         [
-            normalize(c, params["kv_norm"], "rmsnorm", config.norm.eps, config.norm.offset)
+            normalize(c, params["kv_norm"], "rmsnorm", eps, config.norm.offset)
             for c in linear(x_TD, params["kv_down"], 1)
         ]
     )
@@ -138,6 +139,8 @@ def latent_attention(x_TD, params: Params, config, mixer, positions, segments) -
 
 
 def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.ndarray:
+    if "a_log" in params:
+        return gated_delta_net(x_TD, params, config, mixer, segments)
     if "kv_down" in params:
         return latent_attention(x_TD, params, config, mixer, positions, segments)
     q_THK, k_TGK, v_TGK = (linear(x_TD, params[name], 1) for name in ("query", "key", "value"))
@@ -148,6 +151,8 @@ def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.nd
                 normed = normalize(x_THK[t].ravel(), scale, "rmsnorm", config.norm.eps, config.norm.offset)
                 x_THK[t] = normed.reshape(x_THK[t].shape)
         for t, h in np.ndindex(x_THK.shape[:2]):
+            if mixer.qk_norm == "l2":
+                x_THK[t, h] = normalize(x_THK[t, h], {"scale": 1.0}, "rmsnorm", config.norm.eps, 0.0)
             if mixer.qk_norm == "head":
                 x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm.eps, config.norm.offset)
             if mixer.rope is not None:
@@ -156,7 +161,42 @@ def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.nd
         for t, position in enumerate(positions):
             q_THK[t] *= 1 + mixer.temperature.scale * math.log(1 + (position + 1) // mixer.temperature.floor)
     y_THK = dot_product_attention(q_THK, k_TGK, v_TGK, mixer, positions, segments, params.get("sinks"))
+    if mixer.gate:
+        y_THK = y_THK / (1 + np.exp(-linear(x_TD, params["gate"], 1)))
     return linear(y_THK, params["out"], 2)
+
+
+def convolution(x_T, weight_W, segments) -> np.ndarray:
+    """A causal convolution of one feature with the inputs of the same document, and SiLU."""
+    width, out = len(weight_W), np.zeros(len(x_T))
+    for t in range(len(x_T)):
+        for back in range(min(width, t + 1)):
+            if segments is None or segments[t - back] == segments[t]:
+                out[t] += weight_W[width - 1 - back] * x_T[t - back]
+    return silu(out)
+
+
+def gated_delta_net(x_TD, params: Params, config, mixer, segments) -> np.ndarray:
+    """Equation 10 of Yang et al. 2024, one token at a time."""
+    q_TGK, k_TGK, v_THV = (linear(x_TD, params[name], 1) for name in ("query", "key", "value"))
+    for name, x_THK in (("query", q_TGK), ("key", k_TGK), ("value", v_THV)):
+        for h, i in np.ndindex(x_THK.shape[1:]):
+            x_THK[:, h, i] = convolution(x_THK[:, h, i], params[f"{name}_conv"][:, h, i], segments)
+    softplus = np.log1p(np.exp(linear(x_TD, params["decay"], 1) + params["dt_bias"]))
+    decay_TH = np.exp(-np.exp(params["a_log"]) * softplus)
+    beta_TH = 1 / (1 + np.exp(-linear(x_TD, params["beta"], 1)))
+    out = np.zeros_like(v_THV)
+    for h in range(mixer.num_value_heads):
+        state_VK = np.zeros((mixer.value_head_dim, mixer.key_head_dim))
+        group = h * mixer.num_key_heads // mixer.num_value_heads
+        for t in range(len(x_TD)):
+            if segments is not None and t and segments[t] != segments[t - 1]:
+                state_VK = np.zeros_like(state_VK)
+            q, k = (x / math.sqrt(x @ x + 1e-6) for x in (q_TGK[t, group], k_TGK[t, group]))
+            state_VK = decay_TH[t, h] * state_VK @ (np.eye(len(k)) - beta_TH[t, h] * np.outer(k, k))
+            state_VK += beta_TH[t, h] * np.outer(v_THV[t, h], k)
+            out[t, h] = normalize(state_VK @ q / math.sqrt(len(q)), params["norm"], "rmsnorm", config.norm.eps, 0.0)
+    return linear(out * silu(linear(x_TD, params["gate"], 1)), params["out"], 2)
 
 
 def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:

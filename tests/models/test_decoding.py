@@ -1,4 +1,7 @@
-"""Decoding with a cache gives the logits of a forward pass over the whole sequence, to 2e-5 of the largest."""
+"""Decoding with a cache gives the logits of a forward pass over the whole sequence, to 2e-5 of the largest.
+
+The prompts of a batch have unlike lengths.
+"""
 
 from typing import Any
 
@@ -11,7 +14,8 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from tests.models.harness import MODELS, ONE, BuiltDecoder, build, random_tokens, relative_error, slow_but
 
-PROMPT, LENGTH, SLOTS = 5, 12, 16
+LENGTH, SLOTS, PROMPTS = 12, 16, (5, 2, 1, 4)
+STEPS = LENGTH - max(PROMPTS) + 1
 # A single token has no positions to shard between blocks.
 DECODING = ShardingRules(block_sequence=())
 MESHES = {
@@ -19,6 +23,7 @@ MESHES = {
     "gemma": MeshConfig(fsdp=2, tensor=2),
     "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
     "deepseek": MeshConfig(fsdp=2, tensor=2),
+    "qwen3-next": MeshConfig(fsdp=2, tensor=2),
     "unlike": MeshConfig(fsdp=2, tensor=2),
 }
 SLIDING = {
@@ -28,23 +33,28 @@ SLIDING = {
 }
 
 
-def decode(built: BuiltDecoder, values: dict[str, Any], tokens: np.ndarray, prompt: int) -> np.ndarray:
-    """Returns logits `[B, T, V]`: for the prompt at once, then token by token."""
+def decode(built: BuiltDecoder, values: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Returns logits `[B, STEPS, V]` from the end of each prompt on: all prompts at once, then token by token."""
+    rows, counts = np.arange(len(tokens)), np.array(PROMPTS)
+    prompts = np.where(np.arange(max(PROMPTS)) < counts[:, None], tokens[:, : max(PROMPTS)], 7)  # padded at the end
     with jax.set_mesh(built.mesh):
         forward, params = built.forward, built.put(values)
         cache = jax.jit(lambda p: built.model(p).empty_cache(len(tokens), SLOTS))(params)
-        pieces = []
-        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.shape[1]))]:
-            logits, cache = forward(params, built.put_rows(tokens[:, start:end]), cache=cache)
-            pieces.append(np.asarray(logits))
-        assert cache is not None and int(cache.length) == tokens.shape[1]
-    return np.concatenate(pieces, axis=1)
+        logits, cache = forward(params, built.put_rows(prompts), cache=cache, counts=counts)
+        pieces = [np.asarray(logits)[rows, counts - 1]]
+        for step in range(STEPS - 1):
+            logits, cache = forward(params, built.put_rows(tokens[rows, counts + step][:, None]), cache=cache)
+            pieces.append(np.asarray(logits)[:, 0])
+        assert cache is not None and np.array_equal(cache.lengths, counts + STEPS - 1)
+    return np.stack(pieces, axis=1)
 
 
 def check(changes: dict[str, Any], mesh: MeshConfig) -> None:
     built = build(mesh, rules=DECODING, **changes)
-    values, tokens = built.values(), random_tokens(4, LENGTH)
-    assert relative_error(decode(built, values, tokens, PROMPT), built.logits(values, tokens)) < 2e-5
+    values, tokens = built.values(), random_tokens(len(PROMPTS), LENGTH)
+    expected = built.logits(values, tokens)
+    steps = np.array(PROMPTS)[:, None] - 1 + np.arange(STEPS)
+    assert relative_error(decode(built, values, tokens), np.take_along_axis(expected, steps[..., None], 1)) < 2e-5
 
 
 @pytest.mark.parametrize("changes", [*MODELS.values(), SLIDING], ids=[*MODELS, "sliding"])

@@ -38,6 +38,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "yarn on whole scores": {"rope": Rope(scaling=YarnScaling(mscale_all_dim=1.0))},
     "latent": {"mixer": LATENT},
     "latent without a query latent": {"mixer": replace(LATENT, q_lora_rank=None)},
+    "latent with its own eps": {"mixer": replace(LATENT, norm_eps=0.1)},
     "latent, sliding window": {
         "mixer": LATENT,
         "windows": (3, None),
@@ -72,6 +73,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks, softcap and window": {"sinks": True, "softcap": 1.5, "windows": (3, None), "num_layers": 4},
     "chunks": {"chunk": 5},
     "temperature": {"rope": None, "temperature": AttentionTemperature(scale=0.5, floor=3)},
+    "norm without weights": {"qk_norm": "l2", "norm_offset": 1.0},
     "norm over all heads": {"qk_norm": "all", "norm_offset": 1.0},
     "norms on the branch only": {"norms": "after"},
     "clamped swiglu": {"mlp_activation": "clamped_swiglu"},

@@ -40,6 +40,17 @@ VARIANTS: dict[str, MixtureOfExperts] = {
     "router and expert biases": replace(PLAIN, router_bias=True, bias=True),
     "clamped": replace(PLAIN, activation="clamped_swiglu", bias=True),
     "capacity": replace(PLAIN, capacity_factor=0.7),
+    "scaled inputs": replace(PLAIN, score_function="sigmoid", normalize_weights=False, scale_inputs=True),
+    "llama 4": MixtureOfExperts(
+        dim=12,
+        num_experts=8,
+        top_k=1,
+        num_shared_experts=1,
+        score_function="sigmoid",
+        normalize_weights=False,
+        scale_inputs=True,
+        capacity_factor=1.1,
+    ),
     "deepseek": MixtureOfExperts(
         dim=12,
         num_experts=8,

@@ -1,4 +1,4 @@
-"""The DPO loss and its gradients against TRL's, on the same Llama: `make test-trl` installs TRL and runs this."""
+"""The DPO loss and its gradients against TRL's, on the same Llama."""
 
 import subprocess
 from pathlib import Path
@@ -17,22 +17,19 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.decoders import decoder
+from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.models.harness import relative_error
 
-ROOT = Path(__file__).parents[2]
-TRL_PYTHON = ROOT / ".venv-trl/bin/python"
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
 
-pytestmark = [
-    pytest.mark.trl,
-    pytest.mark.skipif(not TRL_PYTHON.exists(), reason="make test-trl installs TRL into .venv-trl"),
-]
+pytestmark = [needs_torch, pytest.mark.slow(30)]
 
 
 @pytest.fixture(scope="module")
 def trl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("trl") / "dpo.npz"
-    subprocess.run([TRL_PYTHON, ROOT / "tests/objectives/trl_dpo.py", out], check=True, capture_output=True)
+    script = Path(__file__).with_name("trl_dpo.py")
+    subprocess.run([TORCH_PYTHON, script, out], check=True, capture_output=True)
     return dict(np.load(out))
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.config import validate
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling, rope_tables, rotate
 from tests.refusals import problem
 
@@ -26,6 +27,17 @@ def test_llama3_scaling_keeps_high_and_divides_low_frequencies() -> None:
     assert scaled[slow] == pytest.approx(plain[slow] / 8) and slow.sum() == 29
     between = scaled[~fast & ~slow] / plain[~fast & ~slow]
     assert np.all(np.diff(between) < 0) and between.min() > 1 / 8 and between.max() < 1
+
+
+def test_scaling_without_a_ramp_keeps_or_divides_each_frequency() -> None:
+    """Llama 4 Scout has equal factors, Kimi K2 equal betas."""
+    plain = Rope(theta=500000.0).frequencies(128)
+    scaled = Rope(theta=500000.0, scaling=Llama3Scaling(factor=16.0, high_freq_factor=1.0)).frequencies(128)
+    assert np.array_equal(plain / scaled, np.where(2 * math.pi / plain < 8192, 1.0, 16.0))
+    kimi = Rope(theta=50000.0, scaling=YarnScaling(factor=32.0, beta_fast=1.0))
+    validate(kimi)
+    divided = Rope(theta=50000.0).frequencies(64) / kimi.frequencies(64)
+    assert divided[:20] == pytest.approx([1.0] * 20) and divided[20:] == pytest.approx([32.0] * 12)
 
 
 @pytest.mark.parametrize("rope", [Rope(), Rope(fraction=0.5), Rope(theta=100.0)])

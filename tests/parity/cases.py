@@ -15,8 +15,10 @@ from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.models.attention import AttentionTemperature
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
-from jaxinfra.models.layers import MLP
+from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer
 from jaxinfra.models.vit import VisionTransformerConfig
@@ -151,14 +153,21 @@ LOOSE = replace(
     DOCUMENTS,
     name="loose",
     model=changed(
-        DOCUMENTS.model, mlp=MixtureOfExperts(dim=64, activation="gelu", num_experts=8, top_k=2, balance_loss=0.1)
+        DOCUMENTS.model,
+        chunk=5,
+        qk_norm="l2",
+        temperature=AttentionTemperature(scale=0.5, floor=3),
+        mlp=MixtureOfExperts(dim=64, activation="gelu", num_experts=8, top_k=2, scale_inputs=True, balance_loss=0.1),
     ),
 )
-"""Mixtral's experts: softmax scores, no capacity."""
+"""Mixtral's experts, with softmax scores and no capacity; of Llama 4 chunks, the temperature, and scores that multiply
+the inputs of experts."""
 
-DENSE_LAYER = Layer(
-    mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5, sinks=True, qk_norm="all"), mlp=MLP(dim=64), norms="after"
+DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), mlp=MLP(dim=64), norms="after")
+DELTA_LAYER = Layer(
+    mixer=GatedDeltaNet(num_key_heads=8, num_value_heads=16, key_head_dim=6, value_head_dim=4), mlp=MLP(dim=64)
 )
+GATED_MIXER = replace(DOCUMENTS.model.layers[0].mixer, sinks=True, qk_norm="all", gate=True)
 PERIODS = replace(
     TIGHT,
     name="periods",
@@ -166,11 +175,12 @@ PERIODS = replace(
         TIGHT.model,
         num_layers=7,
         first_layers=(DENSE_LAYER,),
-        layers=(TIGHT.model.layers[0], DENSE_LAYER),
+        layers=(replace(TIGHT.model.layers[0], mixer=GATED_MIXER), DELTA_LAYER),
+        norm=NormConfig(eps=0.01),  # outputs of the recurrence may be near zero: their norm would amplify rounding
     ),
 )
-"""Three periods of unlike layers, full attention with experts, and a window with sinks and an MLP, after a dense layer:
-uneven over two stages."""
+"""Three periods of unlike layers, gated attention with sinks and experts, and a gated delta net with an MLP, after a
+dense layer with a window: uneven over two stages."""
 
 DEEPSEEK = replace(
     TIGHT,

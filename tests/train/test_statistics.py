@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxinfra.models.attention import Attention
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.flops import flops_per_token, matmul_params
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.mixer import visible_keys
@@ -46,11 +47,23 @@ def test_flops_of_latents_by_hand() -> None:
     assert flops_per_token(config, 3) * 3 == 3 * forward
 
 
+def test_flops_of_a_gated_delta_net_by_hand() -> None:
+    """As above; two key heads of 4, four value heads of 3, in whose states a token has three products of 4 x 3."""
+    mixer = GatedDeltaNet(num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=3)
+    config = decoder(vocab_size=10, num_layers=2, hidden_size=8, mixer=mixer, mlp_dim=16)
+    query, key, value, gate, out, beta_and_decay = 8 * 8, 8 * 8, 8 * 12, 8 * 12, 12 * 8, 2 * 8 * 4
+    weights = 2 * (query + key + value + gate + out + beta_and_decay + 3 * 8 * 16) + 8 * 10
+    assert matmul_params(config) == weights
+    assert flops_per_token(config, 3) == flops_per_token(config, 300) == 6 * weights + 6 * 2 * 4 * 3 * 4 * 3
+
+
 def test_flops_of_options() -> None:
     base = {"vocab_size": 10, "num_layers": 4, "hidden_size": 8, "num_heads": 2, "mlp_dim": 16}
     plain = flops_per_token(decoder(**base), 6)
     assert flops_per_token(decoder(**base, tie_embeddings=True), 6) == plain
     assert flops_per_token(decoder(**base, learned_positions=6), 6) == plain
+    gated = flops_per_token(decoder(**base, gate=True), 6)
+    assert gated - plain == 6 * 4 * 8 * 8
     without_gate = flops_per_token(decoder(**base, mlp_activation="gelu"), 6)
     assert plain - without_gate == 6 * 4 * 8 * 16
     local = decoder(**base, windows=(2, None))

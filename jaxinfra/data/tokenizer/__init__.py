@@ -6,11 +6,11 @@ With either, ordinary text never becomes a special token, even where it is equal
 
 from jaxinfra.data.tokenizer.base import Tokenizer
 from jaxinfra.data.tokenizer.raw_bytes import ByteTokenizer
-from jaxinfra.data.tokenizer.stream import StreamDecoder
+from jaxinfra.data.tokenizer.stream import StopStrings, StreamDecoder
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 
-__all__ = ["ByteTokenizer", "JsonTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "JsonTokenizer", "StopStrings", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
 _KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (JsonTokenizer, ByteTokenizer)}
 

@@ -1,4 +1,6 @@
-"""Decodes ids one at a time, as a model samples them."""
+"""Decodes ids one at a time, as a model samples them, and finds where the text ends."""
+
+from collections.abc import Sequence
 
 from jaxinfra.data.tokenizer.base import Tokenizer
 
@@ -44,3 +46,34 @@ class StreamDecoder:
     def _pending_text(self) -> str:
         before = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+
+
+class StopStrings:
+    """Ends a text before the first of some strings; the text comes in pieces.
+
+    Text is held back only while it may be the beginning of such a string.
+
+    Attributes:
+        found: whether a string was found; nothing belongs to the text any more.
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        self.found = False
+        self._strings, self._held = strings, ""
+
+    def push(self, piece: str) -> str:
+        """Returns the text that this piece completes."""
+        text, self._held = self._held + piece, ""
+        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
+        if starts:
+            self.found = True
+            return text[: min(starts)]
+        sizes = (size for string in self._strings for size in range(1, len(string)) if text.endswith(string[:size]))
+        end = len(text) - max(sizes, default=0)
+        self._held = text[end:]
+        return text[:end]
+
+    def flush(self) -> str:
+        """Returns the rest of a text without such a string."""
+        rest, self._held = self._held, ""
+        return rest

@@ -6,7 +6,7 @@ token, and the number of bytes of each token.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self, override
 
@@ -59,6 +59,11 @@ class JsonTokenizer(Tokenizer):
         existing = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([text for text in (end_of_document, *special) if text not in existing])
         return cls(backend.to_str().encode(), backend, end_of_document, name)
+
+    @property
+    def vocab(self) -> Mapping[str, int]:
+        """The id of each token, by its text in the file."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     @override
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False) -> list[list[int]]:

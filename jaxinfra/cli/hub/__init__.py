@@ -1,0 +1,1 @@
+"""`python -m launch hub ...`: checks published weights, and writes a run as a folder that transformers loads."""

@@ -1,0 +1,93 @@
+"""`python -m launch hub check SOURCE`: says what a folder of published weights holds; reads headers, no weights."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Column, Table
+from rich.text import Text
+
+from jaxinfra.cli import output_file
+from jaxinfra.errors import DataError
+from jaxinfra.hub import TOKENIZER, PublishedModel, open_published
+from jaxinfra.interop.folder import PREFIX
+from jaxinfra.interop.safetensors import Weights
+from jaxinfra.interop.writing import RECEIPT
+from jaxinfra.models.catalog import BYTES_PER_PARAM
+from jaxinfra.track.console import stdout_console
+from jaxinfra.track.formatting import format_bytes, format_short
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints the model, its tensors and the memory that it takes; raises if a tensor has no place in the model."""
+    model = open_published(options.source)
+    weights = model.check()
+    facts = _facts(model, weights)
+    if options.hashes:
+        facts["hashes"] = _check_hashes(model)
+    table = Table(Column(no_wrap=True, style="bold"), Column(), box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, Text(str(value)))
+    console = stdout_console()
+    console.print(table)
+    source = options.source if options.source.startswith(PREFIX) else f"{PREFIX}{options.source}"
+    console.print(
+        f'In a config: model=published("{source}"), imported from jaxinfra.hub, and init="{source}".',
+        markup=False,
+        soft_wrap=True,
+    )
+    if options.json is not None:
+        output_file.write_text(options.json, json.dumps(facts, indent=2) + "\n")
+    return 0
+
+
+def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
+    tensors, config = weights.tensors.values(), model.config
+    count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors)
+    files, dtypes = {tensor.file for tensor in tensors}, sorted({str(tensor.dtype) for tensor in tensors})
+    kinds = ", ".join(f"{type(each.mixer).__name__} + {type(each.mlp).__name__}" for each in config.layers)
+    memory = {name: format_bytes(count * size) for name, size in BYTES_PER_PARAM.items()}
+    return {
+        "folder": model.folder.url,
+        "family": f"{model.family.model_type} ({model.family.architecture})",
+        "layers": f"{config.num_layers}, period of {len(config.layers)}: {kinds}",
+        "hidden size": f"{config.hidden_size:,}",
+        "vocabulary": f"{config.vocab_size:,}; {_tokenizer_text(model)}",
+        "parameters": f"{format_short(count)} in {len(tensors):,} tensors: each has its place",
+        "stored": f"{', '.join(dtypes)}, {format_bytes(sum(each.nbytes for each in tensors))} in {len(files)} files",
+        "memory": f"{memory['weights']} in bfloat16; {memory['training']} to train it in float32 with AdamW",
+    }
+
+
+def _tokenizer_text(model: PublishedModel) -> str:
+    """Describes the tokenizer; DataError if it has more tokens than the model."""
+    if not model.folder.exists(TOKENIZER):
+        return f"no {TOKENIZER}"
+    tokenizer = model.tokenizer()
+    if tokenizer.vocab_size > model.config.vocab_size:
+        where, size = model.folder.url_of(TOKENIZER), model.config.vocab_size
+        raise DataError(
+            f"{where}: has {tokenizer.vocab_size} tokens, but the model {size}; take the one that came with the weights"
+        )
+    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {tokenizer.end_of_document}"
+
+
+def _check_hashes(model: PublishedModel) -> str:
+    """Compares each file with the receipt of its export; DataError if one differs."""
+    receipt = model.folder.read_or_none(RECEIPT)
+    if receipt is None:
+        raise DataError(
+            f"{model.folder.url_of(RECEIPT)}: missing, so there are no hashes to compare; leave --hashes out"
+        )
+    files = json.loads(receipt)["files"]
+    for name, entry in files.items():
+        found, buffer = hashlib.sha256(), np.empty(1 << 26, np.uint8)
+        for start in range(0, entry["bytes"], len(buffer)):
+            part = buffer[: entry["bytes"] - start]
+            model.folder.read_into(name, start, part)
+            found.update(part)
+        if found.hexdigest() != entry["sha256"]:
+            raise DataError(f"{model.folder.url_of(name)}: other bytes than were exported; export it again")
+    return f"{len(files)} files have the bytes that were exported"

@@ -1,0 +1,97 @@
+"""`python -m launch hub export RUN OUT`: writes a checkpoint as a folder that transformers and engines load."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+
+from jaxinfra.command import COMMAND
+from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.hub import PublishedModel, export_model, open_published, traveling_files
+from jaxinfra.interop.folder import is_published
+from jaxinfra.language_model import LanguageModel, open_language_model, require_text
+from jaxinfra.runtime.compile_cache import compile_cache
+from jaxinfra.runtime.devices import all_devices
+from jaxinfra.runtime.peers import current_peers
+from jaxinfra.sampling_program import sampling_program
+from jaxinfra.track.console import stdout_console
+from jaxinfra.track.formatting import format_bytes, format_duration
+from jaxinfra.track.runs import parse_source
+from jaxinfra.trained_params import load_params
+
+_log = logging.getLogger(__name__)
+_PROGRESS_S = 5.0  # seconds between two lines of progress
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Writes the folder in all processes; process 0 prints what it has written."""
+    source = _with_step(options.run_dir, options.step)
+    model = open_language_model(source, options.overrides, options.imports)
+    program = sampling_program(model.run, all_devices(), strict=bool(options.overrides))
+    peers, start_s = current_peers(), time.monotonic()
+    origin = _origin(source, model)
+    with compile_cache(model.run.train.compile_cache):
+        loaded = load_params(source, program)
+        with program.on_mesh:
+            receipt = export_model(
+                options.out,
+                require_text(model.run)[0],
+                loaded.params,
+                source={"source": parse_source(source)[0], "step": loaded.step, "config": loaded.fingerprint},
+                tokenizer=model.tokenizer,
+                max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
+                dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+                model_type=options.family,
+                traveling={} if origin is None else traveling_files(origin.folder),
+                gather=peers.gather,
+                progress=_progress(start_s),
+            )
+    if peers.index == 0:
+        total = sum(entry["bytes"] for entry in receipt["files"].values())
+        seconds = time.monotonic() - start_s
+        console = stdout_console()
+        console.print(
+            f"{options.out}: {len(receipt['files'])} files, {format_bytes(total)} in {format_duration(seconds)}; "
+            f"check it with {COMMAND} hub check {options.out} --hashes",
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _with_step(source: str, step: int | None) -> str:
+    if step is None:
+        return source
+    if "@" in source or is_published(source):
+        raise ConfigError(f"--step {step}: {source} names a checkpoint already; leave one of them out")
+    return f"{source}@{step}"
+
+
+def _origin(source: str, model: LanguageModel) -> PublishedModel | None:
+    """Returns the published model that this one comes from; None if there is none, or it is gone."""
+    if is_published(source):
+        return open_published(source)
+    if model.run.init is None or not is_published(model.run.init):
+        return None
+    try:
+        return open_published(model.run.init)
+    except (ConfigError, DataError, StorageError) as error:
+        _log.warning("%s: its chat template and generation config are not copied", error)
+        return None
+
+
+def _progress(start_s: float) -> Callable[[int, int], None]:
+    """Returns a function that prints a line to standard error, in process 0 and every few seconds."""
+    last_s = start_s
+
+    def show(done: int, total: int) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if current_peers().index == 0 and now_s - last_s > _PROGRESS_S:
+            last_s = now_s
+            print(f"{format_bytes(done)} of {format_bytes(total)}", file=sys.stderr, flush=True)
+
+    return show

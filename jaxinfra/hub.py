@@ -1,0 +1,271 @@
+"""Models in the format of Hugging Face: what a folder holds, its parameters on a mesh, and a model written as one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfra.config import diff, validate
+from jaxinfra.config.text import format_value
+from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
+from jaxinfra.data.tokenizer.tokenizer_json import read_backend
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.interop.config_json import CONFIG, ModelJson, read_json
+from jaxinfra.interop.folder import ModelFolder, open_folder
+from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization
+from jaxinfra.interop.reading import check_tensors, read_params
+from jaxinfra.interop.rules import Binding
+from jaxinfra.interop.safetensors import Weights
+from jaxinfra.interop.writing import Gather, write_model
+from jaxinfra.models.families import Family, all_families, family
+from jaxinfra.models.families.canonical import canonical
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
+from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.parallel.spec import Params
+
+TOKENIZER = "tokenizer.json"
+
+_TRAVELING = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A model in a folder, without its weights.
+
+    Attributes:
+        folder: the folder.
+        family: how its family is published.
+        config: the model.
+        quantization: how its weights are packed; None if they are not.
+        keys: its `config.json`.
+    """
+
+    folder: ModelFolder
+    family: Family
+    config: TransformerConfig
+    quantization: Quantization | None
+    keys: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence, by its `config.json` or the default of its family."""
+        if self.config.learned_positions is not None:
+            return self.config.learned_positions
+        keys = ModelJson(self.keys.get("text_config", self.keys), self.folder.url_of(CONFIG))
+        return keys.take("max_position_embeddings", int, self.family.max_positions)
+
+    def weights(self) -> Weights:
+        """Reads the headers of its files; DataError if one is damaged."""
+        return open_weights(self.folder, self.quantization)
+
+    def bindings(self, shapes: Mapping[str, Sequence[int]], weights: Weights) -> list[Binding]:
+        """Returns its tensors and the parameters in them."""
+        return self.family.bindings(self.config, shapes, weights.tensors)
+
+    def check(self) -> Weights:
+        """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model."""
+        weights, unused = self.weights(), self.family.unused_by(self.config)
+        bindings = self.bindings(param_shapes(self.config), weights)
+        check_tensors(weights.tensors, bindings, unused, self.folder.url)
+        return weights
+
+    def tokenizer(self) -> Tokenizer:
+        """Reads its tokenizer, whose end of document is the model's; DataError if there is none."""
+        content = self.folder.read_or_none(TOKENIZER)
+        where = self.folder.url_of(TOKENIZER)
+        if content is None:
+            raise DataError(f"{where}: missing; save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        backend, ids = read_backend(content, where), self.keys.get("eos_token_id")
+        eos = backend.id_to_token(ids[0] if isinstance(ids, list) else ids) if ids is not None else None
+        if eos is None:
+            raise DataError(f"{self.folder.url_of(CONFIG)}: eos_token_id={ids} is no token of {TOKENIZER}")
+        return JsonTokenizer.from_backend(backend, eos, where)
+
+    def first_tokens(self) -> tuple[int, ...]:
+        """Returns the tokens that its tokenizer puts before a text, such as the one that begins a document."""
+        content = self.folder.read_or_none(TOKENIZER)
+        assert content is not None, "has been read before"
+        return tuple(read_backend(content, self.folder.url_of(TOKENIZER)).encode("").ids)
+
+
+def open_published(source: str) -> PublishedModel:
+    """Opens the model of a folder: `hf:DIR`, `hf:ORG/NAME[@REVISION]`, `hf:s3://BUCKET/DIR`.
+
+    Raises ConfigError if the folder, the family or a key of its config is unknown, DataError if it is damaged.
+    """
+    folder = open_folder(source)
+    keys = read_json(folder)
+    found = family(keys.model_type, keys.where)
+    config, quantization = found.read(keys), read_quantization(keys)
+    keys.close()
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{keys.where}: {error}") from None
+    return PublishedModel(folder=folder, family=found, config=config, quantization=quantization, keys=keys.content)
+
+
+def published(source: str) -> TransformerConfig:
+    """Returns the model of a folder for a config: `model=published("hf:meta-llama/Llama-3.2-1B")`."""
+    return open_published(source).config
+
+
+def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's parameters by path, without devices."""
+    mesh = MeshConfig(fsdp=1)
+    partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, platform="cpu", compute_dtype=jnp.dtype("float32"))
+    specs = nnx.to_pure_dict(nnx.split(config.build(partitioner))[1])
+    return {path: spec.shape for path, spec in by_path(specs).items()}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a nested dict by dotted path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def load_published(source: str, config: object, params: Params) -> tuple[Params, str]:
+    """Reads the parameters of a folder onto the current mesh; returns them and a fingerprint of the folder.
+
+    All processes must call it. Raises ConfigError if the folder has another model than `config`. `params` has a
+    `ShapeDtypeStruct` for each parameter.
+    """
+    model = open_published(source)
+    _require_same(config, model, source)
+    weights, wanted = model.check(), by_path(params)
+    bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
+    found = read_params(weights, bindings, wanted)
+    headers = sorted((name, str(each)) for name, each in weights.tensors.items())
+    fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
+    return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint
+
+
+def _require_same(config: object, model: PublishedModel, source: str) -> None:
+    """Raises ConfigError that names the first field in which a run's model is another one."""
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(f"init={source}: the model of the run is a {type(config).__qualname__}, not a decoder")
+    if differing := differences(config, model.config):
+        path, ours, theirs = differing[0].path, differing[0].left, differing[0].right
+        raise ConfigError(
+            f"init={source}: model.{path} is {format_value(ours)}, there it is {format_value(theirs)}; "
+            f'use the model of the folder: model=published("{source}"), from jaxinfra.hub'
+        )
+
+
+def check_init(source: str, config: object, tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError if a folder has another model or tokenizer than the run that begins with it."""
+    model = open_published(source)
+    _require_same(config, model, source)
+    if (content := model.folder.read_or_none(TOKENIZER)) is None or tokenizer is None:
+        return
+    where = model.folder.url_of(TOKENIZER)
+    theirs = read_backend(content, where).get_vocab(with_added_tokens=True)
+    ours = tokenizer.vocab if isinstance(tokenizer, JsonTokenizer) else {}
+    others = [f": {token!r} is {index}, there {theirs.get(token, 'missing')}" for token, index in ours.items()
+              if theirs.get(token) != index]  # fmt: skip
+    if not ours or others:
+        raise ConfigError(
+            f"init={source}: the data has another tokenizer{''.join(others[:1])}; prepare it with "
+            f'tokenizer=TokenizerFile(path="{where}")'
+        )
+
+
+def differences(left: TransformerConfig, right: TransformerConfig) -> list[Any]:
+    """Returns the fields in which two models have other logits."""
+    return diff(canonical(left), canonical(right), fingerprinted_only=True)
+
+
+# Writing
+
+
+def family_of(config: TransformerConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """Returns the family that can say what a model has, and its keys of `config.json`.
+
+    Raises ConfigError that names the field that none can say, of the family that comes nearest.
+    """
+    tried = list[tuple[int, Family, str]]()
+    for each in all_families() if model_type is None else [family(model_type, "--family")]:
+        try:
+            keys = each.write(config)
+            again = each.read(ModelJson({"model_type": each.model_type} | keys))
+        except ConfigError as error:
+            tried.append((1000, each, str(error)))
+            continue
+        if not (differing := differences(config, again)):
+            return each, keys
+        first = differing[0]
+        text = f"has no model.{first.path}={format_value(first.left)}"
+        tried.append((len(differing), each, text))
+    _, nearest, text = min(tried, key=lambda each: each[0])
+    raise ConfigError(f"{nearest.architecture} {text}, and no other family of models here has what this one has")
+
+
+def export_model(
+    destination: str,
+    config: TransformerConfig,
+    params: Params,
+    *,
+    source: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    max_positions: int,
+    dtype: jnp.dtype | None = None,
+    model_type: str | None = None,
+    traveling: Mapping[str, bytes] | None = None,
+    gather: Gather = lambda value: [value],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Writes a model into a folder that transformers loads; returns the receipt. All processes must call it.
+
+    Args:
+        destination: a new folder on a disk that all processes share, or a URL.
+        config: the model.
+        params: its parameters.
+        source: what is exported, for the receipt.
+        tokenizer: its tokenizer.
+        max_positions: the longest sequence, which the keys of the config tell.
+        dtype: of the tensors; None keeps that of the parameters.
+        model_type: the family; None takes one that can say what the model has.
+        traveling: small files of the folder that the run began with.
+        gather: see `Gather`.
+        progress: called with the bytes that are written, and with all of them.
+    """
+    found, keys = family_of(config, model_type)
+    leaves = by_path(params)
+    stored = dtype or next(iter(leaves.values())).dtype
+    content = {
+        "architectures": [found.architecture],
+        "model_type": found.model_type,
+        "bos_token_id": None,  # the defaults of a family may be outside of the vocabulary
+        "pad_token_id": None,
+        "max_position_embeddings": max_positions,
+        **keys,  # which may have the length that rotary positions are scaled to
+        "torch_dtype": str(jnp.dtype(stored)),
+    }
+    others = dict(traveling or {})
+    if isinstance(tokenizer, JsonTokenizer):
+        others[TOKENIZER] = tokenizer.content
+        content |= {"eos_token_id": tokenizer.eot_id}
+        default = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.end_of_document}
+        others.setdefault("tokenizer_config.json", _json(default | {"clean_up_tokenization_spaces": False}))
+    others[CONFIG] = _json(content)
+    bindings = found.bindings(config, {path: leaf.shape for path, leaf in leaves.items()})
+    return write_model(
+        destination, leaves, bindings, others, source=source, dtype=dtype, gather=gather, progress=progress
+    )
+
+
+def traveling_files(folder: ModelFolder) -> dict[str, bytes]:
+    """Returns the small files of a folder that stay the same when the model is trained on."""
+    contents = ((name, folder.read_or_none(name)) for name in _TRAVELING)
+    return {name: content for name, content in contents if content is not None}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

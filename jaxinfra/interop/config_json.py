@@ -1,0 +1,125 @@
+"""Reads `config.json`, and refuses what it does not understand.
+
+A key that is not read and not known to be harmless ends the reading: it may change the numbers of the model.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.interop.folder import ModelFolder
+
+CONFIG = "config.json"
+
+HARMLESS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
+    "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "do_sample", "early_stopping",
+    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
+    "length_penalty", "max_length", "max_position_embeddings", "min_length", "model_type", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
+})  # fmt: skip
+"""Keys that do not change the logits of a model, whatever their values."""
+
+DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "embedding_dropout", "hidden_dropout")
+"""Rates of dropout in training: a run has its own, `model.dropout`."""
+
+
+class ModelJson:
+    """The keys of a `config.json`, each to be taken once.
+
+    Attributes:
+        content: all of them.
+        where: its path or URL, for messages.
+    """
+
+    def __init__(self, content: Mapping[str, Any], where: str = CONFIG):
+        self.content, self.where, self._taken = dict(content), where, set[str]()
+        self._defaults = dict[str, object]()
+
+    @property
+    def model_type(self) -> str:
+        """The family of the model."""
+        return self.take("model_type", str)
+
+    def __contains__(self, name: str) -> bool:
+        return self._get(name) is not None
+
+    def default(self, **values: object) -> None:
+        """Gives values to keys that are missing: the family's defaults, which published files leave out."""
+        self._defaults |= values
+
+    def _get(self, name: str) -> Any:
+        return self.content[name] if name in self.content else self._defaults.get(name)
+
+    def take[T](self, name: str, kind: type[T], default: T | None = None) -> T:
+        """Returns the value of a key.
+
+        A key that is missing or null has the default. Raises ConfigError if there is none, or if the value is of
+        another type; an integer is a float, too.
+        """
+        self._taken.add(name)
+        value = self._get(name)
+        value = default if value is None else value
+        if value is None:
+            raise ConfigError(f"{self.where}: has no {name}; it must be of type {kind.__name__}")
+        if kind is float and type(value) is int:
+            return kind(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{self.where}: {name} is {value!r}, expected {kind.__name__}")
+        return value
+
+    def optional[T](self, name: str, kind: type[T]) -> T | None:
+        """Returns the value of a key, None if it is missing or null."""
+        self._taken.add(name)
+        return self.take(name, kind) if name in self else None
+
+    def require(self, name: str, *values: object, default: object = None) -> None:
+        """Raises ConfigError unless a key has one of the values, the default if it is missing."""
+        self._taken.add(name)
+        found = self._get(name)
+        if (default if found is None else found) not in values:
+            expected = " or ".join(map(repr, values))
+            raise ConfigError(f"{self.where}: {name}={found!r} is not supported, only {expected}")
+
+    def part(self, name: str) -> "ModelJson":
+        """Returns the keys of an object in the file."""
+        return ModelJson(self.take(name, dict), f"{self.where}: {name}")
+
+    def ignore(self, *names: str) -> None:
+        """Takes keys without a meaning for the logits."""
+        self._taken.update(names)
+
+    def close(self) -> None:
+        """Raises ConfigError for the first key that was not taken."""
+        for name, value in self.content.items():
+            if name not in self._taken and name not in HARMLESS and name not in DROPOUTS and value is not None:
+                near = difflib.get_close_matches(name, self._taken, n=1)
+                hint = f", did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"{self.where}: {name}={value!r} is not known{hint}; it may change the numbers of the model, "
+                    "so remove it only if it does not"
+                )
+
+
+def read_json(folder: ModelFolder) -> ModelJson:
+    """Reads the `config.json` of a folder; raises DataError if there is none or it is damaged."""
+    content = folder.read_or_none(CONFIG)
+    where = folder.url_of(CONFIG)
+    if content is None:
+        raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face")
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{where}: is not JSON ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: is no JSON object; download it again")
+    return ModelJson(found, where)

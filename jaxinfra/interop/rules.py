@@ -1,0 +1,137 @@
+"""Rules: which tensors of a checkpoint hold which parameter, and how it is laid out there.
+
+A family gives one list of rules. `Binding`s are these rules with the sizes of a model: reading takes them from the
+tensors to the parameters, writing the other way.
+"""
+
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.interop.pattern import Layout, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A parameter in a tensor.
+
+    Attributes:
+        ours: the path of the parameter; of a layer, the path in it.
+        pattern: layouts in the checkpoint and here (see `interop.pattern`), without the dimension of stacked layers.
+        sizes: sizes of factors that the shape does not tell, because a dimension merges them.
+        order: for factors in another order, but the outermost one: the index in the tensor of each index here.
+    """
+
+    ours: str
+    pattern: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    order: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A tensor, or one for each expert, and the parameters in it.
+
+    Attributes:
+        theirs: the name in the checkpoint. `{layer}` stands for the index of the layer, `{e}` for that of an expert,
+            the first dimension `e` of the parameter.
+        parts: the parameters, in the order in which they are in the tensor.
+    """
+
+    theirs: str
+    parts: tuple[Part, ...]
+
+
+def rule(theirs: str, ours: str, pattern: str, **sizes: int) -> Rule:
+    """Returns the rule of a tensor that holds one parameter."""
+    return Rule(theirs=theirs, parts=(Part(ours=ours, pattern=pattern, sizes=sizes),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundPart:
+    """A parameter in the tensors of a binding.
+
+    Attributes:
+        path: the path of the parameter, as in `blocks.attention.query.weight`.
+        layout: its layout.
+    """
+
+    path: str
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """A rule with the sizes of a model.
+
+    Attributes:
+        theirs: the name of the tensors, with `{layer}` and `{e}`.
+        layers: the indices of the layers that are stacked in the parameters; None if they belong to no layer.
+        parts: the parameters.
+        experts: number of tensors of a layer; None if there is one.
+    """
+
+    theirs: str
+    layers: tuple[int, ...] | None
+    parts: tuple[BoundPart, ...]
+    experts: int | None
+
+    def name(self, layer: int = 0, expert: int = 0) -> str:
+        """Returns the name of a tensor; `layer` counts the stacked layers."""
+        index = self.layers[layer] if self.layers is not None else 0
+        return self.theirs.replace("{layer}", str(index)).replace("{e}", str(expert))
+
+    @property
+    def names(self) -> Iterator[str]:
+        """The names of all tensors."""
+        layers = range(1 if self.layers is None else len(self.layers))
+        for layer, expert in itertools.product(layers, range(self.experts or 1)):
+            yield self.name(layer, expert)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The dimensions of the parameters in front of their layout: stacked layers, then experts."""
+        return (*([] if self.layers is None else [len(self.layers)]), *([] if self.experts is None else [self.experts]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of each tensor."""
+        return self.parts[0].layout.shape
+
+
+def bind(
+    each: Rule, shapes: Mapping[str, Sequence[int]], *, prefix: str = "", layers: tuple[int, ...] | None = None
+) -> Binding:
+    """Binds a rule to the shapes of a model's parameters.
+
+    Args:
+        each: the rule.
+        shapes: shapes by path; those of layers begin with the number of stacked layers.
+        prefix: comes before the paths of the rule.
+        layers: see `Binding`.
+    """
+    laid_out, num_experts = list[tuple[str, Layout]](), None
+    for part in each.parts:
+        path, pattern = f"{prefix}{part.ours}", parse(part.pattern)
+        if path not in shapes:
+            raise ConfigError(f"{each.theirs}: the model has no parameter {path}{nearest(path, shapes)}")
+        shape = tuple(shapes[path])[0 if layers is None else 1 :]
+        sizes = pattern.sizes(shape, part.sizes)
+        if "{e}" in each.theirs:
+            assert pattern.ours[0] == ("e",), part.pattern
+            num_experts, pattern = sizes.pop("e"), replace(pattern, ours=pattern.ours[1:])
+        laid_out.append((path, Layout(pattern=pattern, factors=tuple(sizes.items()), order=tuple(part.order.items()))))
+    starts = [0, *itertools.accumulate(layout.own_size for _, layout in laid_out)]
+    parts = (
+        BoundPart(path=path, layout=replace(layout, offset=start, total=starts[-1]))
+        for (path, layout), start in zip(laid_out, starts, strict=False)
+    )
+    return Binding(theirs=each.theirs, layers=layers, parts=tuple(parts), experts=num_experts)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns words that name the most similar one; "" if there is none."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; the nearest one is {near[0]}" if near else ""

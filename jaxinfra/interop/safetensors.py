@@ -1,0 +1,189 @@
+"""The safetensors format: a header with names, dtypes, shapes and byte ranges, then the bytes of the tensors.
+
+Headers are read and checked without any weights. The format: https://huggingface.co/docs/safetensors.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxinfra.errors import DataError
+from jaxinfra.interop.folder import ModelFolder
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The dtypes of the format that are read, by their names there."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that readers of the format accept."""
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file of a model in one file, and the index of one in several."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_FIX = "download it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor is.
+
+    Attributes:
+        file: name of the file.
+        dtype: its dtype.
+        shape: its shape.
+        start: offset of its first byte in the file.
+    """
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Weights:
+    """The tensors of a model folder, read in ranges.
+
+    Attributes:
+        folder: the folder.
+        tensors: where each tensor is, by name.
+        bytes_read: number of bytes of tensors that were read.
+    """
+
+    def __init__(self, folder: ModelFolder):
+        """Reads the headers of all files.
+
+        Raises DataError if a file is missing, truncated, or its header is wrong, or if there are no safetensors.
+        """
+        self.folder, self.tensors, self.bytes_read = folder, dict[str, StoredTensor](), 0
+        self._lock = threading.Lock()
+        listed = _indexed_files(folder)
+        for file in sorted(set(listed.values()) or [WEIGHTS]):
+            for name, tensor in _read_header(folder, file).items():
+                if name in self.tensors:
+                    raise DataError(f"{folder.url_of(file)}: {name} is in {self.tensors[name].file}, too; {_FIX}")
+                self.tensors[name] = tensor
+        for name, file in listed.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise DataError(f"{folder.url_of(INDEX)}: says that {file} has {name}, which is not there; {_FIX}")
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads a whole tensor."""
+        tensor = self.tensors[name]
+        out = np.empty(tensor.shape, tensor.dtype)
+        self.read_into(name, 0, out.reshape(-1) if not tensor.shape else out)
+        return out
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out`, `[N, ...]`, with the rows of a tensor from `start` on; safe to call in several threads."""
+        self.read_stored(self.tensors[name], start, out)
+
+    def read_stored(self, tensor: StoredTensor, start: int, out: np.ndarray) -> None:
+        """Fills `out` like `read_into`, with rows as they are in a file."""
+        row_bytes = tensor.nbytes // max(tensor.shape[0], 1) if tensor.shape else 0
+        self.folder.read_into(tensor.file, tensor.start + start * row_bytes, out.reshape(-1).view(np.uint8))
+        with self._lock:
+            self.bytes_read += out.nbytes
+
+
+def _indexed_files(folder: ModelFolder) -> dict[str, str]:
+    """Returns the file of each tensor by the index; {} if the model is one file without index."""
+    content = folder.read_or_none(INDEX)
+    if content is not None:
+        try:
+            files = json.loads(content)["weight_map"]
+            assert all(isinstance(file, str) and "/" not in file for file in files.values())
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            raise DataError(f"{folder.url_of(INDEX)}: is no index of safetensors; {_FIX}") from None
+        return files
+    if not folder.exists(WEIGHTS):
+        pickles = [name for name in folder.names() if name.endswith(_PICKLES)]
+        if pickles:
+            raise DataError(
+                f"{folder.url_of(pickles[0])}: is a pickle, which runs code when it is read, and is refused; "
+                "convert the model to safetensors (model.save_pretrained in transformers does)"
+            )
+        raise DataError(f"{folder.url}: neither {WEIGHTS} nor {INDEX}; name the folder of a model with safetensors")
+    return {}
+
+
+def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
+    """Reads the header of a file and checks that its tensors fill the file without gaps."""
+    url = folder.url_of(file)
+    length = int.from_bytes(_read_bytes(folder, file, 0, 8), "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise DataError(f"{url}: a header of {length} bytes: damaged, or no safetensors; {_FIX}")
+    try:
+        header = json.loads(_read_bytes(folder, file, 8, length))
+        found = {name: _entry(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{url}: its header is damaged ({error}); {_FIX}") from None
+    position = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != position:
+            raise DataError(f"{url}: {name} begins at byte {tensor.start}, expected {position}; {_FIX}")
+        position += tensor.nbytes
+    folder.check_size(file, position)
+    return found
+
+
+def _read_bytes(folder: ModelFolder, file: str, start: int, count: int) -> bytes:
+    out = np.empty(count, np.uint8)
+    folder.read_into(file, start, out)
+    return out.tobytes()
+
+
+def _entry(file: str, first: int, entry: Mapping[str, Any]) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is unknown")
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(size, int) and size >= 0 for size in (*shape, start, stop)):
+        raise ValueError("sizes must be numbers from 0 on")
+    tensor = StoredTensor(file=file, dtype=DTYPES[entry["dtype"]], shape=shape, start=first + start)
+    if tensor.nbytes != stop - start:
+        raise ValueError(f"{stop - start} bytes for a tensor of {tensor.nbytes}")
+    return tensor
+
+
+def header_of(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Returns the first bytes of a file with these tensors, and the offset of each tensor in the file."""
+    entries, position = dict[str, Any](), 0
+    entries["__metadata__"] = {"format": "pt"}
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
+    return len(text).to_bytes(8, "little") + text, offsets

@@ -1,0 +1,360 @@
+"""Writes the parameters of a model into a folder of safetensors, each process its own part.
+
+All names, shapes and offsets are known before the first byte. The devices bring a layer's part of a parameter into the
+order of the file, so that each of them has a run of consecutive bytes, which its process writes there: no tensor is
+whole on a device or a host. Into a bucket, each process writes whole files, which it puts together on its disk first.
+
+What is not finished is in a folder `.unfinished`, and `config.json` comes last: nothing loads half a model. An export
+that was killed goes on with the files that are not there yet.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.interop.pattern import Layout
+from jaxinfra.interop.reading import FileOrder, file_order, parameter_spec, reshard
+from jaxinfra.interop.rules import Binding
+from jaxinfra.interop.safetensors import INDEX, WEIGHTS, header_of
+from jaxinfra.parallel.sharding import axis_names
+from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.files import upload_file
+from jaxinfra.storage.objects import ObjectStore
+
+RECEIPT = "export.json"
+"""What was exported, with the SHA-256 of each file of weights."""
+
+MAX_FILE_BYTES = 5_000_000_000
+_UNFINISHED = ".unfinished"
+_PLAN = f"{_UNFINISHED}/plan.json"
+_HASHED_BYTES = 1 << 24
+
+type Gather = Callable[[Any], list[Any]]
+"""Returns the JSON values of all processes; all must call it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """A file of weights.
+
+    Attributes:
+        name: its name.
+        header: its first bytes.
+        offsets: the offset of each tensor in it.
+        nbytes: its length.
+    """
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    nbytes: int
+
+
+def plan_files(
+    bindings: Iterable[Binding], dtypes: Mapping[str, np.dtype], max_bytes: int = MAX_FILE_BYTES
+) -> list[PlannedFile]:
+    """Divides the tensors of a model over files, layer by layer; `dtypes` are those of the parameters by path."""
+    files, size = [list[tuple[str, np.dtype, tuple[int, ...]]]()], 0
+    for _, name, dtype, shape in sorted(_tensors(bindings, dtypes), key=lambda tensor: tensor[0]):
+        nbytes = prod(shape) * dtype.itemsize
+        if files[-1] and size + nbytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append((name, dtype, shape))
+        size += nbytes
+    return [_plan_file(tensors, number, len(files)) for number, tensors in enumerate(files, 1)]
+
+
+def _tensors(
+    bindings: Iterable[Binding], dtypes: Mapping[str, np.dtype]
+) -> Iterator[tuple[int, str, np.dtype, tuple[int, ...]]]:
+    """Yields the layer, name, dtype and shape of each tensor."""
+    for binding in bindings:
+        for number, name in enumerate(binding.names):
+            layer = -1 if binding.layers is None else binding.layers[number // (binding.experts or 1)]
+            yield layer, name, dtypes[binding.parts[0].path], binding.shape
+
+
+def _plan_file(tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], number: int, count: int) -> PlannedFile:
+    header, offsets = header_of(tensors)
+    name = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+    nbytes = len(header) + sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
+    return PlannedFile(name=name, header=header, offsets=offsets, nbytes=nbytes)
+
+
+def write_model(
+    destination: str,
+    params: Mapping[str, jax.Array],
+    bindings: Sequence[Binding],
+    others: Mapping[str, bytes],
+    *,
+    source: Mapping[str, Any],
+    dtype: jnp.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    gather: Gather = lambda value: [value],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Writes a model into a folder or bucket, and returns the receipt; all processes must call it.
+
+    Raises ConfigError if the folder has other files, and StorageError before the first byte if there is no space.
+
+    Args:
+        destination: a path on a disk that all processes share, or a URL.
+        params: the parameters, by path.
+        bindings: the tensors that hold them.
+        others: other files, such as `config.json`.
+        source: what is exported, for the receipt.
+        dtype: of the tensors; None keeps that of each parameter.
+        max_file_bytes: a file is longer only if a tensor is.
+        gather: see `Gather`.
+        progress: called with the bytes that are written, and with all of them.
+    """
+    dtypes = {path: np.dtype(array.dtype if dtype is None else dtype) for path, array in params.items()}
+    files = plan_files(bindings, dtypes, max_file_bytes)
+    writer = _Writer(ObjectStore(destination), files, source, gather)
+    writer.begin()
+    total, done = sum(file.nbytes for file in files), 0
+    with writer.work_folder() as folder, ThreadPoolExecutor(1) as pool:  # hashes a file while the next one is written
+        finished = []
+        for number, file in enumerate(files):
+            if not writer.is_done(file):
+                _write_file(writer, folder / file.name, number, params, bindings, dtypes)
+                if writer.is_owner(number):
+                    finished.append(pool.submit(writer.finish, folder, file))
+            done += file.nbytes
+            progress(done, total)
+        for each in finished:
+            each.result()
+        gather(None)
+    return writer.end(others)
+
+
+class _Writer:
+    """The destination of an export, with what is finished there.
+
+    A finished file has an entry `.unfinished/NAME.json` until the export ends.
+    """
+
+    def __init__(
+        self, objects: ObjectStore, files: Sequence[PlannedFile], source: Mapping[str, Any], gather: Gather
+    ) -> None:
+        self.objects, self.files, self.source, self.gather = objects, files, dict(source), gather
+        self.is_shared = objects.folder is not None
+        self.index, self.count = jax.process_index(), jax.process_count()
+        headers = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
+        self.plan = json.dumps({"source": self.source, "headers": headers, "files": [file.name for file in files]})
+
+    def is_owner(self, number: int) -> bool:
+        """Whether this process hashes a file, and in a bucket writes it."""
+        return number % self.count == self.index
+
+    def begin(self) -> None:
+        """Checks that the destination is empty, or has the same export unfinished, and that there is space."""
+        error = self._try_begin() if self.index == 0 else None
+        if error := self.gather(error)[0]:
+            kind, message = error
+            raise (ConfigError if kind == "ConfigError" else StorageError)(message)
+
+    def _try_begin(self) -> list[str] | None:
+        try:
+            names, plan = self.objects.list_names(), self.objects.read_or_none(_PLAN)
+            goes_on = plan == self.plan.encode()
+            own = {file.name for file in self.files} | {RECEIPT, INDEX} if goes_on else set[str]()
+            left = [name for name in names if name not in own and not (goes_on and name.startswith(_UNFINISHED))]
+            if plan is not None and not goes_on:
+                raise ConfigError(
+                    f"{self.objects.url}: has another export, unfinished; delete it, or name a new folder"
+                )
+            if left:
+                raise ConfigError(f"{self.objects.url}: has {left[0]} already; name a new folder")
+            self._require_space()
+            self.objects.write(_PLAN, self.plan.encode())
+        except (ConfigError, StorageError) as error:
+            return [type(error).__name__, str(error)]
+        return None
+
+    def _require_space(self) -> None:
+        folder = self.objects.folder
+        missing = [file.nbytes for file in self.files if not self.is_done(file)]
+        # A process has at most two files of a bucket on its disk: one is uploaded while the next one is written.
+        needed = sum(missing) if self.is_shared else 2 * max(missing, default=0)
+        existing = Path(tempfile.gettempdir()) if folder is None else folder
+        while not existing.exists():
+            existing = existing.parent
+        with storage_errors(existing):
+            free = shutil.disk_usage(existing).free
+        if free < needed:
+            raise StorageError(
+                f"{existing}: {free / 1e9:.1f} GB are free, but {needed / 1e9:.1f} GB are needed; make space or write "
+                "elsewhere"
+            )
+
+    @contextmanager
+    def work_folder(self) -> Iterator[Path]:
+        """Yields the folder for files that are being written: a shared one, or for a bucket that of this process."""
+        if self.objects.folder is not None:
+            yield self.objects.folder / _UNFINISHED
+            return
+        with tempfile.TemporaryDirectory(prefix="jaxinfra-export-") as folder:
+            yield Path(folder)
+
+    def is_done(self, file: PlannedFile) -> bool:
+        """Whether a file was finished, by an earlier export that was killed."""
+        return self.objects.exists(f"{_UNFINISHED}/{file.name}.json")
+
+    def finish(self, folder: Path, file: PlannedFile) -> None:
+        """Hashes a written file, and uploads it into a bucket."""
+        path = folder / file.name
+        with storage_errors(path):
+            entry = {"bytes": file.nbytes, "sha256": _sha256(path)}
+            if self.objects.folder is not None:
+                os.replace(path, self.objects.folder / file.name)
+            else:
+                upload_file(path, self.objects.url_of(file.name))
+                path.unlink()
+        self.objects.write(f"{_UNFINISHED}/{file.name}.json", json.dumps(entry).encode())
+
+    def end(self, others: Mapping[str, bytes]) -> dict[str, Any]:
+        """Writes the index, the other files and the receipt, `config.json` last; returns the receipt."""
+        if self.index:
+            return self.gather(None)[0]
+        entries = {file.name: self.objects.read(f"{_UNFINISHED}/{file.name}.json") for file in self.files}
+        receipt = {"source": self.source, "files": {name: json.loads(entry) for name, entry in entries.items()}}
+        if len(self.files) > 1:
+            total = sum(file.nbytes - len(file.header) for file in self.files)
+            weight_map = {name: file.name for file in self.files for name in file.offsets}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.objects.write(INDEX, json.dumps(index, indent=2).encode())
+        self.objects.write(RECEIPT, (json.dumps(receipt, indent=2) + "\n").encode())
+        for name in sorted(others, key=lambda name: name == "config.json"):
+            self.objects.write(name, others[name])
+        self.objects.delete_below(_UNFINISHED)
+        if self.objects.folder is not None:
+            with storage_errors(self.objects.folder):
+                (self.objects.folder / _UNFINISHED).rmdir()
+        return self.gather(receipt)[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_file(
+    writer: _Writer,
+    path: Path,
+    number: int,
+    params: Mapping[str, jax.Array],
+    bindings: Sequence[Binding],
+    dtypes: Mapping[str, np.dtype],
+) -> None:
+    """Writes one file, in all processes."""
+    file, writes = writer.files[number], writer.is_shared or writer.is_owner(number)
+    with storage_errors(path):
+        if writes and (writer.index == 0 or not writer.is_shared):
+            with path.open("wb") as created:
+                created.write(file.header)
+                os.posix_fallocate(created.fileno(), 0, file.nbytes)
+        writer.gather(None)
+        descriptor = os.open(path, os.O_WRONLY) if writes else -1
+    try:
+        for binding in bindings:
+            for layer in range(1 if binding.layers is None else len(binding.layers)):
+                names = [binding.name(layer, expert) for expert in range(binding.experts or 1)]
+                if any(name in file.offsets for name in names):
+                    offsets = [file.offsets.get(name) for name in names]
+                    for start, rows in _rows(binding, layer, params, dtypes, whole=not writer.is_shared):
+                        if writes:
+                            _write_rows(path, descriptor, binding, offsets, start, rows)
+        if writes:
+            with storage_errors(path):
+                os.fsync(descriptor)
+    finally:
+        if writes:
+            os.close(descriptor)
+    writer.gather(None)
+
+
+def _write_rows(
+    path: Path, descriptor: int, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: np.ndarray
+) -> None:
+    """Writes rows of the tensors of one layer; those of experts `[experts, *rows]`, from expert `start[0]` on."""
+    rows = rows if binding.experts is not None else rows[None]
+    first = start[0] if binding.experts is not None else 0
+    for expert, own in enumerate(rows, first):
+        if (offset := offsets[expert]) is not None:
+            row_bytes = own.nbytes // max(own.shape[0], 1) if own.ndim else 0
+            content, position = memoryview(np.ascontiguousarray(own).view(np.uint8).reshape(-1)), 0
+            with storage_errors(path):
+                while position < len(content):
+                    position += os.pwrite(descriptor, content[position:], offset + start[-1] * row_bytes + position)
+
+
+def _rows(
+    binding: Binding, layer: int, params: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype], *, whole: bool
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    """Yields rows of a layer's tensors, and where they begin: this process's own ones, or the whole tensors."""
+    groups = [binding.parts] if binding.parts[0].layout.alternates else [(part,) for part in binding.parts]
+    for parts in groups:
+        layouts = tuple(part.layout for part in parts)
+        arrays = tuple(params[part.path] for part in parts)
+        sharding, lead = arrays[0].sharding, binding.lead[0 if binding.layers is None else 1 :]
+        assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+        spec = _of_layer(sharding.spec) if binding.layers is not None else sharding.spec
+        order = FileOrder(P(), P()) if whole else file_order(NamedSharding(sharding.mesh, spec), lead, layouts[0])
+        index = None if binding.layers is None else layer
+        array = _to_theirs(arrays, index, layouts, dtypes[parts[0].path], order)
+        first, _ = layouts[0].rows(0, 0)
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0 or (whole and shard.device == array.addressable_shards[0].device):
+                starts = [cut.start or 0 for cut in shard.index[: len(lead) + 1]] or [0]
+                starts[-1] += first
+                yield starts, np.asarray(shard.data)
+
+
+def _of_layer(spec: P) -> P:
+    return P(*spec[1:])
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _to_theirs(
+    params: Sequence[jax.Array], layer: int | None, layouts: Sequence[Layout], dtype: np.dtype, order: FileOrder
+) -> jax.Array:
+    """Returns rows of the tensors of one layer, `[*experts, *rows]`, in the order of the files."""
+    parts = []
+    for param, layout in zip(params, layouts, strict=True):
+        spec = jax.typeof(param).sharding.spec
+        if layer is not None and not axis_names(spec[0]):
+            param = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
+        elif layer is not None:  # stacked layers are sharded over stages
+            param = param.at[layer].get(out_sharding=_of_layer(spec))
+        lead = param.ndim - len(layout.pattern.ours)
+        # The barrier keeps XLA's fast transposition on CPUs: fused with a slice it is a slow loop.
+        param = jax.lax.optimization_barrier(param.astype(dtype))
+        parts.append(reshard(param, parameter_spec(order.whole, lead, layout)))
+    lead = parts[0].ndim - len(layouts[0].pattern.ours)
+
+    def join(*parts: jax.Array) -> jax.Array:
+        found = [layout.to_theirs(part) for layout, part in zip(layouts, parts, strict=True)]
+        joined = found[0] if len(found) == 1 else jnp.concatenate(found, axis=layouts[0].joined_axis())
+        return joined.reshape(*joined.shape[:lead], -1, *layouts[0].shape[1:])
+
+    specs = tuple(parameter_spec(order.whole, lead, layout) for layout in layouts)
+    return jax.reshard(jax.shard_map(join, in_specs=specs, out_specs=order.whole)(*parts), order.read)

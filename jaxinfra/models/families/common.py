@@ -1,0 +1,452 @@
+"""What most families of decoders have in common: names of tensors, and keys of `config.json`.
+
+A family says in its file where it differs.
+"""
+
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Binding, Part, Rule, bind, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP, Activation, NormConfig
+from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "gelu",
+}
+"""Activations of MLPs by their names in `config.json`."""
+
+ACTIVATION_NAMES: Mapping[Activation, str] = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_new"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the models of one `model_type` are published.
+
+    Attributes:
+        model_type: the key in `config.json`.
+        architecture: the class of transformers that runs them.
+        read: returns the model of a `config.json`.
+        write: returns the keys of a model, without those of every model. If the family cannot say what the model has,
+            `read(write(model))` is another model (see `families.canonical`), or ConfigError is raised.
+        layer_rules: returns the rules of a layer; names begin after `layer_prefix`.
+        model_rules: returns the rules of what is outside of layers.
+        layer_prefix: begins the names of a layer's tensors.
+        unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, copies of tied embeddings, or
+            layers for other purposes; `{num_layers}` stands for the number of layers.
+        max_positions: the longest sequence of a model whose config does not tell it.
+        other_prefix: how names begin, and how they begin instead in some checkpoints, which are read as well.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[ModelJson], TransformerConfig]
+    write: Callable[[TransformerConfig], dict[str, Any]]
+    layer_rules: Callable[[Layer, TransformerConfig], Iterable[Rule]]
+    model_rules: Callable[[TransformerConfig], Iterable[Rule]]
+    layer_prefix: str = "model.layers.{layer}."
+    unused: tuple[str, ...] = ("*rotary_emb.inv_freq", "*lm_head.weight")
+    max_positions: int = 2048
+    other_prefix: tuple[str, str] = ("", "")
+
+    def unused_by(self, model: TransformerConfig) -> tuple[str, ...]:
+        """Returns patterns of tensors that a model does without."""
+        return tuple(pattern.replace("{num_layers}", str(model.num_layers)) for pattern in self.unused)
+
+    def bindings(
+        self, model: TransformerConfig, shapes: Mapping[str, Sequence[int]], tensors: Container[str] = ()
+    ) -> list[Binding]:
+        """Binds the rules to a model; `tensors` are the names in a checkpoint, if there is one.
+
+        Raises ConfigError if a parameter of the model has no rule.
+        """
+        rules = list(self.model_rules(model))
+        is_other = self._other_name(rules[0].theirs) in tensors
+
+        def named(each: Rule, before: str = "") -> Rule:
+            theirs = f"{before}{each.theirs}"
+            return replace(each, theirs=self._other_name(theirs) if is_other else theirs)
+
+        found = [bind(named(each), shapes) for each in rules]
+        for name in ("prefix", "blocks", "tail"):
+            stack = getattr(model, name)
+            if stack is None:
+                continue
+            for position, layer in enumerate(stack.layers):
+                prefix = f"{name}." + (f"layer_{position}." if len(stack.layers) > 1 else "")
+                first, step = stack.first + position, len(stack.layers)
+                layers = tuple(range(first, first + step * stack.times, step))
+                for each in self.layer_rules(layer, model):
+                    found.append(bind(named(each, self.layer_prefix), shapes, prefix=prefix, layers=layers))
+        covered = {part.path for binding in found for part in binding.parts}
+        if missing := sorted(shapes.keys() - covered):
+            raise ConfigError(f"{self.architecture} has no tensor for the parameter {missing[0]}")
+        return found
+
+    def _other_name(self, theirs: str) -> str:
+        start, other = self.other_prefix
+        return f"{other}{theirs.removeprefix(start)}" if theirs.startswith(start) else theirs
+
+
+def alike(
+    *, num_layers: int, hidden_size: int, mixer: Attention, mlp: MLP | MixtureOfExperts, **options: Any
+) -> TransformerConfig:
+    """Returns a decoder whose layers are all the same; `options` are of `TransformerConfig`."""
+    layers = (Layer(mixer=mixer, mlp=mlp),)
+    return TransformerConfig(num_layers=num_layers, hidden_size=hidden_size, layers=layers, **options)
+
+
+# Rules
+
+
+def model_rules(model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of embeddings, the last norm and the LM head."""
+    yield rule("model.embed_tokens.weight", "embedding", "v d -> v d")
+    yield rule("model.norm.weight", "norm.scale", "d -> d")
+    if not model.tie_embeddings:
+        yield rule("lm_head.weight", "unembedding", "v d -> d v")
+
+
+NORMS: Mapping[str, Mapping[str, str]] = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+"""Names of the norms of a layer, by where they are: `post_attention_layernorm` is two different ones."""
+
+
+def norm_rules(layer: Layer) -> Iterator[Rule]:
+    """Yields the rules of a layer's norms."""
+    for ours, theirs in NORMS[layer.norms].items():
+        yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
+
+
+def attention_rules(mixer: Attention, name: str = "self_attn", pairs: bool = False) -> Iterator[Rule]:
+    """Yields the rules of attention with separate projections; with `pairs`, both of a rotated pair stand together."""
+    for short, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+        theirs, own = ("(h k 2)", "h (2 k)") if pairs and ours != "value" else ("(h k)", "h k")
+        yield rule(f"{name}.{short}_proj.weight", f"attention.{ours}.weight", f"{theirs} d -> d {own}")
+        if mixer.qkv_bias:
+            yield rule(f"{name}.{short}_proj.bias", f"attention.{ours}.bias", f"{theirs} -> {own}")
+        if mixer.qk_norm in ("head", "all") and ours != "value":
+            pattern = "k -> k" if mixer.qk_norm == "head" else "(h k) -> h k"
+            yield rule(f"{name}.{short}_norm.weight", f"attention.{ours}_norm.scale", pattern)
+    yield rule(f"{name}.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
+    if mixer.out_bias:
+        yield rule(f"{name}.o_proj.bias", "attention.out.bias", "d -> d")
+    if mixer.sinks:
+        yield rule(f"{name}.sinks", "attention.sinks", "h -> h")
+
+
+def mlp_rules(mlp: MLP, name: str = "mlp", ours: str = "mlp") -> Iterator[Rule]:
+    """Yields the rules of an MLP with separate projections."""
+    for matrix in ("gate", "up", "down"):
+        if matrix == "gate" and mlp.activation == "gelu":
+            continue
+        yield rule(f"{name}.{matrix}_proj.weight", f"{ours}.{matrix}.weight", "o i -> i o")
+        if mlp.bias:
+            yield rule(f"{name}.{matrix}_proj.bias", f"{ours}.{matrix}.bias", "o -> o")
+
+
+def experts_rules(mlp: MixtureOfExperts, shared: str = "mlp.shared_expert") -> Iterator[Rule]:
+    """Yields the rules of a router, of experts in tensors of their own, and of shared experts."""
+    yield rule("mlp.gate.weight", "mlp.router", "e d -> d e")
+    if mlp.bias_update_rate:
+        yield rule("mlp.gate.e_score_correction_bias", "mlp.bias", "e -> e")
+    for matrix in ("gate", "up", "down"):
+        yield rule(f"mlp.experts.{{e}}.{matrix}_proj.weight", f"mlp.{matrix}", "o i -> e i o")
+    if mlp.num_shared_experts:
+        yield from mlp_rules(MLP(dim=mlp.dim), shared, "mlp.shared")
+    if mlp.shared_gate:
+        yield rule(f"{shared}_gate.weight", "mlp.shared_gate", "1 d -> d 1")
+
+
+def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of a layer with attention, and an MLP or experts."""
+    assert isinstance(layer.mixer, Attention)
+    yield from norm_rules(layer)
+    yield from attention_rules(layer.mixer)
+    yield from mlp_rules(layer.mlp) if isinstance(layer.mlp, MLP) else experts_rules(layer.mlp)
+
+
+def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
+    """Returns the rule of a tensor that holds several parameters: `(path, pattern)` of each."""
+    return Rule(theirs=theirs, parts=tuple(Part(ours=ours, pattern=pattern, sizes=sizes) for ours, pattern in parts))
+
+
+# Keys
+
+type Fields = Mapping[str, tuple[str, type]]
+"""Fields of a config class: for each the key in `config.json` and its type."""
+
+
+def read_fields(keys: ModelJson, fields: Fields) -> dict[str, Any]:
+    """Reads fields; raises ConfigError if a key is missing."""
+    return {field: keys.take(key, kind) for field, (key, kind) in fields.items()}
+
+
+def write_fields(config: object, fields: Fields) -> dict[str, Any]:
+    """Returns the keys of fields."""
+    return {key: getattr(config, field) for field, (key, _) in fields.items()}
+
+
+def of_kind[T](found: object, kind: type[T], where: str) -> T:
+    """Returns a part of a model; raises ConfigError if it is of another class than the family has there."""
+    if not isinstance(found, kind):
+        raise ConfigError(f"{where} is {type(found).__name__}; this family has {kind.__name__}")
+    return found
+
+
+def experts_of(model: TransformerConfig) -> MixtureOfExperts:
+    """Returns the experts of the first layer with some; raises ConfigError if there is none."""
+    found = (layer.mlp for layer in model.all_layers if isinstance(layer.mlp, MixtureOfExperts))
+    return of_kind(next(found, None), MixtureOfExperts, "layers.mlp")
+
+
+def read_attention(keys: ModelJson, **options: Any) -> Attention:
+    """Reads the heads of attention; `options` are of `Attention`."""
+    heads, head_dim = keys.take("num_attention_heads", int), keys.optional("head_dim", int)
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=keys.take("num_key_value_heads", int, heads),
+        head_dim=head_dim,
+        **options,
+    )
+
+
+def read_mlp(keys: ModelJson, **options: Any) -> MLP:
+    """Reads the width and the activation of an MLP; `options` are of `MLP`."""
+    return MLP(dim=keys.take("intermediate_size", int), activation=read_activation(keys), **options)
+
+
+def read_activation(keys: ModelJson, name: str = "hidden_act") -> Activation:
+    """Reads the activation of MLPs."""
+    keys.default(hidden_act="silu")
+    keys.require(name, *ACTIVATIONS)
+    return ACTIVATIONS[keys.take(name, str)]
+
+
+def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> TransformerConfig:
+    """Reads the sizes of a decoder; `layers` are all layers or one period, `options` of `TransformerConfig`."""
+    num_layers = keys.take("num_hidden_layers", int)
+    if not layers or num_layers < 1:
+        raise ConfigError(f"{keys.where}: num_hidden_layers is {num_layers}; a model has at least 1")
+    first, period = split_first(layers) if len(layers) == num_layers else ((), shortest_period(layers))
+    keys.ignore("dtype", "torch_dtype")  # the dtype of the stored tensors, which say it themselves
+    options = {"norm": NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6))} | options
+    return TransformerConfig(
+        vocab_size=keys.take("vocab_size", int),
+        num_layers=num_layers,
+        hidden_size=keys.take("hidden_size", int),
+        first_layers=first,
+        layers=period,
+        tie_embeddings=keys.take("tie_word_embeddings", bool, False),
+        **options,
+    )
+
+
+def dense_layers(model: TransformerConfig) -> list[tuple[Attention, MLP]]:
+    """Returns the attention and the MLP of each layer; raises ConfigError for a layer with others."""
+    found = list[tuple[Attention, MLP]]()
+    for index, layer in enumerate(model.all_layers):
+        if not isinstance(layer.mixer, Attention) or not isinstance(layer.mlp, MLP):
+            has = f"{type(layer.mixer).__name__} and {type(layer.mlp).__name__}"
+            raise ConfigError(f"layer {index} has {has}; this family has Attention and MLP")
+        found.append((layer.mixer, layer.mlp))
+    return found
+
+
+def read_text_part(keys: ModelJson, read: Callable[[ModelJson], TransformerConfig]) -> TransformerConfig:
+    """Reads the text part of a model with images, which is in `text_config`, or a text model that is written for it."""
+    if "text_config" not in keys:
+        return read(keys)
+    part = keys.part("text_config")
+    model = read(part)
+    part.close()
+    if "tie_word_embeddings" in keys:
+        model = replace(model, tie_embeddings=keys.take("tie_word_embeddings", bool))
+    keys.ignore("dtype", "torch_dtype", "vision_config", "vision_feature_layer", "spatial_merge_size")
+    keys.ignore("mm_tokens_per_image", "multimodal_projector_bias", "projector_hidden_act")
+    keys.ignore(*(f"{name}_token_{kind}" for name in ("image", "boi", "eoi") for kind in ("index", "id")))
+    return model
+
+
+def shortest_period(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Returns the shortest period of layers; its last repetition may be cut short."""
+    count = len(layers)
+    fits = (n for n in range(1, count + 1) if all(layers[i] == layers[i % n] for i in range(n, count)))
+    return tuple(layers[: next(fits)])
+
+
+def split_first(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+    """Splits all layers into dense ones before the first experts and a period, if that is shorter than one period."""
+    dense = next((i for i, layer in enumerate(layers) if not isinstance(layer.mlp, MLP)), 0)
+    period, rest = shortest_period(layers), shortest_period(layers[dense:])
+    return (tuple(layers[:dense]), rest) if dense + len(rest) <= len(period) else ((), period)
+
+
+def write_model(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a decoder's sizes, and of the attention and the MLP of its first layer."""
+    keys: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "rms_norm_eps": model.norm.eps,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    layer = model.layer(0)
+    if isinstance(layer.mixer, Attention):
+        keys |= {
+            "num_attention_heads": layer.mixer.num_heads,
+            "num_key_value_heads": layer.mixer.kv_head_count,
+            "head_dim": layer.mixer.head_width(model.hidden_size),
+        }
+    if isinstance(layer.mlp, MLP):
+        keys |= {"intermediate_size": layer.mlp.dim, "hidden_act": ACTIVATION_NAMES.get(layer.mlp.activation)}
+    return keys
+
+
+# Rotary positions
+
+type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0, partial: bool = False) -> Rope:
+    """Reads rotary positions; `theta` is the default, and `partial` says whether a part of a head may be rotated.
+
+    Published files have `rope_theta` and `rope_scaling`; those of transformers 5 have both in `rope_parameters`, for
+    models with two kinds of layers an object for each `kind`.
+    """
+    options = ModelJson({}, keys.where)
+    for name in ("rope_scaling", "rope_parameters"):
+        if name in keys:
+            options = keys.part(name)
+            options = options.part(kind) if kind is not None and kind in options else options
+    keys.ignore("rope_scaling", "rope_parameters")
+    theta = options.take("rope_theta", float, keys.take("rope_theta", float, theta))
+    fraction = options.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
+    if fraction != 1 and not partial:
+        raise ConfigError(f"{keys.where}: partial_rotary_factor is {fraction}; this family has none but 1")
+    rope = Rope(theta=theta, fraction=fraction, scaling=_read_scaling(options, keys))
+    options.close()
+    return rope
+
+
+def _read_scaling(keys: ModelJson, model: ModelJson) -> Scaling | None:
+    """Reads scaling from its own keys and those of the model."""
+    kind = keys.take("rope_type", str, keys.take("type", str, "default"))
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(factor=keys.take("factor", float))
+        case "llama3":
+            return Llama3Scaling(
+                factor=keys.take("factor", float),
+                low_freq_factor=keys.take("low_freq_factor", float),
+                high_freq_factor=keys.take("high_freq_factor", float),
+                original_length=keys.take("original_max_position_embeddings", int),
+            )
+        case "yarn":
+            return _read_yarn(keys, model)
+        case "longrope" | "su":
+            return _read_longrope(keys, model)
+        case _:
+            known = "default, linear, llama3, yarn or longrope"
+            raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; use {known}")
+
+
+def _read_yarn(keys: ModelJson, model: ModelJson) -> YarnScaling:
+    """Reads YaRN, whose factor on cosines and sines is `m(mscale) / m(mscale_all_dim)`, or `attention_factor`."""
+    original = keys.take("original_max_position_embeddings", int, model.optional("max_position_embeddings", int))
+    if "factor" not in keys:
+        keys.default(factor=model.take("max_position_embeddings", int) / original)
+    factor, options = keys.take("factor", float), {"mscale": 1.0, "mscale_all_dim": 0.0}
+    if "mscale" in keys or "mscale_all_dim" in keys:
+        options = {name: keys.take(name, float, default) for name, default in options.items()}
+    if (attention := keys.optional("attention_factor", float)) is not None and factor > 1:
+        mscale = (attention - 1) / (0.1 * math.log(factor))  # the published ones are m(1)
+        options = {"mscale": round(mscale, 9), "mscale_all_dim": 0.0}
+    return YarnScaling(
+        factor=factor,
+        original_length=original,
+        beta_fast=keys.take("beta_fast", float, 32.0),
+        beta_slow=keys.take("beta_slow", float, 1.0),
+        truncate=keys.take("truncate", bool, True),
+        **options,
+    )
+
+
+def _read_longrope(keys: ModelJson, model: ModelJson) -> LongRopeScaling:
+    """Reads LongRoPE for the longest context: with "long_factor" if that is above the original length."""
+    longest = model.take("max_position_embeddings", int)
+    original = keys.take("original_max_position_embeddings", int, longest)
+    original = model.take("original_max_position_embeddings", int, original)
+    keys.require("attention_factor", None)
+    keys.ignore("long_factor", "short_factor")
+    name = "long_factor" if longest > original else "short_factor"
+    divisors = keys.take(name, list)
+    if original < 2 or not all(isinstance(each, (int, float)) for each in divisors):
+        raise ConfigError(f"{keys.where}: {name} must be a list of numbers, and the original length at least 2")
+    factor = keys.take("factor", float, max(longest / original, 1.0))
+    return LongRopeScaling(divisors=tuple(map(float, divisors)), factor=factor, original_length=original)
+
+
+def write_rope(rope: Rope | None) -> dict[str, Any]:
+    """Returns the keys of rotary positions, in the form of published files."""
+    if rope is None:
+        return {}
+    keys: dict[str, Any] = {"rope_theta": rope.theta}
+    if rope.fraction != 1:
+        keys["partial_rotary_factor"] = rope.fraction
+    match rope.scaling:
+        case LinearScaling(factor=factor):
+            keys["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling() as scaling:
+            keys["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+        case YarnScaling() as scaling:
+            keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
+            keys["rope_scaling"] = _write_yarn(scaling)
+        case LongRopeScaling() as scaling:
+            keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
+            keys["original_max_position_embeddings"] = scaling.original_length
+            # Both, since the model has these divisors for every length.
+            factors = {"long_factor": [*scaling.divisors], "short_factor": [*scaling.divisors]}
+            keys["rope_scaling"] = {"type": "longrope", **factors}
+        case None:
+            pass
+    return keys
+
+
+def _write_yarn(scaling: YarnScaling) -> dict[str, Any]:
+    keys = {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "truncate": scaling.truncate,
+    }
+    if scaling.mscale_all_dim:
+        return keys | {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return keys if scaling.mscale == 1 else keys | {"attention_factor": scaling.m(scaling.mscale)}

@@ -1,0 +1,140 @@
+"""Gemma 2 (Gemma Team 2024): norms before and after, and a sliding window in every other layer."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.families.common import (
+    Family,
+    dense_layers,
+    layer_rules,
+    model_rules,
+    read_activation,
+    read_attention,
+    read_model,
+    read_rope,
+    write_model,
+    write_rope,
+)
+from jaxinfra.models.families.windows import read_windows, write_windows
+from jaxinfra.models.layers import MLP, NormConfig
+from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.rope import Rope
+
+
+def gemma_shape(
+    num_layers: int, hidden_size: int, mlp_dim: int, mixers: Sequence[Attention], **options: Any
+) -> TransformerConfig:
+    """Returns a Gemma 2 or 3 with a period of these mixers."""
+    layers = (Layer(mixer=mixer, mlp=MLP(dim=mlp_dim, activation="geglu"), norms="both") for mixer in mixers)
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        layers=tuple(layers),
+        norm=NormConfig(eps=1e-6, offset=1.0),
+        tie_embeddings=True,
+        scale_embeddings=True,
+        **options,
+    )
+
+
+def _gemma2(
+    num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int, mlp_dim: int, head_dim=256, query_dim=256
+) -> TransformerConfig:
+    """google/gemma-2-{2b,9b,27b}.
+
+    Scores are divided by the square root of `query_dim`, in the 27B model of `hidden_size / num_heads`.
+    """
+    full = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        query_scale=query_dim**-0.5,
+        softcap=50.0,
+        rope=Rope(theta=10000.0),
+    )
+    mixers = (replace(full, window=4096), full)
+    return gemma_shape(num_layers, hidden_size, mlp_dim, mixers, vocab_size=256000, logit_softcap=30.0)
+
+
+SHAPES: dict[str, TransformerConfig] = {
+    "gemma-2-2b": _gemma2(num_layers=26, hidden_size=2304, num_heads=8, num_kv_heads=4, mlp_dim=9216),
+    "gemma-2-9b": _gemma2(num_layers=42, hidden_size=3584, num_heads=16, num_kv_heads=8, mlp_dim=14336),
+    "gemma-2-27b": _gemma2(
+        num_layers=46,
+        hidden_size=4608,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        mlp_dim=36864,
+        query_dim=144,
+    ),
+}
+
+
+def read(keys: ModelJson) -> TransformerConfig:
+    """Reads the keys of a Gemma 2."""
+    keys.default(
+        head_dim=256,
+        num_key_value_heads=4,
+        sliding_window=4096,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    )
+    mixer = read_gemma_attention(keys, rope=read_rope(keys), softcap=keys.optional("attn_logit_softcapping", float))
+    windows = read_windows(keys, lambda index: index % 2 == 0)
+    return read_gemma(keys, [replace(mixer, window=window) for window in windows])
+
+
+def read_gemma_attention(keys: ModelJson, **options: Any) -> Attention:
+    """Reads the attention of a Gemma 2 or 3; `options` are of `Attention`."""
+    bias, scale = keys.take("attention_bias", bool, False), keys.take("query_pre_attn_scalar", float, 256.0) ** -0.5
+    return read_attention(keys, query_scale=scale, qkv_bias=bias, out_bias=bias, **options)
+
+
+def read_gemma(keys: ModelJson, mixers: Sequence[Attention]) -> TransformerConfig:
+    """Reads the sizes of a Gemma 2 or 3 whose layers have these mixers."""
+    keys.default(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
+    keys.ignore("hidden_act", "cache_implementation")  # hidden_activation counts
+    keys.require("use_bidirectional_attention", False, default=False)
+    mlp = MLP(dim=keys.take("intermediate_size", int), activation=read_activation(keys, "hidden_activation"))
+    return read_model(
+        keys,
+        [Layer(mixer=mixer, mlp=mlp, norms="both") for mixer in mixers],
+        norm=NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6), offset=1.0),
+        scale_embeddings=True,
+        logit_softcap=keys.optional("final_logit_softcapping", float),
+    )
+
+
+def write(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a Gemma 2."""
+    mixer, _ = dense_layers(model)[0]
+    return write_gemma(model) | write_rope(mixer.rope) | {"attn_logit_softcapping": mixer.softcap}
+
+
+def write_gemma(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys that Gemma 2 and 3 share."""
+    mixers, _ = zip(*dense_layers(model), strict=True)
+    keys, scale = write_model(model), mixers[0].query_scale
+    scalar = keys["head_dim"] if scale is None else round(scale**-2, 9)
+    return {
+        **keys,
+        **write_windows(mixers),
+        "hidden_activation": keys["hidden_act"],
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attention_bias": mixers[0].qkv_bias,
+        "final_logit_softcapping": model.logit_softcap,
+    }
+
+
+FAMILY = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    read=read,
+    write=write,
+    layer_rules=layer_rules,
+    model_rules=model_rules,
+)

@@ -1,0 +1,155 @@
+"""Llama 4 Scout and Maverick (Meta 2025), the text part: chunked attention, layers without positions, top-1 experts.
+
+Every fourth layer has no rotary positions and attends to everything. Both of a rotated pair stand side by side in
+published weights; here they are in two halves. A token's sigmoid score multiplies what its expert is given.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention, AttentionTemperature
+from jaxinfra.models.families.common import (
+    ACTIVATION_NAMES,
+    Family,
+    Fields,
+    attention_rules,
+    experts_of,
+    fused,
+    mlp_rules,
+    model_rules,
+    norm_rules,
+    of_kind,
+    read_activation,
+    read_attention,
+    read_fields,
+    read_model,
+    read_rope,
+    read_text_part,
+    write_fields,
+    write_model,
+    write_rope,
+)
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.rope import Llama3Scaling, Rope
+
+TOP_1: Mapping[str, Any] = {
+    "num_shared_experts": 1,
+    "score_function": "sigmoid",
+    "normalize_weights": False,
+    "scale_inputs": True,
+}
+FIELDS: Fields = {
+    "dim": ("intermediate_size", int),
+    "num_experts": ("num_local_experts", int),
+    "top_k": ("num_experts_per_tok", int),
+}
+TEMPERATURE: Fields = {"scale": ("attn_scale", float), "floor": ("floor_scale", int)}
+
+
+def read(keys: ModelJson) -> TransformerConfig:
+    """Reads the keys of a Llama 4."""
+    layers = range(keys.take("num_hidden_layers", int))
+    keys.default(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, attention_chunk_size=8192)
+    keys.default(rms_norm_eps=1e-5, hidden_act="silu", head_dim=128, num_experts_per_tok=1)
+    keys.ignore("router_jitter_noise", "router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
+    interval, step = keys.take("no_rope_layer_interval", int, 4), keys.take("interleave_moe_layer_step", int, 1)
+    rotates = keys.take("no_rope_layers", list, []) or [int((i + 1) % interval > 0) for i in layers]
+    sparse = keys.take("moe_layers", list, list(layers)[step - 1 :: step])
+    bias, chunk = keys.take("attention_bias", bool, False), keys.optional("attention_chunk_size", int)
+    norm, rope = "l2" if keys.take("use_qk_norm", bool, True) else None, read_rope(keys, theta=500000.0)
+    rotated = read_attention(keys, rope=rope, chunk=chunk, qk_norm=norm, qkv_bias=bias, out_bias=bias)
+    temperature = AttentionTemperature(**read_fields(keys, TEMPERATURE))
+    tuned = keys.take("attn_temperature_tuning", object)  # true, or 4
+    still = replace(rotated, rope=None, chunk=None, qk_norm=None, temperature=temperature if tuned else None)
+    kinds = ["chunked_attention" if chunk and rotates[i] else "full_attention" for i in layers]
+    keys.require("layer_types", kinds, default=kinds)
+    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **TOP_1)
+    dense = MLP(dim=keys.take("intermediate_size_mlp", int), activation=experts.activation)
+    mixers, mlps = (
+        [rotated if rotates[i] else still for i in layers],
+        [experts if i in sparse else dense for i in layers],
+    )
+    return read_model(keys, [Layer(mixer=mixers[i], mlp=mlps[i]) for i in layers])
+
+
+def write(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a Llama 4."""
+    mixers = [of_kind(layer.mixer, Attention, "layers.mixer") for layer in model.all_layers]
+    mlps, experts = [layer.mlp for layer in model.all_layers], experts_of(model)
+    rotated = next((mixer for mixer in mixers if mixer.rope is not None), mixers[0])
+    temperature = next((mixer.temperature for mixer in mixers if mixer.temperature is not None), None)
+    keys = write_fields(experts, FIELDS) | {
+        "model_type": "llama4_text",
+        "attention_bias": rotated.qkv_bias,
+        "attention_chunk_size": rotated.chunk,
+        "use_qk_norm": rotated.qk_norm == "l2",
+        "attn_temperature_tuning": temperature is not None,
+        "no_rope_layers": [int(mixer.rope is not None) for mixer in mixers],
+        "moe_layers": [i for i, mlp in enumerate(mlps) if isinstance(mlp, MixtureOfExperts)],
+        "hidden_act": ACTIVATION_NAMES.get(experts.activation),
+        "intermediate_size_mlp": next((mlp.dim for mlp in mlps if isinstance(mlp, MLP)), experts.dim),
+    }
+    keys |= write_fields(temperature or AttentionTemperature(), TEMPERATURE)
+    return write_model(model) | write_rope(rotated.rope) | keys
+
+
+def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of a layer."""
+    yield from norm_rules(layer)
+    mixer = of_kind(layer.mixer, Attention, "layers.mixer")
+    yield from attention_rules(mixer, pairs=mixer.rope is not None)
+    if isinstance(layer.mlp, MLP):
+        yield from mlp_rules(layer.mlp, "feed_forward")
+        return
+    yield rule("feed_forward.router.weight", "mlp.router", "e d -> d e")
+    yield fused(
+        "feed_forward.experts.gate_up_proj", *((f"mlp.{name}", "e d ({f}) -> e d f") for name in ("gate", "up"))
+    )
+    yield rule("feed_forward.experts.down_proj", "mlp.down", "e f d -> e f d")
+    yield from mlp_rules(MLP(dim=layer.mlp.dim), "feed_forward.shared_expert", "mlp.shared")
+
+
+FAMILY = Family(
+    model_type="llama4_text",
+    architecture="Llama4ForCausalLM",
+    read=read,
+    write=write,
+    layer_rules=layer_rules,
+    model_rules=model_rules,
+)
+
+
+WITH_IMAGES = replace(
+    FAMILY,
+    model_type="llama4",
+    read=lambda keys: read_text_part(keys, read),
+    other_prefix=("", "language_model."),
+    unused=(*FAMILY.unused, "vision_model.*", "multi_modal_projector.*"),
+)
+"""The models with images: the text part is read, and written as a `llama4_text`."""
+
+
+def _shape(qk_norm: bool, rope: Rope, num_experts: int, moe_step: int) -> TransformerConfig:
+    rotated = Attention(num_heads=40, num_kv_heads=8, rope=rope, chunk=8192, qk_norm="l2" if qk_norm else None)
+    still = replace(rotated, rope=None, chunk=None, qk_norm=None, temperature=AttentionTemperature())
+    experts = MixtureOfExperts(dim=8192, num_experts=num_experts, top_k=1, **TOP_1)
+    mlps, mixers = [MLP(dim=16384)] * (moe_step - 1) + [experts], (rotated, rotated, rotated, still)
+    layers = tuple(Layer(mixer=mixer, mlp=mlps[i % moe_step]) for i, mixer in enumerate(mixers))
+    return TransformerConfig(vocab_size=202048, num_layers=48, hidden_size=5120, layers=layers)
+
+
+SHAPES = {
+    "llama-4-scout": _shape(
+        qk_norm=True,
+        rope=Rope(theta=500000.0, scaling=Llama3Scaling(factor=16.0, high_freq_factor=1.0)),
+        num_experts=16,
+        moe_step=1,
+    ),
+    "llama-4-maverick": _shape(qk_norm=False, rope=Rope(theta=500000.0), num_experts=128, moe_step=2),
+}
+"""The text part of meta-llama/Llama-4-Scout-17B-16E-Instruct and Llama-4-Maverick-17B-128E-Instruct."""

@@ -1,0 +1,75 @@
+"""Mixtral (Jiang et al. 2024): Mistral's attention, and eight experts in place of each MLP."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.families.common import (
+    ACTIVATION_NAMES,
+    Family,
+    Fields,
+    attention_rules,
+    experts_of,
+    model_rules,
+    norm_rules,
+    of_kind,
+    read_activation,
+    read_attention,
+    read_fields,
+    read_model,
+    read_rope,
+    write_fields,
+    write_model,
+    write_rope,
+)
+from jaxinfra.models.families.mistral import mistral_shape
+from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.transformer import Layer, TransformerConfig
+
+FIELDS: Fields = {
+    "dim": ("intermediate_size", int),
+    "num_experts": ("num_local_experts", int),
+    "top_k": ("num_experts_per_tok", int),
+    "balance_loss": ("router_aux_loss_coef", float),
+}
+
+
+def read(keys: ModelJson) -> TransformerConfig:
+    """Reads the keys of a Mixtral."""
+    keys.default(rms_norm_eps=1e-5, router_aux_loss_coef=0.001, hidden_act="silu", num_key_value_heads=8)
+    keys.default(num_local_experts=8, num_experts_per_tok=2)
+    keys.ignore("router_jitter_noise")  # in training
+    mixer = read_attention(keys, rope=read_rope(keys, theta=1e6), window=keys.optional("sliding_window", int))
+    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS))
+    return read_model(keys, [Layer(mixer=mixer, mlp=experts)])
+
+
+def write(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a Mixtral."""
+    mixer, experts = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer"), experts_of(model)
+    keys = {"hidden_act": ACTIVATION_NAMES.get(experts.activation), "sliding_window": mixer.window}
+    return write_model(model) | write_rope(mixer.rope) | write_fields(experts, FIELDS) | keys
+
+
+def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of a layer."""
+    yield from norm_rules(layer)
+    yield from attention_rules(of_kind(layer.mixer, Attention, "layers.mixer"))
+    yield rule("block_sparse_moe.gate.weight", "mlp.router", "e d -> d e")
+    for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        yield rule(f"block_sparse_moe.experts.{{e}}.{theirs}.weight", f"mlp.{ours}", "o i -> e i o")
+
+
+FAMILY = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    read=read,
+    write=write,
+    layer_rules=layer_rules,
+    model_rules=model_rules,
+)
+
+SHAPES = {"mixtral-8x7b": mistral_shape(32000, MixtureOfExperts(dim=14336, num_experts=8, top_k=2, balance_loss=0.02))}
+"""mistralai/Mixtral-8x7B-v0.1."""

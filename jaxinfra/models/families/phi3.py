@@ -1,0 +1,119 @@
+"""Phi-3 (Abdin et al. 2024) and Phi-4: queries, keys and values in one tensor, and gate and up in another.
+
+With LongRoPE the rotary positions are those of the longest context, also for short sequences.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.families.common import (
+    Family,
+    alike,
+    dense_layers,
+    fused,
+    model_rules,
+    norm_rules,
+    read_attention,
+    read_mlp,
+    read_model,
+    read_rope,
+    write_model,
+    write_rope,
+)
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.rope import LongRopeScaling, Rope
+
+THETA_10K = Rope(theta=10000.0)
+
+
+def _phi(
+    num_layers: int,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    mlp_dim: int,
+    rope: Rope = THETA_10K,
+    window: int | None = None,
+    **options: Any,
+) -> TransformerConfig:
+    """microsoft/Phi-3-{mini,medium}-4k-instruct, phi-4 and Phi-4-mini-instruct."""
+    mixer = Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope, window=window)
+    mlp = MLP(dim=mlp_dim)
+    return alike(num_layers=num_layers, hidden_size=hidden_size, mixer=mixer, mlp=mlp, **options)
+
+
+_phi3 = partial(_phi, vocab_size=32064, window=2047)
+_phi4 = partial(_phi, vocab_size=100352, rope=Rope(theta=250000.0))
+PHI4_MINI_DIVISORS = (
+    1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+    6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215,
+    18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64,
+    32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+)  # fmt: skip
+_MINI_ROPE = Rope(theta=10000.0, fraction=0.75, scaling=LongRopeScaling(divisors=PHI4_MINI_DIVISORS, factor=32.0))
+
+SHAPES: dict[str, TransformerConfig] = {
+    "phi-3-mini-4k": _phi3(num_layers=32, hidden_size=3072, num_heads=32, num_kv_heads=32, mlp_dim=8192),
+    "phi-3-medium-4k": _phi3(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=10, mlp_dim=17920),
+    "phi-4": _phi4(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=10, mlp_dim=17920),
+    "phi-4-mini": _phi(
+        num_layers=32,
+        hidden_size=3072,
+        num_heads=24,
+        num_kv_heads=8,
+        mlp_dim=8192,
+        rope=_MINI_ROPE,
+        window=262144,
+        vocab_size=200064,
+        tie_embeddings=True,
+    ),
+}
+
+
+def read(keys: ModelJson) -> TransformerConfig:
+    """Reads the keys of a Phi-3."""
+    keys.default(rms_norm_eps=1e-5)
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        keys.require(name, False, default=False)
+    for name in ("full_attn_mod", "interpolate_factor"):  # of the code published with Phi-4-mini
+        keys.require(name, 1, default=1)
+    keys.ignore("original_max_position_embeddings")
+    rope = read_rope(keys, partial=True)
+    if not isinstance(rope.scaling, LongRopeScaling | None):
+        raise ConfigError(f"{keys.where}: {type(rope.scaling).__name__} is not supported for a phi3, only LongRoPE")
+    mixer = read_attention(keys, rope=rope, window=keys.optional("sliding_window", int))
+    return read_model(keys, [Layer(mixer=mixer, mlp=read_mlp(keys))])
+
+
+def write(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a Phi-3."""
+    mixer, _ = dense_layers(model)[0]
+    return write_model(model) | write_rope(mixer.rope) | {"sliding_window": mixer.window}
+
+
+def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of a layer."""
+    yield from norm_rules(layer)
+    parts = [f"attention.{name}.weight" for name in ("query", "key", "value")]
+    yield fused("self_attn.qkv_proj.weight", *((part, "({h k}) d -> d h k") for part in parts))
+    yield rule("self_attn.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
+    parts = [f"mlp.{name}.weight" for name in ("gate", "up")]
+    yield fused("mlp.gate_up_proj.weight", *((part, "({o}) i -> i o") for part in parts))
+    yield rule("mlp.down_proj.weight", "mlp.down.weight", "o i -> i o")
+
+
+FAMILY = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    read=read,
+    write=write,
+    layer_rules=layer_rules,
+    model_rules=model_rules,
+)

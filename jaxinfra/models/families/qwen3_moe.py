@@ -1,0 +1,98 @@
+"""Qwen3-30B-A3B and Qwen3-235B-A22B (Qwen team 2025): Qwen3's attention, and experts in place of MLPs."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.families.common import (
+    ACTIVATION_NAMES,
+    Family,
+    Fields,
+    experts_of,
+    layer_rules,
+    model_rules,
+    of_kind,
+    read_activation,
+    read_attention,
+    read_fields,
+    read_mlp,
+    read_model,
+    read_rope,
+    write_fields,
+    write_model,
+    write_rope,
+)
+from jaxinfra.models.families.qwen3 import qwen3_shape
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.transformer import Layer, TransformerConfig
+
+FIELDS: Fields = {
+    "dim": ("moe_intermediate_size", int),
+    "num_experts": ("num_experts", int),
+    "top_k": ("num_experts_per_tok", int),
+    "normalize_weights": ("norm_topk_prob", bool),
+    "balance_loss": ("router_aux_loss_coef", float),
+}
+
+
+def read(keys: ModelJson) -> TransformerConfig:
+    """Reads the keys of a Qwen3 with experts."""
+    keys.default(norm_topk_prob=False, num_key_value_heads=4)
+    bias, window = keys.take("attention_bias", bool, False), keys.optional("sliding_window", int)
+    window = window if keys.take("use_sliding_window", bool, False) else None
+    keys.ignore("max_window_layers")
+    mixer = read_attention(keys, rope=read_rope(keys), window=window, qkv_bias=bias, out_bias=bias, qk_norm="head")
+    return read_model(keys, read_layers(keys, [mixer] * keys.take("num_hidden_layers", int)))
+
+
+def read_layers(keys: ModelJson, mixers: Sequence[Attention], **options: Any) -> list[Layer]:
+    """Reads MLPs and experts; `options` are of `MixtureOfExperts`."""
+    keys.default(router_aux_loss_coef=0.001, hidden_act="silu")
+    if "num_local_experts" in keys:  # from transformers 5
+        keys.default(num_experts=keys.take("num_local_experts", int))
+    step, only_dense = keys.take("decoder_sparse_step", int, 1), keys.take("mlp_only_layers", list, [])
+    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **options)
+    dense = read_mlp(keys)
+    mlps = [dense if i in only_dense or (i + 1) % step else experts for i in range(len(mixers))]
+    return [Layer(mixer=mixer, mlp=mlp) for mixer, mlp in zip(mixers, mlps, strict=True)]
+
+
+def write(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a Qwen3 with experts."""
+    mixer = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer")
+    keys = {"attention_bias": mixer.qkv_bias, "use_sliding_window": mixer.window is not None}
+    return write_model(model) | write_rope(mixer.rope) | keys | {"sliding_window": mixer.window} | write_layers(model)
+
+
+def write_layers(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of MLPs and experts."""
+    experts, mlps = experts_of(model), [layer.mlp for layer in model.all_layers]
+    return write_fields(experts, FIELDS) | {
+        "hidden_act": ACTIVATION_NAMES.get(experts.activation),
+        "intermediate_size": next((mlp.dim for mlp in mlps if isinstance(mlp, MLP)), experts.dim * experts.top_k),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, mlp in enumerate(mlps) if isinstance(mlp, MLP)],
+    }
+
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    read=read,
+    write=write,
+    layer_rules=layer_rules,
+    model_rules=model_rules,
+)
+
+
+_experts = partial(MixtureOfExperts, num_experts=128, top_k=8, balance_loss=0.001)
+_shape = partial(qwen3_shape, num_kv_heads=4)
+
+SHAPES = {
+    "qwen3-30b-a3b": _shape(num_layers=48, hidden_size=2048, num_heads=32, mlp=_experts(dim=768)),
+    "qwen3-235b-a22b": _shape(num_layers=94, hidden_size=4096, num_heads=64, mlp=_experts(dim=1536)),
+}
+"""Qwen/Qwen3-30B-A3B and Qwen3-235B-A22B."""

@@ -1,0 +1,143 @@
+"""Qwen3-Next (Qwen team 2025): gated delta nets, gated attention in every fourth layer, and many experts.
+
+Projections of delta nets are published by key head: its query, its key, then values and gates of the value heads that
+share it. Layers for the prediction of several tokens are not read.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.delta_net import GatedDeltaNet
+from jaxinfra.models.families.common import (
+    Family,
+    Fields,
+    attention_rules,
+    experts_of,
+    experts_rules,
+    fused,
+    mlp_rules,
+    model_rules,
+    norm_rules,
+    of_kind,
+    read_attention,
+    read_fields,
+    read_model,
+    read_rope,
+    write_fields,
+    write_model,
+    write_rope,
+)
+from jaxinfra.models.families.qwen3_moe import read_layers, write_layers
+from jaxinfra.models.layers import MLP, NormConfig
+from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.rope import Rope
+
+LINEAR, FULL = "linear_attention", "full_attention"
+FIELDS: Fields = {
+    "num_key_heads": ("linear_num_key_heads", int),
+    "num_value_heads": ("linear_num_value_heads", int),
+    "key_head_dim": ("linear_key_head_dim", int),
+    "value_head_dim": ("linear_value_head_dim", int),
+    "conv_width": ("linear_conv_kernel_dim", int),
+}
+
+
+def read(keys: ModelJson) -> TransformerConfig:
+    """Reads the keys of a Qwen3-Next."""
+    keys.default(partial_rotary_factor=0.25, num_key_value_heads=2, head_dim=256)
+    keys.default(norm_topk_prob=True, router_aux_loss_coef=0.001)
+    keys.require("use_sliding_window", False, default=False)
+    bias, interval = keys.take("attention_bias", bool, False), keys.take("full_attention_interval", int, 4)
+    rope = read_rope(keys, partial=True)
+    full = read_attention(keys, rope=rope, gate=True, qk_norm="head", qkv_bias=bias, out_bias=bias)
+    default = [LINEAR if (i + 1) % interval else FULL for i in range(keys.take("num_hidden_layers", int))]
+    mixers = {LINEAR: GatedDeltaNet(**read_fields(keys, FIELDS)), FULL: full}
+    shared = keys.take("shared_expert_intermediate_size", int) / keys.take("moe_intermediate_size", int)
+    keys.require("shared_expert_intermediate_size", round(shared) * keys.take("moe_intermediate_size", int))
+    kinds = [mixers[kind] for kind in keys.take("layer_types", list, default)]
+    layers = read_layers(keys, kinds, num_shared_experts=round(shared), shared_gate=True)
+    norm = NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6), offset=1.0)
+    return read_model(keys, layers, norm=norm)
+
+
+def write(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a Qwen3-Next."""
+    mixers, experts = [layer.mixer for layer in model.all_layers], experts_of(model)
+    full = of_kind(next((mixer for mixer in mixers if isinstance(mixer, Attention)), None), Attention, "layers.mixer")
+    nets = (mixer for mixer in mixers if isinstance(mixer, GatedDeltaNet))
+    keys = write_fields(of_kind(next(nets, None), GatedDeltaNet, "layers.mixer"), FIELDS) | {
+        "num_attention_heads": full.num_heads,
+        "num_key_value_heads": full.kv_head_count,
+        "head_dim": full.head_width(model.hidden_size),
+        "attention_bias": full.qkv_bias,
+        "layer_types": [FULL if isinstance(mixer, Attention) else LINEAR for mixer in mixers],
+        "partial_rotary_factor": 1.0,
+        "shared_expert_intermediate_size": experts.num_shared_experts * experts.dim,
+    }
+    return write_model(model) | keys | write_rope(full.rope) | write_layers(model)
+
+
+def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of a layer."""
+    yield from norm_rules(layer)
+    if isinstance(layer.mixer, Attention):
+        for each in attention_rules(layer.mixer):
+            yield _with_gate(each) if "q_proj" in each.theirs else each
+    else:
+        yield from delta_net_rules(of_kind(layer.mixer, GatedDeltaNet, "layers.mixer"))
+    yield from mlp_rules(layer.mlp) if isinstance(layer.mlp, MLP) else experts_rules(layer.mlp)
+
+
+def _with_gate(query: Rule) -> Rule:
+    part, pattern = query.parts[0], query.parts[0].pattern.replace("(h k)", "(h {k})")
+    return fused(query.theirs, (part.ours, pattern), (part.ours.replace("query", "gate"), pattern))
+
+
+def delta_net_rules(mixer: GatedDeltaNet, name: str = "linear_attn") -> Iterator[Rule]:
+    """Yields the rules of a gated delta net; `g` are key heads, each shared by `r` value heads."""
+    heads = {"query": "(g {k}) d -> d g k", "key": "(g {k}) d -> d g k"}
+    heads |= {each: "(g {r v}) d -> d (g r) v" for each in ("value", "gate")}
+    groups = {"g": mixer.num_key_heads}
+    parts = ((f"attention.{each}.weight", pattern) for each, pattern in heads.items())
+    yield fused(f"{name}.in_proj_qkvz.weight", *parts, **groups)
+    parts = ((f"attention.{each}.weight", "(g {r}) d -> d (g r)") for each in ("beta", "decay"))
+    yield fused(f"{name}.in_proj_ba.weight", *parts, **groups)
+    parts = ((f"attention.{each}_conv", "({h k}) 1 w -> w h (k 1)") for each in ("query", "key", "value"))
+    yield fused(f"{name}.conv1d.weight", *parts)
+    yield rule(f"{name}.A_log", "attention.a_log", "h -> h")
+    yield rule(f"{name}.dt_bias", "attention.dt_bias", "h -> h")
+    yield rule(f"{name}.norm.weight", "attention.norm.scale", "v -> v")
+    yield rule(f"{name}.out_proj.weight", "attention.out.weight", "d (h v) -> h v d")
+
+
+FAMILY = Family(
+    model_type="qwen3_next",
+    architecture="Qwen3NextForCausalLM",
+    read=read,
+    write=write,
+    layer_rules=layer_rules,
+    model_rules=model_rules,
+    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "mtp.*"),
+)
+
+_experts = MixtureOfExperts(
+    dim=512, num_experts=512, top_k=10, num_shared_experts=1, shared_gate=True, balance_loss=0.001
+)
+_full = Attention(
+    num_heads=16, num_kv_heads=2, head_dim=256, gate=True, qk_norm="head", rope=Rope(theta=1e7, fraction=0.25)
+)
+
+SHAPES = {
+    "qwen3-next-80b-a3b": TransformerConfig(
+        vocab_size=151936,
+        num_layers=48,
+        hidden_size=2048,
+        layers=(*(Layer(mixer=GatedDeltaNet(), mlp=_experts),) * 3, Layer(mixer=_full, mlp=_experts)),
+        norm=NormConfig(eps=1e-6, offset=1.0),
+    )
+}
+"""Qwen/Qwen3-Next-80B-A3B-Instruct, without layers for the prediction of several tokens."""

@@ -1,0 +1,77 @@
+"""Reference models of transformers, made once for all workers by another Python that has torch."""
+
+import importlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.families import MODULES, Family, family
+from jaxinfra.models.transformer import TransformerConfig
+from tests.interop.references import TINY
+from tests.interop.torch_python import TORCH_PYTHON
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
+
+
+def published() -> Iterator[tuple[str, Family, TransformerConfig]]:
+    """Yields the name, the family and the shape of every published model that has a family."""
+    for name in dict.fromkeys(MODULES.values()):
+        module = importlib.import_module(f"jaxinfra.models.families.{name}")
+        for shape_name, shape in module.SHAPES.items():
+            yield shape_name, module.FAMILY, shape
+
+
+@dataclass(frozen=True)
+class References:
+    """What transformers makes of the configs in `tests.interop.references`."""
+
+    folder: Path
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Tokens and logits of a tiny model."""
+        return dict(np.load(self.folder / f"{name}.npz"))
+
+    def tensors(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of a published model."""
+        found = json.loads((self.folder / "tensors.json").read_text())
+        return {tensor: tuple(shape) for tensor, shape in found[name].items()}
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "torch-models"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "tensors.json").exists():
+            _make(folder)
+    return References(folder)
+
+
+def written_again(keys: dict[str, Any]) -> dict[str, Any] | None:
+    """What is written for the model of a config; None for one with images, of which the text part is written."""
+    if "vision_config" in keys:
+        return None
+    of = family(keys["model_type"], "")
+    return {"model_type": of.model_type, "pad_token_id": None} | of.write(of.read(ModelJson(keys)))
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)  # what failed before is there
+    configs: dict[str, dict[str, Any]] = {
+        name: {"model_type": family.model_type} | family.write(shape) for name, family, shape in published()
+    }
+    tiny = {name: keys | {"written": written_again(keys)} for name, keys in TINY.items()}
+    (folder / "tiny.json").write_text(json.dumps(tiny))
+    (folder / "published.json").write_text(json.dumps(configs))
+    script = Path(__file__).with_name("torch_models.py")
+    made = subprocess.run([TORCH_PYTHON, script, folder], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]

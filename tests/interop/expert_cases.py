@@ -1,0 +1,241 @@
+"""Tiny models of the families with experts, in odd shapes: keys of transformers' configs.
+
+Sequences have 24 tokens, more than any window or chunk.
+"""
+
+from typing import Any
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+
+_MIXTRAL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+
+_QWEN3_MOE = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 72,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
+
+_DEEPSEEK = {
+    "vocab_size": 83,
+    "hidden_size": 36,
+    "intermediate_size": 56,
+    "moe_intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 14,
+    "q_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+_GPT_OSS = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "rope_parameters": YARN | {"truncate": False},
+}
+
+_LLAMA4 = {
+    "vocab_size": 73,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "intermediate_size_mlp": 56,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "num_local_experts": 4,
+    "attention_chunk_size": 7,
+    "floor_scale": 5,
+    "attn_scale": 0.3,
+}
+
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
+
+_GLM4_MOE = {
+    "vocab_size": 89,
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "attention_bias": True,
+    "use_qk_norm": True,
+}
+
+_QWEN3_NEXT = {
+    "vocab_size": 71,
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
+
+_CASES: dict[str, list[dict[str, Any]]] = {
+    "mixtral": [
+        _MIXTRAL,
+        _MIXTRAL | {"head_dim": 12, "num_key_value_heads": 6, "sliding_window": 7, "tie_word_embeddings": True},
+        _MIXTRAL | {"num_hidden_layers": 1, "num_key_value_heads": 1, "num_experts_per_tok": 1, "rms_norm_eps": 1e-3},
+    ],
+    "qwen3_moe": [
+        _QWEN3_MOE,
+        _QWEN3_MOE | {"mlp_only_layers": [0], "norm_topk_prob": False, "attention_bias": True},
+        _QWEN3_MOE
+        | {
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 5,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ],
+    "deepseek_v3": [
+        _DEEPSEEK,
+        _DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True},
+        _DEEPSEEK
+        | {
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ],
+    "gpt_oss": [
+        _GPT_OSS,
+        _GPT_OSS | {"num_hidden_layers": 2, "num_key_value_heads": 6, "head_dim": 8, "tie_word_embeddings": True},
+        _GPT_OSS
+        | {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "attention_bias": False,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ],
+    "llama4_text": [
+        _LLAMA4,
+        _LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_hidden_layers": 4},
+        _LLAMA4
+        | {
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [1, 0, 1, 1, 0],
+            "moe_layers": [1, 2],
+            "attn_temperature_tuning": False,
+            "attention_chunk_size": None,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ],
+    "qwen3_next": [
+        _QWEN3_NEXT,
+        _QWEN3_NEXT
+        | {"full_attention_interval": 2, "linear_num_value_heads": 3, "norm_topk_prob": False, "attention_bias": True},
+        _QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "mlp_only_layers": [1],
+            "shared_expert_intermediate_size": 48,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ],
+    "glm4_moe": [
+        _GLM4_MOE,
+        _GLM4_MOE | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "use_qk_norm": False, "head_dim": 8},
+        _GLM4_MOE
+        | {
+            "n_group": 3,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "attention_bias": False,
+            "first_k_dense_replace": 0,
+            "tie_word_embeddings": True,
+        },
+    ],
+}
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    f"{model_type}-{index}": {"model_type": model_type, **keys}
+    for model_type, cases in _CASES.items()
+    for index, keys in enumerate(cases)
+}
+EXPERTS["qwen3_moe-0"]["gradients"] = EXPERTS["gpt_oss-0"]["gradients"] = True
+EXPERTS["llama4-text"] = {"model_type": "llama4", "text_config": _LLAMA4, "vision_config": _VISION}
+"""Three models of each family, and the text part of one with images."""

@@ -1,0 +1,99 @@
+"""Configs of published models are read and written, and what would change their numbers is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.hub import differences, open_published
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.quantized import read_quantization
+from jaxinfra.models.families import family
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.zoo import shape
+from tests.interop.conftest import published
+from tests.interop.published_configs import CONFIGS, OLMO3_YARN
+from tests.interop.test_families import PUBLISHED, tensors
+from tests.refusals import raises
+
+LLAMA = CONFIGS["llama-3.1-8b"]
+
+
+def read(keys: dict[str, Any]) -> TransformerConfig:
+    json = ModelJson(keys)
+    model = family(json.model_type, json.where).read(json)
+    read_quantization(json)
+    json.close()
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configs_are_the_shapes_of_the_zoo(name: str) -> None:
+    assert differences(read(CONFIGS[name]), shape(name)) == []
+
+
+def test_written_configs_are_read_as_the_same_model() -> None:
+    for name, of, model in published():
+        assert differences(read({"model_type": of.model_type} | of.write(model)), model) == [], name
+
+
+def test_what_a_family_cannot_say_is_named() -> None:
+    of, model = PUBLISHED["llama-3.2-1b"]
+    (layer,) = model.layers
+    alien = replace(model, layers=(layer, replace(layer, mixer=replace(layer.mixer, qk_norm="head"))))
+    found = differences(alien, read({"model_type": "llama"} | of.write(alien)))
+    assert [each.path for each in found] == [f"layers.{index}.mixer.qk_norm" for index in range(1, 16, 2)]
+    for option in ({"dropout": 0.1}, {"remat": "full"}, {"layers": (layer, layer)}):  # inference is the same
+        assert differences(replace(model, **option), model) == []
+    with raises(ConfigError, "layer 0 LatentAttention Attention"):
+        of.write(shape("deepseek-v3"))
+
+
+def test_other_forms_of_names_are_read() -> None:
+    of, model = PUBLISHED["gpt2"]
+    assert "transformer.h.11.attn.c_attn.weight" in tensors(of, model)
+    assert "h.11.attn.c_attn.weight" in tensors(of, model, {"wte.weight"})
+    images, text = family("gemma3", ""), PUBLISHED["gemma-3-4b"][1]
+    names = tensors(images, text, {"language_model.model.embed_tokens.weight"})
+    assert "language_model.model.layers.33.self_attn.q_norm.weight" in names
+
+
+WRONG = {
+    "an unknown key": (LLAMA | {"logit_scale": 0.5}, "logit_scale=0.5"),
+    "an unknown key of a part": (LLAMA | {"rope_scaling": {"type": "default", "turns": 3}}, "rope_scaling: turns=3"),
+    "an unknown family": (LLAMA | {"model_type": "lama"}, "lama llama"),
+    "another type": (LLAMA | {"hidden_size": "4096"}, "hidden_size '4096' int"),
+    "a missing key": ({name: LLAMA[name] for name in LLAMA if name != "vocab_size"}, "vocab_size"),
+    "no layers": (LLAMA | {"num_hidden_layers": 0}, "num_hidden_layers 0 1"),
+    "another activation": (LLAMA | {"hidden_act": "relu2"}, "hidden_act='relu2' 'silu'"),
+    "another scaling": (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' yarn"),
+    "layers of another number": (CONFIGS["olmo-3-7b"] | {"layer_types": ["full_attention"]}, "layer_types 32"),
+    "other kinds of layers": (CONFIGS["olmo-3-7b"] | {"layer_types": ["linear_attention"] * 32}, "layer_types"),
+    "positions of too few layers": (CONFIGS["smollm3-3b"] | {"no_rope_layers": [1, 0]}, "no_rope_layers 36"),
+    "other scores of experts": (CONFIGS["kimi-k2"] | {"scoring_func": "softmax"}, "scoring_func='softmax' 'sigmoid'"),
+    "other halves of heads": (CONFIGS["deepseek-v3"] | {"rope_interleave": False}, "rope_interleave=False True"),
+    "another limit": (CONFIGS["gpt-oss-120b"] | {"swiglu_limit": 8.0}, "swiglu_limit=8.0 7.0"),
+    "other chunks": (CONFIGS["llama-4-maverick"] | {"layer_types": ["full_attention"] * 48}, "layer_types"),
+    "no number of experts": ({**CONFIGS["kimi-k2"], "n_routed_experts": None}, "n_routed_experts"),
+    "another quantization": (CONFIGS["kimi-k2"] | {"quantization_config": {"quant_method": "awq"}}, "'awq' 'fp8'"),
+    "YaRN in a Phi": (CONFIGS["phi-4"] | {"rope_scaling": OLMO3_YARN}, "YarnScaling LongRoPE"),
+    "attention both ways": (CONFIGS["gemma-2-2b"] | {"use_bidirectional_attention": True}, "bidirectional"),
+    "scores by layer": (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+}
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for name, value, words in (("num_key_value_heads", 5, "num_kv_heads"), ("hidden_size", -8, "hidden_size -8")):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {name: value}))
+        with raises(ConfigError, "config.json", words):
+            open_published(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_would_change_the_numbers_is_refused(case: str) -> None:
+    keys, words = WRONG[case]
+    with raises(ConfigError, words):
+        read(keys)

@@ -1,0 +1,40 @@
+"""What the rules of every family read from tensors, they write in the same form."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Binding
+from jaxinfra.models.families import family
+from jaxinfra.parallel.sharding import Partitioner
+from tests.interop.references import TINY
+
+
+def bindings_of(keys: dict[str, Any]) -> list[Binding]:
+    of = family(keys["model_type"], "")
+    model = of.read(ModelJson(keys))
+    specs = nnx.to_pure_dict(nnx.split(model.build(Partitioner()))[1])
+    return of.bindings(model, shapes_by_path(specs))
+
+
+def shapes_by_path(specs: dict[str, Any], before: str = "") -> dict[str, tuple[int, ...]]:
+    found = dict[str, tuple[int, ...]]()
+    for name, spec in specs.items():
+        found |= shapes_by_path(spec, f"{before}{name}.") if isinstance(spec, dict) else {f"{before}{name}": spec.shape}
+    return found
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tensors_are_written_as_they_are_read(name: str) -> None:
+    for binding in bindings_of(TINY[name]):
+        tensor = np.random.default_rng(0).normal(size=binding.shape)
+        layouts = [part.layout for part in binding.parts]
+        parts = [layout.to_ours(tensor[slice(*layout.rows(0, layout.cut_size))]) for layout in layouts]
+        for part in parts:
+            assert len(np.unique(part)) == part.size, binding.theirs
+        written = [layout.to_theirs(part) for layout, part in zip(layouts, parts, strict=True)]
+        axis = layouts[0].joined_axis() if layouts[0].alternates else 0
+        assert np.array_equal(np.concatenate(written, axis).reshape(tensor.shape), tensor), binding.theirs
