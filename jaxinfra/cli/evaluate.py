@@ -14,6 +14,7 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.cli import output_file
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
+from jaxinfra.interop.folder import is_published
 from jaxinfra.language_model import open_language_model
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program, TrainState
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _validate(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluates on the validation samples."""
+    if is_published(options.run_dir):
+        raise ConfigError(f"{options.run_dir}: published weights have no validation samples; name tasks with --tasks")
     path, _ = parse_source(options.run_dir)
     trainer = Trainer(load(record_of(path), options.overrides, Run, options.imports))
     with read_by_first(current_peers()):

@@ -115,7 +115,8 @@ def read_json(folder: ModelFolder) -> ModelJson:
     content = folder.read_or_none(CONFIG)
     where = folder.url_of(CONFIG)
     if content is None:
-        raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face")
+        private = ", or set HF_TOKEN if it is private" if where.startswith("hf://") else ""
+        raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face{private}")
     try:
         found = json.loads(content)
     except ValueError as error:

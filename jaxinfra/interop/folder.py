@@ -1,17 +1,18 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
 import os
-from collections.abc import Callable
-from functools import cached_property
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, override
+from typing import Protocol, cast, override
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.packages import import_optional
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.files import file_system
 from jaxinfra.storage.objects import ObjectStore
 
+_STORES = ("s3://", "gs://")
 PREFIX = "hf:"
 """Begins the source of published weights, in place of the directory of a run."""
 
@@ -55,17 +56,18 @@ def is_published(source: str | os.PathLike[str]) -> bool:
 
 
 def open_folder(source: str) -> ModelFolder:
-    """Opens the folder of a model: a local folder if there is one, a bucket, or `ORG/NAME[@REVISION]` of the Hub.
+    """Opens the folder of a model.
 
-    Raises ConfigError if there is no such folder.
+    It is a local folder if there is one, `s3://` or `gs://`, another URL that fsspec reads, such as `https://`, or
+    `ORG/NAME[@REVISION]` of the Hugging Face Hub. Raises ConfigError if there is no such folder.
     """
     source = source.removeprefix(PREFIX)
     if "://" in source:
-        return StoredFolder(ObjectStore(source))
+        return StoredFolder(ObjectStore(source)) if source.startswith(_STORES) else UrlFolder(source)
     if Path(source).expanduser().is_dir():
         return StoredFolder(ObjectStore(source))
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return HubFolder(source)
+        return UrlFolder(f"hf://{source}")
     raise ConfigError(f"{source}: no such folder; name the folder of a model, or ORG/NAME of the Hugging Face Hub")
 
 
@@ -100,19 +102,15 @@ class StoredFolder(ModelFolder):
         self._objects.read_into(name, start, out)
 
 
-class HubFolder(ModelFolder):
-    """A repository of the Hugging Face Hub, read in ranges without a copy on the disk.
+class UrlFolder(ModelFolder):
+    """A folder behind a URL, such as a repository of the Hugging Face Hub, read in ranges without a copy on the disk.
 
-    `HF_ENDPOINT` names another server, `HF_TOKEN` the user.
+    Of the Hub, `HF_ENDPOINT` names another server, and `HF_TOKEN` the user.
     """
 
-    def __init__(self, repository: str):
-        self.url = f"hf://{repository}"
-        self._hub = import_optional("huggingface_hub", needed_by=f"hf:{repository}", install="jaxinfra[huggingface]")
-
-    @cached_property
-    def _files(self) -> Any:
-        return self._hub.HfFileSystem()
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._files, self._path = file_system(self.url, field=PREFIX)
 
     @override
     def url_of(self, name: str) -> str:
@@ -120,36 +118,41 @@ class HubFolder(ModelFolder):
 
     @override
     def names(self) -> list[str]:
-        paths = self._call(lambda: self._files.ls(self.url, detail=False))
+        with self._errors():
+            paths = self._files.ls(self._path, detail=False)
         return sorted(path.rpartition("/")[2] for path in paths)
 
     @override
     def exists(self, name: str) -> bool:
-        return self._call(lambda: self._files.exists(self.url_of(name)))
+        with self._errors():
+            return self._files.exists(f"{self._path}/{name}")
 
     @override
     def check_size(self, name: str, nbytes: int) -> None:
-        if (size := self._call(lambda: self._files.info(self.url_of(name)))["size"]) != nbytes:
+        with self._errors():
+            size = self._files.size(f"{self._path}/{name}")
+        if size != nbytes:
             raise DataError(f"{self.url_of(name)}: {size} bytes, expected {nbytes}; ask who uploaded it")
 
     @override
     def read_or_none(self, name: str) -> bytes | None:
-        return self._call(lambda: self._files.cat_file(self.url_of(name))) if self.exists(name) else None
+        if not self.exists(name):
+            return None
+        with self._errors():
+            return cast(bytes, self._files.cat_file(f"{self._path}/{name}"))
 
     @override
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        content = self._call(lambda: self._files.cat_file(self.url_of(name), start=start, end=start + len(out)))
+        with self._errors():
+            with self._files.open(f"{self._path}/{name}", "rb", cache_type="none") as file:  # reads nothing ahead
+                file.seek(start)
+                content = cast(bytes, file.read(len(out)))
         if len(content) != len(out):
-            raise StorageError(f"{self.url_of(name)}: {len(content)} bytes instead of {len(out)}; try again")
+            raise DataError(
+                f"{self.url_of(name)}: {len(content)} bytes from {start} on instead of {len(out)}; try again"
+            )
         out[:] = np.frombuffer(content, np.uint8)
 
-    def _call[T](self, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{self.url}: there is no such model, or HF_TOKEN may not read it; check its name"
-            ) from None
-        except (OSError, self._hub.errors.HfHubHTTPError) as error:
-            cause = str(error).partition("\n")[0]
-            raise StorageError(f"{self.url}: {cause}; check the network, HF_ENDPOINT and HF_TOKEN") from None
+    def _errors(self) -> AbstractContextManager[None]:
+        missing = f"{self.url}: there is no such model, or you may not read it; check its name, and HF_TOKEN"
+        return storage_errors(self.url, action="read", missing=missing)

@@ -27,8 +27,8 @@ from jaxinfra.storage.errors import storage_errors
 STDLIB = "stdlib"  # as a root: the standard library of the running Python
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _GLOB_CHARS = frozenset("*?[")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # extra of pyproject.toml by protocol
-_OBJECT_STORES = frozenset(_EXTRAS) | {"az", "abfs"}  # one request lists everything below a prefix
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "huggingface"}  # of pyproject.toml by protocol
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs"})  # one request lists everything below a prefix
 # Keys under which the file systems report something that changes when a file is replaced.
 _VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "updated", "modified", "created")
 _BLOCK_BYTES = 4 << 20  # read ahead from remote storage; the default of s3fs is 50 MiB
@@ -61,12 +61,12 @@ def display_url(root: str) -> str:
 
 def is_local(root: str) -> bool:
     """Returns whether the root is a folder on this machine."""
-    return isinstance(_file_system(root)[0], LocalFileSystem)
+    return isinstance(file_system(root)[0], LocalFileSystem)
 
 
 def local_path(root: str, name: str) -> str:
     """Returns the path of a file below a local root."""
-    return f"{_file_system(root)[1]}/{name}"
+    return f"{file_system(root)[1]}/{name}"
 
 
 def list_files(root: str, pattern: str) -> list[FileInfo]:
@@ -79,7 +79,7 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
         root: a folder, a URL, or the word `stdlib`.
         pattern: as for `pathlib.Path.glob`; `**` matches any number of folders.
     """
-    fs, base = _file_system(root)
+    fs, base = file_system(root)
     prefix = base.rstrip("/")
     parts = PurePosixPath(pattern).parts
     # Lists from the deepest folder that the pattern names without wildcards: for "a/b/*/*.txt", two levels of a/b.
@@ -108,7 +108,7 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
 
 def list_folders(root: str) -> list[str]:
     """Returns the sorted names of the folders directly below the root; raises ConfigError if that is not a folder."""
-    fs, base = _file_system(root)
+    fs, base = file_system(root)
     with _listing(root):
         fs.invalidate_cache()
         entries = cast(list[_Entry], fs.ls(base, detail=True))
@@ -122,7 +122,7 @@ def list_folders(root: str) -> list[str]:
 @contextmanager
 def open_file(root: str, name: str) -> Iterator[BinaryIO]:
     """Opens a file below the root as a seekable stream; StorageError covers reads inside the block, too."""
-    fs, base = _file_system(root)
+    fs, base = file_system(root)
     with storage_errors(f"{display_url(root)}/{name}", action="read"):
         path = f"{base.rstrip('/')}/{name}"
         if isinstance(fs, LocalFileSystem):
@@ -136,7 +136,7 @@ def open_file(root: str, name: str) -> Iterator[BinaryIO]:
 
 def read_file(path: str, what: str) -> bytes:
     """Reads a small file from a path or URL; `what` names it in the error, such as "a template"."""
-    fs, fs_path = _file_system(path, field="")
+    fs, fs_path = file_system(path, field="")
     missing = f"{display_url(path)}: cannot be read as {what}: no such file; correct the path"
     with storage_errors(display_url(path), action=f"read as {what}", missing=missing):
         return cast(bytes, fs.cat_file(fs_path))
@@ -144,20 +144,20 @@ def read_file(path: str, what: str) -> bytes:
 
 def file_exists(path: str) -> bool:
     """Returns whether a path or URL is a file."""
-    fs, fs_path = _file_system(path, field="")
+    fs, fs_path = file_system(path, field="")
     with storage_errors(display_url(path), action="read"):
         return fs.exists(fs_path)
 
 
 def upload_file(path: Path, url: str) -> None:
     """Copies a local file into a bucket in parts, however long it is; raises StorageError if that fails."""
-    fs, target = _file_system(url, field="")
+    fs, target = file_system(url, field="")
     with storage_errors(url):
         fs.put_file(str(path), target)
 
 
-def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFileSystem, str]:
-    """Returns the file system of a root and the path within it."""
+def file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the file system of a root and the path within it; ConfigError with `field` if there is none."""
     if root == STDLIB:
         return LocalFileSystem(), sysconfig.get_path("stdlib")
     if "://" not in root:

@@ -27,8 +27,9 @@ from jaxinfra.sampling_program import sampling_program
 from jaxinfra.trained_params import load_params
 from tests.refusals import refused
 from tests.servers.fixtures import Server
+from tests.servers.hub import REPOSITORY, HubServer
 from tests.several import all_ended, several
-from tests.tiny_run import launch
+from tests.tiny_run import ended, launch, start
 
 PROMPT = "w1 w7 w50"
 GREEDY = ("--temperature", "0", "--max-tokens", "20")
@@ -263,3 +264,20 @@ def test_four_hosts_read_a_quarter_each(name: str, mesh: MeshConfig) -> None:
                 read[host] += len(own) * math.prod(sharding.shard_shape(rows))
             total += math.prod(rows)
     assert max(read) <= 1.1 * total / 4, [each / total for each in read]
+
+
+def test_weights_of_the_hub_and_behind_a_url(exported: Path) -> None:
+    """In a process of its own: the client of the Hub reads HF_ENDPOINT once."""
+    with HubServer(exported).running() as server:
+        env = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
+        child = start("sample", f"hf:{REPOSITORY}", PROMPT, *GREEDY, "--devices", "cpu:2", env=env)
+        text = ended(child)
+        assert text.code == 0, text
+        assert text.out == launch("sample", f"hf:{exported}", PROMPT, *GREEDY).out
+        weights = (exported / "model.safetensors").stat().st_size
+        assert server.read_bytes < 2 * weights  # not the whole file for each range
+        missing = ended(start("hub", "check", "hf:lab/nothing", env=env))
+        refused(missing, "lab/nothing HF_TOKEN", code=78)
+        plain = launch("hub", "check", f"hf:{server.url}/plain")
+        assert plain.code == 0 and "each has its place" in plain.out, plain
+    refused(launch("evaluate", f"hf:{exported}"), "--tasks", code=81)
