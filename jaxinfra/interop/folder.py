@@ -143,10 +143,10 @@ class UrlFolder(ModelFolder):
 
     @override
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        with self._errors():
-            with self._files.open(f"{self._path}/{name}", "rb", cache_type="none") as file:  # reads nothing ahead
-                file.seek(start)
-                content = cast(bytes, file.read(len(out)))
+        options = {"mode": "rb", "cache_type": "none"}  # reads nothing ahead
+        with self._errors(), self._files.open(f"{self._path}/{name}", **options) as file:
+            file.seek(start)
+            content = cast(bytes, file.read(len(out)))
         if len(content) != len(out):
             raise DataError(
                 f"{self.url_of(name)}: {len(content)} bytes from {start} on instead of {len(out)}; try again"
