@@ -58,7 +58,8 @@ TORCH_PYTHON = for candidate in python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versi
 
 $(TORCH)/.installed:
 	"$(shell $(TORCH_PYTHON))" -m venv $(TORCH)
-	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "transformers>=5" "trl>=1.16"
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "transformers[serving]>=5" "trl>=1.16" \
+		"ctranslate2>=4"
 	@touch $@
 
 # One session: the slow tests first, shared out over the workers (tests/conftest.py). Four workers keep two cores busy:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from tokenizers.processors import Sequence as Sequenced
+from tokenizers.processors import TemplateProcessing
 
 from jaxinfra.config import diff, validate
 from jaxinfra.config.text import format_value
@@ -215,6 +217,7 @@ def export_model(
     source: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     max_positions: int,
+    first_tokens: Sequence[int] = (),
     dtype: jnp.dtype | None = None,
     model_type: str | None = None,
     traveling: Mapping[str, bytes] | None = None,
@@ -230,6 +233,7 @@ def export_model(
         source: what is exported, for the receipt.
         tokenizer: its tokenizer.
         max_positions: the longest sequence, which the keys of the config tell.
+        first_tokens: tokens that stand before a text; the tokenizer that is written adds them.
         dtype: of the tensors; None keeps that of the parameters.
         model_type: the family; None takes one that can say what the model has.
         traveling: small files of the folder that the run began with.
@@ -250,15 +254,31 @@ def export_model(
     }
     others = dict(traveling or {})
     if isinstance(tokenizer, JsonTokenizer):
-        others[TOKENIZER] = tokenizer.content
-        content |= {"eos_token_id": tokenizer.eot_id}
-        default = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.end_of_document}
+        others[TOKENIZER], end = _beginning_with(first_tokens, tokenizer), tokenizer.end_of_document
+        content |= {"eos_token_id": tokenizer.eot_id, "bos_token_id": [*first_tokens, tokenizer.eot_id][0]}
+        # As GPT-2 is published: engines need a token that begins texts, and one for what is unknown.
+        default = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "unk_token": end}
         others.setdefault("tokenizer_config.json", _json(default | {"clean_up_tokenization_spaces": False}))
     others[CONFIG] = _json(content)
     bindings = found.bindings(config, {path: leaf.shape for path, leaf in leaves.items()})
     return write_model(
         destination, leaves, bindings, others, source=source, dtype=dtype, gather=gather, progress=progress
     )
+
+
+def _beginning_with(first_tokens: Sequence[int], tokenizer: JsonTokenizer) -> bytes:
+    """Returns the content of a tokenizer that puts these tokens before a text, unless it does so already."""
+    backend = read_backend(tokenizer.content, TOKENIZER)
+    if not first_tokens or backend.encode("").ids == [*first_tokens]:
+        return tokenizer.content
+    texts = [backend.id_to_token(index) for index in first_tokens]
+    template = TemplateProcessing(
+        single=[*texts, "$A"], pair=[*texts, "$A", "$B"], special_tokens=[*zip(texts, first_tokens, strict=True)]
+    )
+    backend.post_processor = (
+        template if backend.post_processor is None else Sequenced([backend.post_processor, template])
+    )
+    return backend.to_str().encode()
 
 
 def traveling_files(folder: ModelFolder) -> dict[str, bytes]:

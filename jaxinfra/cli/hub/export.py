@@ -43,6 +43,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 source={"source": parse_source(source)[0], "step": loaded.step, "config": loaded.fingerprint},
                 tokenizer=model.tokenizer,
                 max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
+                first_tokens=model.first_tokens,
                 dtype=None if options.dtype is None else jnp.dtype(options.dtype),
                 model_type=options.family,
                 traveling={} if origin is None else traveling_files(origin.folder),
