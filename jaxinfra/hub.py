@@ -30,7 +30,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import Params
+from jaxinfra.parallel.spec import Params, ParamSpec
 
 TOKENIZER = "tokenizer.json"
 
@@ -119,12 +119,16 @@ def published(source: str) -> TransformerConfig:
     return open_published(source).config
 
 
-def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a model's parameters by path, without devices."""
+def param_specs(config: TransformerConfig) -> dict[str, ParamSpec]:
+    """Returns the declarations of a model's parameters by path, without devices."""
     mesh = MeshConfig(fsdp=1)
     partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, platform="cpu", compute_dtype=jnp.dtype("float32"))
-    specs = nnx.to_pure_dict(nnx.split(config.build(partitioner))[1])
-    return {path: spec.shape for path, spec in by_path(specs).items()}
+    return by_path(nnx.to_pure_dict(nnx.split(config.build(partitioner))[1]))
+
+
+def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's parameters by path, without devices."""
+    return {path: spec.shape for path, spec in param_specs(config).items()}
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def export_model(
         tokenizer: its tokenizer.
         max_positions: the longest sequence, which the keys of the config tell.
         first_tokens: tokens that stand before a text; the tokenizer that is written adds them.
-        dtype: of the tensors; None keeps that of the parameters.
+        dtype: of the tensors; None keeps that of the parameters. Buffers, such as biases of routers, keep theirs.
         model_type: the family; None takes one that can say what the model has.
         traveling: small files of the folder that the run began with.
         gather: see `Gather`.
@@ -261,8 +265,10 @@ def export_model(
         others.setdefault("tokenizer_config.json", _json(default | {"clean_up_tokenization_spaces": False}))
     others[CONFIG] = _json(content)
     bindings = found.bindings(config, {path: leaf.shape for path, leaf in leaves.items()})
+    specs = param_specs(config)
+    dtypes = {} if dtype is None else {path: dtype for path, spec in specs.items() if spec.state != "buffer"}
     return write_model(
-        destination, leaves, bindings, others, source=source, dtype=dtype, gather=gather, progress=progress
+        destination, leaves, bindings, others, source=source, dtypes=dtypes, gather=gather, progress=progress
     )
 
 

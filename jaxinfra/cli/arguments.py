@@ -274,7 +274,7 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
     _add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
     what = "dtype of the tensors (default: that of the parameters)"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=what)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     what = "model_type of the export, such as llama (default: one that can say what the model has)"
     parser.add_argument("--family", metavar="TYPE", help=what)
     _add_imports(parser)

@@ -6,6 +6,7 @@ parameter is stored with another sharding. So the files are read once, whatever 
 than its part of one parameter.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,12 +74,14 @@ def _read_parts(
     assert isinstance(target, NamedSharding) and isinstance(target.mesh, Mesh)
     start, stop = layout.rows(0, layout.cut_size)
     shape, read = (*lead, stop - start, *layout.shape[1:]), dict[str, np.ndarray]()
+    dtypes = {weights.tensors[name].dtype for name in binding.names}
+    dtype = functools.reduce(jnp.promote_types, dtypes)  # layers may be stored in unlike dtypes
 
     def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
         if (key := str(index)) not in read:  # several devices may have the same
             ranges = [cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True)]
             first, end = ranges[len(lead)]
-            read[key] = _read_rows(weights, binding, ranges[: len(lead)], (start + first, start + end))
+            read[key] = _read_rows(weights, binding, ranges[: len(lead)], (start + first, start + end), dtype)
         return read[key]
 
     order = file_order(target, lead, layout)
@@ -92,14 +95,22 @@ def _read_parts(
 
 
 def _read_rows(
-    weights: Weights, binding: Binding, lead: Sequence[tuple[int, int]], rows: tuple[int, int]
+    weights: Weights, binding: Binding, lead: Sequence[tuple[int, int]], rows: tuple[int, int], dtype: np.dtype
 ) -> np.ndarray:
     """Reads rows of the tensors of some layers and experts."""
     ranges = [range(*each) for each in lead]
     names = [_name(binding, index) for index in itertools.product(*ranges)]
-    out = _aligned((len(names), rows[1] - rows[0], *binding.shape[1:]), weights.tensors[names[0]].dtype)
+    out = _aligned((len(names), rows[1] - rows[0], *binding.shape[1:]), dtype)
+
+    def read(name: str, own: np.ndarray) -> None:
+        stored = weights.tensors[name].dtype
+        found = own if stored == dtype else np.empty(own.shape, stored)
+        weights.read_into(name, rows[0], found)
+        if found is not own:
+            own[...] = found.astype(dtype)
+
     with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(lambda name, own: weights.read_into(name, rows[0], own), names, out))  # raises the first error
+        list(pool.map(read, names, out))  # raises the first error
     return out.reshape(*map(len, ranges), *out.shape[1:])
 
 

@@ -105,6 +105,7 @@ class Weights:
 
     def read_stored(self, tensor: StoredTensor, start: int, out: np.ndarray) -> None:
         """Fills `out` like `read_into`, with rows as they are in a file."""
+        assert out.dtype == tensor.dtype and out.shape[1:] == tensor.shape[1:], (out.dtype, out.shape, tensor)
         row_bytes = tensor.nbytes // max(tensor.shape[0], 1) if tensor.shape else 0
         self.folder.read_into(tensor.file, tensor.start + start * row_bytes, out.reshape(-1).view(np.uint8))
         with self._lock:

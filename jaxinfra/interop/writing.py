@@ -106,7 +106,7 @@ def write_model(
     others: Mapping[str, bytes],
     *,
     source: Mapping[str, Any],
-    dtype: jnp.dtype | None = None,
+    dtypes: Mapping[str, np.dtype] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     gather: Gather = lambda value: [value],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -121,12 +121,12 @@ def write_model(
         bindings: the tensors that hold them.
         others: other files, such as `config.json`.
         source: what is exported, for the receipt.
-        dtype: of the tensors; None keeps that of each parameter.
+        dtypes: of the tensors, by the path of the parameter; None keeps theirs.
         max_file_bytes: a file is longer only if a tensor is.
         gather: see `Gather`.
         progress: called with the bytes that are written, and with all of them.
     """
-    dtypes = {path: np.dtype(array.dtype if dtype is None else dtype) for path, array in params.items()}
+    dtypes = {path: np.dtype(array.dtype) for path, array in params.items()} | dict(dtypes or {})
     files = plan_files(bindings, dtypes, max_file_bytes)
     writer = _Writer(ObjectStore(destination), files, source, gather)
     writer.begin()
