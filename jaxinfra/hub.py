@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tokenizers.processors import Sequence as Sequenced
-from tokenizers.processors import TemplateProcessing
 
 from jaxinfra.config import diff, validate
 from jaxinfra.config.text import format_value
@@ -33,6 +31,7 @@ from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params, ParamSpec
 
 TOKENIZER = "tokenizer.json"
+MAX_LAYERS = 10_000
 
 _TRAVELING = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -84,10 +83,20 @@ class PublishedModel:
         where = self.folder.url_of(TOKENIZER)
         if content is None:
             raise DataError(f"{where}: missing; save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-        backend, ids = read_backend(content, where), self.keys.get("eos_token_id")
-        eos = backend.id_to_token(ids[0] if isinstance(ids, list) else ids) if ids is not None else None
+        backend, text_keys = read_backend(content, where), self.keys.get("text_config") or {}
+        ids = self.keys.get("eos_token_id", text_keys.get("eos_token_id"))
+        eos_id = (ids or [None])[0] if isinstance(ids, list) else ids
+        eos = backend.id_to_token(eos_id) if isinstance(eos_id, int) and 0 <= eos_id < 2**31 else None
         if eos is None:
-            raise DataError(f"{self.folder.url_of(CONFIG)}: eos_token_id={ids} is no token of {TOKENIZER}")
+            raise DataError(f"{self.folder.url_of(CONFIG)}: eos_token_id={ids!r} is no token of {TOKENIZER}")
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        vocab = backend.get_vocab(with_added_tokens=True)
+        size = 1 + max((index for text, index in vocab.items() if text not in special), default=0)
+        if size > self.config.vocab_size:
+            raise DataError(
+                f"{where}: has {size} tokens, but the model {self.config.vocab_size}; take the one that came with the "
+                "weights"
+            )
         return JsonTokenizer.from_backend(backend, eos, where)
 
     def first_tokens(self) -> tuple[int, ...]:
@@ -105,8 +114,14 @@ def open_published(source: str) -> PublishedModel:
     folder = open_folder(source)
     keys = read_json(folder)
     found = family(keys.model_type, keys.where)
-    config, quantization = found.read(keys), read_quantization(keys)
+    try:
+        config, quantization = found.read(keys), read_quantization(keys)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        cause = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ConfigError(f"{keys.where}: has a value that a {keys.model_type} cannot have ({cause})") from None
     keys.close()
+    if config.num_layers > MAX_LAYERS:
+        raise ConfigError(f"{keys.where}: {config.num_layers} layers; at most {MAX_LAYERS:,} are read")
     try:
         validate(config)
     except ConfigError as error:
@@ -148,7 +163,9 @@ def load_published(source: str, config: object, params: Params) -> tuple[Params,
     weights, wanted = model.check(), by_path(params)
     bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
     found = read_params(weights, bindings, wanted)
+    files = sorted({each.file for each in weights.tensors.values()})
     headers = sorted((name, str(each)) for name, each in weights.tensors.items())
+    headers += [(file, model.folder.version(file)) for file in files]
     fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
     return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint
 
@@ -210,7 +227,8 @@ def family_of(config: TransformerConfig, model_type: str | None = None) -> tuple
         text = f"has no model.{first.path}={format_value(first.left)}"
         tried.append((len(differing), each, text))
     _, nearest, text = min(tried, key=lambda each: each[0])
-    raise ConfigError(f"{nearest.architecture} {text}, and no other family of models here has what this one has")
+    others = ", and no other family of models here has what this one has" if model_type is None else ""
+    raise ConfigError(f"{nearest.architecture} {text}{others}")
 
 
 def export_model(
@@ -258,7 +276,7 @@ def export_model(
     }
     others = dict(traveling or {})
     if isinstance(tokenizer, JsonTokenizer):
-        others[TOKENIZER], end = _beginning_with(first_tokens, tokenizer), tokenizer.end_of_document
+        others[TOKENIZER], end = beginning_with(first_tokens, tokenizer), tokenizer.end_of_document
         content |= {"eos_token_id": tokenizer.eot_id, "bos_token_id": [*first_tokens, tokenizer.eot_id][0]}
         # As GPT-2 is published: engines need a token that begins texts, and one for what is unknown.
         default = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "unk_token": end}
@@ -272,19 +290,30 @@ def export_model(
     )
 
 
-def _beginning_with(first_tokens: Sequence[int], tokenizer: JsonTokenizer) -> bytes:
-    """Returns the content of a tokenizer that puts these tokens before a text, unless it does so already."""
+def beginning_with(first_tokens: Sequence[int], tokenizer: JsonTokenizer) -> bytes:
+    """Returns the content of a tokenizer that puts these tokens before a text, and no others."""
     backend = read_backend(tokenizer.content, TOKENIZER)
-    if not first_tokens or backend.encode("").ids == [*first_tokens]:
+    if backend.encode("").ids == [*first_tokens]:
         return tokenizer.content
-    texts = [backend.id_to_token(index) for index in first_tokens]
-    template = TemplateProcessing(
-        single=[*texts, "$A"], pair=[*texts, "$A", "$B"], special_tokens=[*zip(texts, first_tokens, strict=True)]
-    )
-    backend.post_processor = (
-        template if backend.post_processor is None else Sequenced([backend.post_processor, template])
-    )
-    return backend.to_str().encode()
+    content = json.loads(tokenizer.content)
+    old = content.get("post_processor") or {}
+    kept = [each for each in old.get("processors", [old]) if each.get("type") == "ByteLevel"]  # adds no tokens
+    texts = [str(backend.id_to_token(index)) for index in first_tokens]
+    first = [{"SpecialToken": {"id": text, "type_id": 0}} for text in texts]
+    one, other = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    tokens = {
+        text: {"id": text, "ids": [index], "tokens": [text]} for text, index in zip(texts, first_tokens, strict=True)
+    }
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*first, one],
+        "pair": [*first, one, other],
+        "special_tokens": tokens,
+    }
+    content["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
+    changed = json.dumps(content, ensure_ascii=False).encode()
+    assert read_backend(changed, TOKENIZER).encode("").ids == [*first_tokens]
+    return changed
 
 
 def traveling_files(folder: ModelFolder) -> dict[str, bytes]:

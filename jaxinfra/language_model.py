@@ -1,5 +1,6 @@
 """Finds the language model of a source: its run and its tokenizer. All commands that need text begin here."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +78,15 @@ def open_language_model(
 
 
 def _published_language_model(source: str, overrides: Sequence[str]) -> LanguageModel:
-    """Opens a model in the format of Hugging Face; it computes in the dtype in which its weights are stored."""
+    """Opens a model in the format of Hugging Face.
+
+    It computes in bfloat16 if most of its weights are stored so, else in float32.
+    """
     model = open_published(source)
-    dtypes = {str(tensor.dtype) for tensor in model.weights().tensors.values()}
-    dtype = "float32" if "float32" in dtypes else "bfloat16"
+    stored = Counter[str]()
+    for tensor in model.weights().tensors.values():
+        stored[str(tensor.dtype)] += tensor.nbytes
+    dtype = "bfloat16" if stored.most_common(1)[0][0] == "bfloat16" else "float32"
     run = Run(
         name="published",
         model=model.config,

@@ -119,7 +119,7 @@ def read_json(folder: ModelFolder) -> ModelJson:
         raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face{private}")
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON ({error}); download it again") from None
     if not isinstance(found, dict):
         raise DataError(f"{where}: is no JSON object; download it again")

@@ -41,6 +41,10 @@ class ModelFolder(Protocol):
         """Raises DataError if a file is missing or has another number of bytes."""
         ...
 
+    def version(self, name: str) -> str:
+        """Returns what changes when a file is replaced."""
+        ...
+
     def read_or_none(self, name: str) -> bytes | None:
         """Reads a file; returns None if it is missing."""
         ...
@@ -94,6 +98,10 @@ class StoredFolder(ModelFolder):
         self._objects.check_sizes({name: nbytes})
 
     @override
+    def version(self, name: str) -> str:
+        return self._objects.generation(name).hex()
+
+    @override
     def read_or_none(self, name: str) -> bytes | None:
         return self._objects.read_or_none(name)
 
@@ -133,6 +141,11 @@ class UrlFolder(ModelFolder):
             size = self._files.size(f"{self._path}/{name}")
         if size != nbytes:
             raise DataError(f"{self.url_of(name)}: {size} bytes, expected {nbytes}; ask who uploaded it")
+
+    @override
+    def version(self, name: str) -> str:
+        with self._errors():
+            return str(self._files.ukey(f"{self._path}/{name}"))
 
     @override
     def read_or_none(self, name: str) -> bytes | None:

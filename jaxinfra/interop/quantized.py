@@ -137,6 +137,9 @@ def _fp8(tensors: Mapping[str, StoredTensor], folder: ModelFolder, block: tuple[
             if values.dtype != FP8 or len(values.shape) != 2 or scales.shape != expected:
                 raise _unfit(folder, values, name, scales, f"blocks of {block[0]}x{block[1]} in E4M3")
             found[name.removesuffix("_scale_inv")] = _Fp8Blocks(values, scales, block)
+    for name, tensor in tensors.items():
+        if tensor.dtype == FP8 and name not in found:
+            raise DataError(f"{folder.url_of(tensor.file)}: {name} is in E4M3, but {name}_scale_inv is missing")
     return found
 
 

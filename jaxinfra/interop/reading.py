@@ -27,6 +27,7 @@ from jaxinfra.interop.rules import Binding, BoundPart, nearest
 from jaxinfra.interop.safetensors import StoredTensor, Weights
 from jaxinfra.parallel.sharding import axis_names
 
+PLAIN_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _READERS = 16  # threads: a bucket answers many requests at once
 
 
@@ -43,6 +44,8 @@ def check_tensors(
         if (found := tensors[name].shape) != shape:
             text, by_config = ("x".join(map(str, sizes)) for sizes in (found, shape))
             raise ConfigError(f"{where}: {name} is {text}, but by its config.json {by_config}")
+        if str(dtype := tensors[name].dtype) not in PLAIN_DTYPES:
+            raise ConfigError(f"{where}: {name} is stored as {dtype}; weights must be {', '.join(PLAIN_DTYPES)}")
     if left_over:
         name, count = left_over[0], len(left_over)
         more = f"; there are {count - 1} more" if count > 1 else ""

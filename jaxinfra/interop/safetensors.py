@@ -5,6 +5,7 @@ Headers are read and checked without any weights. The format: https://huggingfac
 
 import json
 import math
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ MAX_HEADER_BYTES = 100_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of a model in one file, and the index of one in several."""
 
+_FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FIX = "download it again"
 
@@ -118,8 +120,9 @@ def _indexed_files(folder: ModelFolder) -> dict[str, str]:
     if content is not None:
         try:
             files = json.loads(content)["weight_map"]
-            assert all(isinstance(file, str) and "/" not in file for file in files.values())
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            if not all(isinstance(file, str) and _FILE_NAME.fullmatch(file) for file in files.values()):
+                raise ValueError("a file name is none")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{folder.url_of(INDEX)}: is no index of safetensors; {_FIX}") from None
         return files
     if not folder.exists(WEIGHTS):
@@ -136,14 +139,16 @@ def _indexed_files(folder: ModelFolder) -> dict[str, str]:
 def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
     """Reads the header of a file and checks that its tensors fill the file without gaps."""
     url = folder.url_of(file)
+    if not folder.exists(file):
+        raise DataError(f"{url}: missing; {_FIX}")
     length = int.from_bytes(_read_bytes(folder, file, 0, 8), "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise DataError(f"{url}: a header of {length} bytes: damaged, or no safetensors; {_FIX}")
     try:
         header = json.loads(_read_bytes(folder, file, 8, length))
         found = {name: _entry(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{url}: its header is damaged ({error}); {_FIX}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{url}: its header is damaged ({str(error)[:200]}); {_FIX}") from None
     position = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != position:
@@ -163,7 +168,7 @@ def _entry(file: str, first: int, entry: Mapping[str, Any]) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is unknown")
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(size, int) and size >= 0 for size in (*shape, start, stop)):
+    if not all(type(size) is int and 0 <= size < 2**62 for size in (*shape, start, stop)):
         raise ValueError("sizes must be numbers from 0 on")
     tensor = StoredTensor(file=file, dtype=DTYPES[entry["dtype"]], shape=shape, start=first + start)
     if tensor.nbytes != stop - start:

@@ -8,6 +8,7 @@ What is not finished is in a folder `.unfinished`, and `config.json` comes last:
 that was killed goes on with the files that are not there yet.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -128,22 +129,24 @@ def write_model(
     """
     dtypes = {path: np.dtype(array.dtype) for path, array in params.items()} | dict(dtypes or {})
     files = plan_files(bindings, dtypes, max_file_bytes)
-    writer = _Writer(ObjectStore(destination), files, source, gather)
-    writer.begin()
-    total, done = sum(file.nbytes for file in files), 0
-    with writer.work_folder() as folder, ThreadPoolExecutor(1) as pool:  # hashes a file while the next one is written
-        finished = []
-        for number, file in enumerate(files):
-            if not writer.is_done(file):
-                _write_file(writer, folder / file.name, number, params, bindings, dtypes)
-                if writer.is_owner(number):
-                    finished.append(pool.submit(writer.finish, folder, file))
-            done += file.nbytes
-            progress(done, total)
-        for each in finished:
-            each.result()
-        gather(None)
-    return writer.end(others)
+    writer = _Writer(ObjectStore(destination), files, [*others], source, gather)
+    with writer.lock:
+        writer.begin()
+        total, done = sum(file.nbytes for file in files), 0
+        # A thread hashes a file while the next one is written.
+        with writer.work_folder() as folder, ThreadPoolExecutor(1) as pool:
+            finished = []
+            for number, file in enumerate(files):
+                if not writer.is_done(file):
+                    _write_file(writer, folder / file.name, number, params, bindings, dtypes)
+                    if writer.is_owner(number):
+                        finished.append(pool.submit(writer.finish, folder, file))
+                done += file.nbytes
+                progress(done, total)
+            for each in finished:
+                each.result()
+            gather(None)
+        return writer.end(others)
 
 
 class _Writer:
@@ -153,9 +156,15 @@ class _Writer:
     """
 
     def __init__(
-        self, objects: ObjectStore, files: Sequence[PlannedFile], source: Mapping[str, Any], gather: Gather
+        self,
+        objects: ObjectStore,
+        files: Sequence[PlannedFile],
+        others: Sequence[str],
+        source: Mapping[str, Any],
+        gather: Gather,
     ) -> None:
         self.objects, self.files, self.source, self.gather = objects, files, dict(source), gather
+        self.others, self.lock = others, ExitStack()
         self.is_shared = objects.folder is not None
         self.index, self.count = jax.process_index(), jax.process_count()
         headers = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
@@ -176,8 +185,8 @@ class _Writer:
         try:
             names, plan = self.objects.list_names(), self.objects.read_or_none(_PLAN)
             goes_on = plan == self.plan.encode()
-            own = {file.name for file in self.files} | {RECEIPT, INDEX} if goes_on else set[str]()
-            left = [name for name in names if name not in own and not (goes_on and name.startswith(_UNFINISHED))]
+            own = {*(file.name for file in self.files), *self.others, RECEIPT, INDEX} if goes_on else set[str]()
+            left = [name for name in names if name not in own and not name.startswith(f"{_UNFINISHED}/")]
             if plan is not None and not goes_on:
                 raise ConfigError(
                     f"{self.objects.url}: has another export, unfinished; delete it, or name a new folder"
@@ -185,10 +194,24 @@ class _Writer:
             if left:
                 raise ConfigError(f"{self.objects.url}: has {left[0]} already; name a new folder")
             self._require_space()
+            self._take_lock()
             self.objects.write(_PLAN, self.plan.encode())
         except (ConfigError, StorageError) as error:
             return [type(error).__name__, str(error)]
         return None
+
+    def _take_lock(self) -> None:
+        """Keeps other exports out of a folder, until this process ends."""
+        if (folder := self.objects.folder) is None:
+            return
+        with storage_errors(folder):
+            (folder / _UNFINISHED).mkdir(parents=True, exist_ok=True)
+            lock = self.lock.enter_context((folder / _UNFINISHED / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{folder}: another export writes there now; wait for it, or name a new folder"
+                raise ConfigError(message) from None
 
     def _require_space(self) -> None:
         folder = self.objects.folder
@@ -217,7 +240,7 @@ class _Writer:
 
     def is_done(self, file: PlannedFile) -> bool:
         """Whether a file was finished, by an earlier export that was killed."""
-        return self.objects.exists(f"{_UNFINISHED}/{file.name}.json")
+        return self.objects.exists(f"{_UNFINISHED}/{file.name}.json") and self.objects.exists(file.name)
 
     def finish(self, folder: Path, file: PlannedFile) -> None:
         """Hashes a written file, and uploads it into a bucket."""
@@ -248,7 +271,7 @@ class _Writer:
         self.objects.delete_below(_UNFINISHED)
         if self.objects.folder is not None:
             with storage_errors(self.objects.folder):
-                (self.objects.folder / _UNFINISHED).rmdir()
+                shutil.rmtree(self.objects.folder / _UNFINISHED, ignore_errors=True)
         return self.gather(receipt)[0]
 
 

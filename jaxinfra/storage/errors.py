@@ -34,7 +34,10 @@ _STORAGE_STATUS = re.compile(
 # What JAX reports with such a status, if another process is lost while they work together.
 _OF_PROCESSES = re.compile("Gloo|NCCL|CoordinationService|coordination service|[Bb]arrier")
 # fsspec's clients raise errors of their own, known by the top-level package, which need not be installed.
-_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "s3fs"})
+_CLIENTS = frozenset({
+    *("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "huggingface_hub", "s3fs"),
+    *("httpcore", "httpcore2", "httpx", "httpx2"),
+})  # fmt: skip
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DISK_FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 

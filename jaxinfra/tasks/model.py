@@ -28,6 +28,11 @@ class MeshLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self._model.tokenizer.eot_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without a context: the one that begins texts, or else that ends documents."""
+        return [self.eot_token_id, *self._model.first_tokens][-1]
+
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self._model.tokenizer.encode(string)
@@ -47,7 +52,7 @@ class MeshLM(TemplateLM):
         windows, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.arguments[0])
-            for pair in get_rolling_token_windows(ids, self.eot_token_id, self._model.max_length, context_len=1):
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self._model.max_length, context_len=1):
                 windows.append(make_disjoint_window(pair))
                 owners.append(owner)
         totals = [0.0] * len(requests)

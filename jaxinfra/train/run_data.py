@@ -45,7 +45,7 @@ class RunData:
             versions = self._run_dir.data_versions(self._config)
             dataset = self._run.data.with_versions(versions).open(hint=hint)
             dataset.check(self._run.model)
-            if self._run.init is not None:
+            if self._run.init is not None and not self._run_dir.existing_record():
                 check_source(self._run.init, self._run, dataset)
             dataset.validation()  # raises if there are no validation samples
         return dataset

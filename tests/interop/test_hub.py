@@ -1,5 +1,6 @@
 """Runs become folders in the format of Hugging Face, and folders become runs: commands, bytes, meshes and bad input."""
 
+import fcntl
 import json
 import math
 import shutil
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from tokenizers import Tokenizer as Backend
 
-from jaxinfra.hub import by_path, family_of, open_published, param_shapes
+from jaxinfra.data.tokenizer import JsonTokenizer
+from jaxinfra.hub import beginning_with, by_path, family_of, open_published, param_shapes
 from jaxinfra.interop import writing
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.reading import file_order
@@ -225,6 +228,52 @@ def test_model_that_no_family_can_say(trained: Path, tiny_data: Path, tmp_path: 
     words = (f"root={tmp_path}", "name=odd", "train.steps=1", "track.console=off", "model.residual_multiplier=0.3")
     assert launch(str(tiny_data / "tiny.py"), *words, "model.scale_embeddings=true").code == 0
     refused(launch("hub", "export", str(tmp_path / "odd"), str(tmp_path / "out")), "model.", code=81)
+
+
+def test_run_goes_on_without_its_folder(tiny_data: Path, copy: Path, tmp_path: Path) -> None:
+    words = (str(tiny_data / "tiny.py"), f"root={tmp_path}", "name=on", f"init=hf:{copy}", "track.console=off")
+    assert launch(*words, "train.steps=5", "checkpoint.save_every=5").code == 0
+    copy.rename(tmp_path / "moved")
+    ended = launch(*words, "train.steps=5", "checkpoint.save_every=5")
+    assert ended.code == 0, ended
+    assert launch("evaluate", str(tmp_path / "on")).code == 0
+
+
+def test_one_export_at_a_time_and_killed_before_its_end(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".unfinished").mkdir(parents=True)
+    with (out / ".unfinished/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(launch("hub", "export", f"hf:{exported}", str(out)), f"{out} another", code=81)
+    assert launch("hub", "export", f"hf:{exported}", str(out)).code == 0
+    assert not (out / ".unfinished").exists()
+    receipt = json.loads((out / "export.json").read_text())
+    for name in ("model.safetensors", "../escaped"):
+        (out / "export.json").write_text(json.dumps(receipt | {"files": {name: {"bytes": 1, "sha256": ""}}}))
+        refused(launch("hub", "check", str(out), "--hashes"), f"{out}", code=78)
+
+
+@pytest.mark.parametrize(
+    ("keys", "code"),
+    [
+        ({"rope_theta": 10**400}, 81),
+        ({"num_hidden_layers": 10**12}, 81),
+        ({"eos_token_id": []}, 78),
+        ({"eos_token_id": 2**70}, 78),
+        ({"eos_token_id": 1.5}, 78),
+    ],
+)
+def test_values_that_no_model_has(copy: Path, keys: dict[str, Any], code: int) -> None:
+    edit_config(copy, **keys)
+    refused(launch("hub", "check", str(copy)), "config.json", code=code)
+
+
+def test_tokenizer_of_an_export_begins_texts_as_the_run_did(copy: Path) -> None:
+    tokenizer = JsonTokenizer.from_bytes((copy / "tokenizer.json").read_bytes(), "<|endoftext|>", "tokenizer.json")
+    for wanted in ((), (0,), (7, 0)):
+        changed = Backend.from_str(beginning_with(wanted, tokenizer).decode())
+        assert changed.encode("").ids == [*wanted]
+        assert changed.encode("w1 w7").ids == [*wanted, *tokenizer.encode("w1 w7")]
 
 
 # Buckets, and who reads what

@@ -56,7 +56,7 @@ def with_server(folder: str, prompt: str, count: int) -> str:
 def main() -> None:
     folder, prompt, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt).input_ids  # the token that begins texts stands before it
+    ids = tokenizer(prompt).input_ids  # with the tokens that stand before a text, if there are some
     tokens, problems = with_transformers(folder, ids, count)
     found = {
         "problems": problems,

@@ -62,15 +62,10 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
 
 
 def _tokenizer_text(model: PublishedModel) -> str:
-    """Describes the tokenizer; DataError if it has more tokens than the model."""
+    """Describes the tokenizer; DataError if it does not fit the model."""
     if not model.folder.exists(TOKENIZER):
         return f"no {TOKENIZER}"
     tokenizer = model.tokenizer()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        where, size = model.folder.url_of(TOKENIZER), model.config.vocab_size
-        raise DataError(
-            f"{where}: has {tokenizer.vocab_size} tokens, but the model {size}; take the one that came with the weights"
-        )
     return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {tokenizer.end_of_document}"
 
 
@@ -81,7 +76,14 @@ def _check_hashes(model: PublishedModel) -> str:
         raise DataError(
             f"{model.folder.url_of(RECEIPT)}: missing, so there are no hashes to compare; leave --hashes out"
         )
-    files = json.loads(receipt)["files"]
+    try:
+        files = json.loads(receipt)["files"]
+        sizes = {name: entry["bytes"] for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{model.folder.url_of(RECEIPT)}: is no receipt of an export; export it again") from None
+    stored = {tensor.file for tensor in model.weights().tensors.values()}
+    if sizes.keys() != stored or not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise DataError(f"{model.folder.url_of(RECEIPT)}: is of other files; export it again")
     for name, entry in files.items():
         found, buffer = hashlib.sha256(), np.empty(1 << 26, np.uint8)
         for start in range(0, entry["bytes"], len(buffer)):
