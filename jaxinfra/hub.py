@@ -33,7 +33,8 @@ from jaxinfra.parallel.spec import Params, ParamSpec
 TOKENIZER = "tokenizer.json"
 MAX_LAYERS = 10_000
 
-_TRAVELING = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +209,16 @@ def differences(left: TransformerConfig, right: TransformerConfig) -> list[Any]:
 # Writing
 
 
-def family_of(config: TransformerConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
+def family_of(
+    config: TransformerConfig, model_type: str | None = None, first: Sequence[Family] = ()
+) -> tuple[Family, dict[str, Any]]:
     """Returns the family that can say what a model has, and its keys of `config.json`.
 
-    Raises ConfigError that names the field that none can say, of the family that comes nearest.
+    Without a `model_type` it is one of `first`, or else the first one of all. Raises ConfigError that names the field
+    that none can say, of the family that comes nearest.
     """
     tried = list[tuple[int, Family, str]]()
-    for each in all_families() if model_type is None else [family(model_type, "--family")]:
+    for each in [*first, *all_families()] if model_type is None else [family(model_type, "--family")]:
         try:
             keys = each.write(config)
             again = each.read(ModelJson({"model_type": each.model_type} | keys))
@@ -223,8 +227,7 @@ def family_of(config: TransformerConfig, model_type: str | None = None) -> tuple
             continue
         if not (differing := differences(config, again)):
             return each, keys
-        first = differing[0]
-        text = f"has no model.{first.path}={format_value(first.left)}"
+        text = f"has no model.{differing[0].path}={format_value(differing[0].left)}"
         tried.append((len(differing), each, text))
     _, nearest, text = min(tried, key=lambda each: each[0])
     others = ", and no other family of models here has what this one has" if model_type is None else ""
@@ -242,7 +245,7 @@ def export_model(
     first_tokens: Sequence[int] = (),
     dtype: jnp.dtype | None = None,
     model_type: str | None = None,
-    traveling: Mapping[str, bytes] | None = None,
+    origin: PublishedModel | None = None,
     gather: Gather = lambda value: [value],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -258,11 +261,11 @@ def export_model(
         first_tokens: tokens that stand before a text; the tokenizer that is written adds them.
         dtype: of the tensors; None keeps that of the parameters. Buffers, such as biases of routers, keep theirs.
         model_type: the family; None takes one that can say what the model has.
-        traveling: small files of the folder that the run began with.
+        origin: the model that it comes from, whose special tokens and small files are kept.
         gather: see `Gather`.
         progress: called with the bytes that are written, and with all of them.
     """
-    found, keys = family_of(config, model_type)
+    found, keys = family_of(config, model_type, [] if origin is None else [origin.family])
     leaves = by_path(params)
     stored = dtype or next(iter(leaves.values())).dtype
     content = {
@@ -274,13 +277,15 @@ def export_model(
         **keys,  # which may have the length that rotary positions are scaled to
         "torch_dtype": str(jnp.dtype(stored)),
     }
-    others = dict(traveling or {})
+    others = {} if origin is None else _small_files(origin.folder)
     if isinstance(tokenizer, JsonTokenizer):
         others[TOKENIZER], end = beginning_with(first_tokens, tokenizer), tokenizer.end_of_document
         content |= {"eos_token_id": tokenizer.eot_id, "bos_token_id": [*first_tokens, tokenizer.eot_id][0]}
         # As GPT-2 is published: engines need a token that begins texts, and one for what is unknown.
         default = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "unk_token": end}
         others.setdefault("tokenizer_config.json", _json(default | {"clean_up_tokenization_spaces": False}))
+    if origin is not None:
+        content |= {name: origin.keys[name] for name in _SPECIAL_IDS if name in origin.keys}
     others[CONFIG] = _json(content)
     bindings = found.bindings(config, {path: leaf.shape for path, leaf in leaves.items()})
     specs = param_specs(config)
@@ -316,9 +321,9 @@ def beginning_with(first_tokens: Sequence[int], tokenizer: JsonTokenizer) -> byt
     return changed
 
 
-def traveling_files(folder: ModelFolder) -> dict[str, bytes]:
+def _small_files(folder: ModelFolder) -> dict[str, bytes]:
     """Returns the small files of a folder that stay the same when the model is trained on."""
-    contents = ((name, folder.read_or_none(name)) for name in _TRAVELING)
+    contents = ((name, folder.read_or_none(name)) for name in _SMALL_FILES)
     return {name: content for name, content in contents if content is not None}
 
 

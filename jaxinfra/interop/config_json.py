@@ -5,7 +5,7 @@ A key that is not read and not known to be harmless ends the reading: it may cha
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from jaxinfra.errors import ConfigError, DataError
@@ -90,6 +90,17 @@ class ModelJson:
             expected = " or ".join(map(repr, values))
             raise ConfigError(f"{self.where}: {name}={found!r} is not supported, only {expected}")
 
+    def take_kinds(
+        self, name: str, kinds: Container[str], count: int, default: Sequence[str] | None = None
+    ) -> list[str]:
+        """Returns the kind of each of `count` layers; raises ConfigError for another number, or an unknown kind."""
+        found = self.take(name, list, None if default is None else [*default])
+        unknown = [kind for kind in found if not isinstance(kind, str) or kind not in kinds]
+        if len(found) != count or unknown:
+            cause = f"{unknown[0]!r} is not supported" if unknown else f"{len(found)} kinds"
+            raise ConfigError(f"{self.where}: {name} must have a kind for each of {count} layers: {cause}")
+        return found
+
     def part(self, name: str) -> "ModelJson":
         """Returns the keys of an object in the file."""
         return ModelJson(self.take(name, dict), f"{self.where}: {name}")
@@ -115,8 +126,10 @@ def read_json(folder: ModelFolder) -> ModelJson:
     content = folder.read_or_none(CONFIG)
     where = folder.url_of(CONFIG)
     if content is None:
-        private = ", or set HF_TOKEN if it is private" if where.startswith("hf://") else ""
-        raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face{private}")
+        other = ""
+        if where.startswith("hf://"):
+            other = f" (there is no folder {folder.url.removeprefix('hf://')} here), or set HF_TOKEN if it is private"
+        raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face{other}")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ class LinearScaling:
         factor: the number.
     """
 
-    factor: float = 8.0
+    factor: PositiveFloat = 8.0
 
     def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
         """Returns the scaled frequencies."""
@@ -126,6 +126,11 @@ class LongRopeScaling:
     divisors: tuple[float, ...]
     factor: Annotated[float, Ge(1)] = 32.0
     original_length: Annotated[int, Ge(2)] = 4096
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields divisors that are not positive, finite numbers."""
+        if not all(0 < divisor < math.inf for divisor in self.divisors):
+            yield Problem(fields=("divisors",), message="must be positive, finite numbers", fix="use scaling=none")
 
     def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
         """Returns the scaled frequencies."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.hub import PublishedModel, export_model, open_published, traveling_files
+from jaxinfra.hub import PublishedModel, export_model, open_published
 from jaxinfra.interop.folder import is_published
 from jaxinfra.language_model import LanguageModel, open_language_model, require_text
 from jaxinfra.runtime.compile_cache import compile_cache
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 first_tokens=model.first_tokens,
                 dtype=None if options.dtype is None else jnp.dtype(options.dtype),
                 model_type=options.family,
-                traveling={} if origin is None else traveling_files(origin.folder),
+                origin=origin,
                 gather=peers.gather,
                 progress=_progress(start_s),
             )
@@ -66,8 +66,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def _with_step(source: str, step: int | None) -> str:
     if step is None:
         return source
-    if "@" in source or is_published(source):
-        raise ConfigError(f"--step {step}: {source} names a checkpoint already; leave one of them out")
+    if is_published(source) or parse_source(source)[1] is not None:
+        raise ConfigError(f"--step {step}: {source} is one checkpoint already; leave the option out")
     return f"{source}@{step}"
 
 

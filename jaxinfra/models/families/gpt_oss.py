@@ -46,14 +46,15 @@ def read(keys: ModelJson) -> TransformerConfig:
         keys.require(name, value, default=value)
     # The published weight of the balance loss, 0.9, is of no use: `output_router_logits` is false.
     keys.ignore("experts_per_token", "initial_context_length", "router_aux_loss_coef")
-    keys.default(layer_types=[WINDOW, FULL] * keys.take("num_hidden_layers", int), rms_norm_eps=1e-5)
+    keys.default(rms_norm_eps=1e-5)
     keys.default(**write_rope(Rope(theta=150000.0, scaling=YARN)))
     bias, window = keys.take("attention_bias", bool, True), keys.optional("sliding_window", int)
     full = read_attention(keys, rope=read_rope(keys), qkv_bias=bias, out_bias=bias, sinks=True)
     experts = MixtureOfExperts(activation="clamped_swiglu", router_bias=True, bias=True, **read_fields(keys, FIELDS))
     layers = {kind: Layer(mixer=full, mlp=experts) for kind in (WINDOW, FULL)}
     layers[WINDOW] = replace(layers[FULL], mixer=replace(full, window=window))
-    kinds = keys.take("layer_types", list)[: keys.take("num_hidden_layers", int)]
+    count = keys.take("num_hidden_layers", int)
+    kinds = keys.take_kinds("layer_types", layers, count, ([WINDOW, FULL] * count)[:count])
     return read_model(keys, [layers[kind] for kind in kinds])
 
 

@@ -54,11 +54,12 @@ def read(keys: ModelJson) -> TransformerConfig:
     bias, interval = keys.take("attention_bias", bool, False), keys.take("full_attention_interval", int, 4)
     rope = read_rope(keys, partial=True)
     full = read_attention(keys, rope=rope, gate=True, qk_norm="head", qkv_bias=bias, out_bias=bias)
-    default = [LINEAR if (i + 1) % interval else FULL for i in range(keys.take("num_hidden_layers", int))]
+    count = keys.take("num_hidden_layers", int)
+    default = [LINEAR if (i + 1) % interval else FULL for i in range(count)]
     mixers = {LINEAR: GatedDeltaNet(**read_fields(keys, FIELDS)), FULL: full}
     shared = keys.take("shared_expert_intermediate_size", int) / keys.take("moe_intermediate_size", int)
     keys.require("shared_expert_intermediate_size", round(shared) * keys.take("moe_intermediate_size", int))
-    kinds = [mixers[kind] for kind in keys.take("layer_types", list, default)]
+    kinds = [mixers[kind] for kind in keys.take_kinds("layer_types", mixers, count, default)]
     layers = read_layers(keys, kinds, num_shared_experts=round(shared), shared_gate=True)
     norm = NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6), offset=1.0)
     return read_model(keys, layers, norm=norm)
