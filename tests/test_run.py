@@ -62,7 +62,7 @@ RUNS = [
 ]
 NOT_THE_NUMBERS = {
     *("name", "root", "mesh", "rules", "pipeline", "checkpoint", "track", "optim.offload", "objective.loss_chunks"),
-    *("train.accumulate", "train.compile_cache", "train.compiler", "train.eval_every"),
+    *("train.accumulate", "train.compile_cache", "train.compiler", "train.eval_every", "train.eval_tasks"),
     *("profile", "watchdog", "guard"),
     *("model.attention_kernel", "model.context_attention", "model.remat"),
     *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads", "data.on_damage"),

@@ -514,7 +514,8 @@ class Trainer:
     def _log_evaluation(self) -> None:
         with self._phases("evaluation"):
             self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
-            self._eval_metrics |= self._texts.scores(self._evaluated_params)
+            if self.run.train.eval_tasks:
+                self._eval_metrics |= self._texts.scores(self._evaluated_params)
             if self._skipped is not None:
                 skipped = self._skipped.collect_evaluation(self._data.validation, self.completed_steps)
                 self._eval_metrics["eval/skipped"] = skipped

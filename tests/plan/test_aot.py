@@ -15,6 +15,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.plan.aot import compile_step, no_compilation_cache
 from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
+from tests.decoders import changed
 from tests.golden import compiled as golden
 from tests.golden.compiled import (
     CASES,
@@ -75,7 +76,7 @@ def test_what_changes_figures_changes_the_fingerprint(monkeypatch: pytest.Monkey
     assert fingerprint(SMALL, topology, "recorded") == known
     others = [
         fingerprint(replace(SMALL, train=replace(SMALL.train, compiler="large_blocks")), topology, "recorded"),
-        fingerprint(replace(SMALL, model=replace(SMALL.model, mlp_type="gelu")), topology, "recorded"),
+        fingerprint(replace(SMALL, model=changed(SMALL.model, mlp_activation="gelu")), topology, "recorded"),
         fingerprint(SMALL, parse_topology("v5e:2x2"), "recorded"),
         fingerprint(SMALL, topology, "edited by hand"),
     ]
