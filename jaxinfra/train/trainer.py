@@ -536,6 +536,8 @@ class Trainer:
 
     def _sample(self) -> str | None:
         """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""
+        if self.run.track.sample_prompt is None:
+            return None
         with self._phases("sample"):
             return self._texts.sample(self._evaluated_params)
 

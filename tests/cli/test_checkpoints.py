@@ -12,6 +12,7 @@ import pytest
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints, verify_step
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.checkpoint.manifest import Manifest
 from jaxinfra.errors import CheckpointError, RunInUseError
 from jaxinfra.storage.lease import hold
 from jaxinfra.storage.objects import ObjectStore
@@ -89,17 +90,18 @@ def test_verify_names_every_damaged_file(directory: Path) -> None:
     refused(checkpoints(directory, "verify", "11"), "11 5, 10, 12", code=DAMAGED)
 
 
-def test_a_step_that_the_run_deletes_meanwhile_is_not_damaged(directory: Path) -> None:
+def test_a_step_that_the_run_deletes_meanwhile_is_not_damaged(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, folder = stored_checkpoints(str(directory)), directory / "checkpoints" / "5"
-    deleted: list[int] = []
+    read_manifest = stored.manifest
 
-    def delete(done: int, total: int) -> None:
-        if not deleted:
-            deleted.append(done)
-            shutil.rmtree(folder)
+    def read_and_delete(step: int) -> Manifest:
+        manifest = read_manifest(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        return manifest
 
-    found = verify_step(stored, 5, delete)
-    assert deleted and found.is_gone and not found.problems
+    monkeypatch.setattr(stored, "manifest", read_and_delete)
+    found = verify_step(stored, 5)
+    assert not folder.exists() and found.is_gone and not found.problems
     assert not verify_step(stored, 10).is_gone
 
 

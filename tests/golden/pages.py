@@ -119,7 +119,7 @@ model = TransformerConfig(
 
 On the command line an index names one layer of the period, and a path without an index all that have the field:
 
-    python -m launch configs/gemma2_2b.py model.num_layers=8 model.layers.0.mixer.window=1024 model.layers.mlp.dim=4608
+    python -m launch show configs/gemma2_2b.py model.layers.0.mixer.window=1024 model.layers.mlp.dim=4608
 
 - `first_layers` are layers before the first period: the dense layers of DeepSeek-V3.
 - Parameters are stacked by position in the period: `blocks.layer_2.mlp.up.weight` is `[6, 1024, 2816]` here. Without
