@@ -40,7 +40,7 @@ from jaxinfra.storage.files import upload_file
 from jaxinfra.storage.objects import ObjectStore
 
 RECEIPT = "export.json"
-"""What was exported, with the SHA-256 of each file of weights."""
+"""The file that names the source of an export, with the SHA-256 of each file of weights."""
 
 MAX_FILE_BYTES = 5_000_000_000
 _UNFINISHED = ".unfinished"

@@ -119,7 +119,7 @@ def _prefixed(stats: LayerStats, *prefix: str) -> LayerStats:
 
 @dataclass(frozen=True, kw_only=True)
 class PeriodContext:
-    """What the layers of a period are applied with.
+    """Applies the layers of a period.
 
     Attributes:
         stack: the configs of the layers.

@@ -1,8 +1,9 @@
-"""What the mixers of layers have in common: a mixer is the part of a layer that moves information between positions.
+"""Defines the interface of mixers: a mixer is the part of a layer that moves information between positions.
 
 A layer of a `TransformerConfig` names the config of its mixer, such as `attention.Attention`, which builds the module.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -38,7 +39,7 @@ class TokenInfo(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MixerOptions:
-    """What a mixer takes from the model around it.
+    """Options that a mixer takes from the model around it.
 
     Attributes:
         hidden_size: width of the residual stream.
@@ -66,16 +67,16 @@ class HeadSizes(NamedTuple):
     value_dim: int
 
 
-class Mixer:
+class Mixer(ABC):
     """The config of a mixer. Arguments `hidden_size` are the width of the residual stream."""
 
+    @abstractmethod
     def build(self, options: MixerOptions, params: ParamFactory) -> Any:
         """Returns the module: `(x, tokens, cache) -> (y, cache)`, with `empty_cache(layers, batch, length)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matmul_params(self, hidden_size: int) -> int:
         """Counts the weights in a token's matmuls."""
-        raise NotImplementedError
 
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""

@@ -118,7 +118,7 @@ def short_convolution(
 
 
 class _Chunks(NamedTuple):
-    """What a chunk needs besides the state in which it begins; each `[N, M, G, R, C, ...]`.
+    """Holds the inputs of a chunk, without the state in which it begins; each `[N, M, G, R, C, ...]`.
 
     Attributes:
         read: queries, decayed from the begin of the chunk, `[..., K]`.

@@ -1,4 +1,4 @@
-"""What a language model says and scores at each evaluation: `track.sample_prompt` and `train.eval_tasks`."""
+"""Samples and scores texts at each evaluation of a language model: `track.sample_prompt` and `train.eval_tasks`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -32,7 +32,7 @@ def published() -> Iterator[tuple[str, Family, TransformerConfig]]:
 
 @dataclass(frozen=True)
 class References:
-    """What transformers makes of the configs in `tests.interop.references`."""
+    """The outputs of transformers for the configs in `tests.interop.references`."""
 
     folder: Path
 
@@ -57,7 +57,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 
 def written_again(keys: dict[str, Any]) -> dict[str, Any] | None:
-    """What is written for the model of a config; None for one with images, of which the text part is written."""
+    """Writes the keys of a config anew; None for a model with images, of which only the text part is written."""
     if "vision_config" in keys:
         return None
     of = family(keys["model_type"], "")

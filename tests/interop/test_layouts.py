@@ -1,4 +1,4 @@
-"""What the rules of every family read from tensors, they write in the same form."""
+"""The rules of every family write tensors in the form that they read."""
 
 from typing import Any
 

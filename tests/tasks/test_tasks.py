@@ -83,7 +83,7 @@ def test_multiple_choice(trained: Path, reference: Reference, tmp_path: Path, me
 
 
 def test_likelihoods(trained: Path, reference: Reference) -> None:
-    """What lm-eval gets for requests of unlike lengths, without a context too, and whether greedy decoding agrees."""
+    """Scores of requests of unlike lengths, also without a context, equal those of the logits; greedy flags agree."""
     from jaxinfra.tasks.model import MeshLM
 
     model = MeshLM(Sampler.from_run(trained, (), ["mesh.fsdp=2", "mesh.tensor=4"]))

@@ -1,4 +1,4 @@
-"""What most families of decoders have in common: names of tensors, and keys of `config.json`.
+"""Maps what most families of decoders share: names of tensors, and keys of `config.json`.
 
 A family says in its file where it differs.
 """

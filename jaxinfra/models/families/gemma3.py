@@ -81,7 +81,7 @@ DEFAULTS = {
     "head_dim": 256,
     "sliding_window": 4096,
 }
-"""Of Gemma3TextConfig in transformers; published models with images leave them out."""
+"""The defaults of Gemma3TextConfig in transformers; published models with images leave these keys out."""
 
 
 def read(keys: ModelJson) -> TransformerConfig:
