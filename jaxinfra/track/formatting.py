@@ -59,6 +59,11 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes / divisor:.{2 if divisor > 1 else 0}f} {unit}"
 
 
+def format_files(count: int) -> str:
+    """Formats a number of files: "1 file", "1,200 files"."""
+    return f"{count:,} file{'s' * (count != 1)}"
+
+
 def format_duration(seconds: float) -> str:
     """Formats seconds as m:ss, as h:mm:ss from one hour on, or as a dash if they are not finite."""
     if not math.isfinite(seconds):

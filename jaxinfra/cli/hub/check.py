@@ -17,7 +17,7 @@ from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
 from jaxinfra.models.catalog import BYTES_PER_PARAM
 from jaxinfra.track.console import stdout_console
-from jaxinfra.track.formatting import format_bytes, format_short
+from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
         "hidden size": f"{config.hidden_size:,}",
         "vocabulary": f"{config.vocab_size:,}; {_tokenizer_text(model)}",
         "parameters": f"{format_short(count)} in {len(tensors):,} tensors: each has its place",
-        "stored": f"{', '.join(dtypes)}, {format_bytes(sum(each.nbytes for each in tensors))} in {len(files)} files",
+        "stored": f"{', '.join(dtypes)}, {format_bytes(sum(each.nbytes for each in tensors))} in {format_files(len(files))}",
         "memory": f"{memory['weights']} in bfloat16; {memory['training']} to train it in float32 with AdamW",
     }
 
@@ -92,4 +92,4 @@ def _check_hashes(model: PublishedModel) -> str:
             found.update(part)
         if found.hexdigest() != entry["sha256"]:
             raise DataError(f"{model.folder.url_of(name)}: other bytes than were exported; export it again")
-    return f"{len(files)} files have the bytes that were exported"
+    return f"{format_files(len(files))} with the bytes that were exported"

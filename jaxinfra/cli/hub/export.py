@@ -18,7 +18,7 @@ from jaxinfra.runtime.devices import all_devices
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.sampling_program import sampling_program
 from jaxinfra.track.console import stdout_console
-from jaxinfra.track.formatting import format_bytes, format_duration
+from jaxinfra.track.formatting import format_bytes, format_duration, format_files
 from jaxinfra.track.runs import parse_source
 from jaxinfra.trained_params import load_params
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         seconds = time.monotonic() - start_s
         console = stdout_console()
         console.print(
-            f"{options.out}: {len(receipt['files'])} files, {format_bytes(total)} in {format_duration(seconds)}; "
+            f"{options.out}: {format_files(len(receipt['files']))}, {format_bytes(total)} in {format_duration(seconds)}; "
             f"check it with {COMMAND} hub check {options.out} --hashes",
             markup=False,
             soft_wrap=True,
