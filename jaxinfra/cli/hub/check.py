@@ -48,6 +48,7 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
     count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors)
     files, dtypes = {tensor.file for tensor in tensors}, sorted({str(tensor.dtype) for tensor in tensors})
     kinds = ", ".join(f"{type(each.mixer).__name__} + {type(each.mlp).__name__}" for each in config.layers)
+    nbytes = sum(each.nbytes for each in tensors)
     memory = {name: format_bytes(count * size) for name, size in BYTES_PER_PARAM.items()}
     return {
         "folder": model.folder.url,
@@ -56,7 +57,7 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
         "hidden size": f"{config.hidden_size:,}",
         "vocabulary": f"{config.vocab_size:,}; {_tokenizer_text(model)}",
         "parameters": f"{format_short(count)} in {len(tensors):,} tensors: each has its place",
-        "stored": f"{', '.join(dtypes)}, {format_bytes(sum(each.nbytes for each in tensors))} in {format_files(len(files))}",
+        "stored": f"{', '.join(dtypes)}, {format_bytes(nbytes)} in {format_files(len(files))}",
         "memory": f"{memory['weights']} in bfloat16; {memory['training']} to train it in float32 with AdamW",
     }
 

@@ -53,9 +53,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if peers.index == 0:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
-        console = stdout_console()
+        console, files = stdout_console(), format_files(len(receipt["files"]))
         console.print(
-            f"{options.out}: {format_files(len(receipt['files']))}, {format_bytes(total)} in {format_duration(seconds)}; "
+            f"{options.out}: {files}, {format_bytes(total)} in {format_duration(seconds)}; "
             f"check it with {COMMAND} hub check {options.out} --hashes",
             markup=False,
             soft_wrap=True,
