@@ -50,7 +50,8 @@ quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss 
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
 
-# Torch, Transformers and TRL stay out of the environment that trains; tests start this Python to compare with them.
+# Torch, Transformers, TRL and lm-eval's model of Transformers stay out of the environment that trains; tests start this
+# Python to compare with them.
 # Python 3.11 if there is one, for which a machine may have builds of torch without CUDA, then the one that trains.
 TORCH := .venv-transformers
 TORCH_PYTHON = for candidate in python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.11.*/bin/python3.11 "$(PYTHON)"; do \
@@ -59,7 +60,7 @@ TORCH_PYTHON = for candidate in python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versi
 $(TORCH)/.installed:
 	"$(shell $(TORCH_PYTHON))" -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "transformers[serving]>=5" "trl>=1.16" \
-		"ctranslate2>=4"
+		"ctranslate2>=4" "lm-eval[hf]>=0.4.9"
 	@touch $@
 
 # One session: the slow tests first, shared out over the workers (tests/conftest.py). Four workers keep two cores busy:

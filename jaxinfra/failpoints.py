@@ -32,6 +32,7 @@ POINTS = {
     "save.manifest": "after the last file, before the manifest",
     "save.delete": "after a checkpoint is complete, before an older one is deleted",
     "save.deleting": "in the middle of a deletion",
+    "export": "in `hub export`, before a file of weights is complete; its number stands for the step",
     "end": "after the last checkpoint, before summary.json",
 }
 """Where each failpoint is."""

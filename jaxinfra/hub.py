@@ -31,7 +31,6 @@ from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params, ParamSpec
 
 TOKENIZER = "tokenizer.json"
-MAX_LAYERS = 10_000
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -45,6 +44,7 @@ class PublishedModel:
         folder: the folder.
         family: how its family is published.
         config: the model.
+        max_positions: the longest sequence, by its `config.json` or the default of its family.
         quantization: how its weights are packed; None if they are not.
         keys: its `config.json`.
     """
@@ -52,16 +52,9 @@ class PublishedModel:
     folder: ModelFolder
     family: Family
     config: TransformerConfig
+    max_positions: int
     quantization: Quantization | None
     keys: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def max_positions(self) -> int:
-        """The longest sequence, by its `config.json` or the default of its family."""
-        if self.config.learned_positions is not None:
-            return self.config.learned_positions
-        keys = ModelJson(self.keys.get("text_config", self.keys), self.folder.url_of(CONFIG))
-        return keys.take("max_position_embeddings", int, self.family.max_positions)
 
     def weights(self) -> Weights:
         """Reads the headers of its files; DataError if one is damaged."""
@@ -121,13 +114,20 @@ def open_published(source: str) -> PublishedModel:
         cause = f"{type(error).__name__}: {str(error)[:200]}"
         raise ConfigError(f"{keys.where}: has a value that a {keys.model_type} cannot have ({cause})") from None
     keys.close()
-    if config.num_layers > MAX_LAYERS:
-        raise ConfigError(f"{keys.where}: {config.num_layers} layers; at most {MAX_LAYERS:,} are read")
     try:
         validate(config)
     except ConfigError as error:
         raise ConfigError(f"{keys.where}: {error}") from None
-    return PublishedModel(folder=folder, family=found, config=config, quantization=quantization, keys=keys.content)
+    text_keys = ModelJson(keys.content.get("text_config", keys.content), keys.where)
+    longest = text_keys.take_between("max_position_embeddings", 1, default=found.max_positions)
+    return PublishedModel(
+        folder=folder,
+        family=found,
+        config=config,
+        max_positions=longest if config.learned_positions is None else config.learned_positions,
+        quantization=quantization,
+        keys=keys.content,
+    )
 
 
 def published(source: str) -> TransformerConfig:
@@ -223,7 +223,7 @@ def family_of(
             keys = each.write(config)
             again = each.read(ModelJson({"model_type": each.model_type} | keys))
         except ConfigError as error:
-            tried.append((1000, each, str(error)))
+            tried.append((1000, each, f"cannot say what the model has: {error}"))
             continue
         if not (differing := differences(config, again)):
             return each, keys

@@ -23,11 +23,13 @@ class TrainedParams(NamedTuple):
         params: the parameters after `step`, averaged if the run keeps an average.
         step: number of completed steps.
         fingerprint: fingerprint of the run's config.
+        digest: hash of the checkpoint, or of the headers of published weights.
     """
 
     params: Any
     step: int
     fingerprint: str
+    digest: str
 
 
 def load_params(source: str | Path, program: Program) -> TrainedParams:
@@ -41,7 +43,7 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     if is_published(source):
         with program.on_mesh:
             params, fingerprint = load_published(str(source), program.run.model, program.params)
-        return TrainedParams(params, 0, fingerprint)
+        return TrainedParams(params, 0, fingerprint, fingerprint)
     location, step = parse_source(source)
     directory = RunDirectory(location)
     record = directory.existing_record()
@@ -67,7 +69,8 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
         found = checkpoints.newest(read) if step is None else (step, read(step))
         assert found is not None
         step, params = found
-    return TrainedParams(params, step, record.get("fingerprint", ""))
+        digest = checkpoints.manifest(step).digest
+    return TrainedParams(params, step, record.get("fingerprint", ""), digest)
 
 
 def check_source(source: str, run: Run, dataset: Dataset) -> None:

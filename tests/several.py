@@ -1,9 +1,12 @@
 """Starts the processes of a run on this machine, and waits for them."""
 
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.tiny_run import Ended, ended, start
 
@@ -34,8 +37,35 @@ def several(
     address = free_address()
     where = ("--coordinator", address, "--of", str(of or count), "--devices", f"cpu:{devices}")
     children = [start(*arguments, *where, "--process-id", str(index), env=env) for index in indices or range(count)]
-    try:
+    with ending(children):
         yield children
+
+
+@contextmanager
+def several_scripts(code: str, *arguments: str, count: int) -> Iterator[list[subprocess.Popen]]:
+    """Starts processes of a Python script that calls `jaxinfra.join()`, with a device each; none survives the block."""
+    host, _, port = free_address().rpartition(":")
+    where = {"JAX_COORDINATOR_ADDRESS": f"{host}:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_NUM_CPU_DEVICES": "1"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **where, "JAX_PROCESS_ID": str(index)},
+        )
+        for index in range(count)
+    ]
+    with ending(children):
+        yield children
+
+
+@contextmanager
+def ending(children: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """Kills what is left of processes at the end of the block."""
+    try:
+        yield
     finally:
         for child in children:
             child.kill()

@@ -67,10 +67,17 @@ class Manifest:
         """Bytes of all files."""
         return sum(each.num_bytes for each in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """A hash of the manifest, and so of every byte of the checkpoint."""
+        return _hash_of(self._content())
+
     def encode(self) -> bytes:
         """Returns the content of the file."""
-        content = {"format": _FORMAT, **asdict(self), "files": {name: [*each] for name, each in self.files.items()}}
-        return (json.dumps({"hash": _hash_of(content), **content}, indent=1) + "\n").encode()
+        return (json.dumps({"hash": self.digest, **self._content()}, indent=1) + "\n").encode()
+
+    def _content(self) -> dict[str, Any]:
+        return {"format": _FORMAT, **asdict(self), "files": {name: [*each] for name, each in self.files.items()}}
 
     @classmethod
     def decode(cls, content: bytes, step: int) -> Self:

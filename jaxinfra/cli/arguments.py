@@ -80,6 +80,11 @@ BENCHES = {
         parts=("jaxinfra", "compress", "copy", "orbax", "tensorstore", "raw"),
         options=("pairs", "megabytes"),
     ),
+    "hub": BenchmarkSpec(
+        summary="published weights of 1 GB read onto a device and written, against raw reads and writes",
+        parts=("read", "write"),
+        options=("pairs", "megabytes"),
+    ),
     "prepare": BenchmarkSpec(
         summary="tokenization by data prepare and by datasets.map, with one worker and two",
         parts=("prepare", "map"),
@@ -357,7 +362,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
     _add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens in the store (default 200 million)")
-    parser.add_argument("--megabytes", type=int, help="checkpoint: size of the state (default 1000)")
+    parser.add_argument("--megabytes", type=int, help="checkpoint, hub: size of the state or weights (default 1000)")
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; repeatable ({parts})")

@@ -29,6 +29,9 @@ HARMLESS = frozenset({
 })  # fmt: skip
 """Keys that do not change the logits of a model, whatever their values."""
 
+MAX_LAYERS = 10_000
+"""The most layers of a model that is read."""
+
 DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "embedding_dropout", "hidden_dropout")
 """Rates of dropout in training: a run has its own, `model.dropout`."""
 
@@ -49,6 +52,11 @@ class ModelJson:
     def model_type(self) -> str:
         """The family of the model."""
         return self.take("model_type", str)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers."""
+        return self.take_between("num_hidden_layers", 1, MAX_LAYERS)
 
     def __contains__(self, name: str) -> bool:
         return self._get(name) is not None
@@ -101,6 +109,29 @@ class ModelJson:
             raise ConfigError(f"{self.where}: {name} must have a kind for each of {count} layers: {cause}")
         return found
 
+    def take_between(self, name: str, low: int, high: int | None = None, default: int | None = None) -> int:
+        """Returns an integer from `low` to `high`, without an end if that is None; raises ConfigError for another."""
+        found = self.take(name, int, default)
+        if found < low or (high is not None and found > high):
+            expected = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"{self.where}: {name}={found} must be {expected}")
+        return found
+
+    def take_indices(self, name: str, count: int, default: Sequence[int] = ()) -> list[int]:
+        """Returns the indices of some of `count` layers; raises ConfigError if one is no layer."""
+        found = self.take(name, list, [*default])
+        if unknown := [each for each in found if type(each) is not int or not 0 <= each < count]:
+            raise ConfigError(f"{self.where}: {name} has {unknown[0]!r}, but layers have the indices 0 to {count - 1}")
+        return found
+
+    def take_flags(self, name: str, default: Sequence[int]) -> list[int]:
+        """Returns 0 or 1 for each layer, as many as `default` has; raises ConfigError for others."""
+        found = self.take(name, list, None) if self._get(name) else [*default]
+        self._taken.add(name)
+        if len(found) != len(default) or any(each not in (0, 1) for each in found):
+            raise ConfigError(f"{self.where}: {name} must have 0 or 1 for each of {len(default)} layers")
+        return found
+
     def part(self, name: str) -> "ModelJson":
         """Returns the keys of an object in the file."""
         return ModelJson(self.take(name, dict), f"{self.where}: {name}")
@@ -121,11 +152,18 @@ class ModelJson:
                 )
 
 
+EXPORT_PLAN = ".unfinished/plan.json"
+"""What an export will write; it is there until the export has finished."""
+
+
 def read_json(folder: ModelFolder) -> ModelJson:
     """Reads the `config.json` of a folder; raises DataError if there is none or it is damaged."""
     content = folder.read_or_none(CONFIG)
     where = folder.url_of(CONFIG)
     if content is None:
+        if folder.exists(EXPORT_PLAN):
+            fix = "start the same hub export again, which goes on with it"
+            raise DataError(f"{folder.url}: is an export that has not finished; {fix}")
         other = ""
         if where.startswith("hf://"):
             other = f" (there is no folder {folder.url.removeprefix('hf://')} here), or set HF_TOKEN if it is private"

@@ -30,6 +30,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.failpoints import failpoint
+from jaxinfra.interop.config_json import EXPORT_PLAN
 from jaxinfra.interop.pattern import Layout
 from jaxinfra.interop.reading import FileOrder, file_order, parameter_spec, reshard
 from jaxinfra.interop.rules import Binding
@@ -43,8 +45,7 @@ RECEIPT = "export.json"
 """The file that names the source of an export, with the SHA-256 of each file of weights."""
 
 MAX_FILE_BYTES = 5_000_000_000
-_UNFINISHED = ".unfinished"
-_PLAN = f"{_UNFINISHED}/plan.json"
+_UNFINISHED = EXPORT_PLAN.partition("/")[0]
 _HASHED_BYTES = 1 << 24
 
 type Gather = Callable[[Any], list[Any]]
@@ -183,7 +184,7 @@ class _Writer:
 
     def _try_begin(self) -> list[str] | None:
         try:
-            names, plan = self.objects.list_names(), self.objects.read_or_none(_PLAN)
+            names, plan = self.objects.list_names(), self.objects.read_or_none(EXPORT_PLAN)
             goes_on = plan == self.plan.encode()
             own = {*(file.name for file in self.files), *self.others, RECEIPT, INDEX} if goes_on else set[str]()
             left = [name for name in names if name not in own and not name.startswith(f"{_UNFINISHED}/")]
@@ -195,7 +196,7 @@ class _Writer:
                 raise ConfigError(f"{self.objects.url}: has {left[0]} already; name a new folder")
             self._require_space()
             self._take_lock()
-            self.objects.write(_PLAN, self.plan.encode())
+            self.objects.write(EXPORT_PLAN, self.plan.encode())
         except (ConfigError, StorageError) as error:
             return [type(error).__name__, str(error)]
         return None
@@ -305,9 +306,10 @@ def _write_file(
                     offsets = [file.offsets.get(name) for name in names]
                     for start, rows in _rows(binding, layer, params, dtypes, whole=not writer.is_shared):
                         if writes:
-                            _write_rows(path, descriptor, binding, offsets, start, rows)
+                            _write_rows(path, descriptor, binding, offsets, start, np.asarray(rows))
         if writes:
             with storage_errors(path):
+                failpoint("export", number)
                 os.fsync(descriptor)
     finally:
         if writes:
@@ -332,42 +334,35 @@ def _write_rows(
 
 def _rows(
     binding: Binding, layer: int, params: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype], *, whole: bool
-) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-    """Yields rows of a layer's tensors, and where they begin: this process's own ones, or the whole tensors."""
+) -> Iterator[tuple[Sequence[int], jax.Array]]:
+    """Yields rows of a layer's tensors on a device, and where they begin: this process's own ones, or all of them."""
     groups = [binding.parts] if binding.parts[0].layout.alternates else [(part,) for part in binding.parts]
     for parts in groups:
         layouts = tuple(part.layout for part in parts)
         arrays = tuple(params[part.path] for part in parts)
         sharding, lead = arrays[0].sharding, binding.lead[0 if binding.layers is None else 1 :]
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-        spec = _of_layer(sharding.spec) if binding.layers is not None else sharding.spec
+        spec = sharding.spec if binding.layers is None else P(*sharding.spec[1:])
         order = FileOrder(P(), P()) if whole else file_order(NamedSharding(sharding.mesh, spec), lead, layouts[0])
-        index = None if binding.layers is None else layer
+        index = None if binding.layers is None else jnp.asarray(layer)
         array = _to_theirs(arrays, index, layouts, dtypes[parts[0].path], order)
         first, _ = layouts[0].rows(0, 0)
         for shard in array.addressable_shards:
             if shard.replica_id == 0 or (whole and shard.device == array.addressable_shards[0].device):
                 starts = [cut.start or 0 for cut in shard.index[: len(lead) + 1]] or [0]
                 starts[-1] += first
-                yield starts, np.asarray(shard.data)
-
-
-def _of_layer(spec: P) -> P:
-    return P(*spec[1:])
+                yield starts, shard.data
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _to_theirs(
-    params: Sequence[jax.Array], layer: int | None, layouts: Sequence[Layout], dtype: np.dtype, order: FileOrder
+    params: Sequence[jax.Array], layer: jax.Array | None, layouts: Sequence[Layout], dtype: np.dtype, order: FileOrder
 ) -> jax.Array:
     """Returns rows of the tensors of one layer, `[*experts, *rows]`, in the order of the files."""
     parts = []
     for param, layout in zip(params, layouts, strict=True):
-        spec = jax.typeof(param).sharding.spec
-        if layer is not None and not axis_names(spec[0]):
-            param = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
-        elif layer is not None:  # stacked layers are sharded over stages
-            param = param.at[layer].get(out_sharding=_of_layer(spec))
+        if layer is not None:
+            param = _layer_of(param, layer)
         lead = param.ndim - len(layout.pattern.ours)
         # The barrier keeps XLA's fast transposition on CPUs: fused with a slice it is a slow loop.
         param = jax.lax.optimization_barrier(param.astype(dtype))
@@ -381,3 +376,14 @@ def _to_theirs(
 
     specs = tuple(parameter_spec(order.whole, lead, layout) for layout in layouts)
     return jax.reshard(jax.shard_map(join, in_specs=specs, out_specs=order.whole)(*parts), order.read)
+
+
+def _layer_of(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+    """Returns one of the stacked layers, which may be sharded over stages."""
+    sharding = jax.typeof(stacked).sharding
+    stages, *spec = (*sharding.spec, *[None] * (stacked.ndim - len(sharding.spec)))
+    count = prod(sharding.mesh.shape[axis] for axis in axis_names(stages))
+    per_stage = stacked.shape[0] // count
+    by_stage = stacked.reshape(count, per_stage, *stacked.shape[1:], out_sharding=P(stages, None, *spec))
+    of_each = jax.lax.dynamic_index_in_dim(by_stage, layer % per_stage, axis=1, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(jax.reshard(of_each, P(None, *spec)), layer // per_stage, keepdims=False)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from tokenizers import Tokenizer as Backend
 
 from jaxinfra.data.tokenizer import JsonTokenizer
+from jaxinfra.errors import PeerLostError
 from jaxinfra.hub import beginning_with, by_path, family_of, open_published, param_shapes
 from jaxinfra.interop import writing
 from jaxinfra.interop.folder import open_folder
@@ -139,6 +140,27 @@ def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pyte
     ]
 
 
+@pytest.mark.slow(25)
+def test_export_of_two_processes_goes_on_after_a_kill(exported: Path, tmp_path: Path) -> None:
+    words = ("hub", "export", f"hf:{exported}", str(tmp_path / "out"))
+    with several(*words, env={"JAXINFRA_FAIL": "export:1:0:kill"}) as children:
+        assert [each.code for each in all_ended(children)] == [PeerLostError.exit_code, -9]
+    refused(launch("hub", "check", str(tmp_path / "out")), f"{tmp_path / 'out'} export", code=78)
+    with several(*words) as children:
+        assert [each.code for each in all_ended(children)] == [0, 0]
+    assert content(tmp_path / "out") == content(exported)
+
+
+def test_disk_that_is_full_in_the_middle(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("hub", "export", f"hf:{exported}", str(tmp_path / "out"))
+    monkeypatch.setenv("JAXINFRA_FAIL", "export:0:0:enospc")
+    refused(launch(*words), f"{tmp_path / 'out'} space", code=82)
+    refused(launch("hub", "check", str(tmp_path / "out")), f"{tmp_path / 'out'} export", code=78)
+    monkeypatch.delenv("JAXINFRA_FAIL")
+    assert launch(*words).code == 0
+    assert content(tmp_path / "out") == content(exported)
+
+
 # Bad input
 
 
@@ -197,6 +219,11 @@ def test_other_tensors_than_the_model_has(copy: Path) -> None:
         ({"hidden_size": "wide"}, "hidden_size wide"),
         ({"num_hidden_layers": "absent"}, "num_hidden_layers"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers 10000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers from 1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings at least 1"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers each of 2"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0 at least 1"),
     ],
 )
 def test_keys_that_are_not_understood(copy: Path, keys: dict[str, Any], named: str) -> None:
@@ -257,7 +284,6 @@ def test_one_export_at_a_time_and_killed_before_its_end(exported: Path, tmp_path
     ("keys", "code"),
     [
         ({"rope_theta": 10**400}, 81),
-        ({"num_hidden_layers": 10**12}, 81),
         ({"eos_token_id": []}, 78),
         ({"eos_token_id": 2**70}, 78),
         ({"eos_token_id": 1.5}, 78),

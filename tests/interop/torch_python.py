@@ -1,4 +1,4 @@
-"""The Python that has torch, transformers and TRL, in an environment of its own."""
+"""The Python that has torch, transformers, TRL and lm-eval, in an environment of its own."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ import pytest
 TORCH_PYTHON = Path(__file__).parents[2] / ".venv-transformers/bin/python"
 
 needs_torch = pytest.mark.skipif(
-    not TORCH_PYTHON.exists(), reason="`make test-slow` installs torch, transformers and TRL into .venv-transformers"
+    not TORCH_PYTHON.exists(), reason="`make test-slow` installs torch and others into .venv-transformers"
 )

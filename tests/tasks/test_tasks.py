@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jaxinfra.sampling_program import sampling_program
 from jaxinfra.tasks.harness import Tasks
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.trained_params import load_params
+from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.refusals import refused
 from tests.tasks.task_files import CHOICES, GENERATION, ROLLING, write_task
 from tests.tiny_run import Tiny, launch
@@ -160,6 +162,34 @@ def test_tasks_in_training(tiny: Tiny, tmp_path: Path) -> None:
     assert logged[0]["eval/rolling/bits_per_byte"] > logged[1]["eval/rolling/bits_per_byte"]
     refused(tiny.launch("train.eval_tasks=none.yaml", "name=none"), "train.eval_tasks none.yaml")
     assert not tiny.directory("none").exists()  # before anything is compiled or written
+
+
+@needs_torch
+@pytest.mark.slow(40)
+def test_scores_equal_those_of_lm_evals_own_model(trained: Path, tmp_path: Path) -> None:
+    """lm-eval scores the export with transformers, and this package scores the run on its mesh."""
+    pairs = enumerate(zip(PROMPTS, OPTIONS, strict=True))
+    options = [{"prompt": prompt, "options": words, "answer": i % 3} for i, (prompt, words) in pairs]
+    said = [{"prompt": prompt, "said": " w1 w8"} for prompt in PROMPTS]
+    texts = [{"text": "w1 w8 w57 " * 12}, {"text": "w5 w9"}]
+    tasks = [
+        write_task(tmp_path, "choices", CHOICES, options),
+        write_task(tmp_path, "generation", GENERATION, said, until=" w w"),
+        write_task(tmp_path, "rolling", ROLLING, texts),
+    ]
+    out = tmp_path / "out"
+    assert launch("hub", "export", str(trained), str(out)).code == 0
+    command = [TORCH_PYTHON, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={out},dtype=float32"]
+    command += ["--device", "cpu", "--tasks", ",".join(tasks), "--output_path", tmp_path / "theirs"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr[-3000:]
+    (result,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(result.read_text())["results"]
+    words = ("mesh.fsdp=2", "mesh.tensor=4", "--tasks", ",".join(tasks), "--json", str(tmp_path / "ours.json"))
+    assert launch("evaluate", str(trained), *words).code == 0
+    for task, metrics in json.loads((tmp_path / "ours.json").read_text())["tasks"].items():
+        found = {name: value for name, value in metrics.items() if name != "samples" and not name.endswith("_stderr")}
+        assert found == pytest.approx({name: theirs[task][f"{name},none"] for name in found}, abs=1e-3), task
 
 
 def test_refusals(trained: Path, tmp_path: Path) -> None:

@@ -40,7 +40,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 options.out,
                 require_text(model.run)[0],
                 loaded.params,
-                source={"source": parse_source(source)[0], "step": loaded.step, "config": loaded.fingerprint},
+                source={
+                    "source": parse_source(source)[0],
+                    "step": loaded.step,
+                    "config": loaded.fingerprint,
+                    "checkpoint": loaded.digest,
+                },
                 tokenizer=model.tokenizer,
                 max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
                 first_tokens=model.first_tokens,

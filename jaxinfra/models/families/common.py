@@ -242,7 +242,7 @@ def read_activation(keys: ModelJson, name: str = "hidden_act") -> Activation:
 
 def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> TransformerConfig:
     """Reads the sizes of a decoder; `layers` are all layers or one period, `options` of `TransformerConfig`."""
-    num_layers = keys.take("num_hidden_layers", int)
+    num_layers = keys.num_layers
     if not layers or num_layers < 1:
         raise ConfigError(f"{keys.where}: num_hidden_layers is {num_layers}; a model has at least 1")
     first, period = split_first(layers) if len(layers) == num_layers else ((), shortest_period(layers))

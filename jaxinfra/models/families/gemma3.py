@@ -6,7 +6,6 @@ Of the models with images the text part is read.
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.errors import ConfigError
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.families.common import (
@@ -88,9 +87,8 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Gemma 3."""
     keys.default(**DEFAULTS)
     keys.require("attn_logit_softcapping", None)
-    pattern = keys.take("sliding_window_pattern", int, keys.take("_sliding_window_pattern", int, 6))
-    if pattern < 1:
-        raise ConfigError(f"{keys.where}: sliding_window_pattern is {pattern}, expected at least 1")
+    pattern = keys.take_between("_sliding_window_pattern", 1, default=6)
+    pattern = keys.take_between("sliding_window_pattern", 1, default=pattern)
     windows = read_windows(keys, lambda index: (index + 1) % pattern)
     local = Rope(theta=keys.take("rope_local_base_freq", float, 10000.0))
     ropes = read_two_ropes(keys, 1e6, lambda full: local)

@@ -6,7 +6,7 @@ Matrices are stored `[in, out]`, and those of queries, keys and values in one te
 from collections.abc import Iterator
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.config_json import MAX_LAYERS, ModelJson
 from jaxinfra.interop.rules import Rule, rule
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.families.common import ACTIVATION_NAMES, Family, alike, dense_layers, fused
@@ -49,7 +49,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     width = keys.take("n_embd", int, 768)
     return alike(
         vocab_size=keys.take("vocab_size", int, 50257),
-        num_layers=keys.take("n_layer", int, 12),
+        num_layers=keys.take_between("n_layer", 1, MAX_LAYERS, default=12),
         hidden_size=width,
         mixer=Attention(num_heads=keys.take("n_head", int, 12), qkv_bias=True, out_bias=True, rope=None),
         mlp=MLP(dim=keys.take("n_inner", int, 4 * width), activation="gelu", bias=True),

@@ -53,7 +53,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     experts = MixtureOfExperts(activation="clamped_swiglu", router_bias=True, bias=True, **read_fields(keys, FIELDS))
     layers = {kind: Layer(mixer=full, mlp=experts) for kind in (WINDOW, FULL)}
     layers[WINDOW] = replace(layers[FULL], mixer=replace(full, window=window))
-    count = keys.take("num_hidden_layers", int)
+    count = keys.num_layers
     kinds = keys.take_kinds("layer_types", layers, count, ([WINDOW, FULL] * count)[:count])
     return read_model(keys, [layers[kind] for kind in kinds])
 

@@ -53,13 +53,16 @@ TEMPERATURE: Fields = {"scale": ("attn_scale", float), "floor": ("floor_scale", 
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Llama 4."""
-    layers = range(keys.take("num_hidden_layers", int))
+    layers = range(keys.num_layers)
     keys.default(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, attention_chunk_size=8192)
     keys.default(rms_norm_eps=1e-5, hidden_act="silu", head_dim=128, num_experts_per_tok=1)
     keys.ignore("router_jitter_noise", "router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
-    interval, step = keys.take("no_rope_layer_interval", int, 4), keys.take("interleave_moe_layer_step", int, 1)
-    rotates = keys.take("no_rope_layers", list, []) or [int((i + 1) % interval > 0) for i in layers]
-    sparse = keys.take("moe_layers", list, list(layers)[step - 1 :: step])
+    interval, step = (
+        keys.take_between("no_rope_layer_interval", 1, default=4),
+        keys.take_between("interleave_moe_layer_step", 1, default=1),
+    )
+    rotates = keys.take_flags("no_rope_layers", [int((i + 1) % interval > 0) for i in layers])
+    sparse = keys.take_indices("moe_layers", len(layers), layers[step - 1 :: step])
     bias, chunk = keys.take("attention_bias", bool, False), keys.optional("attention_chunk_size", int)
     norm, rope = "l2" if keys.take("use_qk_norm", bool, True) else None, read_rope(keys, theta=500000.0)
     rotated = read_attention(keys, rope=rope, chunk=chunk, qk_norm=norm, qkv_bias=bias, out_bias=bias)

@@ -45,7 +45,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     window = window if keys.take("use_sliding_window", bool, False) else None
     keys.ignore("max_window_layers")
     mixer = read_attention(keys, rope=read_rope(keys), window=window, qkv_bias=bias, out_bias=bias, qk_norm="head")
-    return read_model(keys, read_layers(keys, [mixer] * keys.take("num_hidden_layers", int)))
+    return read_model(keys, read_layers(keys, [mixer] * keys.num_layers))
 
 
 def read_layers(keys: ModelJson, mixers: Sequence[Attention], **options: Any) -> list[Layer]:
@@ -53,7 +53,10 @@ def read_layers(keys: ModelJson, mixers: Sequence[Attention], **options: Any) ->
     keys.default(router_aux_loss_coef=0.001, hidden_act="silu")
     if "num_local_experts" in keys:  # from transformers 5
         keys.default(num_experts=keys.take("num_local_experts", int))
-    step, only_dense = keys.take("decoder_sparse_step", int, 1), keys.take("mlp_only_layers", list, [])
+    step, only_dense = (
+        keys.take_between("decoder_sparse_step", 1, default=1),
+        keys.take_indices("mlp_only_layers", len(mixers)),
+    )
     experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **options)
     dense = read_mlp(keys)
     mlps = [dense if i in only_dense or (i + 1) % step else experts for i in range(len(mixers))]

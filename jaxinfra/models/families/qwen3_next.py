@@ -51,10 +51,13 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.default(partial_rotary_factor=0.25, num_key_value_heads=2, head_dim=256)
     keys.default(norm_topk_prob=True, router_aux_loss_coef=0.001)
     keys.require("use_sliding_window", False, default=False)
-    bias, interval = keys.take("attention_bias", bool, False), keys.take("full_attention_interval", int, 4)
+    bias, interval = (
+        keys.take("attention_bias", bool, False),
+        keys.take_between("full_attention_interval", 1, default=4),
+    )
     rope = read_rope(keys, partial=True)
     full = read_attention(keys, rope=rope, gate=True, qk_norm="head", qkv_bias=bias, out_bias=bias)
-    count = keys.take("num_hidden_layers", int)
+    count = keys.num_layers
     default = [LINEAR if (i + 1) % interval else FULL for i in range(count)]
     mixers = {LINEAR: GatedDeltaNet(**read_fields(keys, FIELDS)), FULL: full}
     shared = keys.take("shared_expert_intermediate_size", int) / keys.take("moe_intermediate_size", int)

@@ -47,8 +47,8 @@ def read_layers(keys: ModelJson, mixer: Attention | LatentAttention) -> list[Lay
         keys.require(name, value, default=value)
     keys.ignore("ep_size", "seq_aux", "aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers")
     experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **BALANCE)
-    count, dense = keys.take("num_hidden_layers", int), keys.take("first_k_dense_replace", int)
-    return [Layer(mixer=mixer, mlp=mlp) for mlp in [read_mlp(keys)] * dense + [experts] * (count - dense)]
+    dense = keys.take_between("first_k_dense_replace", 0, keys.num_layers)
+    return [Layer(mixer=mixer, mlp=mlp) for mlp in [read_mlp(keys)] * dense + [experts] * (keys.num_layers - dense)]
 
 
 def write_layers(model: TransformerConfig) -> dict[str, Any]:

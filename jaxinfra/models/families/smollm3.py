@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.errors import ConfigError
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.families.common import (
@@ -41,13 +40,9 @@ SHAPES: dict[str, TransformerConfig] = {
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a SmolLM3."""
     keys.default(tie_word_embeddings=True, num_attention_heads=16, num_key_value_heads=4)
-    bias, count = keys.take("attention_bias", bool, False), keys.take("num_hidden_layers", int)
-    interval = keys.take("no_rope_layer_interval", int, 4)
-    if interval < 1:
-        raise ConfigError(f"{keys.where}: no_rope_layer_interval is {interval}, expected at least 1")
-    has_rope = keys.take("no_rope_layers", list, [int((index + 1) % interval != 0) for index in range(count)])
-    if len(has_rope) != count or any(each not in (0, 1) for each in has_rope):
-        raise ConfigError(f"{keys.where}: no_rope_layers must be {count} of 0 and 1, one for each layer")
+    bias, interval = keys.take("attention_bias", bool, False), keys.take_between("no_rope_layer_interval", 1, default=4)
+    default = [int((index + 1) % interval != 0) for index in range(keys.num_layers)]
+    has_rope = keys.take_flags("no_rope_layers", default)
     windows = read_optional_windows(keys, lambda index: not has_rope[index])
     mixer = read_attention(keys, rope=read_rope(keys, theta=2e6), qkv_bias=bias, out_bias=bias)
     mlp = read_mlp(keys, bias=keys.take("mlp_bias", bool, False))

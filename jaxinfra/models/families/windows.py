@@ -15,7 +15,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 def read_windows(keys: ModelJson, has_window: Callable[[int], object]) -> list[int | None]:
     """Reads the window of each layer; without `layer_types`, `has_window` tells it from the index of the layer."""
-    count, window = keys.take("num_hidden_layers", int), keys.optional("sliding_window", int)
+    count, window = keys.num_layers, keys.optional("sliding_window", int)
     default = [SLIDING if window is not None and has_window(index) else FULL for index in range(count)]
     kinds = keys.take("layer_types", list, default)
     if len(kinds) != count or any(kind not in (FULL, SLIDING) for kind in kinds):
@@ -30,7 +30,7 @@ def read_optional_windows(keys: ModelJson, has_window: Callable[[int], object]) 
     if keys.take("use_sliding_window", bool, False):
         return read_windows(keys, has_window)
     keys.ignore("sliding_window", "layer_types", "max_window_layers")
-    return [None] * keys.take("num_hidden_layers", int)
+    return [None] * keys.num_layers
 
 
 def write_windows(mixers: Iterable[Attention]) -> dict[str, Any]:
