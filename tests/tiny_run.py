@@ -106,6 +106,11 @@ class Tiny:
         rows = read_metrics(self.directory(name) / "metrics.jsonl")
         return {int(row["step"]): row["loss"].hex() for row in rows if "loss" in row}
 
+    def evaluations(self, name: str = "tiny") -> dict[int, float]:
+        """Validation loss of every evaluation."""
+        rows = read_metrics(self.directory(name) / "metrics.jsonl")
+        return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+
     def edited(self, old: str, new: str, name: str = "edited.py") -> Path:
         """A copy of the config file with one text replaced."""
         text = self.config.read_text()

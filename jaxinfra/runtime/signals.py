@@ -95,6 +95,10 @@ class RunSignals(StopRequest):
         agreement.completes(completed_steps)
         return agreement.due("stop", completed_steps)
 
+    def stop_is_due(self, completed_steps: int) -> bool:
+        """Whether this process knows already that the run stops after this number of steps; waits for nothing."""
+        return current_peers().agreement.is_due("stop", completed_steps)
+
     def saves_after(self, completed_steps: int) -> str | None:
         """Returns why the state must be saved after this number of steps, or None.
 

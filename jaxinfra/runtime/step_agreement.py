@@ -122,6 +122,12 @@ class StepAgreement:
             if self._promise.step is None:
                 self._promise = self._promise._replace(step=step)
 
+    def is_due(self, action: Action, completed_steps: int) -> bool:
+        """Whether it is known already that a request is due after so many steps; waits for nothing."""
+        with self._lock:
+            steps = [request.step for request in self._requests.values() if request.action == action]
+        return any(step.done() and step.result() <= completed_steps for step in steps)
+
     def due(self, action: Action, completed_steps: int) -> str | None:
         """Returns the reason of a request that is due after so many steps, and forgets one to save.
 

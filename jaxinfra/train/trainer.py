@@ -114,6 +114,7 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._eval_step: int | None = None  # completed steps at the last evaluation
+        self._signals: RunSignals | None = None  # of a training by `train`
         self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
         self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
@@ -143,14 +144,14 @@ class Trainer:
             self._watch,
             Saving(self.program, self.run_dir, self._peers, owned) as self._saving,
         ):
-            self._owned, checkpoints = owned, self._saving.checkpoints
+            self._signals, self._owned, checkpoints = signals, owned, self._saving.checkpoints
             self.run_dir.require_shared(self._peers)
             changed = []
             if self._peers.broadcast(checkpoints.all_steps()):
                 changed = self.run_dir.check(self._loaded.run, dataset, accept_change=self._accept_change)
             newest = checkpoints.newest(checkpoints.manifest)
             self.completed_steps = 0 if newest is None else newest[0]
-            if self.completed_steps >= steps:
+            if self.completed_steps >= steps and not self._lacks_evaluation():
                 return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
                 self._saving.check_space()
@@ -260,7 +261,7 @@ class Trainer:
         arrays on the devices. Raises NonFiniteError if the numbers go wrong, see `GuardConfig`.
         """
         assert self.state is not None
-        config, reason = self.run.train, None
+        config, reason, is_evaluated = self.run.train, None, True
         self._pending = None
         failpoint("compile", self.completed_steps)
         for step, batch in batches:
@@ -283,7 +284,7 @@ class Trainer:
             if profile_ends:
                 self._finish_profile()
             if evaluates:
-                self._log_evaluation()
+                is_evaluated = self._log_evaluation()
             self._numerics.check_after(self.completed_steps, self.state)
             with self._phases("save" if saves else "step"):
                 self.save(metrics, force=asked)
@@ -293,7 +294,7 @@ class Trainer:
             self._report_pending()
             self._numerics.require_finite(*last)
         self._finish_profile()
-        return reason if self.completed_steps < config.steps else None
+        return reason if self.completed_steps < config.steps or not is_evaluated else None
 
     def _report_pending(self) -> None:
         if self._pending is not None:
@@ -333,12 +334,20 @@ class Trainer:
         Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end, so the host
         waits only once.
         """
+        metrics = self._evaluate(is_over=lambda: False)
+        assert metrics is not None
+        return metrics
+
+    def _evaluate(self, is_over: Callable[[], bool]) -> dict[str, float] | None:
+        """Returns the metrics of `evaluate`, or None if it `is_over` before a batch."""
         state = self.state
         if state is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
         params, total = self._evaluated_params, None
         with self.program.on_mesh:
             for _, batch in self._data.validation:
+                if is_over():
+                    return None
                 with self._phases.first("eval_step"):
                     sums = self.program.eval_step(params, self._data.place(batch), state.reference)
                 if total is None:
@@ -488,6 +497,8 @@ class Trainer:
                     self.save(force=True)
             return signals.stops_after(self.completed_steps) is not None
 
+        if self._lacks_evaluation():
+            self._log_evaluation()
         self._phases.enter("step")
         with Prefetcher(
             batches,
@@ -511,9 +522,27 @@ class Trainer:
             _log.warning("%s", warning)
         return reason
 
-    def _log_evaluation(self) -> None:
+    def _lacks_evaluation(self) -> bool:
+        """Whether the evaluation after the last completed step is missing, because a request has stopped it."""
+        step, lacks = self.completed_steps, False
+        is_due = step and self.run.train.evaluates_after(step)
+        if self._is_main and is_due and self.run_dir.summary().get("status") != "finished":
+            rows = (row for row in self.metrics if row["step"] == step)
+            lacks = not any(name.startswith("eval/") for row in rows for name in row)
+        return self._peers.broadcast(lacks)
+
+    def _stop_is_due(self) -> bool:
+        """Whether the run stops after this step, and all processes know it."""
+        signals = self._signals
+        return signals is not None and all(self._peers.gather(signals.stop_is_due(self.completed_steps)))
+
+    def _log_evaluation(self) -> bool:
+        """Evaluates, and logs it; returns False if a request to stop came first: the next start evaluates."""
         with self._phases("evaluation"):
-            self._eval_metrics, self._eval_step = self.evaluate(), self.completed_steps
+            metrics = self._evaluate(self._stop_is_due)
+            if metrics is None or (self.run.train.eval_tasks and self._stop_is_due()):
+                return False
+            self._eval_metrics, self._eval_step = metrics, self.completed_steps
             if self.run.train.eval_tasks:
                 self._eval_metrics |= self._texts.scores(self._evaluated_params)
             if self._skipped is not None:
@@ -525,6 +554,7 @@ class Trainer:
         self._numerics.check_evaluation(self.completed_steps, self._eval_metrics)
         if text is not None:
             self._trackers.log_sample(self.completed_steps, text)
+        return True
 
     def _finish_profile(self) -> None:
         """Ends the profile, if there is one, and logs its text."""

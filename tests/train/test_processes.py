@@ -40,6 +40,23 @@ def test_the_others_say_that_the_first_process_is_silent(tiny: Tiny) -> None:
         assert ended(children[0]).code == HungError.exit_code
 
 
+@pytest.mark.slow(25)
+def test_all_leave_an_evaluation_together(tiny: Tiny) -> None:
+    """A request to one of them stops the evaluation of all, and the next start begins with it."""
+    words = (str(tiny.config), *MESH, "track.console=off")
+    with several(*words, "name=plain") as children:
+        assert [each.code for each in all_ended(children)] == [0, 0]
+    with several(*words, env={"JAXINFRA_FAIL": "evaluation:1:5:term,evaluation:*:5:sleep=2"}) as children:
+        ends = all_ended(children)
+    assert [each.code for each in ends] == [Preempted.exit_code] * 2, ends
+    names(ends[0].err.removesuffix("\n"), "SIGTERM to process 1 after step 5")
+    assert tiny.evaluations() == {}
+    with several(*words) as children:
+        assert [each.code for each in all_ended(children)] == [0, 0]
+    assert tiny.evaluations() == tiny.evaluations("plain") and len(tiny.evaluations()) == 3
+    assert tiny.losses() == tiny.losses("plain")
+
+
 @pytest.mark.parametrize("override", ["optim.peak_lr=1e-3", "train.eval_every=7"])
 def test_processes_that_differ_are_named(tiny: Tiny, override: str) -> None:
     address = free_address()

@@ -14,7 +14,7 @@ from jaxinfra.errors import Preempted
 from tests.conftest import ROOT
 from tests.refusals import names, preempted
 from tests.several import free_address
-from tests.tiny_run import Tiny, ended
+from tests.tiny_run import Tiny, ended, summary
 
 SCRIPT = """\
 import sys, time
@@ -162,3 +162,19 @@ def test_two_processes_save_the_same_step_while_a_batch_is_late(tiny: Tiny, star
         assert end.code == Preempted.exit_code, end
         line = names(end.err.splitlines()[-1], "SIGTERM to process 0 after step of 100, saved")
     assert [f"after step {step} of" in line for step in saved(tiny)] == [True] and saved(tiny)[0] in (8, 9)
+
+
+@pytest.mark.slow(12)
+def test_a_request_in_the_last_evaluation_stops_it(tiny: Tiny) -> None:
+    """The run leaves without its result, and the next start only evaluates."""
+    words = ("track.console=off",)
+    assert ended(tiny.start("name=plain", *words)).code == 0
+    fail = "evaluation:0:12:term,evaluation:0:12:sleep=1"
+    stopped = ended(tiny.start("name=tiny", *words, env={"JAXINFRA_FAIL": fail}))
+    preempted(stopped, "SIGTERM step 12")
+    assert tiny.evaluations().keys() == {5, 10} and saved(tiny)[-1] == 12
+    again = ended(tiny.start("name=tiny", *words))
+    assert again.code == 0, again
+    assert tiny.evaluations() == tiny.evaluations("plain") and tiny.losses() == tiny.losses("plain")
+    assert summary(tiny.directory())["validation"] == summary(tiny.directory("plain"))["validation"]
+    assert "nothing to do" in tiny.launch("name=tiny", *words).out
