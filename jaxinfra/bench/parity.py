@@ -62,6 +62,27 @@ def all_meshes(num_devices: int) -> list[MeshConfig]:
     return [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in splits]
 
 
+def chosen_meshes(meshes: Sequence[MeshConfig], overrides: Sequence[str]) -> list[MeshConfig]:
+    """Returns the meshes with the sizes that overrides such as `mesh.stage=2` name."""
+    words = (word.removeprefix("mesh.").split("=") for word in overrides if word.startswith("mesh."))
+    sizes = {axis: size for axis, size in words if size != "-1"}
+    return [mesh for mesh in meshes if all(size == str(getattr(mesh, axis)) for axis, size in sizes.items())]
+
+
+def _cases(
+    configs: Sequence[str], overrides: Sequence[str], num_devices: int
+) -> list[tuple[str, tuple[str, ...], MeshConfig]]:
+    """Returns each config with each mesh; ConfigError if one does not fit, or if the overrides choose no mesh."""
+    meshes = chosen_meshes(all_meshes(num_devices), overrides)
+    if not meshes:
+        words = " ".join(word for word in overrides if word.startswith("mesh."))
+        raise ConfigError(f"{words}: no mesh of {num_devices} devices has these sizes; leave one of them out")
+    cases = [(config, tuple(overrides), mesh) for config in configs for mesh in meshes]
+    for case in cases:
+        load_on_mesh(*case)
+    return cases
+
+
 def load_text_run(config: str, overrides: Sequence[str]) -> Run:
     """Loads a config of a language model, with all precision set to float32."""
     run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
@@ -150,10 +171,7 @@ def compare_in_processes(
     """
     pool = worker_pool(num_workers, env={})
     try:
-        meshes = all_meshes(pool.submit(_num_devices).result())
-        cases = [(config, tuple(overrides), mesh) for config in configs for mesh in meshes]
-        for case in cases:
-            load_on_mesh(*case)
+        cases = _cases(configs, overrides, pool.submit(_num_devices).result())
         for task in as_completed([pool.submit(compare_mesh, *case) for case in cases]):
             yield task.result()
     except BrokenProcessPool:
@@ -166,10 +184,7 @@ def compare_in_processes(
 
 def compare_joined(configs: Sequence[str], overrides: Sequence[str]) -> Iterator[MeshDifference]:
     """Compares every mesh of the devices of all processes, which make the same calls; errors as above."""
-    cases = [(config, tuple(overrides), mesh) for config in configs for mesh in all_meshes(_num_devices())]
-    for case in cases:
-        load_on_mesh(*case)
-    for case in cases:
+    for case in _cases(configs, overrides, _num_devices()):
         yield compare_mesh(*case)
 
 

@@ -19,6 +19,7 @@ from jaxinfra.bench.parity import (
     MeshDifference,
     all_meshes,
     batch_gradients,
+    chosen_meshes,
     load_on_mesh,
     mesh_difference,
     mesh_name,
@@ -51,7 +52,8 @@ def compare_layouts(configs: Sequence[str], overrides: Sequence[str], devices: s
     with ExitStack() as stack:
         alone = stack.enter_context(processes([{}]))
         (num_devices,) = call_in_all(alone, jax.device_count)
-        cases = [(config, tuple(overrides), mesh) for config in configs for mesh in layout_meshes(num_devices)]
+        meshes = chosen_meshes(layout_meshes(num_devices), overrides)
+        cases = [(config, tuple(overrides), mesh) for config in configs for mesh in meshes]
         for case in cases:
             load_on_mesh(*case)
         counts = [count for count in COUNTS if num_devices % count == 0]

@@ -125,13 +125,20 @@ def test_evaluate_in_processes_that_differ(trained: Path) -> None:
             names(each.err.splitlines()[-1], "process 1 train.eval_samples 3")
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(40)
 def test_parity_in_processes(repo_root: Path) -> None:
     """Joined processes compare the meshes of all their devices with one device."""
-    words = ("parity", PARITY_CONFIGS[0], "model.num_layers=2", "train.global_batch=8")
-    done = ended(start(*words, "--processes", "2", "--devices", "cpu:2"), timeout_s=600)
-    assert done.code == 0 and "6 rows, 6 meshes, 0 beyond 2e-05" in done.err, done
-    assert len(done.out.splitlines()) == 6
+    words = (
+        "parity",
+        PARITY_CONFIGS[0],
+        "model.num_layers=2",
+        "train.global_batch=8",
+        "mesh.stage=1",
+        "mesh.context=1",
+    )
+    done = ended(start(*words, "mesh.fsdp=1", "--processes", "2", "--devices", "cpu:2"), timeout_s=600)
+    assert done.code == 0 and "3 rows, 3 meshes, 0 beyond 2e-05" in done.err, done
+    assert len(done.out.splitlines()) == 3
 
 
 TINY = (
