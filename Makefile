@@ -57,7 +57,7 @@ TORCH := .venv-transformers
 TORCH_PYTHON = for candidate in python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.11.*/bin/python3.11 "$(PYTHON)"; do \
 	"$$candidate" -c 'import ensurepip' 2>/dev/null && echo "$$candidate" && exit; done
 
-$(TORCH)/.installed:
+$(TORCH)/.installed: Makefile
 	"$(shell $(TORCH_PYTHON))" -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "transformers[serving]>=5" "trl>=1.16" \
 		"ctranslate2>=4" "lm-eval[hf]>=0.4.9"

@@ -118,7 +118,7 @@ def open_published(source: str) -> PublishedModel:
         validate(config)
     except ConfigError as error:
         raise ConfigError(f"{keys.where}: {error}") from None
-    text_keys = ModelJson(keys.content.get("text_config", keys.content), keys.where)
+    text_keys = ModelJson(keys.content.get("text_config") or keys.content, keys.where)
     longest = text_keys.take_between("max_position_embeddings", 1, default=found.max_positions)
     return PublishedModel(
         folder=folder,

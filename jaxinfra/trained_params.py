@@ -55,11 +55,12 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     gather = current_peers().gather
     with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True, gather=gather) as checkpoints:
 
-        def read(step: int) -> Any:
+        def read(step: int) -> tuple[Any, str]:
+            digest = checkpoints.manifest(step).digest
             if _recorded(record, "optim", "ema_decay") is not None:
-                return checkpoints.restore_params(step, program.averaged_params, subtree="ema")
+                return checkpoints.restore_params(step, program.averaged_params, subtree="ema"), digest
             dtype = _recorded(record, "precision", "params") or "float32"
-            return checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params")
+            return checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params"), digest
 
         # That run may still be training: all processes take the checkpoint that process 0 sees.
         existing = gather(checkpoints.all_steps())[0]
@@ -68,8 +69,7 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
             raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
         found = checkpoints.newest(read) if step is None else (step, read(step))
         assert found is not None
-        step, params = found
-        digest = checkpoints.manifest(step).digest
+        step, (params, digest) = found
     return TrainedParams(params, step, record.get("fingerprint", ""), digest)
 
 

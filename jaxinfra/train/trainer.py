@@ -26,7 +26,7 @@ from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
-from jaxinfra.errors import ConfigError, Preempted
+from jaxinfra.errors import ConfigError, NonFiniteError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.spec import Params
@@ -114,7 +114,8 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._eval_step: int | None = None  # completed steps at the last evaluation
-        self._signals: RunSignals | None = None  # of a training by `train`
+        self._is_evaluated = True  # False if a request has stopped the evaluation after the last completed step
+        self._signals: RunSignals | None = None  # while `train` makes steps
         self._watch = Watch(self.run.watchdog, self.run_dir, self._peers)
         self._phases, self._stragglers = self._watch.phases, self._watch.stragglers
         self._profiler = Profiler(self.run.profile, self.run_dir.path / "profile", is_active=self._is_main)
@@ -144,14 +145,15 @@ class Trainer:
             self._watch,
             Saving(self.program, self.run_dir, self._peers, owned) as self._saving,
         ):
-            self._signals, self._owned, checkpoints = signals, owned, self._saving.checkpoints
+            self._owned, checkpoints = owned, self._saving.checkpoints
             self.run_dir.require_shared(self._peers)
             changed = []
             if self._peers.broadcast(checkpoints.all_steps()):
                 changed = self.run_dir.check(self._loaded.run, dataset, accept_change=self._accept_change)
             newest = checkpoints.newest(checkpoints.manifest)
             self.completed_steps = 0 if newest is None else newest[0]
-            if self.completed_steps >= steps and not self._lacks_evaluation():
+            self._is_evaluated = newest is None or newest[1].record.get("evaluated", True)
+            if self.completed_steps > steps or (self.completed_steps == steps and not self._lacks_evaluation()):
                 return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
                 self._saving.check_space()
@@ -222,11 +224,14 @@ class Trainer:
             self._skipped = SkippedSamples(self.run_dir.path, self._peers, self.completed_steps)
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
         start_s = time.monotonic()
+        self._signals = signals
         try:
             reason = self._fit_dataset(signals)
         except Rewind as rewind:
             self._go_back(rewind)
             return None, None
+        finally:
+            self._signals = None
         if reason is not None:
             self._watch.note_stop(reason)
         self._phases.enter("end")
@@ -242,6 +247,8 @@ class Trainer:
         self._saving.checkpoints.wait_until_finished()
         self._saving.forget_copies()
         to = self._peers.broadcast(self._saving.checkpoints.latest_step()) or 0
+        if to >= rewind.step:  # the evaluation came after the save, in another start
+            raise NonFiniteError(f"{rewind}; delete {self.run_dir.checkpoints}/{to} to go on from an older checkpoint")
         decision = self._numerics.go_back(rewind, to)
         self.completed_steps, self._pending = to, None
         self._interval.begin_again()
@@ -261,7 +268,7 @@ class Trainer:
         arrays on the devices. Raises NonFiniteError if the numbers go wrong, see `GuardConfig`.
         """
         assert self.state is not None
-        config, reason, is_evaluated = self.run.train, None, True
+        config, reason = self.run.train, None
         self._pending = None
         failpoint("compile", self.completed_steps)
         for step, batch in batches:
@@ -283,8 +290,7 @@ class Trainer:
                 self._report_pending()
             if profile_ends:
                 self._finish_profile()
-            if evaluates:
-                is_evaluated = self._log_evaluation()
+            self._is_evaluated = not evaluates or self._log_evaluation()
             self._numerics.check_after(self.completed_steps, self.state)
             with self._phases("save" if saves else "step"):
                 self.save(metrics, force=asked)
@@ -294,7 +300,7 @@ class Trainer:
             self._report_pending()
             self._numerics.require_finite(*last)
         self._finish_profile()
-        return reason if self.completed_steps < config.steps or not is_evaluated else None
+        return reason if self.completed_steps < config.steps or not self._is_evaluated else None
 
     def _report_pending(self) -> None:
         if self._pending is not None:
@@ -334,20 +340,26 @@ class Trainer:
         Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end, so the host
         waits only once.
         """
-        metrics = self._evaluate(is_over=lambda: False)
+        metrics = self._evaluate()
         assert metrics is not None
         return metrics
 
-    def _evaluate(self, is_over: Callable[[], bool]) -> dict[str, float] | None:
-        """Returns the metrics of `evaluate`, or None if it `is_over` before a batch."""
+    def _evaluate(self, is_over: Callable[[], bool] | None = None) -> dict[str, float] | None:
+        """Returns the metrics of `evaluate`, or None if it `is_over` before a batch.
+
+        So asked, it waits for the batch before the last one: the devices work meanwhile.
+        """
         state = self.state
         if state is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
-        params, total = self._evaluated_params, None
+        params, total, last = self._evaluated_params, None, None
         with self.program.on_mesh:
             for _, batch in self._data.validation:
-                if is_over():
-                    return None
+                if is_over is not None:
+                    jax.block_until_ready(last)
+                    if is_over():
+                        return None
+                last = total
                 with self._phases.first("eval_step"):
                     sums = self.program.eval_step(params, self._data.place(batch), state.reference)
                 if total is None:
@@ -376,7 +388,7 @@ class Trainer:
             if metrics is not None:
                 self._numerics.require_finite(self.completed_steps, metrics)
             self._numerics.check_before_save(self.completed_steps, self.state)
-        record = self._record | {"guard": self._numerics.guard.history}
+        record = self._record | {"guard": self._numerics.guard.history, "evaluated": self._is_evaluated}
         if self._saving.save(self.completed_steps, self.state, record, metrics=self._new_eval_metrics(), force=force):
             self._trackers.log_save(self.completed_steps)
 
@@ -463,8 +475,10 @@ class Trainer:
         record = self._peers.broadcast(self.run_dir.existing_record() if self._is_main else None)
         if restored := self._saving.restore(self.completed_steps, self._identity(), record):
             self.completed_steps = restored.step
+            self._is_evaluated = restored.record.get("evaluated", True)
             self._numerics.resume(restored.record)
             return restored.state, record.get("init"), restored.source
+        self._is_evaluated = True
         self._numerics.resume({})
         failpoint("init", 0)
         if self.run.init is None:
@@ -498,7 +512,7 @@ class Trainer:
             return signals.stops_after(self.completed_steps) is not None
 
         if self._lacks_evaluation():
-            self._log_evaluation()
+            self._is_evaluated = self._log_evaluation()
         self._phases.enter("step")
         with Prefetcher(
             batches,
@@ -523,13 +537,10 @@ class Trainer:
         return reason
 
     def _lacks_evaluation(self) -> bool:
-        """Whether the evaluation after the last completed step is missing, because a request has stopped it."""
-        step, lacks = self.completed_steps, False
-        is_due = step and self.run.train.evaluates_after(step)
-        if self._is_main and is_due and self.run_dir.summary().get("status") != "finished":
-            rows = (row for row in self.metrics if row["step"] == step)
-            lacks = not any(name.startswith("eval/") for row in rows for name in row)
-        return self._peers.broadcast(lacks)
+        """Whether a request has stopped the evaluation after the last completed step, and none was made since."""
+        rows = [row for row in self.metrics if row["step"] == self.completed_steps] if self._is_main else []
+        is_logged = any(name.startswith("eval/") for row in rows for name in row)
+        return not self._is_evaluated and not self._peers.broadcast(is_logged)
 
     def _stop_is_due(self) -> bool:
         """Whether the run stops after this step, and all processes know it."""

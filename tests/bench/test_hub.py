@@ -24,6 +24,7 @@ def test_every_side_is_timed(tmp_path: Path) -> None:
     assert BENCHES["hub"].parts == PARTS
     rows = bench(tmp_path, "--megabytes", "10")
     assert list(rows) == list(SIDES) and all(row["gb_per_s"] > 0 for row in rows.values())
+    assert all("memory_mb" in rows[side] for side in PARTS)
     assert set(bench(tmp_path, "--megabytes", "10", "--only", "read")) == {"read", "raw-read"}
     refused(launch("bench", "hub", "--megabytes", "0"), "--megabytes 0")
 

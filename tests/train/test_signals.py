@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.errors import Preempted
+from jaxinfra.errors import NonFiniteError, Preempted
 from tests.conftest import ROOT
 from tests.refusals import names, preempted
 from tests.several import free_address
@@ -178,3 +178,26 @@ def test_a_request_in_the_last_evaluation_stops_it(tiny: Tiny) -> None:
     assert tiny.evaluations() == tiny.evaluations("plain") and tiny.losses() == tiny.losses("plain")
     assert summary(tiny.directory())["validation"] == summary(tiny.directory("plain"))["validation"]
     assert "nothing to do" in tiny.launch("name=tiny", *words).out
+
+
+def test_fewer_steps_after_an_evaluation_that_was_stopped(tiny: Tiny) -> None:
+    """The evaluation belongs to the config of that start; the run is finished by the new one."""
+    stop_evaluation(tiny, 10)
+    again = tiny.launch("name=tiny", "train.steps=8", "--accept-change", "track.console=off")
+    assert again.code == 0 and "nothing to do" in again.out, again
+
+
+def test_a_validation_loss_that_is_not_finite_after_the_save(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of that step exists already: the run does not go back to it."""
+    stop_evaluation(tiny, 10)
+    monkeypatch.setattr("jaxinfra.objectives.causal_lm.CausalLM.evaluation_metrics", lambda *_: {"loss": float("nan")})
+    ended = tiny.launch("name=tiny", "track.console=off")
+    assert ended.code == NonFiniteError.exit_code, ended
+    names(ended.err.splitlines()[-1], f"step 10 validation nan {tiny.directory()}/checkpoints/10")
+
+
+def stop_evaluation(tiny: Tiny, step: int) -> None:
+    """Trains until a signal comes in the evaluation after a step."""
+    fail = f"evaluation:0:{step}:term,evaluation:0:{step}:sleep=1"
+    child = tiny.start("name=tiny", "track.console=off", devices=8, env={"JAXINFRA_FAIL": fail})
+    preempted(ended(child), f"SIGTERM step {step}")

@@ -47,8 +47,8 @@ def read_layers(keys: ModelJson, mixer: Attention | LatentAttention) -> list[Lay
         keys.require(name, value, default=value)
     keys.ignore("ep_size", "seq_aux", "aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers")
     experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **BALANCE)
-    dense = keys.take_between("first_k_dense_replace", 0, keys.num_layers)
-    return [Layer(mixer=mixer, mlp=mlp) for mlp in [read_mlp(keys)] * dense + [experts] * (keys.num_layers - dense)]
+    dense, mlp = keys.take_between("first_k_dense_replace", 0), read_mlp(keys)
+    return [Layer(mixer=mixer, mlp=mlp if i < dense else experts) for i in range(keys.num_layers)]
 
 
 def write_layers(model: TransformerConfig) -> dict[str, Any]:
