@@ -108,7 +108,7 @@ def test_a_signal_at_the_start(tiny: Tiny) -> None:
 
 @pytest.mark.slow(35)
 def test_a_signal_at_any_moment_of_the_start(tiny: Tiny) -> None:
-    is_told_at(tiny, [0.15 * number for number in range(20)])
+    is_told_at(tiny, [0.25 * number for number in range(12)])
 
 
 def test_a_batch_that_never_comes_delays_no_request(tiny: Tiny, start: Start, tmp_path: Path) -> None:
