@@ -1,6 +1,7 @@
 """Every test sees eight emulated CPU devices; all share one compile cache."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,10 @@ ENVIRONMENT = {
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # As under nohup. Processes that tests start would ignore it, too; a handler is not passed on.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 SLOW_S = 10
 """Of a slow test that does not say how long it takes."""

@@ -63,6 +63,10 @@ from jaxinfra.user_code import user_code_errors
 _log = logging.getLogger(__name__)
 
 
+class _EvaluationStopped(Exception):
+    """Ends an evaluation in a training that was asked to stop."""
+
+
 class Trainer:
     """Trains a run.
 
@@ -337,17 +341,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".
 
-        Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end, so the host
-        waits only once.
-        """
-        metrics = self._evaluate()
-        assert metrics is not None
-        return metrics
-
-    def _evaluate(self, is_over: Callable[[], bool] | None = None) -> dict[str, float] | None:
-        """Returns the metrics of `evaluate`, or None if it `is_over` before a batch.
-
-        So asked, it waits for the batch before the last one: the devices work meanwhile.
+        Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end. In `train` the
+        host waits for the batch before the last one, and leaves if the run was asked to stop.
         """
         state = self.state
         if state is None:
@@ -355,10 +350,9 @@ class Trainer:
         params, total, last = self._evaluated_params, None, None
         with self.program.on_mesh:
             for _, batch in self._data.validation:
-                if is_over is not None:
-                    jax.block_until_ready(last)
-                    if is_over():
-                        return None
+                if self._signals is not None:
+                    jax.block_until_ready(last)  # of the batch before the last one: the devices work meanwhile
+                    self._check_stop()
                 last = total
                 with self._phases.first("eval_step"):
                     sums = self.program.eval_step(params, self._data.place(batch), state.reference)
@@ -542,20 +536,23 @@ class Trainer:
         is_logged = any(name.startswith("eval/") for row in rows for name in row)
         return not self._is_evaluated and not self._peers.broadcast(is_logged)
 
-    def _stop_is_due(self) -> bool:
-        """Whether the run stops after this step, and all processes know it."""
+    def _check_stop(self) -> None:
+        """Raises _EvaluationStopped if the run stops after this step, and all processes know it."""
         signals = self._signals
-        return signals is not None and all(self._peers.gather(signals.stop_is_due(self.completed_steps)))
+        if signals is not None and all(self._peers.gather(signals.stop_is_due(self.completed_steps))):
+            raise _EvaluationStopped
 
     def _log_evaluation(self) -> bool:
         """Evaluates, and logs it; returns False if a request to stop came first: the next start evaluates."""
         with self._phases("evaluation"):
-            metrics = self._evaluate(self._stop_is_due)
-            if metrics is None or (self.run.train.eval_tasks and self._stop_is_due()):
+            try:
+                metrics = self.evaluate()
+                if self.run.train.eval_tasks:
+                    self._check_stop()
+                    metrics |= self._texts.scores(self._evaluated_params)
+            except _EvaluationStopped:
                 return False
             self._eval_metrics, self._eval_step = metrics, self.completed_steps
-            if self.run.train.eval_tasks:
-                self._eval_metrics |= self._texts.scores(self._evaluated_params)
             if self._skipped is not None:
                 skipped = self._skipped.collect_evaluation(self._data.validation, self.completed_steps)
                 self._eval_metrics["eval/skipped"] = skipped
