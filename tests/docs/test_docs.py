@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     "python -m launch bench processes": "tests/bench",
     "python -m launch bench prepare": "tests/bench",
     "python -m launch bench checkpoint": "tests/bench",
+    "python -m launch bench hub": "tests/bench",
     "python -m launch faults --only 19,20": "tests/faults",
     "python -m launch parity --write docs/parallelism.md": "tests/bench/test_parity.py",
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_aot.py",
