@@ -185,15 +185,20 @@ def forget(files: Sequence[Path]) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def knows_peak() -> bool:
+    """Whether the system tells the largest resident memory between two moments: Linux, outside of some sandboxes."""
+    return os.access(_CLEAR_REFS, os.W_OK)
+
+
 def reset_peak() -> None:
     """Lets `peak_bytes` begin at what is resident now."""
-    if _CLEAR_REFS.exists():
+    if knows_peak():
         _CLEAR_REFS.write_text("5")
 
 
 def peak_bytes() -> int | None:
-    """Returns the largest resident memory of this process since `reset_peak`; None where Linux does not tell."""
-    if not _CLEAR_REFS.exists():
+    """Returns the largest resident memory of this process since `reset_peak`; None where it is not known."""
+    if not knows_peak():
         return None
     (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
