@@ -1,7 +1,7 @@
 """`python -m launch bench hub`: reads and writes the weights of a model, against reading and writing the same bytes.
 
-The weights are random, in bfloat16, in the format of Hugging Face, and larger than what a process may hold of them
-besides its arrays. Before each round the files leave the page cache.
+The weights are random, in bfloat16, in the format of Hugging Face. Before each round their files leave the page cache.
+The first round measures what the process holds in memory besides the arrays.
 """
 
 import argparse

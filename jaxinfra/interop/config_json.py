@@ -153,7 +153,7 @@ class ModelJson:
 
 
 EXPORT_PLAN = ".unfinished/plan.json"
-"""What an export will write; it is there until the export has finished."""
+"""The file that lists what an export writes; an export that has finished has none."""
 
 
 def read_json(folder: ModelFolder) -> ModelJson:

@@ -532,9 +532,10 @@ class Trainer:
 
     def _lacks_evaluation(self) -> bool:
         """Whether a request has stopped the evaluation after the last completed step, and none was made since."""
+        if self._is_evaluated:
+            return False
         rows = [row for row in self.metrics if row["step"] == self.completed_steps] if self._is_main else []
-        is_logged = any(name.startswith("eval/") for row in rows for name in row)
-        return not self._is_evaluated and not self._peers.broadcast(is_logged)
+        return not self._peers.broadcast(any(name.startswith("eval/") for row in rows for name in row))
 
     def _check_stop(self) -> None:
         """Raises _EvaluationStopped if the run stops after this step, and all processes know it."""

@@ -243,8 +243,6 @@ def read_activation(keys: ModelJson, name: str = "hidden_act") -> Activation:
 def read_model(keys: ModelJson, layers: Sequence[Layer], **options: Any) -> TransformerConfig:
     """Reads the sizes of a decoder; `layers` are all layers or one period, `options` of `TransformerConfig`."""
     num_layers = keys.num_layers
-    if not layers or num_layers < 1:
-        raise ConfigError(f"{keys.where}: num_hidden_layers is {num_layers}; a model has at least 1")
     first, period = split_first(layers) if len(layers) == num_layers else ((), shortest_period(layers))
     keys.ignore("dtype", "torch_dtype")  # the dtype of the stored tensors, which say it themselves
     options = {"norm": NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6))} | options

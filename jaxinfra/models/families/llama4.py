@@ -57,10 +57,8 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.default(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, attention_chunk_size=8192)
     keys.default(rms_norm_eps=1e-5, hidden_act="silu", head_dim=128, num_experts_per_tok=1)
     keys.ignore("router_jitter_noise", "router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
-    interval, step = (
-        keys.take_between("no_rope_layer_interval", 1, default=4),
-        keys.take_between("interleave_moe_layer_step", 1, default=1),
-    )
+    interval = keys.take_between("no_rope_layer_interval", 1, default=4)
+    step = keys.take_between("interleave_moe_layer_step", 1, default=1)
     rotates = keys.take_flags("no_rope_layers", [int((i + 1) % interval > 0) for i in layers])
     sparse = keys.take_indices("moe_layers", len(layers), layers[step - 1 :: step])
     bias, chunk = keys.take("attention_bias", bool, False), keys.optional("attention_chunk_size", int)

@@ -53,10 +53,8 @@ def read_layers(keys: ModelJson, mixers: Sequence[Attention], **options: Any) ->
     keys.default(router_aux_loss_coef=0.001, hidden_act="silu")
     if "num_local_experts" in keys:  # from transformers 5
         keys.default(num_experts=keys.take("num_local_experts", int))
-    step, only_dense = (
-        keys.take_between("decoder_sparse_step", 1, default=1),
-        keys.take_indices("mlp_only_layers", len(mixers)),
-    )
+    step = keys.take_between("decoder_sparse_step", 1, default=1)
+    only_dense = keys.take_indices("mlp_only_layers", len(mixers))
     experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **options)
     dense = read_mlp(keys)
     mlps = [dense if i in only_dense or (i + 1) % step else experts for i in range(len(mixers))]
