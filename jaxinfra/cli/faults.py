@@ -37,10 +37,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         for outcome in run_rows(harness, rows):
             outcomes.append(outcome)
             print(_line(outcome), flush=True)
-    failed = [each for each in outcomes if not each.survived]
-    numbers = [number for row in rows for number in row.numbers]
+    failed = [each for each in outcomes if each.verdict == "failed"]
+    counts = {verdict: _count(outcomes, verdict) for verdict in ("survived", "not tried", "failed")}
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     seconds = sum(each.seconds for each in outcomes)
-    print(f"{len(numbers)} rows, {len(failed)} failed, {seconds:.0f} s; seed {seed}", file=sys.stderr)
+    print(f"{sum(counts.values())} rows: {counted}; {seconds:.0f} s, seed {seed}", file=sys.stderr)
     if options.write is not None and not failed:
         outputs.write_text(options.write, insert_table(options.write, "faults", markdown_table(outcomes)))
     if failed:
@@ -48,6 +49,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         again = f"--only {first.row.numbers[0]}{' --long' * options.long} --seed {seed} --keep DIR"
         raise MatrixError(f"row {first.row.label}: {first.text}; run it alone by {again}")
     return 0
+
+
+def _count(outcomes: Sequence[Outcome], verdict: str) -> int:
+    return sum(len(each.row.numbers) for each in outcomes if each.verdict == verdict)
 
 
 def _chosen(only: str | None) -> list[Row]:
@@ -68,6 +73,5 @@ def _require_empty(folder: Path) -> None:
 
 
 def _line(outcome: Outcome) -> str:
-    verdict = "survived" if outcome.survived else "FAILED  "
-    text = outcome.text if outcome.survived else outcome.text[:2000]
-    return f"{outcome.row.label:>5}  {verdict}  {outcome.seconds:5.1f} s  {outcome.row.fault}: {text}"
+    verdict = {"failed": "FAILED"}.get(outcome.verdict, outcome.verdict)
+    return f"{outcome.row.label:>5}  {verdict:<9}  {outcome.seconds:5.1f} s  {outcome.row.fault}: {outcome.text[:2000]}"

@@ -11,7 +11,7 @@ from jaxinfra.checkpoint.inventory import verify_step
 from jaxinfra.checkpoint.manifest import MANIFEST_FILE
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.errors import CheckpointError, DataError, StorageError
-from jaxinfra.faults.harness import Harness, Run, named, require, until, wait
+from jaxinfra.faults.harness import Harness, NotTried, Run, named, require, until, wait
 from jaxinfra.faults.machine import small_disk
 from jaxinfra.faults.matrix import row
 
@@ -36,7 +36,7 @@ def full_disk(harness: Harness) -> str:
     text = harness.same_bits(name)
     with small_disk(_DISK_BYTES) as disk:
         if disk is None:
-            return f"two saves failed in one line each; no disk can be mounted here, the log was not tried; {text}"
+            raise NotTried(f"no disk can be mounted without root, so the log was not tried; the saves were: {text}")
         return f"two saves failed in one line each; {_full_log(harness, disk)}; {text}"
 
 
@@ -84,6 +84,8 @@ def refused_disk(harness: Harness) -> str:
             ended = harness.train("refused", f"root={root}")
             require(ended.code == StorageError.exit_code, f"{what}: {ended}")
             named(ended.error, root)
+        if disk is None:
+            raise NotTried(f"no read-only disk can be mounted without root; 82 for {', '.join(roots)}")
     return f"82 for {', '.join(roots)}; the path is named"
 
 

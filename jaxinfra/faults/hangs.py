@@ -9,7 +9,7 @@ from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, HungError, PeerLostError
 from jaxinfra.faults.config import STEPS
-from jaxinfra.faults.harness import Harness, Run, named, require, until, wait
+from jaxinfra.faults.harness import Harness, NotTried, Run, named, require, until, wait
 from jaxinfra.faults.machine import faketime_library
 from jaxinfra.faults.matrix import row
 from jaxinfra.runtime.peer_connection import free_port
@@ -87,7 +87,7 @@ def wrong_clock(harness: Harness) -> str:
     """Gives process 1 a clock that is an hour behind, and process 0 one that jumps ahead in the middle of the run."""
     library, name = faketime_library(), "clock"
     if library is None:
-        return "not tried: libfaketime is missing; install the package faketime"
+        raise NotTried("libfaketime is missing; install the package faketime")
     clock, run = harness.folder / "clock.txt", harness.run(name)
     clock.write_text("+0")
     fake = {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_CACHE_DURATION": "1"}

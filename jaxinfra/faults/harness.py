@@ -71,6 +71,10 @@ class NotSurvived(JaxinfraError):
     """A run did not do what it must do after a fault."""
 
 
+class NotTried(JaxinfraError):
+    """This machine lacks what a fault, or a part of it, is injected with; the message says what, and how to get it."""
+
+
 def require(condition: object, message: object) -> None:
     """Raises NotSurvived unless the condition holds."""
     if not condition:

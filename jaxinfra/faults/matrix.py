@@ -4,8 +4,9 @@ import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from jaxinfra.faults.harness import Harness
+from jaxinfra.faults.harness import Harness, NotTried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class Row:
         numbers: in the matrix.
         fault: what is injected.
         must: what the run must do.
-        inject: injects it and checks the outcome; returns what happened, or raises.
+        inject: injects it and checks the outcome; returns what happened, or raises, NotTried if it cannot be injected.
     """
 
     numbers: Sequence[int]
@@ -33,11 +34,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The result of a row: whether the run survived, what happened or what went wrong, and the seconds that it took."""
+    """The result of a row: its verdict, what happened or what went wrong, and the seconds that it took."""
 
     row: Row
     text: str
-    survived: bool
+    verdict: Literal["survived", "not tried", "failed"]
     seconds: float
 
 
@@ -67,17 +68,20 @@ def run_rows(harness: Harness, rows: Iterable[Row]) -> Iterator[Outcome]:
     for each in rows:
         start_s = time.monotonic()
         try:
-            text, survived = each.inject(harness), True
+            text, verdict = each.inject(harness), "survived"
+        except NotTried as reason:
+            text, verdict = str(reason), "not tried"
         except Exception as error:  # shown in the table; the others are tried all the same
-            text, survived = f"{type(error).__name__}: {error}", False
-        yield Outcome(row=each, text=text, survived=survived, seconds=time.monotonic() - start_s)
+            text, verdict = f"{type(error).__name__}: {error}", "failed"
+        yield Outcome(row=each, text=text, verdict=verdict, seconds=time.monotonic() - start_s)
 
 
 def markdown_table(outcomes: Iterable[Outcome]) -> str:
     """Formats the outcomes as a table."""
     lines = ["| row | injected | must | happened | seconds |", "| ---: | --- | --- | --- | ---: |"]
     for each in outcomes:
-        happened = each.text if each.survived else f"**failed**: {' '.join(each.text.split())[:200]}"
+        text = " ".join(each.text.split())[:200]
+        happened = each.text if each.verdict == "survived" else f"**{each.verdict}**: {text}"
         cells = (each.row.label, each.row.fault, each.row.must, happened, f"{each.seconds:.0f}")
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
