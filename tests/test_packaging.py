@@ -11,7 +11,7 @@ import yaml
 import jaxinfra
 
 ROOT = Path(__file__).parents[1]
-BUILDER = next((name for name in ("docker", "podman", "buildah") if shutil.which(name)), None)
+BUILDER = next((name for name in ("docker", "podman") if shutil.which(name)), None)
 
 
 def test_the_version_has_one_place() -> None:
@@ -19,22 +19,21 @@ def test_the_version_has_one_place() -> None:
     assert f"## {jaxinfra.__version__.partition('.dev')[0]}" in (ROOT / "docs/changelog.md").read_text()
 
 
-@pytest.mark.slow(400 if BUILDER else 1)
-def test_the_image_builds_and_is_not_root(tmp_path: Path) -> None:
-    """Where no builder is installed the file is only linted."""
+@pytest.mark.skipif(BUILDER is None, reason="neither docker nor podman is installed")
+@pytest.mark.slow(400)
+def test_the_image_builds_and_is_not_root() -> None:
+    """Needs a registry that has the image of Python."""
+    assert BUILDER is not None
+    image = "jaxinfra-test"
+    build = [BUILDER, "build", "--file", "launch/Dockerfile", "--tag", image, "."]
+    subprocess.run(build, cwd=ROOT, check=True)
+    user = subprocess.run([BUILDER, "run", "--rm", image, "id", "-un"], capture_output=True, text=True, check=True)
+    assert user.stdout.strip() == "trainer"
+
+
+def test_the_image_is_made_as_its_linter_wants() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     subprocess.run([hadolint, ROOT / "launch/Dockerfile"], check=True)
-    if BUILDER:
-        image = "jaxinfra-test"
-        build = [BUILDER, "build", "--file", "launch/Dockerfile", "--tag", image, "."]
-        subprocess.run(build, cwd=ROOT, check=True)
-        user = subprocess.run([BUILDER, "run", "--rm", image, "id", "-un"], capture_output=True, text=True, check=True)
-        assert user.stdout.strip() == "trainer"
-
-
-def test_what_the_image_copies_exists() -> None:
-    copied = [line.split()[1:-1] for line in (ROOT / "launch/Dockerfile").read_text().splitlines() if "COPY" in line]
-    assert copied and all((ROOT / name).exists() for names in copied for name in names)
 
 
 def test_hooks_run_what_lint_runs() -> None:

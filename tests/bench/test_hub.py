@@ -23,7 +23,9 @@ def bench(tmp_path: Path, *words: str) -> dict[str, dict]:
 def test_every_side_is_timed(tmp_path: Path) -> None:
     assert BENCHES["hub"].parts == PARTS
     rows = bench(tmp_path, "--megabytes", "10")
-    assert list(rows) == list(SIDES) and all(row["gb_per_s"] > 0 for row in rows.values())
+    assert list(rows) == list(SIDES)
+    gigabytes = {round(row["gb_per_s"] * row["seconds"], 6) for row in rows.values()}
+    assert len(gigabytes) == 1 and gigabytes.pop() == pytest.approx(0.01, rel=0.2), "each side has the same bytes"
     assert all(("memory_mb" in rows[side]) == knows_peak() for side in PARTS)
     assert set(bench(tmp_path, "--megabytes", "10", "--only", "read")) == {"read", "raw-read"}
     refused(launch("bench", "hub", "--megabytes", "0"), "--megabytes 0")

@@ -1,6 +1,7 @@
 """`init` writes the quickstart into a folder, from a clone and from the wheel, which holds one package."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,11 +29,26 @@ def test_init_writes_the_files_of_the_clone_and_overwrites_nothing(tmp_path: Pat
     assert launch("init", str(tmp_path / "file")).code == 82
 
 
-@pytest.mark.slow
-def test_the_wheel_is_one_package_that_works_outside_a_clone(tmp_path: Path) -> None:
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with what `launch/Dockerfile` copies, and no more."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for line in (CLONE / "launch/Dockerfile").read_text().splitlines():
+        for name in line.split()[1:-1] if line.startswith("COPY ") else []:
+            if (CLONE / name).is_dir():
+                shutil.copytree(CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(CLONE / name, source)
+    return source
+
+
+@pytest.mark.slow(15)
+def test_the_wheel_is_one_package_that_works_outside_a_clone(tmp_path: Path, copied: Path) -> None:
+    """It is built from what the image is built from, and has all that the last lines of the image run."""
     build = "from hatchling.build import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
     built = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=CLONE, capture_output=True, text=True, check=True
+        [sys.executable, "-c", build, str(tmp_path)], cwd=copied, capture_output=True, text=True, check=True
     )
     wheel = tmp_path / built.stdout.split()[-1]
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
@@ -55,7 +71,9 @@ def test_the_wheel_is_one_package_that_works_outside_a_clone(tmp_path: Path) -> 
         return done.stdout
 
     assert "jaxinfra configs/quickstart.py" in jaxinfra("--help")
-    assert "jaxinfra data prepare configs/quickstart.py" in jaxinfra("init")
+    lines = (CLONE / "launch/Dockerfile").read_text().splitlines()
+    assert "RUN jaxinfra init ." in lines and "&& jaxinfra configs/quickstart.py && " in lines[-1]
+    assert "jaxinfra data prepare configs/quickstart.py" in jaxinfra("init", ".")
     assert "name = quickstart" in jaxinfra("show", "configs/quickstart.py")
     for name in FILES:
         assert (empty / name).read_bytes() == (CLONE / name).read_bytes()

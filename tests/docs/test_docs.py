@@ -1,8 +1,11 @@
-"""Every command that the documentation shows is run, in a fresh copy, on less text and for fewer steps.
+"""The commands that the documentation shows are run in a fresh copy, on less text and for fewer steps.
 
+What a newcomer does for the first time, or what another command needs, is run as it stands. What only reads runs in one
+process together. A command that trains, samples or evaluates in another variation is parsed, and its config loaded.
 The copy has the packages of the tests and nothing installed of itself; `.ci/run` proves what is installed from nothing.
 """
 
+import json
 import os
 import re
 import shlex
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfra.cli.main import parse_command_line
 from jaxinfra.config import load
 from jaxinfra.run import Run
 
@@ -43,6 +47,36 @@ RUN_ELSEWHERE = {
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_aot.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_aot.py",
 }
+VARIATIONS = (
+    "python -m launch configs/quickstart.py train.steps=800 optim.peak_lr=3e-3",
+    "python -m launch configs/quickstart.py name=mesh train.steps=50 mesh.fsdp=4 mesh.tensor=2 --devices cpu:8",
+    "python -m launch configs/quickstart.py mesh.replica=2 mesh.fsdp=2 mesh.tensor=2 --devices cpu:8",
+    "python -m launch configs/quickstart.py name=laptop train.steps=30",
+    "python -m launch configs/story.py train.steps=60 optim.peak_lr=5e-3",
+    "python -m launch configs/story.py name=story-mesh train.steps=20 mesh.fsdp=2 mesh.tensor=2 --devices cpu:4",
+    'python -m launch sample runs/story "Once upon a time"',
+    'python -m launch sample runs/story "Once upon a time" --temperature 0 --stop "." --max-tokens 50',
+    'python -m launch sample runs/story "Once upon a time" "The end" mesh.tensor=2 mesh.fsdp=2 --devices cpu:4',
+    "python -m launch evaluate runs/story",
+    "python -m launch evaluate runs/story mesh.fsdp=2 mesh.tensor=2 --devices cpu:4 --json result.json",
+    "python -m launch evaluate runs/story --tasks tasks/kings.yaml",
+)
+"""What is only parsed: it does again what another command of the pages does, with other options."""
+READERS = ("show ", "models", "explain", "diff ", "checkpoints ", "report ", "goodput ", "data show ")
+READERS += ("data verify ", "data peek ", "hub check ")
+LAUNCH = "python -m launch "
+READ = """
+import contextlib, io, json, sys
+from jaxinfra.cli.main import main
+
+for words in json.loads(sys.argv[1]):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(words)
+    if code or "Traceback" in printed.getvalue() or not printed.getvalue():
+        sys.exit(f"{words}: {code}: {printed.getvalue()}")
+"""
+"""Runs commands one after another in this process; each must print something."""
 
 
 def commands(page: Path) -> list[str]:
@@ -53,8 +87,14 @@ ALL = list(dict.fromkeys(command for page in PAGES if page.name != "extend.md" f
 """Those of docs/extend.md use its examples: see test_extend.py."""
 
 
-def test_what_is_run_elsewhere_is_shown() -> None:
-    assert RUN_ELSEWHERE.keys() <= {*ALL}
+def test_what_is_not_run_here_is_shown() -> None:
+    assert {*RUN_ELSEWHERE, *VARIATIONS} <= {*ALL}
+
+
+@pytest.mark.parametrize("command", VARIATIONS)
+def test_variations_are_right(command: str) -> None:
+    """Their configs are loaded by `test_configs_and_overrides_in_commands_are_right`."""
+    parse_command_line(shlex.split(command.removeprefix(LAUNCH)))
 
 
 def test_the_pages_show_the_commands_that_matter() -> None:
@@ -169,13 +209,21 @@ def test_a_newcomer_gets_what_the_readme_says(clone: Path) -> None:
     code, output = run("make quickstart", clone)
     assert code == 0, output
     assert "Validation bits per byte" in output
-    assert "def main(" in output
+    sampled = output.rpartition("def main(")[2]
+    assert len(sampled.strip()) > 20, f"nothing follows the prompt: {output[-500:]}"
+    readers = list[list[str]]()
     for command in ["jaxinfra --help", *ALL]:
-        if command in RUN_ELSEWHERE or command.startswith(("make quickstart", "pip install")):
+        words = command.removeprefix(LAUNCH)
+        if command in {*RUN_ELSEWHERE, *VARIATIONS} or command.startswith(("make quickstart", "pip install")):
+            continue
+        if words == "runs" or words.startswith(READERS):
+            readers.append(shlex.split(words, comments=True))
             continue
         code, output = run(command, clone, stop=True)
         assert code == 0 or (code == 75 and "start the same command to go on" in output), (command, output)
         assert "Traceback" not in output, (command, output)
+    code, output = run(f"python -c {shlex.quote(READ)} {shlex.quote(json.dumps(readers))}", clone)
+    assert code == 0, output
 
 
 def test_make_says_what_is_missing_without_python(clone: Path) -> None:

@@ -165,14 +165,14 @@ def assert_no_attention_matrix(text: str, found: CompiledStep) -> None:
 def fingerprint(run: Run, topology: Topology, recorded: str) -> str:
     """A hash of what was recorded and of all that it depends on: the program, the compilers, and what reads them."""
     program = program_on(run, topology)
-    with _no_source_lines():
+    with no_source_lines():
         parts = [key(program.lower(), program, topology), recorded]
     parts += [path.read_text(encoding="utf-8") for path in sorted(READERS.glob("*.py"))]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @contextmanager
-def _no_source_lines() -> Iterator[None]:
+def no_source_lines() -> Iterator[None]:
     """Leaves out of lowered programs from which line of which file each operation comes."""
     limit = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)

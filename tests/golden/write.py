@@ -4,6 +4,7 @@ python tests/golden/write.py                     # every config of configs/ as t
 python tests/golden/write.py docs                # generated pages of docs/, and the catalog of models
 python tests/golden/write.py picture RUN_DIR     # docs/images/report.png: the top of the report of a run
 python tests/golden/write.py compile [NAME...]   # what is compiled for hardware that is not here; minutes for all
+python tests/golden/write.py parity              # which programs have the numbers of one device; minutes
 """
 
 import os
@@ -41,6 +42,11 @@ def main(words: list[str]) -> None:
         compiled.write(words[1:])
         if not words[1:]:
             proofs.record()
+        return
+    if words == ["parity"]:
+        from tests.parity import conftest
+
+        conftest.record_all()
         return
     if words[:1] == ["picture"]:
         write_picture(Path(words[1]))

@@ -281,6 +281,12 @@ def on_one_device(run: Run) -> Arrays:
     return gradients(Case(run=run))
 
 
+@functools.cache
+def one_device_program(run: Run) -> Program:
+    """Returns the program of `on_one_device`."""
+    return Case(run=run).program()
+
+
 def evaluated(case: Case) -> Arrays:
     """Computes every sum of an evaluation."""
     program, batch = case.program(), batch_on_host(case.run)

@@ -1,0 +1,56 @@
+"""A comparison is left out only for the programs and the JAX for which it has passed."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.parity import conftest
+from tests.parity.conftest import Unless
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty file of proofs; a program of these tests is its text."""
+    monkeypatch.setattr(conftest, "PROOFS", tmp_path / "proofs.json")
+    monkeypatch.setattr(conftest, "lowered", lambda program: program.text)
+    monkeypatch.delenv(conftest.RECORD, raising=False)
+    conftest.PROOFS.write_text("{}")
+    return conftest.PROOFS
+
+
+def computes(unless_proven: Unless, text: str) -> bool:
+    """Whether the check of a program is called."""
+    calls = []
+    unless_proven(lambda: calls.append(text), SimpleNamespace(text=text))
+    return calls == [text]
+
+
+@pytest.mark.slow(1)
+def test_what_has_changed_is_computed_again(
+    unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert computes(unless_proven, "a") and computes(unless_proven, "a"), "only a recording writes"
+    with monkeypatch.context() as recording:
+        recording.setenv(conftest.RECORD, str(proofs))
+        assert computes(unless_proven, "a") and computes(unless_proven, "a"), "a recording computes all"
+    assert not computes(unless_proven, "a")
+    assert computes(unless_proven, "b")
+    monkeypatch.setattr(conftest, "version", lambda package: "another")
+    assert computes(unless_proven, "a")
+
+
+@pytest.mark.slow(1)
+def test_a_check_that_fails_is_not_recorded(
+    unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(conftest.RECORD, str(proofs))
+    with pytest.raises(ZeroDivisionError):
+        unless_proven(lambda: 1 / 0, SimpleNamespace(text="a"))
+    assert proofs.read_text() == "{}"
+
+
+def test_a_fast_test_is_always_computed(unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(conftest.RECORD, str(proofs))
+    assert computes(unless_proven, "a")
+    assert proofs.read_text() == "{}"
