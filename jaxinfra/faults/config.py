@@ -94,25 +94,30 @@ def checksum(inputs: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultyLM(CausalLM):
-    """A loss that goes wrong on batches with one of these checksums.
+    """A loss that goes wrong on batches with these checksums, see `checksum`.
 
     Attributes:
-        checksums: of the bad batches, see `checksum`.
-        fault: "loss" makes the loss NaN, "infinity" infinite, "gradient" makes that of one leaf NaN, "spike" multiplies
-            the loss.
+        nan: the loss is NaN.
+        infinity: the loss is infinite.
+        spike: the loss is four times as large.
+        gradient: the gradient of one leaf is NaN; the loss stays as it is.
     """
 
-    checksums: tuple[int, ...] = ()
-    fault: str = "loss"
+    nan: tuple[int, ...] = ()
+    infinity: tuple[int, ...] = ()
+    spike: tuple[int, ...] = ()
+    gradient: tuple[int, ...] = ()
 
     @override
     def loss(self, apply: Any, params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         total, sums = super().loss(apply, params, batch)
-        is_bad = jnp.any(jnp.asarray(self.checksums) == checksum(batch["inputs"]))
-        if self.fault == "gradient":  # the root has no slope at 0; the loss stays as it is
+        found, factor = checksum(batch["inputs"]), jnp.float32(1)
+        for checksums, bad in ((self.nan, jnp.nan), (self.infinity, jnp.inf), (self.spike, 4.0)):
+            factor = jnp.where(jnp.isin(found, jnp.asarray(checksums, jnp.int32)), bad, factor)
+        if self.gradient:  # the root has no slope at 0
+            is_bad = jnp.isin(found, jnp.asarray(self.gradient, jnp.int32))
             zero = jnp.where(is_bad, 0.0, 1.0) * jax.tree.leaves(params)[0]
-            return total + jnp.sum(0 * jnp.sqrt(jnp.abs(zero))), sums
-        factor = jnp.where(is_bad, {"loss": jnp.nan, "infinity": jnp.inf, "spike": 4.0}[self.fault], 1.0)
+            total += jnp.sum(0 * jnp.sqrt(jnp.abs(zero)))
         return total * factor, {**sums, "loss": sums["loss"] * factor}
 
 

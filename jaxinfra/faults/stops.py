@@ -14,17 +14,19 @@ from jaxinfra.faults.harness import Harness, NotSurvived, descendants, named, re
 from jaxinfra.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, read_ledger
 
-_PREEMPTED = Preempted.exit_code
+_PREEMPTED, _KILLED = Preempted.exit_code, 76  # another process was lost, or a signal killed it
 _SLOW = "step:*:*:sleep=0.1"  # steps that take longer than the processes need to agree on one
 
 
 @row(
-    10,
-    fault="SIGTERM to rank 0, to rank 1, to all, twice during the save",
-    must="all ranks save the same step and leave with 75 within a step and the save; same bits",
+    *(10, 11, 12),
+    fault="SIGTERM to rank 0, to rank 1, to all, twice during the save; with a grace shorter than the save (kill -9 "
+    "follows); during an asynchronous save",
+    must="all ranks save the same step and leave with 75 within a step and the save, or go on from the last periodic "
+    "checkpoint; one commit, no deadlock; same bits",
 )
 def sigterm(harness: Harness) -> str:
-    """Sends SIGTERM again while it is saved, then to one process, and to both at once."""
+    """Sends SIGTERM again while it is saved, then to one process, to both at once, and around saves, in one run."""
     name, steps = "sigterm", []
     cases = (
         "step:0:5:term,save.write:0:*:term,save.write:1:*:term",
@@ -39,46 +41,37 @@ def sigterm(harness: Harness) -> str:
         asked = int(case.split(":")[2])
         require(asked <= steps[-1] <= asked + 1, f"{case}: saved step {steps[-1]}")
         named(ended.err, "stopped by SIGTERM to process", f"after step {steps[-1]} of")
+    in_save = _sigterm_in_a_save(harness, name)
+    _short_grace(harness, name)
     ended = harness.train(name, processes=2)
     require(ended.code == 0, ended)
-    return f"asked in steps 5, 16, 27, 38, saved {', '.join(map(str, steps))}, each with 75; {harness.same_bits(name)}"
+    named(ended.out, "at step 50 of")
+    require(ended.out.count("Summary") == 1 and "Gloo" not in ended.out, ended)
+    asked = f"asked in steps 5, 16, 27, 38, saved {', '.join(map(str, steps))}, each with 75"
+    return f"{asked}; {in_save}; resumed from step 50 after a short grace; {harness.same_bits(name)}"
 
 
-@row(
-    11,
-    fault="SIGTERM with a grace shorter than the save (kill -9 follows)",
-    must="goes on from the last periodic checkpoint; same bits",
-)
-def short_grace(harness: Harness) -> str:
-    """Kills all processes in the save that a SIGTERM has asked for."""
-    name = "grace"
-    hold = ",".join(f"save.write:0:{step}:sleep=600" for step in range(25, 30))
-    with harness.started(name, processes=2, fail=f"step:0:25:term,{hold},{_SLOW}") as launcher:
-        run = harness.run(name)
-        until(lambda: any(harness.has_fired(name, each) for each in hold.split(",")), launcher)
-        ranks = descendants(launcher.pid)
-        for rank in ranks:
-            os.kill(rank, signal.SIGKILL)
-        ended = wait(launcher, 60)
-    require(ended.code != 0 and run.steps() == [10, 20], f"{run.steps()}: {ended}")
-    again = harness.train(name, processes=2)
-    require(again.code == 0, again)
-    named(again.out, "at step 20 of")
-    return f"resumed from step 20; {harness.same_bits(name)}"
-
-
-@row(12, fault="SIGTERM during an asynchronous save", must="one commit, no deadlock; same bits")
-def sigterm_in_a_save(harness: Harness) -> str:
-    """Sends SIGTERM from the thread that writes a periodic checkpoint."""
-    name = "saving"
-    ended = harness.train(name, processes=2, fail="save.write:0:20:term,save.write:1:20:sleep=1")
+def _sigterm_in_a_save(harness: Harness, name: str) -> str:
+    """Sends SIGTERM from the thread that writes the periodic checkpoint of step 40."""
+    ended = harness.train(name, processes=2, fail="save.write:0:40:term,save.write:1:40:sleep=1")
     run = harness.run(name)
     require(ended.code == _PREEMPTED, ended)
     steps, left = run.steps(), [path.name for path in run.checkpoints.iterdir() if not path.name.isdecimal()]
-    require(20 in steps and max(steps) >= 20 and not left, f"{steps}, {left}")
-    again = harness.train(name, processes=2)
-    require(again.code == 0, again)
-    return f"75, checkpoints {', '.join(map(str, steps))}, nothing left over; {harness.same_bits(name)}"
+    require(40 in steps and not left, f"{steps}, {left}")
+    return f"75 in the save of step 40, nothing left over, newest {max(steps)}"
+
+
+def _short_grace(harness: Harness, name: str) -> None:
+    """Kills all processes in the save that a SIGTERM has asked for, and leaves a newest checkpoint of step 50."""
+    hold = ",".join(f"save.write:0:{step}:sleep=600" for step in range(53, 60))
+    with harness.started(name, processes=2, fail=f"step:0:53:term,{hold},{_SLOW}") as launcher:
+        run = harness.run(name)
+        until(lambda: any(harness.has_fired(name, each) for each in hold.split(",")), launcher)
+        for rank in descendants(launcher.pid):
+            os.kill(rank, signal.SIGKILL)
+        ended = wait(launcher, 60)
+    named(ended.error, "killed by SIGKILL", "start the same command")
+    require(ended.code == _KILLED and max(run.steps()) == 50, f"{run.steps()}: {ended}")
 
 
 @contextmanager

@@ -2,10 +2,8 @@
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from jaxinfra.errors import ConfigError, PeerLostError, Preempted
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises, refused
 from tests.servers.fixtures import Server
-from tests.tiny_run import Tiny, ended, launch, start
+from tests.tiny_run import Tiny, ended, launch
 
 
 @pytest.mark.parametrize("number", ["0", "-1"])
@@ -102,23 +100,3 @@ def test_logs_in_a_bucket(server: Server, tiny: Tiny, monkeypatch: pytest.Monkey
     server.faults.down = False
     store = ObjectStore(f"{url}/tiny/logs")
     assert [store.read(name) for name in store.list_names()] == [b"start 0\n", b"start 1\n"]
-
-
-@pytest.mark.slow(20)
-def test_a_run_of_two_processes(tiny: Tiny) -> None:
-    """It trains; and when one process is killed, the other leaves with its code, and the same command goes on."""
-    words = ("--processes", "2", "--devices", "cpu:2", "name=two", "train.steps=40")
-    first = start(str(tiny.config), *words)
-    metrics = tiny.directory("two") / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count('"loss"') > 6):
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
-    _, victim = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    os.kill(int(victim), signal.SIGKILL)
-    killed = ended(first)
-    assert killed.code == 76, killed
-    (line,) = (each for each in killed.err.splitlines() if "error: " in each)
-    names(line, "error: process was killed by SIGKILL; start the same command")
-    done = ended(start(str(tiny.config), *words))
-    assert done.code == 0 and done.out.count("Summary") == 1 and "Gloo" not in done.out, done
-    assert list(tiny.losses("two")) == [*range(1, 41)]
