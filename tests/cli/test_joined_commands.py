@@ -92,20 +92,14 @@ def test_evaluate_refuses(words: tuple[str, ...], named: str, code: int, trained
 
 @pytest.mark.slow(20)
 def test_evaluate_in_processes(trained: Path, tmp_path: Path) -> None:
-    """Two processes with two devices each, started by hand and by the launcher, give what one gives."""
-    files = [tmp_path / f"{number}.json" for number in range(3)]
-    words = ("evaluate", str(trained), *MESH, "--json")
-    with several(*words, str(files[0])) as children:
+    """Two processes with two devices each, started by hand, give what training logged; only the first one prints."""
+    file = tmp_path / "found.json"
+    with several("evaluate", str(trained), *MESH, "--json", str(file)) as children:
         first, second = all_ended(children)
     assert (first.code, second.code, without_gloo(second.out)) == (0, 0, ""), (first, second)
-    done = ended(start(*words, str(files[1]), "--processes", "2", "--devices", "cpu:4"))
-    alone = ended(start(*words, str(files[2]), "--devices", "cpu:4"))
-    assert (done.code, done.err, done.out) == (0, "", alone.out), done
-    found = [json.loads(file.read_text()) for file in files]
-    assert [each["processes"] for each in found] == [2, 2, 1]
-    assert found[0] == found[1]
-    assert found[0]["validation"] == pytest.approx(found[2]["validation"], rel=1e-6)
-    assert "validation samples" in (trained / "logs/rank-0.log").read_text()
+    found = json.loads(file.read_text())
+    assert found["processes"] == 2 and f"{found['samples']} validation samples" in first.out
+    assert found["validation"] == pytest.approx(summary(trained)["validation"], rel=1e-6)
 
 
 @pytest.mark.slow(15)
@@ -113,6 +107,7 @@ def test_sample_in_processes(trained: Path) -> None:
     words = ("sample", str(trained), "w1 w7 w50", "--max-tokens", "8", "--seed", "3")
     done = ended(start(*words, "--processes", "2", "--devices", "cpu:2"))
     assert (done.code, done.err, done.out) == (0, "", launch(*words).out), done
+    assert done.out.strip() in (trained / "logs/rank-0.log").read_text()
 
 
 @pytest.mark.slow(20)
@@ -128,17 +123,10 @@ def test_evaluate_in_processes_that_differ(trained: Path) -> None:
 @pytest.mark.slow(40)
 def test_parity_in_processes(repo_root: Path) -> None:
     """Joined processes compare the meshes of all their devices with one device."""
-    words = (
-        "parity",
-        PARITY_CONFIGS[0],
-        "model.num_layers=2",
-        "train.global_batch=8",
-        "mesh.stage=1",
-        "mesh.context=1",
-    )
-    done = ended(start(*words, "mesh.fsdp=1", "--processes", "2", "--devices", "cpu:2"), timeout_s=600)
-    assert done.code == 0 and "3 rows, 3 meshes, 0 beyond 2e-05" in done.err, done
-    assert len(done.out.splitlines()) == 3
+    words = ("parity", PARITY_CONFIGS[0], "model.num_layers=1", "train.global_batch=8", "mesh.tensor=2")
+    done = ended(start(*words, "--processes", "2", "--devices", "cpu:2"), timeout_s=600)
+    assert done.code == 0 and "1 rows, 1 meshes, 0 beyond 2e-05" in done.err, done
+    assert "tensor=2" in done.out and len(done.out.splitlines()) == 1
 
 
 TINY = (
@@ -176,14 +164,14 @@ def test_bench_step_refuses_a_part_in_processes() -> None:
 
 @pytest.mark.slow(15)
 def test_more_processes_than_rows(tiny: Tiny) -> None:
-    words = (str(tiny.config), "train.global_batch=2", "--devices", "cpu:4")
-    done = ended(start(*words, "--processes", "4"))
+    words = (str(tiny.config), "train.global_batch=1", "--devices", "cpu:2", "--processes", "2")
+    done = ended(start(*words))
     assert done.code == 81
     (line,) = (line for line in done.err.splitlines() if "error: " in line)
-    names(line, "train.global_batch=2 mesh.fsdp=4 train.global_batch=4")
+    names(line, "train.global_batch=1 mesh.fsdp=2 train.global_batch=2")
     assert not (tiny.runs / "tiny/run.json").exists()
-    # Rows may have more shards than processes: two processes share the rows of a tensor axis.
-    shared = ended(start(*words, "mesh.tensor=2", "train.steps=3", "name=shared", "--processes", "4"))
+    # Rows may have fewer shards than processes: two processes share the rows of a tensor axis.
+    shared = ended(start(*words, "mesh.tensor=2", "train.steps=3", "name=shared"))
     assert shared.code == 0, shared
 
 
