@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints on a disk with Orbax; the only module that imports it.
+"""Reads and writes checkpoints on a disk with Orbax.
 
 A step is a folder, with a folder for each part of the state ("params", "opt_state"), which Orbax can read without this
 package, and the manifest. Orbax writes into a temporary folder. Each process hashes the files that it has written,
@@ -42,7 +42,6 @@ from jaxinfra.patches import mend_orbax
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
-_TemporaryPath = ocp.path.atomicity.AtomicRenameTemporaryPath
 _TIMEOUT_S = 10 * 365 * 24 * 3600
 """Seconds that Orbax may wait: more than any change of the clock, by which it measures. `gather` limits the wait."""
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
@@ -181,7 +180,7 @@ class OrbaxBackend(Backend):
     def _open_saver(self) -> "_Saver":
         backend = self
 
-        class OwnedTemporaryPath(_TemporaryPath):
+        class OwnedTemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
             """Orbax's temporary folder, which only the owner of the lease may rename to a step."""
 
             @override
@@ -221,7 +220,7 @@ class OrbaxBackend(Backend):
 class _Saver(ocp.AsyncCheckpointer):
     """Orbax's writer, which tells whether it is at work."""
 
-    def __init__(self, handler: "_Handler", temporary_path: type[_TemporaryPath], gather: Gather) -> None:
+    def __init__(self, handler: "_Handler", temporary_path: type, gather: Gather) -> None:
         self._parts = handler
 
         def barrier(*, key: str, timeout_ms: int) -> None:
@@ -252,14 +251,6 @@ class _Saver(ocp.AsyncCheckpointer):
         return thread is not None and thread.is_alive()
 
 
-@dataclass
-class _SaveArgs(ocp.args.CheckpointArgs):
-    """The step, and the parts of its state by name."""
-
-    step: int
-    parts: Mapping[str, Any]
-
-
 class _Handler(ocp.AsyncCheckpointHandler):
     """Writes each part of a state into a folder of its own, and hashes what this process writes.
 
@@ -278,7 +269,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
             folder.set_path(path)
 
     @override
-    async def async_save(self, directory: epath.Path, args: _SaveArgs) -> list[ocp.Future]:
+    async def async_save(self, directory: epath.Path, args: "_SaveArgs") -> list[ocp.Future]:
         if jax.process_index() == 0:
             for name in args.parts:
                 (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
@@ -309,7 +300,13 @@ class _Handler(ocp.AsyncCheckpointHandler):
         self._of_part.close()
 
 
-ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_SaveArgs)  # Orbax asks for both
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)  # Orbax asks for both
+@dataclass
+class _SaveArgs(ocp.args.CheckpointArgs):
+    """The step, and the parts of its state by name."""
+
+    step: int
+    parts: Mapping[str, Any]
 
 
 class _Hashed(ocp.Future):
