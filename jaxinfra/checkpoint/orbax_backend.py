@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints on a disk with Orbax; the only module that imports it.
+"""Reads and writes checkpoints on a disk with Orbax.
 
 A step is a folder, with a folder for each part of the state ("params", "opt_state"), which Orbax can read without this
 package, and the manifest. Orbax writes into a temporary folder. Each process hashes the files that it has written,
@@ -8,13 +8,10 @@ folder with a step's name is complete.
 Exceptions of Orbax, TensorStore and the operating system pass through, and DamageError.
 """
 
-import ast
-import asyncio
 import errno
-import json
 import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,15 +19,7 @@ from typing import Any, override
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 from etils import epath
-from orbax.checkpoint._src import asyncio_utils
-from orbax.checkpoint._src.futures.future import Future
-from orbax.checkpoint._src.metadata.checkpoint import metadata_store
-from orbax.checkpoint._src.path import types as path_types
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath, DeferredPath
-from orbax.checkpoint._src.serialization import tensorstore_utils
-from orbax.checkpoint._src.serialization import types as serialization_types
 
 from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.backend import Backend, Gather
@@ -49,6 +38,7 @@ from jaxinfra.checkpoint.manifest import (
 )
 from jaxinfra.checkpoint.retention import Metrics, superseded
 from jaxinfra.failpoints import failpoint
+from jaxinfra.patches import mend_orbax
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
 
@@ -72,7 +62,7 @@ class OrbaxBackend(Backend):
         self._directory, self._config, self._lease, self._gather = directory, config, lease, gather
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)
-        _mend_orbax()
+        mend_orbax()
         self._writes_manifest = not read_only and jax.process_index() == 0
         self._intact: dict[int, Metrics] = {}  # of the process that deletes superseded steps
         if self._writes_manifest:
@@ -160,9 +150,7 @@ class OrbaxBackend(Backend):
     @override
     def close(self) -> None:
         try:
-            saver, self._saver = self._saver, None
-            if saver is not None:
-                saver.close()
+            self.reset()
         finally:
             logging.getLogger("absl").removeFilter(self._log_filter)
 
@@ -192,7 +180,7 @@ class OrbaxBackend(Backend):
     def _open_saver(self) -> "_Saver":
         backend = self
 
-        class OwnedTemporaryPath(AtomicRenameTemporaryPath):
+        class OwnedTemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
             """Orbax's temporary folder, which only the owner of the lease may rename to a step."""
 
             @override
@@ -232,7 +220,7 @@ class OrbaxBackend(Backend):
 class _Saver(ocp.AsyncCheckpointer):
     """Orbax's writer, which tells whether it is at work."""
 
-    def __init__(self, handler: "_Handler", temporary_path: type[AtomicRenameTemporaryPath], gather: Gather) -> None:
+    def __init__(self, handler: "_Handler", temporary_path: type, gather: Gather) -> None:
         self._parts = handler
 
         def barrier(*, key: str, timeout_ms: int) -> None:
@@ -246,7 +234,7 @@ class _Saver(ocp.AsyncCheckpointer):
                 timeout_secs=_TIMEOUT_S, barrier_sync_fn=barrier, create_directories_asynchronously=False
             ),
             temporary_path_class=temporary_path,
-            checkpoint_metadata_store=metadata_store(enable_write=False),  # the manifest has all of it
+            checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),  # the manifest has all of it
         )
 
     def start(self, folder: epath.Path, parts: Mapping[str, Any]) -> None:
@@ -263,14 +251,6 @@ class _Saver(ocp.AsyncCheckpointer):
         return thread is not None and thread.is_alive()
 
 
-@dataclass
-class _SaveArgs(ocp.args.CheckpointArgs):
-    """The step, and the parts of its state by name."""
-
-    step: int
-    parts: Mapping[str, Any]
-
-
 class _Handler(ocp.AsyncCheckpointHandler):
     """Writes each part of a state into a folder of its own, and hashes what this process writes.
 
@@ -280,7 +260,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
 
     def __init__(self, *, compress: bool) -> None:
         self._of_part = ocp.PyTreeCheckpointHandler(use_compression=compress)
-        self._held: list[tuple[DeferredPath, epath.Path]] = []
+        self._held: list[tuple[ocp.path.atomicity.DeferredPath, epath.Path]] = []
 
     def start_writing(self) -> None:
         """Lets the threads write that `async_save` has started."""
@@ -289,13 +269,13 @@ class _Handler(ocp.AsyncCheckpointHandler):
             folder.set_path(path)
 
     @override
-    async def async_save(self, directory: epath.Path, args: _SaveArgs) -> list[Future]:
+    async def async_save(self, directory: epath.Path, args: "_SaveArgs") -> list[ocp.Future]:
         if jax.process_index() == 0:
             for name in args.parts:
                 (directory / name).mkdir(exist_ok=True)  # another process may have begun to write into it
         futures: list[Any] = []
         for name, part in args.parts.items():
-            folder = DeferredPath()
+            folder = ocp.path.atomicity.DeferredPath()
             self._held.append((folder, directory / name))
             futures += await self._of_part.async_save(folder, args=ocp.args.PyTreeSave(part)) or []
             failpoint("save.copy", args.step)
@@ -320,10 +300,16 @@ class _Handler(ocp.AsyncCheckpointHandler):
         self._of_part.close()
 
 
-ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_SaveArgs)  # Orbax asks for both
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)  # Orbax asks for both
+@dataclass
+class _SaveArgs(ocp.args.CheckpointArgs):
+    """The step, and the parts of its state by name."""
+
+    step: int
+    parts: Mapping[str, Any]
 
 
-class _Hashed(Future):
+class _Hashed(ocp.Future):
     """Lets this process write its files, and hashes them; a future as Orbax expects it.
 
     Orbax asks for the result in the background, once nothing blocks training any more.
@@ -343,53 +329,6 @@ class _Hashed(Future):
         own = self._directory.glob(f"*/ocdbt.process_{index}/**/*")
         names = [path.relative_to(self._directory).as_posix() for path in own if path.is_file()]
         (self._directory / f"{_HASHES}{index}").write_bytes(encode_hashes(hash_files(self._directory, names)))
-
-
-def _mend_orbax() -> None:
-    """Replaces functions of Orbax 0.12, and one of TensorStore."""
-    # For a line of its log Orbax asks for TensorStore's metrics in each save. TensorStore 0.1.86 leaks its answer: some
-    # 40 kB a save.
-    tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0
-    # Orbax asks for the JSON of a store for each array. TensorStore 0.1.86 leaks it: some 5 kB a save.
-    tensorstore.KvStore.Spec.to_json = _spec_to_json
-    # Several threads wait for the folder of one array; the first to go on replaces it while others look at it.
-    serialization_types.ParamInfo.await_path_creation = _await_path_creation
-    # If a write fails, Orbax closes the event loop at once. TensorStore then finds it closed at the end of each other
-    # write, and prints a traceback: a thousand lines on a full disk.
-    asyncio_utils._run_sync_via_new_loop = _run_to_the_end
-
-
-_leaking_to_json = tensorstore.KvStore.Spec.to_json
-
-
-def _spec_to_json(self: tensorstore.KvStore.Spec, include_defaults: bool = False) -> Any:
-    """Returns the JSON of a store, from its `repr`: KvStore.Spec({...}), with each byte of UTF-8 as a character."""
-    if include_defaults:  # its repr has none
-        return _leaking_to_json(self, include_defaults)
-    value = ast.literal_eval(repr(self).removeprefix("KvStore.Spec(").removesuffix(")"))
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("latin-1").decode())
-
-
-async def _await_path_creation(self: serialization_types.ParamInfo) -> None:
-    """Waits for the folder of an array, in any number of threads."""
-    folder = self._parent_dir
-    if isinstance(folder, path_types.PathAwaitingCreation):
-        created = await folder.await_creation()
-        self.path, self.parent_dir = created / self.name, created
-
-
-def _run_to_the_end[T](coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine in a new event loop, and then what it has left unfinished; raises the first error of all."""
-    loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda loop, context: None)  # it tells of the other errors
-    asyncio.set_event_loop(loop)
-    try:
-        return loop.run_until_complete(coroutine)
-    finally:
-        if left := asyncio.all_tasks(loop):
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        asyncio.set_event_loop(None)
-        loop.close()
 
 
 def _delete_incomplete_steps(directory: Path) -> None:

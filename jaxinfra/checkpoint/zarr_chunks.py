@@ -58,11 +58,6 @@ class ChunkedArray(NamedTuple):
         }
         return json.dumps(content).encode()
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk."""
-        return math.prod(self.chunk) * self.dtype.itemsize
-
     def chunks_in(self, index: Index) -> Iterator[tuple[str, Index]]:
         """Yields the key and the index of each chunk that a part of the array needs."""
         bounds = [part.indices(size) for part, size in zip(index, self.shape, strict=True)]

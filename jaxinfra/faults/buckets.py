@@ -14,11 +14,6 @@ _NO_EVENTS = "track.tensorboard=false"
 _SLOW = "step:0:*:sleep=0.1"  # so that the faults meet some saves
 
 
-def _steps_done(root: str, name: str) -> int:
-    content = ObjectStore(f"{root}/{name}").read_or_none("metrics.jsonl") or b""
-    return content.count(b'"loss"')
-
-
 @row(
     33,
     fault="an object store that answers 503, is slow, resets connections, is away for a while; and that stays away",

@@ -46,7 +46,6 @@ RECEIPT = "export.json"
 
 MAX_FILE_BYTES = 5_000_000_000
 _UNFINISHED = EXPORT_PLAN.partition("/")[0]
-_HASHED_BYTES = 1 << 24
 
 type Gather = Callable[[Any], list[Any]]
 """Returns the JSON values of all processes; all must call it."""
