@@ -22,7 +22,7 @@ from tests.golden.compiled import FOLDER, fingerprint, write_json
 PROOFS = FOLDER / "proofs.json"
 RECORD = "RECORD_PROOFS"
 """The environment variable with which tests are run to record that they passed."""
-TESTS = "tests/plan/test_memory.py"
+TESTS = ("tests/plan/test_memory.py", "tests/plan/test_aot.py")
 
 
 def compiled_once(*programs: tuple[Run, Topology]) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -53,4 +53,4 @@ def proofs() -> dict[str, str]:
 def record() -> None:
     """Runs the tests, and records those that pass."""
     environment = {**os.environ, RECORD: "1"}
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow", TESTS], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow", *TESTS], env=environment, check=True)

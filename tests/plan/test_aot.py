@@ -37,6 +37,7 @@ from tests.golden.compiled import (
     programs,
     recorded_text,
 )
+from tests.golden.proofs import compiled_once
 from tests.refusals import raises
 
 HINT = "if this is intended, run `python tests/golden/write.py compile {}` and commit what it writes"
@@ -149,13 +150,15 @@ def test_tpu_compiler_accepts_option_set(name: OptionSet) -> None:
     assert compile_step(run, parse_topology(TPU)).traffic
 
 
-@pytest.mark.slow
+H100 = parse_topology("h100:1x4")
+PLAIN, OVERLAP = (replace(SMALL, train=replace(SMALL.train, compiler=name)) for name in ("default", "overlap"))
+
+
+@pytest.mark.slow(40)
+@compiled_once((PLAIN, H100), (OVERLAP, H100))
 def test_gpu_compiler_applies_option_set() -> None:
     """The loop is unrolled by two layers, so the HLO has more collectives."""
-    plain, chosen = (
-        compile_step(replace(SMALL, train=replace(SMALL.train, compiler=name)), parse_topology("h100:1x4"))
-        for name in ("default", "overlap")
-    )
+    plain, chosen = (compile_step(run, H100) for run in (PLAIN, OVERLAP))
     assert sum(row.arrays for row in chosen.traffic) > sum(row.arrays for row in plain.traffic)
 
 
