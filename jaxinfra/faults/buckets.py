@@ -29,10 +29,11 @@ def failing_store(harness: Harness) -> str:
 
 
 def _through_failures(harness: Harness, bucket: Bucket, rate: float, away_s: float) -> str:
-    """Answers a part of the requests with 503, resets others, is slow, and then away for a while."""
+    """Answers a part of two processes' requests with 503, resets others, is slow, and then away for a while."""
     name, faults = f"bucket-{rate}", bucket.faults
     faults.unavailable, faults.reset, faults.delay_s = rate, 0.1, 0.2 if harness.is_long else 0.02
-    with harness.started(name, f"root={bucket.url}", _NO_EVENTS, fail=_SLOW, env=bucket.environment) as child:
+    words = (f"root={bucket.url}", _NO_EVENTS)
+    with harness.started(name, *words, processes=2, fail=_SLOW, env=bucket.environment) as child:
         until(lambda: 10 in stored_steps(f"{bucket.url}/{name}"), child)
         require(faults.fired > 10, f"only {faults.fired} requests have failed")
         faults.clear()

@@ -86,11 +86,11 @@ def slow_steps(tiny: Tiny) -> str:
     return str(tiny.config)
 
 
-@pytest.mark.slow(35)
+@pytest.mark.slow(25)
 def test_processes_without_a_shared_disk(s3: Server, tiny: Tiny) -> None:
-    """Checkpoints of 1, 2 and 4 processes restore one another's; losses are those of one process."""
+    """One process and two restore each other's checkpoints; losses are those of one process."""
     root, mesh = root_of(s3), ("mesh.fsdp=4", "train.steps=150", "checkpoint.save_every=5", "train.eval_every=150")
-    config, url, counts = slow_steps(tiny), f"{root}/several", (1, 2, 4, 1)
+    config, url, counts = slow_steps(tiny), f"{root}/several", (1, 2, 1)
     for number, count in enumerate(counts):
         is_last, run = number == len(counts) - 1, (config, *mesh, f"root={root}", "name=several")
         saved = newest_step(url)
@@ -121,20 +121,6 @@ def wait_for_saves(url: str, count: int, children: list[subprocess.Popen]) -> No
         assert all(child.poll() is None for child in children), [child.communicate() for child in children]
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-
-
-@pytest.mark.slow(30)
-def test_a_bucket_that_is_away_costs_no_step_of_several_processes(gcs: Server, tiny: Tiny) -> None:
-    """A save that fails is only told; then everything arrives."""
-    root, steps = root_of(gcs), 750
-    run = (str(tiny.config), "mesh.fsdp=2", f"root={root}", "name=away", f"train.steps={steps}", "track.log_every=50")
-    run = (*run, f"train.eval_every={steps}", "checkpoint.save_every=50", "track.tensorboard=false")
-    with several(*run, count=2, devices=1) as children:
-        wait_for_saves(f"{root}/away", 10, children)
-        gcs.faults.down_for(8)
-        ends = all_ended(children)
-    assert [each.code for each in ends] == [0] * 2, ends
-    assert [*losses(f"{root}/away")] == [*range(50, steps + 1, 50)]
 
 
 def test_two_starts_of_one_run(server: Server, tiny: Tiny) -> None:

@@ -69,8 +69,10 @@ def test_one_process(tiny: Tiny, start: Callable[..., subprocess.Popen[str]], nu
 
 
 @pytest.mark.slow(30)
-@pytest.mark.parametrize("told", [0, 1])
-@pytest.mark.parametrize("places", [("compiling", "compiling"), ("nowhere", "compiling"), ("opening", "opening")])
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [(("compiling", "compiling"), 1), (("nowhere", "compiling"), 0), (("opening", "opening"), 1)],
+)
 def test_several_processes(
     tiny: Tiny, start: Callable[..., subprocess.Popen[str]], places: tuple[str, str], told: int
 ) -> None:
