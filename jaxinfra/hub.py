@@ -67,24 +67,25 @@ class PublishedModel:
     def check(self, part: int = 0, of: int = 1) -> Weights:
         """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model.
 
-        A head beside the embedding that it is tied to must be equal to it, since transformers 4 uses the embedding then
-        and transformers 5 the head: each of `of` processes compares its `part`.
+        A head beside the embedding that it is tied to must equal it: transformers 4 takes the embedding, 5 the head.
+        Each of `of` processes compares its `part`.
         """
         weights, unused = self.weights(), self.family.unused_by(self.config)
         bindings = self.bindings(param_shapes(self.config), weights)
         check_tensors(weights.tensors, bindings, unused, self.folder.url)
         (embedding,) = (each.theirs for each in bindings if each.parts[0].path == "embedding")
-        heads = [name for name in weights.tensors if name.endswith("lm_head.weight")]
-        if self.config.tie_embeddings and heads and not weights.equal(embedding, heads[0], part, of):
+        heads = [name for name in weights.tensors if name.endswith("lm_head.weight") and self.config.tie_embeddings]
+        if others := [name for name in heads if not weights.equal(embedding, name, part, of)]:
             fix = "set tie_word_embeddings to false there to use both, or remove one of them"
-            raise ConfigError(f"{self.folder.url}: {heads[0]} is not {embedding}, but {CONFIG} ties them; {fix}")
+            raise ConfigError(f"{self.folder.url}: {others[0]} is not {embedding}, but {CONFIG} ties them; {fix}")
         return weights
 
     def end_ids(self, file: str = GENERATION) -> tuple[int, ...]:
         """Returns the tokens that end a text by a file, or by its `config.json` if it is missing; () if none does."""
         where, content = self.folder.url_of(file), self.folder.read_or_none(file)
         keys = self.keys if content is None else parse_json(content, where)
-        found = keys.get("eos_token_id", (keys.get("text_config") or {}).get("eos_token_id"))
+        text_keys = keys.get("text_config")
+        found = keys.get("eos_token_id", text_keys.get("eos_token_id") if isinstance(text_keys, dict) else None)
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(each) is int and 0 <= each < self.config.vocab_size for each in ids):
             where = where if content else self.folder.url_of(CONFIG)

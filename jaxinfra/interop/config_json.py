@@ -6,7 +6,7 @@ A key that is not read and not known to be harmless ends the reading: it may cha
 import difflib
 import json
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxinfra.errors import ConfigError, DataError, quoted
@@ -97,12 +97,10 @@ class ModelJson:
             expected = " or ".join(map(repr, values))
             raise ConfigError(f"{self.where}: {name}={quoted(repr(found))} is not supported, only {expected}")
 
-    def take_kinds(
-        self, name: str, kinds: Container[str], count: int, default: Sequence[str] | None = None
-    ) -> list[str]:
+    def take_kinds[T](self, name: str, kinds: Collection[T], count: int, default: Sequence[T]) -> list[T]:
         """Returns the kind of each of `count` layers; raises ConfigError for another number, or an unknown kind."""
-        found = self.take(name, list, None if default is None else [*default])
-        unknown = [kind for kind in found if not isinstance(kind, str) or kind not in kinds]
+        found = self.take(name, list, [*default]) or [*default]
+        unknown = [kind for kind in found if kind not in [*kinds]]
         if len(found) != count or unknown:
             cause = f"{quoted(repr(unknown[0]))} is not supported" if unknown else f"{len(found)} kinds"
             raise ConfigError(f"{self.where}: {name} must have a kind for each of {count} layers: {cause}")
@@ -122,14 +120,6 @@ class ModelJson:
         if unknown := [each for each in found if type(each) is not int or not 0 <= each < count]:
             which = quoted(repr(unknown[0]))
             raise ConfigError(f"{self.where}: {name} has {which}, but layers have the indices 0 to {count - 1}")
-        return found
-
-    def take_flags(self, name: str, default: Sequence[int]) -> list[int]:
-        """Returns 0 or 1 for each layer, as many as `default` has; raises ConfigError for others."""
-        found = self.take(name, list, None) if self._get(name) else [*default]
-        self._taken.add(name)
-        if len(found) != len(default) or any(each not in (0, 1) for each in found):
-            raise ConfigError(f"{self.where}: {name} must have 0 or 1 for each of {len(default)} layers")
         return found
 
     def part(self, name: str) -> "ModelJson":

@@ -9,8 +9,8 @@ from typing import Any, Protocol, cast, override
 import numpy as np
 
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.storage.connection import FIRST_WAIT_S, MAX_WAIT_S, retry_time_s
-from jaxinfra.storage.errors import is_storage_error, storage_errors
+from jaxinfra.storage.connection import retry_waits_s
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import file_system
 from jaxinfra.storage.objects import ObjectStore
 
@@ -174,33 +174,29 @@ class UrlFolder(ModelFolder):
         return self._ask(lambda: self._files.info(f"{self._path}/{name}"))
 
     def _ask[T](self, ask: Callable[[], T]) -> T | None:
-        """Asks the server, again while it is busy or fails; returns None if it has no such file.
-
-        Raises StorageError if it still fails after `connection.retry_time_s()`, and ConfigError if it wants a login.
-        """
-        retry_s = retry_time_s()
-        wait_s, end_s = min(FIRST_WAIT_S, retry_s / 32), time.monotonic() + retry_s
+        """Asks the server, again while it is busy or fails; None if it has no such file, ConfigError for a login."""
+        waits_s = iter(retry_waits_s())
         while True:
             try:
                 return ask()
             except Exception as error:
-                if not is_storage_error(error):
-                    raise
-                root: BaseException = error  # clients say "no such file" for most failures: the cause is what happened
-                while (status := _status(root)) is None and root.__cause__ is not None:
-                    root = root.__cause__
-            if status in (404, 410) or (status is None and isinstance(root, FileNotFoundError | ValueError)):
+                first = root = error  # clients say "no such file" for most failures: the cause is what happened
+            while (status := _status(root)) is None and root.__cause__ is not None:
+                root = root.__cause__
+            is_missing = isinstance(first, FileNotFoundError) and isinstance(root, FileNotFoundError | ValueError)
+            if status in (404, 410) or (status is None and is_missing):
                 return None
             if status in (401, 403):
-                is_hub = self.url.startswith("hf://")
-                fix = "correct the name, or" if is_hub else "only the Hub gets a token: name ORG/NAME, and"
+                fix = "only the Hub gets a token: name ORG/NAME, and"
+                if self.url.startswith("hf://"):
+                    fix = "correct the name (no folder here has it), or"
                 raise ConfigError(f"{self.url}: the server wants a login ({status}); {fix} set HF_TOKEN") from root
-            is_busy = status in (408, 425, 429) or (status or 0) >= 500 or isinstance(root, TimeoutError)
-            if not is_busy or time.monotonic() + wait_s > end_s:
+            is_lost = isinstance(root, TimeoutError | ConnectionResetError)
+            is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
+            if not is_busy or (wait_s := next(waits_s, None)) is None:
                 with storage_errors(self.url, action="read"):
                     raise root
             time.sleep(wait_s)
-            wait_s = min(2 * wait_s, MAX_WAIT_S)
 
 
 def _status(error: BaseException) -> int | None:

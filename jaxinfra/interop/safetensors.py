@@ -36,8 +36,8 @@ DTYPES: dict[str, np.dtype] = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER_BYTES, MAX_NAME, MAX_DIMS = 100_000_000, 500, 16
-"""The longest header that readers of the format accept, and the longest names and shapes that are accepted here."""
+MAX_HEADER_BYTES, MAX_NAME = 100_000_000, 500
+"""The longest header that readers of the format accept, and the longest name of a tensor that is accepted here."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of a model in one file, and the index of one in several."""
@@ -187,9 +187,8 @@ def _entry(file: str, first: int, entry: Mapping[str, Any]) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {quoted(entry['dtype'])} is unknown")
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    sizes = (*shape, start, stop)
-    if len(shape) > MAX_DIMS or not all(type(size) is int and 0 <= size < 2**62 for size in sizes):
-        raise ValueError(f"sizes must be numbers from 0 on, at most {MAX_DIMS}")
+    if not all(type(size) is int and 0 <= size < 2**62 for size in (*shape, start, stop)):
+        raise ValueError("sizes must be numbers from 0 on")
     tensor = StoredTensor(file=file, dtype=DTYPES[entry["dtype"]], shape=shape, start=first + start)
     if tensor.nbytes != stop - start:
         raise ValueError(f"{stop - start} bytes for a tensor of {tensor.nbytes}")

@@ -18,7 +18,8 @@ from jaxinfra.errors import ConfigError
 RETRY_S = 60.0  # back-off of a failing request in total, over about a dozen attempts
 RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that overrides it
 
-FIRST_WAIT_S, MAX_WAIT_S = 0.5, 8.0  # pauses between tries double
+_FIRST_WAIT_S = 0.5
+_MAX_WAIT_S = 8.0
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 # TensorStore reads these only from the environment, and without them waits forever for a silent server.
 _TIMEOUTS = {
@@ -59,11 +60,11 @@ def tensorstore_context(*, cache_bytes: int = 0) -> ts.Context:
 
     Raises ConfigError if `RETRY_ENV` is not a valid time.
     """
-    return _cached_context(retry_time_s(), cache_bytes)
+    return _cached_context(tuple(retry_waits_s()), cache_bytes)
 
 
-def retry_time_s() -> float:
-    """Returns how long a failing request is tried again; ConfigError if `RETRY_ENV` is not a valid time."""
+def retry_waits_s() -> list[float]:
+    """Returns the pauses after which a failing request is tried again; ConfigError if `RETRY_ENV` is no valid time."""
     text = os.environ.get(RETRY_ENV, str(RETRY_S))
     try:
         retry_s = float(text)
@@ -72,18 +73,18 @@ def retry_time_s() -> float:
     if not 0 < retry_s <= 24 * 3600:
         fix = f"use {RETRY_ENV}={RETRY_S:.0f}"
         raise ConfigError(f"{RETRY_ENV}={text}: expected seconds, more than 0 and at most a day; {fix}")
-    return retry_s
+    waits_s = [min(_FIRST_WAIT_S, retry_s / 32)]
+    while sum(waits_s) < retry_s:
+        waits_s.append(min(2 * waits_s[-1], _MAX_WAIT_S))
+    return waits_s
 
 
 @cache
-def _cached_context(retry_s: float, cache_bytes: int) -> ts.Context:
+def _cached_context(waits_s: tuple[float, ...], cache_bytes: int) -> ts.Context:
     for name, value in _TIMEOUTS.items():
         os.environ.setdefault(name, value)
-    # TensorStore takes a number of retries, not a time: count the doubling waits that add up to `retry_s`.
-    waits_s = [min(FIRST_WAIT_S, retry_s / 32)]
-    while sum(waits_s) < retry_s:
-        waits_s.append(min(2 * waits_s[-1], MAX_WAIT_S))
-    retries = {"max_retries": len(waits_s), "initial_delay": f"{waits_s[0]}s", "max_delay": f"{MAX_WAIT_S}s"}
+    # TensorStore takes a number of retries, not a time.
+    retries = {"max_retries": len(waits_s), "initial_delay": f"{waits_s[0]}s", "max_delay": f"{_MAX_WAIT_S}s"}
     cache_pool = {"total_bytes_limit": cache_bytes}
     return ts.Context({"cache_pool": cache_pool, "s3_request_retries": retries, "gcs_request_retries": retries})
 

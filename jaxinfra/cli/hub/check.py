@@ -12,7 +12,6 @@ from rich.text import Text
 from jaxinfra.cli import output_file
 from jaxinfra.errors import DataError, quoted
 from jaxinfra.hub import TOKENIZER, PublishedModel, open_published
-from jaxinfra.interop.config_json import CONFIG
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
@@ -67,11 +66,11 @@ def _tokenizer_text(model: PublishedModel) -> str:
     """Describes the tokenizer; DataError if it does not fit the model."""
     if not model.folder.exists(TOKENIZER):
         return f"no {TOKENIZER}"
-    if not (model.end_ids(CONFIG) or model.end_ids()):
-        return "no eos_token_id, which sampling and scoring need"
-    tokenizer, ends = model.tokenizer(), ", ".join(map(str, model.end_ids())) or "none"
-    eot = quoted(tokenizer.end_of_document)
-    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {eot}; texts end at {ends}"
+    if not (ends := model.end_ids()):
+        return "no eos_token_id ends a text"
+    tokenizer, tokens = model.tokenizer(), ", ".join(map(str, ends))
+    end = quoted(tokenizer.end_of_document)
+    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with {tokens}"
 
 
 def _check_hashes(model: PublishedModel) -> str:

@@ -41,7 +41,6 @@ def stated(model: TransformerConfig) -> dict[str, Any]:
         "mlp_bias": (layer.mlp.bias for layer in model.all_layers),
         "qkv_bias": (mixer.qkv_bias for mixer in mixers),
         "shared_expert_intermediate_size": [mlp.num_shared_experts * mlp.dim for mlp in experts] or [0],
-        "sliding_window": windows,
         "sliding_window_size": windows,
         "use_bidirectional_attention": [False],
         "use_mrope": [False],
