@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast, override
+from typing import Protocol, cast, override
 
 import numpy as np
 
@@ -139,11 +139,11 @@ class UrlFolder(ModelFolder):
 
     @override
     def exists(self, name: str) -> bool:
-        return self._info(name) is not None
+        return self._ask(lambda: self._files.info(f"{self._path}/{name}")) is not None
 
     @override
     def check_size(self, name: str, nbytes: int) -> None:
-        size = (self._info(name) or {}).get("size")
+        size = self._ask(lambda: self._files.size(f"{self._path}/{name}"))
         if size != nbytes:
             raise DataError(f"{self.url_of(name)}: {size} bytes, expected {nbytes}; ask who uploaded it")
 
@@ -170,9 +170,6 @@ class UrlFolder(ModelFolder):
             )
         out[:] = np.frombuffer(content, np.uint8)
 
-    def _info(self, name: str) -> dict[str, Any] | None:
-        return self._ask(lambda: self._files.info(f"{self._path}/{name}"))
-
     def _ask[T](self, ask: Callable[[], T]) -> T | None:
         """Asks the server, again while it is busy or fails; None if it has no such file, ConfigError for a login."""
         waits_s = iter(retry_waits_s())
@@ -187,10 +184,8 @@ class UrlFolder(ModelFolder):
             if status in (404, 410) or (status is None and is_missing):
                 return None
             if status in (401, 403):
-                fix = "only the Hub gets a token: name ORG/NAME, and"
-                if self.url.startswith("hf://"):
-                    fix = "correct the name (no folder here has it), or"
-                raise ConfigError(f"{self.url}: the server wants a login ({status}); {fix} set HF_TOKEN") from root
+                cause = f"no such model, or the server wants a login ({status})"
+                raise ConfigError(f"{self.url}: {cause}; set HF_TOKEN, which only the Hub gets") from root
             is_lost = isinstance(root, TimeoutError | ConnectionResetError)
             is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
             if not is_busy or (wait_s := next(waits_s, None)) is None:

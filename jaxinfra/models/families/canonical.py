@@ -1,8 +1,6 @@
 """What a model computes in inference: the form in which models are compared, and what keys of files state of it."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.moe import MixtureOfExperts
@@ -30,12 +28,12 @@ def _canonical_layer(layer: Layer, hidden_size: int) -> Layer:
     return replace(layer, mixer=mixer, mlp=mlp)
 
 
-def stated(model: TransformerConfig) -> dict[str, Any]:
+def stated(model: TransformerConfig) -> dict[str, object]:
     """Returns what keys of `config.json` say of a model whose family does not read them, as transformers does not."""
     mixers = [layer.mixer for layer in model.all_layers if isinstance(layer.mixer, Attention)]
     experts = [layer.mlp for layer in model.all_layers if isinstance(layer.mlp, MixtureOfExperts)]
     windows = {mixer.window for mixer in mixers} - {None}
-    found: dict[str, Iterable[Any]] = {
+    found = {
         "attention_bias": (bias for mixer in mixers for bias in (mixer.qkv_bias, mixer.out_bias)),
         "lm_head_bias": [False],
         "mlp_bias": (layer.mlp.bias for layer in model.all_layers),
