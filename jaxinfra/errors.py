@@ -72,6 +72,13 @@ class RunInUseError(JaxinfraError):
     exit_code = 84
 
 
+def quoted(piece: object, limit: int = 100) -> str:
+    """Returns a piece of a file that strangers wrote, for a message: short, with escapes for what terminals act on."""
+    text = piece if isinstance(piece, str) else repr(piece)
+    rest = f"... ({len(text):,} characters)" if len(text) > limit else ""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:limit]) + rest
+
+
 def error_of_code(code: int, message: str) -> JaxinfraError:
     """Returns an error with this exit code, such as one that another process sent, of the class that has it."""
     error = next((cls for cls in JaxinfraError.__subclasses__() if cls.exit_code == code), JaxinfraError)(message)

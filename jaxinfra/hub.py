@@ -14,8 +14,8 @@ from jaxinfra.config import diff, validate
 from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
-from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.interop.config_json import CONFIG, ModelJson, read_json
+from jaxinfra.errors import ConfigError, DataError, quoted
+from jaxinfra.interop.config_json import CONFIG, ModelJson, parse_json, read_json
 from jaxinfra.interop.folder import ModelFolder, open_folder
 from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors, read_params
@@ -23,17 +23,17 @@ from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import Gather, write_model
 from jaxinfra.models.families import Family, all_families, family
-from jaxinfra.models.families.canonical import canonical
+from jaxinfra.models.families.canonical import canonical, stated
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params, ParamSpec
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +64,43 @@ class PublishedModel:
         """Returns its tensors and the parameters in them."""
         return self.family.bindings(self.config, shapes, weights.tensors)
 
-    def check(self) -> Weights:
-        """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model."""
+    def check(self, part: int = 0, of: int = 1) -> Weights:
+        """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model.
+
+        A head beside the embedding that it is tied to must equal it: transformers 4 takes the embedding, 5 the head.
+        Each of `of` processes compares its `part`.
+        """
         weights, unused = self.weights(), self.family.unused_by(self.config)
         bindings = self.bindings(param_shapes(self.config), weights)
         check_tensors(weights.tensors, bindings, unused, self.folder.url)
+        (embedding,) = (each.theirs for each in bindings if each.parts[0].path == "embedding")
+        heads = [name for name in weights.tensors if name.endswith("lm_head.weight") and self.config.tie_embeddings]
+        if others := [name for name in heads if not weights.equal(embedding, name, part, of)]:
+            fix = "set tie_word_embeddings to false there to use both, or remove one of them"
+            raise ConfigError(f"{self.folder.url}: {others[0]} is not {embedding}, but {CONFIG} ties them; {fix}")
         return weights
 
+    def end_ids(self, file: str = GENERATION) -> tuple[int, ...]:
+        """Returns the tokens that end a text by a file, or by its `config.json` if it is missing; () if none does."""
+        where, content = self.folder.url_of(file), self.folder.read_or_none(file)
+        keys = self.keys if content is None else parse_json(content, where)
+        text_keys = keys.get("text_config")
+        found = keys.get("eos_token_id", text_keys.get("eos_token_id") if isinstance(text_keys, dict) else None)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(each) is int and 0 <= each < self.config.vocab_size for each in ids):
+            where = where if content else self.folder.url_of(CONFIG)
+            raise DataError(f"{where}: eos_token_id={quoted(found)} is no token of {self.config.vocab_size}")
+        return tuple(ids)
+
     def tokenizer(self) -> Tokenizer:
-        """Reads its tokenizer, whose end of document is the model's; DataError if there is none."""
+        """Reads its tokenizer, whose end of document is the model's first; DataError if one is missing."""
         content = self.folder.read_or_none(TOKENIZER)
         where = self.folder.url_of(TOKENIZER)
         if content is None:
             raise DataError(f"{where}: missing; save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-        backend, text_keys = read_backend(content, where), self.keys.get("text_config") or {}
-        ids = self.keys.get("eos_token_id", text_keys.get("eos_token_id"))
-        eos_id = (ids or [None])[0] if isinstance(ids, list) else ids
-        eos = backend.id_to_token(eos_id) if isinstance(eos_id, int) and 0 <= eos_id < 2**31 else None
-        if eos is None:
-            raise DataError(f"{self.folder.url_of(CONFIG)}: eos_token_id={ids!r} is no token of {TOKENIZER}")
+        backend, ids = read_backend(content, where), self.end_ids(CONFIG) or self.end_ids()
+        if not ids or (eos := backend.id_to_token(ids[0])) is None:
+            raise DataError(f"{self.folder.url_of(CONFIG)}: eos_token_id={[*ids]} must name a token of {TOKENIZER}")
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         vocab = backend.get_vocab(with_added_tokens=True)
         size = 1 + max((index for text, index in vocab.items() if text not in special), default=0)
@@ -111,9 +129,9 @@ def open_published(source: str) -> PublishedModel:
     try:
         config, quantization = found.read(keys), read_quantization(keys)
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        cause = f"{type(error).__name__}: {str(error)[:200]}"
+        cause = f"{type(error).__name__}: {quoted(str(error), 200)}"
         raise ConfigError(f"{keys.where}: has a value that a {keys.model_type} cannot have ({cause})") from None
-    keys.close()
+    keys.close(stated(config))
     try:
         validate(config)
     except ConfigError as error:
@@ -161,7 +179,7 @@ def load_published(source: str, config: object, params: Params) -> tuple[Params,
     """
     model = open_published(source)
     _require_same(config, model, source)
-    weights, wanted = model.check(), by_path(params)
+    weights, wanted = model.check(jax.process_index(), jax.process_count()), by_path(params)
     bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
     found = read_params(weights, bindings, wanted)
     files = sorted({each.file for each in weights.tensors.values()})
@@ -192,7 +210,7 @@ def check_init(source: str, config: object, tokenizer: Tokenizer | None) -> None
     where = model.folder.url_of(TOKENIZER)
     theirs = read_backend(content, where).get_vocab(with_added_tokens=True)
     ours = tokenizer.vocab if isinstance(tokenizer, JsonTokenizer) else {}
-    others = [f": {token!r} is {index}, there {theirs.get(token, 'missing')}" for token, index in ours.items()
+    others = [f": {quoted(token)} is {index}, there {theirs.get(token, 'missing')}" for token, index in ours.items()
               if theirs.get(token) != index]  # fmt: skip
     if not ours or others:
         raise ConfigError(

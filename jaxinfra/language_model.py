@@ -29,12 +29,14 @@ class LanguageModel:
         first_tokens: tokens before each document: the end of the one before, if documents see each other; a published
             model may have a token that begins a document.
         max_length: the number of positions that it was trained with.
+        end_ids: tokens that end a text when it is sampled.
     """
 
     run: Run
     tokenizer: Tokenizer
     first_tokens: tuple[int, ...]
     max_length: int
+    end_ids: tuple[int, ...]
 
     @property
     def max_positions(self) -> int | None:
@@ -64,6 +66,7 @@ def language_model(run: Run) -> LanguageModel:
         tokenizer=tokenizer,
         first_tokens=() if data.mask_documents else (tokenizer.eot_id,),
         max_length=model.learned_positions or data.seq_len,
+        end_ids=(tokenizer.eot_id,),
     )
 
 
@@ -98,4 +101,5 @@ def _published_language_model(source: str, overrides: Sequence[str]) -> Language
         tokenizer=model.tokenizer(),
         first_tokens=model.first_tokens(),
         max_length=model.max_positions,
+        end_ids=model.end_ids(),
     )

@@ -303,7 +303,7 @@ class _Text:
     """The continuation of one prompt, token by token."""
 
     def __init__(self, model: LanguageModel, sampling: SamplingParams):
-        self._eot_id = model.tokenizer.eot_id
+        self._end_ids = model.end_ids
         self._decoder, self._stop = StreamDecoder(model.tokenizer), StopStrings(sampling.stop)
         self.tokens = 0
         self.finish: Literal["end", "stop"] | None = None
@@ -311,7 +311,7 @@ class _Text:
     def push(self, token: int) -> str:
         """Returns the text that this token completes."""
         self.tokens += 1
-        if token == self._eot_id:
+        if token in self._end_ids:
             self.finish = "end"
             return self.flush()
         text = self._stop.push(self._decoder.push(token))

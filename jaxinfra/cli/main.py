@@ -21,7 +21,7 @@ from jaxinfra import __version__, failpoints
 from jaxinfra.cli import early_signals
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
-from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
 from jaxinfra.runtime.host_memory import keep_freed_memory
@@ -203,8 +203,8 @@ def _is_one_cpu() -> bool:
 
 
 def _print_error(message: str, exit_code: int) -> int:
-    """Prints an error on one line, without credentials."""
-    print(f"error: {mask_credentials(' '.join(message.split()))}", file=sys.stderr)
+    """Prints an error on one line, without credentials, and without what a terminal acts on."""
+    print(f"error: {quoted(mask_credentials(' '.join(message.split())), 10_000)}", file=sys.stderr)
     return exit_code
 
 

@@ -5,10 +5,11 @@ A key that is not read and not known to be harmless ends the reading: it may cha
 
 import difflib
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.errors import ConfigError, DataError, quoted
 from jaxinfra.interop.folder import ModelFolder
 
 CONFIG = "config.json"
@@ -26,14 +27,12 @@ HARMLESS = frozenset({
     "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
     "tokenizer_class", "top_k", "top_p", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
     "unsloth_version", "use_bfloat16", "use_cache",
+    "attention_dropout", "attn_pdrop", "embd_pdrop", "embedding_dropout", "hidden_dropout", "resid_pdrop",
 })  # fmt: skip
-"""Keys that do not change the logits of a model, whatever their values."""
+"""Keys that do not change the logits of a model, whatever their values; a run has its own `model.dropout`."""
 
 MAX_LAYERS = 10_000
 """The most layers of a model that is read."""
-
-DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "embedding_dropout", "hidden_dropout")
-"""Rates of dropout in training: a run has its own, `model.dropout`."""
 
 
 class ModelJson:
@@ -82,7 +81,7 @@ class ModelJson:
         if kind is float and type(value) is int:
             return kind(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{self.where}: {name} is {value!r}, expected {kind.__name__}")
+            raise ConfigError(f"{self.where}: {name} is {quoted(repr(value))}, expected {kind.__name__}")
         return value
 
     def optional[T](self, name: str, kind: type[T]) -> T | None:
@@ -96,16 +95,14 @@ class ModelJson:
         found = self._get(name)
         if (default if found is None else found) not in values:
             expected = " or ".join(map(repr, values))
-            raise ConfigError(f"{self.where}: {name}={found!r} is not supported, only {expected}")
+            raise ConfigError(f"{self.where}: {name}={quoted(repr(found))} is not supported, only {expected}")
 
-    def take_kinds(
-        self, name: str, kinds: Container[str], count: int, default: Sequence[str] | None = None
-    ) -> list[str]:
+    def take_kinds[T](self, name: str, kinds: Collection[T], count: int, default: Sequence[T]) -> list[T]:
         """Returns the kind of each of `count` layers; raises ConfigError for another number, or an unknown kind."""
-        found = self.take(name, list, None if default is None else [*default])
-        unknown = [kind for kind in found if not isinstance(kind, str) or kind not in kinds]
+        found = self.take(name, list, [*default]) or [*default]
+        unknown = [kind for kind in found if kind not in [*kinds]]
         if len(found) != count or unknown:
-            cause = f"{unknown[0]!r} is not supported" if unknown else f"{len(found)} kinds"
+            cause = f"{quoted(repr(unknown[0]))} is not supported" if unknown else f"{len(found)} kinds"
             raise ConfigError(f"{self.where}: {name} must have a kind for each of {count} layers: {cause}")
         return found
 
@@ -114,22 +111,15 @@ class ModelJson:
         found = self.take(name, int, default)
         if found < low or (high is not None and found > high):
             expected = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ConfigError(f"{self.where}: {name}={found} must be {expected}")
+            raise ConfigError(f"{self.where}: {name}={quoted(found)} must be {expected}")
         return found
 
     def take_indices(self, name: str, count: int, default: Sequence[int] = ()) -> list[int]:
         """Returns the indices of some of `count` layers; raises ConfigError if one is no layer."""
         found = self.take(name, list, [*default])
         if unknown := [each for each in found if type(each) is not int or not 0 <= each < count]:
-            raise ConfigError(f"{self.where}: {name} has {unknown[0]!r}, but layers have the indices 0 to {count - 1}")
-        return found
-
-    def take_flags(self, name: str, default: Sequence[int]) -> list[int]:
-        """Returns 0 or 1 for each layer, as many as `default` has; raises ConfigError for others."""
-        found = self.take(name, list, None) if self._get(name) else [*default]
-        self._taken.add(name)
-        if len(found) != len(default) or any(each not in (0, 1) for each in found):
-            raise ConfigError(f"{self.where}: {name} must have 0 or 1 for each of {len(default)} layers")
+            which = quoted(repr(unknown[0]))
+            raise ConfigError(f"{self.where}: {name} has {which}, but layers have the indices 0 to {count - 1}")
         return found
 
     def part(self, name: str) -> "ModelJson":
@@ -140,16 +130,37 @@ class ModelJson:
         """Takes keys without a meaning for the logits."""
         self._taken.update(names)
 
-    def close(self) -> None:
-        """Raises ConfigError for the first key that was not taken."""
+    def close(self, stated: Mapping[str, object] | None = None) -> None:
+        """Raises ConfigError for the first key that was not taken and has no value that is `stated` for it."""
         for name, value in self.content.items():
-            if name not in self._taken and name not in HARMLESS and name not in DROPOUTS and value is not None:
+            if name in self._taken or name in HARMLESS or value is None:
+                continue
+            if name not in (stated := stated or {}):
                 near = difflib.get_close_matches(name, self._taken, n=1)
                 hint = f", did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"{self.where}: {name}={value!r} is not known{hint}; it may change the numbers of the model, "
-                    "so remove it only if it does not"
+                    f"{self.where}: {quoted(name)}={quoted(repr(value))} is not known{hint}; it may change the numbers "
+                    "of the model, so remove it only if it does not"
                 )
+            self.require(name, stated[name])
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object; raises DataError if it is none, or has a key twice, of which readers take either."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"{quoted(twice)} is in it twice")
+        return found
+
+    try:
+        found = json.loads(content, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON ({quoted(str(error), 200)}); download it again") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: is no JSON object; download it again")
+    return found
 
 
 EXPORT_PLAN = ".unfinished/plan.json"
@@ -168,10 +179,4 @@ def read_json(folder: ModelFolder) -> ModelJson:
         if where.startswith("hf://"):
             other = f" (there is no folder {folder.url.removeprefix('hf://')} here), or set HF_TOKEN if it is private"
         raise DataError(f"{where}: missing; name the folder of a model in the format of Hugging Face{other}")
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{where}: is no JSON object; download it again")
-    return ModelJson(found, where)
+    return ModelJson(parse_json(content, where), where)

@@ -1,13 +1,15 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
 import os
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast, override
 
 import numpy as np
 
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.storage.connection import retry_waits_s
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import file_system
 from jaxinfra.storage.objects import ObjectStore
@@ -91,23 +93,29 @@ class StoredFolder(ModelFolder):
 
     @override
     def exists(self, name: str) -> bool:
-        return self._objects.exists(name)
+        return self._objects.exists(self._file(name))
 
     @override
     def check_size(self, name: str, nbytes: int) -> None:
-        self._objects.check_sizes({name: nbytes})
+        self._objects.check_sizes({self._file(name): nbytes})
 
     @override
     def version(self, name: str) -> str:
-        return self._objects.generation(name).hex()
+        return self._objects.generation(self._file(name)).hex()
 
     @override
     def read_or_none(self, name: str) -> bytes | None:
-        return self._objects.read_or_none(name)
+        return self._objects.read_or_none(self._file(name))
 
     @override
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        self._objects.read_into(name, start, out)
+        self._objects.read_into(self._file(name), start, out)
+
+    def _file(self, name: str) -> str:
+        """Returns the name; DataError if it is of a FIFO or a device, which would be read without an end."""
+        if os.path.exists(path := self.url_of(name)) and not os.path.isfile(path):
+            raise DataError(f"{path}: is no file but a folder, a FIFO, a socket or a device; copy the model again")
+        return name
 
 
 class UrlFolder(ModelFolder):
@@ -126,46 +134,66 @@ class UrlFolder(ModelFolder):
 
     @override
     def names(self) -> list[str]:
-        with self._errors():
-            paths = self._files.ls(self._path, detail=False)
-        return sorted(path.rpartition("/")[2] for path in paths)
+        paths = self._ask(lambda: self._files.ls(self._path, detail=False))
+        return sorted(path.rpartition("/")[2] for path in paths or [])
 
     @override
     def exists(self, name: str) -> bool:
-        with self._errors():
-            return self._files.exists(f"{self._path}/{name}")
+        return self._ask(lambda: self._files.info(f"{self._path}/{name}")) is not None
 
     @override
     def check_size(self, name: str, nbytes: int) -> None:
-        with self._errors():
-            size = self._files.size(f"{self._path}/{name}")
+        size = self._ask(lambda: self._files.size(f"{self._path}/{name}"))
         if size != nbytes:
             raise DataError(f"{self.url_of(name)}: {size} bytes, expected {nbytes}; ask who uploaded it")
 
     @override
     def version(self, name: str) -> str:
-        with self._errors():
-            return str(self._files.ukey(f"{self._path}/{name}"))
+        return str(self._ask(lambda: self._files.ukey(f"{self._path}/{name}")))
 
     @override
     def read_or_none(self, name: str) -> bytes | None:
-        if not self.exists(name):
-            return None
-        with self._errors():
-            return cast(bytes, self._files.cat_file(f"{self._path}/{name}"))
+        return self._ask(lambda: cast(bytes, self._files.cat_file(f"{self._path}/{name}")))
 
     @override
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        options = {"mode": "rb", "cache_type": "none"}  # reads nothing ahead
-        with self._errors(), self._files.open(f"{self._path}/{name}", **options) as file:
-            file.seek(start)
-            content = cast(bytes, file.read(len(out)))
+        def read() -> bytes:
+            options = {"mode": "rb", "cache_type": "none"}  # reads nothing ahead
+            with self._files.open(f"{self._path}/{name}", **options) as file:
+                file.seek(start)
+                return cast(bytes, file.read(len(out)))
+
+        content = self._ask(read) or b""
         if len(content) != len(out):
             raise DataError(
                 f"{self.url_of(name)}: {len(content)} bytes from {start} on instead of {len(out)}; try again"
             )
         out[:] = np.frombuffer(content, np.uint8)
 
-    def _errors(self) -> AbstractContextManager[None]:
-        missing = f"{self.url}: there is no such model, or you may not read it; check its name, and HF_TOKEN"
-        return storage_errors(self.url, action="read", missing=missing)
+    def _ask[T](self, ask: Callable[[], T]) -> T | None:
+        """Asks the server, again while it is busy or fails; None if it has no such file, ConfigError for a login."""
+        waits_s = iter(retry_waits_s())
+        while True:
+            try:
+                return ask()
+            except Exception as error:
+                first = root = error  # clients say "no such file" for most failures: the cause is what happened
+            while (status := _status(root)) is None and root.__cause__ is not None:
+                root = root.__cause__
+            is_missing = isinstance(first, FileNotFoundError) and isinstance(root, FileNotFoundError | ValueError)
+            if status in (404, 410) or (status is None and is_missing):
+                return None
+            if status in (401, 403):
+                cause = f"no such model, or the server wants a login ({status})"
+                raise ConfigError(f"{self.url}: {cause}; set HF_TOKEN, which only the Hub gets") from root
+            is_lost = isinstance(root, TimeoutError | ConnectionResetError)
+            is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
+            if not is_busy or (wait_s := next(waits_s, None)) is None:
+                with storage_errors(self.url, action="read"):
+                    raise root
+            time.sleep(wait_s)
+
+
+def _status(error: BaseException) -> int | None:
+    """Returns the status of an answer that was an error for a client, aiohttp or that of the Hub."""
+    return getattr(error, "status", getattr(getattr(error, "response", None), "status_code", None))

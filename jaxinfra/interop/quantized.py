@@ -15,7 +15,7 @@ from typing import Protocol, override
 import ml_dtypes
 import numpy as np
 
-from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.errors import ConfigError, DataError, quoted
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.folder import ModelFolder
 from jaxinfra.interop.safetensors import StoredTensor, Weights
@@ -90,11 +90,11 @@ def read_quantization(keys: ModelJson) -> Quantization | None:
                 case [int(height), int(width)] if height > 0 and width > 0:
                     return Quantization(block=(height, width))
                 case block:
-                    raise ConfigError(f"{config.where}: weight_block_size is {block}, expected two sizes: [128, 128]")
+                    raise ConfigError(f"{config.where}: weight_block_size={quoted(block)}, expected two: [128, 128]")
         case method:
             raise ConfigError(
-                f"{config.where}: quant_method={method!r} is not supported, only 'fp8' in blocks and 'mxfp4'; use the "
-                "weights in bfloat16"
+                f"{config.where}: quant_method={quoted(repr(method))} is not supported, only 'fp8' in blocks and "
+                "'mxfp4'; use the weights in bfloat16"
             )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.interop.pattern import Layout
 from jaxinfra.interop.rules import Binding, BoundPart, nearest
 from jaxinfra.interop.safetensors import StoredTensor, Weights
@@ -43,7 +43,7 @@ def check_tensors(
             raise ConfigError(f"{where}: {name} is missing{hint}; by {where}/config.json the model has it")
         if (found := tensors[name].shape) != shape:
             text, by_config = ("x".join(map(str, sizes)) for sizes in (found, shape))
-            raise ConfigError(f"{where}: {name} is {text}, but by its config.json {by_config}")
+            raise ConfigError(f"{where}: {name} is {quoted(text)}, but by its config.json {by_config}")
         if str(dtype := tensors[name].dtype) not in PLAIN_DTYPES:
             raise ConfigError(f"{where}: {name} is stored as {dtype}; weights must be {', '.join(PLAIN_DTYPES)}")
     if left_over:

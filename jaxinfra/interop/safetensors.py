@@ -14,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxinfra.errors import DataError
+from jaxinfra.errors import DataError, quoted
+from jaxinfra.interop.config_json import parse_json
 from jaxinfra.interop.folder import ModelFolder
 
 DTYPES: dict[str, np.dtype] = {
@@ -35,15 +36,16 @@ DTYPES: dict[str, np.dtype] = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that readers of the format accept."""
+MAX_HEADER_BYTES, MAX_NAME = 100_000_000, 500
+"""The longest header that readers of the format accept, and the longest name of a tensor that is accepted here."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of a model in one file, and the index of one in several."""
 
-_FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
+_FILE_NAME = re.compile(r"[\w-][\w.-]{,200}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FIX = "download it again"
+_COMPARED_ROWS = 1 << 10  # some 64 MB in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Weights:
                 self.tensors[name] = tensor
         for name, file in listed.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise DataError(f"{folder.url_of(INDEX)}: says that {file} has {name}, which is not there; {_FIX}")
+                raise DataError(f"{folder.url_of(INDEX)}: {quoted(name)} is not in {file}, as it says; {_FIX}")
 
     def read(self, name: str) -> np.ndarray:
         """Reads a whole tensor."""
@@ -100,6 +102,20 @@ class Weights:
         out = np.empty(tensor.shape, tensor.dtype)
         self.read_into(name, 0, out.reshape(-1) if not tensor.shape else out)
         return out
+
+    def equal(self, name: str, other: str, part: int = 0, of: int = 1) -> bool:
+        """Compares two matrices, of which it reads one of `of` parts, a block of rows at a time."""
+        left, right = self.tensors[name], self.tensors[other]
+        if left.shape != right.shape:
+            return False
+        for start in range(part * _COMPARED_ROWS, left.shape[0], of * _COMPARED_ROWS):
+            shape = (min(_COMPARED_ROWS, left.shape[0] - start), *left.shape[1:])
+            rows, others = np.empty(shape, left.dtype), np.empty(shape, right.dtype)
+            self.read_into(name, start, rows)
+            self.read_into(other, start, others)
+            if not np.array_equal(rows.astype(np.float64), others.astype(np.float64)):
+                return False
+        return True
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills `out`, `[N, ...]`, with the rows of a tensor from `start` on; safe to call in several threads."""
@@ -118,15 +134,16 @@ def _indexed_files(folder: ModelFolder) -> dict[str, str]:
     """Returns the file of each tensor by the index; {} if the model is one file without index."""
     content = folder.read_or_none(INDEX)
     if content is not None:
+        index = parse_json(content, folder.url_of(INDEX))
         try:
-            files = json.loads(content)["weight_map"]
+            files = index["weight_map"]
             if not all(isinstance(file, str) and _FILE_NAME.fullmatch(file) for file in files.values()):
                 raise ValueError("a file name is none")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{folder.url_of(INDEX)}: is no index of safetensors; {_FIX}") from None
         return files
     if not folder.exists(WEIGHTS):
-        pickles = [name for name in folder.names() if name.endswith(_PICKLES)]
+        pickles = [quoted(name) for name in folder.names() if name.endswith(_PICKLES)]
         if pickles:
             raise DataError(
                 f"{folder.url_of(pickles[0])}: is a pickle, which runs code when it is read, and is refused; "
@@ -144,11 +161,13 @@ def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
     length = int.from_bytes(_read_bytes(folder, file, 0, 8), "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise DataError(f"{url}: a header of {length} bytes: damaged, or no safetensors; {_FIX}")
+    header = parse_json(_read_bytes(folder, file, 8, length), f"{url}: header")
     try:
-        header = json.loads(_read_bytes(folder, file, 8, length))
         found = {name: _entry(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{url}: its header is damaged ({str(error)[:200]}); {_FIX}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{url}: its header is damaged ({quoted(str(error), 200)}); {_FIX}") from None
+    if odd := [name for name in found if quoted(name, MAX_NAME) != name]:
+        raise DataError(f"{url}: {quoted(odd[0])} cannot be the name of a tensor; {_FIX}")
     position = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != position:
@@ -166,7 +185,7 @@ def _read_bytes(folder: ModelFolder, file: str, start: int, count: int) -> bytes
 
 def _entry(file: str, first: int, entry: Mapping[str, Any]) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is unknown")
+        raise ValueError(f"dtype {quoted(entry['dtype'])} is unknown")
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(size) is int and 0 <= size < 2**62 for size in (*shape, start, stop)):
         raise ValueError("sizes must be numbers from 0 on")

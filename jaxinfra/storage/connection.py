@@ -60,6 +60,11 @@ def tensorstore_context(*, cache_bytes: int = 0) -> ts.Context:
 
     Raises ConfigError if `RETRY_ENV` is not a valid time.
     """
+    return _cached_context(tuple(retry_waits_s()), cache_bytes)
+
+
+def retry_waits_s() -> list[float]:
+    """Returns the pauses after which a failing request is tried again; ConfigError if `RETRY_ENV` is no valid time."""
     text = os.environ.get(RETRY_ENV, str(RETRY_S))
     try:
         retry_s = float(text)
@@ -68,17 +73,17 @@ def tensorstore_context(*, cache_bytes: int = 0) -> ts.Context:
     if not 0 < retry_s <= 24 * 3600:
         fix = f"use {RETRY_ENV}={RETRY_S:.0f}"
         raise ConfigError(f"{RETRY_ENV}={text}: expected seconds, more than 0 and at most a day; {fix}")
-    return _cached_context(retry_s, cache_bytes)
-
-
-@cache
-def _cached_context(retry_s: float, cache_bytes: int) -> ts.Context:
-    for name, value in _TIMEOUTS.items():
-        os.environ.setdefault(name, value)
-    # TensorStore takes a number of retries, not a time: count the doubling waits that add up to `retry_s`.
     waits_s = [min(_FIRST_WAIT_S, retry_s / 32)]
     while sum(waits_s) < retry_s:
         waits_s.append(min(2 * waits_s[-1], _MAX_WAIT_S))
+    return waits_s
+
+
+@cache
+def _cached_context(waits_s: tuple[float, ...], cache_bytes: int) -> ts.Context:
+    for name, value in _TIMEOUTS.items():
+        os.environ.setdefault(name, value)
+    # TensorStore takes a number of retries, not a time.
     retries = {"max_retries": len(waits_s), "initial_delay": f"{waits_s[0]}s", "max_delay": f"{_MAX_WAIT_S}s"}
     cache_pool = {"total_bytes_limit": cache_bytes}
     return ts.Context({"cache_pool": cache_pool, "s3_request_retries": retries, "gcs_request_retries": retries})

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jaxinfra.errors import ConfigError, DataError, JaxinfraError, StorageError
+from jaxinfra.errors import ConfigError, DataError, JaxinfraError, StorageError, quoted
 from jaxinfra.storage.credentials import mask_credentials
 
 DAMAGED_VERSION_FIX = "move this version away, then prepare or copy it again"
@@ -109,7 +109,7 @@ def cause_of(error: BaseException) -> str:
         text = os.strerror(errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EACCES)
     elif _STATUS.match(text):  # TensorStore appends source locations and responses in brackets
         text = text.split(" [", 1)[0].removesuffix(": Unknown")
-    return mask_credentials(text)[:_MAX_CAUSE_CHARS] or type(error).__name__
+    return quoted(mask_credentials(text)[:_MAX_CAUSE_CHARS], _MAX_CAUSE_CHARS) or type(error).__name__
 
 
 def _storage_error(where: str, cause: str, action: str, fix: str | None) -> StorageError:

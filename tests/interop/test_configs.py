@@ -12,10 +12,13 @@ from jaxinfra.hub import differences, open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.quantized import read_quantization
 from jaxinfra.models.families import family
+from jaxinfra.models.families.canonical import stated
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
+from jaxinfra.ops.rope import Rope
 from tests.interop.conftest import published
 from tests.interop.published_configs import CONFIGS, OLMO3_YARN
+from tests.interop.published_experts import EXPERT_CONFIGS
 from tests.interop.test_families import PUBLISHED, tensors
 from tests.refusals import raises
 
@@ -26,13 +29,51 @@ def read(keys: dict[str, Any]) -> TransformerConfig:
     json = ModelJson(keys)
     model = family(json.model_type, json.where).read(json)
     read_quantization(json)
-    json.close()
+    json.close(stated(model))
     return model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_configs_are_the_shapes_of_the_zoo(name: str) -> None:
     assert differences(read(CONFIGS[name]), shape(name)) == []
+
+
+CODER = EXPERT_CONFIGS["qwen3-30b-a3b"] | {
+    "max_position_embeddings": 262144,
+    "qkv_bias": False,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 0,
+    "use_qk_norm": True,
+}
+"""Qwen/Qwen3-Coder-30B-A3B-Instruct."""
+
+GEMMA_9B = CONFIGS["gemma-2-2b"] | {
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 42,
+    "num_key_value_heads": 8,
+    "sliding_window_size": 4096,
+}
+"""google/gemma-2-9b."""
+
+
+def test_keys_that_say_what_the_model_does_anyway() -> None:
+    model = shape("qwen3-30b-a3b")
+    (layer,) = model.layers
+    coder = replace(model, layers=(replace(layer, mixer=replace(layer.mixer, rope=Rope(theta=1e7))),))
+    assert differences(read(CODER), coder) == []
+    assert differences(read(GEMMA_9B), shape("gemma-2-9b")) == []
+    read(LLAMA | {"use_sliding_window": False, "qkv_bias": False, "use_qk_norm": False, "use_mrope": False})
+    for keys, words in (
+        (CODER | {"qkv_bias": True}, "qkv_bias=True False"),
+        (CODER | {"use_qk_norm": False}, "use_qk_norm=False True"),
+        (CODER | {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64 0"),
+        (GEMMA_9B | {"sliding_window_size": 2048}, "sliding_window_size=2048 4096"),
+        (LLAMA | {"sliding_window_size": 4096}, "sliding_window_size=4096"),
+    ):
+        with raises(ConfigError, words):
+            read(keys)
 
 
 def test_written_configs_are_read_as_the_same_model() -> None:

@@ -284,7 +284,6 @@ def test_one_export_at_a_time_and_killed_before_its_end(exported: Path, tmp_path
     ("keys", "code"),
     [
         ({"rope_theta": 10**400}, 81),
-        ({"eos_token_id": []}, 78),
         ({"eos_token_id": 2**70}, 78),
         ({"eos_token_id": 1.5}, 78),
     ],

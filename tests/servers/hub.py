@@ -19,10 +19,12 @@ class HubServer:
     Attributes:
         url: its address.
         read_bytes: number of bytes of files that were answered.
+        errors: the statuses that the next requests get in place of an answer.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.read_bytes = folder, 0
+        self.errors: Iterator[int] = iter(())
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -60,7 +62,9 @@ class HubServer:
 
             def _answer(self) -> None:
                 path = self.path.partition("?")[0]
-                if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+                if status := next(hub.errors, None):
+                    self._send(status, b"no")
+                elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
                     self._json([hub.entry(each.name) for each in sorted(hub.folder.iterdir())])
                 elif path.startswith(f"/api/models/{REPOSITORY}"):
                     self._json({"id": REPOSITORY, "sha": COMMIT, "private": False, "siblings": [], "tags": []})

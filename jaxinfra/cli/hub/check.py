@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxinfra.cli import output_file
-from jaxinfra.errors import DataError
+from jaxinfra.errors import DataError, quoted
 from jaxinfra.hub import TOKENIZER, PublishedModel, open_published
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.interop.safetensors import Weights
@@ -66,8 +66,11 @@ def _tokenizer_text(model: PublishedModel) -> str:
     """Describes the tokenizer; DataError if it does not fit the model."""
     if not model.folder.exists(TOKENIZER):
         return f"no {TOKENIZER}"
-    tokenizer = model.tokenizer()
-    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {tokenizer.end_of_document}"
+    if not (ends := model.end_ids()):
+        return "no eos_token_id ends a text"
+    tokenizer, tokens = model.tokenizer(), ", ".join(map(str, ends))
+    end = quoted(tokenizer.end_of_document)
+    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with {tokens}"
 
 
 def _check_hashes(model: PublishedModel) -> str:

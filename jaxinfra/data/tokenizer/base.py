@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, quoted
 
 
 class Tokenizer(ABC):
@@ -106,7 +106,7 @@ class Tokenizer(ABC):
 
 def missing_end_of_document(name: str, end_of_document: str, special: Iterable[str]) -> ConfigError:
     """Returns the error for a tokenizer without the token that should end documents."""
-    tokens = sorted(special)
+    tokens = [quoted(token) for token in sorted(special)]
     choices = ", ".join(tokens[:8]) + (", ..." if len(tokens) > 8 else "")
     return ConfigError(
         f"end_of_document={end_of_document}: {name} has no such token; "

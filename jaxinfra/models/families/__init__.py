@@ -3,7 +3,7 @@
 import difflib
 import importlib
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.models.families.common import Family
 
 __all__ = ["Family", "all_families", "family"]
@@ -41,7 +41,7 @@ def family(model_type: str, where: str) -> Family:
     if model_type not in MODULES:
         near = difflib.get_close_matches(model_type, MODULES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODULES)}"
-        raise ConfigError(f"{where}: model_type {model_type} is not supported; {hint}")
+        raise ConfigError(f"{where}: model_type {quoted(model_type)} is not supported; {hint}")
     return _load(model_type)
 
 

@@ -1,4 +1,4 @@
-"""The form of a config in which models are compared that compute the same in inference."""
+"""What a model computes in inference: the form in which models are compared, and what keys of files state of it."""
 
 from dataclasses import replace
 
@@ -26,3 +26,24 @@ def _canonical_layer(layer: Layer, hidden_size: int) -> Layer:
         rate = float(mlp.bias_update_rate > 0)  # above 0 there are biases
         mlp = replace(mlp, capacity_factor=None, balance_loss=0.0, z_loss=0.0, bias_update_rate=rate)
     return replace(layer, mixer=mixer, mlp=mlp)
+
+
+def stated(model: TransformerConfig) -> dict[str, object]:
+    """Returns what keys of `config.json` say of a model whose family does not read them, as transformers does not."""
+    mixers = [layer.mixer for layer in model.all_layers if isinstance(layer.mixer, Attention)]
+    experts = [layer.mlp for layer in model.all_layers if isinstance(layer.mlp, MixtureOfExperts)]
+    windows = {mixer.window for mixer in mixers} - {None}
+    found = {
+        "attention_bias": (bias for mixer in mixers for bias in (mixer.qkv_bias, mixer.out_bias)),
+        "lm_head_bias": [False],
+        "mlp_bias": (layer.mlp.bias for layer in model.all_layers),
+        "qkv_bias": (mixer.qkv_bias for mixer in mixers),
+        "shared_expert_intermediate_size": [mlp.num_shared_experts * mlp.dim for mlp in experts] or [0],
+        "sliding_window_size": windows,
+        "use_bidirectional_attention": [False],
+        "use_mrope": [False],
+        "use_qk_norm": (mixer.qk_norm is not None for mixer in mixers),
+        "use_sliding_window": [bool(windows)],
+    }
+    values = {name: [*set(each)] for name, each in found.items()}
+    return {name: each[0] for name, each in values.items() if len(each) == 1}  # of layers that are alike in it

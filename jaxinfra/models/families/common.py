@@ -8,10 +8,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Binding, Part, Rule, bind, rule
 from jaxinfra.models.attention import Attention
+from jaxinfra.models.families.canonical import stated
 from jaxinfra.models.layers import MLP, Activation, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
@@ -274,7 +275,7 @@ def read_text_part(keys: ModelJson, read: Callable[[ModelJson], TransformerConfi
         return read(keys)
     part = keys.part("text_config")
     model = read(part)
-    part.close()
+    part.close(stated(model))
     if "tie_word_embeddings" in keys:
         model = replace(model, tie_embeddings=keys.take("tie_word_embeddings", bool))
     keys.ignore("dtype", "torch_dtype", "vision_config", "vision_feature_layer", "spatial_merge_size")
@@ -365,7 +366,7 @@ def _read_scaling(keys: ModelJson, model: ModelJson) -> Scaling | None:
             return _read_longrope(keys, model)
         case _:
             known = "default, linear, llama3, yarn or longrope"
-            raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; use {known}")
+            raise ConfigError(f"{keys.where}: rope_type={quoted(repr(kind))} is not supported; use {known}")
 
 
 def _read_yarn(keys: ModelJson, model: ModelJson) -> YarnScaling:

@@ -98,7 +98,6 @@ def read_gemma(keys: ModelJson, mixers: Sequence[Attention]) -> TransformerConfi
     """Reads the sizes of a Gemma 2 or 3 whose layers have these mixers."""
     keys.default(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
     keys.ignore("hidden_act", "cache_implementation")  # hidden_activation counts
-    keys.require("use_bidirectional_attention", False, default=False)
     mlp = MLP(dim=keys.take("intermediate_size", int), activation=read_activation(keys, "hidden_activation"))
     return read_model(
         keys,

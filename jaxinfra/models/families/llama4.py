@@ -59,7 +59,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.ignore("router_jitter_noise", "router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
     interval = keys.take_between("no_rope_layer_interval", 1, default=4)
     step = keys.take_between("interleave_moe_layer_step", 1, default=1)
-    rotates = keys.take_flags("no_rope_layers", [int((i + 1) % interval > 0) for i in layers])
+    rotates = keys.take_kinds("no_rope_layers", (0, 1), len(layers), [int((i + 1) % interval > 0) for i in layers])
     sparse = keys.take_indices("moe_layers", len(layers), layers[step - 1 :: step])
     bias, chunk = keys.take("attention_bias", bool, False), keys.optional("attention_chunk_size", int)
     norm, rope = "l2" if keys.take("use_qk_norm", bool, True) else None, read_rope(keys, theta=500000.0)

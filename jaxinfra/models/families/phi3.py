@@ -80,8 +80,6 @@ SHAPES: dict[str, TransformerConfig] = {
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Phi-3."""
     keys.default(rms_norm_eps=1e-5)
-    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
-        keys.require(name, False, default=False)
     for name in ("full_attn_mod", "interpolate_factor"):  # of the code published with Phi-4-mini
         keys.require(name, 1, default=1)
     keys.ignore("original_max_position_embeddings")

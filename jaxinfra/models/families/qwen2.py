@@ -70,7 +70,6 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen2."""
-    keys.require("use_mrope", False, default=False)
     return read_qwen(keys, read_attention(keys, rope=read_rope(keys), qkv_bias=True))
 
 

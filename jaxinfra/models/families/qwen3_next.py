@@ -50,7 +50,6 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3-Next."""
     keys.default(partial_rotary_factor=0.25, num_key_value_heads=2, head_dim=256)
     keys.default(norm_topk_prob=True, router_aux_loss_coef=0.001)
-    keys.require("use_sliding_window", False, default=False)
     bias = keys.take("attention_bias", bool, False)
     interval = keys.take_between("full_attention_interval", 1, default=4)
     rope = read_rope(keys, partial=True)

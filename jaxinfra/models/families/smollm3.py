@@ -42,7 +42,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.default(tie_word_embeddings=True, num_attention_heads=16, num_key_value_heads=4)
     bias, interval = keys.take("attention_bias", bool, False), keys.take_between("no_rope_layer_interval", 1, default=4)
     default = [int((index + 1) % interval != 0) for index in range(keys.num_layers)]
-    has_rope = keys.take_flags("no_rope_layers", default)
+    has_rope = keys.take_kinds("no_rope_layers", (0, 1), len(default), default)
     windows = read_optional_windows(keys, lambda index: not has_rope[index])
     mixer = read_attention(keys, rope=read_rope(keys, theta=2e6), qkv_bias=bias, out_bias=bias)
     mlp = read_mlp(keys, bias=keys.take("mlp_bias", bool, False))

@@ -17,9 +17,7 @@ def read_windows(keys: ModelJson, has_window: Callable[[int], object]) -> list[i
     """Reads the window of each layer; without `layer_types`, `has_window` tells it from the index of the layer."""
     count, window = keys.num_layers, keys.optional("sliding_window", int)
     default = [SLIDING if window is not None and has_window(index) else FULL for index in range(count)]
-    kinds = keys.take("layer_types", list, default)
-    if len(kinds) != count or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise ConfigError(f"{keys.where}: layer_types must be {count} of {FULL} and {SLIDING}, one for each layer")
+    kinds = keys.take_kinds("layer_types", (FULL, SLIDING), count, default)
     if SLIDING in kinds and window is None:
         raise ConfigError(f"{keys.where}: layer_types has {SLIDING}, but there is no sliding_window")
     return [window if kind == SLIDING else None for kind in kinds]
