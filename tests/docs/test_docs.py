@@ -60,6 +60,10 @@ VARIATIONS = (
     "python -m launch evaluate runs/story",
     "python -m launch evaluate runs/story mesh.fsdp=2 mesh.tensor=2 --devices cpu:4 --json result.json",
     "python -m launch evaluate runs/story --tasks tasks/kings.yaml",
+    "python -m launch configs/story.py name=story-tasks train.eval_tasks=tasks/kings.yaml train.eval_every=50",
+    "python -m launch configs/quickstart.py name=emulated train.steps=30 --devices cpu:8",
+    "python -m launch configs/story.py name=story-on init=runs/story data.seed=1 train.steps=60",
+    "python -m launch configs/quickstart.py name=tracked track.wandb.project=words track.wandb.mode=offline",
 )
 """What is only parsed: it does again what another command of the pages does, with other options."""
 READERS = ("show ", "models", "explain", "diff ", "checkpoints ", "report ", "goodput ", "data show ")
@@ -152,10 +156,11 @@ def install(folder: Path) -> None:
 
 
 def shorten(folder: Path) -> None:
-    """Makes the quickstart train for a tenth of its steps, on a part of its text."""
+    """Makes the quickstart train a quarter of its width for a tenth of its steps, on a part of its text."""
     steps, fewer = "steps=400, global_batch=8, eval_every=200", "steps=40, global_batch=8, eval_every=20"
     for name, old, new in (
         ("configs/quickstart.py", steps, fewer),
+        ("configs/quickstart.py", "hidden_size=256", "hidden_size=64"),
         ("configs/data/python_stdlib.py", '"**/*.py"', '"**/[a-d]*.py"'),
     ):
         text = (folder / name).read_text()
