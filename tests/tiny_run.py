@@ -147,7 +147,7 @@ def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.P
     )
 
 
-def ended(process: subprocess.Popen, timeout_s: float = 120) -> Ended:
+def ended(process: subprocess.Popen, timeout_s: float = 600) -> Ended:
     """Waits for a process."""
     try:
         out, err = process.communicate(timeout=timeout_s)

@@ -38,7 +38,7 @@ def _through_failures(harness: Harness, bucket: Bucket, rate: float, away_s: flo
         require(faults.fired > 10, f"only {faults.fired} requests have failed")
         faults.clear()
         faults.down_for(away_s)
-        ended = wait(child, 240)
+        ended = wait(child)
     require(ended.code == 0, ended)
     run = _run(harness, bucket, name)
     stalls_s = run.goodput().stalls_s
@@ -58,7 +58,7 @@ def _stays_away(harness: Harness, bucket: Bucket) -> str:
     with harness.started(name, *words, fail=_SLOW, env=env) as child:
         until(lambda: stored_steps(f"{bucket.url}/{name}") >= {10, 20}, child)
         bucket.faults.down = True
-        ended = wait(child, 240)
+        ended = wait(child)
         bucket.faults.down = False
     require(ended.code == StorageError.exit_code, ended)
     named(ended.error, f"{bucket.url}/{name}")

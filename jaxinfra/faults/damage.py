@@ -62,7 +62,7 @@ def _full_log(harness: Harness, disk: Path) -> str:
         until(lambda: harness.has_fired(name, "step:0:45:sleep=1"), child)
         full_at = lines()
         ballast.unlink()
-        ended = wait(child, 120)
+        ended = wait(child)
     require(ended.code == 0 and full_at < 45, f"{full_at} rows on a full disk: {ended}")
     require(len(ended.err.splitlines()) < 10, ended.err)
     harness.same_bits(name, run=Run(name, str(disk / name), run.reads))

@@ -102,7 +102,7 @@ def wrong_clock(harness: Harness) -> str:
         ]
         until(lambda: len(run.losses()) > 15, children[0])
         write_bytes_atomic(clock, b"+1h")
-        ends = [wait(child, 240) for child in children]
+        ends = [wait(child) for child in children]
     require([each.code for each in ends] == [0, 0], "; ".join(map(str, ends)))
     host, checkpoint = (datetime.fromisoformat(text) for text in _times(run))
     require(checkpoint.timestamp() > time.time() + 3000, f"the clock of process 0 did not jump: {host}, {checkpoint}")
@@ -153,7 +153,7 @@ def failed_starts(harness: Harness) -> str:
     with harness.started(name, *where, "--process-id=1") as early:
         time.sleep(4)
         first = harness.train(name, *where, "--process-id=0")
-        ends = first, wait(early, 60)
+        ends = first, wait(early)
     require([each.code for each in ends] == [0, 0], "; ".join(map(str, ends)))
     text = harness.same_bits(name, harness.reference(processes=2, devices=2))
     return f"81 with the port, 76 with the missing ranks; late: {text}"

@@ -33,7 +33,7 @@ from jaxinfra.track.goodput import GOODPUT_FILE, Goodput, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE
 from jaxinfra.track.runs import local_files
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 900.0  # of a command on a slow and busy machine
 _MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _CONFIG = """\
 from dataclasses import replace
@@ -388,7 +388,7 @@ _NOT_INHERITED = {
 }
 
 
-def wait(child: subprocess.Popen[str], timeout_s: float) -> Ended:
+def wait(child: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> Ended:
     """Waits for the end of a command; raises NotSurvived if it still runs after a time."""
     try:
         out, err = child.communicate(timeout=timeout_s)

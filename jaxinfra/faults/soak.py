@@ -71,7 +71,7 @@ def _event(harness: Harness, run: Run, words: tuple[str, ...], draw: random.Rand
             time.sleep(draw.uniform(0, 3))
             if child.poll() is None:
                 return kind
-            require(wait(child, 60).code == 0, "ended in another way than by the kill")
+            require(wait(child).code == 0, "ended in another way than by the kill")
         return "end"
     else:
         kind, point = "kill", draw.choice(_POINTS)

@@ -69,7 +69,7 @@ def _short_grace(harness: Harness, name: str) -> None:
         until(lambda: any(harness.has_fired(name, each) for each in hold.split(",")), launcher)
         for rank in descendants(launcher.pid):
             os.kill(rank, signal.SIGKILL)
-        ended = wait(launcher, 60)
+        ended = wait(launcher)
     named(ended.error, "killed by SIGKILL", "start the same command")
     require(ended.code == _KILLED and max(run.steps()) == 50, f"{run.steps()}: {ended}")
 
@@ -115,7 +115,7 @@ def maintenance_notice(harness: Harness) -> str:
             until(lambda: len(run.losses()) > 2, child)
             ends.set()
             announced_s = time.monotonic()
-            ended = wait(child, 60)
+            ended = wait(child)
             saved_s = time.monotonic() - announced_s
     require(ended.code == _PREEMPTED, ended)
     named(ended.err, "stopped by the notice of Google Cloud that this spot machine ends")
@@ -140,7 +140,7 @@ def two_supervisors(harness: Harness) -> str:
         if named_pid is None:
             raise NotSurvived(f"none of {holders} is named: {second.err}")
         os.kill(int(named_pid), signal.SIGKILL)  # it sleeps
-        ended = wait(first, 120)
+        ended = wait(first)
     require(ended.code == 0, ended)
     return f"refused with 84, the holder named; {harness.same_bits(name)}"
 

@@ -121,7 +121,7 @@ def test_workers_exit_with_the_command(tmp_path: Path) -> None:
     finally:
         command.send_signal(signal.SIGKILL)
         ended(command)
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not psutil.wait_procs(workers, timeout=600)[1]
 
 
 @pytest.mark.slow(40)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def run_child(scene: str, directory: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "tests.checkpoint.child", scene, str(directory)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def result_of(child: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def dvc(folder, *words):
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
     command = [sys.executable, "-m", "dvc", *words]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

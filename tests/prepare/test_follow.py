@@ -31,7 +31,7 @@ def recipe(tmp_path):
 
 
 def run(*arguments, stdin=LINES, code=0):
-    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=60)
+    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=600)
     assert done.returncode == code, done
     return done.stdout.decode() + done.stderr.decode()
 

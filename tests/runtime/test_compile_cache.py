@@ -155,4 +155,4 @@ def test_all_processes_use_the_programs_of_process_0(tmp_path: Path) -> None:
         )
         for index in range(2)
     ]
-    assert [process.communicate(timeout=120)[0] for process in processes] == ["hits 0\n", "hits 1\n"]
+    assert [process.communicate(timeout=600)[0] for process in processes] == ["hits 0\n", "hits 1\n"]

@@ -18,7 +18,7 @@ class Pair:
     """Stands for the peers of two processes in this one: each call of a thread waits for that of the other."""
 
     def __init__(self) -> None:
-        self._barrier, self._values = threading.Barrier(2, timeout=30), [None, None]
+        self._barrier, self._values = threading.Barrier(2, timeout=600), [None, None]
 
     def peers(self, index: int) -> Any:
         def gather(value: Any) -> list[Any]:

@@ -31,7 +31,7 @@ signal.signal(signal.SIGTERM, told)
 """
 """The start of a process that counts its SIGTERMs in the file told-RANK."""
 WAIT_TO_BE_TOLD = "while not (folder / f'told-{rank}').exists(): time.sleep(0.01)\n"
-PATIENT_S = 60
+PATIENT_S = 600
 DRIVER = """\
 import sys
 from pathlib import Path

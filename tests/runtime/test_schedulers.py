@@ -38,7 +38,7 @@ def started(*command: str, environment: Mapping[str, str] | None = None) -> list
     variables = {**(environment or os.environ), "JAX_NUM_CPU_DEVICES": "2"}
     variables |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "PYTHONPATH": str(ROOT)}
     del variables["XLA_FLAGS"]  # they are for eight devices
-    ended = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]  # gloo prints, too
     return sorted(found, key=lambda each: each["index"])

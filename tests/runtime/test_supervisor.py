@@ -188,7 +188,7 @@ def test_a_signal_is_passed_on_and_nothing_starts_again(tmp_path: Path, number: 
         supervisor.send_signal(passed)
         until((tmp_path / passed.name).exists)
     supervisor.send_signal(number)
-    supervisor.communicate(timeout=60)
+    supervisor.communicate(timeout=600)
     assert supervisor.returncode == 75 and (tmp_path / "SIGTERM").exists()
     assert (tmp_path / "attempts").read_text() == "75 "
 
@@ -199,7 +199,7 @@ def test_a_process_that_is_told_alone_starts_again(tmp_path: Path) -> None:
     os.kill(int((tmp_path / "start-0-0").read_text()), signal.SIGTERM)
     until((tmp_path / "up-1").exists)
     supervisor.send_signal(signal.SIGTERM)
-    supervisor.communicate(timeout=60)
+    supervisor.communicate(timeout=600)
     assert supervisor.returncode == 75
 
 
@@ -208,7 +208,7 @@ def test_a_signal_ends_the_wait_before_a_restart(tmp_path: Path) -> None:
     assert supervisor.stderr is not None
     assert supervisor.stderr.readline().startswith("restart 1: ")
     supervisor.send_signal(signal.SIGINT)
-    supervisor.communicate(timeout=60)
+    supervisor.communicate(timeout=600)
     assert supervisor.returncode == 75
 
 
@@ -218,7 +218,7 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     for file in ("up", "told"):
         until((tmp_path / file).exists)
         supervisor.send_signal(signal.SIGINT)
-    supervisor.communicate(timeout=60)
+    supervisor.communicate(timeout=600)
     assert supervisor.returncode == 130 and not exists(int((tmp_path / "start-0-0").read_text()))
 
 

@@ -38,7 +38,7 @@ def guarded(command: Sequence[str], log: Path, *, cwd: Path | None = None) -> It
     try:
         yield
     finally:
-        guard.communicate(timeout=30)
+        guard.communicate(timeout=600)
 
 
 def free_ports(count: int) -> list[int]:

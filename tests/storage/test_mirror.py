@@ -104,7 +104,7 @@ def test_a_round_that_is_under_way_when_the_lease_is_lost_replaces_nothing(
         def replace(self, name: str, content: bytes | None, generation: bytes) -> bytes | None:
             if content == b"old 2":
                 arrives.set()
-                assert goes_on.wait(60)
+                assert goes_on.wait(600)
             return super().replace(name, content, generation)
 
     def write(folder: str, text: str) -> Path:
@@ -127,7 +127,7 @@ def test_a_round_that_is_under_way_when_the_lease_is_lost_replaces_nothing(
         write("old", "old 2")
         thread = threading.Thread(target=sync, args=(old,))
         thread.start()
-        assert arrives.wait(60)
+        assert arrives.wait(600)
         with hold(url, beat_s=0.1, expiry_s=0.5) as lease:
             Mirror(write("new", "new"), ObjectStore(url), lease.check_now).close()
         goes_on.set()

@@ -37,4 +37,4 @@ with make_trackers(TrackConfig(console=mode), run_dir) as trackers:
 def start(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a new interpreter with captured output."""
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)

@@ -122,7 +122,7 @@ def test_a_run_that_another_start_has_taken_over_goes_on_remotely() -> None:
     with pytest.raises(RunInUseError), MultiTracker([tracker := started(server)]):
         raise RunInUseError("taken over")
     assert tracker._thread is not None
-    tracker._thread.join(20)
+    tracker._thread.join(600)
     assert not tracker._thread.is_alive() and server.status == ""
 
 

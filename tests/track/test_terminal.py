@@ -32,7 +32,7 @@ def in_tmux(tmp_path: Path) -> Iterator[Run]:
         size = ["-x", str(columns), "-y", "60"]
         clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "TMUX")}
         subprocess.run([*tmux, "new-session", "-d", *size, command], check=True, env=clean)
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 600
         screen = ""
         while "THE END" not in screen:
             assert time.monotonic() < deadline_s, screen

@@ -114,7 +114,7 @@ def newest_step(url: str) -> int:
 
 
 def wait_for_saves(url: str, count: int, children: list[subprocess.Popen]) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 600
     while True:
         if newest_step(url) >= 5 * count:
             return

@@ -18,7 +18,7 @@ MESH = ("mesh.replica=2", "mesh.fsdp=2")
 
 def wait_for_step(tiny: Tiny, name: str, step: int, children: list[subprocess.Popen]) -> None:
     metrics = tiny.directory(name) / "metrics.jsonl"
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= step):
         assert all(child.poll() is None for child in children), [child.communicate() for child in children]
         assert time.monotonic() < deadline_s

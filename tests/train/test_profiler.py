@@ -105,7 +105,7 @@ def test_a_signal_to_a_process(tiny: Tiny) -> None:
     metrics, folder = tiny.directory() / "metrics.jsonl", tiny.directory() / "profile"
 
     def wait_until(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not condition():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline

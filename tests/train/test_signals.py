@@ -66,7 +66,7 @@ def start(tiny: Tiny, tmp_path: Path) -> Iterator[Start]:
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s

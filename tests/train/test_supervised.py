@@ -22,7 +22,7 @@ def children(pid: int) -> list[int]:
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s
