@@ -9,16 +9,17 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.main import parse_command_line
+from jaxinfra.interop.folder import is_published
 from jaxinfra.run_dir import join_location
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.user_code import ending_of
 
 
 def run_location(options: argparse.Namespace) -> str | None:
-    """Returns the directory or URL of the run; None for a command without a run."""
+    """Returns the directory or URL of the run; None for a command without a run of its own."""
     if options.command == "train":
         return _location_of_config(options)
-    if "run_dir" not in options:
+    if "run_dir" not in options or is_published(options.run_dir):
         return None
     location, _ = parse_source(options.run_dir)
     record_of(location)
