@@ -10,7 +10,9 @@ def main() -> int:
     early_signals.install()
     from jaxinfra.cli.main import main  # takes a tenth of a second
     from jaxinfra.runtime.peers import current_peers
+    from jaxinfra.storage.credentials import mask_stderr
 
+    mask_stderr()
     code = main()
     early_signals.end_with(code)
     prefetch = sys.modules.get("jaxinfra.data.prefetch")  # which imports JAX
