@@ -253,6 +253,13 @@ def test_damaged_files(copy: Path) -> None:
     refused(launch("hub", "check", str(copy)), "pytorch_model.bin pickle", code=78)
 
 
+def test_an_index_names_no_file_outside_of_the_folder(copy: Path) -> None:
+    shutil.copy(copy / "model.safetensors", copy.parent / "model.safetensors")
+    for name in ("../model.safetensors", str(copy.parent / "model.safetensors"), "..safetensors/../model.safetensors"):
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        refused(launch("hub", "check", str(copy)), "model.safetensors.index.json", code=78)
+
+
 def test_other_tensors_than_the_model_has(copy: Path) -> None:
     rewrite(copy, lambda arrays: arrays.update({"model.norms.weight": arrays.pop("model.norm.weight")}))
     refused(launch("hub", "check", str(copy)), "model.norm.weight model.norms.weight", code=81)
