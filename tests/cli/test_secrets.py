@@ -105,9 +105,9 @@ def config() -> Run:
 '''
 
 
-@pytest.mark.slow(25)
+@pytest.mark.slow(15)
 def test_a_run_leaves_no_secret(s3: Server, tiny: Tiny, tmp_path: Path) -> None:
-    """A tracker of the user repeats its key in an error; the run is in a bucket, supervised, in two processes."""
+    """A tracker of the user repeats its key in an error; the run is in a bucket, and supervised."""
     text = tiny.config.read_text().replace("def config() -> Run:\n", TELLS)
     text = text.replace('console="plain"', 'console="plain", trackers=(Service(key=os.environ["WANDB_API_KEY"]),)')
     head = "import os\nfrom dataclasses import dataclass\nfrom jaxinfra import Tracker, TrackerConfig\n"
@@ -115,12 +115,12 @@ def test_a_run_leaves_no_secret(s3: Server, tiny: Tiny, tmp_path: Path) -> None:
     planted = {name: f"{SECRET}-{name.lower()}" for name in VARIABLES if not name.startswith("AWS")}
     (tmp_path / "tmp").mkdir()
     url, env = s3.new_url(), planted | {"URL": URLS[0], "TMPDIR": str(tmp_path / "tmp")}
-    words = (f"root={url}", "name=new", "train.steps=2", "--processes", "2", "--devices", "cpu:2")
-    done = ended(start(str(tiny.config), *words, "--supervise", env=env))
+    words = (f"root={url}", "name=new", "train.steps=2", "--supervise", "--devices", "cpu:1")
+    done = ended(start(str(tiny.config), *words, env=env), timeout_s=600)
     assert done.code == 0, done
     names(done.err.partition("RuntimeError: ")[2].partition("\n")[0], "401 $WANDB_API_KEY http://***@host")
     left = {name: s3.get(f"{url}/{name}") for name in ObjectStore(url).list_names()}
-    wanted = {"run.json", "report.html", "attempts.jsonl", "metrics.jsonl", "rank-0.log", "rank-1.log"}
+    wanted = {"run.json", "report.html", "attempts.jsonl", "metrics.jsonl", "rank-0.log"}
     assert wanted <= {name.rpartition("/")[2] for name in left}
     assert all(b"$WANDB_API_KEY" in content for name, content in left.items() if name.endswith("run.json"))
     left |= contents(tmp_path) | {"out": done.out.encode(), "err": done.err.encode()}

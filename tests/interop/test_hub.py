@@ -130,7 +130,7 @@ def in_two_processes(folder: Path, *words: str) -> tuple[Ended, list[int]]:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COUNTS": str(folder)}
     )
     with ending([child]):
-        done = ended(child)
+        done = ended(child, timeout_s=600)
     return done, [sum(int(each.read_text()) for each in folder.glob(f"{rank}-*")) for rank in range(2)]
 
 
