@@ -54,8 +54,9 @@ def mask_stderr() -> None:
     """Masks what this process writes to standard error from now on: tracebacks, warnings, and logs of all packages."""
     stderr = sys.stderr
     if isinstance(stderr, io.TextIOWrapper):
-        options = {"line_buffering": True, "write_through": stderr.write_through}
-        sys.stderr = _Masked(stderr.buffer, stderr.encoding, stderr.errors, **options)
+        sys.stderr = _Masked(
+            stderr.buffer, stderr.encoding, stderr.errors, line_buffering=True, write_through=stderr.write_through
+        )
 
 
 class _Masked(io.TextIOWrapper):

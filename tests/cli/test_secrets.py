@@ -1,7 +1,6 @@
 """Secrets in the words of a command line, in a config and in the environment are in nothing that a run leaves."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from jaxinfra.runtime.stacks import StackFiles
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, problem, refused
 from tests.servers.fixtures import Server
-from tests.tiny_run import Tiny, contents, ended, launch, start
+from tests.tiny_run import Tiny, contents, ended, start
 
 SECRET = "sEcReT"
 URLS = (
@@ -84,7 +83,7 @@ def test_stacks(tmp_path: Path) -> None:
     assert "http://***@host" in b"".join(contents(tmp_path / "stacks").values()).decode()
 
 
-TELLS = '''
+TELLS = """
 @dataclass(frozen=True, kw_only=True)
 class Service(TrackerConfig):
     key: str
@@ -102,7 +101,7 @@ class Refused(Tracker):
 
 
 def config() -> Run:
-'''
+"""
 
 
 @pytest.mark.slow(15)

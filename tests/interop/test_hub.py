@@ -36,7 +36,6 @@ from tests.refusals import refused
 from tests.servers.fixtures import Server
 from tests.servers.hub import REPOSITORY, HubServer
 from tests.several import all_ended, ending, several
-from tests.tasks.task_files import ROLLING, write_task
 from tests.tiny_run import Ended, ended, launch, start
 
 PROMPT = "w1 w7 w50"
@@ -140,19 +139,13 @@ def test_two_processes_read_their_share_and_write_the_same_bytes(exported: Path,
     assert max(counts) <= 0.55 * tensor_bytes(exported), counts
 
 
-@pytest.mark.slow(30)
-def test_two_processes_sample_and_score_published_weights(exported: Path, tmp_path: Path) -> None:
-    """As one process does; each reads half of the weights."""
-    task = write_task(tmp_path, "rolling", ROLLING, [{"text": PROMPT}, {"text": "w3 w21"}])
+@pytest.mark.slow(15)
+def test_two_processes_sample_published_weights(exported: Path, tmp_path: Path) -> None:
+    """As one process does; each reads half of the weights. tests/tasks scores them in two processes."""
     sample = ("sample", f"hf:{exported}", PROMPT, *GREEDY)
-    score = ("evaluate", f"hf:{exported}", "--tasks", task, "--json")
-    sampled, counts = in_two_processes(tmp_path / "sampled", *sample)
-    assert (sampled.code, sampled.out) == (0, launch(*sample).out), sampled
-    scored, more = in_two_processes(tmp_path / "scored", *score, str(tmp_path / "two.json"))
-    assert scored.code == 0 == launch(*score, str(tmp_path / "one.json")).code, scored
-    one, two = (json.loads((tmp_path / name).read_text())["tasks"]["rolling"] for name in ("one.json", "two.json"))
-    assert two == pytest.approx(one) and two["bits_per_byte"] > 0
-    assert max(*counts, *more) <= 0.55 * tensor_bytes(exported), (counts, more)
+    done, counts = in_two_processes(tmp_path / "counts", *sample)
+    assert (done.code, done.out) == (0, launch(*sample).out), done
+    assert max(counts) <= 0.55 * tensor_bytes(exported), counts
 
 
 def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
