@@ -3,11 +3,13 @@
 import sys
 
 from jaxinfra.cli import early_signals
+from jaxinfra.storage import credentials
 
 
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
     early_signals.install()
+    credentials.mask_stderr()
     from jaxinfra.cli.main import main  # takes a tenth of a second
     from jaxinfra.runtime.peers import current_peers
 

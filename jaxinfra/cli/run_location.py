@@ -9,16 +9,19 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.main import parse_command_line
+from jaxinfra.config import validate
+from jaxinfra.interop.folder import is_published
 from jaxinfra.run_dir import join_location
+from jaxinfra.storage.credentials import mask_stderr
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.user_code import ending_of
 
 
 def run_location(options: argparse.Namespace) -> str | None:
-    """Returns the directory or URL of the run; None for a command without a run."""
+    """Returns the directory or URL of the run; None for a command without a run of its own."""
     if options.command == "train":
         return _location_of_config(options)
-    if "run_dir" not in options:
+    if "run_dir" not in options or is_published(options.run_dir):
         return None
     location, _ = parse_source(options.run_dir)
     record_of(location)
@@ -31,6 +34,7 @@ def _location_of_config(options: argparse.Namespace) -> str:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the processes will say the same
             run = config_argument.load_config(options).run
+            validate(run)  # before a folder has a name from it, which may contain a password
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -49,4 +53,5 @@ def _print_location(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    mask_stderr()
     _print_location(sys.argv[1:])

@@ -1,7 +1,8 @@
 """The run record, `run.json`: the whole config, the origins of its values, and the environment.
 
 A replay needs nothing else, except the unchanged files of user classes. Their source is not copied into the record: a
-record is never executed, and source may contain secrets.
+record is never executed, and source may contain secrets. Values of secret environment variables are replaced by the
+names of the variables: copies of a record are in checkpoints, reports and trackers.
 """
 
 import json
@@ -19,7 +20,7 @@ from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
-from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.storage.credentials import mask_tree
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 
@@ -53,10 +54,10 @@ def record(
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [mask_credentials(word) for word in command],
+        "command": mask_tree([*command]),
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
-        "config": encode(loaded.run),
+        "config": mask_tree(encode(loaded.run)),
         "classes": {class_name(cls): source_of(cls) for cls in user_classes(loaded.run)},
         "origins": dict(loaded.origins),
         "versions": versions,

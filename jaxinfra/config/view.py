@@ -2,6 +2,8 @@
 
 A choice adds a leaf at its own path: the name of the chosen class. If the leaves of one config are applied as overrides
 to another of the same class, the two are equal, unless tuples of config objects differ in length.
+
+Credentials are neither shown nor compared: a run record has the names of variables in place of secrets.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxinfra.config.schema import choice_name, conform, is_choice, is_config, is_node, walk
 from jaxinfra.config.text import format_value, same
-from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.storage.credentials import mask_credentials, mask_tree
 
 ABSENT = "absent"  # in a difference, the value of the config that does not have the path
 
@@ -42,7 +44,7 @@ def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, objec
 
 def dump(root: object) -> str:
     """Returns a line `path = value` for each leaf; without the spaces it is an override."""
-    return "".join(f"{path} = {format_value(value)}\n" for path, value in leaves(root).items())
+    return "".join(f"{path} = {_masked(value)}\n" for path, value in leaves(root).items())
 
 
 def diff(left: object, right: object, *, fingerprinted_only: bool = False) -> list[Difference]:
@@ -59,7 +61,7 @@ def diff(left: object, right: object, *, fingerprinted_only: bool = False) -> li
     return [
         Difference(path=path, left=one, right=other)
         for path, one, other in pairs
-        if path not in lefts or path not in rights or not same(one, other)
+        if path not in lefts or path not in rights or not same(mask_tree(one), mask_tree(other))
     ]
 
 

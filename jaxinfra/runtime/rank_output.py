@@ -3,7 +3,8 @@
 What rank 0 writes to standard output is shown as it is: if this process has a terminal there, rank 0 gets a
 pseudo-terminal, and its progress bar works. Lines of other ranks begin with the rank, `[2] ...`. A line of standard
 error that another rank has already written is not shown again; errors are shown when all have ended. The logs have
-every line, without the redrawings of a progress bar. Neither a closed terminal nor a full disk ends the run.
+every line, without the redrawings of a progress bar and without credentials. Neither a closed terminal nor a full disk
+ends the run.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from typing import Self
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.checks import make_writable
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
 
 _STDOUT, _STDERR = 1, 2
@@ -96,7 +98,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """Writes a line of the launcher itself to standard error."""
-        self._screen.write_line(text.encode(errors="replace"), _STDERR)
+        self._screen.write_line(mask_credentials(text).encode(errors="replace"), _STDERR)
 
     def log(self, rank: int, text: str) -> None:
         """Writes a line of the launcher to the log of a rank."""
@@ -143,7 +145,8 @@ class Output:
         if not self._logs:
             return
         with contextlib.suppress(OSError):  # a full disk: the line waits, and `close` tells of those that are lost
-            self._logs[rank].append(_ESCAPE_SEQUENCE.sub(b"", line) + b"\n")
+            text = mask_credentials(_ESCAPE_SEQUENCE.sub(b"", line).decode(errors="surrogateescape"))
+            self._logs[rank].append(text.encode(errors="surrogateescape") + b"\n")
 
     def _is_repeated(self, line: bytes, stream: "_Stream") -> bool:
         """Returns whether another rank has written this line to standard error a short while ago.

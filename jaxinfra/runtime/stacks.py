@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.location import is_remote
 
 STACKS_FOLDER = "stacks"
@@ -32,7 +33,8 @@ class StackFiles:
 
     def write(self, text: str) -> None:
         """Writes the stacks of this process, from `all_stacks`; StorageError or OSError if that fails."""
-        name, content = f"{STACKS_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-rank-{self._index}.txt", text.encode()
+        name = f"{STACKS_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-rank-{self._index}.txt"
+        content = mask_credentials(text).encode()
         if is_remote(self._location):
             from jaxinfra.storage.objects import ObjectStore  # imports TensorStore, which --help does not wait for
 

@@ -3,7 +3,10 @@
 import fcntl
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,8 @@ from jaxinfra.trained_params import load_params
 from tests.refusals import refused
 from tests.servers.fixtures import Server
 from tests.servers.hub import REPOSITORY, HubServer
-from tests.several import all_ended, several
-from tests.tiny_run import ended, launch, start
+from tests.several import all_ended, ending, several
+from tests.tiny_run import Ended, ended, launch, start
 
 PROMPT = "w1 w7 w50"
 GREEDY = ("--temperature", "0", "--max-tokens", "20")
@@ -97,10 +100,52 @@ def test_run_begins_with_published_weights(tiny_data: Path, trained: Path, expor
     assert again.code == 0, again
 
 
-def test_two_processes_read_their_share_and_write_the_same_bytes(trained: Path, exported: Path, tmp_path: Path) -> None:
-    with several("hub", "export", f"hf:{exported}", str(tmp_path / "out")) as children:
-        assert [each.code for each in all_ended(children)] == [0, 0]
-    assert content(tmp_path / "out") == content(exported)
+def tensor_bytes(folder: Path) -> int:
+    return sum(tensor.nbytes for tensor in Weights(open_folder(str(folder))).tensors.values())
+
+
+COUNTING = """\
+import atexit, os, sys
+from pathlib import Path
+from jaxinfra.cli.entry import main
+from jaxinfra.interop.safetensors import Weights
+
+def counting(weights, *arguments):
+    init(weights, *arguments)
+    atexit.register(lambda: Path(os.environ["COUNTS"], f"{os.environ['JAX_PROCESS_ID']}-{id(weights)}").write_text(
+        str(weights.bytes_read)))
+
+init, Weights.__init__ = Weights.__init__, counting
+sys.exit(main())
+"""
+"""Runs a command that leaves the number of bytes that each process has read of weights."""
+
+
+def in_two_processes(folder: Path, *words: str) -> tuple[Ended, list[int]]:
+    """Runs a command on weights with `--processes 2`; returns how it ended, and the bytes that each process read."""
+    folder.mkdir()
+    command = [sys.executable, "-c", COUNTING, *words, "--processes", "2", "--devices", "cpu:4"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COUNTS": str(folder)}
+    )
+    with ending([child]):
+        done = ended(child, timeout_s=600)
+    return done, [sum(int(each.read_text()) for each in folder.glob(f"{rank}-*")) for rank in range(2)]
+
+
+def test_two_processes_read_their_share_and_write_the_same_bytes(exported: Path, tmp_path: Path) -> None:
+    done, counts = in_two_processes(tmp_path / "counts", "hub", "export", f"hf:{exported}", str(tmp_path / "out"))
+    assert done.code == 0 and content(tmp_path / "out") == content(exported), done
+    assert max(counts) <= 0.55 * tensor_bytes(exported), counts
+
+
+@pytest.mark.slow(15)
+def test_two_processes_sample_published_weights(exported: Path, tmp_path: Path) -> None:
+    """As one process does; each reads half of the weights. tests/tasks scores them in two processes."""
+    sample = ("sample", f"hf:{exported}", PROMPT, *GREEDY)
+    done, counts = in_two_processes(tmp_path / "counts", *sample)
+    assert (done.code, done.out) == (0, launch(*sample).out), done
+    assert max(counts) <= 0.55 * tensor_bytes(exported), counts
 
 
 def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +244,13 @@ def test_damaged_files(copy: Path) -> None:
     path.unlink()
     (copy / "pytorch_model.bin").write_bytes(b"x")
     refused(launch("hub", "check", str(copy)), "pytorch_model.bin pickle", code=78)
+
+
+def test_an_index_names_no_file_outside_of_the_folder(copy: Path) -> None:
+    shutil.copy(copy / "model.safetensors", copy.parent / "model.safetensors")
+    for name in ("../model.safetensors", str(copy.parent / "model.safetensors"), "..safetensors/../model.safetensors"):
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        refused(launch("hub", "check", str(copy)), "model.safetensors.index.json", code=78)
 
 
 def test_other_tensors_than_the_model_has(copy: Path) -> None:

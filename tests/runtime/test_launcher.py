@@ -123,6 +123,17 @@ def test_a_traceback_of_several_ranks_is_shown_once(tmp_path: Path, capfd: pytes
     assert lines[lines.index("ValueError: 0") + 1 :] == ["[2] ValueError: 1"]
 
 
+def test_logs_have_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the command, which they begin with, nor in a line that is not UTF-8."""
+    monkeypatch.setenv("WANDB_API_KEY", "sEcReT-key")
+    code = "sys.stdout.buffer.write(b'\\xff http://me:sEcReT@host sEcReT-key')"
+    command = [sys.executable, "-c", HEAD + code, "track.mlflow.uri=http://me:sEcReT@host"]
+    assert launch(command, [{"RANK": "0", "FOLDER": str(tmp_path)}], tmp_path / "logs") == 0
+    log = (tmp_path / "logs/rank-0.log").read_bytes()
+    assert b"\xff http://***@host $WANDB_API_KEY\n" in log and b"track.mlflow.uri=http://***@host" in log
+    assert b"http://me" not in log and b"sEcReT-key" not in log
+
+
 def test_logs_go_on_after_a_restart(tmp_path: Path) -> None:
     for number in range(2):
         assert run(tmp_path, f"print('start', {number})", ranks=1) == 0

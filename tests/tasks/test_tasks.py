@@ -20,7 +20,8 @@ from jaxinfra.trained_params import load_params
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.refusals import refused
 from tests.tasks.task_files import CHOICES, GENERATION, ROLLING, write_task
-from tests.tiny_run import Tiny, launch
+from tests.tiny_run import Tiny, ended, launch
+from tests.tiny_run import start as start_process
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
@@ -167,7 +168,7 @@ def test_tasks_in_training(tiny: Tiny, tmp_path: Path) -> None:
 @needs_torch
 @pytest.mark.slow(40)
 def test_scores_equal_those_of_lm_evals_own_model(trained: Path, tmp_path: Path) -> None:
-    """lm-eval scores the export with transformers, and this package scores the run on its mesh."""
+    """lm-eval scores the export with transformers, and this package scores it on a mesh of two processes."""
     pairs = enumerate(zip(PROMPTS, OPTIONS, strict=True))
     options = [{"prompt": prompt, "options": words, "answer": i % 3} for i, (prompt, words) in pairs]
     said = [{"prompt": prompt, "said": " w1 w8"} for prompt in PROMPTS]
@@ -186,7 +187,9 @@ def test_scores_equal_those_of_lm_evals_own_model(trained: Path, tmp_path: Path)
     (result,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(result.read_text())["results"]
     words = ("mesh.fsdp=2", "mesh.tensor=4", "--tasks", ",".join(tasks), "--json", str(tmp_path / "ours.json"))
-    assert launch("evaluate", str(trained), *words).code == 0
+    both = ("--processes", "2", "--devices", "cpu:8")
+    scored = ended(start_process("evaluate", f"hf:{out}", *words, *both), timeout_s=600)
+    assert scored.code == 0, scored
     ours = json.loads((tmp_path / "ours.json").read_text())["tasks"]
     assert ours.keys() == theirs.keys() == {"choices", "generation", "rolling"}
     for task, metrics in ours.items():
