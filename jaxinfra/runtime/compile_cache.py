@@ -39,7 +39,7 @@ def cache_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[None]:
     """Keeps the programs that are compiled within this context in a folder, with a hash of each.
 
-    Raises StorageError if the folder is given but not writable, or if its bucket does not exist.
+    Raises StorageError if the folder is given but not writable, ConfigError if its URL is not that of a bucket.
 
     Args:
         folder: "auto" is the folder that JAX is configured with, or else `user_folder`; None keeps nothing.
@@ -51,7 +51,6 @@ def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[
     from jaxinfra.storage.checks import make_writable
     from jaxinfra.storage.connection import normalize_url
     from jaxinfra.storage.location import is_remote
-    from jaxinfra.storage.objects import ObjectStore
 
     options: dict[str, object] = {"jax_compilation_cache_include_metadata_in_key": True} if exact_lines else {}
     if _XLA_CACHES not in os.environ:
@@ -63,7 +62,8 @@ def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[
             folder = str(user_folder())
         else:
             folder = normalize_url(folder)
-            ObjectStore(folder).exists("any") if is_remote(folder) else make_writable(folder)
+            if not is_remote(folder):  # of a bucket, JAX warns at each program that it cannot write
+                make_writable(folder)
         options |= {
             "jax_compilation_cache_dir": folder,
             "jax_compilation_cache_max_size": MAX_BYTES,
