@@ -35,12 +35,12 @@ def damaged_programs(harness: Harness) -> str:
     store = ObjectStore(folder)
     for name, content in damaged.items():
         store.write(name, content)
-    store.write(step, _crashing(step, intact[step]))
+    store.write(step, crashing := _crashing(step, intact[step]))
     ended = harness.train("programs-disk", _SHORT, "--supervise", env={_FOLDER: str(folder)})
     _require_compiled(ended, store, damaged.keys() - {step})
-    (line,) = (line for line in ended.err.splitlines() if "to be compiled anew: " in line)
-    named(line, "process 0 was killed by SIG", store.url_of(step))
-    require(ended.err.count("\nrestart ") == 1 and unseal(_key(step), store.read(step)), ended)
+    (line,) = (line for line in ended.err.splitlines() if line.startswith("restart "))
+    named(line, "process 0 killed by SIG", "before its first step", "compiled anew")
+    require(unseal(_key(step), store.read(step)) != unseal(_key(step), crashing), ended)
     harness.same_bits("programs-disk", reference)
 
     with harness.bucket() as bucket:

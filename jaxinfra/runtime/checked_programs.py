@@ -15,7 +15,7 @@ from typing import override
 from jax._src import compilation_cache  # no public function opens the cache
 from jax._src.lru_cache import LRUCache
 
-from jaxinfra.runtime import loaded_programs
+from jaxinfra.runtime.compile_cache import COMPILE_ANEW
 from jaxinfra.storage.objects import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -41,13 +41,14 @@ class CheckedCache(LRUCache):
         entry = super().get(name.removesuffix("-cache")) if in_folder else self._store.read_or_none(name)
         if entry is None:
             return None
-        program, location = unseal(key, entry), self._store.url_of(name)
-        if program is None:
-            self._store.delete(name)  # else JAX does not write it again
-            _log.warning("%s: damaged, its hash differs; deleted, and its program is compiled anew", location)
-        else:
-            loaded_programs.add(location)
-        return program
+        program, anew = unseal(key, entry), os.environ.get(COMPILE_ANEW)
+        if program is not None and not anew:
+            return program
+        self._store.delete(name)
+        if not anew:
+            url = self._store.url_of(name)
+            _log.warning("%s: damaged, its hash differs; deleted, and its program is compiled anew", url)
+        return None
 
     @override
     def put(self, key: str, value: bytes) -> None:

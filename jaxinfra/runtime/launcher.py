@@ -11,15 +11,18 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxinfra.errors import PeerLostError, Preempted, StorageError
-from jaxinfra.runtime import loaded_programs, tied_process
+from jaxinfra.errors import PeerLostError, Preempted
+from jaxinfra.runtime import tied_process
+from jaxinfra.runtime.compile_cache import COMPILE_ANEW
 from jaxinfra.runtime.rank_output import Output
+
+CRASHES = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"})
+"""Signals that a process brings about itself, which a compiled program may do; others come from outside."""
 
 _POLL_S = 0.05
 
@@ -114,7 +117,8 @@ def launch(
     if launcher.interrupted and any(end.code < 0 for end in ends):
         raise KeyboardInterrupt
     if killed:
-        output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on")
+        fix = f", with {COMPILE_ANEW}=1 if it happens again" if killed.signal in CRASHES else ""
+        output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on{fix}")
     return exit_code(ends, stop_requested=launcher.stop_requested)
 
 
@@ -189,7 +193,6 @@ class Launcher:
 
     def __init__(self, patience: Patience = Patience()) -> None:
         self.stop_requested = self.interrupted = False
-        self._compiles_anew = False  # since the last processes have crashed
         self._patience = patience
         self._output: Output | None = None
         self._running: list[_Child] = []
@@ -210,13 +213,11 @@ class Launcher:
         self._output = output
         ends: list[ProcessExit] = []
         failed_at_s: float | None = None
-        folder = tempfile.TemporaryDirectory(prefix="jaxinfra-programs-")
         try:
             for rank, environment in enumerate(environments):
                 if not self.stop_requested:
                     output.log(rank, f"--- {time.strftime('%F %T')} {shlex.join(command)}")
-                    told = {**environment, loaded_programs.VARIABLE: f"{folder.name}/{rank}"}
-                    self._running.append(_Child(rank, command, told, output))
+                    self._running.append(_Child(rank, command, environment, output))
             on_start()
             while self._running:
                 output.relay(_POLL_S)
@@ -224,36 +225,15 @@ class Launcher:
                 if failed_at_s is None and any(end.is_failure for end in ends):
                     failed_at_s = time.monotonic()
                 self._urge(0.0 if failed_at_s is None else time.monotonic() - failed_at_s)
-            output.drain()
-            self._distrust_programs(ends, Path(folder.name), output)
         finally:  # none is left but after a bug of ours
             for child in self._running:
                 child.kill()
                 child.wait()
-            folder.cleanup()
+        output.drain()
         for end in ends:
             output.log(end.rank, f"--- process {output.first_rank + end.rank} {end.text}")
         self._output = None
         return ends
-
-    def _distrust_programs(self, ends: Sequence[ProcessExit], lists: Path, output: Output) -> None:
-        """Deletes the compiled programs that a process has crashed with, before it completed a step with them.
-
-        If the next start crashes, too, it was not for them: then what it has loaded stays.
-        """
-        crashed = [end for end in ends if end.signal in loaded_programs.CRASHES]
-        deleted: list[str] = []
-        if crashed and not self._compiles_anew:
-            try:
-                deleted = loaded_programs.delete_all(lists / str(end.rank) for end in crashed)
-            except StorageError as error:
-                output.say(f"warning: {error}")
-        self._compiles_anew = bool(deleted) or (self._compiles_anew and bool(crashed))
-        if deleted:
-            output.say(
-                f"process {output.first_rank + crashed[0].rank} {crashed[0].text} before it completed a step with its "
-                f"{len(deleted)} programs of the compile cache; deleted, to be compiled anew: {', '.join(deleted)}"
-            )
 
     def wait(self, wait_s: float) -> None:
         """Waits while nothing runs, at most until a signal asks to stop."""

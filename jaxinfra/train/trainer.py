@@ -33,7 +33,7 @@ from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import Owned, RunDirectory, join_location
-from jaxinfra.runtime import loaded_programs, maintenance
+from jaxinfra.runtime import maintenance
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.devices import all_devices, device_memory
 from jaxinfra.runtime.peers import current_peers
@@ -324,7 +324,6 @@ class Trainer:
         self._interval.finish_step()
         self._trackers.finish_step(step)
         self._step_writer.complete(step)
-        loaded_programs.trust_all()
         loss, skipped = self._numerics.look(step, metrics)
         self._interval.add(loss, skipped=skipped)
         if not self.run.track.due(step, self.run.train.steps):

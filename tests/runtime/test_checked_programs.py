@@ -1,9 +1,6 @@
-"""A damaged program of the compile cache is found before it is loaded, and one that crashes is deleted once."""
+"""A damaged program of the compile cache is found before it is loaded, on disks and in buckets."""
 
-import os
 import random
-import signal
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +12,7 @@ from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime.checked_programs import SUFFIX, CheckedCache
-from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.launcher import Launcher
-from jaxinfra.runtime.rank_output import Output
+from jaxinfra.runtime.compile_cache import COMPILE_ANEW, compile_cache
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
 from tests.servers.fixtures import Server
@@ -130,37 +125,11 @@ def test_the_caches_of_xla_have_no_hash_and_are_off(monkeypatch: pytest.MonkeyPa
         assert jax.config.jax_persistent_cache_enable_xla_caches == before
 
 
-ENDS = """\
-import os, sys
-from jaxinfra.runtime import loaded_programs
-
-program, number, steps = sys.argv[1:]
-loaded_programs.add(program)
-if int(steps):
-    loaded_programs.trust_all()
-if int(number):
-    os.kill(os.getpid(), int(number))
-"""
-
-
-def test_programs_that_crash_are_deleted_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    launcher, program = Launcher(), tmp_path / "program"
-
-    def survives(number: int, *, steps: int = 0) -> bool:
-        program.touch()
-        with Output(None, 2, first_rank=4) as output:
-            command = [sys.executable, "-c", ENDS, str(program), str(number), str(steps)]
-            launcher.run(command, [{}, {}], output)
-        return program.exists()
-
-    assert survives(signal.SIGKILL), "from outside"
-    assert survives(signal.SIGSEGV, steps=1)
-    assert not capfd.readouterr().err
-    assert not survives(signal.SIGSEGV)
-    line = capfd.readouterr().err
-    names(line.removesuffix("\n"), "SIGSEGV", str(program), "compiled anew")
-    assert line.startswith(("process 4 ", "process 5 "))
-    assert survives(signal.SIGILL), "the programs were new: it is not for them"
-    assert survives(0)
-    assert not capfd.readouterr().err
-    assert not survives(signal.SIGABRT)
+def test_a_start_may_compile_anew(url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    cache = CheckedCache(url, max_size=-1)
+    cache.put("key", PROGRAM)
+    monkeypatch.setenv(COMPILE_ANEW, "1")
+    assert cache.get("key") is None
+    cache.put("key", PROGRAM[::-1])
+    monkeypatch.delenv(COMPILE_ANEW)
+    assert cache.get("key") == PROGRAM[::-1] and not caplog.messages
