@@ -1,7 +1,7 @@
 """Row 42: damaged programs in the compile cache."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from jax._src.compilation_cache import compress_executable, decompress_executable
 
@@ -26,27 +26,23 @@ def damaged_programs(harness: Harness) -> str:
     first = harness.train("programs", _SHORT, env={_FOLDER: str(folder)})
     require(first.code == 0, first)
     reference = harness.run("programs").result()
-    intact = {path.name: path.read_bytes() for path in folder.glob(f"*{SUFFIX}")}
-    (step,) = (name for name in intact if name.startswith("jit__train_step-"))
-    flips = [_flipped(intact[step], draw) for _ in range(num_flips)]
-    require(not any(unseal(_key(step), entry) for entry in flips), f"{step}: a flipped bit was not found")
-    damaged = {name: _flipped(content, draw) for name, content in intact.items()}
+    intact = {path.name.removesuffix(SUFFIX): path.read_bytes() for path in folder.glob(f"*{SUFFIX}")}
+    (step,) = (key for key in intact if key.startswith("jit__train_step-"))
+    flips = [unseal(step, _flipped(intact[step], draw)) for _ in range(num_flips)]
+    require(flips == [None] * num_flips, f"{step}: a flipped bit was not found")
+    damaged = {key: _flipped(entry, draw) for key, entry in intact.items()}
+    crashing = _crashing(unseal(step, intact[step]) or b"")
 
-    store = ObjectStore(folder)
-    for name, content in damaged.items():
-        store.write(name, content)
-    store.write(step, crashing := _crashing(step, intact[step]))
+    store = _write(str(folder), {**damaged, step: seal(step, crashing)})
     ended = harness.train("programs-disk", _SHORT, "--supervise", env={_FOLDER: str(folder)})
     _require_compiled(ended, store, damaged.keys() - {step})
     (line,) = (line for line in ended.err.splitlines() if line.startswith("restart "))
     named(line, "process 0 killed by SIG", "before its first step", "compiled anew")
-    require(unseal(_key(step), store.read(step)) != unseal(_key(step), crashing), ended)
+    require(unseal(step, store.read(step + SUFFIX)) not in (None, crashing), f"{step}: not compiled anew")
     harness.same_bits("programs-disk", reference)
 
     with harness.bucket() as bucket:
-        store = ObjectStore(f"{bucket.url}/compiled")
-        for name, content in damaged.items():
-            store.write(name, content)
+        store = _write(f"{bucket.url}/compiled", damaged)
         ended = harness.train("programs-bucket", _SHORT, env={_FOLDER: store.url, **bucket.environment})
         _require_compiled(ended, store, damaged)
     signal = line.partition("killed by ")[2].partition(" ")[0]
@@ -56,8 +52,11 @@ def damaged_programs(harness: Harness) -> str:
     )
 
 
-def _key(name: str) -> str:
-    return name.removesuffix(SUFFIX)
+def _write(url: str, entries: Mapping[str, bytes]) -> ObjectStore:
+    store = ObjectStore(url)
+    for key, entry in entries.items():
+        store.write(key + SUFFIX, entry)
+    return store
 
 
 def _flipped(content: bytes, draw: random.Random) -> bytes:
@@ -65,16 +64,15 @@ def _flipped(content: bytes, draw: random.Random) -> bytes:
     return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
 
 
-def _crashing(name: str, entry: bytes) -> bytes:
-    """Returns an intact entry whose program kills its process."""
-    code = decompress_executable(unseal(_key(name), entry) or b"")
+def _crashing(program: bytes) -> bytes:
+    code = decompress_executable(program)
     for beginning, invalid in _BEGINNINGS.items():
         code = code.replace(beginning, invalid)
-    return seal(_key(name), compress_executable(code))
+    return compress_executable(code)
 
 
-def _require_compiled(ended: Ended, store: ObjectStore, names: Iterable[str]) -> None:
+def _require_compiled(ended: Ended, store: ObjectStore, keys: Iterable[str]) -> None:
     require(ended.code == 0, ended)
-    for name in names:
-        require(f"{store.url_of(name)}: damaged" in ended.err, f"{name} is not named: {ended}")
-        require(unseal(_key(name), store.read(name)), f"{name} is not compiled anew")
+    for key in keys:
+        require(f"{store.url_of(key + SUFFIX)}: damaged" in ended.err, f"{key} is not named: {ended}")
+        require(unseal(key, store.read(key + SUFFIX)), f"{key} is not compiled anew")

@@ -41,11 +41,11 @@ class CheckedCache(LRUCache):
         entry = super().get(name.removesuffix("-cache")) if in_folder else self._store.read_or_none(name)
         if entry is None:
             return None
-        program, anew = unseal(key, entry), os.environ.get(COMPILE_ANEW)
-        if program is not None and not anew:
+        program = unseal(key, entry)
+        if program is not None and COMPILE_ANEW not in os.environ:
             return program
         self._store.delete(name)
-        if not anew:
+        if program is None:
             url = self._store.url_of(name)
             _log.warning("%s: damaged, its hash differs; deleted, and its program is compiled anew", url)
         return None
@@ -79,6 +79,7 @@ def unseal(key: str, entry: bytes) -> bytes | None:
 
 def use_cache(cache: type[LRUCache] = CheckedCache) -> type[LRUCache]:
     """Lets JAX open caches of this class from now on; returns the class that it has used."""
-    before, compilation_cache.LRUCache = compilation_cache.LRUCache, cache
+    names = vars(compilation_cache)
+    before, names["LRUCache"] = names["LRUCache"], cache
     compilation_cache.reset_cache()  # else JAX keeps the one that it has opened
     return before
