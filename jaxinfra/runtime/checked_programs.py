@@ -15,7 +15,7 @@ from typing import override
 from jax._src import compilation_cache  # no public function opens the cache
 from jax._src.lru_cache import LRUCache
 
-from jaxinfra.runtime.compile_cache import COMPILE_ANEW
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW
 from jaxinfra.storage.objects import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def unseal(key: str, entry: bytes) -> bytes | None:
 
 def use_cache(cache: type[LRUCache] = CheckedCache) -> type[LRUCache]:
     """Lets JAX open caches of this class from now on; returns the class that it has used."""
-    names = vars(compilation_cache)
+    names = compilation_cache.__dict__
     before, names["LRUCache"] = names["LRUCache"], cache
     compilation_cache.reset_cache()  # else JAX keeps the one that it has opened
     return before

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 4 * 2**30
 """Size of the cache; the programs that were not used for longest are deleted."""
 
-COMPILE_ANEW = "JAXINFRA_COMPILE_ANEW"
-"""Environment variable that has this start compile all programs anew: an intact one may crash, from another CPU."""
-
 _XLA_CACHES = "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"
 _MIN_COMPILE_S = 0.2  # faster programs are not kept; JAX's own default of 1 s leaves out most of a small run
 

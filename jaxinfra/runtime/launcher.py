@@ -18,11 +18,8 @@ from pathlib import Path
 
 from jaxinfra.errors import PeerLostError, Preempted
 from jaxinfra.runtime import tied_process
-from jaxinfra.runtime.compile_cache import COMPILE_ANEW
 from jaxinfra.runtime.rank_output import Output
-
-CRASHES = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"})
-"""Signals that a process brings about itself, which a compiled program may do; others come from outside."""
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW, CRASHES
 
 _POLL_S = 0.05
 

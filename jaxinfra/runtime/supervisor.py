@@ -16,10 +16,9 @@ from pathlib import Path
 
 from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageError
 from jaxinfra.runtime import step_file
-from jaxinfra.runtime.compile_cache import COMPILE_ANEW
-from jaxinfra.runtime.launcher import CRASHES, Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
+from jaxinfra.runtime.launcher import Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
 from jaxinfra.runtime.rank_output import Output
-from jaxinfra.runtime.restart_policy import RULES, RestartLimits, Rule
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW, CRASHES, RULES, RestartLimits, Rule
 
 
 @dataclass(frozen=True, kw_only=True)

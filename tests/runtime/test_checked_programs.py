@@ -12,7 +12,8 @@ from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime.checked_programs import SUFFIX, CheckedCache
-from jaxinfra.runtime.compile_cache import COMPILE_ANEW, compile_cache
+from jaxinfra.runtime.compile_cache import compile_cache
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
 from tests.servers.fixtures import Server
