@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.checked_programs import SUFFIX, CheckedCache
+from jaxinfra.runtime import compile_cache as module
+from jaxinfra.runtime.checked_programs import SUFFIX, CheckedCache, unseal
 from jaxinfra.runtime.compile_cache import compile_cache
 from jaxinfra.runtime.restart_policy import COMPILE_ANEW
 from jaxinfra.storage.objects import ObjectStore
@@ -57,6 +59,24 @@ def test_each_damage_is_found_named_and_mended(url: str, caplog: pytest.LogCaptu
     names(caplog.messages[-1], store.url_of(NAME), "damaged")
     cache.put("key", PROGRAM)
     assert cache.get("key") == PROGRAM
+
+
+def test_jax_compiles_a_damaged_program_anew(
+    url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute() -> list[float]:
+        return jax.jit(lambda x: x * 2 + 1)(jnp.arange(3.0)).tolist()  # a new function, but the same program
+
+    monkeypatch.setattr(module, "_MIN_COMPILE_S", 0.0)
+    with compile_cache(url):
+        assert compute() == compute() == [1, 3, 5]
+        store = ObjectStore(url)
+        (name,) = (name for name in store.list_names() if name.startswith("jit__lambda") and name.endswith(SUFFIX))
+        store.write(name, flipped(intact := store.read(name), 0))
+        assert compute() == [1, 3, 5]
+    names("\n".join(caplog.messages), store.url_of(name))
+    key = name.removesuffix(SUFFIX)
+    assert unseal(key, store.read(name)) and unseal(key, intact)
 
 
 def test_swapped_programs_are_found(url: str) -> None:
