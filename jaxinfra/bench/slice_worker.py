@@ -20,6 +20,7 @@ from jaxinfra.config import load, validate
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.runtime.checked_programs import use_cache
 from jaxinfra.runtime.join import join
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import Processes
@@ -87,6 +88,7 @@ def measure(config: str, overrides: Sequence[str], num_rounds: int) -> dict[str,
 def main() -> None:
     """Measures the task that the only argument describes as JSON."""
     index, count, config, overrides, num_rounds = json.loads(sys.argv[1])
+    use_cache()
     coordinator = f"{address_of(0)}:{_PORT}"
     join(Processes(coordinator=coordinator, count=count, index=index, local_devices=None, source="bench slices"))
     print(json.dumps(measure(config, overrides, num_rounds)))

@@ -3,6 +3,7 @@
 The number of emulated CPU devices is fixed when JAX starts, so each measurement needs a process of its own.
 """
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -39,8 +40,8 @@ def worker_pool(num_workers: int, env: Mapping[str, str]) -> ProcessPoolExecutor
 
 
 def _start_worker(env: Mapping[str, str]) -> None:
-    # Before the first function's module is imported, and JAX with it.
-    os.environ.update(env)
+    os.environ.update(env)  # before JAX is imported
+    importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

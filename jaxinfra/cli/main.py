@@ -245,6 +245,8 @@ def _run_command(argv: Sequence[str]) -> int:
             keep_freed_memory()
         with _all_processes(options):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
+            if "jax" in sys.modules:  # the command compiles, maybe
+                importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
             return module.run(options, argv)
     except Preempted as error:  # asked for: no error
         print(mask_credentials(str(error)), file=sys.stderr)

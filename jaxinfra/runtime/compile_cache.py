@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 4 * 2**30
 """Size of the cache; the programs that were not used for longest are deleted."""
 
+_XLA_CACHES = "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"
 _MIN_COMPILE_S = 0.2  # faster programs are not kept; JAX's own default of 1 s leaves out most of a small run
 
 
@@ -26,7 +27,8 @@ def user_folder() -> Path:
 
 def cache_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables to add for JAX, so that it keeps programs in `user_folder` if it has no other folder."""
-    variables = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_MIN_COMPILE_S)}
+    # XLA keeps what it has tuned on a GPU beside the programs, but without a hash or the version of XLA.
+    variables = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_MIN_COMPILE_S), _XLA_CACHES: "none"}
     if "JAX_COMPILATION_CACHE_DIR" not in environment:
         variables["JAX_COMPILATION_CACHE_DIR"] = str(user_folder())
         variables["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(MAX_BYTES)
@@ -35,44 +37,46 @@ def cache_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[None]:
-    """Keeps the programs that are compiled within this context in a folder.
+    """Keeps the programs that are compiled within this context in a folder, with a hash of each.
 
-    Raises StorageError if the folder is given but not writable.
+    Raises StorageError if the folder is given but not writable, ConfigError if its URL is not that of a bucket.
 
     Args:
         folder: "auto" is the folder that JAX is configured with, or else `user_folder`; None keeps nothing.
         exact_lines: takes a program from the cache only if its source lines are those of today, as profiles show them.
     """
     import jax
-    from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+    from jaxinfra.runtime.checked_programs import use_cache
     from jaxinfra.storage.checks import make_writable
+    from jaxinfra.storage.connection import normalize_url
     from jaxinfra.storage.location import is_remote
 
     options: dict[str, object] = {"jax_compilation_cache_include_metadata_in_key": True} if exact_lines else {}
+    if _XLA_CACHES not in os.environ:
+        options["jax_persistent_cache_enable_xla_caches"] = "none"
     if folder is None:
         options["jax_enable_compilation_cache"] = False
     elif folder != "auto" or jax.config.jax_compilation_cache_dir is None:
         if folder == "auto":
             folder = str(user_folder())
         else:
-            folder = folder if is_remote(folder) else str(Path(folder).expanduser().absolute())
-            make_writable(folder)
+            folder = normalize_url(folder)
+            if not is_remote(folder):  # of a bucket, JAX warns at each program that it cannot write
+                make_writable(folder)
         options |= {
             "jax_compilation_cache_dir": folder,
-            # A limit needs a lock file, for which JAX takes a URL for a local path.
-            "jax_compilation_cache_max_size": -1 if is_remote(folder) else MAX_BYTES,
+            "jax_compilation_cache_max_size": MAX_BYTES,
             "jax_persistent_cache_min_compile_time_secs": _MIN_COMPILE_S,
         }
-    before = {name: getattr(jax.config, name) for name in options}
+    before, cache_before = {name: getattr(jax.config, name) for name in options}, use_cache()
     try:
         _update(options)
-        reset_cache()  # else JAX remembers the cache that it used first
         with _same_key_in_all_processes():
             yield
     finally:
         _update(before)
-        reset_cache()
+        use_cache(cache_before)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from jaxinfra.errors import PeerLostError, Preempted
 from jaxinfra.runtime import tied_process
 from jaxinfra.runtime.rank_output import Output
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW, CRASHES
 
 _POLL_S = 0.05
 
@@ -113,7 +114,8 @@ def launch(
     if launcher.interrupted and any(end.code < 0 for end in ends):
         raise KeyboardInterrupt
     if killed:
-        output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on")
+        fix = f", with {COMPILE_ANEW}=1 if it happens again" if killed.signal in CRASHES else ""
+        output.say(f"error: process {killed.rank} {killed.text}; start the same command to go on{fix}")
     return exit_code(ends, stop_requested=launcher.stop_requested)
 
 

@@ -18,7 +18,7 @@ from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageErro
 from jaxinfra.runtime import step_file
 from jaxinfra.runtime.launcher import Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
 from jaxinfra.runtime.rank_output import Output
-from jaxinfra.runtime.restart_policy import RULES, RestartLimits, Rule
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW, CRASHES, RULES, RestartLimits, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +103,11 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
     `record` is told of each attempt.
     """
     launcher, best_step, number = Launcher(what.patience), 0, 0
+    anew, was_anew = dict[str, str](), False  # at the next start, and at one since the last progress
     with launcher.handling_signals(), tempfile.TemporaryDirectory(prefix="jaxinfra-steps-") as folder:
         while True:
             number += 1
-            environments = what.environments()
+            environments = [{**each, **anew} for each in what.environments()]
             with _output(what, len(environments), is_first=number == 1) as output:
                 attempt = _run(what, environments, launcher, output, number, Path(folder, "steps"))
             if not attempt.is_refused:
@@ -115,14 +116,18 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
                 raise KeyboardInterrupt
             if launcher.stop_requested or attempt.exit_code == 0:
                 return attempt.exit_code
-            limits.count(progressed=(attempt.last_step or 0) > best_step)
+            progressed = (attempt.last_step or 0) > best_step
+            limits.count(progressed=progressed)
             best_step = max(best_step, attempt.last_step or 0)
+            was_anew = not progressed and (was_anew or bool(anew))
+            anew = {COMPILE_ANEW: "1"} if attempt.signal in CRASHES and not (progressed or was_anew) else {}
             if problem := _why_not(attempt, limits):
                 error = f"; last error: {attempt.error}" if attempt.error else ""
                 output.say(f"not started again: {problem}{error}; see {attempt.log}")
                 return attempt.exit_code
             wait_s = limits.restart(attempt.rule, time.monotonic())
-            output.say(f"restart {number}: {attempt}; starting again in {max(1, round(wait_s))} s")
+            how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""
+            output.say(f"restart {number}: {attempt}; starting again in {max(1, round(wait_s))} s{how}")
             launcher.wait(wait_s)
             if launcher.stop_requested:
                 return Preempted.exit_code

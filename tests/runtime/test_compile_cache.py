@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import compilation_cache
+from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import StorageError
 from jaxinfra.runtime import compile_cache as module
+from jaxinfra.runtime.checked_programs import SUFFIX, CheckedCache, unseal
 from jaxinfra.runtime.compile_cache import cache_environment, compile_cache
 from tests.refusals import refused
 from tests.several import free_address
@@ -34,7 +37,10 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MIN_COMPILE_S", 0.0)
 
 
-def test_second_start_compiles_nothing(keeps_all: None, tiny: Tiny, tmp_path: Path) -> None:
+def test_second_start_compiles_nothing_and_damaged_programs_anew(
+    keeps_all: None, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation_cache, "LRUCache", LRUCache)
     folder = tmp_path / "programs"
     assert tiny.launch("name=first", f"train.compile_cache={folder}", "track.console=off").code == 0
     first = programs(folder)
@@ -43,6 +49,16 @@ def test_second_start_compiles_nothing(keeps_all: None, tiny: Tiny, tmp_path: Pa
     second = programs(folder)
     assert first.keys() == second.keys()
     assert all(second[name] > first[name] for name in first if "train_step" in name), "not read"
+
+    intact = {path: path.read_bytes() for path in folder.glob("*-cache")}
+    for path, entry in intact.items():
+        path.write_bytes(entry[:-9] + bytes([entry[-9] ^ 1]) + entry[-8:])
+    assert tiny.launch("name=third", f"train.compile_cache={folder}", "track.console=off").code == 0
+    assert tiny.losses("third") == tiny.losses("first")
+    named = {Path(line.partition(": damaged")[0]) for line in caplog.messages}  # this process has the small ones
+    assert {path for path in intact if "_step-" in path.name} <= named <= intact.keys()
+    assert all(unseal(path.name.removesuffix(SUFFIX), path.read_bytes()) for path in named), "not written again"
+    assert compilation_cache.LRUCache is CheckedCache, "the command has compiled something unchecked"
 
 
 def test_off(keeps_all: None, tmp_path: Path) -> None:
@@ -91,7 +107,8 @@ def test_environment_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert int(added["JAX_COMPILATION_CACHE_MAX_SIZE"]) == module.MAX_BYTES
     # A folder of the user's own has the size that the user gives it.
     assert cache_environment({"JAX_COMPILATION_CACHE_DIR": "x"}).keys() == {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     }
     assert not cache_environment(os.environ | added)
 

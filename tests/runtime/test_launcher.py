@@ -13,6 +13,7 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.runtime.launcher import Patience, ProcessExit, exit_code, launch
+from jaxinfra.runtime.restart_policy import COMPILE_ANEW
 from tests.refusals import raises
 from tests.track import demo
 
@@ -306,3 +307,12 @@ def test_progress_bar_and_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
         assert "12.3 M" in log and sum("━" in line for line in log.splitlines()) <= 1, "its last state at most"
     finally:
         subprocess.run([*tmux, "kill-server"], check=True)
+
+
+@pytest.mark.parametrize(("number", "names_variable"), [(signal.SIGKILL, False), (signal.SIGILL, True)])
+def test_a_crash_may_be_of_a_compiled_program(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, names_variable: bool
+) -> None:
+    assert run(tmp_path, f"os.kill(os.getpid(), {int(number)})", ranks=1) == 76
+    line = capfd.readouterr().err
+    assert number.name in line and (f"{COMPILE_ANEW}=1" in line) == names_variable

@@ -79,6 +79,21 @@ def test_a_process_killed_by_a_signal_is_named(
     assert first.started_monotonic_s < first.ended_monotonic_s <= second.started_monotonic_s
 
 
+def test_a_crash_without_progress_compiles_anew_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of the starts, 0 is killed from outside, 4 and 5 progress, and 1, 2, 3, 5 and 6 crash."""
+    code = """\
+if number in (4, 5): complete(1, number)
+if os.environ.get("JAXINFRA_COMPILE_ANEW"): print(number)
+if number < 7: die([9, 11, 11, 6, 15, 4, 4][number])
+"""
+    limits = RestartLimits(scale=0.001, max_in_a_row=99)
+    ended, attempts = run(tmp_path, code, limits=limits)
+    shown = capfd.readouterr()
+    assert (ended, len(attempts)) == (0, 8)
+    assert shown.out == "2\n7\n"
+    assert [line.split()[1] for line in shown.err.splitlines() if "compiled anew" in line] == ["2:", "7:"]
+
+
 def test_a_process_of_another_host_has_its_own_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ended, attempts = run(tmp_path, "print('out')\nif not number: die(9)", first_rank=3)
     shown = capfd.readouterr()
