@@ -33,14 +33,15 @@ def write_tiny(name: str, keys: dict, out: Path) -> None:
     torch.manual_seed(0)
     gradients, written = keys.pop("gradients", False), keys.pop("written")
     documents, prompts = keys.pop("documents", []), keys.pop("prompts", [])
+    length, noise = keys.pop("length", LENGTH), keys.pop("noise", NOISE)
     model = model_of(keys)
     with torch.no_grad():
         # Biases and norms begin with values that would hide a mistake.
         biases = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
         for tensor in (*model.parameters(), *biases):
-            tensor.add_(torch.randn_like(tensor) * NOISE)
+            tensor.add_(torch.randn_like(tensor) * noise)
     model.save_pretrained(out / name)
-    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH))
+    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, length))
     with torch.set_grad_enabled(gradients):
         # The whole Llama 4 of transformers 5.24 fails without images.
         logits = (model.language_model if keys["model_type"] == "llama4" else model)(tokens).logits
