@@ -254,7 +254,7 @@ class Transformer(LayeredModule):
         """Returns logits for tokens that follow a cache, and the cache with these tokens.
 
         Each row of the cache and the tokens is one document. Of a row only the first `counts_B` tokens count, all by
-        default. The others pad it: their logits mean nothing, and the next call overwrites them in the cache. A document
+        default. The others pad it: their logits mean nothing, and the next call overwrites them in the cache. A row
         that grows beyond one of `config.short_lengths` must be decoded again from its begin, with an empty cache.
         """
         partitioner, length = self.partitioner, tokens_BT.shape[1]
@@ -388,7 +388,7 @@ class Transformer(LayeredModule):
         for index, row in enumerate(rows):  # gathered, since a document may be on several shards
             whole = jax.reshard(row, P(jax.typeof(row).sharding.spec.partitions[0], None))
             rows[index] = sharding.to_natural_order(whole, 1)
-        return jax.reshard(sharding.to_shard_order(in_long_documents(*rows, length), 1), spec)
+        return jax.reshard(sharding.to_shard_order(in_long_documents(*rows, length=length), 1), spec)
 
     def _scan(
         self, x_BTD: jax.Array, batch: Inputs, name: str, stage_layers: StageLayers | None = None

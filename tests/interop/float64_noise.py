@@ -5,7 +5,6 @@
 With larger random weights the layers amplify any rounding, that of tokens one by one, too.
 """
 
-
 import jax
 import numpy as np
 import pytest
@@ -43,4 +42,4 @@ def test_logits_are_those_of_float64(models: References, name: str) -> None:
     exact = numpy_reference.logits(jax.tree.map(np.asarray, params), built.config, expected["tokens"])
     here, there = relative_error(logits, exact), relative_error(expected["logits"], exact)
     print(f"\n{name}: {here:.1e} here, {there:.1e} in transformers")
-    assert here < 1e-5 or "noise 0.1" not in name
+    assert here < 2e-5 or "noise 0.1" not in name

@@ -86,7 +86,10 @@ WRONG = {
     "no number of experts": ({**CONFIGS["kimi-k2"], "n_routed_experts": None}, "n_routed_experts"),
     "another quantization": (CONFIGS["kimi-k2"] | {"quantization_config": {"quant_method": "awq"}}, "'awq' 'fp8'"),
     "YaRN in a Phi": (CONFIGS["phi-4"] | {"rope_scaling": OLMO3_YARN}, "YarnScaling LongRoPE"),
-    "a factor that YaRN cannot have": (LLAMA | {"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.2}}, "1.2"),
+    "a factor that YaRN cannot have": (
+        LLAMA | {"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.2}},
+        "1.2",
+    ),
     "LongRoPE for long documents alone": (
         CONFIGS["phi-4"] | {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}},
         "rope_scaling short_factor",

@@ -1,6 +1,5 @@
 """LongRoPE has the frequencies of transformers: by the length of each document, and of a text that grows."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax

@@ -372,10 +372,7 @@ def _read_scaling(keys: ModelJson, model: ModelJson, scores: bool) -> Scaling | 
 
 
 def _read_yarn(keys: ModelJson, model: ModelJson, scores: bool) -> YarnScaling:
-    """Reads YaRN, whose factor on cosines and sines is `attention_factor`, or follows from the mscales if both are there.
-
-    Otherwise it is `m(1)`.
-    """
+    """Reads YaRN; the factor on cosines and sines is `attention_factor`, or from both mscales, or `m(1)`."""
     original = keys.take("original_max_position_embeddings", int, model.optional("max_position_embeddings", int))
     if "factor" not in keys:
         keys.default(factor=model.take("max_position_embeddings", int) / original)
