@@ -117,7 +117,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt2-wide": _gpt2(n_head=1, n_embd=20, activation_function="gelu_pytorch_tanh"),
     "olmo2-grouped": _tiny("olmo2", **GROUPED),
     "olmo2-one-key": _tiny("olmo2", attention_bias=True, rope_theta=500000.0, **ONE_KEY),
-    "olmo2-tied": _tiny("olmo2", tied=True, rope_scaling=YARN | {"mscale_all_dim": 1.4}, **PLAIN),
+    "olmo2-tied": _tiny("olmo2", tied=True, rope_scaling=YARN | {"mscale": 0.4}, **PLAIN),
     "olmo3-grouped": _tiny("olmo3", layers=5, sliding_window=6, gradients=True, **GROUPED),
     "olmo3-one-key": _tiny(
         "olmo3",
