@@ -135,9 +135,7 @@ class LongRopeScaling:
         for field in ("divisors", "short_divisors"):
             if not all(0 < divisor < math.inf for divisor in getattr(self, field)):
                 yield Problem(fields=(field,), message="must be positive, finite numbers", fix="use scaling=none")
-        if self.short_divisors and (
-            self.short_divisors == self.divisors or len(self.short_divisors) != len(self.divisors)
-        ):
+        if (short := self.short_divisors) and (short == self.divisors or len(short) != len(self.divisors)):
             message = f"must be {len(self.divisors)} numbers that differ from divisors"
             yield Problem(fields=("short_divisors",), message=message, fix="use short_divisors=()")
 

@@ -48,8 +48,9 @@ def keys_of(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
         (rotary, head_dim), *_ = filter(None, (layer.mixer.rotary(keys["hidden_size"]) for layer in layers))
         pairs = range(int(head_dim * rotary.fraction) // 2)
         factors = {"short_factor": [1 + 0.1 * n for n in pairs], "long_factor": [1 + 0.7 * n for n in pairs]}
-        keys |= {"original_max_position_embeddings": rope["original_max_position_embeddings"]}
-        keys, rope = keys | {"max_position_embeddings": 64}, {"rope_type": "longrope", **factors}
+        keys, rope = keys | {"max_position_embeddings": 64}, rope | factors
+        if model_type == "phi3":
+            keys["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return keys | {"rope_scaling": rope}
 
 

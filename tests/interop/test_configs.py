@@ -94,6 +94,10 @@ WRONG = {
         CONFIGS["phi-4"] | {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}},
         "rope_scaling short_factor",
     ),
+    "YaRN without rounding beside another": (
+        CONFIGS["olmo-3-7b"] | {"rope_scaling": OLMO3_YARN | {"truncate": False}},
+        "truncate=False",
+    ),
     "attention both ways": (CONFIGS["gemma-2-2b"] | {"use_bidirectional_attention": True}, "bidirectional"),
     "scores by layer": (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
 }

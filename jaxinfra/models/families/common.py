@@ -405,8 +405,8 @@ def _read_longrope(keys: ModelJson, model: ModelJson) -> LongRopeScaling:
         raise ConfigError(f"{keys.where}: {expected}")
     long, short = (tuple(map(float, each)) for each in lists)
     factor = keys.take("factor", float, max(longest / original, 1.0))
-    options = {} if short == long else {"short_divisors": short}
-    return LongRopeScaling(divisors=long, factor=factor, original_length=original, **options)
+    short = () if short == long else short
+    return LongRopeScaling(divisors=long, short_divisors=short, factor=factor, original_length=original)
 
 
 def write_rope(rope: Rope | None) -> dict[str, Any]:
@@ -432,9 +432,12 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
             keys["rope_scaling"] = _write_yarn(scaling)
         case LongRopeScaling() as scaling:
             keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
-            keys["original_max_position_embeddings"] = scaling.original_length
-            short = scaling.short_divisors or scaling.divisors
-            keys["rope_scaling"] = {"type": "longrope", "long_factor": [*scaling.divisors], "short_factor": [*short]}
+            keys["rope_scaling"] = {
+                "type": "longrope",
+                "long_factor": [*scaling.divisors],
+                "short_factor": [*(scaling.short_divisors or scaling.divisors)],
+                "original_max_position_embeddings": scaling.original_length,
+            }
         case None:
             pass
     return keys

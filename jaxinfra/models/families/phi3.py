@@ -92,7 +92,10 @@ def read(keys: ModelJson) -> TransformerConfig:
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Phi-3."""
     mixer, _ = dense_layers(model)[0]
-    return write_model(model) | write_rope(mixer.rope) | {"sliding_window": mixer.window}
+    keys = write_model(model) | write_rope(mixer.rope) | {"sliding_window": mixer.window}
+    if mixer.rope is not None and isinstance(mixer.rope.scaling, LongRopeScaling):
+        keys["original_max_position_embeddings"] = mixer.rope.scaling.original_length  # where Phi-3 has it
+    return keys
 
 
 def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
