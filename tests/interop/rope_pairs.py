@@ -69,9 +69,11 @@ def refusal(keys: dict[str, Any]) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> References:
-    folder = tmp_path_factory.mktemp("pairs")
-    make_references(folder, {name: keys for name, keys in PAIRS.items() if refusal(keys) is None}, {})
+def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> References:
+    """Makes the models of the selected tests."""
+    folder, selected = tmp_path_factory.mktemp("pairs"), " ".join(item.name for item in request.session.items)
+    wanted = {name: keys for name, keys in PAIRS.items() if f"[{name}]" in selected and refusal(keys) is None}
+    make_references(folder, wanted, {})
     return References(folder)
 
 

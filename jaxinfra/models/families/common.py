@@ -433,7 +433,7 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
         case LongRopeScaling() as scaling:
             keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
             keys["rope_scaling"] = {
-                "type": "longrope",
+                **dict.fromkeys(("type", "rope_type"), "longrope"),  # engines look for either
                 "long_factor": [*scaling.divisors],
                 "short_factor": [*(scaling.short_divisors or scaling.divisors)],
                 "original_max_position_embeddings": scaling.original_length,
