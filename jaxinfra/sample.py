@@ -215,19 +215,26 @@ class Sampler:
         """
         longest = max(map(len, prompts))
         self._require_room(longest, max_tokens)
-        slots = self._slots(longest)
-        tokens, counts = self._padded(prompts, slots)
+        slots, rows, cache = self._slots(longest), [[*prompt] for prompt in prompts], None
+        tokens, counts = self._padded(rows, slots)
         distribution = replace(sampling, seed=0, stop=())
+        cache_slots = padded_length(max(slots, longest + max_tokens))
+        # A row that becomes this long gets other rotary positions, from its first token on.
+        switches = {length + 1 for length in self._short_lengths}
         with self.program.on_mesh:
             key = jax.random.key(sampling.seed)
-            cache_slots = padded_length(max(slots, longest + max_tokens))
-            cache = self._decoder(self._params).empty_cache(len(tokens), cache_slots)
         for step in range(max_tokens):  # first the padded prompts, then one token at a time
+            if step and not switches.isdisjoint(map(len, rows)):
+                tokens, counts = self._padded(rows, self._slots(longest + step))
+                cache = None
             with self.program.on_mesh:
+                cache = cache or self._decoder(self._params).empty_cache(len(tokens), cache_slots)
                 step_key = jax.random.fold_in(key, step)
                 tokens, cache = self._next_tokens(self._params, cache, tokens, counts, step_key, distribution)
-            counts = np.ones_like(counts)
-            yield np.asarray(tokens)[: len(prompts), 0].tolist()
+            counts, new = np.ones_like(counts), np.asarray(tokens)[: len(prompts), 0].tolist()
+            for row, token in zip(rows, new, strict=True):
+                row.append(token)
+            yield new
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Scores the tokens of rows, in the order of the rows; rows of similar length are computed together."""
@@ -237,10 +244,10 @@ class Sampler:
             length = self._slots(len(rows[by_length[0]]) - 1)
             batch = by_length[: self.rows * max(1, _SCORED_TOKENS // length)]
             by_length = by_length[len(batch) :]
-            inputs_BT, _ = self._padded([rows[row][:-1] for row in batch], length)
+            inputs_BT, counts_B = self._padded([rows[row][:-1] for row in batch], length)
             targets_BT, _ = self._padded([rows[row][1:] for row in batch], length)
             with self.program.on_mesh:
-                scores = map(np.asarray, self._score(self._params, inputs_BT, targets_BT))
+                scores = map(np.asarray, self._score(self._params, inputs_BT, targets_BT, counts_B))
             for row, log_probs, likeliest in zip(batch, *scores, strict=False):
                 count = len(rows[row]) - 1
                 found[row] = TokenScores(log_probs[:count], likeliest[:count])
@@ -268,6 +275,10 @@ class Sampler:
                 f"learned positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
             )
 
+    @property
+    def _short_lengths(self) -> tuple[int, ...]:
+        return require_text(self.model.run)[0].short_lengths
+
     def _decoder(self, params: Params) -> Transformer:
         model = self.program.model(params)
         assert isinstance(model, Transformer)
@@ -292,10 +303,14 @@ class Sampler:
         return _sample_tokens(logits, key, sampling, partitioner), cache
 
     @partial(jax.jit, static_argnums=0)
-    def _score(self, params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _score(
+        self, params: Params, inputs_BT: jax.Array, targets_BT: jax.Array, counts_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         spec = self.program.partitioner.spec("batch", None)
-        inputs_BT, targets_BT = jax.reshard(inputs_BT, spec), jax.reshard(targets_BT, spec)
-        scores = token_scores(self._decoder(params)({"inputs": inputs_BT}), targets_BT)
+        batch, targets_BT = {"inputs": jax.reshard(inputs_BT, spec)}, jax.reshard(targets_BT, spec)
+        if self._short_lengths:  # then padding must not count as a part of the document
+            batch["segments"] = jax.reshard((jnp.arange(inputs_BT.shape[1]) < counts_B[:, None]).astype(int), spec)
+        scores = token_scores(self._decoder(params)(batch), targets_BT)
         return jax.tree.map(lambda a: jax.reshard(a, P()), scores)
 
 

@@ -29,7 +29,7 @@ from jaxinfra.models.transformer import HasSeqLen, Layer, Stack, TransformerConf
 from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_method, context_costs
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.logits import FactoredLogits
-from jaxinfra.ops.rope import Rope, rope_tables
+from jaxinfra.ops.rope import Rope, in_long_documents, rope_tables
 from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
@@ -254,7 +254,8 @@ class Transformer(LayeredModule):
         """Returns logits for tokens that follow a cache, and the cache with these tokens.
 
         Each row of the cache and the tokens is one document. Of a row only the first `counts_B` tokens count, all by
-        default. The others pad it: their logits mean nothing, and the next call overwrites them in the cache.
+        default. The others pad it: their logits mean nothing, and the next call overwrites them in the cache. A row
+        that grows beyond one of `config.short_lengths` must be decoded again from its begin, with an empty cache.
         """
         partitioner, length = self.partitioner, tokens_BT.shape[1]
         tokens_BT = jax.reshard(tokens_BT, partitioner.spec("batch", None))
@@ -365,8 +366,29 @@ class Transformer(LayeredModule):
         tables: dict[tuple[Rope, int] | None, Any] = {None: None}
         for rotary in {layer.mixer.rotary(self.config.hidden_size): None for layer in stack.layers}:
             if rotary is not None:
-                tables[rotary] = rope_tables(rotary[0], positions_BT, rotary[1], self.partitioner.compute_dtype)
+                (rope, head_dim), dtype = rotary, self.partitioner.compute_dtype
+                is_long = None if rope.short_length is None else self._is_long(rope.short_length, positions_BT, tokens)
+                tables[rotary] = rope_tables(rope, positions_BT, head_dim, dtype, is_long)
         return PeriodContext(stack=stack, tokens=tokens._replace(positions=positions_BT), tables=tables)
+
+    def _is_long(self, length: int, positions_BT: jax.Array, tokens: TokenInfo) -> jax.Array:
+        """Returns which tokens are of documents longer than `length`, `[B or 1, T or 1]`.
+
+        A document has the length that it has in its row; with a cache, the length with the new tokens.
+        """
+        if tokens.start is not None:
+            assert tokens.counts is not None
+            return (tokens.start + tokens.counts > length)[:, None]
+        size, sharding = positions_BT.shape[1], self.partitioner.sequence_sharding
+        if tokens.segments is None or size <= length:
+            return jnp.full((1, 1), size > length)
+        if sharding.num_shards == 1:
+            return in_long_documents(positions_BT, tokens.segments, length)
+        rows, spec = [positions_BT, tokens.segments], jax.typeof(tokens.segments).sharding.spec
+        for index, row in enumerate(rows):  # gathered, since a document may be on several shards
+            whole = jax.reshard(row, P(jax.typeof(row).sharding.spec.partitions[0], None))
+            rows[index] = sharding.to_natural_order(whole, 1)
+        return jax.reshard(sharding.to_shard_order(in_long_documents(*rows, length=length), 1), spec)
 
     def _scan(
         self, x_BTD: jax.Array, batch: Inputs, name: str, stage_layers: StageLayers | None = None

@@ -142,6 +142,12 @@ class TransformerConfig(LayeredModelConfig):
         """The policies that are repeated over the layers."""
         return self.remat if isinstance(self.remat, tuple) else (self.remat,)
 
+    @property
+    def short_lengths(self) -> tuple[int, ...]:
+        """The lengths beyond which a document has other rotary positions (LongRoPE), the shortest first."""
+        rotary = (layer.mixer.rotary(self.hidden_size) for layer in self.all_layers)
+        return tuple(sorted({length for each in rotary if each and (length := each[0].short_length)}))
+
     def _declared_layers(self) -> Iterable[tuple[str, Layer]]:
         """Yields the layers of the config and the prefix of their fields."""
         for field in ("layers", "first_layers"):

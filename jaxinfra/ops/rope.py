@@ -5,7 +5,7 @@ Feature i of the first half of the rotated part is paired with feature i of the 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import jax
@@ -114,23 +114,30 @@ class YarnScaling:
 class LongRopeScaling:
     """LongRoPE (Ding et al. 2024), as Phi-3 and Phi-4 publish it: a divisor for each frequency.
 
-    Cosines and sines are multiplied by `sqrt(1 + ln(factor) / ln(original_length))`.
+    Documents longer than the original length have other divisors than shorter ones, at all of their positions. Cosines
+    and sines of both are multiplied by `sqrt(1 + ln(factor) / ln(original_length))`.
 
     Attributes:
-        divisors: a divisor for each pair of rotated features: the published "long_factor" for sequences above the
-            original length, "short_factor" for others.
+        divisors: a divisor for each pair of rotated features: the published "long_factor".
+        short_divisors: those of documents up to the original length: the published "short_factor". With () they have
+            `divisors`, too.
         factor: new context length over the original one; 1 does not multiply.
         original_length: context length before scaling, in tokens.
     """
 
     divisors: tuple[float, ...]
+    short_divisors: tuple[float, ...] = ()
     factor: Annotated[float, Ge(1)] = 32.0
     original_length: Annotated[int, Ge(2)] = 4096
 
     def problems(self) -> Iterable[Problem]:
-        """Yields divisors that are not positive, finite numbers."""
-        if not all(0 < divisor < math.inf for divisor in self.divisors):
-            yield Problem(fields=("divisors",), message="must be positive, finite numbers", fix="use scaling=none")
+        """Yields divisors that are not positive, finite numbers, and short ones that are equal or too few."""
+        for field in ("divisors", "short_divisors"):
+            if not all(0 < divisor < math.inf for divisor in getattr(self, field)):
+                yield Problem(fields=(field,), message="must be positive, finite numbers", fix="use scaling=none")
+        if (short := self.short_divisors) and (short == self.divisors or len(short) != len(self.divisors)):
+            message = f"must be {len(self.divisors)} numbers that differ from divisors"
+            yield Problem(fields=("short_divisors",), message=message, fix="use short_divisors=()")
 
     def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
         """Returns the scaled frequencies."""
@@ -163,6 +170,19 @@ class Rope:
         return freqs if self.scaling is None else self.scaling.scale(freqs, self.theta)
 
     @property
+    def short_length(self) -> int | None:
+        """The longest document that has the frequencies of `short`; None if all documents have the same."""
+        s = self.scaling
+        return s.original_length if isinstance(s, LongRopeScaling) and s.short_divisors else None
+
+    @property
+    def short(self) -> "Rope":
+        """The rotary positions of documents up to `short_length`."""
+        s = self.scaling
+        assert isinstance(s, LongRopeScaling)
+        return replace(self, scaling=replace(s, divisors=s.short_divisors, short_divisors=()))
+
+    @property
     def score_scale(self) -> float:
         """Factor on attention scores, besides the factor on cosines and sines."""
         s = self.scaling
@@ -177,14 +197,34 @@ class Rope:
         return s.m(s.mscale) / s.m(s.mscale_all_dim) if isinstance(s, YarnScaling) else 1.0
 
 
-def rope_tables(rope: Rope, positions_BT: jax.Array, head_dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines of all angles, each `[B, T, 1, rotated / 2]`; B is 1 if rows share positions."""
+def rope_tables(
+    rope: Rope, positions_BT: jax.Array, head_dim: int, dtype: jnp.dtype, is_long_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cosines and sines of all angles, each `[B, T, 1, rotated / 2]`; B is 1 if rows share positions.
+
+    `is_long_BT`, with the same dimensions, says which tokens are of documents longer than `rope.short_length`.
+    """
     freqs = jnp.asarray(rope.frequencies(head_dim), jnp.float32)
+    if is_long_BT is not None:
+        short = jnp.asarray(rope.short.frequencies(head_dim), jnp.float32)
+        freqs = jnp.where(is_long_BT[..., None, None], freqs, short)
     angles = positions_BT.astype(jnp.float32)[..., None, None] * freqs
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.table_scale != 1:
         cos, sin = cos * rope.table_scale, sin * rope.table_scale
     return cos.astype(dtype), sin.astype(dtype)
+
+
+def in_long_documents(positions_BT: jax.Array, segments_BT: jax.Array, length: int) -> jax.Array:
+    """Returns whether each token is of a document that has a position from `length` on, bool `[B, T]`.
+
+    The tokens of a document are neighbors, with positions that grow; no dimension of positions is sharded.
+    """
+    size = segments_BT.shape[1]
+    is_last_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    # The next last token has the smallest index of those that are not before: with what is asked in the lowest bit.
+    coded_BT = 2 * jnp.arange(size) + (positions_BT >= length)
+    return jax.lax.cummin(jnp.where(is_last_BT, coded_BT, 2 * size), axis=1, reverse=True) % 2 == 1
 
 
 def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -65,13 +65,20 @@ def written_again(keys: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _make(folder: Path) -> None:
+    make_references(folder, TINY, {name: write(of, shape) for name, of, shape in published()})
+
+
+def write(of: Family, shape: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of a model, with those of every model."""
+    return {"model_type": of.model_type} | of.write(shape)
+
+
+def make_references(folder: Path, tiny: dict[str, dict[str, Any]], published: dict[str, dict[str, Any]]) -> None:
+    """Writes the outputs of tiny models, and the names of the tensors of published ones, by their configs."""
     folder.mkdir(exist_ok=True)  # what failed before is there
-    configs: dict[str, dict[str, Any]] = {
-        name: {"model_type": family.model_type} | family.write(shape) for name, family, shape in published()
-    }
-    tiny = {name: keys | {"written": written_again(keys)} for name, keys in TINY.items()}
+    tiny = {name: keys | {"written": written_again(keys)} for name, keys in tiny.items()}
     (folder / "tiny.json").write_text(json.dumps(tiny))
-    (folder / "published.json").write_text(json.dumps(configs))
+    (folder / "published.json").write_text(json.dumps(published))
     script = Path(__file__).with_name("torch_models.py")
     made = subprocess.run([TORCH_PYTHON, script, folder], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]

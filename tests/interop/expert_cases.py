@@ -157,7 +157,9 @@ _CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "deepseek_v3": [
         _DEEPSEEK,
-        _DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True},
+        _DEEPSEEK
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": YARN | {"mscale_all_dim": 0.7}},
         _DEEPSEEK
         | {
             "first_k_dense_replace": 0,

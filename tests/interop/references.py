@@ -14,6 +14,8 @@ ONE_KEY = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 10}
 PLAIN = {"num_attention_heads": 3, "num_key_value_heads": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 PHI_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 4.5]}
+DOCUMENTS, PROMPTS = (17, 7), (10, 15, 18)
+"""Lengths of the documents of a row, and of prompts that are continued to 24 tokens, for an original length of 16."""
 
 
 def _tiny(model_type: str, tied: bool = False, layers: int = 3, **keys: Any) -> dict[str, Any]:
@@ -69,7 +71,7 @@ TINY: dict[str, dict[str, Any]] = {
     "llama-tied": _tiny("llama", tied=True, rms_norm_eps=1e-3, rope_scaling=YARN, **PLAIN),
     "llama-long": _tiny(
         "llama",
-        original_max_position_embeddings=16,
+        original_max_position_embeddings=24,
         max_position_embeddings=64,
         rope_scaling={"type": "longrope", **PHI_FACTORS},
         **PLAIN | {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -81,7 +83,7 @@ TINY: dict[str, dict[str, Any]] = {
     "smollm3-plain": _tiny("smollm3", no_rope_layers=[0, 1, 1], attention_bias=True, mlp_bias=True, **PLAIN),
     "qwen2-grouped": _tiny("qwen2", rope_theta=1e6, **GROUPED),
     "qwen2-window": _tiny("qwen2", layers=5, use_sliding_window=True, sliding_window=7, max_window_layers=3, **ONE_KEY),
-    "qwen2-tied": _tiny("qwen2", tied=True, rope_scaling=YARN, **PLAIN),
+    "qwen2-tied": _tiny("qwen2", tied=True, rope_scaling=YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}, **PLAIN),
     "qwen3-grouped": _tiny("qwen3", rope_theta=1e6, **GROUPED),
     "qwen3-window": _tiny(
         "qwen3", use_sliding_window=True, sliding_window=7, layer_types=[WINDOW, FULL, WINDOW], **ONE_KEY
@@ -115,9 +117,16 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt2-wide": _gpt2(n_head=1, n_embd=20, activation_function="gelu_pytorch_tanh"),
     "olmo2-grouped": _tiny("olmo2", **GROUPED),
     "olmo2-one-key": _tiny("olmo2", attention_bias=True, rope_theta=500000.0, **ONE_KEY),
-    "olmo2-tied": _tiny("olmo2", tied=True, rope_scaling=YARN, **PLAIN),
+    "olmo2-tied": _tiny("olmo2", tied=True, rope_scaling=YARN | {"mscale": 0.4}, **PLAIN),
     "olmo3-grouped": _tiny("olmo3", layers=5, sliding_window=6, gradients=True, **GROUPED),
-    "olmo3-one-key": _tiny("olmo3", layers=5, sliding_window=6, rope_theta=500000.0, rope_scaling=YARN, **ONE_KEY),
+    "olmo3-one-key": _tiny(
+        "olmo3",
+        layers=5,
+        sliding_window=6,
+        rope_theta=500000.0,
+        rope_scaling=YARN | {"mscale": 0.7, "attention_factor": 1.3},
+        **ONE_KEY,
+    ),
     "olmo3-tied": _tiny("olmo3", tied=True, sliding_window=30, layer_types=[FULL, FULL, WINDOW], **PLAIN),
     "phi3-grouped": _phi(),
     "phi3-long": _phi(
@@ -126,6 +135,8 @@ TINY: dict[str, dict[str, Any]] = {
         original_max_position_embeddings=16,
         max_position_embeddings=64,
         rope_scaling={"type": "longrope", **PHI_FACTORS},
+        documents=DOCUMENTS,
+        prompts=PROMPTS,
     ),
     "phi3-partial": _phi(partial_rotary_factor=0.5, num_attention_heads=3, num_key_value_heads=1),
     "granite-grouped": _tiny(

@@ -15,10 +15,11 @@ from jaxinfra.models.families import family
 from jaxinfra.models.families.canonical import stated
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
-from jaxinfra.ops.rope import Rope
+from jaxinfra.ops.rope import Rope, YarnScaling
 from tests.interop.conftest import published
 from tests.interop.published_configs import CONFIGS, OLMO3_YARN
 from tests.interop.published_experts import EXPERT_CONFIGS
+from tests.interop.references import YARN
 from tests.interop.test_families import PUBLISHED, tensors
 from tests.refusals import raises
 
@@ -89,6 +90,10 @@ def test_what_a_family_cannot_say_is_named() -> None:
     assert [each.path for each in found] == [f"layers.{index}.mixer.qk_norm" for index in range(1, 16, 2)]
     for option in ({"dropout": 0.1}, {"remat": "full"}, {"layers": (layer, layer)}):  # inference is the same
         assert differences(replace(model, **option), model) == []
+    # Of the families with such attention none multiplies scores.
+    rope = Rope(scaling=YarnScaling(mscale_all_dim=1.0))
+    scores = replace(model, layers=(replace(layer, mixer=replace(layer.mixer, rope=rope)),))
+    assert "mscale" in differences(scores, read({"model_type": "llama"} | of.write(scores)))[0].path
     with raises(ConfigError, "layer 0 LatentAttention Attention"):
         of.write(shape("deepseek-v3"))
 
@@ -121,6 +126,18 @@ WRONG = {
     "no number of experts": ({**CONFIGS["kimi-k2"], "n_routed_experts": None}, "n_routed_experts"),
     "another quantization": (CONFIGS["kimi-k2"] | {"quantization_config": {"quant_method": "awq"}}, "'awq' 'fp8'"),
     "YaRN in a Phi": (CONFIGS["phi-4"] | {"rope_scaling": OLMO3_YARN}, "YarnScaling LongRoPE"),
+    "a factor that YaRN cannot have": (
+        LLAMA | {"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.2}},
+        "1.2",
+    ),
+    "LongRoPE for long documents alone": (
+        CONFIGS["phi-4"] | {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}},
+        "rope_scaling short_factor",
+    ),
+    "YaRN without rounding beside another": (
+        CONFIGS["olmo-3-7b"] | {"rope_scaling": OLMO3_YARN | {"truncate": False}},
+        "truncate=False",
+    ),
     "attention both ways": (CONFIGS["gemma-2-2b"] | {"use_bidirectional_attention": True}, "bidirectional"),
     "scores by layer": (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
 }

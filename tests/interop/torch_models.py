@@ -2,7 +2,9 @@
 
 Runs in an environment of its own, with torch and transformers: `python tests/interop/torch_models.py OUT`.
 `OUT/tiny.json` has the config of each tiny model by name, `OUT/published.json` those of large ones. Of a tiny model
-`OUT/NAME` gets the checkpoint, and `OUT/NAME.npz` tokens, logits, and logits by the config that jaxinfra has "written".
+`OUT/NAME` gets the checkpoint, and `OUT/NAME.npz` tokens, logits, and logits by the config that jaxinfra has "written";
+if the config asks for them also the logits of parts of the rows as "documents" alone, and greedy continuations "after"
+prompts.
 `OUT/NAME.grads` gets the gradients of the mean loss, as a checkpoint, if the config asks for them. `OUT/tensors.json`
 gets the shapes of the tensors of large models, by their names in a checkpoint.
 """
@@ -30,18 +32,25 @@ def model_of(keys: dict) -> torch.nn.Module:
 def write_tiny(name: str, keys: dict, out: Path) -> None:
     torch.manual_seed(0)
     gradients, written = keys.pop("gradients", False), keys.pop("written")
+    documents, prompts = keys.pop("documents", []), keys.pop("prompts", [])
+    length, noise = keys.pop("length", LENGTH), keys.pop("noise", NOISE)
     model = model_of(keys)
     with torch.no_grad():
         # Biases and norms begin with values that would hide a mistake.
         biases = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
         for tensor in (*model.parameters(), *biases):
-            tensor.add_(torch.randn_like(tensor) * NOISE)
+            tensor.add_(torch.randn_like(tensor) * noise)
     model.save_pretrained(out / name)
-    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH))
+    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, length))
     with torch.set_grad_enabled(gradients):
         # The whole Llama 4 of transformers 5.24 fails without images.
         logits = (model.language_model if keys["model_type"] == "llama4" else model)(tokens).logits
     arrays = {"tokens": tokens, "logits": logits.detach()}
+    with torch.no_grad():
+        if documents:
+            arrays["documents"] = torch.cat([model(part).logits for part in tokens.split(documents, 1)], 1)
+        for length in prompts:
+            arrays[f"after {length}"] = model.generate(tokens[:1, :length], do_sample=False, max_length=LENGTH)
     if written is not None:
         other = model_of(written)
         other.load_state_dict(model.state_dict())

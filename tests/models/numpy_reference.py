@@ -4,6 +4,7 @@ It shares only the names of config fields and parameters with the package.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,14 @@ def rotate(x: np.ndarray, position: int, rope: Any) -> np.ndarray:
     return turned
 
 
+def rope_of_document(rope: Any, token: int, segments: np.ndarray | None, length: int) -> Any:
+    """LongRoPE has other divisors for documents up to the original length; a row without segments is one document."""
+    length = length if segments is None else (segments == segments[token]).sum()
+    if not getattr(rope.scaling, "short_divisors", ()) or length > rope.scaling.original_length:
+        return rope
+    return replace(rope, scaling=replace(rope.scaling, divisors=rope.scaling.short_divisors))
+
+
 def linear(x: np.ndarray, params: Params, in_dims: int) -> np.ndarray:
     return np.tensordot(x, params["weight"], axes=in_dims) + params.get("bias", 0.0)
 
@@ -156,7 +165,8 @@ def attention(x_TD, params: Params, config, mixer, positions, segments) -> np.nd
             if mixer.qk_norm == "head":
                 x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm.eps, config.norm.offset)
             if mixer.rope is not None:
-                x_THK[t, h] = rotate(x_THK[t, h], positions[t], mixer.rope)
+                rope = rope_of_document(mixer.rope, t, segments, len(positions))
+                x_THK[t, h] = rotate(x_THK[t, h], positions[t], rope)
     if mixer.temperature is not None:
         for t, position in enumerate(positions):
             q_THK[t] *= 1 + mixer.temperature.scale * math.log(1 + (position + 1) // mixer.temperature.floor)

@@ -25,6 +25,9 @@ LATENT = LatentAttention(
 
 YARN = YarnScaling(factor=4.0, original_length=64, beta_fast=4.0)
 
+LONG = LongRopeScaling(divisors=(1.0, 1.5, 3.0, 9.0), original_length=6)
+BY_LENGTH = replace(LONG, short_divisors=(1.0, 1.1, 1.3, 2.0))
+
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "multi-head": {"num_kv_heads": None},
@@ -79,7 +82,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "clamped swiglu": {"mlp_activation": "clamped_swiglu"},
     "multipliers": {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     "yarn without rounding": {"rope": Rope(theta=100.0, scaling=replace(YARN, truncate=False))},
-    "longrope": {"rope": Rope(scaling=LongRopeScaling(divisors=(1.0, 1.5, 3.0, 9.0), original_length=16))},
+    "longrope": {"rope": Rope(scaling=LONG)},
+    "longrope up to the original length": {"rope": Rope(scaling=replace(BY_LENGTH, original_length=12))},
     "tied": {"tie_embeddings": True},
     "scaled embeddings": {"scale_embeddings": True},
     "learned positions": {"rope": None, "learned_positions": 16},
@@ -118,7 +122,11 @@ DOCUMENTS = np.array([[0] * 5 + [1] * 7, [3] * 1 + [4] * 2 + [9] * 9], np.int32)
 RESTARTED = np.array([[*range(5), *range(7)], [0, 0, 1, *range(9)]], np.int32)
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+PACKED = MODELS | {"longrope": {"rope": Rope(scaling=BY_LENGTH)}}
+"""The last one has other frequencies for the documents of 7 and 9 tokens than for those of 1, 2 and 5."""
+
+
+@pytest.mark.parametrize("changes", PACKED.values(), ids=PACKED)
 def test_documents_of_a_row_do_not_attend_to_each_other(changes: dict[str, Any]) -> None:
     built = build(**changes)
     values, tokens = built.values(), random_tokens()

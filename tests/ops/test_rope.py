@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling, rope_tables, rotate
+from jaxinfra.ops.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+    in_long_documents,
+    rope_tables,
+    rotate,
+)
 from tests.refusals import problem
 
 
@@ -78,6 +87,8 @@ def test_scores_depend_on_the_distance_only() -> None:
         (Rope(theta=1.0, scaling=YarnScaling()), "theta"),
         (Rope(scaling=YarnScaling(factor=0.5)), "factor"),
         (Rope(scaling=YarnScaling(beta_slow=40.0)), "beta_slow=40.0, scaling.beta_fast"),
+        (Rope(scaling=LongRopeScaling(divisors=(1.0, 2.0), short_divisors=(1.0,))), "short_divisors"),
+        (Rope(scaling=LongRopeScaling(divisors=(1.0,), short_divisors=(1.0,))), "short_divisors"),
     ],
 )
 def test_invalid_configs(rope: Rope, field: str) -> None:
@@ -99,3 +110,14 @@ def test_yarn_scales_rotated_features() -> None:
     assert rope.score_scale == 1.0 and rope.table_scale == pytest.approx(0.1 * math.log(8) + 1)
     cos, sin = rope_tables(rope, jnp.array([[0, 3]]), 8, jnp.dtype("float32"))
     assert np.asarray(cos**2 + sin**2) == pytest.approx(np.full(cos.shape, rope.table_scale**2), rel=1e-6)
+
+
+def test_all_tokens_of_a_long_document_are_in_one() -> None:
+    rng = np.random.default_rng(2)
+    for length in (1, 3, 5):
+        lengths = [rng.multinomial(24, [0.2] * 5) for _ in range(6)]
+        segments = np.stack([np.repeat([7, 2, 0, 1, 9], row) for row in lengths])
+        positions = np.stack([np.concatenate([np.arange(count) for count in row]) for row in lengths])
+        expected = np.stack([np.repeat(row > length, row) for row in lengths])
+        found = in_long_documents(jnp.asarray(positions), jnp.asarray(segments), length)
+        assert np.array_equal(found, expected) and expected.any()

@@ -24,7 +24,7 @@ from jaxinfra.models.transformer import Layer
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.objectives.classification import Classification
-from jaxinfra.ops.rope import Rope, YarnScaling
+from jaxinfra.ops.rope import LongRopeScaling, Rope, YarnScaling
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Constant
@@ -167,7 +167,10 @@ DENSE_LAYER = Layer(mixer=replace(DOCUMENTS.model.layers[0].mixer, window=5), ml
 DELTA_LAYER = Layer(
     mixer=GatedDeltaNet(num_key_heads=8, num_value_heads=16, key_head_dim=6, value_head_dim=4), mlp=MLP(dim=64)
 )
-GATED_MIXER = replace(DOCUMENTS.model.layers[0].mixer, sinks=True, qk_norm="all", gate=True)
+BY_LENGTH = LongRopeScaling(divisors=(1.0, 4.0), short_divisors=(1.0, 1.5), original_length=6)
+GATED_MIXER = replace(
+    DOCUMENTS.model.layers[0].mixer, sinks=True, qk_norm="all", gate=True, rope=Rope(scaling=BY_LENGTH)
+)
 PERIODS = replace(
     TIGHT,
     name="periods",
@@ -179,8 +182,8 @@ PERIODS = replace(
         norm=NormConfig(eps=0.01),  # outputs of the recurrence may be near zero: their norm would amplify rounding
     ),
 )
-"""Three periods of unlike layers, gated attention with sinks and experts, and a gated delta net with an MLP, after a
-dense layer with a window: uneven over two stages."""
+"""Three periods of unlike layers, gated attention with sinks, experts and a LongRoPE by the length of a document, and a
+gated delta net with an MLP, after a dense layer with a window: uneven over two stages."""
 
 DEEPSEEK = replace(
     TIGHT,

@@ -50,7 +50,7 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
     kinds = ", ".join(f"{type(each.mixer).__name__} + {type(each.mlp).__name__}" for each in config.layers)
     nbytes = sum(each.nbytes for each in tensors)
     memory = {name: format_bytes(count * size) for name, size in BYTES_PER_PARAM.items()}
-    return {
+    facts = {
         "folder": model.folder.url,
         "family": f"{model.family.model_type} ({model.family.architecture})",
         "layers": f"{config.num_layers}, period of {len(config.layers)}: {kinds}",
@@ -60,6 +60,12 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
         "stored": f"{', '.join(dtypes)}, {format_bytes(nbytes)} in {format_files(len(files))}",
         "memory": f"{memory['weights']} in bfloat16; {memory['training']} to train it in float32 with AdamW",
     }
+    for length in config.short_lengths:
+        facts["positions"] = (
+            f"LongRoPE: short_factor for documents up to {length:,} tokens, long_factor for longer ones; a text that "
+            "becomes longer while it is sampled is computed anew"
+        )
+    return facts
 
 
 def _tokenizer_text(model: PublishedModel) -> str:

@@ -324,9 +324,12 @@ def write_model(model: TransformerConfig) -> dict[str, Any]:
 type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
-def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0, partial: bool = False) -> Rope:
+def read_rope(
+    keys: ModelJson, kind: str | None = None, theta: float = 10000.0, partial: bool = False, scores: bool = False
+) -> Rope:
     """Reads rotary positions; `theta` is the default, and `partial` says whether a part of a head may be rotated.
 
+    `scores` says whether YaRN multiplies attention scores by `m(mscale_all_dim) ** 2`, as DeepSeek's attention does.
     Published files have `rope_theta` and `rope_scaling`; those of transformers 5 have both in `rope_parameters`, for
     models with two kinds of layers an object for each `kind`.
     """
@@ -340,12 +343,12 @@ def read_rope(keys: ModelJson, kind: str | None = None, theta: float = 10000.0, 
     fraction = options.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
     if fraction != 1 and not partial:
         raise ConfigError(f"{keys.where}: partial_rotary_factor is {fraction}; this family has none but 1")
-    rope = Rope(theta=theta, fraction=fraction, scaling=_read_scaling(options, keys))
+    rope = Rope(theta=theta, fraction=fraction, scaling=_read_scaling(options, keys, scores))
     options.close()
     return rope
 
 
-def _read_scaling(keys: ModelJson, model: ModelJson) -> Scaling | None:
+def _read_scaling(keys: ModelJson, model: ModelJson, scores: bool) -> Scaling | None:
     """Reads scaling from its own keys and those of the model."""
     kind = keys.take("rope_type", str, keys.take("type", str, "default"))
     match kind:
@@ -361,7 +364,7 @@ def _read_scaling(keys: ModelJson, model: ModelJson) -> Scaling | None:
                 original_length=keys.take("original_max_position_embeddings", int),
             )
         case "yarn":
-            return _read_yarn(keys, model)
+            return _read_yarn(keys, model, scores)
         case "longrope" | "su":
             return _read_longrope(keys, model)
         case _:
@@ -369,40 +372,42 @@ def _read_scaling(keys: ModelJson, model: ModelJson) -> Scaling | None:
             raise ConfigError(f"{keys.where}: rope_type={quoted(repr(kind))} is not supported; use {known}")
 
 
-def _read_yarn(keys: ModelJson, model: ModelJson) -> YarnScaling:
-    """Reads YaRN, whose factor on cosines and sines is `m(mscale) / m(mscale_all_dim)`, or `attention_factor`."""
+def _read_yarn(keys: ModelJson, model: ModelJson, scores: bool) -> YarnScaling:
+    """Reads YaRN; the factor on cosines and sines is `attention_factor`, or from both mscales, or `m(1)`."""
     original = keys.take("original_max_position_embeddings", int, model.optional("max_position_embeddings", int))
     if "factor" not in keys:
         keys.default(factor=model.take("max_position_embeddings", int) / original)
-    factor, options = keys.take("factor", float), {"mscale": 1.0, "mscale_all_dim": 0.0}
-    if "mscale" in keys or "mscale_all_dim" in keys:
-        options = {name: keys.take(name, float, default) for name, default in options.items()}
-    if (attention := keys.optional("attention_factor", float)) is not None and factor > 1:
-        mscale = (attention - 1) / (0.1 * math.log(factor))  # the published ones are m(1)
-        options = {"mscale": round(mscale, 9), "mscale_all_dim": 0.0}
-    return YarnScaling(
-        factor=factor,
+    yarn = YarnScaling(
+        factor=keys.take("factor", float),
         original_length=original,
         beta_fast=keys.take("beta_fast", float, 32.0),
         beta_slow=keys.take("beta_slow", float, 1.0),
         truncate=keys.take("truncate", bool, True),
-        **options,
     )
+    mscale, all_dim = (keys.take(name, float, 0.0) for name in ("mscale", "mscale_all_dim"))
+    if yarn.factor <= 1:  # then m is 1 for all weights
+        keys.require("attention_factor", 1, default=1)
+        return yarn
+    on_table = yarn.m(mscale) / yarn.m(all_dim) if mscale and all_dim else yarn.m(1)
+    on_table, on_scores = keys.take("attention_factor", float, on_table), all_dim if scores else 0.0
+    mscale = (on_table * yarn.m(on_scores) - 1) / (0.1 * math.log(yarn.factor))  # so that `table_scale` is `on_table`
+    return replace(yarn, mscale=round(mscale, 9), mscale_all_dim=on_scores)
 
 
 def _read_longrope(keys: ModelJson, model: ModelJson) -> LongRopeScaling:
-    """Reads LongRoPE for the longest context: with "long_factor" if that is above the original length."""
+    """Reads LongRoPE: "long_factor", and "short_factor" for documents up to the original length."""
     longest = model.take("max_position_embeddings", int)
     original = keys.take("original_max_position_embeddings", int, longest)
     original = model.take("original_max_position_embeddings", int, original)
     keys.require("attention_factor", None)
-    keys.ignore("long_factor", "short_factor")
-    name = "long_factor" if longest > original else "short_factor"
-    divisors = keys.take(name, list)
-    if original < 2 or not all(isinstance(each, (int, float)) for each in divisors):
-        raise ConfigError(f"{keys.where}: {name} must be a list of numbers, and the original length at least 2")
+    lists = [keys.take(name, list) for name in ("long_factor", "short_factor")]
+    if original < 2 or not all(isinstance(each, (int, float)) for each in sum(lists, [])):
+        expected = "long_factor and short_factor must be lists of numbers, and the original length at least 2"
+        raise ConfigError(f"{keys.where}: {expected}")
+    long, short = (tuple(map(float, each)) for each in lists)
     factor = keys.take("factor", float, max(longest / original, 1.0))
-    return LongRopeScaling(divisors=tuple(map(float, divisors)), factor=factor, original_length=original)
+    short = () if short == long else short
+    return LongRopeScaling(divisors=long, short_divisors=short, factor=factor, original_length=original)
 
 
 def write_rope(rope: Rope | None) -> dict[str, Any]:
@@ -428,10 +433,12 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
             keys["rope_scaling"] = _write_yarn(scaling)
         case LongRopeScaling() as scaling:
             keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
-            keys["original_max_position_embeddings"] = scaling.original_length
-            # Both, since the model has these divisors for every length.
-            factors = {"long_factor": [*scaling.divisors], "short_factor": [*scaling.divisors]}
-            keys["rope_scaling"] = {"type": "longrope", **factors}
+            keys["rope_scaling"] = {
+                **dict.fromkeys(("type", "rope_type"), "longrope"),  # engines look for either
+                "long_factor": [*scaling.divisors],
+                "short_factor": [*(scaling.short_divisors or scaling.divisors)],
+                "original_max_position_embeddings": scaling.original_length,
+            }
         case None:
             pass
     return keys

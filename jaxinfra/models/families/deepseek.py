@@ -52,7 +52,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.ignore("head_dim", "qk_head_dim")  # they follow from others
     mixer = LatentAttention(
         q_lora_rank=keys.optional("q_lora_rank", int),
-        rope=read_rope(keys),
+        rope=read_rope(keys, scores=True),
         norm_eps=None if keys.take("rms_norm_eps", float, 1e-6) == LATENT_EPS else LATENT_EPS,
         **read_fields(keys, FIELDS),
     )

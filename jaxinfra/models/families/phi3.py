@@ -1,7 +1,4 @@
-"""Phi-3 (Abdin et al. 2024) and Phi-4: queries, keys and values in one tensor, and gate and up in another.
-
-With LongRoPE the rotary positions are those of the longest context, also for short sequences.
-"""
+"""Phi-3 (Abdin et al. 2024) and Phi-4: queries, keys and values in one tensor, and gate and up in another."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -57,7 +54,7 @@ PHI4_MINI_DIVISORS = (
     18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64,
     32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
 )  # fmt: skip
-_MINI_ROPE = Rope(theta=10000.0, fraction=0.75, scaling=LongRopeScaling(divisors=PHI4_MINI_DIVISORS, factor=32.0))
+_MINI_SCALING = LongRopeScaling(divisors=PHI4_MINI_DIVISORS, short_divisors=(1.0,) * 48, factor=32.0)
 
 SHAPES: dict[str, TransformerConfig] = {
     "phi-3-mini-4k": _phi3(num_layers=32, hidden_size=3072, num_heads=32, num_kv_heads=32, mlp_dim=8192),
@@ -69,7 +66,7 @@ SHAPES: dict[str, TransformerConfig] = {
         num_heads=24,
         num_kv_heads=8,
         mlp_dim=8192,
-        rope=_MINI_ROPE,
+        rope=Rope(theta=10000.0, fraction=0.75, scaling=_MINI_SCALING),
         window=262144,
         vocab_size=200064,
         tie_embeddings=True,
@@ -79,7 +76,7 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Phi-3."""
-    keys.default(rms_norm_eps=1e-5)
+    keys.default(rms_norm_eps=1e-5, original_max_position_embeddings=4096)
     for name in ("full_attn_mod", "interpolate_factor"):  # of the code published with Phi-4-mini
         keys.require(name, 1, default=1)
     keys.ignore("original_max_position_embeddings")
@@ -93,7 +90,10 @@ def read(keys: ModelJson) -> TransformerConfig:
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Phi-3."""
     mixer, _ = dense_layers(model)[0]
-    return write_model(model) | write_rope(mixer.rope) | {"sliding_window": mixer.window}
+    keys = write_model(model) | write_rope(mixer.rope) | {"sliding_window": mixer.window}
+    if mixer.rope is not None and isinstance(mixer.rope.scaling, LongRopeScaling):
+        keys["original_max_position_embeddings"] = mixer.rope.scaling.original_length  # where Phi-3 has it
+    return keys
 
 
 def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:

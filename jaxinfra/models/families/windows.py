@@ -7,7 +7,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.families.common import read_rope
-from jaxinfra.ops.rope import Rope
+from jaxinfra.ops.rope import Rope, YarnScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers: without a window, and with one."""
@@ -48,8 +48,13 @@ def first_of(mixers: Sequence[Attention], kind: str) -> Attention:
 def read_two_ropes(keys: ModelJson, theta: float, sliding: Callable[[Rope], Rope]) -> dict[str, Rope]:
     """Reads rotary positions of layers without and with a window.
 
-    Published files scale only the former; `sliding` returns the latter. `rope_parameters` have both.
+    Published files scale only the former; `sliding` returns the latter. `rope_parameters` have both. What transformers
+    does not see where there are two is refused.
     """
+    keys.require("original_max_position_embeddings", None)
     full = read_rope(keys, FULL, theta)
     unscaled = sliding(full)
-    return {FULL: full, SLIDING: read_rope(keys, SLIDING, unscaled.theta) if "rope_parameters" in keys else unscaled}
+    ropes = {FULL: full, SLIDING: read_rope(keys, SLIDING, unscaled.theta) if "rope_parameters" in keys else unscaled}
+    if any(isinstance(rope.scaling, YarnScaling) and not rope.scaling.truncate for rope in ropes.values()):
+        raise ConfigError(f"{keys.where}: truncate=False is not supported for two kinds of layers, only True")
+    return ropes
