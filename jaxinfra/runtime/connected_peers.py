@@ -12,8 +12,8 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - `Peers.gather` exchanges small values.
 - A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
-The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
-one of the same host. Neither asks who connects: use them only inside a trusted network.
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator. Who connects must know the
+secret of the start (`door`). The connections to JAX's service go through the same port (`relay`).
 """
 
 import threading
@@ -35,16 +35,18 @@ from jaxinfra.errors import (
     StorageError,
     error_of_code,
 )
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Json, ProtocolError, connect, listen
+from jaxinfra.runtime.door import Json
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection, connect, free_port, listen
 from jaxinfra.runtime.peer_hub import Hub
 from jaxinfra.runtime.peers import GRACE_S, INTERRUPTED, Peers
 from jaxinfra.runtime.progress import compare, hung_error
+from jaxinfra.runtime.relay import LOOPBACK, RELAY, relay
 from jaxinfra.runtime.step_agreement import Action
 from jaxinfra.user_code import Ending, ending_of
 
 JOIN_S = 300.0
 """Longest wait for all processes to join."""
-SILENCE_S = 10.0
+SILENCE_S = 30.0
 """Silence after which a process counts as lost."""
 GATHER_S = 600.0
 """Longest wait for a value of another process."""
@@ -65,6 +67,7 @@ class ConnectedPeers(Peers):
         address: HOST:PORT of process 0.
         count: number of processes.
         index: of this one.
+        secret: of this start, which all processes know.
         known_hosts: hosts that a scheduler named, for messages about processes that are missing.
         join_s: longest wait for all to join.
         silence_s: silence after which a process counts as lost.
@@ -76,6 +79,7 @@ class ConnectedPeers(Peers):
         count: int,
         index: int,
         *,
+        secret: str = "",
         known_hosts: Sequence[str] = (),
         join_s: float = JOIN_S,
         silence_s: float = SILENCE_S,
@@ -89,12 +93,14 @@ class ConnectedPeers(Peers):
         self._rounds: Counter[str] = Counter()
         self._hub = None
         if index == 0:
-            self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
+            self._hub = Hub(listen(address), secret, count, known_hosts, join_s=join_s, silence_s=silence_s)
         deadline_s = time.monotonic() + join_s
         own_name = f"process {index} ({self.hosts[0]})"
-        self._connection, self.addresses = connect(address, silence_s, join_s, own_name)
-        with suppress(OSError):  # the receiving thread says so
-            self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0], version=__version__)
+        hello = {"index": index, "count": count, "host": self.hosts[0], "version": __version__}
+        channel = connect(address, secret, hello, join_s, own_name)
+        self.addresses = channel.getsockname()[0], channel.getpeername()[0]
+        self._connection = Connection(channel, silence_s)
+        self._dial = lambda: connect(address, secret, RELAY, join_s, own_name)
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
@@ -106,10 +112,18 @@ class ConnectedPeers(Peers):
             self._connection.close()
             if self._hub is not None:  # tells also those that connect a moment later
                 self._hub.all_left.wait(GRACE_S)
+                self._hub.close()
             if isinstance(error, JaxinfraError):
                 raise
             cause = f"did not connect all processes within {join_s:.0f} s of the start of {own_name}"
             raise PeerLostError(f"process 0 at {address}: {cause}; {AGAIN}") from None
+
+    def serve_devices(self) -> str:
+        """Returns HOST:PORT at which this process reaches JAX's service; there process 0 must start it."""
+        if self._hub is not None:
+            self._hub.service_port = free_port(LOOPBACK)
+        port = self.broadcast(self._hub and self._hub.service_port)
+        return f"{LOOPBACK}:{port if self.index == 0 else relay(self._dial)}"
 
     @property
     def has_left(self) -> bool:
@@ -202,8 +216,9 @@ class ConnectedPeers(Peers):
         ending = ending_of(error)
         try:
             if error is None or ending.code in (0, Preempted.exit_code):  # all stop after the same step
-                self._gather({"done": True}, "main", wait_s, "has ended its program, but another one has not")
-                _disconnect_devices()
+                late = "has ended its program, but another one has not"
+                if all("done" in each for each in self._gather({"done": True}, "main", wait_s, late)):
+                    _disconnect_devices()  # else it would wait for those that have left
             else:
                 self.raise_cause_of(error)
         except BaseException as cause:
@@ -221,6 +236,7 @@ class ConnectedPeers(Peers):
         if self._hub is not None:
             # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
             self._hub.all_left.wait(_LEAVE_S)
+            self._hub.close()
         self._closed.set()
         self._connection.close()
 
@@ -272,9 +288,6 @@ class ConnectedPeers(Peers):
         except TimeoutError:
             cause = f"{self.name_of(0)}: was silent for {self._silence_s:.0f} s, stopped or cut off"
             self._fail(hung_error(cause, compare({self.index: self.progress()}, self.name_of)), joined)
-        except ProtocolError as error:
-            fix = "check --coordinator or JAX_COORDINATOR_ADDRESS: another program listens there"
-            self._fail(ConfigError(f"{self.name_of(0)}: {error.strerror}; {fix}"), joined)
         except OSError as error:
             self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {AGAIN}"), joined, grace_s=0.0)
 

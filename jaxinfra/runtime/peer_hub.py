@@ -14,18 +14,32 @@ from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection, Json
+from jaxinfra.runtime.door import RETRY_S, Door, Json
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection
 from jaxinfra.runtime.progress import compare, hung_error
+from jaxinfra.runtime.relay import RELAY, pass_on
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
 
 class Hub:
-    """Process 0's side: a connection to each process, itself included, and two threads for each."""
+    """Process 0's side: a connection to each process, itself included, and two threads for each.
+
+    Attributes:
+        all_left: is set once all processes have left.
+        service_port: where JAX's service listens on the loopback interface.
+    """
 
     def __init__(
-        self, listener: socket.socket, count: int, known_hosts: Sequence[str], *, join_s: float, silence_s: float
+        self,
+        listener: socket.socket,
+        secret: str,
+        count: int,
+        known_hosts: Sequence[str],
+        *,
+        join_s: float,
+        silence_s: float,
     ) -> None:
-        self._listener, self._count, self._known_hosts = listener, count, known_hosts
+        self._count, self._known_hosts = count, known_hosts
         self._join_s, self._silence_s = join_s, silence_s
         self._members: dict[int, _Outbox] = {}
         self._hosts: dict[int, str] = {}
@@ -39,38 +53,35 @@ class Hub:
         self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
-        threading.Thread(target=self._accept, name="peers-accept", daemon=True).start()
+        self.all_joined, self.service_port = threading.Event(), 0
+        self._door = Door(listener, secret, count, self._is_wanted, self._serve)
+        threading.Thread(target=self._await_all, name="peers-join", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-hub-beat", daemon=True).start()
 
-    def _accept(self) -> None:
-        """Accepts connections until all have joined or the time is over; also tells late ones of a failure."""
-        deadline_s = time.monotonic() + self._join_s
-        self._listener.settimeout(RETRY_S)
-        while len(self._members) < self._count and time.monotonic() < deadline_s:
-            try:
-                channel, _ = self._listener.accept()
-            except OSError:  # none came; or there are too many open files, for a while
-                time.sleep(RETRY_S / 10)
-            else:
-                threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
-        self._listener.close()
-        if len(self._members) < self._count:
-            self._fail(PeerLostError(self._missing()))
+    def _await_all(self) -> None:
+        if not self.all_joined.wait(self._join_s):
+            self._fail(PeerLostError(self._missing()))  # also tells those that come later
+
+    def _is_wanted(self, hello: Json) -> bool:
+        """Whether a connection may be of this start: one that comes after all have joined is of the next one."""
+        return hello == RELAY or not self.all_joined.is_set()
 
     def _missing(self) -> str:
         absent = [index for index in range(self._count) if index not in self._members]
         hosts = {index: f" ({self._known_hosts[index]})" if self._known_hosts else "" for index in absent}
         listed = ", ".join(f"{index}{hosts[index]}" for index in absent[:8]) + (" ..." if len(absent) > 8 else "")
         verb = "processes" if len(absent) > 1 else "process"
-        return f"{verb} {listed} of {self._count}: not joined within {self._join_s:.0f} s; start all processes again"
+        others = f", {', '.join(sorted(self._door.refused)[:8])} came with another secret" * bool(self._door.refused)
+        late = f"not joined within {self._join_s:.0f} s{others}"
+        return f"{verb} {listed} of {self._count}: {late}; start all processes again"
 
-    def _serve(self, channel: socket.socket) -> None:
+    def _serve(self, channel: socket.socket, hello: Json) -> None:
         """The thread of a connection: receives messages until the process leaves or is lost."""
-        with closing(Connection(channel, self._silence_s, from_stranger=True)) as connection:
-            try:
-                index = self._admit(connection.receive() or {}, connection)
-            except OSError:  # not one of our processes
-                return
+        if hello == RELAY:
+            pass_on(channel, self.service_port, self._join_s)
+            return
+        with closing(Connection(channel, self._silence_s, of_hub=True)) as connection:
+            index = self._admit(hello, connection)
             if index is not None:
                 self._receive(index, connection)
                 self._members[index].close()
@@ -112,13 +123,11 @@ class Hub:
         return f"process {index} ({self._hosts[index]})"
 
     def _admit(self, hello: Mapping[str, Json], connection: Connection) -> int | None:
-        """Adds a process; returns None if it is none of ours, or if it does not fit, which ends all of them."""
-        index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
-        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str) and 0 <= index < count):
-            return None
+        """Adds a process; returns None if it does not fit, which ends all of them."""
+        index, count, host, version = (hello[name] for name in ("index", "count", "host", "version"))
         with self._lock:
             failure = self._failure
-            if (problem := self._misfit(index, count, host, hello["version"])) is not None:
+            if (problem := self._misfit(index, count, host, version)) is not None:
                 failure = ConfigError(problem)
             if failure is not None:
                 with suppress(OSError):  # it has gone
@@ -127,6 +136,7 @@ class Hub:
                 return None
             self._members[index], self._hosts[index] = _Outbox(connection), host
             if len(self._members) == self._count:
+                self.all_joined.set()
                 self._send_all(kind="joined", hosts=[self._hosts[each] for each in range(self._count)])
         return index
 
@@ -155,7 +165,7 @@ class Hub:
         for key, values in list(self._values.items()):
             if len(values.keys() | self._left) == self._count:
                 del self._values[key]
-                found = [values.get(each, {"done": True}) for each in range(self._count)]
+                found = [values.get(each, {"left": True}) for each in range(self._count)]
                 if key in self._for_first:
                     self._for_first.remove(key)
                     self._members[0].put(kind="values", round=key, values=found)
@@ -226,6 +236,10 @@ class Hub:
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
             self._send_all(kind="beat", progress={})
+
+    def close(self) -> None:
+        """Lets nobody connect any more."""
+        self._door.close()
 
 
 class _Outbox:
