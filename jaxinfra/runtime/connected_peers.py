@@ -178,12 +178,20 @@ class ConnectedPeers(Peers):
 
     @override
     def end_hung(self, cause: str) -> None:
+        if self.settled is not None:
+            self._exit_settled(self.settled)
         with suppress(OSError):  # process 0 has gone
             self._connection.send(kind="hung", cause=cause)
         if not self._failed.wait(GRACE_S):  # process 0 is stopped, or cut off
             error = hung_error(f"{self.name_of(self.index)}: {cause}", f"{self.name_of(0)} does not answer")
             self._fail(error)
         self._end_process()
+
+    @override
+    def _exit_settled(self, ending: JaxinfraError) -> NoReturn:
+        with self.exit_lock:
+            self._disconnect(Ending(ending.exit_code, ""))
+            super()._exit_settled(ending)
 
     @override
     def raise_if_lost(self, wait_s: float = 0.0) -> None:
