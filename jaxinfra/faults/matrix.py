@@ -41,7 +41,7 @@ class Outcome:
     seconds: float
 
 
-_MODULES = ("kills", "stops", "hangs", "damage", "numbers", "layouts", "buckets", "formats", "soak")
+_MODULES = ("kills", "stops", "hangs", "damage", "numbers", "layouts", "buckets", "formats", "network", "soak")
 _rows: list[Row] = []  # the modules add theirs when they are imported
 
 

@@ -19,8 +19,6 @@ from jaxinfra.train.phases import Phases, Progress, attempt_start_s
 
 _LOOK_S = 1.0
 """Time between two looks at the progress."""
-SETTLED_S = 90.0
-"""Longest time from the last save of a training that was asked to stop to its end; storage is tried for a minute."""
 _STOPPED_S = 5.0
 """A look that comes so late was held up by a stop of the whole process."""
 
@@ -93,7 +91,7 @@ class Watch:
             idle_s = min(progress.idle_s, looked_s - woke_s)
             limit_s = deadline_s(self._config, self.phases, progress)
             if self._peers.settled is not None:
-                limit_s = min(SETTLED_S, limit_s or SETTLED_S)
+                limit_s = self._config.end_s
             if limit_s is not None and idle_s > limit_s:
                 if self._ledger is not None:
                     self._ledger.write()
