@@ -27,14 +27,15 @@ def all_stacks() -> str:
 
 
 def threads_that_hang(*, with_main: bool = True) -> list[str]:
-    """Returns where the main thread is, and each that Python waits for at its end."""
+    """Returns where the main thread is, and each that it joins or that Python waits for at its end."""
     frames, main = sys._current_frames(), threading.main_thread()
-    threads = [each for each in threading.enumerate() if not each.daemon and each is not main]
-    return [
-        f"{each.name} in {_place(frames[each.ident or 0])}"
-        for each in ([main] * with_main + threads)
-        if each.ident in frames
-    ]
+    joined, frame = None, frames.get(main.ident or 0)
+    while frame is not None and joined is None:
+        joined = frame.f_locals.get("self") if frame.f_code is threading.Thread.join.__code__ else None
+        frame = frame.f_back
+    threads = [main] * with_main
+    threads += [each for each in threading.enumerate() if each is not main and (each is joined or not each.daemon)]
+    return [f"{each.name} in {_place(frames[each.ident or 0])}" for each in threads if each.ident in frames]
 
 
 def _place(innermost: FrameType) -> str:
