@@ -11,8 +11,8 @@ from jaxinfra.bench.slow_link import SlowLink, address_of
 from jaxinfra.errors import ConfigError, HungError, PeerLostError
 from jaxinfra.faults.harness import Harness, NotSurvived, require, until, wait
 from jaxinfra.faults.matrix import row
-from jaxinfra.runtime.door import HELLO_S, SECRET, OtherSecretError, knock, new_secret
-from jaxinfra.runtime.peer_connection import free_port
+from jaxinfra.runtime.door import SECRET, new_secret
+from jaxinfra.runtime.peer_connection import connect, free_port
 
 _LOST = {PeerLostError.exit_code, HungError.exit_code}
 _SENT = b"", b"{", b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000 + b"\n", os.urandom(5000)  # by strangers
@@ -96,6 +96,6 @@ def _disturb(address: tuple[str, int], number: int, stack: ExitStack) -> None:
         with suppress(ConnectionError):  # it was shown the door
             stranger.sendall(_SENT[index % len(_SENT)])
     hello = {"index": 1, "count": 2, "host": "stranger", "version": __version__}
-    with suppress(OtherSecretError), socket.create_connection(address, timeout=60) as stranger:
-        knock(stranger, "", hello, HELLO_S)
+    with suppress(ConfigError):  # which names the other secret
+        connect(f"{address[0]}:{address[1]}", "", hello, 60.0, "a stranger")
         raise NotSurvived("a hello without the secret was believed")

@@ -12,7 +12,12 @@ import pytest
 
 from jaxinfra.runtime.door import Door, OtherSecretError, ProtocolError, knock
 
-STRANGERS = 500
+STRANGERS = 200
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxinfra.runtime.door.HELLO_S", 60.0)
 
 
 @contextmanager
