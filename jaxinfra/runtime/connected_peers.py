@@ -12,8 +12,8 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - `Peers.gather` exchanges small values.
 - A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
-The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator. Who connects must know the
-secret of the start (`door`). The connections to JAX's service go through the same port (`relay`).
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator. Who connects must know
+the secret of the start (`door`). The connections to JAX's service go through the same port (`relay`).
 """
 
 import threading

@@ -128,7 +128,7 @@ class Door:
             self._serve(channel, hello)
 
     def _ask(self, channel: socket.socket, address: str) -> Json:
-        """Returns the hello of who knows the secret; raises OSError if it is not wanted, and all kinds for strangers."""
+        """Returns the hello of who knows the secret; raises OSError if it is not wanted, or anything for a stranger."""
         deadline_s, own = time.monotonic() + HELLO_S, secrets.token_hex(16)
         channel.settimeout(HELLO_S)
         _send(channel, {"nonce": own})

@@ -7,7 +7,6 @@ process waits in a queue of its own, so that one that is stopped holds up no oth
 import itertools
 import socket
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from queue import SimpleQueue

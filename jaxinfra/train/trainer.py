@@ -184,9 +184,9 @@ class Trainer:
         return summary
 
     def _preempted(self, reason: str) -> Preempted:
+        steps = f"step {self.completed_steps} of {self.run.train.steps}"
         return Preempted(
-            f"{self.run_dir.location}: stopped by {reason} after step {self.completed_steps} of {self.run.train.steps}, "
-            "saved; start the same command to go on"
+            f"{self.run_dir.location}: stopped by {reason} after {steps}, saved; start the same command to go on"
         )
 
     def _accept(self, changed: Sequence[Difference]) -> None:

@@ -37,9 +37,15 @@ sys.exit(entry())
     [
         ("threading.Thread(target=forever, name='plain').start()", "plain in forever"),
         ("ThreadPoolExecutor(1, 'pool').submit(forever)", "pool_0 in forever"),
-        ("threading.Thread(target=ThreadPoolExecutor(1, 'inner').submit, args=[forever], daemon=True).start()", "inner_0"),
+        (
+            "threading.Thread(target=ThreadPoolExecutor(1, 'inner').submit, args=[forever], daemon=True).start()",
+            "inner_0 in forever",
+        ),
         ("atexit.register(forever)", "MainThread in forever"),
-        ("p = multiprocessing.pool.ThreadPool(1); p.apply_async(forever); p.close(); atexit.register(p.join)", "_handle_workers"),
+        (
+            "p = multiprocessing.pool.ThreadPool(1); p.apply_async(forever); p.close(); atexit.register(p.join)",
+            "_handle_workers",
+        ),
         ("threading.Thread(target=forever, daemon=True).start()", None),
     ],
 )

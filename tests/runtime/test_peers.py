@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -253,7 +252,8 @@ def test_strangers_change_nothing() -> None:
     """Whatever they send; also what would have been the hello of a process, with another secret or the wrong proof."""
     address, hello = free_address(), {"index": 1, "count": 2, "host": "x", "version": __version__}
     proof = {"nonce": "0" * 32, "hello": hello, "proof": "0" * 64}
-    garbage = b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"[" * 5000, os.urandom(5000), b"", b'{"kind": "hello", "index": 1}\n'
+    old = b'{"kind": "hello", "index": 1, "count": 2, "host": "x"}\n'
+    garbage = b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"[" * 5000, os.urandom(5000), b"", old
     with ThreadPoolExecutor(2) as threads, ExitStack() as open_until_the_end:
         first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=20.0)
         for secret in "", "guessed":
