@@ -12,8 +12,8 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - `Peers.gather` exchanges small values.
 - A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
-The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator. Who connects must know
-the secret of the start (`door`). The connections to JAX's service go through the same port (`relay`).
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; who connects must know the
+secret of the start (`door`). JAX's service has a free port of the same host, and asks nobody: use a private network.
 """
 
 import threading
@@ -36,11 +36,10 @@ from jaxinfra.errors import (
     error_of_code,
 )
 from jaxinfra.runtime.door import Json
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection, connect, free_port, listen
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection, connect, listen
 from jaxinfra.runtime.peer_hub import Hub
 from jaxinfra.runtime.peers import GRACE_S, INTERRUPTED, Peers
 from jaxinfra.runtime.progress import compare, hung_error
-from jaxinfra.runtime.relay import LOOPBACK, RELAY, relay
 from jaxinfra.runtime.step_agreement import Action
 from jaxinfra.user_code import Ending, ending_of
 
@@ -100,7 +99,6 @@ class ConnectedPeers(Peers):
         channel = connect(address, secret, hello, join_s, own_name)
         self.addresses = channel.getsockname()[0], channel.getpeername()[0]
         self._connection = Connection(channel, silence_s)
-        self._dial = lambda: connect(address, secret, RELAY, join_s, own_name)
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
@@ -112,18 +110,10 @@ class ConnectedPeers(Peers):
             self._connection.close()
             if self._hub is not None:  # tells also those that connect a moment later
                 self._hub.all_left.wait(GRACE_S)
-                self._hub.close()
             if isinstance(error, JaxinfraError):
                 raise
             cause = f"did not connect all processes within {join_s:.0f} s of the start of {own_name}"
             raise PeerLostError(f"process 0 at {address}: {cause}; {AGAIN}") from None
-
-    def serve_devices(self) -> str:
-        """Returns HOST:PORT at which this process reaches JAX's service; there process 0 must start it."""
-        if self._hub is not None:
-            self._hub.service_port = free_port(LOOPBACK)
-        port = self.broadcast(self._hub and self._hub.service_port)
-        return f"{LOOPBACK}:{port if self.index == 0 else relay(self._dial)}"
 
     @property
     def has_left(self) -> bool:
@@ -244,7 +234,6 @@ class ConnectedPeers(Peers):
         if self._hub is not None:
             # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
             self._hub.all_left.wait(_LEAVE_S)
-            self._hub.close()
         self._closed.set()
         self._connection.close()
 

@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError
 from jaxinfra.runtime import cpu_collectives, ray_train
 from jaxinfra.runtime.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
 from jaxinfra.runtime.door import SECRET, new_secret
-from jaxinfra.runtime.peer_connection import AGAIN, is_loopback
+from jaxinfra.runtime.peer_connection import AGAIN, free_port, is_loopback
 from jaxinfra.runtime.peers import Peers, current_peers, set_current_peers
 from jaxinfra.runtime.processes import Processes, find_processes
 from jaxinfra.runtime.signals import RunSignals
@@ -96,7 +96,8 @@ def _connect_devices(peers: ConnectedPeers, processes: Processes, join_s: float,
         assert jax.process_index() == processes.index, "the scheduler has given JAX another index than ours"
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, and acts between steps only
-    service = peers.serve_devices()
+    host = processes.coordinator.rpartition(":")[0]
+    service = f"{host}:{peers.broadcast(free_port())}"
     try:
         jax.distributed.initialize(
             service,
@@ -104,14 +105,17 @@ def _connect_devices(peers: ConnectedPeers, processes: Processes, join_s: float,
             processes.index,
             local_device_ids=processes.local_devices,
             cluster_detection_method="deactivate",
-            coordinator_bind_address=service,
+            coordinator_bind_address=service if is_loopback(host) else None,
             initialization_timeout=round(join_s),
             heartbeat_timeout_seconds=_JAX_HEARTBEAT_S,
             shutdown_timeout_seconds=round(2 * silence_s),
         )
     except jax.errors.JaxRuntimeError as error:
         peers.raise_cause_of(error)
-        raise PeerLostError(f"JAX's service does not connect the processes: {cause_of(error)}; {AGAIN}") from error
+        raise PeerLostError(
+            f"{service}: JAX's service does not connect the processes: {cause_of(error)}; open the ports of {host} for "
+            f"the other hosts, as JAX takes any free one, and {AGAIN}"
+        ) from error
     cpu_collectives.use_address(cpu_collectives.reachable_address(peers.gather(peers.addresses), peers.index))
 
 

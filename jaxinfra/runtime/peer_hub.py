@@ -7,26 +7,24 @@ process waits in a queue of its own, so that one that is stopped holds up no oth
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.door import RETRY_S, Door, Json
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection
+from jaxinfra.runtime.door import Json, answer
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
 from jaxinfra.runtime.progress import compare, hung_error
-from jaxinfra.runtime.relay import RELAY, pass_on
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
 
-class Hub:
-    """Process 0's side: a connection to each process, itself included, and two threads for each.
+_STRANGERS = 64  # that may wait at a time, beside the processes of the run
 
-    Attributes:
-        all_left: is set once all processes have left.
-        service_port: where JAX's service listens on the loopback interface.
-    """
+
+class Hub:
+    """Process 0's side: a connection to each process, itself included, and two threads for each."""
 
     def __init__(
         self,
@@ -38,7 +36,8 @@ class Hub:
         join_s: float,
         silence_s: float,
     ) -> None:
-        self._count, self._known_hosts = count, known_hosts
+        self._listener, self._secret, self._count, self._known_hosts = listener, secret, count, known_hosts
+        self._unknown: dict[socket.socket, None] = {}  # in the order in which they came
         self._join_s, self._silence_s = join_s, silence_s
         self._members: dict[int, _Outbox] = {}
         self._hosts: dict[int, str] = {}
@@ -52,33 +51,48 @@ class Hub:
         self._failure: JaxinfraError | None = None
         self._lock = threading.RLock()
         self.all_left = threading.Event()
-        self.all_joined, self.service_port = threading.Event(), 0
-        self._door = Door(listener, secret, count, self._is_wanted, self._serve)
-        threading.Thread(target=self._await_all, name="peers-join", daemon=True).start()
+        threading.Thread(target=self._accept, name="peers-accept", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-hub-beat", daemon=True).start()
 
-    def _await_all(self) -> None:
-        if not self.all_joined.wait(self._join_s):
-            self._fail(PeerLostError(self._missing()))  # also tells those that come later
+    def _accept(self) -> None:
+        """Accepts connections until all have joined or the time is over; also tells late ones of a failure."""
+        deadline_s = time.monotonic() + self._join_s
+        self._listener.settimeout(RETRY_S)
+        while len(self._members) < self._count and time.monotonic() < deadline_s:
+            try:
+                channel, _ = self._listener.accept()
+            except OSError:  # none came; or there are too many open files, for a while
+                time.sleep(RETRY_S / 10)
+            else:
+                self._unknown[channel] = None
+                if len(self._unknown) > self._count + _STRANGERS:
+                    self._hang_up([*self._unknown][0])
+                threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
+        self._listener.close()
+        if len(self._members) < self._count:
+            self._fail(PeerLostError(self._missing()))
 
-    def _is_wanted(self, hello: Json) -> bool:
-        """Whether a connection may be of this start: one that comes after all have joined is of the next one."""
-        return hello == RELAY or not self.all_joined.is_set()
+    def _hang_up(self, channel: socket.socket) -> None:
+        self._unknown.pop(channel, None)
+        with suppress(OSError):  # it has gone
+            channel.shutdown(socket.SHUT_RDWR)  # wakes its thread
 
     def _missing(self) -> str:
         absent = [index for index in range(self._count) if index not in self._members]
         hosts = {index: f" ({self._known_hosts[index]})" if self._known_hosts else "" for index in absent}
         listed = ", ".join(f"{index}{hosts[index]}" for index in absent[:8]) + (" ..." if len(absent) > 8 else "")
         verb = "processes" if len(absent) > 1 else "process"
-        others = f", {', '.join(sorted(self._door.refused)[:8])} came with another secret" * bool(self._door.refused)
-        late = f"not joined within {self._join_s:.0f} s{others}"
-        return f"{verb} {listed} of {self._count}: {late}; start all processes again"
+        return f"{verb} {listed} of {self._count}: not joined within {self._join_s:.0f} s; start all processes again"
 
-    def _serve(self, channel: socket.socket, hello: Json) -> None:
+    def _serve(self, channel: socket.socket) -> None:
         """The thread of a connection: receives messages until the process leaves or is lost."""
-        if hello == RELAY:
-            pass_on(channel, self.service_port, self._join_s)
+        try:
+            hello = answer(channel, self._secret)
+        except OSError:  # not one of our processes
+            channel.close()
             return
+        finally:
+            self._unknown.pop(channel, None)
         with closing(Connection(channel, self._silence_s, of_hub=True)) as connection:
             index = self._admit(hello, connection)
             if index is not None:
@@ -109,11 +123,12 @@ class Hub:
         except OSError as error:
             cause = error.strerror or str(error)
         if cause is None:
-            lost = self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off")
+            self._fail(self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off"))
+            later = threading.Timer(2 * BEAT_S, self._leave, [index, None])  # it may hear of it, and leaves before
+            later.daemon = True
+            later.start()
         else:
-            lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
-        self._fail(lost, cause_index=index)
-        self._members[index].put(kind="failure", error=[lost.exit_code, str(lost)])  # it may go on later
+            self._fail(PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}"), cause_index=index)
 
     def _hung(self, cause: str) -> HungError:
         return hung_error(cause, compare(dict(self._progress), self._name))
@@ -123,10 +138,10 @@ class Hub:
 
     def _admit(self, hello: Mapping[str, Json], connection: Connection) -> int | None:
         """Adds a process; returns None if it does not fit, which ends all of them."""
-        index, count, host, version = (hello[name] for name in ("index", "count", "host", "version"))
+        index, count, host = hello["index"], hello["count"], hello["host"]
         with self._lock:
             failure = self._failure
-            if (problem := self._misfit(index, count, host, version)) is not None:
+            if (problem := self._misfit(index, count, host, hello["version"])) is not None:
                 failure = ConfigError(problem)
             if failure is not None:
                 with suppress(OSError):  # it has gone
@@ -135,7 +150,6 @@ class Hub:
                 return None
             self._members[index], self._hosts[index] = _Outbox(connection), host
             if len(self._members) == self._count:
-                self.all_joined.set()
                 self._send_all(kind="joined", hosts=[self._hosts[each] for each in range(self._count)])
         return index
 
@@ -235,10 +249,6 @@ class Hub:
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
             self._send_all(kind="beat", progress={})
-
-    def close(self) -> None:
-        """Lets nobody connect any more."""
-        self._door.close()
 
 
 class _Outbox:

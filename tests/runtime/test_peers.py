@@ -22,6 +22,8 @@ from jaxinfra.track.tracker import MultiTracker
 from tests.refusals import names, raises
 from tests.several import free_address
 
+STRANGERS = 200
+
 
 def connect(
     *members: tuple[int, int], address: str | None = None, hosts: Sequence[str] = ()
@@ -265,20 +267,21 @@ def test_strangers_change_nothing() -> None:
         second = threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=20.0)
         peers = [first.result(), second.result()]
         assert together(peers, lambda each: each.gather(each.index)) == [[0, 1], [0, 1]]
-        with raises(PeerLostError, f"process 0 {address} answer x closed"):  # of another start, which has the secret
-            peer_connection.connect(address, "known", hello, 0.5, "x")
         together(peers, lambda each: each.leave())
 
 
-def test_who_came_with_another_secret_is_named() -> None:
+def test_many_strangers_hold_up_nobody() -> None:
+    """They stay, and send nothing or a part; process 0 keeps only so many of them open."""
     address = free_address()
-
-    def join(index: int, secret: str) -> str:
-        with pytest.raises(JaxinfraError) as caught:
-            ConnectedPeers(address, 2, index, secret=secret, join_s=2.0)
-        return str(caught.value)
-
-    with ThreadPoolExecutor(2) as threads:
-        lines = [*threads.map(join, (0, 1), ("one", "another"))]
-    names(lines[0], "process 1 of 2: 127.0.0.1 another secret")
-    names(lines[1], "process 0 another secret JAXINFRA_SECRET")
+    with ThreadPoolExecutor(2) as threads, ExitStack() as stay:
+        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=60.0)
+        before = len(os.listdir("/proc/self/fd"))
+        hello = {"index": 1, "count": 2, "host": "x", "version": __version__}
+        with raises(ConfigError, "another secret"):  # it listens
+            peer_connection.connect(address, "", hello, 20.0, "x")
+        for number in range(STRANGERS):
+            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=30)
+            stay.enter_context(stranger).sendall(b"{" * (number % 2))
+        peers = [threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=60.0).result(), first.result()]
+        assert len(os.listdir("/proc/self/fd")) < before + STRANGERS + 90
+        together(peers, lambda each: each.leave())
