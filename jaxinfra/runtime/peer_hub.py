@@ -19,7 +19,6 @@ from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
 from jaxinfra.runtime.progress import compare, hung_error
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
-
 _STRANGERS = 64  # that may wait at a time, beside the processes of the run
 
 
