@@ -24,7 +24,7 @@ INTERRUPTED = 130
 """Exit code after an interrupt, 128 + SIGINT, as a shell has it."""
 GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, and then the last calls, before the process is ended."""
-END_S, CLEAN_UP_S = 5.0, 30.0
+END_S, CLEAN_UP_S = 10.0, 30.0
 """Time that threads, and then packages, get to end once the process has nothing left to lose."""
 _SHOW_CURSOR = "\x1b[?25h"
 
