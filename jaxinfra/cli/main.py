@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         exit_code = _run_command(argv)
         sys.stdout.flush()
-        if current_peers().count > 1 and exit_code not in (0, Preempted.exit_code):
+        if current_peers().is_cut_off or (current_peers().count > 1 and exit_code not in (0, Preempted.exit_code)):
             current_peers().exit(exit_code)  # JAX would wait for the other processes
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit

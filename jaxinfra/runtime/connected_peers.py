@@ -181,6 +181,7 @@ class ConnectedPeers(Peers):
     def _exit_settled(self, ending: JaxinfraError) -> NoReturn:
         with self.exit_lock:
             self._disconnect(Ending(ending.exit_code, ""))
+            time.sleep(BEAT_S)  # JAX's service ends with process 0, and aborts those that are leaving
             super()._exit_settled(ending)
 
     @override
@@ -215,8 +216,9 @@ class ConnectedPeers(Peers):
         try:
             if error is None or ending.code in (0, Preempted.exit_code):  # all stop after the same step
                 late = "has ended its program, but another one has not"
-                if all("done" in each for each in self._gather({"done": True}, "main", wait_s, late)):
-                    _disconnect_devices()  # else it would wait for those that have left
+                self.is_cut_off = any("left" in each for each in self._gather({"done": True}, "main", wait_s, late))
+                if not self.is_cut_off:
+                    _disconnect_devices()
             else:
                 self.raise_cause_of(error)
         except BaseException as cause:

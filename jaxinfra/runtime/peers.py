@@ -44,6 +44,7 @@ class Peers:
         stacks: where `write_stacks` writes to; None outside of a training.
         progress: returns how far this process is, for messages of the others: "step" and "phase"; {} outside of one.
         settled: how the training ends, once it was asked to stop and has saved; a hang changes that no more.
+        is_cut_off: whether another process has left without this one, so that JAX would wait for it or abort.
     """
 
     index, count = 0, 1
@@ -57,6 +58,7 @@ class Peers:
         self.stacks: StackFiles | None = None
         self.progress: Callable[[], Mapping[str, Json]] = dict
         self.settled: JaxinfraError | None = None
+        self.is_cut_off = False
 
     def request(self, action: Action, reason: str) -> None:
         """Makes all processes stop, or save, after the same step.
