@@ -286,7 +286,7 @@ class ConnectedPeers(Peers):
             self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
         except TimeoutError:
             cause = f"{self.name_of(0)}: was silent for {self._silence_s:.0f} s, stopped or cut off"
-            self._fail(hung_error(cause, compare({self.index: self.progress()}, self.name_of)), joined)
+            self._fail(hung_error(cause, compare({self.index: self.progress()}, self.name_of)), joined, grace_s=0.0)
         except OSError as error:
             self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {AGAIN}"), joined, grace_s=0.0)
 

@@ -16,6 +16,7 @@ from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
 from jaxinfra.runtime.door import Json, answer
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
+from jaxinfra.runtime.peers import GRACE_S
 from jaxinfra.runtime.progress import compare, hung_error
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
@@ -123,7 +124,8 @@ class Hub:
             cause = error.strerror or str(error)
         if cause is None:
             self._fail(self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off"))
-            later = threading.Timer(2 * BEAT_S, self._leave, [index, None])  # it may hear of it, and leaves before
+            # It may live, hears as little, and must have left before process 0 does: JAX would abort it.
+            later = threading.Timer(GRACE_S + 2 * BEAT_S, self._leave, [index, None])
             later.daemon = True
             later.start()
         else:
