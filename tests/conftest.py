@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "XLA_FLAGS": emulation.emulation_env(8)["XLA_FLAGS"],
+    # Else each process that is started by itself would load its config twice, to find that of its run.
+    "JAXINFRA_SECRET": "of all tests",
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -55,11 +55,16 @@ def bytes_on_link() -> int:
 
 
 class SlowLink:
-    """Two hosts and the link between them, as a context manager."""
+    """Two hosts and the link between them, as a context manager.
+
+    Attributes:
+        lost_from: the hosts whose packets are lost, at any time.
+    """
 
     def __init__(self, *, delay_s: float, bits_per_s: float):
         """Delay and rate are those of each direction."""
         self._delay_s, self._bits_per_s = delay_s, bits_per_s
+        self.lost_from: Collection[int] = ()
         self._devices: list[int] = []
         self._processes: list[subprocess.Popen[str]] = []
         self._stopped = threading.Event()
@@ -116,6 +121,8 @@ class SlowLink:
                 wait_s = under_way[0][0] - time.monotonic() if under_way else _IDLE_S
                 for key, _ in selector.select(min(max(wait_s, 0.0), _IDLE_S)):
                     packet = os.read(key.fd, MTU)
+                    if self._devices.index(key.fd) in self.lost_from:
+                        continue
                     free_s[key.fd] = max(time.monotonic(), free_s[key.fd]) + 8 * len(packet) / self._bits_per_s
                     arrival_s = free_s[key.fd] + self._delay_s
                     heapq.heappush(under_way, (arrival_s, next(numbers), receiver[key.fd], packet))

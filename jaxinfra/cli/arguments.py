@@ -169,7 +169,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     what = "longest wait for all processes to join (default %(default)s)"
     _add_int(several, "--join-timeout", 1, default=300, metavar="S", help=what)
     what = "silence after which a process counts as lost (default %(default)s)"
-    _add_int(several, "--heartbeat-timeout", 3, default=10, metavar="S", help=what)
+    _add_int(several, "--heartbeat-timeout", 3, default=30, metavar="S", help=what)
 
 
 def _add_new(parser: argparse.ArgumentParser) -> None:

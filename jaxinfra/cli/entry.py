@@ -1,7 +1,5 @@
 """The program `jaxinfra`, and `python -m launch`: handles signals before it imports anything that takes time."""
 
-import sys
-
 from jaxinfra.cli import early_signals
 from jaxinfra.storage import credentials
 
@@ -12,10 +10,15 @@ def main() -> int:
     credentials.mask_stderr()
     from jaxinfra.cli.main import main  # takes a tenth of a second
     from jaxinfra.runtime.peers import current_peers
+    from jaxinfra.user_code import ending_of
 
-    code = main()
-    early_signals.end_with(code)
-    prefetch = sys.modules.get("jaxinfra.data.prefetch")  # which imports JAX
-    if prefetch is not None and prefetch.is_reading():
-        current_peers().exit(code)  # Python would wait for the read, which may hang
+    code = 1
+    try:
+        code = main()
+    except SystemExit as left:
+        code = ending_of(left).code
+        raise
+    finally:
+        early_signals.end_with(code)
+        current_peers().exit_soon(code)
     return code

@@ -24,11 +24,13 @@ from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
 from jaxinfra.runtime import emulation, platforms
 from jaxinfra.runtime.compile_cache import cache_environment
+from jaxinfra.runtime.door import SECRET
 from jaxinfra.runtime.host_memory import keep_freed_memory
 from jaxinfra.runtime.join import join
 from jaxinfra.runtime.peers import current_peers
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.restart_policy import RULES
+from jaxinfra.runtime.run_secret import run_secret
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.user_code import ending_of
@@ -175,17 +177,17 @@ def choose_devices(devices: str | None) -> None:
 
 
 @contextmanager
-def _all_processes(options: argparse.Namespace) -> Iterator[None]:
+def _all_processes(options: argparse.Namespace, argv: Sequence[str]) -> Iterator[None]:
     """Joins the other processes of a command that several run together; a signal may end it at any time."""
     if options.command not in JOINING_COMMANDS:
         yield
         return
-    with RunSignals(training=False, interrupts=options.command == "train"), _joined(options):
+    with RunSignals(training=False, interrupts=options.command == "train"), _joined(options, argv):
         yield
 
 
 @contextmanager
-def _joined(options: argparse.Namespace) -> Iterator[None]:
+def _joined(options: argparse.Namespace, argv: Sequence[str]) -> Iterator[None]:
     """Joins the other processes if there are any, and at the end tells them how this one leaves."""
     processes = find_processes(
         os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
@@ -193,7 +195,11 @@ def _joined(options: argparse.Namespace) -> Iterator[None]:
     if processes is None:
         yield
         return
-    with join(processes, join_s=options.join_timeout, silence_s=options.heartbeat_timeout):
+    secret = os.environ.get(SECRET)
+    has_run = options.command == "train" or not getattr(options, "run_dir", "hf:").startswith("hf:")
+    if not secret and has_run and (location := importlib.import_module("jaxinfra.cli.supervise").run_location(argv)):
+        secret = run_secret(location)
+    with join(processes, join_s=options.join_timeout, silence_s=options.heartbeat_timeout, secret=secret):
         yield
 
 
@@ -220,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         exit_code = _run_command(argv)
         sys.stdout.flush()
-        if current_peers().count > 1 and exit_code not in (0, Preempted.exit_code):
+        if current_peers().is_cut_off or (current_peers().count > 1 and exit_code not in (0, Preempted.exit_code)):
             current_peers().exit(exit_code)  # JAX would wait for the other processes
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
@@ -243,7 +249,7 @@ def _run_command(argv: Sequence[str]) -> int:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
         if joins and _is_one_cpu():
             keep_freed_memory()
-        with _all_processes(options):
+        with _all_processes(options, argv):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
             if "jax" in sys.modules:  # the command compiles, maybe
                 importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()

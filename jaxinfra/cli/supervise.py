@@ -10,9 +10,11 @@ from dataclasses import asdict
 
 from jaxinfra.cli import processes
 from jaxinfra.errors import error_of_code
+from jaxinfra.runtime.door import SECRET
 from jaxinfra.runtime.local_processes import process_environments
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.restart_policy import RestartLimits
+from jaxinfra.runtime.run_secret import run_secret
 from jaxinfra.runtime.supervisor import Attempt, Supervised, supervise
 from jaxinfra.track.attempts import AttemptLog
 
@@ -25,12 +27,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     among = {"coordinator": options.coordinator, "process_id": options.process_id, "of": options.of}
     found = None if is_several else find_processes(os.environ, **among)
     first_rank = 0 if found is None else found.index
+    secret: dict[str, str] = {}
 
     def environments() -> Sequence[Mapping[str, str]]:
-        return process_environments(options.processes, options.devices) if is_several else [{}]
+        return process_environments(options.processes, options.devices) if is_several else [secret]
 
     command = processes.child_command(argv, processes.share_of_devices(options.devices, environments()))
-    location = _run_location(argv)
+    location = run_location(argv)
+    assert location is not None
+    if found is not None and not os.environ.get(SECRET):
+        secret[SECRET] = run_secret(location)
     attempts = AttemptLog(location)
 
     def record(attempt: Attempt) -> None:
@@ -44,8 +50,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
 
 
-def _run_location(argv: Sequence[str]) -> str:
-    """Returns the directory or URL of the run; asks another process, since loading a config imports JAX."""
+def run_location(argv: Sequence[str]) -> str | None:
+    """Returns the directory or URL of the run, None without one; asks another process.
+
+    Loading a config imports JAX, and its file may ask that for devices, before the processes have joined.
+    """
     command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
     # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)

@@ -19,7 +19,6 @@ CLOSE_S = 2.0
 DEPTH = 2
 """Number of batches that wait on the devices."""
 _POLL_S, _BUSY_POLL_S = 0.1, 0.001
-_THREAD = "prefetch"
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
@@ -40,11 +39,6 @@ def to_global(
         name: jax.make_array_from_process_local_data(shardings[name], local, (global_batch, *local.shape[1:]))
         for name, local in batch.items()
     }
-
-
-def is_reading() -> bool:
-    """Whether a prefetcher still reads, such as one that was closed while a read hung."""
-    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 class Prefetcher[T]:
@@ -87,7 +81,7 @@ class Prefetcher[T]:
         # Importing Grain patches `__import__` for all threads for a while (lazy imports of etils). An import that JAX
         # makes while it traces would then fail, so Grain is imported before the thread starts.
         importlib.import_module("grain")
-        self._thread = threading.Thread(target=self._fill, args=(iter(batches), transfer), name=_THREAD, daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(iter(batches), transfer), name="prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Self:

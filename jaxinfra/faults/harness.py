@@ -67,6 +67,10 @@ def timeout_of(steps: int) -> float:
     return TIMEOUT_S + steps / 4
 
 
+type Start = Callable[[Sequence[str], Mapping[str, str]], subprocess.Popen[str]]
+"""Starts a command with an environment."""
+
+
 class NotSurvived(JaxinfraError):
     """A run did not do what it must do after a fault."""
 
@@ -275,10 +279,11 @@ class Harness:
         env: Mapping[str, str] | None = None,
         config: Path | None = None,
         prefix: Sequence[str] = (),
+        start: Start | None = None,
     ) -> Iterator[subprocess.Popen[str]]:
         """Starts to train a run, with `devices` emulated devices in all; nothing of it survives the block.
 
-        `fail` are failpoints, which must act (`require_fired`).
+        `fail` are failpoints, which must act (`require_fired`). `start` starts the command, by default on this host.
         """
         run, devices = self.run(name), devices or processes
         self._layouts[name] = processes, devices
@@ -291,7 +296,7 @@ class Harness:
         environment = {READS: str(run.reads), **(env or {})}
         if fail:
             environment |= {"JAXINFRA_FAIL": fail, "JAXINFRA_FAIL_LOG": str(fired)}
-        child = self._start([*self.words(name, *words, config=config), *options], environment, prefix)
+        child = self._start([*self.words(name, *words, config=config), *options], environment, prefix, start)
         try:
             yield child
         finally:
@@ -320,7 +325,7 @@ class Harness:
     def launch(self, *words: str, env: Mapping[str, str] | None = None) -> Ended:
         """Runs a command and waits for its end."""
         start_s = time.monotonic()
-        child = self._start(words, env or {}, ())
+        child = self._start(words, env or {})
         return wait(child, TIMEOUT_S)._replace(seconds=time.monotonic() - start_s)
 
     def same_bits(self, name: str, reference: Reference | None = None, *, run: Run | None = None) -> str:
@@ -342,19 +347,20 @@ class Harness:
         return self.folder / "fired" / name
 
     def _start(
-        self, words: Sequence[str], environment: Mapping[str, str], prefix: Sequence[str]
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        prefix: Sequence[str] = (),
+        start: Start | None = None,
     ) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")} if _CACHE not in inherited else {}
         settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        return subprocess.Popen(
-            [*prefix, sys.executable, "-c", _MAIN, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,
-            env={**inherited, **settings, **cache, **environment},
-        )
+        command, env = [*prefix, sys.executable, "-c", _MAIN, *words], {**inherited, **settings, **cache, **environment}
+        if start is not None:
+            return start(command, env)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=self.folder, env=env)
 
     @contextmanager
     def bucket(self) -> Iterator[Bucket]:

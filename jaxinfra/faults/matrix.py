@@ -42,7 +42,10 @@ class Outcome:
     seconds: float
 
 
-_MODULES = ("kills", "stops", "hangs", "damage", "numbers", "layouts", "buckets", "formats", "programs", "soak")
+_MODULES = (
+    *("kills", "stops", "hangs", "damage", "numbers", "layouts", "buckets", "formats", "soak"),
+    *("programs", "network"),
+)
 _rows: list[Row] = []  # the modules add theirs when they are imported
 
 

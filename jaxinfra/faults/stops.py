@@ -1,4 +1,4 @@
-"""Rows 10 to 13, 35 and 36: requests to stop, and starts that must not go on."""
+"""Rows 10 to 13, 35, 36 and 43: requests to stop, and starts that must not go on."""
 
 import json
 import os
@@ -72,6 +72,40 @@ def _short_grace(harness: Harness, name: str) -> None:
         ended = wait(launcher)
     named(ended.error, "killed by SIGKILL", "start the same command")
     require(ended.code == _KILLED and max(run.steps()) == 50, f"{run.steps()}: {ended}")
+
+
+@row(
+    43,
+    fault="SIGTERM while a read of data hangs in a thread of Grain; then a hang after the last save, as of a tracker",
+    must="75 within the watchdog's limit, saved, what hangs is named; same bits",
+)
+def sigterm_while_something_hangs(harness: Harness) -> str:
+    """Lets a batch hang that is read ahead, and then the end of the run."""
+    name = "hanging"
+    for step, hang, where in ((20, "data:0:30", "grain-prefetch"), (40, "end:0:40", "MainThread")):
+        ended = harness.train(name, "watchdog.end_s=3", fail=f"step:0:{step}:term,{hang}:sleep=600")
+        require(ended.code == _PREEMPTED and max(harness.run(name).steps()) == step, ended)
+        named(ended.err, f"after step {step} of", "saved", "without waiting for", where)
+    bucket = f"; {_silent_bucket(harness)}" if harness.is_long else ""
+    require(harness.train(name).code == 0, "did not go on")
+    return f"75 and saved twice, the threads named{bucket}; {harness.same_bits(name)}"
+
+
+def _silent_bucket(harness: Harness) -> str:
+    """Lets a bucket answer nothing more once the last checkpoint is complete."""
+    with harness.bucket() as bucket:
+
+        def after(path: str) -> None:
+            if path.startswith("POST") and "index.json" in path:
+                bucket.faults.delay_s = 600.0
+
+        bucket.faults.after = after
+        words = f"root={bucket.url}", "track.tensorboard=false", "watchdog.end_s=5"
+        ended = harness.train("silent", *words, fail="step:0:5:term", env=bucket.environment)
+        bucket.faults.clear()
+        require(ended.code == _PREEMPTED, ended)
+        named(ended.err, "after step 5 of", "saved", "without waiting for")
+    return "75 with a bucket that answers nothing"
 
 
 @contextmanager

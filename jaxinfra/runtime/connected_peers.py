@@ -12,8 +12,8 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - `Peers.gather` exchanges small values.
 - A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
-The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; JAX's service has a free
-one of the same host. Neither asks who connects: use them only inside a trusted network.
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; who connects must know
+the secret of the start (`door`). JAX's service has a free port of the same host, and asks nobody.
 """
 
 import threading
@@ -35,7 +35,8 @@ from jaxinfra.errors import (
     StorageError,
     error_of_code,
 )
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Json, ProtocolError, connect, listen
+from jaxinfra.runtime.door import Json
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection, connect, listen
 from jaxinfra.runtime.peer_hub import Hub
 from jaxinfra.runtime.peers import GRACE_S, INTERRUPTED, Peers
 from jaxinfra.runtime.progress import compare, hung_error
@@ -44,7 +45,7 @@ from jaxinfra.user_code import Ending, ending_of
 
 JOIN_S = 300.0
 """Longest wait for all processes to join."""
-SILENCE_S = 10.0
+SILENCE_S = 30.0
 """Silence after which a process counts as lost."""
 GATHER_S = 600.0
 """Longest wait for a value of another process."""
@@ -65,6 +66,7 @@ class ConnectedPeers(Peers):
         address: HOST:PORT of process 0.
         count: number of processes.
         index: of this one.
+        secret: of this start, which all processes know.
         known_hosts: hosts that a scheduler named, for messages about processes that are missing.
         join_s: longest wait for all to join.
         silence_s: silence after which a process counts as lost.
@@ -76,6 +78,7 @@ class ConnectedPeers(Peers):
         count: int,
         index: int,
         *,
+        secret: str = "",
         known_hosts: Sequence[str] = (),
         join_s: float = JOIN_S,
         silence_s: float = SILENCE_S,
@@ -89,12 +92,13 @@ class ConnectedPeers(Peers):
         self._rounds: Counter[str] = Counter()
         self._hub = None
         if index == 0:
-            self._hub = Hub(listen(address), count, known_hosts, join_s=join_s, silence_s=silence_s)
+            self._hub = Hub(listen(address), secret, count, known_hosts, join_s=join_s, silence_s=silence_s)
         deadline_s = time.monotonic() + join_s
         own_name = f"process {index} ({self.hosts[0]})"
-        self._connection, self.addresses = connect(address, silence_s, join_s, own_name)
-        with suppress(OSError):  # the receiving thread says so
-            self._connection.send(kind="hello", index=index, count=count, host=self.hosts[0], version=__version__)
+        hello = {"index": index, "count": count, "host": self.hosts[0], "version": __version__}
+        channel = connect(address, secret, hello, join_s, own_name)
+        self.addresses = channel.getsockname()[0], channel.getpeername()[0]
+        self._connection = Connection(channel, silence_s)
         joined: Future[Sequence[str]] = Future()
         threading.Thread(target=self._receive, args=(joined,), name="peers", daemon=True).start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
@@ -164,12 +168,21 @@ class ConnectedPeers(Peers):
 
     @override
     def end_hung(self, cause: str) -> None:
+        if self.settled is not None:
+            self._exit_settled(self.settled)
         with suppress(OSError):  # process 0 has gone
             self._connection.send(kind="hung", cause=cause)
         if not self._failed.wait(GRACE_S):  # process 0 is stopped, or cut off
             error = hung_error(f"{self.name_of(self.index)}: {cause}", f"{self.name_of(0)} does not answer")
             self._fail(error)
         self._end_process()
+
+    @override
+    def _exit_settled(self, ending: JaxinfraError) -> NoReturn:
+        with self.exit_lock:
+            self._disconnect(Ending(ending.exit_code, ""))
+            time.sleep(BEAT_S)  # JAX's service ends with process 0, and aborts those that are leaving
+            super()._exit_settled(ending)
 
     @override
     def raise_if_lost(self, wait_s: float = 0.0) -> None:
@@ -202,8 +215,10 @@ class ConnectedPeers(Peers):
         ending = ending_of(error)
         try:
             if error is None or ending.code in (0, Preempted.exit_code):  # all stop after the same step
-                self._gather({"done": True}, "main", wait_s, "has ended its program, but another one has not")
-                _disconnect_devices()
+                late = "has ended its program, but another one has not"
+                self.is_cut_off = any("left" in each for each in self._gather({"done": True}, "main", wait_s, late))
+                if not self.is_cut_off:
+                    _disconnect_devices()
             else:
                 self.raise_cause_of(error)
         except BaseException as cause:
@@ -271,10 +286,7 @@ class ConnectedPeers(Peers):
             self._fail(PeerLostError(f"{self.name_of(0)}: was killed; {AGAIN}"), joined, grace_s=0.0)
         except TimeoutError:
             cause = f"{self.name_of(0)}: was silent for {self._silence_s:.0f} s, stopped or cut off"
-            self._fail(hung_error(cause, compare({self.index: self.progress()}, self.name_of)), joined)
-        except ProtocolError as error:
-            fix = "check --coordinator or JAX_COORDINATOR_ADDRESS: another program listens there"
-            self._fail(ConfigError(f"{self.name_of(0)}: {error.strerror}; {fix}"), joined)
+            self._fail(hung_error(cause, compare({self.index: self.progress()}, self.name_of)), joined, grace_s=0.0)
         except OSError as error:
             self._fail(PeerLostError(f"{self.name_of(0)}: {error.strerror}; {AGAIN}"), joined, grace_s=0.0)
 

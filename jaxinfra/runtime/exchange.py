@@ -1,24 +1,22 @@
 """Sends bytes from process to process, over connections of their own: the hub of process 0 passes on small values only.
 
-Whoever connects must show the secret of this start, which the hub has passed on.
+Whoever connects must know a secret (`door`), which the hub has passed on.
 """
 
 import itertools
 import json
-import secrets
 import socket
-import time
 from collections.abc import Buffer, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import override
 
 from jaxinfra.runtime.connected_peers import ConnectedPeers
 from jaxinfra.runtime.cpu_collectives import reachable_address
-from jaxinfra.runtime.peer_connection import Json, listen
+from jaxinfra.runtime.door import Json, answer, knock, new_secret
+from jaxinfra.runtime.peer_connection import listen
 from jaxinfra.storage.closing import ClosedOnExit
 
 _SILENCE_S = 60.0  # without a byte; one that is lost is noticed by the hub long before
-_HELLO_S, _MAX_HELLO_BYTES = 5.0, 256  # until a connection has shown the secret
 _MAX_LINE_BYTES = 2**24
 
 type Parcel = tuple[Json, Buffer]
@@ -34,7 +32,7 @@ class Exchange(ClosedOnExit):
         self._listener = listen(f"[{host}]:0" if ":" in host else f"{host}:0")
         self._listener.settimeout(_SILENCE_S)
         self._addresses = [(host, port) for host, port in peers.gather((host, self._listener.getsockname()[1]))]
-        self._secret = peers.broadcast(secrets.token_hex())
+        self._secret = peers.broadcast(new_secret())
         self._numbers = itertools.count(1)
 
     def swap(
@@ -57,7 +55,8 @@ class Exchange(ClosedOnExit):
 
     def _send(self, target: int, number: int, parcels: Iterable[Parcel]) -> None:
         with socket.create_connection(self._addresses[target], _SILENCE_S) as channel:
-            channel.sendall(self._hello(number, self._index))
+            knock(channel, self._secret, [number, self._index], _SILENCE_S)  # the other one may be busy
+            channel.settimeout(_SILENCE_S)
             for label, content in parcels:
                 view = memoryview(content)
                 channel.sendall(_line([label, view.nbytes]))
@@ -65,12 +64,15 @@ class Exchange(ClosedOnExit):
             channel.sendall(_line(None))
 
     def _receive(self, number: int, sources: Collection[int]) -> Iterator[tuple[Json, bytearray]]:
-        hellos = {self._hello(number, source) for source in sources}
+        hellos = [[number, source] for source in sources]
         while hellos:
             channel, _ = self._listener.accept()
             with channel, channel.makefile("rb") as stream:
-                hello = _read_hello(channel)
-                if hello not in hellos:  # a stranger, or of an exchange that was given up
+                try:
+                    hello = answer(channel, self._secret)
+                except OSError:  # a stranger
+                    continue
+                if hello not in hellos:  # of an exchange that was given up
                     continue
                 hellos.remove(hello)
                 channel.settimeout(_SILENCE_S)
@@ -80,23 +82,6 @@ class Exchange(ClosedOnExit):
                     if stream.readinto(content) < num_bytes:
                         raise ConnectionResetError("the other process has closed the connection")
                     yield label, content
-
-    def _hello(self, number: int, source: int) -> bytes:
-        return _line([self._secret, number, source])
-
-
-def _read_hello(channel: socket.socket) -> bytes:
-    """Reads the first line of a connection; b"" for a stranger that is silent, slow or gone within a few seconds."""
-    deadline_s, hello = time.monotonic() + _HELLO_S, b""
-    try:
-        while not hello.endswith(b"\n") and len(hello) < _MAX_HELLO_BYTES:
-            channel.settimeout(max(0.01, deadline_s - time.monotonic()))
-            if not (byte := channel.recv(1)):
-                return b""
-            hello += byte
-    except OSError:
-        return b""
-    return hello
 
 
 def _line(value: Json) -> bytes:

@@ -1,14 +1,16 @@
 """Joins the processes of a run, and makes the end of a user's script leave the others."""
 
 import atexit
+import logging
 import os
 import signal
 import sys
 from types import TracebackType
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError
-from jaxinfra.runtime import cpu_collectives
+from jaxinfra.runtime import cpu_collectives, ray_train
 from jaxinfra.runtime.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
+from jaxinfra.runtime.door import SECRET, new_secret
 from jaxinfra.runtime.peer_connection import AGAIN, free_port, is_loopback
 from jaxinfra.runtime.peers import Peers, current_peers, set_current_peers
 from jaxinfra.runtime.processes import Processes, find_processes
@@ -21,8 +23,16 @@ from jaxinfra.user_code import ending_of
 _JAX_HEARTBEAT_S = 10 * 365 * 24 * 3600
 _END_S = 60.0  # for the other processes to end their scripts once one has
 
+_log = logging.getLogger(__name__)
 
-def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_s: float = SILENCE_S) -> Peers:
+
+def join(
+    processes: Processes | None = None,
+    *,
+    join_s: float = JOIN_S,
+    silence_s: float = SILENCE_S,
+    secret: str | None = None,
+) -> Peers:
     """Connects the processes of a run, and their devices; they are `current_peers` from now on.
 
     Takes the place of `jax.distributed.initialize`, and must be called before anything asks JAX for its devices. If
@@ -36,6 +46,8 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
         processes: which processes there are; by default what the environment says (`find_processes`).
         join_s: longest wait for all to join.
         silence_s: silence after which a process counts as lost.
+        secret: any text that only the processes of this start know; by default that of JAXINFRA_SECRET. Workers of Ray
+            Train need none. Without one, whoever reaches the port of process 0 can take the place of a process.
     """
     alone = current_peers()
     if isinstance(alone, ConnectedPeers):
@@ -44,10 +56,20 @@ def join(processes: Processes | None = None, *, join_s: float = JOIN_S, silence_
         return alone
     if processes is None and (processes := find_processes(os.environ)) is None:
         return alone
+    secret = os.environ.get(SECRET, "") if secret is None else secret
+    if not secret and processes.source == ray_train.SOURCE:
+        secret = ray_train.broadcast(new_secret())
+    if not (secret or processes.index or is_loopback(processes.coordinator.rpartition(":")[0])):
+        _log.warning(
+            "%s: whoever reaches this port can take the place of a process; set %s to the same random text in all "
+            "processes, such as that of `openssl rand -hex 32`",
+            *(processes.coordinator, SECRET),
+        )
     peers = ConnectedPeers(
         processes.coordinator,
         processes.count,
         processes.index,
+        secret=secret,
         known_hosts=processes.hosts,
         join_s=join_s,
         silence_s=silence_s,

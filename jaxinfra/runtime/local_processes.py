@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.door import SECRET, new_secret
 from jaxinfra.runtime.peer_connection import free_port
 from jaxinfra.runtime.platforms import default_platform
 
@@ -17,7 +18,7 @@ _NVIDIA_SMI_TIMEOUT_S = 30
 
 
 def process_environments(num_processes: int, devices: str | None) -> list[dict[str, str]]:
-    """Returns the variables of each process: its number, where they meet, and its share of the devices.
+    """Returns the variables of each process: its number, where they meet, their secret, and its share of the devices.
 
     The platform and its number of devices are those that one process would have: `devices` is the value of --devices,
     which `choose_devices` has put into the environment.
@@ -39,9 +40,9 @@ def process_environments(num_processes: int, devices: str | None) -> list[dict[s
             f"--processes {num_processes}: one process drives all {platform} devices of a host; leave out --processes, "
             f"or use --devices cpu:{num_processes}"
         )
-    coordinator = f"{_LOOPBACK}:{free_port(_LOOPBACK)}"
+    coordinator, secret = f"{_LOOPBACK}:{free_port(_LOOPBACK)}", {SECRET: new_secret()}
     return [
-        dict(zip(_VARIABLES, (coordinator, str(num_processes), str(rank)), strict=True)) | dict(share)
+        dict(zip(_VARIABLES, (coordinator, str(num_processes), str(rank)), strict=True)) | secret | dict(share)
         for rank, share in enumerate(shares)
     ]
 

@@ -1,17 +1,14 @@
 """Messages between a process of a run and the hub of process 0: JSON over TCP, one a line."""
 
-import errno
 import json
 import socket
+import sys
 import threading
 import time
-from contextlib import suppress
-from typing import Any
+from contextlib import ExitStack, suppress
 
 from jaxinfra.errors import ConfigError, PeerLostError
-
-type Json = Any
-"""A value that JSON can hold."""
+from jaxinfra.runtime.door import HELLO_S, SECRET, Json, OtherSecretError, ProtocolError, knock
 
 BEAT_S = 1.0
 """Time between two messages that only say that a process works."""
@@ -20,8 +17,8 @@ RETRY_S = 0.2
 AGAIN = "start the same command to go on"
 """The fix in messages about a lost process."""
 _MAX_LINE_BYTES = 2**24
+_TCP_RTO_MAX_MS, _LONGEST_RTO_MS, _GIVE_UP_MS = 44, 1000, 600_000  # the option: linux/tcp.h, since Linux 6.15
 _FIELDS = {
-    "hello": {"index", "count", "host", "version"},
     "joined": {"hosts"},
     "beat": {"progress"},
     "value": {"round", "value"},
@@ -38,25 +35,23 @@ _FIELDS = {
 """The kinds of messages, with the fields that each has."""
 
 
-class ProtocolError(OSError):
-    """The other side sends something else than our messages."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.EPROTO, "does not speak jaxinfra's protocol")
-
-
 class Connection:
-    """Sends and receives messages over a socket; the hub reads no long lines, as strangers may send them."""
+    """Sends and receives messages over a socket; the hub reads no long lines."""
 
-    def __init__(self, channel: socket.socket, silence_s: float, *, from_stranger: bool = False) -> None:
+    def __init__(self, channel: socket.socket, silence_s: float, *, of_hub: bool = False) -> None:
         channel.settimeout(silence_s)
+        if sys.platform == "linux":
+            # TCP doubles the time until it sends again, so that after 7 s without packets nothing comes for 12.6 s.
+            channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _GIVE_UP_MS)
+            with suppress(OSError):  # an older kernel
+                channel.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, _LONGEST_RTO_MS)
         self._channel, self._lines, self._lock = channel, channel.makefile("rb"), threading.Lock()
-        self._from_stranger, self._is_closed = from_stranger, False
+        self._of_hub, self._is_closed = of_hub, False
 
     def send(self, **message: Json) -> None:
         """Sends a message, from any thread; OSError if the other side has gone, ValueError if it is too long."""
         line = json.dumps(message).encode() + b"\n"
-        if len(line) > _MAX_LINE_BYTES and not self._from_stranger:
+        if len(line) > _MAX_LINE_BYTES and not self._of_hub:
             raise ValueError(f"a message of {len(line)} bytes; at most {_MAX_LINE_BYTES} can be sent: send it in parts")
         with self._lock:
             self._channel.sendall(line)
@@ -64,7 +59,7 @@ class Connection:
     def receive(self) -> dict[str, Json] | None:
         """Returns the next message, None if a side has closed; TimeoutError after a silence, OSError."""
         try:
-            line = self._lines.readline(_MAX_LINE_BYTES if self._from_stranger else -1)
+            line = self._lines.readline(_MAX_LINE_BYTES if self._of_hub else -1)
         except ConnectionError:  # closed before it has read all
             return None
         except ValueError:  # of a closed file
@@ -106,27 +101,34 @@ def listen(address: str) -> socket.socket:
         ) from None
 
 
-def connect(address: str, silence_s: float, join_s: float, name: str) -> tuple[Connection, tuple[str, str]]:
+def connect(address: str, secret: str, hello: Json, join_s: float, name: str) -> socket.socket:
     """Connects to process 0, which may start later; raises PeerLostError if it does not answer in time.
-
-    Returns the connection, and the addresses of this process and of process 0.
 
     Args:
         address: HOST:PORT of process 0.
-        silence_s: longest wait for a message over the connection.
-        join_s: longest wait for the connection.
+        secret: of this start.
+        hello: what process 0 must know of this one.
+        join_s: longest wait.
         name: of this process, for messages.
     """
     deadline_s = time.monotonic() + join_s
     while True:
-        timeout_s = min(silence_s, max(RETRY_S, deadline_s - time.monotonic()))
+        limit_s = min(HELLO_S, max(RETRY_S, deadline_s - time.monotonic()))
         try:
-            channel = socket.create_connection(_split(address), timeout=timeout_s)
-            return Connection(channel, silence_s), (channel.getsockname()[0], channel.getpeername()[0])
+            with ExitStack() as unless_known:
+                channel = unless_known.enter_context(socket.create_connection(_split(address), timeout=limit_s))
+                knock(channel, secret, hello, limit_s)
+                unless_known.pop_all()
+                return channel
         except UnicodeError:  # the name of a host as IDNA has it
             raise ConfigError(
                 f"{address}: no name of a host; correct --coordinator or JAX_COORDINATOR_ADDRESS"
             ) from None
+        except (ProtocolError, OtherSecretError) as error:
+            fix = "check --coordinator or JAX_COORDINATOR_ADDRESS: another program listens there"
+            if isinstance(error, OtherSecretError):
+                fix = f"set {SECRET} to the same random text in all processes, or use a root=FOLDER that all share"
+            raise ConfigError(f"process 0 at {address}: {error.strerror}; {fix}") from None
         except OSError as error:
             if time.monotonic() >= deadline_s:
                 cause = error.strerror or str(error)

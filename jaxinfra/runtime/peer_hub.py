@@ -14,18 +14,30 @@ from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection, Json
+from jaxinfra.runtime.door import Json, answer
+from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
+from jaxinfra.runtime.peers import GRACE_S
 from jaxinfra.runtime.progress import compare, hung_error
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
+
+_STRANGERS = 64  # that may wait at a time, beside the processes of the run
 
 
 class Hub:
     """Process 0's side: a connection to each process, itself included, and two threads for each."""
 
     def __init__(
-        self, listener: socket.socket, count: int, known_hosts: Sequence[str], *, join_s: float, silence_s: float
+        self,
+        listener: socket.socket,
+        secret: str,
+        count: int,
+        known_hosts: Sequence[str],
+        *,
+        join_s: float,
+        silence_s: float,
     ) -> None:
-        self._listener, self._count, self._known_hosts = listener, count, known_hosts
+        self._listener, self._secret, self._count, self._known_hosts = listener, secret, count, known_hosts
+        self._unknown: dict[socket.socket, None] = {}  # in the order in which they came
         self._join_s, self._silence_s = join_s, silence_s
         self._members: dict[int, _Outbox] = {}
         self._hosts: dict[int, str] = {}
@@ -52,10 +64,18 @@ class Hub:
             except OSError:  # none came; or there are too many open files, for a while
                 time.sleep(RETRY_S / 10)
             else:
+                self._unknown[channel] = None
+                if len(self._unknown) > self._count + _STRANGERS:
+                    self._hang_up([*self._unknown][0])
                 threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
         self._listener.close()
         if len(self._members) < self._count:
             self._fail(PeerLostError(self._missing()))
+
+    def _hang_up(self, channel: socket.socket) -> None:
+        self._unknown.pop(channel, None)
+        with suppress(OSError):  # it has gone
+            channel.shutdown(socket.SHUT_RDWR)  # wakes its thread
 
     def _missing(self) -> str:
         absent = [index for index in range(self._count) if index not in self._members]
@@ -66,11 +86,15 @@ class Hub:
 
     def _serve(self, channel: socket.socket) -> None:
         """The thread of a connection: receives messages until the process leaves or is lost."""
-        with closing(Connection(channel, self._silence_s, from_stranger=True)) as connection:
-            try:
-                index = self._admit(connection.receive() or {}, connection)
-            except OSError:  # not one of our processes
-                return
+        try:
+            hello = answer(channel, self._secret)
+        except OSError:  # not one of our processes
+            channel.close()
+            return
+        finally:
+            self._unknown.pop(channel, None)
+        with closing(Connection(channel, self._silence_s, of_hub=True)) as connection:
+            index = self._admit(hello, connection)
             if index is not None:
                 self._receive(index, connection)
                 self._members[index].close()
@@ -99,11 +123,13 @@ class Hub:
         except OSError as error:
             cause = error.strerror or str(error)
         if cause is None:
-            lost = self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off")
+            self._fail(self._hung(f"{self._name(index)}: was silent for {self._silence_s:.0f} s, stopped or cut off"))
+            # It may live, hears as little, and must have left before process 0 does: JAX would abort it.
+            later = threading.Timer(GRACE_S + 2 * BEAT_S, self._leave, [index, None])
+            later.daemon = True
+            later.start()
         else:
-            lost = PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}")
-        self._fail(lost, cause_index=index)
-        self._members[index].put(kind="failure", error=[lost.exit_code, str(lost)])  # it may go on later
+            self._fail(PeerLostError(f"{self._name(index)}: {cause}; {AGAIN}"), cause_index=index)
 
     def _hung(self, cause: str) -> HungError:
         return hung_error(cause, compare(dict(self._progress), self._name))
@@ -112,10 +138,8 @@ class Hub:
         return f"process {index} ({self._hosts[index]})"
 
     def _admit(self, hello: Mapping[str, Json], connection: Connection) -> int | None:
-        """Adds a process; returns None if it is none of ours, or if it does not fit, which ends all of them."""
-        index, count, host = hello.get("index"), hello.get("count"), hello.get("host")
-        if not (isinstance(index, int) and isinstance(count, int) and isinstance(host, str) and 0 <= index < count):
-            return None
+        """Adds a process; returns None if it does not fit, which ends all of them."""
+        index, count, host = hello["index"], hello["count"], hello["host"]
         with self._lock:
             failure = self._failure
             if (problem := self._misfit(index, count, host, hello["version"])) is not None:
@@ -155,7 +179,7 @@ class Hub:
         for key, values in list(self._values.items()):
             if len(values.keys() | self._left) == self._count:
                 del self._values[key]
-                found = [values.get(each, {"done": True}) for each in range(self._count)]
+                found = [values.get(each, {"left": True}) for each in range(self._count)]
                 if key in self._for_first:
                     self._for_first.remove(key)
                     self._members[0].put(kind="values", round=key, values=found)

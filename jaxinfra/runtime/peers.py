@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, Self
 
-from jaxinfra.errors import ConfigError, Preempted, StorageError
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError
 from jaxinfra.runtime.peer_connection import Json
 from jaxinfra.runtime.progress import hung_error, where
-from jaxinfra.runtime.stacks import StackFiles, all_stacks
+from jaxinfra.runtime.stacks import StackFiles, all_stacks, threads_that_hang
 from jaxinfra.runtime.step_agreement import Action, StepAgreement, agreed_step
 
 INTERRUPTED = 130
 """Exit code after an interrupt, 128 + SIGINT, as a shell has it."""
 GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, and then the last calls, before the process is ended."""
+END_S, CLEAN_UP_S = 10.0, 30.0
+"""Time that threads, and then packages, get to end once the process has nothing left to lose."""
 _SHOW_CURSOR = "\x1b[?25h"
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class Peers:
         exit_lock: of the thread that ends the process; another one that would leave, too, waits for that end.
         stacks: where `write_stacks` writes to; None outside of a training.
         progress: returns how far this process is, for messages of the others: "step" and "phase"; {} outside of one.
+        settled: how the training ends, once it was asked to stop and has saved; a hang changes that no more.
+        is_cut_off: whether another process has left without this one, so that JAX would wait for it or abort.
     """
 
     index, count = 0, 1
@@ -53,6 +57,8 @@ class Peers:
         self.exit_lock = threading.RLock()
         self.stacks: StackFiles | None = None
         self.progress: Callable[[], Mapping[str, Json]] = dict
+        self.settled: JaxinfraError | None = None
+        self.is_cut_off = False
 
     def request(self, action: Action, reason: str) -> None:
         """Makes all processes stop, or save, after the same step.
@@ -96,6 +102,22 @@ class Peers:
         finally:
             os._exit(code)
 
+    def exit_soon(self, code: int) -> None:
+        """Ends this process after a time unless it has ended by itself, and names what it would wait for.
+
+        Python waits for threads of Grain, of `concurrent.futures` and of clients of storage or metrics, and for what
+        packages do at exit, without a limit.
+        """
+
+        def end() -> None:
+            time.sleep(END_S)
+            if not (hanging := threads_that_hang(with_main=False)):
+                time.sleep(CLEAN_UP_S - END_S)
+                hanging = threads_that_hang()
+            self.exit(code, f"left with exit code {code} without waiting for {', '.join(hanging)}")
+
+        threading.Thread(target=end, name="end", daemon=True).start()
+
     def write_stacks(self, why: str) -> None:
         """Writes the stacks of all threads of this process as they are now, in a thread that `exit` waits for."""
         if (files := self.stacks) is None:
@@ -127,9 +149,14 @@ class Peers:
 
         `cause` says what does not go on, such as "no progress in step for 600 s".
         """
+        if self.settled is not None:
+            self._exit_settled(self.settled)
         error = hung_error(cause, f"it is {where(self.progress())}")
         self.write_stacks(str(error))
         self.exit(error.exit_code, f"error: {error}")
+
+    def _exit_settled(self, ending: JaxinfraError) -> NoReturn:
+        self.exit(ending.exit_code, f"{ending}; left without waiting for {', '.join(threads_that_hang())}")
 
     @contextmanager
     def last_call(self, call: Callable[[], object]) -> Iterator[None]:

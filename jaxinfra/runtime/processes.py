@@ -76,7 +76,7 @@ _SCHEDULERS = (
         port=_PORT,
     ),
     _Row(
-        source="Ray Train",
+        source=ray_train.SOURCE,
         mark=ray_train.on_worker,
         count=ray_train.count,
         index=ray_train.index,

@@ -14,6 +14,9 @@ from jaxinfra.runtime.connected_peers import JOIN_S
 from jaxinfra.runtime.peer_connection import AGAIN, free_port
 from jaxinfra.runtime.schedulers import Environment
 
+SOURCE = "Ray Train"
+"""How messages name it."""
+
 
 def on_worker(environment: Environment) -> bool:
     """Returns whether this is a process in which Ray Train calls a training function."""
@@ -49,25 +52,31 @@ def local_index(environment: Environment) -> int:
 
 def address(environment: Environment) -> str:
     """Returns HOST:PORT of worker 0, which chooses a free port; all workers must call it."""
-    import ray.train.collective
     import ray.util
 
     port, host = free_port(), ray.util.get_node_ip_address()
-    own, found = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", Future[str]()
+    return broadcast(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
-    def broadcast() -> None:
+
+def broadcast(own: str) -> str:
+    """Returns the text of worker 0; all workers must call it."""
+    import ray.train.collective
+
+    found = Future[str]()
+
+    def ask() -> None:
         try:
             found.set_result(ray.train.collective.broadcast_from_rank_zero(own))
         except Exception as error:
             found.set_exception(error)
 
     # Ray waits without a limit, unless its controller was started with RAY_TRAIN_COLLECTIVE_TIMEOUT_S.
-    threading.Thread(target=broadcast, name="ray-address", daemon=True).start()
+    threading.Thread(target=ask, name="ray-broadcast", daemon=True).start()
     try:
         return found.result(JOIN_S)
     except TimeoutError:
         cause = f"another one has not called join() within {JOIN_S:.0f} s"
-        raise PeerLostError(f"worker {index(environment)} of Ray Train: {cause}; {AGAIN}") from None
+        raise PeerLostError(f"worker {index({})} of Ray Train: {cause}; {AGAIN}") from None
 
 
 def _train() -> ModuleType:

@@ -50,6 +50,7 @@ RULES: Mapping[int, Rule] = {
     errors.CorruptionError.exit_code: Rule(meaning="devices compute differently"),
     errors.RunInUseError.exit_code: Rule(meaning="another start trains this run"),
     130: Rule(meaning="interrupted"),
+    134: Rule(meaning="aborted by a package (SIGABRT)", restarts=True),
 }
 """By exit code. A process that a signal has killed, such as for memory, counts as one that is lost (76)."""
 

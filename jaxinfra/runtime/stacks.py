@@ -1,16 +1,19 @@
 """Writes what every thread of this process does, for people who look for the cause of a hang."""
 
+import os
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.location import is_remote
 
 STACKS_FOLDER = "stacks"
+_LIBRARY = f"{os.path.dirname(threading.__file__)}{os.sep}"
 
 
 def all_stacks() -> str:
@@ -22,6 +25,27 @@ def all_stacks() -> str:
         name = threads[ident].name if ident in threads else "a thread that Python has not started"
         parts.append(f"{name} ({ident})\n{''.join(traceback.format_stack(frames[ident]))}")
     return "\n".join(parts)
+
+
+def threads_that_hang(*, with_main: bool = True) -> list[str]:
+    """Returns where the main thread is, and each that it joins or that Python waits for at its end."""
+    frames, main = sys._current_frames(), threading.main_thread()
+    joined, frame = None, frames.get(main.ident or 0)
+    while frame is not None and joined is None:
+        joined = frame.f_locals.get("self") if frame.f_code is threading.Thread.join.__code__ else None
+        frame = frame.f_back
+    threads = [main] * with_main
+    threads += [each for each in threading.enumerate() if each is not main and (each is joined or not each.daemon)]
+    return [f"{each.name} in {_place(frames[each.ident or 0])}" for each in threads if each.ident in frames]
+
+
+def _place(innermost: FrameType) -> str:
+    """Returns the innermost function outside of Python's own library."""
+    frame: FrameType | None = innermost
+    while frame is not None and (file := frame.f_code.co_filename).startswith(_LIBRARY) and "-packages" not in file:
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{frame.f_code.co_name} ({'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno})"
 
 
 class StackFiles:

@@ -23,6 +23,7 @@ class WatchdogConfig:
         save_s: for which a save blocks the training.
         evaluation_s: of an evaluation, with the sample that follows.
         other_s: of anything else, such as the report of a profile, or the end of the run.
+        end_s: of the end of a run that was asked to stop, after its last save; such a run ends with 75.
     """
 
     step_factor: Annotated[float, Gt(1), Lt(1e6)] = 20.0
@@ -33,3 +34,4 @@ class WatchdogConfig:
     save_s: PositiveFloat | None = 7200.0
     evaluation_s: PositiveFloat | None = 14_400.0
     other_s: PositiveFloat | None = 7200.0
+    end_s: PositiveFloat | None = 90.0

@@ -37,12 +37,12 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def create_file(path: Path, data: bytes) -> bool:
+def create_file(path: Path, data: bytes, mode: int = 0o644) -> bool:
     """Creates a file with `data`, all at once; returns False if there is one. Holds on network file systems, too."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
+            os.fchmod(handle, mode)
             file.write(data)
             file.flush()
             os.fsync(handle)

@@ -29,7 +29,7 @@ class Ledger:
     def __init__(self, path: Path, phases: Phases) -> None:
         """Opens the file and writes the first row; raises StorageError if that fails."""
         self._phases, self._lock = phases, threading.Lock()
-        self._saves, self._written_s, self._failed = 0, 0.0, False
+        self._saves, self._written_s, self._failed, self._closed = 0, 0.0, False, False
         with storage_errors(path):
             content = path.read_bytes() if path.exists() else b""
             self._attempt = last_attempt(content) + 1
@@ -43,6 +43,8 @@ class Ledger:
     def write(self, **more: object) -> None:
         """Appends a row, from any thread."""
         with self._lock:
+            if self._closed:
+                return
             phases = self._phases
             rounded = {name: round(value, 4) for name, value in phases.seconds().items()}
             seconds = {name: value for name, value in rounded.items() if value}
@@ -77,6 +79,8 @@ class Ledger:
         """Appends the last row; a full disk that has cost rows is reported."""
         self._phases.on_leave = lambda phase: None
         self.write()
+        with self._lock:
+            self._closed = True  # the watchdog may still look
         try:
             self._file.close()
         except StorageError as error:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import jax
@@ -142,11 +142,12 @@ class Trainer:
         self._texts.load()
         with (
             RunSignals() as signals,
+            self._watch,
             maintenance.listen(os.environ, lambda notice: self._peers.request("stop", notice)),
             self._profiler,
             compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None),
             self.run_dir.owned() if self._is_main else nullcontext() as owned,
-            self._watch,
+            ExitStack() as before_owned_ends,
             Saving(self.program, self.run_dir, self._peers, owned) as self._saving,
         ):
             self._owned, checkpoints = owned, self._saving.checkpoints
@@ -161,6 +162,7 @@ class Trainer:
                 return self._peers.broadcast(self._finished_before() if self._is_main else None)
             if self._is_main:
                 self._saving.check_space()
+                before_owned_ends.callback(self._watch.close_ledger)
                 self._watch.open_ledger()
             self._peak = self._peers.broadcast(
                 find_peak(self.run_dir, self.run.precision.compute) if self._is_main else None
@@ -178,11 +180,14 @@ class Trainer:
                     with self._make_trackers() as self._trackers:
                         reason, summary = self._train_from_checkpoint(signals, statistics)
         if reason is not None:
-            raise Preempted(
-                f"{self.run_dir.location}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
-                "start the same command to go on"
-            )
+            raise self._preempted(reason)
         return summary
+
+    def _preempted(self, reason: str) -> Preempted:
+        steps = f"step {self.completed_steps} of {self.run.train.steps}"
+        return Preempted(
+            f"{self.run_dir.location}: stopped by {reason} after {steps}, saved; start the same command to go on"
+        )
 
     def _accept(self, changed: Sequence[Difference]) -> None:
         """Records that the config has changed, and warns of it in process 0."""
@@ -237,7 +242,7 @@ class Trainer:
         finally:
             self._signals = None
         if reason is not None:
-            self._watch.note_stop(reason)
+            self._watch.settle(reason, self._preempted(reason))
         self._phases.enter("end")
         failpoint("end", self.completed_steps)
         wall_s = time.monotonic() - start_s

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any, Self
 
+from jaxinfra.errors import Preempted
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.peers import Peers
 from jaxinfra.runtime.stacks import StackFiles
@@ -50,17 +51,21 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
-        self._peers.stacks, self._peers.progress = None, dict
-        ledger, self._ledger = self._ledger, None
-        if ledger is not None:
-            ledger.close()
+        self._peers.stacks, self._peers.progress, self._peers.settled = None, dict, None
 
     def open_ledger(self) -> None:
         """Opens the ledger in the directory of the run, whose owner this process is; raises StorageError."""
         self._ledger = Ledger(self._run_dir.path / GOODPUT_FILE, self.phases)
 
-    def note_stop(self, reason: str) -> None:
-        """Adds the reason of a stop to the ledger."""
+    def close_ledger(self) -> None:
+        """Closes the ledger, if it is open: while this process owns the directory."""
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.close()
+
+    def settle(self, reason: str, ending: Preempted) -> None:
+        """Records why the training has stopped, and that it is saved: what hangs from now on does not change that."""
+        self._peers.settled = ending
         if self._ledger is not None:
             self._ledger.write(stopped=reason)
 
@@ -85,6 +90,8 @@ class Watch:
             progress = self.phases.progress()
             idle_s = min(progress.idle_s, looked_s - woke_s)
             limit_s = deadline_s(self._config, self.phases, progress)
+            if self._peers.settled is not None:
+                limit_s = self._config.end_s
             if limit_s is not None and idle_s > limit_s:
                 if self._ledger is not None:
                     self._ledger.write()

@@ -108,6 +108,18 @@ def test_a_script_that_exits_early_ends_all(start: Start) -> None:
     names(first.err.removesuffix("\n"), "process 1 ended")
 
 
+def test_a_process_that_hangs_after_its_last_save_ends_as_the_others(start: Start) -> None:
+    """Its watchdog ends it, and the others do not wait for it."""
+    saved = "from jaxinfra.errors import Preempted\nsaved = Preempted('runs/x: saved')\n"
+    hangs = (
+        f"{saved}import threading\npeers.settled = saved\nthreading.Timer(0, peers.end_hung, ['end']).start()\n{WAIT}"
+    )
+    first, second = all_ended([start(hangs, 0, 2), start(f"{saved}raise saved\n", 1, 2)])
+    assert (first.code, second.code) == (Preempted.exit_code, Preempted.exit_code), (first, second)
+    names(first.err.removesuffix("\n"), "runs/x: saved; left without waiting for MainThread script-0.py")
+    assert second.err == "error: runs/x: saved\n"
+
+
 def test_a_request_before_the_first_step_needs_no_standard_error(start: Start) -> None:
     code = """\
 from jaxinfra.runtime.signals import RunSignals

@@ -1,17 +1,18 @@
 """Processes join, exchange values, and are named if they are missing or do not fit together."""
 
 import json
+import os
 import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from jaxinfra import __version__
 from jaxinfra.errors import CheckpointError, ConfigError, HungError, JaxinfraError, PeerLostError
-from jaxinfra.runtime import connected_peers
+from jaxinfra.runtime import connected_peers, peer_connection
 from jaxinfra.runtime.connected_peers import ConnectedPeers
 from jaxinfra.runtime.join import join
 from jaxinfra.runtime.peers import Peers, set_current_peers
@@ -20,6 +21,8 @@ from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.tracker import MultiTracker
 from tests.refusals import names, raises
 from tests.several import free_address
+
+STRANGERS = 200
 
 
 def connect(
@@ -191,15 +194,9 @@ def test_after_the_others_have_been_left() -> None:
 
 def member(address: str, index: int, count: int, *messages: dict) -> socket.socket:
     """A process that sends some messages, and then does not read what it gets."""
-    host, _, port = address.rpartition(":")
-    while True:
-        try:
-            channel = socket.create_connection((host, int(port)))
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    hello = {"kind": "hello", "index": index, "count": count, "host": "x", "version": __version__}
-    channel.sendall(b"".join(json.dumps(each).encode() + b"\n" for each in (hello, *messages)))
+    hello = {"index": index, "count": count, "host": "x", "version": __version__}
+    channel = peer_connection.connect(address, "", hello, 20.0, "x")
+    channel.sendall(b"".join(json.dumps(each).encode() + b"\n" for each in messages))
     return channel
 
 
@@ -253,29 +250,38 @@ def test_a_value_that_is_too_long(three: list[Peers]) -> None:
     assert together(three, lambda each: each.gather(0)) == [[0] * 3] * 3
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"[1]\n",
-        b'{"kind": "value"}\n',
-        b"",
-        json.dumps({"kind": "hello", "index": 9, "count": 2, "host": "x"}).encode() + b"\n",
-    ],
-)
-def test_strangers_change_nothing(sent: bytes) -> None:
+def test_strangers_change_nothing() -> None:
+    """Whatever they send; also what would have been the hello of a process, with another secret or the wrong proof."""
+    address, hello = free_address(), {"index": 1, "count": 2, "host": "x", "version": __version__}
+    proof = {"nonce": "0" * 32, "hello": hello, "proof": "0" * 64}
+    old = b'{"kind": "hello", "index": 1, "count": 2, "host": "x"}\n'
+    garbage = b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"[" * 5000, os.urandom(5000), b"", old
+    with ThreadPoolExecutor(2) as threads, ExitStack() as open_until_the_end:
+        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=20.0)
+        for secret in "", "guessed":
+            with raises(ConfigError, f"process 0 {address} another secret JAXINFRA_SECRET root="):
+                peer_connection.connect(address, secret, hello, 20.0, "x")
+        for sent in *garbage, json.dumps(proof).encode() + b"\n":
+            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=5)
+            open_until_the_end.enter_context(stranger).sendall(sent)
+        second = threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=20.0)
+        peers = [first.result(), second.result()]
+        assert together(peers, lambda each: each.gather(each.index)) == [[0, 1], [0, 1]]
+        together(peers, lambda each: each.leave())
+
+
+def test_many_strangers_hold_up_nobody() -> None:
+    """They stay, and send nothing or a part; process 0 keeps only so many of them open."""
     address = free_address()
-    with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(ConnectedPeers, address, 2, 0, join_s=20.0)
-        while True:
-            try:
-                stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=5)
-                break
-            except ConnectionRefusedError:
-                continue
-        with stranger:
-            stranger.sendall(sent)
-            second = threads.submit(ConnectedPeers, address, 2, 1, join_s=20.0)
-            peers = [first.result(), second.result()]
-    assert together(peers, lambda each: each.gather(each.index)) == [[0, 1], [0, 1]]
-    together(peers, lambda each: each.leave())
+    with ThreadPoolExecutor(2) as threads, ExitStack() as stay:
+        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=60.0)
+        before = len(os.listdir("/proc/self/fd"))
+        hello = {"index": 1, "count": 2, "host": "x", "version": __version__}
+        with raises(ConfigError, "another secret"):  # it listens
+            peer_connection.connect(address, "", hello, 20.0, "x")
+        for number in range(STRANGERS):
+            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=30)
+            stay.enter_context(stranger).sendall(b"{" * (number % 2))
+        peers = [threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=60.0).result(), first.result()]
+        assert len(os.listdir("/proc/self/fd")) < before + STRANGERS + 90
+        together(peers, lambda each: each.leave())

@@ -119,7 +119,11 @@ def test_a_batch_that_never_comes_delays_no_request(tiny: Tiny, start: Start, tm
     child.send_signal(signal.SIGUSR1)
     until(lambda: 7 in saved(tiny), child)
     child.send_signal(signal.SIGTERM)
-    preempted(ended(child), "SIGTERM after step 7 of 12, saved")
+    end = ended(child)
+    line, hangs = end.err.splitlines()
+    assert end.code == Preempted.exit_code
+    names(line, "SIGTERM after step 7 of 12, saved")
+    names(hangs, "exit code 75 without waiting for grain-prefetch in hang (")
 
 
 @pytest.mark.slow(10)
