@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from jaxinfra.cli import processes
-from jaxinfra.errors import error_of_code
+from jaxinfra.errors import PeerLostError, error_of_code
+from jaxinfra.runtime.launcher import ProcessExit
 from jaxinfra.runtime.local_processes import process_environments
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.restart_policy import RestartLimits
 from jaxinfra.runtime.supervisor import Attempt, Supervised, supervise
 from jaxinfra.track.attempts import AttemptLog
+
+_TRIES = 3
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -47,8 +50,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def _run_location(argv: Sequence[str]) -> str:
     """Returns the directory or URL of the run; asks another process, since loading a config imports JAX."""
     command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
-    # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
+    left = _TRIES
+    while True:
+        # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
+        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
+        if asked.returncode >= 0:
+            break
+        end = f"the process that finds the directory of the run {ProcessExit(rank=0, code=asked.returncode).text}"
+        if not (left := left - 1):
+            raise PeerLostError(f"{end}, as {_TRIES - 1} times before; if memory is short, free some and start again")
+        print(f"warning: {end}; starting it again", file=sys.stderr)
     if asked.returncode:
         raise SystemExit(asked.returncode)  # it has printed its traceback
     found = json.loads(asked.stdout)

@@ -31,11 +31,8 @@ class Ledger:
         self._phases, self._lock = phases, threading.Lock()
         self._saves, self._written_s, self._failed = 0, 0.0, False
         with storage_errors(path):
-            content = path.read_bytes() if path.exists() else b""
-            self._attempt = last_attempt(content) + 1
+            self._attempt = last_attempt(path) + 1
             self._file = Appender(path)
-            if not content.endswith(b"\n") and content:  # torn by a kill
-                self._file.append(b"\n")
         start_s = time.time() - (time.monotonic() - phases.start_s)
         self.write(start=start_s, host=socket.gethostname(), pid=os.getpid())
         phases.on_leave = self._left

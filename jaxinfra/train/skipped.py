@@ -13,6 +13,7 @@ from jaxinfra.data.batches import BatchLoader
 from jaxinfra.runtime.peers import Peers
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.json_lines import is_integer, read_json_lines
 from jaxinfra.track.jsonl import SKIPPED_FILE
 
 
@@ -29,8 +30,7 @@ class SkippedSamples:
         self._path, self._peers, self.count = run_dir / SKIPPED_FILE, peers, 0
         if peers.index == 0 and self._path.exists():
             with storage_errors(self._path):
-                rows = [json.loads(line) for line in self._path.read_bytes().split(b"\n")[:-1]]  # whole lines
-                rows = [row for row in rows if row["step"] <= start_step]
+                rows = [row for row in read_json_lines(self._path, _row) if row["step"] <= start_step]
                 write_bytes_atomic(self._path, b"".join(map(_line, rows)))
             self.count = sum(len(row["samples"]) for row in rows if row["split"] == "train")
 
@@ -60,6 +60,11 @@ class SkippedSamples:
         if self._peers.index == 0:
             with storage_errors(self._path), self._path.open("ab") as file:
                 file.write(_line({"step": step, "split": split, "samples": samples}))
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any] | None:
+    is_right = is_integer(values.get("step")) and isinstance(values.get("samples"), list)
+    return values if is_right and isinstance(values.get("split"), str) else None
 
 
 def _line(row: dict[str, Any]) -> bytes:

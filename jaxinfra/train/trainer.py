@@ -280,6 +280,7 @@ class Trainer:
             with self._phases.first("train_step"):
                 self.state, metrics = self.program.train_step(self.state, batch)
             self._phases.begun = step + 1
+            self._peers.agreement.dispatches(step + 1)
             failpoint("step", step + 1)
             self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:
