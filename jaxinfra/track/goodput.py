@@ -123,7 +123,7 @@ class Goodput:
 def read_ledger(path: Path) -> list[Attempt]:
     """Reads goodput.jsonl; leaves out damaged lines, and those of an attempt after the next one began."""
     attempts: dict[int, list[dict[str, Any]]] = {}
-    for row in _read_rows(path):
+    for row in read_json_lines(path, ledger_row) if path.exists() else ():
         if row["attempt"] >= max(attempts, default=0):
             attempts.setdefault(row["attempt"], []).append(row)
     return [_attempt(rows) for rows in attempts.values() if "start" in rows[0]]
@@ -146,25 +146,20 @@ def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
     return Attempt(start_s=lines[0]["start"], rows=rows, stopped=stopped)
 
 
-def last_attempt(path: Path) -> int:
-    """Returns the number of the last attempt in a ledger, 0 without one."""
-    return max((row["attempt"] for row in _read_rows(path)), default=0)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return read_json_lines(path, lambda row: row if _is_row(row) else None) if path.exists() else []
-
-
-def _is_row(row: Mapping[str, Any]) -> bool:
-    from_step, seconds = row.get("from", ""), row.get("seconds")
+def ledger_row(row: Any) -> dict[str, Any] | None:
+    """Returns what is on a line if it is a row of the ledger, else None."""
+    if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
+        return None
+    from_step = row.get("from", "")
     counts = [row.get(name) for name in ("attempt", "step", "resumes", "saves")]
     counts += [] if from_step is None else [from_step]
-    times_s = [row.get("t"), row.get("start", 0.0), *(seconds.values() if isinstance(seconds, dict) else [None])]
-    return (
+    times_s = [row.get("t"), row.get("start", 0.0), *row["seconds"].values()]
+    is_right = (
         all(is_integer(each) and each >= 0 for each in counts)
         and all(is_number(each) and 0 <= each < _LONGEST_S for each in times_s)
         and isinstance(row.get("stopped", ""), str)
     )
+    return row if is_right else None
 
 
 def _classes(phases: Mapping[str, float]) -> dict[str, float]:

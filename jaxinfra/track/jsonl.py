@@ -10,7 +10,6 @@ steps. A run that resumes at step s drops the lines after s, and those that are 
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines
+from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines, truncate_json_lines
 from jaxinfra.track.base import FileTracker, RunStatistics
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,8 +34,6 @@ _TEXTS = ("status", "error", "modality", "peak_source", "checkpoint", "report")
 _NUMBERS = ("steps", "wall_s", "final_loss", "peak_rss_bytes", "peak_flops_per_device")
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
-_log = logging.getLogger(__name__)
-
 
 class JsonlTracker(FileTracker):
     """Writes metrics.jsonl line by line, and summary.json at the end, into `run_dir`."""
@@ -47,12 +44,10 @@ class JsonlTracker(FileTracker):
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             (self._run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of the last stop: the run goes on
-            elapsed_s = truncate_metrics(path, start_step)
-            if (samples := self._run_dir / SAMPLES_FILE).exists():
-                kept = [{"step": step, "text": text} for step, text in read_samples(samples) if step <= start_step]
-                write_bytes_atomic(samples, b"".join(map(_line, kept)))
+            rows = truncate_json_lines(path, metrics_row, lambda row: row["step"] <= start_step)
+            truncate_json_lines(self._run_dir / SAMPLES_FILE, _sample, lambda sample: sample[0] <= start_step)
             self._file = Appender(path)  # FileTracker._append writes to it
-        self._start_s = time.monotonic() - elapsed_s
+        self._start_s = time.monotonic() - next((row["time_s"] for row in reversed(rows) if "time_s" in row), 0.0)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -81,7 +76,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return read_json_lines(path, metrics_row)
 
 
-def metrics_row(values: object) -> dict[str, float] | None:
+def metrics_row(values: Any) -> dict[str, float] | None:
     """Returns a row of metrics from what is on a line; None if it has no step, or a value that is no number."""
     if not isinstance(values, dict) or not is_integer(values.get("step")):
         return None
@@ -94,9 +89,10 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
     return read_json_lines(path, _sample)
 
 
-def _sample(values: Mapping[str, Any]) -> tuple[int, str] | None:
-    step, text = values.get("step"), values.get("text")
-    return (step, text) if is_integer(step) and isinstance(text, str) else None
+def _sample(values: Any) -> tuple[int, str] | None:
+    if not isinstance(values, dict) or not is_integer(values.get("step")) or not isinstance(values.get("text"), str):
+        return None
+    return values["step"], values["text"]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -122,29 +118,13 @@ def _has_type_of(name: str, value: Any) -> bool:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object such as summary.json; raises StorageError if the file is missing or damaged."""
     try:
-        value = _decode_nonfinite(json.loads(_read_bytes(path)))
+        with storage_errors(path, action="read", fix="use the directory of a run that has started"):
+            value = _decode_nonfinite(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: is a {type(value).__name__}, expected a JSON object; restore or delete it")
     return value
-
-
-def _read_bytes(path: Path) -> bytes:
-    with storage_errors(path, action="read", fix="use the directory of a run that has started"):
-        return path.read_bytes()
-
-
-def truncate_metrics(path: Path, start_step: int) -> float:
-    """Drops damaged lines and lines of steps after `start_step`; returns `time_s` of the last line kept, or 0.
-
-    The file is a new one: what a start that has lost the run still appends goes to the old one.
-    """
-    if not path.exists():
-        return 0.0
-    kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-    write_bytes_atomic(path, b"".join(map(_line, kept)))
-    return next((row["time_s"] for row in reversed(kept) if "time_s" in row), 0.0)
 
 
 def _line(values: Mapping[str, Any]) -> bytes:

@@ -41,6 +41,7 @@ from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
@@ -198,7 +199,8 @@ class Trainer:
             self._peak = self.run_dir.existing_record().get("peak", self._peak)
             evaluated = next((row for row in reversed(self.metrics) if "eval/loss" in row), {})
             self._eval_metrics = {name: value for name, value in evaluated.items() if name.startswith("eval/")}
-            JsonlTracker(self.run_dir.path).log_summary(self._summary(None, 0.0))
+            with storage_errors(self.run_dir.path):
+                JsonlTracker(self.run_dir.path).log_summary(self._summary(None, 0.0))
             write_report(self.run_dir.path)
         return self.run_dir.finished_summary(self.completed_steps)
 
