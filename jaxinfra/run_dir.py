@@ -122,10 +122,8 @@ class RunDirectory:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
         if peers.count == 1 or self.is_remote:
             return
-        name = f".shared-{os.getpid()}"
+        name = f".shared.{os.getpid():08d}.tmp"  # as a temporary file that the next start sweeps after a kill
         if peers.index == 0:
-            for left in self.path.glob(".shared-*"):  # by a kill
-                left.unlink(missing_ok=True)
             (self.path / name).touch()
         try:
             name = peers.broadcast(name)  # after it exists: NFS remembers for a minute that a file was missing

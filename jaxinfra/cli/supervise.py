@@ -17,8 +17,6 @@ from jaxinfra.runtime.restart_policy import RestartLimits
 from jaxinfra.runtime.supervisor import Attempt, Supervised, supervise
 from jaxinfra.track.attempts import AttemptLog
 
-_TRIES = 3
-
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Starts the processes of this host until there is nothing to start again; returns the last exit code."""
@@ -47,19 +45,17 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
 
 
-def _run_location(argv: Sequence[str]) -> str:
+def _run_location(argv: Sequence[str], tries: int = 3) -> str:
     """Returns the directory or URL of the run; asks another process, since loading a config imports JAX."""
     command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
-    left = _TRIES
-    while True:
-        # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
-        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
-        if asked.returncode >= 0:
-            break
-        end = f"the process that finds the directory of the run {ProcessExit(rank=0, code=asked.returncode).text}"
-        if not (left := left - 1):
-            raise PeerLostError(f"{end}, as {_TRIES - 1} times before; if memory is short, free some and start again")
+    # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
+    if asked.returncode < 0:
+        end = f"the process that finds the run's directory {ProcessExit(rank=0, code=asked.returncode).text}"
+        if tries == 1:
+            raise PeerLostError(f"{end} each time; find out what kills it, such as too little memory, and start again")
         print(f"warning: {end}; starting it again", file=sys.stderr)
+        return _run_location(argv, tries - 1)
     if asked.returncode:
         raise SystemExit(asked.returncode)  # it has printed its traceback
     found = json.loads(asked.stdout)

@@ -1,6 +1,5 @@
 """Rows 17 to 23 and 46: disks that are full or refuse; checkpoints, data and files of a run that are damaged."""
 
-import json
 import os
 import random
 import re
@@ -289,29 +288,28 @@ def odd_files(harness: Harness) -> str:
     """Damages the files of a run before it goes on, and again when it has ended."""
     name = "files"
     begun(harness, name, processes=1, devices=1)
-    run, lines = harness.run(name), (GOODPUT_FILE, ATTEMPTS_FILE, METRICS_FILE)
+    run = harness.run(name)
     for _ in range(2):
         with hold(run.path):
             pass
     for left in ("lease/7.json", "lease/.00000001.json.abcdefgh.tmp", ".report.html.abcdefgh.tmp"):
-        (run.path / left).write_bytes(b"\0")
-    for file in lines:
+        (run.path / left).touch()
+    for file in (GOODPUT_FILE, ATTEMPTS_FILE, METRICS_FILE):
         with (run.path / file).open("ab") as opened:
             opened.write(b'[1]\n{"step": "x", "attempt": {}, "t": null}\n\0\xff\n{"st')
     ended = harness.train(name, "--supervise")
-    require(ended.code == 0 and "Traceback" not in ended.err and len(ended.err.splitlines()) == 2, ended)
+    require(ended.code == 0 and len(ended.err.splitlines()) == 2, ended)
     named(ended.err, f"{GOODPUT_FILE}:1: damaged; 3 of 3", f"{METRICS_FILE}:64: damaged; 3 of 66")
     found = {path.name for path in [*run.path.glob(".*"), *(run.path / "lease").iterdir()]}
     require(found == {"00000003.json", "7.json"}, found)
-    require(json.loads((run.path / ATTEMPTS_FILE).read_bytes().splitlines()[-1])["exit_code"] == 0, "no attempt")
-    text, lease = harness.same_bits(name), run.path / "lease/00000009.json"
-    lease.write_text('{"pid": []}')
+    require(b'"exit_code": 0' in (run.path / ATTEMPTS_FILE).read_bytes().splitlines()[-1], "the attempt is missing")
     (run.path / SUMMARY_FILE).write_text('{"steps": "60"}')
+    (run.path / "lease/00000009.json").write_text('{"pid": []}')
     for command, code in (("runs", 0), ("goodput", 0), ("report", StorageError.exit_code)):
         ended = harness.launch(command, str(run.path))
         require(ended.code == code and len(ended.err.splitlines()) == (code > 0), ended)
     if not harness.is_long:
-        lease.unlink()  # it is waited out for half a minute
+        (run.path / "lease/00000009.json").unlink()  # it is waited out for half a minute
     ended = harness.train(name)
     require(ended.code == 0 and "nothing to do" in ended.out, ended)
-    return f"three kinds of lines left out, {len(found)} of 5 files in lease/ swept; summary.json written again; {text}"
+    return f"files swept, lines left out in one warning each, summary.json written again; {harness.same_bits(name)}"

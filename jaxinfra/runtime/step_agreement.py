@@ -6,8 +6,8 @@ before. A process that waits for a batch has promised no further step, so a batc
 others have begun the step of that batch already, which they cannot complete alone.
 
 The first step is promised once it is dispatched. While some process has not done that, no other one has completed a
-step, because steps are collective. So nothing would be lost, and at a request to stop all leave at once: compilation may
-take longer than the time until SIGKILL. A request to save is dropped then.
+step, because steps are collective. So nothing would be lost, and at a request to stop all leave at once: compilation
+may take longer than the time until SIGKILL. A request to save is dropped then.
 
 Outside of a training all leave at once, too. While some are at its end and others have left it, nothing is agreed on.
 """

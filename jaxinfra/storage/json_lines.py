@@ -19,8 +19,8 @@ _warned: set[tuple[Path, int]] = set()
 def read_json_lines[T](path: Path, parse: Callable[[Any], T | None]) -> list[T]:
     """Returns what `parse` makes of the value on each line; raises StorageError if the file cannot be read.
 
-    Leaves out lines that are no JSON, and those for which `parse` returns None. One warning in a process names the first
-    of them and counts all; what stands after the last newline does not count, as a kill has torn it.
+    Leaves out lines that are no JSON, and those for which `parse` returns None. One warning in a process names the
+    first of them and counts all; what stands after the last newline does not count, as a kill has torn it.
     """
     return [row for row, _ in _parse_lines(path, parse)]
 

@@ -45,7 +45,7 @@ EXPIRY_S = 30.0
 _FOLDER = "lease"
 _POLL_S = 1.0
 _FILE = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})\.json")
-_MAX_CHARS, _MAX_NUMBER = 300, 1 << 62  # of what an owner writes about itself
+_MAX_CHARS = 300  # of a value in the file of a lease
 
 _log = logging.getLogger(__name__)
 _held: set[str] = set()  # the ids of the leases that this process holds
@@ -380,17 +380,13 @@ def _encode(owner: Owner) -> bytes:
 
 
 def _parse(content: bytes) -> Owner:
+    kinds = {each.name: each.type for each in fields(Owner)}
     try:
         values = json.loads(content)
-        owner = Owner(**{each.name: values[each.name] for each in fields(Owner)})  # a later version may write more
+        owner = Owner(**{name: values[name] for name in kinds})  # a later version may write more
         datetime.fromisoformat(owner.renewed).timestamp()
+        texts = [str(values[name]) for name, kind in kinds.items() if type(values[name]) is kind]
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Owner.of_damaged(content)
-    is_sound = all(_is_sound(getattr(owner, each.name), each.type) for each in fields(owner))
+    is_sound = len(texts) == len(kinds) and all(len(each) <= _MAX_CHARS and each.isprintable() for each in texts)
     return owner if is_sound else Owner.of_damaged(content)
-
-
-def _is_sound(value: object, kind: object) -> bool:
-    if isinstance(value, str):
-        return kind is str and value.isprintable() and len(value) <= _MAX_CHARS
-    return isinstance(value, int) and type(value) is kind and abs(value) < _MAX_NUMBER

@@ -80,7 +80,9 @@ def metrics_row(values: Any) -> dict[str, float] | None:
     """Returns a row of metrics from what is on a line; None if it has no step, or a value that is no number."""
     if not isinstance(values, dict) or not is_integer(values.get("step")):
         return None
-    row = {name: _NONFINITE.get(value, value) if isinstance(value, str) else value for name, value in values.items()}
+    row: dict[str, Any] = {
+        name: _NONFINITE.get(value, value) if isinstance(value, str) else value for name, value in values.items()
+    }
     return row if all(map(is_number, row.values())) and math.isfinite(row.get("time_s", 0.0)) else None
 
 

@@ -49,12 +49,10 @@ class ReportTracker(Tracker):
             thread.join()
 
     def _write(self, *, is_running: bool) -> None:
-        """Writes the page; a damaged file or a full disk is only reported, since the results are in the other files."""
-        if not (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
-            return
         try:
-            write_report(self._run_dir, is_running=is_running)
-        except JaxinfraError as error:
+            if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
+                write_report(self._run_dir, is_running=is_running)
+        except JaxinfraError as error:  # the other files have the results
             _log.warning("%s", error)
 
     def _write_regularly(self) -> None:

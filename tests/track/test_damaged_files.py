@@ -9,11 +9,8 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.runtime.peers import Peers
@@ -36,13 +33,16 @@ def write_run(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record(root="Run")))
     for start in (0, 6):
-        ledger, phases = Ledger(folder / GOODPUT_FILE, phases := Phases()), phases
+        phases = Phases()
+        ledger = Ledger(folder / GOODPUT_FILE, phases)
         tracker = JsonlTracker(folder)
         tracker.start({}, {}, start_step=start, total_steps=12)
         phases.resume(start)
         for step in range(start + 1, start + 7):
             phases.finish_step(step)
-            tracker.log(step, {"loss": 1 / step, "lr": 1e-3, "tokens_per_s": 1e5, "step_time_s": 0.1, "rss_bytes": 2**30})
+            tracker.log(
+                step, {"loss": 1 / step, "lr": 1e-3, "tokens_per_s": 1e5, "step_time_s": 0.1, "rss_bytes": 2**30}
+            )
             ledger.write()
         tracker.log(start + 6, {"eval/loss": 0.5 / step, "eval/bits_per_byte": 0.4 / step})
         tracker.log_sample(step, f"after {step}")

@@ -69,7 +69,10 @@ DAMAGED = (
     *(b'{"st', b"\xff\x00", b"[1]", b'"x"', b"7", b"null", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}"),
     *(b'{"step": true}', b'{"step": "1"}', b'{"step": 1.0}', b'{"loss": 1.0}', b'{"step": 1, "loss": [2.0]}'),
     *(b'{"step": 1, "loss": null}', b'{"step": 1, "loss": "low"}', b'{"step": 1, "time_s": NaN}'),
-    *(b'{"step": 1, "loss": ' + b"9" * 400 + b"}", b'{"step": 1, "loss": ' + b'{"a":' * 3000 + b"1" + b"}" * 3000 + b"}"),
+    *(
+        b'{"step": 1, "loss": ' + b"9" * 400 + b"}",
+        b'{"step": 1, "loss": ' + b'{"a":' * 3000 + b"1" + b"}" * 3000 + b"}",
+    ),
 )
 """Lines that are no rows of metrics."""
 

@@ -38,14 +38,13 @@ def test_a_lookup_that_remembers_a_missing_file_is_not_asked(tmp_path: Path, mon
     monkeypatch.setattr(Path, "exists", lambda path: False)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / ".shared-99").touch()  # by a process that was killed
     assert results([folder, folder], monkeypatch) == [None, None]
     assert not [*folder.iterdir()]
 
 
 def test_the_owner_sweeps_what_kills_have_left(tmp_path: Path) -> None:
     kept = {"metrics.jsonl", ".metrics.jsonl.tmp", ".gitignore"}
-    for name in (*kept, ".metrics.jsonl.ab12cd_9.tmp", ".report.html.00000000.tmp"):
+    for name in (*kept, ".metrics.jsonl.ab12cd_9.tmp", ".shared.00004711.tmp"):
         (tmp_path / name).touch()
     with RunDirectory(tmp_path).owned():
         assert {path.name for path in tmp_path.iterdir()} == kept | {"lease"}

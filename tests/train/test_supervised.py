@@ -75,7 +75,7 @@ echo '{{"location": "runs/tiny"}}'
         with raises(PeerLostError, "killed by SIGKILL"):
             supervise._run_location([])
     for line in capsys.readouterr().err.splitlines():
-        names(line, "warning: directory of the run killed by SIGKILL again")
+        names(line, "warning: the run's directory killed by SIGKILL again")
 
 
 @pytest.mark.slow(20)
