@@ -1,5 +1,6 @@
 """The directory of a run: its lease, its run record, and the checks before a run resumes in it."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -18,21 +19,25 @@ from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.interfaces import Dataset
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.run import Run
 from jaxinfra.runtime.peers import Peers, current_peers
+from jaxinfra.storage.atomic import delete_temporaries
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.connection import normalize_url
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.lease import Lease, hold
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror, fetch
 from jaxinfra.storage.objects import ObjectStore
-from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
+from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_summary
 from jaxinfra.track.report import REPORT_FILE, write_report
 from jaxinfra.track.runs import RUN_FILES, parse_source
 
 _SEEN_S = 90.0  # NFS shows a new file after up to a minute (acdirmax, nfs(5))
 _LOOK_S = 0.2
+
+_log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -104,6 +109,8 @@ class RunDirectory:
         after = owner_token(str(self.checkpoints)) if self.is_remote else 0
         with hold(self.location, after=after) as lease, current_peers().last_call(lease.release):
             if not self.is_remote:
+                with storage_errors(self.path):
+                    delete_temporaries(self.path)
                 yield Owned(lease, lambda: None, lease.check_now)
                 return
             store = ObjectStore(self.location)
@@ -115,7 +122,7 @@ class RunDirectory:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
         if peers.count == 1 or self.is_remote:
             return
-        name = f".shared-{os.getpid()}"
+        name = f".shared.{os.getpid():08d}.tmp"  # as a temporary file that the next start sweeps after a kill
         if peers.index == 0:
             (self.path / name).touch()
         try:
@@ -171,9 +178,13 @@ class RunDirectory:
         return changes
 
     def summary(self) -> dict[str, Any]:
-        """Returns the contents of summary.json; {} without it."""
+        """Returns the contents of summary.json; {} without it, or, with a warning, if it is damaged."""
         summary = self.path / SUMMARY_FILE
-        return read_json_object(summary) if summary.exists() else {}
+        try:
+            return read_summary(summary) if summary.exists() else {}
+        except StorageError as error:
+            _log.warning("%s", error)
+            return {}
 
     def finished_summary(self, completed_steps: int) -> dict[str, Any]:
         """Returns the summary of a run that is already finished; writes its report if that is missing."""

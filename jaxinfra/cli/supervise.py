@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from jaxinfra.cli import processes
-from jaxinfra.errors import error_of_code
+from jaxinfra.errors import PeerLostError, error_of_code
 from jaxinfra.runtime.door import SECRET
+from jaxinfra.runtime.launcher import ProcessExit
 from jaxinfra.runtime.local_processes import process_environments
 from jaxinfra.runtime.processes import find_processes
 from jaxinfra.runtime.restart_policy import RestartLimits
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
 
 
-def run_location(argv: Sequence[str]) -> str | None:
+def run_location(argv: Sequence[str], tries: int = 3) -> str | None:
     """Returns the directory or URL of the run, None without one; asks another process.
 
     Loading a config imports JAX, and its file may ask that for devices, before the processes have joined.
@@ -58,6 +59,12 @@ def run_location(argv: Sequence[str]) -> str | None:
     command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
     # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
+    if asked.returncode < 0:
+        end = f"the process that finds the run's directory {ProcessExit(rank=0, code=asked.returncode).text}"
+        if tries == 1:
+            raise PeerLostError(f"{end} each time; find out what kills it, such as too little memory, and start again")
+        print(f"warning: {end}; starting it again", file=sys.stderr)
+        return run_location(argv, tries - 1)
     if asked.returncode:
         raise SystemExit(asked.returncode)  # it has printed its traceback
     found = json.loads(asked.stdout)

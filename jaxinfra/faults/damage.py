@@ -1,4 +1,4 @@
-"""Rows 17 to 23: disks that are full or refuse, checkpoints and data that are damaged."""
+"""Rows 17 to 23 and 46: disks that are full or refuse; checkpoints, data and files of a run that are damaged."""
 
 import os
 import random
@@ -12,8 +12,13 @@ from jaxinfra.checkpoint.manifest import MANIFEST_FILE
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.errors import CheckpointError, DataError, StorageError
 from jaxinfra.faults.harness import Harness, NotTried, Run, named, require, until, wait
+from jaxinfra.faults.layouts import begun
 from jaxinfra.faults.machine import small_disk
 from jaxinfra.faults.matrix import row
+from jaxinfra.storage.lease import hold
+from jaxinfra.track.attempts import ATTEMPTS_FILE
+from jaxinfra.track.goodput import GOODPUT_FILE
+from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE
 
 _DISK_BYTES = 24 << 20
 
@@ -274,3 +279,39 @@ def _replace(path: Path, files: list[Path], draw: random.Random) -> None:
     """Replaces a file by another one that is whole by itself, of the same length."""
     content = path.read_bytes()
     path.write_bytes(content[::-1])
+
+
+@row(
+    46,
+    fault="damaged, odd and left-over files in lease/; damage to goodput, attempts, metrics and summary",
+    must="swept, or one line; never a traceback, never a loop; results stand; same bits",
+)
+def odd_files(harness: Harness) -> str:
+    """Damages the files of a run before it goes on, and again when it has ended."""
+    name = "files"
+    begun(harness, name, processes=1, devices=1)
+    run = harness.run(name)
+    for _ in range(2):
+        with hold(run.path):
+            pass
+    for left in ("lease/7.json", "lease/.00000001.json.abcdefgh.tmp", ".report.html.abcdefgh.tmp"):
+        (run.path / left).touch()
+    for file in (GOODPUT_FILE, ATTEMPTS_FILE, METRICS_FILE):
+        with (run.path / file).open("ab") as opened:
+            opened.write(b'[1]\n{"step": "x", "attempt": {}, "t": null}\n\0\xff\n{"st')
+    ended = harness.train(name, "--supervise")
+    require(ended.code == 0 and len(ended.err.splitlines()) == 2, ended)
+    named(ended.err, f"{GOODPUT_FILE}:1: damaged; 3 of 3", f"{METRICS_FILE}:64: damaged; 3 of 66")
+    found = {path.name for path in [*run.path.glob(".*"), *(run.path / "lease").iterdir()]}
+    require(found == {"00000003.json", "7.json"}, found)
+    require(b'"exit_code": 0' in (run.path / ATTEMPTS_FILE).read_bytes().splitlines()[-1], "the attempt is missing")
+    (run.path / SUMMARY_FILE).write_text('{"steps": "60"}')
+    (run.path / "lease/00000009.json").write_text('{"pid": []}')
+    for command, code in (("runs", 0), ("goodput", 0), ("report", StorageError.exit_code)):
+        ended = harness.launch(command, str(run.path))
+        require(ended.code == code and len(ended.err.splitlines()) == (code > 0), ended)
+    if not harness.is_long:
+        (run.path / "lease/00000009.json").unlink()  # it is waited out for half a minute
+    ended = harness.train(name)
+    require(ended.code == 0 and "nothing to do" in ended.out, ended)
+    return f"files swept, lines left out in one warning each, summary.json written again; {harness.same_bits(name)}"

@@ -21,7 +21,7 @@ from jaxinfra.run import Run, with_mesh_size
 _CLOSE, _STEPS = 1e-6, 20
 
 
-def _begun(harness: Harness, name: str, *, processes: int, devices: int) -> None:
+def begun(harness: Harness, name: str, *, processes: int, devices: int) -> None:
     """Copies the first thirty steps of the run that nothing happened to, with this layout."""
     harness.reference(processes=processes, devices=devices)
     source, run = harness.reference_run(processes=processes, devices=devices), harness.run(name)
@@ -37,7 +37,7 @@ def _begun(harness: Harness, name: str, *, processes: int, devices: int) -> None
 
 def _goes_on(harness: Harness, name: str, *words: str, start: tuple[int, int], to: tuple[int, int]) -> float:
     """Goes on with another layout; returns the largest relative difference of a loss in the next steps."""
-    _begun(harness, name, processes=start[0], devices=start[1])
+    begun(harness, name, processes=start[0], devices=start[1])
     ended = harness.train(name, *words, processes=to[0], devices=to[1])
     require(ended.code == 0, ended)
     named(ended.out, "at step 30 of")

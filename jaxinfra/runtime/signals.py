@@ -91,9 +91,7 @@ class RunSignals(StopRequest):
         """
         if self._reason is not None and current_peers().count == 1:
             self._asked.wait()  # for the thread: the step during which the signal came is the last one
-        agreement = current_peers().agreement
-        agreement.completes(completed_steps)
-        return agreement.due("stop", completed_steps)
+        return current_peers().agreement.due("stop", completed_steps)
 
     def stop_is_due(self, completed_steps: int) -> bool:
         """Whether this process knows already that the run stops after this number of steps; waits for nothing."""

@@ -5,9 +5,9 @@ agreed step is the latest that any process has promised: each can reach it, and 
 before. A process that waits for a batch has promised no further step, so a batch that never comes delays nobody, unless
 others have begun the step of that batch already, which they cannot complete alone.
 
-While some process has not completed its first step, no other one has either, because steps are collective. So nothing
-would be lost, and at a request to stop all leave at once: compilation may take longer than the time until SIGKILL. A
-request to save is dropped then.
+The first step is promised once it is dispatched. While some process has not done that, no other one has completed a
+step, because steps are collective. So nothing would be lost, and at a request to stop all leave at once: compilation
+may take longer than the time until SIGKILL. A request to save is dropped then.
 
 Outside of a training all leave at once, too. While some are at its end and others have left it, nothing is agreed on.
 """
@@ -34,7 +34,7 @@ class Promise(NamedTuple):
 
     Attributes:
         training: number of trainings that it has begun.
-        step: of the last one, which it completes; None before the first is complete, 0 if that training has ended.
+        step: of the last one, which it completes; None before the first is dispatched, 0 if that training has ended.
     """
 
     training: int
@@ -110,14 +110,14 @@ class StepAgreement:
                 if all(request.step.done() for request in requests):
                     if any(request.action == "stop" and request.step.result() < step for request in requests):
                         return False
-                    if self._promise.step is not None:  # the first step is promised when it is complete
+                    if self._promise.step is not None:  # the first step is promised when it is compiled
                         self._promise = self._promise._replace(step=step)
                     return True
             for request in requests:
                 self._agreed_step(request)
 
-    def completes(self, step: int) -> None:
-        """Records a completed step; the first one of a training is promised now."""
+    def dispatches(self, step: int) -> None:
+        """Records a step that was dispatched; the first one of a training is promised now."""
         with self._lock:
             if self._promise.step is None:
                 self._promise = self._promise._replace(step=step)

@@ -17,11 +17,12 @@ class Appender:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates `path`; raises OSError if that fails."""
+        """Opens or creates `path`, and ends a record that a kill has torn; raises OSError if that fails."""
         self.dropped, self._path = 0, path
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._size_bytes = os.fstat(self._fd).st_size
-        self._pending: deque[bytes] = deque()
+        is_torn = self._size_bytes and os.pread(self._fd, 1, self._size_bytes - 1) != b"\n"
+        self._pending = deque([b"\n"] if is_torn else [])
 
     def append(self, record: bytes) -> None:
         """Writes the pending records, then this one. If that raises OSError, all of them stay pending."""

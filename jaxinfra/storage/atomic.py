@@ -3,11 +3,15 @@
 import contextlib
 import errno
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_SUFFIX = ".tmp"
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
 
 
 @contextmanager
@@ -16,7 +20,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
     If anything raises, `path` is unchanged and the temporary file is deleted.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, 0o644)
@@ -39,7 +43,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
 def create_file(path: Path, data: bytes, mode: int = 0o644) -> bool:
     """Creates a file with `data`, all at once; returns False if there is one. Holds on network file systems, too."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)
@@ -52,6 +56,13 @@ def create_file(path: Path, data: bytes, mode: int = 0o644) -> bool:
         return os.stat(temporary).st_nlink == 2
     finally:
         os.unlink(temporary)
+
+
+def delete_temporaries(folder: Path, is_left: Callable[[str], bool] = lambda name: True) -> None:
+    """Deletes the temporary files that kills have left in a folder; `is_left` says of which files nobody writes one."""
+    for name in os.listdir(folder):
+        if (found := _TEMPORARY.fullmatch(name)) and is_left(found[1]) and (folder / name).is_file():
+            (folder / name).unlink(missing_ok=True)
 
 
 def move_folder(folder: Path, target: Path) -> bool:

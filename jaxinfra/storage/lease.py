@@ -10,12 +10,14 @@ process has seen no beat for `EXPIRY_S` seconds. Each process measures that time
 An owner that was stopped or cut off may not know that it has lost the lease. So whoever publishes something must do it
 in a way that fails for an older token; `Lease.check` alone leaves a gap between the check and the write.
 
-A damaged file counts as one of an owner without a name: it is waited out, and the next token is larger.
+A damaged file, or a folder or pipe in its place, counts as that of an owner without a name: it is waited out, and the
+next token is larger. Files with other names are left alone.
 """
 
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -24,13 +26,13 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self, override
 
 from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
-from jaxinfra.storage.atomic import create_file, write_bytes_atomic
+from jaxinfra.storage.atomic import create_file, delete_temporaries, write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
@@ -42,6 +44,8 @@ EXPIRY_S = 30.0
 
 _FOLDER = "lease"
 _POLL_S = 1.0
+_FILE = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})\.json")
+_MAX_CHARS = 300  # of a value in the file of a lease
 
 _log = logging.getLogger(__name__)
 _held: set[str] = set()  # the ids of the leases that this process holds
@@ -247,10 +251,12 @@ class _Files(ABC):
 
     def newest(self) -> tuple[int, Owner] | None:
         """Returns token and owner of the newest lease; None if there was never one."""
-        while tokens := _tokens(self.names()):
-            token = max(tokens)
-            if (content := self.read(_file_name(token))) is not None:  # else deleted: a newer one has come
-                return token, _parse(content)
+        missing = 0
+        while token := max(map(_token, self.names()), default=0):
+            content = self.read(_file_name(token))
+            if content is not None or token == missing:  # a listing may have a deleted one for a minute
+                return token, _parse(content or b"")
+            missing = token  # a newer one has come
         return None
 
     def exists(self, token: int) -> bool:
@@ -267,9 +273,9 @@ class _Files(ABC):
 
     def delete_older(self, token: int) -> None:
         """Deletes the files of earlier owners."""
-        for each in _tokens(self.names()):
-            if each < token:
-                self.delete(_file_name(each))
+        for name in self.names():
+            if 0 < _token(name) < token:
+                self.delete(name)
 
     @abstractmethod
     def names(self) -> Sequence[str]: ...
@@ -299,8 +305,12 @@ class _InFolder(_Files):
 
     @override
     def read(self, name: str) -> bytes | None:
-        with storage_errors(self._folder / name, action="read"), suppress(FileNotFoundError):
-            return (self._folder / name).read_bytes()
+        path = self._folder / name
+        with storage_errors(path, action="read"), suppress(FileNotFoundError):
+            if path.is_file():
+                return path.read_bytes()
+            path.lstat()  # raises FileNotFoundError
+            return b""
         return None
 
     @override
@@ -316,8 +326,14 @@ class _InFolder(_Files):
 
     @override
     def delete(self, name: str) -> None:
-        with storage_errors(self._folder):
+        with storage_errors(self._folder), suppress(IsADirectoryError):
             (self._folder / name).unlink(missing_ok=True)
+
+    @override
+    def delete_older(self, token: int) -> None:
+        super().delete_older(token)
+        with storage_errors(self._folder):
+            delete_temporaries(self._folder, lambda name: 0 < _token(name) < token)
 
 
 class _InBucket(_Files):
@@ -353,9 +369,10 @@ def _file_name(token: int) -> str:
     return f"{token:08d}.json"
 
 
-def _tokens(names: Sequence[str]) -> list[int]:
-    stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-    return [int(stem) for stem in stems if stem.isascii() and stem.isdecimal()]
+def _token(name: str) -> int:
+    """Returns the token in the name of a file; 0 if it is no file of a lease."""
+    found = _FILE.fullmatch(name)
+    return int(found[1]) if found else 0
 
 
 def _encode(owner: Owner) -> bytes:
@@ -363,9 +380,13 @@ def _encode(owner: Owner) -> bytes:
 
 
 def _parse(content: bytes) -> Owner:
+    kinds = {each.name: each.type for each in fields(Owner)}
     try:
-        owner = Owner(**json.loads(content))
-        datetime.fromisoformat(owner.renewed)
-    except (ValueError, TypeError):
+        values = json.loads(content)
+        owner = Owner(**{name: values[name] for name in kinds})  # a later version may write more
+        datetime.fromisoformat(owner.renewed).timestamp()
+        texts = [str(values[name]) for name, kind in kinds.items() if type(values[name]) is kind]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Owner.of_damaged(content)
-    return owner
+    is_sound = len(texts) == len(kinds) and all(len(each) <= _MAX_CHARS and each.isprintable() for each in texts)
+    return owner if is_sound else Owner.of_damaged(content)

@@ -9,7 +9,6 @@ row after a request to stop has its reason, `stopped`, such as "SIGTERM" or the 
 came after the last row: that counts as down.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines
 
 GOODPUT_FILE = "goodput.jsonl"
 CLASSES = {
@@ -38,6 +37,7 @@ CLASSES = {
 """The classes of time, with their labels."""
 _PHASE_CLASSES = {"device": "step"}  # all other phases are classes
 _LOOP = ("step", "data")  # is lost if the steps are done again
+_LONGEST_S = 1e12  # a longer time is damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +121,10 @@ class Goodput:
 
 
 def read_ledger(path: Path) -> list[Attempt]:
-    """Reads goodput.jsonl; leaves out lines that a kill has torn, and those of an attempt after the next one began."""
-    with storage_errors(path, action="read", fix="name the directory of a run that has started"):
-        lines = path.read_bytes().splitlines() if path.exists() else []
+    """Reads goodput.jsonl; leaves out damaged lines, and those of an attempt after the next one began."""
     attempts: dict[int, list[dict[str, Any]]] = {}
-    for row in map(_parse, lines):
-        if row is not None and row["attempt"] >= max(attempts, default=0):
+    for row in read_json_lines(path, ledger_row) if path.exists() else ():
+        if row["attempt"] >= max(attempts, default=0):
             attempts.setdefault(row["attempt"], []).append(row)
     return [_attempt(rows) for rows in attempts.values() if "start" in rows[0]]
 
@@ -148,21 +146,20 @@ def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
     return Attempt(start_s=lines[0]["start"], rows=rows, stopped=stopped)
 
 
-def last_attempt(content: bytes) -> int:
-    """Returns the number of the last attempt in a ledger, 0 without one."""
-    return max((row["attempt"] for row in map(_parse, content.splitlines()) if row is not None), default=0)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
+def ledger_row(row: Any) -> dict[str, Any] | None:
+    """Returns what is on a line if it is a row of the ledger, else None."""
+    if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
         return None
-    return (
-        row
-        if isinstance(row, dict) and {"attempt", "t", "step", "saves", "from", "resumes", "seconds"} <= row.keys()
-        else None
+    from_step = row.get("from", "")
+    counts = [row.get(name) for name in ("attempt", "step", "resumes", "saves")]
+    counts += [] if from_step is None else [from_step]
+    times_s = [row.get("t"), row.get("start", 0.0), *row["seconds"].values()]
+    is_right = (
+        all(is_integer(each) and each >= 0 for each in counts)
+        and all(is_number(each) and 0 <= each < _LONGEST_S for each in times_s)
+        and isinstance(row.get("stopped", ""), str)
     )
+    return row if is_right else None
 
 
 def _classes(phases: Mapping[str, float]) -> dict[str, float]:

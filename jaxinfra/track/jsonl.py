@@ -6,11 +6,10 @@ summary.json has the final values, or the error that ended the run. While a run 
 Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
 time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
 "inf" and "-inf", which `read_metrics` turns back into floats. `step` is the number of completed
-steps. A run that resumes at step s drops the lines after s.
+steps. A run that resumes at step s drops the lines after s, and those that are damaged.
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines, truncate_json_lines
 from jaxinfra.track.base import FileTracker, RunStatistics
 
 METRICS_FILE = "metrics.jsonl"
@@ -30,9 +30,9 @@ SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 
+_TEXTS = ("status", "error", "modality", "peak_source", "checkpoint", "report")
+_NUMBERS = ("steps", "wall_s", "final_loss", "peak_rss_bytes", "peak_flops_per_device")
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-_log = logging.getLogger(__name__)
 
 
 class JsonlTracker(FileTracker):
@@ -44,23 +44,20 @@ class JsonlTracker(FileTracker):
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             (self._run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of the last stop: the run goes on
-            elapsed_s = truncate_metrics(path, start_step)
-            if (samples := self._run_dir / SAMPLES_FILE).exists():
-                kept = [each for each in read_samples(samples) if each[0] <= start_step]
-                write_bytes_atomic(samples, b"".join(map(_sample_line, kept)))
+            rows = truncate_json_lines(path, metrics_row, lambda row: row["step"] <= start_step)
+            truncate_json_lines(self._run_dir / SAMPLES_FILE, _sample, lambda sample: sample[0] <= start_step)
             self._file = Appender(path)  # FileTracker._append writes to it
-        self._start_s = time.monotonic() - elapsed_s
+        self._start_s = time.monotonic() - next((row["time_s"] for row in reversed(rows) if "time_s" in row), 0.0)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         failpoint("log", step)
-        line = {"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **_encode_nonfinite(metrics)}
-        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._append(_line({"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **metrics}))
 
     @override
     def log_sample(self, step: int, text: str) -> None:
         with (self._run_dir / SAMPLES_FILE).open("ab") as file:
-            file.write(_sample_line((step, text)))
+            file.write(_line({"step": step, "text": text}))
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -75,80 +72,65 @@ class JsonlTracker(FileTracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Reads metrics.jsonl; a kill may have torn the last line, which is then left out.
+    """Reads metrics.jsonl, without damaged lines; raises StorageError if the file is missing."""
+    return read_json_lines(path, metrics_row)
 
-    Raises StorageError if the file is missing, or if another line is not a JSON object with a step.
-    """
-    rows = [_parse_line(line) for line in _read_bytes(path).splitlines()]
-    if None in rows[:-1]:
-        raise StorageError(f"{path}:{rows.index(None) + 1}: not a JSON object with a step; delete this line")
-    return [row for row in rows if row is not None]
+
+def metrics_row(values: Any) -> dict[str, float] | None:
+    """Returns a row of metrics from what is on a line; None if it has no step, or a value that is no number."""
+    if not isinstance(values, dict) or not is_integer(values.get("step")):
+        return None
+    row: dict[str, Any] = {
+        name: _NONFINITE.get(value, value) if isinstance(value, str) else value for name, value in values.items()
+    }
+    return row if all(map(is_number, row.values())) and math.isfinite(row.get("time_s", 0.0)) else None
 
 
 def read_samples(path: Path) -> list[tuple[int, str]]:
-    """Reads samples.jsonl: step and text of each sample; a kill may have torn the last line, which is then left out.
+    """Reads samples.jsonl, without damaged lines: step and text of each sample."""
+    return read_json_lines(path, _sample)
 
-    Raises StorageError if another line is not a JSON object with a step and a text.
-    """
-    samples, lines = [], _read_bytes(path).splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            samples.append((int(row["step"]), str(row["text"])))
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise StorageError(
-                    f"{path}:{number}: not a JSON object with step and text; delete this line"
-                ) from error
-    return samples
+
+def _sample(values: Any) -> tuple[int, str] | None:
+    if not isinstance(values, dict) or not is_integer(values.get("step")) or not isinstance(values.get("text"), str):
+        return None
+    return values["step"], values["text"]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Reads summary.json; raises StorageError if the file is missing or damaged."""
+    summary = read_json_object(path)
+    for name, value in summary.items():
+        if not _has_type_of(name, value):
+            raise StorageError(f"{path}: its {name} has a wrong type, {type(value).__name__}; restore or delete it")
+    return summary
+
+
+def _has_type_of(name: str, value: Any) -> bool:
+    """Whether an entry of a summary has the type of its name; one that is not known here may have any."""
+    if name == "validation":
+        return isinstance(value, dict) and all(map(is_number, value.values()))
+    if name == "baselines":
+        return isinstance(value, dict) and all(_has_type_of("validation", each) for each in value.values())
+    if name in _TEXTS:
+        return isinstance(value, str)
+    return value is None or is_number(value) or not (name in _NUMBERS or name.endswith("_median"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object such as summary.json; raises StorageError if the file is missing or damaged."""
     try:
-        value = json.loads(_read_bytes(path))
-    except ValueError as error:
+        with storage_errors(path, action="read", fix="use the directory of a run that has started"):
+            value = _decode_nonfinite(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: is a {type(value).__name__}, expected a JSON object; restore or delete it")
-    return _decode_nonfinite(value)
+    return value
 
 
-def _read_bytes(path: Path) -> bytes:
-    with storage_errors(path, action="read", fix="use the directory of a run that has started"):
-        return path.read_bytes()
-
-
-def truncate_metrics(path: Path, start_step: int) -> float:
-    """Drops unreadable lines and lines of steps after `start_step`; returns `time_s` of the last line kept, or 0.
-
-    The file is a new one: what a start that has lost the run still appends goes to the old one.
-    """
-    if not path.exists():
-        return 0.0
-    rows = [(line, _parse_line(line)) for line in path.read_bytes().splitlines()]
-    if unreadable := sum(row is None for _, row in rows):
-        _log.warning("%s: %d unreadable lines dropped; a killed run leaves at most one", path, unreadable)
-    kept = [(line, row) for line, row in rows if row is not None and row["step"] <= start_step]
-    write_bytes_atomic(path, b"".join(line + b"\n" for line, _ in kept))
-    return next((row["time_s"] for _, row in reversed(kept) if "time_s" in row), 0.0)
-
-
-def _sample_line(sample: tuple[int, str]) -> bytes:
-    step, text = sample
-    return json.dumps({"step": step, "text": text}).encode() + b"\n"
-
-
-def _parse_line(line: bytes) -> dict[str, float] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return None
-    # Values are numbers, or the strings that stand for numbers that JSON lacks.
-    strings = (value for value in row.values() if isinstance(value, str))
-    return _decode_nonfinite(row) if all(string in _NONFINITE for string in strings) else None
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(_encode_nonfinite(values), allow_nan=False).encode() + b"\n"
 
 
 def _encode_nonfinite(value: Any) -> Any:

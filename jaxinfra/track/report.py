@@ -92,7 +92,7 @@ def read_run(run_dir: Path, *, is_running: bool) -> RunFiles:
     record = jsonl.read_json_object(record_file)
     rows = jsonl.read_metrics(metrics_file) if metrics_file.exists() else []
     # The summary of a run that goes on is that of its last stop.
-    summary = jsonl.read_json_object(summary_file) if summary_file.exists() and not is_running else {}
+    summary = jsonl.read_summary(summary_file) if summary_file.exists() and not is_running else {}
     return RunFiles(
         name=str(record.get("config", {}).get("name", run_dir.name)),
         state="running" if is_running else str(summary.get("status", "interrupted")),

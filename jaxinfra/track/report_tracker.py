@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import JaxinfraError, RunInUseError
+from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.report import write_report
 
@@ -49,8 +49,11 @@ class ReportTracker(Tracker):
             thread.join()
 
     def _write(self, *, is_running: bool) -> None:
-        if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
-            write_report(self._run_dir, is_running=is_running)
+        try:
+            if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
+                write_report(self._run_dir, is_running=is_running)
+        except JaxinfraError as error:  # the other files have the results
+            _log.warning("%s", error)
 
     def _write_regularly(self) -> None:
         wait_s = _FIRST_S
@@ -61,6 +64,6 @@ class ReportTracker(Tracker):
                 self._write(is_running=True)
             except RunInUseError:  # the main thread raises it, too
                 return
-            except JaxinfraError as error:
+            except StorageError as error:  # of `_check`
                 _log.warning("%s", error)
             wait_s = max(min(2 * wait_s, _EVERY_S), (time.monotonic() - start_s) / _MAX_SHARE)

@@ -1,6 +1,5 @@
 """Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,13 @@ from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, similar_run
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.files import list_folders
+from jaxinfra.storage.json_lines import parse_json
 from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
-from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, read_json_object
+from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, metrics_row, read_summary
 
 RUN_FILES = (
     RECORD_FILE,
@@ -98,10 +98,10 @@ def run_overview(folder: Path, location: str) -> RunOverview:
     """Reads the files of one run, which are in `folder`."""
     try:
         record = read_record(folder / RECORD_FILE)
-        summary = read_json_object(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).exists() else {}
+        summary = read_summary(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).exists() else {}
         last, validations = _read_metrics(folder / METRICS_FILE)
         age_s = _age_s(record) if is_remote(location) else _file_age_s(folder)
-        completed = max(int(last.get("step", 0)), summary.get("steps", 0))
+        completed = max(int(last.get("step", 0)), summary.get("steps") or 0)
         state = _state(location, summary, completed)
         goodput = account(read_ledger(folder / GOODPUT_FILE)).fraction
     except JaxinfraError as error:
@@ -162,17 +162,9 @@ def _state(location: str, summary: Mapping[str, Any], completed_steps: int) -> s
     return summary.get("status", "interrupted") if is_current else "interrupted"
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, Any], list[float]]:
+def _read_metrics(path: Path) -> tuple[dict[str, float], list[float]]:
     """Returns the last row of a training step, {} without one, and the validation losses; parses no other rows."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    losses = [row["eval/loss"] for line in lines if b'"eval/loss"' in line and isinstance((row := _row(line)), dict)]
-    training = (_row(line) for line in reversed(lines) if b'"loss"' in line)
-    return next((row for row in training if row), {}), [loss for loss in losses if isinstance(loss, float)]
-
-
-def _row(line: bytes) -> dict[str, Any]:
-    """Parses a line; a kill may have torn the last one, which is {} then."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    evaluated = [metrics_row(parse_json(line)) for line in lines if b'"eval/loss"' in line]
+    training = (metrics_row(parse_json(line)) for line in reversed(lines) if b'"loss"' in line)
+    return next(filter(None, training), {}), [row["eval/loss"] for row in evaluated if row and "eval/loss" in row]

@@ -11,7 +11,8 @@ from pathlib import Path
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.track.goodput import last_attempt
+from jaxinfra.storage.json_lines import truncate_json_lines
+from jaxinfra.track.goodput import ledger_row
 from jaxinfra.train.phases import Phases
 
 _BEAT_S = 10.0
@@ -31,11 +32,9 @@ class Ledger:
         self._phases, self._lock = phases, threading.Lock()
         self._saves, self._written_s, self._failed, self._closed = 0, 0.0, False, False
         with storage_errors(path):
-            content = path.read_bytes() if path.exists() else b""
-            self._attempt = last_attempt(content) + 1
+            rows = truncate_json_lines(path, ledger_row, lambda row: True)
+            self._attempt = max((row["attempt"] for row in rows), default=0) + 1
             self._file = Appender(path)
-            if not content.endswith(b"\n") and content:  # torn by a kill
-                self._file.append(b"\n")
         start_s = time.time() - (time.monotonic() - phases.start_s)
         self.write(start=start_s, host=socket.gethostname(), pid=os.getpid())
         phases.on_leave = self._left

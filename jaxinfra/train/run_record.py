@@ -116,7 +116,7 @@ def summary_of_metrics(rows: Sequence[dict[str, float]], modality: str, wall_s: 
     losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
     return {
         "modality": modality,
-        "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),
+        "wall_s": max([wall_s, *(row.get("time_s", 0.0) for row in rows[-1:])]),
         "final_loss": losses[-1] if losses else None,
         f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
         "mfu_median": _median(rows, "mfu"),

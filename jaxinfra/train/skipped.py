@@ -11,8 +11,8 @@ from typing import Any
 
 from jaxinfra.data.batches import BatchLoader
 from jaxinfra.runtime.peers import Peers
-from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.json_lines import is_integer, truncate_json_lines
 from jaxinfra.track.jsonl import SKIPPED_FILE
 
 
@@ -27,11 +27,8 @@ class SkippedSamples:
     def __init__(self, run_dir: Path, peers: Peers, start_step: int):
         """Reads what the run has left out up to the step that it starts at, and drops the rest."""
         self._path, self._peers, self.count = run_dir / SKIPPED_FILE, peers, 0
-        if peers.index == 0 and self._path.exists():
-            with storage_errors(self._path):
-                rows = [json.loads(line) for line in self._path.read_bytes().split(b"\n")[:-1]]  # whole lines
-                rows = [row for row in rows if row["step"] <= start_step]
-                write_bytes_atomic(self._path, b"".join(map(_line, rows)))
+        if peers.index == 0:
+            rows = truncate_json_lines(self._path, _row, lambda row: row["step"] <= start_step)
             self.count = sum(len(row["samples"]) for row in rows if row["split"] == "train")
 
     def collect(self, loader: BatchLoader, completed_steps: int) -> None:
@@ -60,6 +57,11 @@ class SkippedSamples:
         if self._peers.index == 0:
             with storage_errors(self._path), self._path.open("ab") as file:
                 file.write(_line({"step": step, "split": split, "samples": samples}))
+
+
+def _row(row: Any) -> dict[str, Any] | None:
+    is_right = isinstance(row, dict) and is_integer(row.get("step")) and isinstance(row.get("samples"), list)
+    return row if is_right and "split" in row else None
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -41,6 +41,7 @@ from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import process_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
@@ -203,7 +204,8 @@ class Trainer:
             self._peak = self.run_dir.existing_record().get("peak", self._peak)
             evaluated = next((row for row in reversed(self.metrics) if "eval/loss" in row), {})
             self._eval_metrics = {name: value for name, value in evaluated.items() if name.startswith("eval/")}
-            JsonlTracker(self.run_dir.path).log_summary(self._summary(None, 0.0))
+            with storage_errors(self.run_dir.path):
+                JsonlTracker(self.run_dir.path).log_summary(self._summary(None, 0.0))
             write_report(self.run_dir.path)
         return self.run_dir.finished_summary(self.completed_steps)
 
@@ -285,6 +287,7 @@ class Trainer:
             with self._phases.first("train_step"):
                 self.state, metrics = self.program.train_step(self.state, batch)
             self._phases.begun = step + 1
+            self._peers.agreement.dispatches(step + 1)
             failpoint("step", step + 1)
             self._report_pending()  # one step late, so that the devices work while the host waits
             if self._owned is not None:

@@ -15,7 +15,7 @@ def test_a_request_counts_before_and_after_a_training() -> None:
     assert agreed_step([agreement.promise]) is None
     assert agreement.begins(1)
     assert agreed_step([agreement.promise]) is None, "the first step is compiled"
-    agreement.completes(1)
+    agreement.dispatches(1)
     assert agreed_step([agreement.promise]) == 1, "no batch is there yet, it may never come"
     assert agreement.begins(2)
     assert agreed_step([agreement.promise]) == 2
@@ -27,14 +27,14 @@ def test_a_request_counts_before_and_after_a_training() -> None:
 def test_a_late_decision_does_not_stop_the_next_training() -> None:
     agreement = StepAgreement()
     agreement.begin()
-    agreement.completes(5)
+    agreement.dispatches(5)
     training, step = agreement.request(1, "stop", "SIGTERM")
     agreement.end()
     agreement.begin()
     assert step == 5
     agreement.decide(1, training, step)
     assert agreement.begins(1)
-    agreement.completes(1)
+    agreement.dispatches(1)
     assert agreement.due("stop", 1) is None
     agreement.decide(2, agreement.request(2, "stop", "SIGINT").training, 1)
     assert agreement.due("stop", 1) == "SIGINT"
@@ -45,7 +45,7 @@ def test_a_promise_holds_until_all_have_agreed() -> None:
     """Another process has begun step 4, so this one makes it, too."""
     agreement = StepAgreement()
     agreement.begin()
-    agreement.completes(3)
+    agreement.dispatches(3)
     training, step = agreement.request(1, "stop", "SIGTERM")
     begun = []
     loop = threading.Thread(target=lambda: begun.extend([agreement.begins(4), agreement.begins(5)]))
@@ -61,7 +61,7 @@ def test_each_request_to_save_saves_once() -> None:
     """A second one that comes while a slower process has not done the first is another request."""
     agreement = StepAgreement()
     agreement.begin()
-    agreement.completes(1)
+    agreement.dispatches(1)
     for number, step in ((1, 3), (2, 4)):
         agreement.decide(number, agreement.request(number, "save", f"SIGUSR1 {number}").training, step)
     assert [agreement.due("save", step) for step in range(2, 6)] == [None, "SIGUSR1 1", "SIGUSR1 2", None]

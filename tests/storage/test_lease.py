@@ -1,5 +1,6 @@
 """A lease has one owner, on a disk and in a bucket; one that has lost it notices."""
 
+import json
 import logging
 import os
 import shutil
@@ -7,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
 from jaxinfra.errors import RunInUseError
 from jaxinfra.storage import lease as lease_module
-from jaxinfra.storage.lease import Lease, current_owner, hold
+from jaxinfra.storage.lease import Lease, Owner, current_owner, hold
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
@@ -148,6 +151,73 @@ def test_a_damaged_file_is_waited_out(tmp_path: Path, caplog: pytest.LogCaptureF
         (tmp_path / "lease" / "00000008.json").write_text("{")
         with raises(RunInUseError, f"{tmp_path}"), hold(tmp_path, **QUICK):
             pass
+
+
+OWNER = asdict(Owner(host="node1", pid=2**31 - 1, identity="", since="2026-11-29T00:00:00+00:00", renewed="2026-11-29"))
+ODD = (
+    *(b"", b"\0" * 64, bytes(range(256)), b"7", b"9" * 5000, b'"x"', b"[]", b"[1, 2]", b"null", b"[" * 100_000, b"{}"),
+    *(json.dumps({name: value for name, value in OWNER.items() if name != missing}).encode() for missing in OWNER),
+    *(
+        json.dumps(OWNER | {name: value}).encode()
+        for name in OWNER
+        for value in (None, [1], "x" * 1000, "\x1b[2J\n", 10**400)
+    ),
+    json.dumps(OWNER | {"renewed": "0001-01-01"}).encode(),
+)
+"""What is in the file of a lease after damage, or after another program has written it."""
+
+
+def test_a_file_of_an_odd_shape_is_waited_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    places = [tmp_path / str(number) for number in range(len(ODD) + 3)]
+    for place, content in zip_longest(places, ODD, fillvalue=None):
+        assert place is not None
+        (place / "lease").mkdir(parents=True)
+        if content is not None:
+            (place / "lease" / "00000007.json").write_bytes(content)
+    folder, pipe, link = (place / "lease" / "00000007.json" for place in places[-3:])
+    folder.mkdir()
+    os.mkfifo(pipe)
+    link.symlink_to("nowhere")
+    for place in places:
+        caplog.clear()
+        assert current_owner(place) is None
+        with hold(place, beat_s=1000, expiry_s=0.002) as lease:
+            assert lease.token == 8
+        names(caplog.messages[0], f"{place}: held by damaged")
+        left = {"00000007.json"} if place == places[-3] else set[str]()
+        assert {path.name for path in (place / "lease").iterdir()} == {"00000008.json"} | left
+        with hold(place) as lease:
+            assert lease.token == 9
+
+
+def test_an_owner_of_a_later_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "00000007.json").write_text(json.dumps(OWNER | {"new": 1}))
+    with hold(tmp_path, beat_s=1000, expiry_s=0.002):
+        names(caplog.messages[0], f"{tmp_path}: held by process {OWNER['pid']} node1")
+
+
+def test_names_that_are_no_files_of_a_lease_are_left_alone(tmp_path: Path) -> None:
+    strays = {"7.json", "000000007.json", "00000007.json.bak", "00000007", ".00000007.json", "x.json", "00000000.json"}
+    (tmp_path / "lease").mkdir()
+    for name in strays:
+        (tmp_path / "lease" / name).write_text("{}")
+    with hold(tmp_path) as lease:
+        assert lease.token == 1
+    with hold(tmp_path) as lease:
+        assert lease.token == 2
+    assert {path.name for path in (tmp_path / "lease").iterdir()} == strays | {"00000002.json"}
+
+
+def test_a_kill_in_a_beat_leaves_nothing_for_good(tmp_path: Path) -> None:
+    die = "import os; os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+    beat = CHILD.replace("hold(sys.argv[1])", "hold(sys.argv[1], beat_s=0.01)")
+    child = subprocess.run([sys.executable, "-c", die + beat, str(tmp_path)], capture_output=True, check=False)
+    assert child.returncode == -signal.SIGKILL
+    left = {path.name for path in (tmp_path / "lease").iterdir()}
+    assert len(left) == 2 and "00000001.json" in left
+    with hold(tmp_path):
+        assert {path.name for path in (tmp_path / "lease").iterdir()} == {"00000002.json"}
 
 
 def test_a_deleted_lease_is_lost(place: str, elsewhere: None, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics, read_samples
-from tests.refusals import raises
+from tests.refusals import names, raises
 from tests.track import demo
 from tests.track.test_tensorboard import events
 
@@ -65,11 +65,29 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, torn):
     assert [row["step"] for row in read_metrics(path)] == [2, 3, 4][:whole] + [4]
 
 
-def test_damage_before_the_last_line_is_named(tmp_path):
+DAMAGED = (
+    *(b'{"st', b"\xff\x00", b"[1]", b'"x"', b"7", b"null", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}"),
+    *(b'{"step": true}', b'{"step": "1"}', b'{"step": 1.0}', b'{"loss": 1.0}', b'{"step": 1, "loss": [2.0]}'),
+    *(b'{"step": 1, "loss": null}', b'{"step": 1, "loss": "low"}', b'{"step": 1, "time_s": NaN}'),
+    *(
+        b'{"step": 1, "loss": ' + b"9" * 400 + b"}",
+        b'{"step": 1, "loss": ' + b'{"a":' * 3000 + b"1" + b"}" * 3000 + b"}",
+    ),
+)
+"""Lines that are no rows of metrics."""
+
+
+def test_damaged_lines_are_left_out_in_one_warning(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with raises(StorageError, "metrics.jsonl:2:"):
-        read_metrics(path)
+    path.write_bytes(b"\n".join([b'{"step": 1}', *DAMAGED, b'{"step": 2, "loss": "nan"}', b'{"st']))
+    for _ in range(2):  # once in a process: the report is written again and again
+        assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    (message,) = caplog.messages
+    names(message, f"{path}:2: {len(DAMAGED)} of {len(DAMAGED) + 2} lines")
+    tracker = start(tmp_path, 2)
+    tracker.log(3, {"loss": 1.0})
+    tracker.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -147,6 +165,5 @@ def test_samples_after_the_step_of_a_resume_are_dropped(tmp_path):
     tracker.log_sample(9, "again")
     tracker.close()
     assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "again")]
-    path.write_text("{}\n" + path.read_text())
-    with raises(StorageError, f"{path}:1:"):
-        read_samples(path)
+    path.write_text('{}\n{"step": 4, "text": 5}\n{"step": "4", "text": "x"}\n' + path.read_text())
+    assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "again")]

@@ -42,6 +42,14 @@ def test_a_lookup_that_remembers_a_missing_file_is_not_asked(tmp_path: Path, mon
     assert not [*folder.iterdir()]
 
 
+def test_the_owner_sweeps_what_kills_have_left(tmp_path: Path) -> None:
+    kept = {"metrics.jsonl", ".metrics.jsonl.tmp", ".gitignore"}
+    for name in (*kept, ".metrics.jsonl.ab12cd_9.tmp", ".shared.00004711.tmp"):
+        (tmp_path / name).touch()
+    with RunDirectory(tmp_path).owned():
+        assert {path.name for path in tmp_path.iterdir()} == kept | {"lease"}
+
+
 def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_dir, "_SEEN_S", 0.5)
     folders = [tmp_path / name for name in ("a", "b")]

@@ -111,6 +111,14 @@ def test_a_signal_at_any_moment_of_the_start(tiny: Tiny) -> None:
     is_told_at(tiny, [0.25, 0.75, 1.0, 1.5, 2.0, 2.75])
 
 
+def test_a_signal_after_the_first_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while that step is logged, before the save of it: the step is not lost."""
+    monkeypatch.setenv("JAXINFRA_FAIL", "log:0:1:term")
+    words = ("name=tiny", "track.console=off", "checkpoint.save_every=1")
+    preempted(tiny.launch(*words), "SIGTERM after step 1 of 12, saved")
+    assert saved(tiny) == [1]
+
+
 def test_a_batch_that_never_comes_delays_no_request(tiny: Tiny, start: Start, tmp_path: Path) -> None:
     """SIGUSR1 saves and goes on to wait; SIGTERM saves and leaves, although Python would wait for the read."""
     child = start("reading", 7)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.errors import RunInUseError
+from jaxinfra.cli import supervise
+from jaxinfra.errors import PeerLostError, RunInUseError
 from jaxinfra.storage.objects import ObjectStore
+from tests.refusals import names, raises
 from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, ended
@@ -52,6 +54,28 @@ def test_a_killed_run_goes_on(tiny: Tiny) -> None:
     assert (first["pids"], first["signal"], first["first_step"]) == ([child], "SIGKILL", 1)
     assert second["exit_code"] == 0 and second["last_step"] == 100
     assert second["first_step"] % 5 == 1 and second["first_step"] <= first["last_step"] + 1
+
+
+@pytest.mark.parametrize("kills", [2, 3])
+def test_a_helper_of_the_supervisor_that_is_killed_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kills: int
+) -> None:
+    """It finds the directory of the run; a script in place of Python counts its starts."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+echo start >> {tmp_path}/starts
+[ $(wc -l < {tmp_path}/starts) -gt {kills} ] || kill -9 $$
+echo '{{"location": "runs/tiny"}}'
+""")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    if kills == 2:
+        assert supervise._run_location([]) == "runs/tiny"
+    else:
+        with raises(PeerLostError, "killed by SIGKILL"):
+            supervise._run_location([])
+    for line in capsys.readouterr().err.splitlines():
+        names(line, "warning: the run's directory killed by SIGKILL again")
 
 
 @pytest.mark.slow(20)
