@@ -54,11 +54,14 @@ def _parse_lines[T](path: Path, parse: Callable[[Any], T | None]) -> list[tuple[
 
 
 def parse_json(text: bytes) -> Any:
-    """Parses JSON; returns None if it is damaged, nested too deeply, or a number in it has too many digits."""
+    """Parses JSON; returns None if it is damaged, nested too deeply, or has half of a surrogate pair."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        value = json.loads(text)
+        if b"\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # as the report will
+    except (ValueError, RecursionError):  # also of a number with too many digits
         return None
+    return value
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -22,7 +22,7 @@ from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines, truncate_json_lines
+from jaxinfra.storage.json_lines import is_integer, is_number, parse_json, read_json_lines, truncate_json_lines
 from jaxinfra.track.base import FileTracker, RunStatistics
 
 METRICS_FILE = "metrics.jsonl"
@@ -121,11 +121,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object such as summary.json; raises StorageError if the file is missing or damaged."""
     try:
         with storage_errors(path, action="read", fix="use the directory of a run that has started"):
-            value = _decode_nonfinite(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
+            value = _decode_nonfinite(parse_json(path.read_bytes()))
+    except RecursionError:
+        value = None
     if not isinstance(value, dict):
-        raise StorageError(f"{path}: is a {type(value).__name__}, expected a JSON object; restore or delete it")
+        raise StorageError(f"{path}: is damaged, not a JSON object; restore or delete it")
     return value
 
 

@@ -66,6 +66,7 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, torn):
 
 
 DAMAGED = (
+    b'{"step": 1, "\\ud800": 1.0}',
     *(b'{"st', b"\xff\x00", b"[1]", b'"x"', b"7", b"null", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}"),
     *(b'{"step": true}', b'{"step": "1"}', b'{"step": 1.0}', b'{"loss": 1.0}', b'{"step": 1, "loss": [2.0]}'),
     *(b'{"step": 1, "loss": null}', b'{"step": 1, "loss": "low"}', b'{"step": 1, "time_s": NaN}'),
