@@ -112,10 +112,10 @@ def test_a_killed_owner_on_this_host_loses_the_lease_at_once(place: str) -> None
         pass
     child.kill()
     child.communicate()
-    start_s = time.monotonic()
-    with hold(place) as lease:
+    start_s, expiry_s = time.monotonic(), 600.0
+    with hold(place, expiry_s=expiry_s) as lease:
         assert lease.token == 2
-        assert time.monotonic() - start_s < lease_module.EXPIRY_S / 2
+        assert time.monotonic() - start_s < expiry_s, "it has waited for the expiry"
 
 
 def test_many_at_once(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_many_at_once(tmp_path: Path) -> None:
         for _ in range(6)
     ]
     try:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 600
         while sum(child.poll() is None for child in children) > 1:
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
