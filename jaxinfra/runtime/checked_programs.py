@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import secrets
+from contextlib import nullcontext
 from pathlib import Path
 from typing import override
 
@@ -58,10 +59,12 @@ class CheckedCache(LRUCache):
             self._store.write(name, entry)
             return
         name, part = name.removesuffix("-cache"), secrets.token_hex(8)
-        super().put(part, entry)
-        for suffix in ("-atime", "-cache"):  # there is none without a limit, and none that is beyond it
-            if (folder / f"{part}{suffix}").exists():
-                os.replace(folder / f"{part}{suffix}", folder / f"{name}{suffix}")
+        # JAX's lock, which `put` takes, too: an eviction by another process must not look for the part that has gone.
+        with self.lock.acquire(timeout=self.lock_timeout_secs) if self.eviction_enabled else nullcontext():
+            super().put(part, entry)
+            for suffix in ("-atime", "-cache"):  # there is none without a limit, and none that is beyond it
+                if (folder / f"{part}{suffix}").exists():
+                    os.replace(folder / f"{part}{suffix}", folder / f"{name}{suffix}")
 
 
 def seal(key: str, program: bytes) -> bytes:

@@ -48,10 +48,10 @@ def knock(channel: socket.socket, secret: str, hello: Json, limit_s: float) -> N
     try:
         nonces = [own, _read(channel, deadline_s)["nonce"]]
         _send(channel, {"nonce": own, "hello": hello, "proof": _proof(secret, "client", nonces, hello)})
-        shown = _read(channel, deadline_s)["proof"]
+        is_known = _is_equal(_read(channel, deadline_s)["proof"], _proof(secret, "server", nonces, hello))
     except _GARBAGE:
         raise ProtocolError from None
-    if not _is_equal(shown, _proof(secret, "server", nonces, hello)):
+    if not is_known:
         raise OtherSecretError
 
 
@@ -88,7 +88,9 @@ def _read(channel: socket.socket, deadline_s: float) -> Json:
     """Reads a line, and no byte of what follows it."""
     line = b""
     while not line.endswith(b"\n"):
-        channel.settimeout(max(0.01, deadline_s - time.monotonic()))
+        if (left_s := deadline_s - time.monotonic()) <= 0:  # one that sends a byte now and then
+            raise TimeoutError(errno.ETIMEDOUT, "does not answer in time")
+        channel.settimeout(left_s)
         byte = channel.recv(1)
         if not byte or len(line) == _MAX_BYTES:
             raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")

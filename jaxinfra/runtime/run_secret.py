@@ -10,6 +10,7 @@ from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 
 FILE = ".secret"
+_IN_ALL = f"set {SECRET} to the same random text in all processes"
 
 
 def run_secret(location: str) -> str:
@@ -28,11 +29,11 @@ def run_secret(location: str) -> str:
             secret = store.read(FILE)
     else:
         path = Path(where)
-        with storage_errors(path):
+        with storage_errors(path, action="read or written", fix=f"{_IN_ALL}, or let this user read and write there"):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 create_file(path, new, mode=0o600)
             secret = path.read_bytes()
     if not re.fullmatch(rb"[0-9a-f]{64}\n", secret):
-        raise ConfigError(f"{where}: no secret of 64 hexadecimal digits; delete it, or set {SECRET} in all processes")
+        raise ConfigError(f"{where}: no secret of 64 hexadecimal digits; delete it, or {_IN_ALL}")
     return secret.decode().strip()

@@ -18,8 +18,11 @@ _SIGNED = re.compile(
     r"=(?:[^&#\s]*[^&#\s\"'`)\]}>,;:.]|[^&#\s]+)",
     re.IGNORECASE,
 )
-# How the names of environment variables with secrets end: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY.
-_SECRETS = ("_TOKEN", "_SECRET", "_PASSWORD", "_API_KEY", "_ACCESS_KEY", "_ACCOUNT_KEY", "_TOKEN_FOR_TESTING")
+# How the names of environment variables with secrets end: HF_TOKEN, PGPASSWORD, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY.
+_SECRETS = (
+    *("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY", "SECRET_KEY", "ACCOUNT_KEY"),
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING",
+)
 _MIN_SECRET_LENGTH = 8  # a shorter value may be part of an ordinary word
 
 

@@ -92,13 +92,14 @@ class Watch:
             limit_s = deadline_s(self._config, self.phases, progress)
             if self._peers.settled is not None:
                 limit_s = self._config.end_s
+            ledger = self._ledger  # the main thread may close it meanwhile
             if limit_s is not None and idle_s > limit_s:
-                if self._ledger is not None:
-                    self._ledger.write()
+                if ledger is not None:
+                    ledger.write()
                 self._peers.end_hung(f"no progress in {_in_words(progress.phase)} for {idle_s:.0f} s")
                 return
-            if self._ledger is not None:
-                self._ledger.beat()
+            if ledger is not None:
+                ledger.beat()
 
 
 def deadline_s(config: WatchdogConfig, phases: Phases, progress: Progress) -> float | None:

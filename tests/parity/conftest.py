@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
 import pytest
 from filelock import FileLock
 
@@ -32,14 +33,17 @@ type Unless = Callable[..., None]
 
 @pytest.fixture
 def unless_proven(request: pytest.FixtureRequest) -> Unless:
-    """Calls a check of the numbers of some programs; a slow test leaves it out if these programs have passed it."""
+    """Calls a check of the numbers of some programs; a slow test leaves it out if these programs have passed it.
 
-    def run(check: Callable[[], None], *programs: Program) -> None:
+    A check that calls other functions than the train step and the gradients, which are in it, says which: `also`.
+    """
+
+    def run(check: Callable[[], None], *programs: Program, also: tuple[str, ...] = ()) -> None:
         if request.node.get_closest_marker("slow") is None:
             check()
             return
         name = request.node.nodeid.rpartition("/")[2]
-        found = fingerprint(request.path, programs)
+        found = fingerprint(request.path, programs, also)
         recorded_into = os.environ.get(RECORD)
         if recorded_into is None and json.loads(PROOFS.read_text(encoding="utf-8")).get(name) == found:
             return
@@ -50,20 +54,27 @@ def unless_proven(request: pytest.FixtureRequest) -> Unless:
     return run
 
 
-def fingerprint(test: Path, programs: tuple[Program, ...]) -> str:
-    """Hashes the train steps of programs with the order of their devices, the compiler's mode, and the test's code."""
+def fingerprint(test: Path, programs: tuple[Program, ...], also: tuple[str, ...]) -> str:
+    """Hashes programs, the compiler's mode and version, and the test's code."""
     code = [path.read_text(encoding="utf-8") for path in (test, FOLDER / "cases.py", Path(parity.__file__))]
     mode = [os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"], version("jax"), version("jaxlib")]
-    return hashlib.sha256(repr([*code, *mode, *map(lowered, programs)]).encode()).hexdigest()
+    hashes = [lowered(program, also) for program in programs]
+    return hashlib.sha256(repr([*code, *mode, *hashes]).encode()).hexdigest()
+
+
+OTHERS: dict[str, Callable[[Program], jax.stages.Lowered]] = {
+    "eval_step": lambda program: jax.jit(program.eval_step).lower(program.params, program.validation_batch),
+    "init": lambda program: jax.jit(program.init).lower(jax.random.key(0)),
+}
 
 
 @functools.cache
-def lowered(program: Program) -> str:
-    """Returns a hash of the lowered train step, which has the gradients, and of the order of the devices."""
-    with no_source_lines():
-        text = program.lower().as_text()
+def lowered(program: Program, also: tuple[str, ...] = ()) -> str:
+    """Returns a hash of the train step, which has the gradients, of others, and of the order of the devices."""
+    with no_source_lines(), program.on_mesh:
+        texts = [each.as_text() for each in (program.lower(), *(OTHERS[name](program) for name in also))]
     devices = [device.id for device in program.mesh.devices.flat]
-    return hashlib.sha256(f"{devices} {text}".encode()).hexdigest()
+    return hashlib.sha256(repr((devices, texts)).encode()).hexdigest()
 
 
 def record(path: Path, name: str, found: str) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.parity import conftest
+from tests.parity.cases import TOKEN, Case
 from tests.parity.conftest import Unless
 
 
@@ -13,7 +14,7 @@ from tests.parity.conftest import Unless
 def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty file of proofs; a program of these tests is its text."""
     monkeypatch.setattr(conftest, "PROOFS", tmp_path / "proofs.json")
-    monkeypatch.setattr(conftest, "lowered", lambda program: program.text)
+    monkeypatch.setattr(conftest, "lowered", lambda program, also: program.text)
     monkeypatch.delenv(conftest.RECORD, raising=False)
     conftest.PROOFS.write_text("{}")
     return conftest.PROOFS
@@ -54,3 +55,13 @@ def test_a_fast_test_is_always_computed(unless_proven: Unless, proofs: Path, mon
     monkeypatch.setenv(conftest.RECORD, str(proofs))
     assert computes(unless_proven, "a")
     assert proofs.read_text() == "{}"
+
+
+@pytest.mark.slow(5)
+def test_an_evaluation_or_a_first_state_that_has_changed_is_another_program() -> None:
+    same, evaluated, begun = (Case(run=TOKEN).program() for _ in range(3))
+    evaluated.__dict__["eval_step"] = lambda params, batch: same.eval_step(params, batch)["loss"]
+    begun.__dict__["init"] = lambda key: same.init(key).params
+    for changed, name in ((evaluated, "eval_step"), (begun, "init")):
+        assert conftest.lowered(changed) == conftest.lowered(same)
+        assert conftest.lowered(changed, (name,)) != conftest.lowered(same, (name,))

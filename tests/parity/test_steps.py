@@ -44,7 +44,7 @@ def test_evaluation_equals_one_device(case: Case, unless_proven: Unless) -> None
     def check() -> None:
         assert not too_different(evaluated(case), evaluated(Case(run=case.run)))
 
-    unless_proven(check, case.program(), one_device_program(case.run))
+    unless_proven(check, case.program(), one_device_program(case.run), also=("eval_step",))
 
 
 def test_evaluation_and_training_have_one_loss() -> None:
@@ -118,7 +118,7 @@ def test_expert_biases_do_not_depend_on_the_mesh(mesh: MeshConfig, accumulate: i
         assert np.array_equal(moved, wanted) and set(np.round(np.abs(wanted) / 0.05).flat) <= {0, 1, 2}
         assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
 
-    unless_proven(check, moved_case.program(), one_device_program(TIGHT))
+    unless_proven(check, moved_case.program(), one_device_program(TIGHT), also=("init",))
 
 
 def train(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[dict[str, float]]]:

@@ -1,5 +1,6 @@
 """A damaged program of the compile cache is found before it is loaded, on disks and in buckets."""
 
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from filelock import Timeout
 from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import ConfigError
@@ -122,6 +124,22 @@ def test_nobody_sees_a_part_of_an_entry(tmp_path: Path, caplog: pytest.LogCaptur
         each.join()
     assert found <= {None, program} and not caplog.messages
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_no_other_process_evicts_while_an_entry_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look for the file that has just gone, and fail."""
+    other, rename = LRUCache(str(tmp_path), max_size=10**6, lock_timeout_secs=0.0), os.replace
+
+    def look(source: Path, target: Path) -> None:
+        with pytest.raises(Timeout):
+            other.put("theirs", PROGRAM)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    cache = CheckedCache(str(tmp_path), max_size=10**6)
+    cache.put("key", PROGRAM)
+    other.put("theirs", PROGRAM)
+    assert cache.get("key") == other.get("theirs") == PROGRAM
 
 
 def test_a_program_beyond_the_limit_is_not_kept(tmp_path: Path) -> None:

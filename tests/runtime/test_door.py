@@ -68,6 +68,7 @@ def test_who_only_seems_to_know_the_secret_is_not_believed() -> None:
         ([{"nonce": "0"}, {"proof": "0" * 64}], OtherSecretError),
         ([{"nonce": "0"}, {"proof": None}], OtherSecretError),
         ([{"nonce": "0"}, [1]], ProtocolError),
+        ([{"nonce": "0"}, {"proof": "\ud800"}], ProtocolError),
         ([{}], ProtocolError),
     ):
         ours, theirs = socket.socketpair()
@@ -75,3 +76,12 @@ def test_who_only_seems_to_know_the_secret_is_not_believed() -> None:
             theirs.sendall(b"".join(json.dumps(each).encode() + b"\n" for each in answers))
             with pytest.raises(error):
                 knock(ours, "known", 5, 60.0)
+
+
+def test_who_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte at a time, each soon after the last."""
+    monkeypatch.setattr("jaxinfra.runtime.door.HELLO_S", 0.0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(TimeoutError):
+        theirs.sendall(b'{"nonce": "0", "hello": 5, "proof": "0"}\n')
+        answer(ours, "known")

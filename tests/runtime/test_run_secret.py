@@ -45,7 +45,7 @@ def test_a_damaged_one_is_none(tmp_path: Path) -> None:
         run_secret(str(tmp_path))
     (tmp_path / FILE).unlink()
     (tmp_path / FILE).mkdir()
-    with pytest.raises(StorageError, match=FILE):
+    with pytest.raises(StorageError, match=f"{FILE}: .*{SECRET}"):  # such as a run that is another user's
         run_secret(str(tmp_path))
 
 

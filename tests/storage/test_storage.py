@@ -443,3 +443,6 @@ def test_a_user_alone_is_masked_where_it_may_be_a_token(monkeypatch):
         assert not has_credentials(text) and mask_credentials(text) == text
     monkeypatch.setenv("HF_TOKEN", "sEcReT-token")
     assert mask_credentials("refused: sEcReT-token") == "refused: $HF_TOKEN" and not has_credentials("sEcReT-token")
+    for name in ("TOKEN", "PGPASSWORD", "MINIO_SECRET_KEY"):
+        monkeypatch.setenv(name, secret := f"sEcReT-{name}")
+        assert mask_credentials(f"refused: {secret}") == f"refused: ${name}"

@@ -70,10 +70,10 @@ echo '{{"location": "runs/tiny"}}'
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
     if kills == 2:
-        assert supervise._run_location([]) == "runs/tiny"
+        assert supervise.run_location([]) == "runs/tiny"
     else:
         with raises(PeerLostError, "killed by SIGKILL"):
-            supervise._run_location([])
+            supervise.run_location([])
     for line in capsys.readouterr().err.splitlines():
         names(line, "warning: the run's directory killed by SIGKILL again")
 
