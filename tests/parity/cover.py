@@ -31,7 +31,7 @@ from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.run import Run
 from tests.parity.cases import DEEP, RUNS, Case
 
-FAST = 10
+FAST = 5
 """Cases of the cover that are not marked slow."""
 
 DRAWS = 60
