@@ -93,6 +93,9 @@ class Hub:
             return
         finally:
             self._unknown.pop(channel, None)
+        if not _is_hello(hello):  # without a secret anybody may send anything
+            channel.close()
+            return
         with closing(Connection(channel, self._silence_s, of_hub=True)) as connection:
             index = self._admit(hello, connection)
             if index is not None:
@@ -250,6 +253,13 @@ class Hub:
     def _beat(self) -> None:
         while not self.all_left.wait(BEAT_S):
             self._send_all(kind="beat", progress={})
+
+
+def _is_hello(hello: Json) -> bool:
+    kinds = {"index": int, "count": int, "host": str, "version": str}
+    if not isinstance(hello, dict) or not all(isinstance(hello.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return 0 <= hello["index"] < hello["count"]
 
 
 class _Outbox:

@@ -25,7 +25,9 @@ INTERRUPTED = 130
 GRACE_S = 3.0
 """Time that the main thread gets to leave by itself, and then the last calls, before the process is ended."""
 END_S, CLEAN_UP_S = 10.0, 30.0
-"""Time that threads, and then packages, get to end once the process has nothing left to lose."""
+"""Time that threads, and then packages, get to end in a process that has failed or was asked to stop."""
+DONE_S = 600.0
+"""That of one whose command has succeeded: a thread of the user may still upload."""
 _SHOW_CURSOR = "\x1b[?25h"
 
 _log = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ class Peers:
         """
 
         def end() -> None:
-            time.sleep(END_S)
+            time.sleep(END_S if code else DONE_S)
             if not (hanging := threads_that_hang(with_main=False)):
                 time.sleep(CLEAN_UP_S - END_S)
                 hanging = threads_that_hang()
