@@ -270,6 +270,18 @@ def test_strangers_change_nothing() -> None:
         together(peers, lambda each: each.leave())
 
 
+def test_an_odd_hello_without_a_secret_is_no_process() -> None:
+    """Without one anybody proves that they know it: what they say is looked at."""
+    address, hello = free_address(), {"index": 1, "count": 2, "host": "x", "version": __version__}
+    odd = None, [], {}, {**hello, "index": 2}, {**hello, "index": "1"}, {**hello, "host": None}, {**hello, "index": -1}
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ConnectedPeers, address, 2, 0, join_s=60.0)
+        for each in odd:
+            peer_connection.connect(address, "", each, 60.0, "x").close()
+        peers = [threads.submit(ConnectedPeers, address, 2, 1, join_s=60.0).result(), first.result()]
+        together(peers, lambda each: each.leave())
+
+
 def test_many_strangers_hold_up_nobody() -> None:
     """They stay, and send nothing or a part; process 0 keeps only so many of them open."""
     address = free_address()
