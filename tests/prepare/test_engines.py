@@ -103,7 +103,7 @@ def test_workers_end_with_their_driver(name, tmp_path):
         ("local", 0, None, "workers=0: 1"),
         ("ray", 2, "ray", "engine=ray: ray>="),
         ("dask", 2, "distributed", "engine=dask: distributed distributed>="),
-        ("spark", 2, "pyspark", "engine=spark: pyspark pyspark[connect]>="),
+        ("spark", 2, "pyspark", "engine=spark: pyspark pyspark[connect]<5,>="),
         ("spark", 2, None, "engine=spark: Java install"),
     ],
 )
