@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Loaded, record
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.lease import hold
+from jaxinfra.storage.lease import Owner, hold
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.memory import available_bytes
 from tests.refusals import mend, names, refused
@@ -243,7 +244,7 @@ def test_a_start_that_loses_its_run_leaves_it_to_the_other(
 ) -> None:
     """Another host has taken over the run while this one was stopped, and has trained it to its end."""
     directory, log = tiny.directory(), JsonlTracker.log
-    other = {"host": "other", "pid": 1, "identity": "", "since": "2026-01-01", "renewed": "2026-01-01", "id": "other"}
+    other = asdict(replace(Owner.this_process(), host="other", id="other"))
 
     def log_late(self: JsonlTracker, step: int, metrics: Mapping[str, float]) -> None:
         if step == at and "loss" in metrics:
