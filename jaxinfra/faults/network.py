@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import socket
 import time
 from contextlib import ExitStack, suppress
@@ -21,7 +22,7 @@ _SENT = b"", b"{", b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000 + b"\n", os.urandom(50
 @row(
     44,
     fault="packets lost in both directions for less than the heartbeat; in one direction, in both, for good",
-    must="no effect; then 76 or 77 on every process; same bits after the restart",
+    must="no effect; then 76 or 77 on every process, 134 where JAX aborts one first; same bits after the restart",
 )
 def lost_packets(harness: Harness) -> str:
     """Trains on two hosts of this machine, and loses packets between them."""
@@ -32,7 +33,8 @@ def lost_packets(harness: Harness) -> str:
             codes = _lose(harness, name, lost, heartbeat_s, short_s)
         except ConfigError as error:  # no network namespaces
             raise NotTried(str(error)) from None
-        require(set(codes) <= _LOST, f"{codes} after the packets of {lost} were lost")
+        # On a busy machine process 0 may leave before another one has: with it ends JAX's service, which aborts that.
+        require(codes[0] in _LOST and codes[1] in {*_LOST, -signal.SIGABRT}, f"{codes} after losing those of {lost}")
         ends.append(f"{codes[0]} and {codes[1]} once those of {' and '.join(map(str, lost))} are lost for good")
     ended = harness.train(name, processes=2)
     require(ended.code == 0, ended)
