@@ -1,4 +1,4 @@
-"""What `jaxinfra/patches.py` replaces: the libraries as they came still have the defects, and the replacements do not.
+"""Libraries as they came still have the defects for which `jaxinfra/patches.py` replaces functions; those have not.
 
 A test of `UNPATCHED` that fails after a bound of pyproject.toml was raised says that the patch can go.
 """

@@ -12,7 +12,7 @@ from jaxinfra.storage.objects import ObjectStore
 
 _FOLDER, _SHORT = "JAX_COMPILATION_CACHE_DIR", "train.steps=20"
 _BEGINNINGS = {b"\x55\x48\x89\xe5": b"\x0f\x0b" * 2, b"\xfd\x03\x00\x91": bytes(4)}
-"""What functions begin with on x86 (push rbp; mov rbp, rsp) and Arm (mov x29, sp), and instructions that kill."""
+"""Replaces how functions begin on x86 (push rbp; mov rbp, rsp) and Arm (mov x29, sp) by instructions that kill."""
 
 
 @row(

@@ -23,7 +23,7 @@ from jaxinfra.storage.objects import ObjectStore
 _log = logging.getLogger(__name__)
 _HASH_BYTES = hashlib.sha256().digest_size
 SUFFIX = "-sha256-cache"
-"""What the name of an entry has after its key."""
+"""Ends the name of each entry, after its key."""
 
 
 class CheckedCache(LRUCache):

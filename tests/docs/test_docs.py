@@ -65,7 +65,7 @@ VARIATIONS = (
     "python -m launch configs/story.py name=story-on init=runs/story data.seed=1 train.steps=60",
     "python -m launch configs/quickstart.py name=tracked track.wandb.project=words track.wandb.mode=offline",
 )
-"""What is only parsed: it does again what another command of the pages does, with other options."""
+"""Commands that are only parsed: each does again what another command does, with other options."""
 READERS = ("show ", "models", "explain", "diff ", "checkpoints ", "report ", "goodput ", "data show ")
 READERS += ("data verify ", "data peek ", "hub check ")
 LAUNCH = "python -m launch "

@@ -26,7 +26,7 @@ NAME = "phi3-long"
 @needs_torch
 @pytest.mark.slow(3)
 def test_packed_documents_are_those_of_each_alone_in_transformers(references: References) -> None:
-    """Of 17 tokens, more than the original length, and of 7; after both comes no padding."""
+    """Packs documents of 17 tokens, more than the original length, and of 7, without padding."""
     expected = references.arrays(NAME)
     found, built = read_tiny(references.folder / NAME)
     rows = len(expected["tokens"])

@@ -80,7 +80,7 @@ def test_a_process_killed_by_a_signal_is_named(
 
 
 def test_a_crash_without_progress_compiles_anew_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of the starts, 0 is killed from outside, 4 and 5 progress, and 1, 2, 3, 5 and 6 crash."""
+    """Start 0 is killed from outside; starts 4 and 5 progress; starts 1, 2, 3, 5 and 6 crash."""
     code = """\
 if number in (4, 5): complete(1, number)
 if os.environ.get("JAXINFRA_COMPILE_ANEW"): print(number)

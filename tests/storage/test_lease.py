@@ -164,7 +164,7 @@ ODD = (
     ),
     json.dumps(OWNER | {"renewed": "0001-01-01"}).encode(),
 )
-"""What is in the file of a lease after damage, or after another program has written it."""
+"""Contents of the file of a lease after damage, or after another program has written it."""
 
 
 def test_a_file_of_an_odd_shape_is_waited_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

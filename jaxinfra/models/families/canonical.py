@@ -1,4 +1,4 @@
-"""What a model computes in inference: the form in which models are compared, and what keys of files state of it."""
+"""Compares models by what they compute in inference, and tells which keys of files state it."""
 
 from dataclasses import replace
 
