@@ -72,8 +72,10 @@ def test_an_error_of_all_processes_is_one_line(tiny: Tiny, tmp_path: Path, repo_
     end = ended(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=repo_root))
     alone = launch(*words)
     message = alone.err.removeprefix("error: ")
-    assert (end.code, end.out, end.err.count("\n")) == (81, "", 1)
-    assert end.err.startswith("error: ") and end.err.endswith(message)
+    # A busy machine may keep process 1 so long that JAX aborts it when process 0 has ended, with lines of its own.
+    shown = "".join(line for line in end.err.splitlines(keepends=True) if not line.startswith("[1] "))
+    assert (end.code, end.out, end.err.count("error: "), shown.count("\n")) == (81, "", 1, 1), end.err
+    assert shown.startswith("error: ") and shown.endswith(message)
     for rank in range(2):
         log = (tiny.directory("failed") / "logs" / f"rank-{rank}.log").read_text()
         assert message in log

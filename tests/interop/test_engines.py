@@ -24,7 +24,7 @@ def test_engines_continue_a_text_as_sample_does(tiny_data: Path, tmp_path: Path)
     assert launch("sample", f"hf:{tmp_path / 'out'}", PROMPT, *greedy).out == sampled.out
     script = Path(__file__).with_name("torch_engines.py")
     command = [TORCH_PYTHON, script, tmp_path / "out", PROMPT, str(COUNT)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-3000:]
     found = json.loads(made.stdout.splitlines()[-1])
     assert found.pop("problems") == []  # no missing, unexpected or mismatched key

@@ -45,7 +45,7 @@ def sampler_of(folder: Path) -> Sampler:
     _, built = read_tiny(folder)
     data = TokenData(store="none", seq_len=1)
     run = Run(name="published", model=built.config, data=data, precision=Precision(compute="float32"))
-    model = LanguageModel(run=run, tokenizer=ByteTokenizer("<|end|>"), first_tokens=(), max_length=64)
+    model = LanguageModel(run=run, tokenizer=ByteTokenizer("<|end|>"), first_tokens=(), max_length=64, end_ids=())
     program = sampling_program(run, jax.devices())
     return Sampler(model, program, load_params(f"hf:{folder}", program).params)
 

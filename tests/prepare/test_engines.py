@@ -162,7 +162,7 @@ def test_clusters_behave_like_the_local_engine(name, tmp_path):
         engine = "spark"
         environment |= {"SPARK_REMOTE": "local[2,2]", "PYSPARK_PYTHON": sys.executable}
     command = [sys.executable, str(tmp_path / "driver.py"), engine, str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "again").exists()  # the job whose worker died was done by another
     said = [line for line in result.stdout.splitlines() if "(raylet)" not in line and line]  # of the worker that died

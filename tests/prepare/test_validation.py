@@ -314,6 +314,6 @@ def test_every_engine_gives_the_same_bytes(engine, tmp_path):
     made = {}
     for store, arguments in (("one", ("--workers", "1")), ("two", ("--engine", engine, "--workers", "2"))):
         command = ("data", "prepare", path, f"store={tmp_path / store}", *validation, *arguments)
-        assert ended(start(*command), timeout_s=300).code == 0
+        assert ended(start(*command), timeout_s=600).code == 0
         made[store] = contents(Path(TokenStore.open(tmp_path / store).storage.url))
     assert made["two"] == made["one"]

@@ -26,14 +26,14 @@ STRANGERS = 200
 
 
 def connect(
-    *members: tuple[int, int], address: str | None = None, hosts: Sequence[str] = ()
+    *members: tuple[int, int], address: str | None = None, hosts: Sequence[str] = (), join_s: float = 60.0
 ) -> list[Peers | JaxinfraError]:
     """Lets (index, count) of each member join in a thread; returns what it has become."""
     address = address or free_address()
 
     def join(member: tuple[int, int]) -> Peers | JaxinfraError:
         try:
-            return ConnectedPeers(address, member[1], member[0], join_s=2.0, silence_s=30.0, known_hosts=hosts)
+            return ConnectedPeers(address, member[1], member[0], join_s=join_s, silence_s=60.0, known_hosts=hosts)
         except JaxinfraError as error:
             return error
 
@@ -86,14 +86,14 @@ def test_a_run_of_one_is_alone() -> None:
 
 
 def test_missing_processes_are_named() -> None:
-    for error in connect((0, 4), (2, 4), hosts=("a", "b", "c", "d")):
+    for error in connect((0, 4), (2, 4), hosts=("a", "b", "c", "d"), join_s=5.0):
         assert isinstance(error, PeerLostError)
-        names(str(error), "processes 1 (b), 3 (d) of 4: joined within 2 s;")
+        names(str(error), "processes 1 (b), 3 (d) of 4: joined within 5 s;")
 
 
 def test_a_missing_first_process_is_named() -> None:
     address = free_address()
-    (error,) = connect((1, 2), address=address)
+    (error,) = connect((1, 2), address=address, join_s=2.0)
     assert isinstance(error, PeerLostError)
     names(str(error), f"process 0 {address} refused firewall")
 
@@ -113,15 +113,17 @@ def test_a_port_in_use_is_named() -> None:
     names(str(error), f"{address} in use another port")
 
 
-def failures(peers: Sequence[Peers], errors: Sequence[BaseException | None]) -> list[BaseException | None]:
-    """Returns how each process ends if its program ends with an error of its own."""
+def failures(
+    peers: Sequence[Peers], errors: Sequence[BaseException | None], *, wait_s: float = 60.0
+) -> list[BaseException | None]:
+    """Returns how each process ends if its program ends with an error of its own, or waits so long for one's."""
 
     def leave(pair: tuple[Peers, BaseException | None]) -> BaseException | None:
         try:
             with pair[0]:
                 if pair[1] is not None:
                     raise pair[1]
-                pair[0].raise_if_lost(wait_s=2.0)
+                pair[0].raise_if_lost(wait_s=wait_s)
         except BaseException as error:
             return error
         return None
@@ -132,7 +134,7 @@ def failures(peers: Sequence[Peers], errors: Sequence[BaseException | None]) -> 
 
 def test_a_program_may_exit_without_an_error() -> None:
     done = SystemExit(0)
-    assert failures(connect((0, 2), (1, 2)), (None, done)) == [None, done]
+    assert failures(connect((0, 2), (1, 2)), (None, done), wait_s=2.0) == [None, done]
 
 
 def test_the_code_of_an_exit_reaches_the_others() -> None:
@@ -195,7 +197,7 @@ def test_after_the_others_have_been_left() -> None:
 def member(address: str, index: int, count: int, *messages: dict) -> socket.socket:
     """A process that sends some messages, and then does not read what it gets."""
     hello = {"index": index, "count": count, "host": "x", "version": __version__}
-    channel = peer_connection.connect(address, "", hello, 20.0, "x")
+    channel = peer_connection.connect(address, "", hello, 60.0, "x")
     channel.sendall(b"".join(json.dumps(each).encode() + b"\n" for each in messages))
     return channel
 
@@ -204,14 +206,14 @@ def test_a_stopped_process_holds_up_no_others() -> None:
     """The values of a round are more than the connection to it holds."""
     address = free_address()
     with ThreadPoolExecutor(2) as threads:
-        joining = [threads.submit(ConnectedPeers, address, 3, index, join_s=20.0, silence_s=3.0) for index in (0, 2)]
+        joining = [threads.submit(ConnectedPeers, address, 3, index, join_s=60.0, silence_s=20.0) for index in (0, 2)]
         with member(address, 1, 3, {"kind": "value", "round": "main 1", "value": {"value": 0}}):
             peers = [each.result() for each in joining]
             values = [*threads.map(lambda each: each.gather("x" * 10**7), peers)]
             assert [len(each[2]) for each in values] == [10**7] * 2
             for each in peers:
                 with raises(HungError, "process 1 silent"):
-                    each.raise_if_lost(wait_s=10)
+                    each.raise_if_lost(wait_s=60)
             own = HungError("process 1")
             [*threads.map(lambda each: each.leave(own), peers)]
 
@@ -219,7 +221,7 @@ def test_a_stopped_process_holds_up_no_others() -> None:
 def test_a_member_that_leaves_out_a_field() -> None:
     address = free_address()
     with ThreadPoolExecutor(1) as threads:
-        joining = threads.submit(ConnectedPeers, address, 2, 0, join_s=20.0)
+        joining = threads.submit(ConnectedPeers, address, 2, 0, join_s=60.0)
         with (
             member(address, 1, 2, {"kind": "leave"}),
             raises(PeerLostError, "process 1 protocol"),
@@ -231,7 +233,7 @@ def test_a_member_that_leaves_out_a_field() -> None:
 def test_another_program_at_the_address_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        joining = threads.submit(ConnectedPeers, address, 2, 1, join_s=20.0)
+        joining = threads.submit(ConnectedPeers, address, 2, 1, join_s=60.0)
         channel, _ = server.accept()
         with channel:
             channel.sendall(b"HTTP/1.1 400 Bad Request\r\n")
@@ -257,14 +259,14 @@ def test_strangers_change_nothing() -> None:
     old = b'{"kind": "hello", "index": 1, "count": 2, "host": "x"}\n'
     garbage = b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"[" * 5000, os.urandom(5000), b"", old
     with ThreadPoolExecutor(2) as threads, ExitStack() as open_until_the_end:
-        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=20.0)
+        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=60.0)
         for secret in "", "guessed":
             with raises(ConfigError, f"process 0 {address} another secret JAXINFRA_SECRET root="):
-                peer_connection.connect(address, secret, hello, 20.0, "x")
+                peer_connection.connect(address, secret, hello, 60.0, "x")
         for sent in *garbage, json.dumps(proof).encode() + b"\n":
-            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=5)
+            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=60)
             open_until_the_end.enter_context(stranger).sendall(sent)
-        second = threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=20.0)
+        second = threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=60.0)
         peers = [first.result(), second.result()]
         assert together(peers, lambda each: each.gather(each.index)) == [[0, 1], [0, 1]]
         together(peers, lambda each: each.leave())
@@ -290,9 +292,9 @@ def test_many_strangers_hold_up_nobody() -> None:
         before = len(os.listdir("/proc/self/fd"))
         hello = {"index": 1, "count": 2, "host": "x", "version": __version__}
         with raises(ConfigError, "another secret"):  # it listens
-            peer_connection.connect(address, "", hello, 20.0, "x")
+            peer_connection.connect(address, "", hello, 60.0, "x")
         for number in range(STRANGERS):
-            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=30)
+            stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=60)
             stay.enter_context(stranger).sendall(b"{" * (number % 2))
         peers = [threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=60.0).result(), first.result()]
         assert len(os.listdir("/proc/self/fd")) < before + STRANGERS + 90

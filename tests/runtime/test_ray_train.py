@@ -58,7 +58,7 @@ def run(folder: Path, tiny: Tiny, script: str, gpus: int, *overrides: str) -> En
     }
     words = [sys.executable, str(folder / "ray_run.py"), str(tiny.config), *overrides]
     pipe = subprocess.PIPE
-    return ended(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=folder, env=env), timeout_s=480)
+    return ended(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=folder, env=env), timeout_s=600)
 
 
 def test_the_wait_for_other_workers_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

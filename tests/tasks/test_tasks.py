@@ -182,7 +182,7 @@ def test_scores_equal_those_of_lm_evals_own_model(trained: Path, tmp_path: Path)
     assert launch("hub", "export", str(trained), str(out)).code == 0
     command = [TORCH_PYTHON, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={out},dtype=float32"]
     command += ["--device", "cpu", "--tasks", ",".join(tasks), "--output_path", tmp_path / "theirs"]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-3000:]
     (result,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(result.read_text())["results"]

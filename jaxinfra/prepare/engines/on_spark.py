@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyspark import RDD, SparkContext
 
 _TRIES = 2
+_CANCEL_S = 0.5  # between two requests to cancel all jobs
 _LOOPBACK = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
 _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF"}
 
@@ -55,15 +56,22 @@ def start_spark(workers: int | None) -> Iterator[Engine]:
     with connection as spark:
         limit = workers or max(1, spark.parallelism)
         with ThreadPoolExecutor(limit, thread_name_prefix="spark") as threads:
+            waiting: set[Future[JobResult]] = set()
 
             def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
                 with _ignore_pandas_warning():
-                    return threads.submit(spark.make_spark_job(partial(run_job, function), job))
+                    result = threads.submit(spark.make_spark_job(partial(run_job, function), job))
+                waiting.add(result)
+                result.add_done_callback(waiting.discard)
+                return result
 
             try:
                 yield Engine(submit=submit, workers=limit)
             finally:
-                spark.cancel()  # or the threads would wait for their jobs
+                threads.shutdown(wait=False, cancel_futures=True)
+                while waiting:  # again, for a job that was on its way to Spark
+                    spark.cancel()
+                    wait([*waiting], _CANCEL_S)
 
 
 def _ignore_pandas_warning() -> AbstractContextManager[object]:
