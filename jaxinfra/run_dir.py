@@ -110,7 +110,7 @@ class RunDirectory:
         with hold(self.location, after=after) as lease, current_peers().last_call(lease.release):
             if not self.is_remote:
                 with storage_errors(self.path):
-                    delete_temporaries(self.path)
+                    delete_temporaries(self.path, lambda name: name != REPORT_FILE)  # `report` may be at work
                 yield Owned(lease, lambda: None, lease.check_now)
                 return
             store = ObjectStore(self.location)

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.door import Json, answer
+from jaxinfra.runtime.door import SECRET, Json, OtherSecretError, answer
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
 from jaxinfra.runtime.peers import GRACE_S
 from jaxinfra.runtime.progress import compare, hung_error
@@ -38,6 +38,7 @@ class Hub:
     ) -> None:
         self._listener, self._secret, self._count, self._known_hosts = listener, secret, count, known_hosts
         self._unknown: dict[socket.socket, None] = {}  # in the order in which they came
+        self._other_secrets = set[str]()  # addresses of those with another one
         self._join_s, self._silence_s = join_s, silence_s
         self._members: dict[int, _Outbox] = {}
         self._hosts: dict[int, str] = {}
@@ -60,14 +61,14 @@ class Hub:
         self._listener.settimeout(RETRY_S)
         while len(self._members) < self._count and time.monotonic() < deadline_s:
             try:
-                channel, _ = self._listener.accept()
+                channel, (address, *_) = self._listener.accept()
             except OSError:  # none came; or there are too many open files, for a while
                 time.sleep(RETRY_S / 10)
             else:
                 self._unknown[channel] = None
                 if len(self._unknown) > self._count + _STRANGERS:
                     self._hang_up([*self._unknown][0])
-                threading.Thread(target=self._serve, args=(channel,), name="peers-serve", daemon=True).start()
+                threading.Thread(target=self._serve, args=(channel, address), name="peers-serve", daemon=True).start()
         self._listener.close()
         if len(self._members) < self._count:
             self._fail(PeerLostError(self._missing()))
@@ -82,13 +83,18 @@ class Hub:
         hosts = {index: f" ({self._known_hosts[index]})" if self._known_hosts else "" for index in absent}
         listed = ", ".join(f"{index}{hosts[index]}" for index in absent[:8]) + (" ..." if len(absent) > 8 else "")
         verb = "processes" if len(absent) > 1 else "process"
-        return f"{verb} {listed} of {self._count}: not joined within {self._join_s:.0f} s; start all processes again"
+        others, fix = ", ".join(sorted(self._other_secrets)), "start all processes again"
+        if others:
+            others, fix = f", but one at {others} with another secret", f"{fix}, with the same {SECRET}"
+        return f"{verb} {listed} of {self._count}: not joined within {self._join_s:.0f} s{others}; {fix}"
 
-    def _serve(self, channel: socket.socket) -> None:
+    def _serve(self, channel: socket.socket, address: str) -> None:
         """The thread of a connection: receives messages until the process leaves or is lost."""
         try:
             hello = answer(channel, self._secret)
-        except OSError:  # not one of our processes
+        except OSError as error:  # not one of our processes
+            if isinstance(error, OtherSecretError):
+                self._other_secrets.add(address)
             channel.close()
             return
         finally:

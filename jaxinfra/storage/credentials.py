@@ -13,14 +13,16 @@ _USER = re.compile(
 )
 # Query parameters of signed URLs, such as ?X-Amz-Signature=0a1b.
 _SIGNED = re.compile(
-    r"(?<=[?&#;])([\w-]*(?:signature|credential|token|secret|password|passwd|pwd|api_?key|access_?key(?:_?id)?)|sig)"
+    r"(?<=[?&#;])([\w-]*(?:signature|credential|token|secret|passw(?:or)?d|pwd|(?:api|access|account)_?key(?:_?id)?)|sig|key)"
     # A closing quote, bracket or comma belongs to the sentence, not to the URL.
     r"=(?:[^&#\s]*[^&#\s\"'`)\]}>,;:.]|[^&#\s]+)",
     re.IGNORECASE,
 )
+# Headers that a client quotes in its error.
+_HEADER = re.compile(r"(authorization[\"']?\s*[:=]\s*[\"']?(?:\w+ )?|\bbearer )[\w.~+/=-]{8,}", re.IGNORECASE)
 # How the names of environment variables with secrets end: HF_TOKEN, PGPASSWORD, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY.
 _SECRETS = (
-    *("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY", "SECRET_KEY", "ACCOUNT_KEY"),
+    *("TOKEN", "SECRET", "PASSWORD", "PASSWD", "_PASS", "_PWD", "API_KEY", "ACCESS_KEY", "SECRET_KEY", "ACCOUNT_KEY"),
     "GOOGLE_AUTH_TOKEN_FOR_TESTING",
 )
 _MIN_SECRET_LENGTH = 8  # a shorter value may be part of an ordinary word
@@ -50,7 +52,7 @@ def has_credentials(text: str) -> bool:
 
 
 def _mask_urls(text: str) -> str:
-    return _SIGNED.sub(r"\1=***", _USER.sub(r"\1\2***", text))
+    return _HEADER.sub(r"\1***", _SIGNED.sub(r"\1=***", _USER.sub(r"\1\2***", text)))
 
 
 def mask_stderr() -> None:

@@ -43,7 +43,7 @@ def test_a_lookup_that_remembers_a_missing_file_is_not_asked(tmp_path: Path, mon
 
 
 def test_the_owner_sweeps_what_kills_have_left(tmp_path: Path) -> None:
-    kept = {"metrics.jsonl", ".metrics.jsonl.tmp", ".gitignore"}
+    kept = {"metrics.jsonl", ".metrics.jsonl.tmp", ".gitignore", ".report.html.ab12cd_9.tmp"}
     for name in (*kept, ".metrics.jsonl.ab12cd_9.tmp", ".shared.00004711.tmp"):
         (tmp_path / name).touch()
     with RunDirectory(tmp_path).owned():
