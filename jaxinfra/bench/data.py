@@ -30,7 +30,7 @@ from jaxinfra.bench.loader import (
     jaxinfra_batches,
     memory_growth_bytes,
 )
-from jaxinfra.bench.subprocesses import call_in_process
+from jaxinfra.bench.subprocesses import call_without_jax
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
@@ -175,14 +175,14 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
                 measurements["rows"] = rows = list(time_loaders(files, num_rounds))
                 lines.append(format_table(COLUMNS, rows))
             elif part == "first":
-                times_s = [call_in_process(first_batch_s, {}, files, time.time()) for _ in range(num_rounds + 1)]
+                times_s = [call_without_jax(first_batch_s, files, time.time()) for _ in range(num_rounds + 1)]
                 measurements["first_batch_s"] = first_s = median(times_s[1:])
                 lines.append(
                     f"First batch {first_s:.2f} s after the start of a process, imports included, "
                     "without importing JAX (goal < 1 s)."
                 )
             else:
-                growth_bytes = call_in_process(memory_growth_bytes, {}, files, GROWTH_BATCHES)
+                growth_bytes = call_without_jax(memory_growth_bytes, files, GROWTH_BATCHES)
                 measurements["growth_bytes"] = growth_bytes
                 lines.append(f"Memory grows {growth_bytes / 1e6:.1f} MB over {GROWTH_BATCHES:,} batches (goal < 50).")
     sizes = f"{num_tokens:,} tokens, windows of {SEQ_LEN:,}, batches of {BATCH_SIZE}"

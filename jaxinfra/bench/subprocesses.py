@@ -26,22 +26,33 @@ class BenchmarkProcessError(JaxinfraError):
 def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a function in a new process that has these environment variables, too; exceptions reach the caller."""
     with worker_pool(1, env) as pool:
-        try:
-            return pool.submit(function, *args, **kwargs).result()
-        except BrokenProcessPool:
-            name = f"{function.__module__}.{function.__name__}"
-            raise BenchmarkProcessError(f"the process of {name} died: see its last message above") from None
+        return _call(pool, function, *args, **kwargs)
 
 
-def worker_pool(num_workers: int, env: Mapping[str, str]) -> ProcessPoolExecutor:
+def call_without_jax[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a function that needs no JAX in a new process, which imports none; exceptions reach the caller."""
+    with worker_pool(1, {}, has_jax=False) as pool:
+        return _call(pool, function, *args, **kwargs)
+
+
+def _call[**P, R](pool: ProcessPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    try:
+        return pool.submit(function, *args, **kwargs).result()
+    except BrokenProcessPool:
+        name = f"{function.__module__}.{function.__name__}"
+        raise BenchmarkProcessError(f"the process of {name} died: see its last message above") from None
+
+
+def worker_pool(num_workers: int, env: Mapping[str, str], *, has_jax: bool = True) -> ProcessPoolExecutor:
     """Returns a pool of new processes that have these environment variables, too, and end when this process ends."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(env,))
+    return ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(env, has_jax))
 
 
-def _start_worker(env: Mapping[str, str]) -> None:
+def _start_worker(env: Mapping[str, str], has_jax: bool) -> None:
     os.environ.update(env)  # before JAX is imported
-    importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
+    if has_jax:
+        importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -328,14 +328,21 @@ class Harness:
         child = self._start(words, env or {})
         return wait(child, TIMEOUT_S)._replace(seconds=time.monotonic() - start_s)
 
-    def same_bits(self, name: str, reference: Reference | None = None, *, run: Run | None = None) -> str:
+    def same_bits(
+        self, name: str, reference: Reference | None = None, *, run: Run | None = None, until: int = sys.maxsize
+    ) -> str:
         """Raises NotSurvived unless a run has ended as the reference, by default that of its last layout.
 
-        `run` is given if it is not among those of the harness. Returns words for the table.
+        `run` is given if it is not among those of the harness. Steps after `until` are not compared. Returns words for
+        the table.
         """
         processes, devices = self._layouts[name]
         expected = reference or self.reference(processes=processes, devices=devices)
         found = (run or self.run(name)).result()
+        found, expected = (
+            Reference(*({step: value for step, value in part.items() if step <= until} for part in each))
+            for each in (found, expected)
+        )
         for what, ours, theirs in zip(("loss", "state", "samples"), found, expected, strict=True):
             steps = theirs if what != "state" else [step for step in theirs if step in ours]
             require(steps and max(ours, default=0) == max(theirs), f"{name}: its {what} ends at {max(ours, default=0)}")

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from jaxinfra.errors import ConfigError, Preempted, RunInUseError
@@ -68,7 +68,8 @@ def _short_grace(harness: Harness, name: str) -> None:
         run = harness.run(name)
         until(lambda: any(harness.has_fired(name, each) for each in hold.split(",")), launcher)
         for rank in descendants(launcher.pid):
-            os.kill(rank, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has noticed the end of the other one, and left
+                os.kill(rank, signal.SIGKILL)
         ended = wait(launcher)
     named(ended.error, "killed by SIGKILL", "start the same command")
     require(ended.code == _KILLED and max(run.steps()) == 50, f"{run.steps()}: {ended}")

@@ -127,6 +127,7 @@ class UrlFolder(ModelFolder):
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         self._files, self._path = file_system(self.url, field=PREFIX)
+        self._is_open = False  # whether the server has answered
 
     @override
     def url_of(self, name: str) -> str:
@@ -175,13 +176,16 @@ class UrlFolder(ModelFolder):
         waits_s = iter(retry_waits_s())
         while True:
             try:
-                return ask()
+                found = ask()
+                self._is_open = True
+                return found
             except Exception as error:
                 first = root = error  # clients say "no such file" for most failures: the cause is what happened
             while (status := _status(root)) is None and root.__cause__ is not None:
                 root = root.__cause__
             is_missing = isinstance(first, FileNotFoundError) and isinstance(root, FileNotFoundError | ValueError)
-            if status in (404, 410) or (status is None and is_missing):
+            # S3 answers 403 if a file is missing to who may not list the others.
+            if status in (404, 410) or (status is None and is_missing) or (status == 403 and self._is_open):
                 return None
             if status in (401, 403):
                 cause = f"no such model, or the server wants a login ({status})"

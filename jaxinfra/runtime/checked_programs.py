@@ -55,7 +55,7 @@ class CheckedCache(LRUCache):
 
     @override
     def put(self, key: str, value: bytes) -> None:
-        """Adds a program; no reader sees a part of it, and a process that is killed meanwhile leaves none."""
+        """Adds a program; no reader sees a part of it. A kill may leave one, under a name that is never read."""
         name, entry = f"{key}{SUFFIX}", seal(key, value)
         if (folder := self._store.folder) is None:
             self._store.write(name, entry)

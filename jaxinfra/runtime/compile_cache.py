@@ -95,7 +95,7 @@ def _same_key_in_all_processes() -> Iterator[None]:
 
     def hash_devices(hash_obj: Any, devices: "np.ndarray") -> None:
         kinds = [device.device_kind for device in devices.flat]
-        hash_obj.update(repr((kinds, jax.process_count(), _cpu_features())).encode())
+        hash_obj.update(repr((kinds, jax.process_count(), cpu_features())).encode())
 
     before, cache_key._hash_accelerator_config = cache_key._hash_accelerator_config, hash_devices
     try:
@@ -104,7 +104,7 @@ def _same_key_in_all_processes() -> Iterator[None]:
         cache_key._hash_accelerator_config = before
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
     """Returns the instruction sets of this CPU, as Linux names them, or else its name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []

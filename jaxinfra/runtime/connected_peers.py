@@ -12,8 +12,8 @@ each process also holds a TCP connection to process 0, served by a thread, which
 - `Peers.gather` exchanges small values.
 - A request to one process stops all after the same step, or makes all save it (`step_agreement`).
 
-The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; who connects must know
-the secret of the start (`door`). JAX's service has a free port of the same host, and asks nobody.
+The hub of process 0 (`peer_hub`) passes the messages on. The port is that of the coordinator; whoever connects must
+know the secret of the start (`door`). JAX's service has a free port of the same host, and does not check who connects.
 """
 
 import threading

@@ -6,13 +6,14 @@ Whoever connects must know a secret (`door`), which the hub has passed on.
 import itertools
 import json
 import socket
+import time
 from collections.abc import Buffer, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import override
 
 from jaxinfra.runtime.connected_peers import ConnectedPeers
 from jaxinfra.runtime.cpu_collectives import reachable_address
-from jaxinfra.runtime.door import Json, answer, knock, new_secret
+from jaxinfra.runtime.door import Json, OtherSecretError, ProtocolError, answer, knock, new_secret
 from jaxinfra.runtime.peer_connection import listen
 from jaxinfra.storage.closing import ClosedOnExit
 
@@ -54,14 +55,26 @@ class Exchange(ClosedOnExit):
         self._listener.close()
 
     def _send(self, target: int, number: int, parcels: Iterable[Parcel]) -> None:
-        with socket.create_connection(self._addresses[target], _SILENCE_S) as channel:
-            knock(channel, self._secret, [number, self._index], _SILENCE_S)  # the other one may be busy
+        with self._connect(target, number) as channel:
             channel.settimeout(_SILENCE_S)
             for label, content in parcels:
                 view = memoryview(content)
                 channel.sendall(_line([label, view.nbytes]))
                 channel.sendall(view)
             channel.sendall(_line(None))
+
+    def _connect(self, target: int, number: int) -> socket.socket:
+        deadline_s = time.monotonic() + _SILENCE_S
+        while True:
+            channel = socket.create_connection(self._addresses[target], _SILENCE_S)
+            try:
+                knock(channel, self._secret, [number, self._index], _SILENCE_S)  # the other one may be busy
+            except OSError as error:  # again if this process was too slow for the other one
+                channel.close()
+                if isinstance(error, ProtocolError | OtherSecretError) or time.monotonic() > deadline_s:
+                    raise
+            else:
+                return channel
 
     def _receive(self, number: int, sources: Collection[int]) -> Iterator[tuple[Json, bytearray]]:
         hellos = [[number, source] for source in sources]

@@ -59,7 +59,7 @@ def join(
     secret = os.environ.get(SECRET, "") if secret is None else secret
     if not secret and processes.source == ray_train.SOURCE:
         secret = ray_train.broadcast(new_secret())
-    if not (secret or processes.index or is_loopback(processes.coordinator.rpartition(":")[0])):
+    if not (secret or processes.index):
         _log.warning(
             "%s: whoever reaches this port can take the place of a process; set %s to the same random text in all "
             "processes, such as that of `openssl rand -hex 32`",

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.door import SECRET, Json, OtherSecretError, answer
+from jaxinfra.runtime.door import SECRET, Json, OtherSecretError, ProtocolError, answer
 from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
 from jaxinfra.runtime.peers import GRACE_S
 from jaxinfra.runtime.progress import compare, hung_error
@@ -92,6 +92,8 @@ class Hub:
         """The thread of a connection: receives messages until the process leaves or is lost."""
         try:
             hello = answer(channel, self._secret)
+            if not _is_hello(hello):  # without a secret anybody may send anything
+                raise ProtocolError
         except OSError as error:  # not one of our processes
             if isinstance(error, OtherSecretError):
                 self._other_secrets.add(address)
@@ -99,9 +101,6 @@ class Hub:
             return
         finally:
             self._unknown.pop(channel, None)
-        if not _is_hello(hello):  # without a secret anybody may send anything
-            channel.close()
-            return
         with closing(Connection(channel, self._silence_s, of_hub=True)) as connection:
             index = self._admit(hello, connection)
             if index is not None:
@@ -164,7 +163,7 @@ class Hub:
         return index
 
     def _misfit(self, index: int, count: int, host: str, version: str) -> str | None:
-        """Returns why a process does not fit to the others."""
+        """Returns why a process does not fit the others."""
         own_host = self._hosts.get(0, socket.gethostname())
         if index in self._members:
             return f"process {index}: on host {self._hosts[index]} and on host {host}; give each its own index"

@@ -7,10 +7,9 @@ import sys
 from typing import Any, override
 
 # `user:password` before "@" in any URL, and a user alone where it is itself a secret, as in https://TOKEN@host but not
-# in sftp://user@host. A password may have "/" in it, but what follows a port is a path.
-_USER = re.compile(
-    r"(://)(?!\[)[^/@\s:]*:(?:[^/\s]*|(?!\d+/)[^\s\"']{,200}?)(?=@)|\b((?:https?|s3a?|gc?s)://)[^/@\s:]+(?=@)"
-)
+# in sftp://user@host. A password may have "@" and "/" in it, but what follows a port is a path.
+_USER = re.compile(r"(://)(?!\[)[^/@\s:]*:(?!\d{1,5}/)[^\s\"']{,200}(?=@)|\b((?:https?|s3a?|gc?s)://)[^/@\s:]+(?=@)")
+_URL = re.compile(r"\w+://[^\s\"']+")
 # Query parameters of signed URLs, such as ?X-Amz-Signature=0a1b.
 _SIGNED = re.compile(
     r"(?<=[?&#;])([\w-]*(?:signature|credential|token|secret|passw(?:or)?d|pwd|(?:api|access|account)_?key(?:_?id)?)|sig|key)"
@@ -34,7 +33,7 @@ def mask_credentials(text: str) -> str:
     for secret, name in sorted(secrets, key=lambda each: -len(each[0])):  # one may be a part of another
         if len(secret) >= _MIN_SECRET_LENGTH:
             text = text.replace(secret, f"${name}")
-    return _mask_urls(text)
+    return _HEADER.sub(r"\1***", _mask_urls(text))
 
 
 def mask_tree(tree: Any) -> Any:
@@ -48,11 +47,11 @@ def mask_tree(tree: Any) -> Any:
 
 def has_credentials(text: str) -> bool:
     """Returns whether a URL in the text contains a password, a token or a signature."""
-    return _mask_urls(text) != text
+    return any(_mask_urls(url) != url for url in _URL.findall(text))
 
 
 def _mask_urls(text: str) -> str:
-    return _HEADER.sub(r"\1***", _SIGNED.sub(r"\1=***", _USER.sub(r"\1\2***", text)))
+    return _SIGNED.sub(r"\1=***", _USER.sub(r"\1\2***", text))
 
 
 def mask_stderr() -> None:

@@ -41,6 +41,7 @@ from jaxinfra.runtime.shared_reads import read_by_first
 from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.sample import Sampler
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import process_metrics
@@ -192,7 +193,7 @@ class Trainer:
 
     def _accept(self, changed: Sequence[Difference]) -> None:
         """Records that the config has changed, and warns of it in process 0."""
-        fields = {each.path: [str(each.left), str(each.right)] for each in changed}
+        fields = {each.path: [mask_credentials(str(side)) for side in (each.left, each.right)] for each in changed}
         self._changes.append({"step": self.completed_steps, "fields": fields})
         if self._is_main:
             listed = ", ".join(f"{path} from {old} to {new}" for path, (old, new) in fields.items())

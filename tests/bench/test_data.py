@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 
 from jaxinfra.bench import data
 from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, first_batch_s, memory_growth_bytes
-from jaxinfra.bench.subprocesses import call_in_process
+from jaxinfra.bench.subprocesses import call_in_process, call_without_jax
 from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.data.tokens import TokenData
 from tests.tiny_run import launch
@@ -55,11 +53,12 @@ def test_required_speed_follows_from_flops() -> None:
 def test_first_batch_and_memory_growth_without_jax(files: TokenFiles) -> None:
     late_s = 3600.0
     start_s = time.time() - late_s
-    first_s = call_in_process(first_batch_s, {}, files, start_s)
+    first_s = call_without_jax(first_batch_s, files, start_s)
     assert late_s < first_s < time.time() - start_s, "from the given start to the first batch"
-    assert abs(call_in_process(memory_growth_bytes, {}, files, 5)) < 2**30
-    code = "import sys, jaxinfra.bench.loader, jaxinfra.bench.subprocesses; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert abs(call_without_jax(memory_growth_bytes, files, 5)) < 2**30
+    call_without_jax(exec, "import sys, jaxinfra.bench.loader; assert 'jax' not in sys.modules")
+    with pytest.raises(AssertionError):
+        call_in_process(exec, {}, "import sys; assert 'jax' not in sys.modules")
 
 
 def test_table_and_json_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

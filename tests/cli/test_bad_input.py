@@ -103,7 +103,7 @@ def test_directory_of_another_config(begun: Tiny) -> None:
     assert mend(begun, [], line) == ["name=ANOTHER"]
 
 
-def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -> None:
+def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run goes on with the version that it was begun on; where that is gone, it stays as it is."""
     text, store = tmp_path / "text", tmp_path / "store"
     shutil.copytree(tiny_data / "text", text)
@@ -120,11 +120,12 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
     assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [first]
     assert f"{store}/{first}" in launch("data", "peek", str(begun.directory("mine") / "run.json"), "--rows", "0").out
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
-    start.append("optim.peak_lr=2e-3")
+    start.append("optim.peak_lr=0.002345")
+    monkeypatch.setenv("MY_TOKEN", "0.002345")
     assert begun.launch(*start, "--accept-change").code == 0
     record = json.loads((begun.directory("mine") / "run.json").read_text())
     assert record["data_versions"] == [first]
-    assert record["changes"] == [{"step": 10, "fields": {"optim.peak_lr": ["0.003", "0.002"]}}]
+    assert record["changes"] == [{"step": 10, "fields": {"optim.peak_lr": ["0.003", "$MY_TOKEN"]}}]
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
     shutil.rmtree(store)
     assert launch(*prepare).code == 0

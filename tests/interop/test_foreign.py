@@ -185,6 +185,14 @@ def test_server_that_wants_a_login(folder: Path, source: Callable[[HubServer], s
         refused(launch("hub", "check", source(server)), "401 HF_TOKEN", code=81)
 
 
+def test_server_that_forbids_what_is_missing(folder: Path) -> None:
+    with serving(folder, iter(())) as server:
+        server.missing = 403
+        ended = launch("hub", "check", f"hf:{server.url}/plain")
+        assert ended.code == 0, ended
+        refused(launch("hub", "check", f"hf:{server.url}/another"), "403", code=81)
+
+
 def test_server_that_is_not_there() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen

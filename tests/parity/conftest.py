@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from jaxinfra.bench import parity
 from jaxinfra.program import Program
+from jaxinfra.runtime.compile_cache import cpu_features
 from tests.golden.compiled import no_source_lines, write_json
 
 FOLDER = Path(__file__).parent
@@ -59,7 +60,7 @@ def fingerprint(test: Path, programs: tuple[Program, ...], also: tuple[str, ...]
     code = [path.read_text(encoding="utf-8") for path in (test, FOLDER / "cases.py", Path(parity.__file__))]
     mode = [os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"], version("jax"), version("jaxlib")]
     if mode[0] == "0":  # then it depends on the CPU which products and sums are fused
-        mode += [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "flags" in line][:1]
+        mode.append(cpu_features())
     hashes = [lowered(program, also) for program in programs]
     return hashlib.sha256(repr([*code, *mode, *hashes]).encode()).hexdigest()
 

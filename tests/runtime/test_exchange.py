@@ -37,7 +37,7 @@ class Pair:
 def test_both_send_at_once_and_strangers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, contents = Pair(), [os.urandom(5_000_000), b""]  # more than the sockets buffer
     silent: list[socket.socket] = []
-    monkeypatch.setattr(door, "HELLO_S", 0.5)
+    monkeypatch.setattr(door, "HELLO_S", 2.0)
 
     def run(index: int) -> list[list[Any]]:
         with Exchange(pair.peers(index)) as link:

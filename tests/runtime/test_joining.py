@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jaxinfra.errors import ConfigError, HungError, PeerLostError
+from jaxinfra.errors import ConfigError, PeerLostError
 from tests.conftest import ROOT
 from tests.refusals import names
 from tests.several import all_ended, free_address
@@ -153,20 +152,3 @@ def test_strangers_change_nothing(tiny: Tiny) -> None:
 
 def ports(listening: psutil.Process) -> set[int]:
     return {each.laddr.port for each in listening.net_connections() if each.status == psutil.CONN_LISTEN}
-
-
-@pytest.mark.slow(10)
-def test_a_silence_has_a_limit(tiny: Tiny) -> None:
-    address = free_address()
-    limit = ("train.steps=100000", "--heartbeat-timeout", "4")
-    children = [process(tiny, index, address, *limit) for index in range(2)]
-    try:
-        while not (tiny.directory("joins") / "metrics.jsonl").exists():
-            assert children[0].poll() is children[1].poll() is None
-        children[1].send_signal(signal.SIGSTOP)
-        end = ended(children[0])
-    finally:
-        children[1].kill()
-        children[1].communicate()
-    assert end.code == HungError.exit_code, end
-    names(end.err.splitlines()[-1], "process 1", socket.gethostname(), "silent", "4 s")

@@ -20,10 +20,11 @@ class HubServer:
         url: its address.
         read_bytes: number of bytes of files that were answered.
         errors: the statuses that the next requests get in place of an answer.
+        missing: the status of a file that is not there; S3 has 403 for who may not list a bucket.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.read_bytes = folder, 0
+        self.folder, self.read_bytes, self.missing = folder, 0, 404
         self.errors: Iterator[int] = iter(())
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -71,7 +72,7 @@ class HubServer:
                 else:
                     name = path.rpartition("/")[2]
                     found = path.startswith((f"/{REPOSITORY}/resolve/", "/plain/")) and (hub.folder / name).is_file()
-                    self._file(hub.folder / name) if found else self._send(404, b"Entry not found")
+                    self._file(hub.folder / name) if found else self._send(hub.missing, b"Entry not found")
 
             def _json(self, content: object) -> None:
                 self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -442,15 +442,20 @@ def test_a_user_alone_is_masked_where_it_may_be_a_token(monkeypatch):
         "s3://sEcReT@bucket/x",
         "https://h/x?access_token=sEcReT",
         "https://h/x?key=sEcReT",
+        "http://u:p@sEcReT/w0rd@host/x",
+        "http://u:sEcReT@1/2@host",
+        "http://u:123456/sEcReT@host",
     ):
         assert has_credentials(text) and "sEcReT" not in mask_credentials(text)
-    for text in ("abfs://container@account.dfs.core.windows.net/x", "sftp://user@host/x", "a@b", "s3://b/x@y"):
+    for text in ("abfs://container@account.dfs.core.windows.net/x", "sftp://user@host/x", "a@b", "http://h:80/x@y"):
         assert not has_credentials(text) and mask_credentials(text) == text
     monkeypatch.setenv("HF_TOKEN", "sEcReT-token")
     assert mask_credentials("refused: sEcReT-token") == "refused: $HF_TOKEN" and not has_credentials("sEcReT-token")
     for header in ("Authorization: Bearer sEcReT-x", "{'Authorization': 'Basic sEcReT-x'}", "bearer sEcReT-x"):
         assert mask_credentials(header).replace("***", "sEcReT-x") == header != mask_credentials(header)
+        assert not has_credentials(header)
     assert "sEcReT" not in mask_credentials("AccountName=a;AccountKey=sEcReT;x")
+    assert not has_credentials("a prompt; key=value")
     for name in ("TOKEN", "PGPASSWORD", "MINIO_SECRET_KEY", "SMTP_PASS"):
         monkeypatch.setenv(name, secret := f"sEcReT-{name}")
         assert mask_credentials(f"refused: {secret}") == f"refused: ${name}"

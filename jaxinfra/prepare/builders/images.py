@@ -23,6 +23,7 @@ from jaxinfra.prepare.documents.shingles import hash128
 from jaxinfra.prepare.parts import Part, PartMetadata, PartSplits
 from jaxinfra.prepare.recipes.corpus import ImageSet
 from jaxinfra.prepare.sources.record import Fields
+from jaxinfra.storage.credentials import mask_tree
 
 BLOCK_BYTES, SHARD_BLOCKS = 64 * 1024, 256
 _MAX_BASELINE_IMAGES = 20_000  # of training; the baseline computes the distances of all pairs
@@ -119,7 +120,7 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             baselines = nearest_neighbor_accuracy(train, validation)
         return Manifest(
             kind="images",
-            recipe=encode(self._recipe),
+            recipe=mask_tree(encode(self._recipe)),
             source_digest=source_digest,
             counts=counts,
             dtype="uint8",

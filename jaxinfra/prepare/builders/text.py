@@ -39,6 +39,7 @@ from jaxinfra.prepare.sources.record import Records, SourceShard
 from jaxinfra.prepare.sources.stream import Position, StreamBatch
 from jaxinfra.prepare.tokenizers import TrainBpe, convert_tokenizer, train_bpe
 from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.credentials import mask_tree
 from jaxinfra.storage.objects import ObjectStore
 
 TOKENIZER_TRAINING_CHARS = 12_000_000
@@ -335,7 +336,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         shutil.copyfile(folder / self._info.file, build / self._info.file)
         manifest = Manifest(
             kind=self._kind,
-            recipe=encode(corpus),
+            recipe=mask_tree(encode(corpus)),
             source_digest=source_digest,
             counts=counts,
             dtype=self._dtype.name,
