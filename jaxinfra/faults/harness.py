@@ -117,6 +117,11 @@ class Reference(NamedTuple):
     states: Mapping[int, str]
     samples: Mapping[int, Sequence[int]]
 
+    def until(self, step: int) -> "Reference":
+        """Returns the numbers of the first steps."""
+        losses, states = ({at: x for at, x in each.items() if at <= step} for each in (self.losses, self.states))
+        return Reference(losses, states, {at: ids for at, ids in self.samples.items() if at <= step})
+
 
 @dataclass(frozen=True)
 class Run:
@@ -337,12 +342,8 @@ class Harness:
         the table.
         """
         processes, devices = self._layouts[name]
-        expected = reference or self.reference(processes=processes, devices=devices)
-        found = (run or self.run(name)).result()
-        found, expected = (
-            Reference(*({step: value for step, value in part.items() if step <= until} for part in each))
-            for each in (found, expected)
-        )
+        expected = (reference or self.reference(processes=processes, devices=devices)).until(until)
+        found = (run or self.run(name)).result().until(until)
         for what, ours, theirs in zip(("loss", "state", "samples"), found, expected, strict=True):
             steps = theirs if what != "state" else [step for step in theirs if step in ours]
             require(steps and max(ours, default=0) == max(theirs), f"{name}: its {what} ends at {max(ours, default=0)}")
