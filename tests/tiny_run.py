@@ -49,7 +49,7 @@ def config() -> Run:
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=2), peak_lr=3e-3),
         train=TrainConfig(steps={steps}, global_batch=8, eval_every=5),
         checkpoint=CheckpointConfig(save_every=5),
-        track=TrackConfig(log_every=1, console="plain"),
+        track=TrackConfig(log_every=1, console="plain", tensorboard=False),
     )
 """
 RECIPE = """\

@@ -53,7 +53,7 @@ def config() -> Run:
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=5), peak_lr=3e-3),
         train=TrainConfig(steps=STEPS, global_batch=BATCH, eval_every=EVAL_EVERY, eval_samples=8),
         checkpoint=CheckpointConfig(save_every=SAVE_EVERY, keep_last=99),
-        track=TrackConfig(log_every=1, console="plain"),
+        track=TrackConfig(log_every=1, console="plain", tensorboard=False),
     )
 
 

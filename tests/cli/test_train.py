@@ -14,7 +14,7 @@ from tests.tiny_run import STEPS, Tiny, contents, launch, summary
 @pytest.mark.jax_range
 def test_whole_run(tiny: Tiny) -> None:
     """It writes all that it promises; a second start says so and changes nothing."""
-    ended = tiny.launch()
+    ended = tiny.launch("track.tensorboard=true")
     assert (ended.code, ended.err) == (0, "")
     assert "new run " in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
     directory = tiny.directory()
@@ -47,7 +47,7 @@ def test_whole_run(tiny: Tiny) -> None:
     assert "tiny" in (directory / "report.html").read_text()
 
     record = json.loads((directory / "run.json").read_text())
-    assert record["command"] == ["python", "-m", "launch", str(tiny.config)]
+    assert record["command"] == ["python", "-m", "launch", str(tiny.config), "track.tensorboard=true"]
     assert record["devices"]["count"] == 8 and record["devices"]["mesh"]["fsdp"] == 8
     assert record["versions"]["jax"] and record["derived"]["steps"][0] == STEPS
 

@@ -33,7 +33,7 @@ def test_it_is_the_run_of_a_disk(server: Server, tiny: Tiny, tmp_path: Path) -> 
     assert tiny.launch("track.console=off").code == 0
     root = root_of(server)
     server.faults.unavailable = 0.05
-    done = tiny.launch(f"root={root}")
+    done = tiny.launch(f"root={root}", "track.tensorboard=true")
     server.faults.clear()
     assert done.code == 0, done.err
     assert losses(f"{root}/tiny") == tiny.losses()
