@@ -44,9 +44,9 @@ def main(words: list[str]) -> None:
             proofs.record()
         return
     if words == ["parity"]:
-        from tests.parity import conftest
+        from tests.golden import proven
 
-        conftest.record_all()
+        proven.record_all()
         return
     if words[:1] == ["picture"]:
         write_picture(Path(words[1]))

@@ -16,6 +16,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.decoders import changed
+from tests.golden.proven import Unless
 from tests.models import numpy_reference
 from tests.models.harness import BASE, MODELS, ONE, build, random_tokens, relative_error, slow_but
 from tests.models.numpy_experts import ExpertStats
@@ -52,9 +53,16 @@ def batch_on_host() -> dict[str, np.ndarray]:
     }
 
 
-def gradients(run: Run, values: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """Returns the gradients of the mean loss, and that loss, on the run's mesh."""
-    program = Program(run, make_mesh(run.mesh, jax.devices()[: int(np.prod(run.mesh.sizes))]))
+def program_of(model: str, mesh: MeshConfig, policy: Policy = "none") -> Program:
+    run = run_of(MODELS[model] | {"remat": policy}, mesh)
+    return Program(run, make_mesh(run.mesh, jax.devices()[: int(np.prod(run.mesh.sizes))]))
+
+
+@functools.cache
+def gradients_of(model: str, mesh: MeshConfig, policy: Policy = "none") -> tuple[dict[str, Any], float]:
+    """Returns the gradients of the mean loss, and that loss."""
+    program = program_of(model, mesh, policy)
+    values = values_of(program.run)
     batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in batch_on_host().items()}
     params = jax.tree.map(lambda v, p: jax.device_put(v, p.sharding), values, program.params)
     with program.on_mesh:
@@ -85,19 +93,17 @@ def finite_differences(values: dict[str, Any], directions: dict[str, Any], confi
     return slopes
 
 
-@functools.cache
-def gradients_of(model: str, mesh: MeshConfig, policy: Policy = "none") -> tuple[dict[str, Any], float]:
-    run = run_of(MODELS[model] | {"remat": policy}, mesh)
-    return gradients(run, values_of(run))
-
-
 def values_of(run: Run) -> dict[str, Any]:
     return build(config=run.model).values()
 
 
 @pytest.mark.parametrize("model", slow_but("llama", "gpt-2", "gemma"))
-def test_gradients_agree_with_finite_differences(model: str) -> None:
+def test_gradients_agree_with_finite_differences(model: str, unless_proven: Unless) -> None:
     """Along the gradient of every parameter the slope is its squared norm, to 1e-4."""
+    unless_proven(lambda: assert_slopes(model), program_of(model, ONE))
+
+
+def assert_slopes(model: str) -> None:
     run = run_of(MODELS[model], ONE)
     values, config = values_of(run), run.model
     grads, loss = gradients_of(model, ONE)
@@ -114,8 +120,12 @@ def test_gradients_agree_with_finite_differences(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", slow_but("llama"))
-def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
+def test_gradients_do_not_depend_on_the_mesh(model: str, unless_proven: Unless) -> None:
     """To 2e-5 of the largest."""
+    unless_proven(lambda: assert_same_on_the_cube(model), program_of(model, ONE), program_of(model, CUBE))
+
+
+def assert_same_on_the_cube(model: str) -> None:
     grads, loss = gradients_of(model, ONE)
     on_cube, same = gradients_of(model, CUBE)
     assert loss == pytest.approx(same, rel=1e-6)
@@ -132,8 +142,13 @@ def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
     ],
     ids=str,
 )
-def test_remat_keeps_loss_and_gradients(model: str, policy: Policy) -> None:
+def test_remat_keeps_loss_and_gradients(model: str, policy: Policy, unless_proven: Unless) -> None:
     """To 1e-6: the same numbers are computed, only fused otherwise."""
+    programs = program_of(model, CUBE), program_of(model, CUBE, policy)
+    unless_proven(lambda: assert_same_with_remat(model, policy), *programs)
+
+
+def assert_same_with_remat(model: str, policy: Policy) -> None:
     plain, loss = gradients_of(model, CUBE)
     again, same = gradients_of(model, CUBE, policy)
     assert loss == pytest.approx(same, rel=1e-6)

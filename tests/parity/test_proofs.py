@@ -5,19 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.parity import conftest
+from tests.golden import proven
+from tests.golden.proven import Unless
 from tests.parity.cases import TOKEN, Case
-from tests.parity.conftest import Unless
 
 
 @pytest.fixture
 def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty file of proofs; a program of these tests is its text."""
-    monkeypatch.setattr(conftest, "PROOFS", tmp_path / "proofs.json")
-    monkeypatch.setattr(conftest, "lowered", lambda program, also: program.text)
-    monkeypatch.delenv(conftest.RECORD, raising=False)
-    conftest.PROOFS.write_text("{}")
-    return conftest.PROOFS
+    monkeypatch.setattr(proven, "PROOFS", tmp_path / "proofs.json")
+    monkeypatch.setattr(proven, "lowered", lambda program, also: program.text)
+    monkeypatch.delenv(proven.RECORD, raising=False)
+    proven.PROOFS.write_text("{}")
+    return proven.PROOFS
 
 
 def computes(unless_proven: Unless, text: str) -> bool:
@@ -34,13 +34,13 @@ def test_what_has_changed_is_computed_again(
     assert computes(unless_proven, "a") and computes(unless_proven, "a"), "only a recording writes"
     new = proofs.with_name("new.json")
     with monkeypatch.context() as recording:
-        recording.setenv(conftest.RECORD, str(new))
+        recording.setenv(proven.RECORD, str(new))
         assert computes(unless_proven, "a") and not computes(unless_proven, "a"), "a recording goes on"
     assert computes(unless_proven, "a")
     new.replace(proofs)
     assert not computes(unless_proven, "a")
     assert computes(unless_proven, "b")
-    monkeypatch.setattr(conftest, "version", lambda package: "another")
+    monkeypatch.setattr(proven, "version", lambda package: "another")
     assert computes(unless_proven, "a")
 
 
@@ -48,14 +48,14 @@ def test_what_has_changed_is_computed_again(
 def test_a_check_that_fails_is_not_recorded(
     unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(conftest.RECORD, str(proofs))
+    monkeypatch.setenv(proven.RECORD, str(proofs))
     with pytest.raises(ZeroDivisionError):
         unless_proven(lambda: 1 / 0, SimpleNamespace(text="a"))
     assert proofs.read_text() == "{}"
 
 
 def test_a_fast_test_is_always_computed(unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(conftest.RECORD, str(proofs))
+    monkeypatch.setenv(proven.RECORD, str(proofs))
     assert computes(unless_proven, "a")
     assert proofs.read_text() == "{}"
 
@@ -66,5 +66,5 @@ def test_an_evaluation_or_a_first_state_that_has_changed_is_another_program() ->
     evaluated.__dict__["eval_step"] = lambda params, batch: same.eval_step(params, batch)["loss"]
     begun.__dict__["init"] = lambda key: same.init(key).params
     for changed, name in ((evaluated, "eval_step"), (begun, "init")):
-        assert conftest.lowered(changed) == conftest.lowered(same)
-        assert conftest.lowered(changed, (name,)) != conftest.lowered(same, (name,))
+        assert proven.lowered(changed) == proven.lowered(same)
+        assert proven.lowered(changed, (name,)) != proven.lowered(same, (name,))

@@ -1,0 +1,101 @@
+"""Slow comparisons of numbers, which are not computed again while their programs are those for which they passed.
+
+`numbers.json` has a hash for each slow test: of its lowered programs, of JAX, and of the test's code.
+`python tests/golden/write.py parity` writes it. A changed program, or another JAX, computes its comparison again.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import pytest
+from filelock import FileLock
+
+from jaxinfra.bench import parity
+from jaxinfra.program import Program
+from jaxinfra.runtime.compile_cache import cpu_features
+from tests.golden.compiled import no_source_lines, write_json
+
+TESTS = Path(__file__).parents[1]
+PROOFS = Path(__file__).with_name("numbers.json")
+CODE: dict[str, list[Path]] = {
+    "parity": [TESTS / "parity/cases.py", Path(parity.__file__)],
+    "models": [TESTS / "models" / name for name in ("harness.py", "numpy_reference.py", "numpy_experts.py")],
+}
+"""What else the tests of a folder are made of."""
+RECORD = "RECORD_PARITY"
+"""The environment variable with another file, into which slow tests that pass are recorded."""
+
+type Unless = Callable[..., None]
+
+
+@pytest.fixture
+def unless_proven(request: pytest.FixtureRequest) -> Unless:
+    """Calls a check of the numbers of some programs; a slow test leaves it out if these programs have passed it.
+
+    A check that calls other functions than the train step and the gradients, which are in it, says which: `also`.
+    """
+
+    def run(check: Callable[[], None], *programs: Program, also: tuple[str, ...] = ()) -> None:
+        if request.node.get_closest_marker("slow") is None:
+            check()
+            return
+        name = request.node.nodeid.rpartition("/")[2]
+        found = fingerprint(request.path, programs, also)
+        proofs = Path(os.environ.get(RECORD, PROOFS))
+        if proofs.exists() and json.loads(proofs.read_text(encoding="utf-8")).get(name) == found:
+            return
+        check()
+        if RECORD in os.environ:
+            record(proofs, name, found)
+
+    return run
+
+
+def fingerprint(test: Path, programs: tuple[Program, ...], also: tuple[str, ...]) -> str:
+    """Hashes programs, the compiler's mode and version, and the test's code."""
+    code = [path.read_text(encoding="utf-8") for path in (test, *CODE[test.parent.name])]
+    mode = [os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"], version("jax"), version("jaxlib")]
+    if mode[0] == "0":  # then it depends on the CPU which products and sums are fused
+        mode.append(cpu_features())
+    hashes = [lowered(program, also) for program in programs]
+    return hashlib.sha256(repr([*code, *mode, *hashes]).encode()).hexdigest()
+
+
+OTHERS: dict[str, Callable[[Program], jax.stages.Lowered]] = {
+    "eval_step": lambda program: jax.jit(program.eval_step).lower(program.params, program.validation_batch),
+    "init": lambda program: jax.jit(program.init).lower(jax.random.key(0)),
+}
+
+
+@functools.cache
+def lowered(program: Program, also: tuple[str, ...] = ()) -> str:
+    """Returns a hash of the train step, which has the gradients, of others, and of the order of the devices."""
+    with no_source_lines(), program.on_mesh:
+        texts = [each.as_text() for each in (program.lower(), *(OTHERS[name](program) for name in also))]
+    devices = [device.id for device in program.mesh.devices.flat]
+    return hashlib.sha256(repr((devices, texts)).encode()).hexdigest()
+
+
+def record(path: Path, name: str, found: str) -> None:
+    """Adds a test that has passed to a file, into which other processes may write, too."""
+    with FileLock(f"{path}.lock"):
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, before | {name: found})
+
+
+def record_all() -> None:
+    """Runs the slow tests, and records those that pass in place of those that have passed before."""
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, "proofs.json")
+        words = ["-q", "-n", "2", "-m", "slow", str(TESTS / "parity"), str(TESTS / "models/test_gradients.py")]
+        subprocess.run([sys.executable, "-m", "pytest", *words], env={**os.environ, RECORD: str(new)}, check=True)
+        write_json(PROOFS, json.loads(new.read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+from tests.golden.proven import unless_proven as unless_proven
