@@ -10,7 +10,7 @@ from jaxinfra.faults.harness import Harness, Run, require, timeout_of, until, wa
 from jaxinfra.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
-EVENTS, LONG_EVENTS = 3, 20
+EVENTS, LONG_EVENTS = 2, 20
 """Number of random faults, by default and with `--long`; `--soak N` injects N."""
 _LAYOUTS = ((1, 1), (1, 4), (2, 2), (2, 4))
 _POINTS = ("init", "compile", "restore", "step", "save.copy", "save.write", "save.manifest", "save.delete")
