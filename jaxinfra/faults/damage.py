@@ -294,7 +294,7 @@ def odd_files(harness: Harness) -> str:
     for _ in range(2):
         with hold(run.path):
             pass
-    for left in ("lease/7.json", "lease/.00000001.json.abcdefgh.tmp", ".report.html.abcdefgh.tmp"):
+    for left in ("lease/7.json", "lease/.00000001.json.abcdefgh.tmp", ".summary.json.abcdefgh.tmp"):
         (run.path / left).touch()
     for file in (GOODPUT_FILE, ATTEMPTS_FILE, METRICS_FILE):
         with (run.path / file).open("ab") as opened:
