@@ -29,7 +29,10 @@ def shorter_warmup(file: Run, overrides: Sequence[str]) -> list[str]:
         return []
     override = f"optim.schedule.warmup_steps={int(steps) // 10}"
     _log.warning(
-        "warmup of %d steps does not fit into train.steps=%s: %s", file.optim.schedule.warmup_steps, steps, override
+        "warmup of %d steps does not fit into train.steps=%s; using %s",
+        file.optim.schedule.warmup_steps,
+        steps,
+        override,
     )
     return [override]
 

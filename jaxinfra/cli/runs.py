@@ -24,7 +24,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for each in runs:
         table.add_row(*_cells(each))
     stdout_console().print(table)
-    print(f"next: {COMMAND} report {runs[0].path}")
+    if healthy := [each for each in runs if not each.state.startswith("damaged")]:
+        print(f"next: {COMMAND} report {healthy[0].path}")
     return 0
 
 

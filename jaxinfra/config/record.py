@@ -19,12 +19,13 @@ from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.atomic import read_file, write_bytes_atomic
 from jaxinfra.storage.credentials import mask_tree
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 
 FORMAT = 1  # the version of the record format that is written; this and older ones are read
+_RESTORE = "restore the file, or delete it: the next start of a run with checkpoints writes it anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,13 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = _read_remote(os.fspath(path), missing)
     else:
         with storage_errors(path, action="read", missing=missing):
-            text = Path(path).read_bytes()
+            text = read_file(Path(path))
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: broken JSON, {error.msg}; restore the file") from error
+        raise ConfigError(f"{path}:{error.lineno}: broken JSON, {error.msg}; {_RESTORE}") from error
     except (RecursionError, ValueError) as error:  # too deeply nested; not UTF-8, or a number with too many digits
-        raise ConfigError(f"{path}: not a run record, {shorten(str(error))}; restore the file") from error
+        raise ConfigError(f"{path}: not a run record, {shorten(str(error))}; {_RESTORE}") from error
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int:
         raise ConfigError(f"{path}: not a run record, it has no format; name a run.json that a run wrote")
@@ -96,7 +97,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     for key in ("config", "root"):
         if key not in content:
-            raise ConfigError(f"{path}: not a run record, it has no {key}; restore the file")
+            raise ConfigError(f"{path}: not a run record, it has no {key}; {_RESTORE}")
     return content
 
 
@@ -115,7 +116,7 @@ def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finde
     with error_prefix(f"{path}: root="):
         cls = finder.find(name)
     if not is_config(cls):
-        raise ConfigError(f"{path}: root={show(name)} is not a config class; restore the file")
+        raise ConfigError(f"{path}: root={show(name)} is not a config class; {_RESTORE}")
     with error_prefix(f"{path}: "):
         return decode(cls, record["config"], finder)
 
@@ -126,7 +127,7 @@ def check_classes(
     """Raises ConfigError if a user class of a record is missing or, with `same_sources`, its file has changed."""
     classes = record.get("classes", {})
     if not isinstance(classes, dict) or not all(map(_is_source, classes.values())):
-        raise ConfigError(f"{path}: the classes in it are damaged; restore the file")
+        raise ConfigError(f"{path}: the classes in it are damaged; {_RESTORE}")
     for name, source in classes.items():
         with error_prefix(f"{path}: "):
             now = source_of(finder.find(name, file=source["file"]))

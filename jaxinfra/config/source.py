@@ -89,7 +89,7 @@ def load_file[C](
         path = url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
     else:
         path = Path(source)
-        if (path / RECORD_FILE).is_file():
+        if (path / RECORD_FILE).exists():
             path = path / RECORD_FILE
         _require_config_file(path)
     if isinstance(path, str) or path.suffix == ".json":

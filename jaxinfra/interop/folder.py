@@ -193,7 +193,9 @@ class UrlFolder(ModelFolder):
             is_lost = isinstance(root, TimeoutError | ConnectionResetError)
             is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
             if not is_busy or (wait_s := next(waits_s, None)) is None:
-                with storage_errors(self.url, action="read"):
+                path = self.url.removeprefix("hf://")
+                here = f" (there is no folder {path} here)" if path != self.url else ""
+                with storage_errors(f"{self.url}{here}", action="read"):
                     raise root
             time.sleep(wait_s)
 

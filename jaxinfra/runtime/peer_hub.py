@@ -5,6 +5,7 @@ process waits in a queue of its own, so that one that is stopped holds up no oth
 """
 
 import itertools
+import logging
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from jaxinfra.runtime.peers import GRACE_S
 from jaxinfra.runtime.progress import compare, hung_error
 from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
 
+_log = logging.getLogger(__name__)
 _STRANGERS = 64  # that may wait at a time, beside the processes of the run
 
 
@@ -95,8 +97,9 @@ class Hub:
             if not _is_hello(hello):  # without a secret anybody may send anything
                 raise ProtocolError
         except OSError as error:  # not one of our processes
-            if isinstance(error, OtherSecretError):
+            if isinstance(error, OtherSecretError) and address not in self._other_secrets:
                 self._other_secrets.add(address)
+                _log.warning("a process at %s has another %s; it was turned away", address, SECRET)
             channel.close()
             return
         finally:

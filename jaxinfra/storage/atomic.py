@@ -41,6 +41,13 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def read_file(path: Path) -> bytes:
+    """Reads a file; raises OSError for what is none, such as a named pipe, where a read would never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return path.read_bytes()
+
+
 def create_file(path: Path, data: bytes, mode: int = 0o644) -> bool:
     """Creates a file with `data`, all at once; returns False if there is one. Holds on network file systems, too."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)

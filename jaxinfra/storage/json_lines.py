@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.atomic import read_file, write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def truncate_json_lines[T](path: Path, parse: Callable[[Any], T | None], keep: C
 
 def _parse_lines[T](path: Path, parse: Callable[[Any], T | None]) -> list[tuple[T, bytes]]:
     with storage_errors(path, action="read", fix="use the directory of a run that has started"):
-        lines = path.read_bytes().split(b"\n")
+        lines = read_file(path).split(b"\n")
     rows, bad = [], []
     for number, line in enumerate(lines, 1):
         if (row := parse(parse_json(line))) is not None:

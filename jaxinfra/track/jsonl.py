@@ -19,7 +19,7 @@ from typing import Any, override
 from jaxinfra.errors import HungError, JaxinfraError, PeerLostError, StorageError
 from jaxinfra.failpoints import failpoint
 from jaxinfra.storage.appender import Appender
-from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.atomic import read_file, write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.json_lines import is_integer, is_number, parse_json, read_json_lines, truncate_json_lines
@@ -121,7 +121,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object such as summary.json; raises StorageError if the file is missing or damaged."""
     try:
         with storage_errors(path, action="read", fix="use the directory of a run that has started"):
-            value = _decode_nonfinite(parse_json(path.read_bytes()))
+            value = _decode_nonfinite(parse_json(read_file(path)))
     except RecursionError:
         value = None
     if not isinstance(value, dict):

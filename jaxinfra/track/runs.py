@@ -13,6 +13,8 @@ from typing import Any
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, similar_run
 from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.storage.atomic import read_file
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import list_folders
 from jaxinfra.storage.json_lines import parse_json
 from jaxinfra.storage.lease import current_owner
@@ -33,6 +35,7 @@ RUN_FILES = (
     "mlflow.json",
 )
 """The files that a resumed run goes on with; event files of TensorBoard are new ones at each start."""
+_STEPS = "checkpoints/[0-9]*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,8 @@ def list_runs(root: str | Path) -> list[RunOverview]:
         return sorted((each for each in overviews if each is not None), key=lambda run: run.age_s)
     if not Path(root).is_dir():
         raise ConfigError(f"{root}: no such folder; name the folder that holds runs, such as runs")
-    folders = [record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")]
+    folders = {record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")}
+    folders |= {step.parent.parent for step in Path(root).glob(f"**/{_STEPS}")}
     return sorted((run_overview(folder, str(folder)) for folder in folders), key=lambda run: run.age_s)
 
 
@@ -97,7 +101,7 @@ def _remote_overview(url: str) -> RunOverview | None:
 def run_overview(folder: Path, location: str) -> RunOverview:
     """Reads the files of one run, which are in `folder`."""
     try:
-        record = read_record(folder / RECORD_FILE)
+        record = read_record(record_of(str(folder)))
         summary = read_summary(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).exists() else {}
         last, validations = _read_metrics(folder / METRICS_FILE)
         age_s = _age_s(record) if is_remote(location) else _file_age_s(folder)
@@ -120,7 +124,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
 
 
 def _file_age_s(folder: Path) -> float:
-    files = [folder / name for name in (RECORD_FILE, METRICS_FILE) if (folder / name).exists()]
+    files = [folder / name for name in (RECORD_FILE, METRICS_FILE) if (folder / name).exists()] or [folder]
     return time.time() - max(file.stat().st_mtime for file in files)
 
 
@@ -149,6 +153,9 @@ def parse_source(source: str | Path) -> tuple[str, int | None]:
 
 def no_run_error(path: str | Path) -> ConfigError:
     """Returns the error for a directory without a run record; it names the newest run with a similar name."""
+    if not is_remote(path) and any(Path(path).glob(_STEPS)):
+        fix = "it has checkpoints: start the command of the run again, which writes it anew"
+        return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
     similar = None if is_remote(path) else similar_run(Path(path))
     fix = f"did you mean {similar}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
@@ -164,7 +171,8 @@ def _state(location: str, summary: Mapping[str, Any], completed_steps: int) -> s
 
 def _read_metrics(path: Path) -> tuple[dict[str, float], list[float]]:
     """Returns the last row of a training step, {} without one, and the validation losses; parses no other rows."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    with storage_errors(path, action="read"):
+        lines = read_file(path).split(b"\n") if path.exists() else []
     evaluated = [metrics_row(parse_json(line)) for line in lines if b'"eval/loss"' in line]
     training = (metrics_row(parse_json(line)) for line in reversed(lines) if b'"loss"' in line)
     return next(filter(None, training), {}), [row["eval/loss"] for row in evaluated if row and "eval/loss" in row]

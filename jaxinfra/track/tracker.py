@@ -13,6 +13,7 @@ from typing import Any, Self, override
 from jaxinfra.config.extensible import is_user_class
 from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.packages import require_optional
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
@@ -91,7 +92,8 @@ class MultiTracker(Tracker):
 
     @override
     def log_sample(self, step: int, text: str) -> None:
-        self._each(lambda tracker: tracker.log_sample(step, text))
+        masked = mask_credentials(text)
+        self._each(lambda tracker: tracker.log_sample(step, masked))
 
     @override
     def log_profile(self, step: int, text: str) -> None:

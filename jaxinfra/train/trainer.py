@@ -200,8 +200,10 @@ class Trainer:
             _log.warning("%s: goes on with another config: %s", self.run_dir.location, listed)
 
     def _finished_before(self) -> dict[str, Any]:
-        """Returns the summary of a run that is finished; writes it if a kill after the last checkpoint left it out."""
-        if self.run_dir.record.exists() and self.run_dir.summary().get("status") != "finished":
+        """Returns the summary of a run that is finished; writes it, and run.json, if they are not there."""
+        if not self.run_dir.record.exists():
+            write_record(self.run_dir.record, self.run_dir.existing_record())
+        if self.run_dir.summary().get("status") != "finished":
             self._peak = self.run_dir.existing_record().get("peak", self._peak)
             evaluated = next((row for row in reversed(self.metrics) if "eval/loss" in row), {})
             self._eval_metrics = {name: value for name, value in evaluated.items() if name.startswith("eval/")}

@@ -176,3 +176,30 @@ def test_a_few_steps_shorten_the_warmup_of_the_file(tiny: Tiny, caplog: pytest.L
     assert main(["show", str(tiny.config), "train.steps=6", "--changed"]) == 0
     assert "warmup of 8 steps" in caplog.text and "optim.schedule.warmup_steps=0" in caplog.text
     refused(launch("show", str(tiny.config), "train.steps=6", "optim.schedule.warmup_steps=7"), "warmup_steps=7")
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "named"),
+    [("gone", 81, "no run.json checkpoints again"), ("pipe", 82, "run.json regular"), ("cut", 81, "run.json restore")],
+)
+def test_a_record_that_cannot_be_read(kind: str, code: int, named: str, tiny: Tiny) -> None:
+    """Every command says so in one line, none waits for a pipe, and the command of the run goes on or says so, too."""
+    assert tiny.launch().code == 0
+    record = tiny.directory() / "run.json"
+    content = record.read_bytes()
+    record.unlink()
+    if kind == "pipe":
+        os.mkfifo(record)
+    elif kind == "cut":
+        record.write_bytes(content[:99])
+    (run,) = list_runs(tiny.runs)
+    assert names(run.state, f"damaged {named}")
+    listed = launch("runs", str(tiny.runs))
+    assert listed.code == 0 and "next:" not in listed.out
+    for command in ("sample", "evaluate", "report"):
+        words = [str(tiny.directory()), *["w1"] * (command == "sample")]
+        refused(launch(command, *words), "run.json", code=82 if command == "report" and kind == "cut" else code)
+    if kind == "gone":
+        assert tiny.launch().code == 0 and "config" in json.loads(record.read_bytes())
+    else:
+        refused(tiny.launch(), named, code=code)

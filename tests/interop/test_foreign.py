@@ -198,6 +198,11 @@ def test_server_that_is_not_there() -> None:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/plain"
         refused(launch("hub", "check", f"hf:{url}"), url, code=82)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", url.removesuffix("/plain"))
+            patch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
+            HfFileSystem.clear_instance_cache()
+            refused(launch("hub", "check", "hf:out/none"), "hf://out/none no folder out/none here", code=82)
 
 
 # What is no file

@@ -92,7 +92,7 @@ def test_missing_processes_are_named() -> None:
         names(str(error), "processes 1 (b), 3 (d) of 4: joined within 5 s;")
 
 
-def test_a_process_with_another_secret_is_named_on_both_sides() -> None:
+def test_a_process_with_another_secret_is_named_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
     address, hello = free_address(), {"index": 1, "count": 2, "host": "x", "version": __version__}
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=5.0)
@@ -100,6 +100,7 @@ def test_a_process_with_another_secret_is_named_on_both_sides() -> None:
             peer_connection.connect(address, "old", hello, 60.0, "x")
         with raises(PeerLostError, "process 1 of 2: joined 127.0.0.1 another secret JAXINFRA_SECRET"):
             first.result()
+    names(caplog.messages[0], "127.0.0.1 another JAXINFRA_SECRET")
 
 
 def test_a_missing_first_process_is_named() -> None:

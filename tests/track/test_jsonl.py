@@ -5,6 +5,7 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics, read_samples
+from jaxinfra.track.tracker import MultiTracker
 from tests.refusals import names, raises
 from tests.track import demo
 from tests.track.test_tensorboard import events
@@ -168,3 +169,9 @@ def test_samples_after_the_step_of_a_resume_are_dropped(tmp_path):
     assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "again")]
     path.write_text('{}\n{"step": 4, "text": 5}\n{"step": "4", "text": "x"}\n' + path.read_text())
     assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "again")]
+
+
+def test_samples_show_no_credentials(tmp_path):
+    with MultiTracker([JsonlTracker(tmp_path)]) as trackers:
+        trackers.log_sample(1, "see https://sEcReT@host/x")
+    assert read_samples(tmp_path / "samples.jsonl") == [(1, "see https://***@host/x")]
