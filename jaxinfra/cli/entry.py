@@ -8,6 +8,9 @@ def main() -> int:
     """Runs the command line of this process and returns its exit code."""
     early_signals.install()
     credentials.mask_stderr()
+    import logging
+
+    logging.basicConfig(format="%(message)s")  # else absl puts a level and a module before each line
     from jaxinfra.cli.main import main  # takes a tenth of a second
     from jaxinfra.runtime.peers import current_peers
     from jaxinfra.user_code import ending_of
