@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tensorstore as ts
@@ -22,6 +23,13 @@ from jaxinfra.patches import UNPATCHED, mend_orbax
 from tests.conftest import ROOT
 
 mend_orbax()
+SPECS: tuple[dict[str, Any], ...] = (
+    {"driver": "file", "path": "/a folder/jürgen 中/"},
+    {"driver": "memory", "path": 'it\'s "quoted"\\\n\t'},
+    {"driver": "ocdbt", "base": {"driver": "file", "path": "/å/"}, "config": {"max_inline_value_bytes": 100}},
+    {"driver": "gcs", "bucket": "bucket", "path": "runs/"},
+    {"driver": "kvstack", "layers": [{"base": "memory://", "prefix": "x/"}, {"base": {"driver": "memory"}}]},
+)
 
 
 def leaks(function: Callable[[], object]) -> bool:
@@ -42,10 +50,23 @@ def leaks(function: Callable[[], object]) -> bool:
     return found
 
 
+def test_tensorstore_leaks_its_json_and_what_stands_in_for_it_does_not() -> None:
+    spec = ts.KvStore.Spec(SPECS[0])
+    assert leaks(lambda: UNPATCHED["to_json"](spec))
+    assert not leaks(spec.to_json)
+
+
 def test_tensorstore_leaks_the_metrics_that_orbax_asks_for(tmp_path: Path) -> None:
     ts.KvStore.open({"driver": "file", "path": f"{tmp_path}/"}).result().write("key", b"value").result()
     assert leaks(UNPATCHED["get_tensorstore_raw_bytes"])
     assert not leaks(tensorstore_utils.get_tensorstore_raw_bytes)
+
+
+@pytest.mark.parametrize("content", SPECS, ids=lambda content: content["driver"])
+def test_the_json_of_a_store_is_that_of_tensorstore(content: dict[str, Any]) -> None:
+    spec = ts.KvStore.Spec(content)
+    assert spec.to_json() == UNPATCHED["to_json"](spec)
+    assert spec.to_json(include_defaults=True) == UNPATCHED["to_json"](spec, include_defaults=True)
 
 
 class Held:

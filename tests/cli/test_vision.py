@@ -169,6 +169,8 @@ def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_digits_are_learned(repo_root: Path, digits: Path, tmp_path: Path) -> None:
     """The shipped config, as a user starts it: 94 of 100 unseen digits after 400 steps, 97 after its 1,000."""
     config = str(repo_root / "configs" / "vit_digits.py")
-    done = ended(start(config, f"root={tmp_path}", f"data.store={digits}", "--devices", "cpu", "train.steps=400"))
+    done = ended(
+        start(config, f"root={tmp_path}", f"data.store={digits}", "name=short", "--devices", "cpu", "train.steps=400")
+    )
     assert done.code == 0, done
-    assert summary(tmp_path / "vit-digits")["validation"]["accuracy"] >= 0.94
+    assert summary(tmp_path / "short")["validation"]["accuracy"] >= 0.94
