@@ -49,7 +49,7 @@ def _format_median(times_s: Sequence[float], unit: str, digits: int) -> str:
     return f"{scale * median(times_s):.{digits}f} {unit}"
 
 
-def compare(
+def comparison_row(
     case: str,
     first_s: Sequence[float],
     second_s: Sequence[float],
@@ -87,13 +87,13 @@ def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iter
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
     precision = f"precision.compute={dtype}"
     times_s = _measure(options, time_step, precision, num_devices=num_devices)
-    yield compare(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
+    yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
     if options.against is not None:
         yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":
         times_s = _measure(options, time_layouts, precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS)
         case = f"baseline {case}: naive matmuls against fast layouts"
-        yield compare(case, times_s["naive"], times_s["baseline"], "> 1", notes=(" (naive)", ""))
+        yield comparison_row(case, times_s["naive"], times_s["baseline"], "> 1", notes=(" (naive)", ""))
 
 
 def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case: str) -> Iterator[TableRow]:
@@ -109,13 +109,13 @@ def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case
         medians_s["script"].append(json.loads(output.splitlines()[-1])["median_step_ms"] / 1e3)
     for side, note, goal in (("jaxinfra", "", "<= 1.02"), ("baseline", " (baseline)", "about 1 or less")):
         title, notes = f"{case}: {side} against {script.name}", (note, f" ({script.name})")
-        yield compare(title, medians_s[side], medians_s["script"], goal, notes=notes)
+        yield comparison_row(title, medians_s[side], medians_s["script"], goal, notes=notes)
 
 
 def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times the host's work on a small step: the dispatch alone, and one iteration of the training loop."""
     times_s, case = _measure(options, time_dispatch, *DISPATCH_MODEL), "dispatch of a step, devices idle"
-    yield compare(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", digits=3)
+    yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", digits=3)
     case = "iteration of the training loop, without waiting for devices"
     yield {"case": case, "jaxinfra": _format_median(times_s["loop"], "ms", 3)}
 
@@ -125,7 +125,7 @@ def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     num_rounds = min(options.pairs, MAX_STARTUP_ROUNDS)
     times_s = time_startup(options.config, (*options.overrides, "mesh.fsdp=1"), num_rounds)
     case = "process start to end of first step, warm compilation cache"
-    yield compare(case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", unit="s", digits=2)
+    yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", unit="s", digits=2)
 
 
 CASES: Cases = {
@@ -144,7 +144,7 @@ def joined_rows(options: argparse.Namespace, dtype: str) -> Iterator[TableRow]:
     overrides = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", f"precision.compute={dtype}"])
     times_s = time_step(options.config, overrides, options.pairs)
     case = f"step, {dtype}, fsdp={num_devices}, {processes} processes"
-    yield compare(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
+    yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
 
 
 JOINED_CASES: Cases = {dtype: partial(joined_rows, dtype=dtype) for dtype in ("float32", "bfloat16")}

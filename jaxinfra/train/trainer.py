@@ -201,9 +201,9 @@ class Trainer:
 
     def _finished_before(self) -> dict[str, Any]:
         """Returns the summary of a run that is finished; writes it, and run.json, if they are not there."""
-        if not self.run_dir.record.exists():
-            write_record(self.run_dir.record, self.run_dir.existing_record())
-        if self.run_dir.summary().get("status") != "finished":
+        if not self.run_dir.record.exists() and (record := self.run_dir.existing_record()):
+            write_record(self.run_dir.record, record)
+        if self.run_dir.record.exists() and self.run_dir.summary().get("status") != "finished":
             self._peak = self.run_dir.existing_record().get("peak", self._peak)
             evaluated = next((row for row in reversed(self.metrics) if "eval/loss" in row), {})
             self._eval_metrics = {name: value for name, value in evaluated.items() if name.startswith("eval/")}

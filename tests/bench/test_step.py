@@ -7,7 +7,7 @@ import pytest
 
 from jaxinfra.bench import llama, parallel, slices
 from jaxinfra.bench.startup import first_step_s
-from jaxinfra.bench.step import CASES, COLUMNS, compare
+from jaxinfra.bench.step import CASES, COLUMNS, comparison_row
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, call_in_process, run_command
 from jaxinfra.bench.table import format_table
 from jaxinfra.cli.arguments import BENCHES
@@ -79,7 +79,7 @@ def test_table_is_markdown() -> None:
 
 
 def test_a_row_has_the_medians_and_the_median_of_the_ratios() -> None:
-    row = compare("a", [0.002, 0.004, 0.009], [0.002, 0.002, 0.003], "<= 2", digits=2, notes=("", " (naive)"))
+    row = comparison_row("a", [0.002, 0.004, 0.009], [0.002, 0.002, 0.003], "<= 2", digits=2, notes=("", " (naive)"))
     assert row == {"case": "a", "jaxinfra": "4.00 ms", "baseline": "2.00 ms (naive)", "ratio": 2.0, "goal": "<= 2"}
 
 

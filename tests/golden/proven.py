@@ -30,7 +30,7 @@ CODE: dict[str, list[Path]] = {
     "parity": [TESTS / "parity/cases.py", Path(parity.__file__)],
     "models": [TESTS / "models" / name for name in ("harness.py", "numpy_reference.py", "numpy_experts.py")],
 }
-"""What else the tests of a folder are made of."""
+"""Files whose code the tests of a folder run, too: a test is computed again when one of them changes."""
 TESTED = ("parity", "models/test_gradients.py", "train/test_quantized_curve.py")
 RECORD = "RECORD_PARITY"
 """The environment variable with another file, into which slow tests that pass are recorded."""
