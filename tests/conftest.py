@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "XLA_FLAGS": emulation.emulation_env(8)["XLA_FLAGS"],
     # Else each process that is started by itself would load its config twice, to find that of its run.
     "JAXINFRA_SECRET": "of all tests",
+    # Ray kills its workers when the whole machine is short of memory, whoever takes it: here, other tests do.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)
