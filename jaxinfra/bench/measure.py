@@ -4,11 +4,12 @@ Other load on the machine slows both sides alike, so only their ratio is reliabl
 file with its overrides and the number of timed rounds; each is called in a new process.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import override
+from pathlib import Path
 
 import jax
 
@@ -22,10 +23,17 @@ from jaxinfra.language_model import require_text
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.program import Metrics, TrainState
+from jaxinfra.program import TrainState
 from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.tracker import MultiTracker
+from jaxinfra.train.loop import Loop
+from jaxinfra.train.numerics import Numerics
+from jaxinfra.train.profiler import Profiler
+from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.trainer import Trainer
+from jaxinfra.train.watch import Watch
 
 WARMUP_STEPS = 3  # for compilation and first use of memory
 
@@ -113,40 +121,48 @@ def time_alternately(steps: dict[str, TimedStep], num_rounds: int, *, dispatch_o
     return times_s
 
 
-class _IdleTrainer(Trainer):
-    """A trainer that never saves, and measures how long its loop waits for the devices."""
+class _OneBatch:
+    """The same batch for each step, without waits."""
 
-    waited_s = 0.0
+    def __init__(self, batch: dict[str, jax.Array]) -> None:
+        self._batch, self._steps = batch, itertools.count()
 
-    @override
-    def report(self, step: int, metrics: Metrics) -> None:
-        start_s = time.perf_counter()
-        jax.block_until_ready(metrics)
-        self.waited_s += time.perf_counter() - start_s
-        super().report(step, metrics)
-
-    @override
-    def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
-        pass
+    def poll(self, timeout_s: float) -> tuple[int, dict[str, jax.Array]]:
+        return next(self._steps), self._batch
 
 
 def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     """Returns the seconds per iteration of the training loop, without waits for devices, logging and saving."""
     assert run.train.steps > num_steps, "the last step is evaluated"
     track = TrackConfig(log_every=num_steps + 2, console="off")  # nothing is logged
-    trainer = _IdleTrainer(replace(run, track=track))
+    job = Trainer(replace(run, track=track)).job
     (state,), batch = step.state, step.batch
     assert isinstance(state, TrainState) and isinstance(batch, dict)
-    trainer.state = state
     step.wait()
-    with trainer.program.on_mesh:
-        trainer.fit([(0, batch)])  # compiles
-        jax.block_until_ready(trainer.state)
-        start_s, trainer.waited_s = time.perf_counter(), 0.0
-        trainer.fit([(i, batch) for i in range(num_steps)])
+    watch = Watch(run.watchdog, job.run_dir, job.peers)
+    numerics = Numerics(job.program, watch.phases)
+    reporting = Reporting(job, watch, numerics, MultiTracker(), peak_flops=1.0, skipped=lambda step: {})
+    profiler = Profiler(run.profile, Path())
+    with job.program.on_mesh, RunSignals() as requests:
+        loop = Loop(
+            job,
+            state,
+            0,
+            reporting,
+            profiler,
+            requests,
+            check_owner=lambda: None,
+            after_step=lambda due, metrics: None,
+            save=lambda: None,
+        )
+        batches = _OneBatch(batch)
+        loop.run(batches, 1)  # compiles
+        jax.block_until_ready(loop.state)
+        start_s, waited_s = time.perf_counter(), watch.phases.seconds()["device"]
+        loop.run(batches, 1 + num_steps)
         elapsed_s = time.perf_counter() - start_s
-    step.state = [trainer.state]
-    return (elapsed_s - trainer.waited_s) / num_steps
+    step.state = [loop.state]
+    return (elapsed_s - (watch.phases.seconds()["device"] - waited_s)) / num_steps
 
 
 def time_step(config: str, overrides: Sequence[str], num_rounds: int) -> Times:

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Self
 
 import jax
@@ -18,7 +18,7 @@ CLOSE_S = 2.0
 """Longest wait for a read when a prefetcher is closed; one that hangs is left alone."""
 DEPTH = 2
 """Number of batches that wait on the devices."""
-_POLL_S, _BUSY_POLL_S = 0.1, 0.001
+_PUT_S = 0.1
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
@@ -42,40 +42,23 @@ def to_global(
 
 
 class Prefetcher[T]:
-    """Iterates over `(step, batch)`, with the next batches already on the devices.
+    """Batches that are already on the devices, in the order of their steps.
 
-    An error in the background thread is raised in place of its batch. Call `close`, or use a `with` statement.
-    `is_over` is called again and again while the consumer waits for a batch; once it returns True there are no more.
+    Call `close`, or use a `with` statement.
 
     Attributes:
-        data_wait_s: seconds that the consumer waited for batches, while the devices had nothing to do.
-        steady_wait_s: the same without the first batch, which cannot be prefetched.
         transfer_time: time that `transfer` took in the thread.
     """
 
-    def __init__(
-        self,
-        batches: Iterable[tuple[int, Batch]],
-        transfer: Callable[[Batch], T],
-        *,
-        depth: int = DEPTH,
-        is_over: Callable[[], bool] = lambda: False,
-        are_devices_busy: Callable[[], bool] = lambda: False,
-        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ):
+    def __init__(self, batches: Iterable[tuple[int, Batch]], transfer: Callable[[Batch], T], *, depth: int = DEPTH):
         """Starts the thread.
 
         Args:
             batches: the steps and their batches on the host.
             transfer: moves a batch to the devices.
             depth: number of batches that wait there for the consumer.
-            is_over: whether no more batches are wanted.
-            are_devices_busy: whether the devices still work on earlier steps; such a wait does not count.
-            waiting: makes the context in which the consumer waits.
         """
-        self._are_devices_busy, self._waiting = are_devices_busy, waiting
-        self.data_wait_s, self.steady_wait_s, self.transfer_time = 0.0, 0.0, Stopwatch()
-        self._is_first, self._is_over = True, is_over
+        self.transfer_time = Stopwatch()
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         # Importing Grain patches `__import__` for all threads for a while (lazy imports of etils). An import that JAX
@@ -84,44 +67,21 @@ class Prefetcher[T]:
         self._thread = threading.Thread(target=self._fill, args=(iter(batches), transfer), name="prefetch", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Self:
-        return self
+    def poll(self, timeout_s: float) -> tuple[int, T] | None:
+        """Returns the number of steps before the next batch, and the batch; None if it does not come in time.
 
-    def __next__(self) -> tuple[int, T]:
+        Raises the error of the background thread in place of its batch, and StopIteration after the last one.
+        """
         if self._stop.is_set():
             raise StopIteration
-        item = self._next_while_busy()
-        if item is None:
-            start_s = time.perf_counter()
-            with self._waiting():
-                item = self._wait()
-            if item is None:
-                raise StopIteration
-            wait_s = time.perf_counter() - start_s
-            self.data_wait_s += wait_s
-            self.steady_wait_s += 0.0 if self._is_first else wait_s
-        self._is_first = False
+        try:
+            item = self._queue.get(timeout=timeout_s) if timeout_s > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return None
         if isinstance(item, BaseException):
             self.close()
             raise item
         return item
-
-    def _next_while_busy(self) -> tuple[int, T] | BaseException | None:
-        """Returns the next item if it comes while the devices are busy."""
-        with suppress(queue.Empty):
-            return self._queue.get_nowait()
-        while self._are_devices_busy():
-            with suppress(queue.Empty):
-                return self._queue.get(timeout=_BUSY_POLL_S)
-        return None
-
-    def _wait(self) -> tuple[int, T] | BaseException | None:
-        """Waits for the next item; returns None if there is none and `is_over`."""
-        while True:
-            with suppress(queue.Empty):
-                return self._queue.get(timeout=_POLL_S)
-            if self._is_over():
-                return None
 
     def close(self) -> None:
         """Ends the thread and drops the batches that wait; may be called again. A read that hangs is left alone."""
@@ -155,5 +115,5 @@ class Prefetcher[T]:
     def _put(self, item: tuple[int, T] | BaseException) -> None:
         while not self._stop.is_set():
             with suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL_S)
+                self._queue.put(item, timeout=_PUT_S)
                 return

@@ -19,11 +19,6 @@ class Interval:
         self._num_skipped = 0
         self._waited_s = 0.0  # up to the last log
 
-    def begin_again(self) -> None:
-        """Forgets the steps since the last log: the run goes back."""
-        self._losses, self._num_skipped = [], 0
-        self.pause()
-
     def finish_step(self) -> None:
         """Counts a step that ends now."""
         self._timer.finish_step()

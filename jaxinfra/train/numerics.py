@@ -75,11 +75,9 @@ class Numerics:
         if not math.isfinite(loss := metrics.get("eval/loss", 0.0)):
             raise Rewind(step, step, f"the validation loss is {loss}")
 
-    def check_after(self, step: int, state: TrainState | None) -> None:
-        """Compares the copies of a state, if that is due after this step; raises CorruptionError."""
-        every = self._config.compare_replicas_every
-        if every is not None and step % every == 0:
-            self._replicas.check(step, state)
+    def compare_replicas(self, step: int, state: TrainState) -> None:
+        """Compares the copies of a state on several devices; raises CorruptionError."""
+        self._replicas.check(step, state)
 
     def check_before_save(self, step: int, state: TrainState) -> None:
         """Raises Rewind if a parameter is not finite, and CorruptionError if copies differ."""

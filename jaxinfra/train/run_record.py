@@ -1,7 +1,7 @@
 """Collects what a run writes about itself: the contents of run.json, and the metrics of summary.json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.config import Loaded, diff, fingerprint, record
+from jaxinfra.config import Loaded, diff, fingerprint, record, write_record
 from jaxinfra.config.classes import source_of, user_classes
 from jaxinfra.config.codec import encode
 from jaxinfra.config.folder import loaded_files
@@ -22,8 +22,13 @@ from jaxinfra.runtime.devices import device_memory
 from jaxinfra.runtime.environment import code_digest, git_state, host_state, module_digests, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.peers import Peers
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.formatting import flatten
+from jaxinfra.track.jsonl import JsonlTracker, read_metrics
+from jaxinfra.track.report import REPORT_FILE, write_report
 from jaxinfra.train.guard import Decision, with_decisions
+from jaxinfra.train.job import Job
+from jaxinfra.train.statistics import units_per_step
 from jaxinfra.user_code import user_modules
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -108,20 +113,65 @@ def user_code_digests(run: Run) -> dict[str, str]:
     return module_digests(files)
 
 
-def summary_of_metrics(rows: Sequence[dict[str, float]], modality: str, wall_s: float) -> dict[str, Any]:
-    """Returns the entries of summary.json that come from the rows of metrics.jsonl.
+def existing_metrics(run_dir: RunDirectory) -> list[dict[str, float]]:
+    """Returns the logged metrics of a run, one row per logged step; [] before the first."""
+    return read_metrics(run_dir.metrics) if run_dir.metrics.exists() else []
 
-    `wall_s` are the seconds of this start; `time_s` of a row counts from the first start of the run.
+
+def make_summary(
+    job: Job,
+    completed_steps: int,
+    reason: str | None,
+    wall_s: float,
+    eval_metrics: Mapping[str, float],
+    peak: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the contents of summary.json.
+
+    Args:
+        job: what was trained.
+        completed_steps: so far.
+        reason: to stop before the last step; None if it was made.
+        wall_s: seconds of this start; `time_s` of a row counts from the first start of the run.
+        eval_metrics: of the last evaluation, as "eval/NAME".
+        peak: FLOP/s of one device, and where that is from.
     """
+    rows, modality = existing_metrics(job.run_dir), job.run.data.modality
     losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
     return {
+        "status": "finished" if reason is None else "stopped",
+        "steps": completed_steps,
         "modality": modality,
         "wall_s": max([wall_s, *(row.get("time_s", 0.0) for row in rows[-1:])]),
         "final_loss": losses[-1] if losses else None,
         f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
         "mfu_median": _median(rows, "mfu"),
         "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
+        f"{modality}s": completed_steps * units_per_step(job.program),
+        "validation": {name.removeprefix("eval/"): value for name, value in eval_metrics.items()},
+        "baselines": job.data.baselines,
+        "peak_flops_per_device": peak["flops"],
+        "peak_source": peak["source"],
+        "checkpoint": f"{job.run_dir.checkpoints}/{completed_steps}",
+        "report": f"{job.run_dir.location}/{REPORT_FILE}",
     }
+
+
+def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
+    """Returns the summary of a run that is finished; writes it, and run.json, if they are not there."""
+    run_dir = job.run_dir
+    record = run_dir.existing_record()
+    if not run_dir.record.exists() and record:
+        write_record(run_dir.record, record)
+    if run_dir.record.exists() and run_dir.summary().get("status") != "finished":
+        rows = existing_metrics(run_dir)
+        evaluated = next((row for row in reversed(rows) if "eval/loss" in row), {})
+        evaluated = {name: value for name, value in evaluated.items() if name.startswith("eval/")}
+        peak = {"flops": math.nan, "source": "", **record.get("peak", {})}
+        with storage_errors(run_dir.path):
+            JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
+        write_report(run_dir.path)
+    return run_dir.finished_summary(completed_steps)
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

@@ -19,31 +19,38 @@ from jaxinfra.track.jsonl import SKIPPED_FILE
 class SkippedSamples:
     """Collects the samples that all processes leave out; all of them must call its methods, process 0 writes the file.
 
-    Attributes:
-        count: number of training samples that the run has left out so far; only process 0 knows those of earlier
-            starts.
+    Does nothing in a run that leaves out no samples.
     """
 
-    def __init__(self, run_dir: Path, peers: Peers, start_step: int):
+    def __init__(self, run_dir: Path, peers: Peers, batches: BatchLoader, *, start_step: int, is_on: bool):
         """Reads what the run has left out up to the step that it starts at, and drops the rest."""
-        self._path, self._peers, self.count = run_dir / SKIPPED_FILE, peers, 0
-        if peers.index == 0:
+        self._path, self._peers, self._batches, self._is_on = run_dir / SKIPPED_FILE, peers, batches, is_on
+        self._count = 0  # of training samples; only process 0 knows those of earlier starts
+        if is_on and peers.index == 0:
             rows = truncate_json_lines(self._path, _row, lambda row: row["step"] <= start_step)
-            self.count = sum(len(row["samples"]) for row in rows if row["split"] == "train")
+            self._count = sum(len(row["samples"]) for row in rows if row["split"] == "train")
 
-    def collect(self, loader: BatchLoader, completed_steps: int) -> None:
+    def collect(self, completed_steps: int) -> None:
         """Adds what the training batches of the completed steps have left out."""
-        for step, samples in self._gather(loader, completed_steps).items():
-            self.count += len(samples)
+        if not self._is_on:
+            return
+        for step, samples in self._gather(self._batches, completed_steps).items():
+            self._count += len(samples)
             self._append(step + 1, "train", samples)
 
-    def collect_evaluation(self, loader: BatchLoader, completed_steps: int) -> int:
-        """Adds what an evaluation has left out, and returns how many samples that is."""
-        batches = self._gather(loader, len(loader)).values()
-        samples = sorted(sample for batch in batches for sample in batch)
-        if samples:
+    def metrics(self, completed_steps: int) -> dict[str, float]:
+        """Collects, and returns how many training samples the run has left out so far, as a metric."""
+        self.collect(completed_steps)
+        return {"data/skipped": self._count} if self._is_on else {}
+
+    def of_evaluation(self, batches: BatchLoader, completed_steps: int) -> dict[str, float]:
+        """Adds what an evaluation has left out, and returns how many samples that is, as a metric."""
+        if not self._is_on:
+            return {}
+        left_out = self._gather(batches, len(batches)).values()
+        if samples := sorted(sample for batch in left_out for sample in batch):
             self._append(completed_steps, "validation", samples)
-        return len(samples)
+        return {"eval/skipped": len(samples)}
 
     def _gather(self, loader: BatchLoader, end_step: int) -> dict[int, list[int]]:
         """Returns what all processes have left out before a step of the loader, by step; each step once."""

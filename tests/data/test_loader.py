@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import jax
@@ -26,6 +26,7 @@ from tests.refusals import names, problem, raises
 from tests.servers.guard import free_ports
 
 GLOBAL_BATCH = 8
+WAIT_S = 600.0
 T = 16
 
 
@@ -173,7 +174,7 @@ def test_damage_found_while_reading_reaches_the_consumer(data, store, monkeypatc
     before = loader_threads()
     monkeypatch.setattr(TokenStore, "read_with_mask", damaged)
     with raises(DataError, "shard 3"), Prefetcher(batches(data, store), dict) as placed:
-        next(placed)
+        placed.poll(WAIT_S)
     assert_threads_end(before)
 
 
@@ -228,11 +229,19 @@ def test_an_error_while_reading_is_raised_after_the_batches_before_it():
         next(made)
 
 
+def all_of(placed):
+    found = []
+    with suppress(StopIteration):
+        while True:
+            found.append(placed.poll(WAIT_S))
+    return found
+
+
 def test_prefetching_keeps_the_order_and_ends(data, store):
     before = loader_threads()
     with Prefetcher(batches(data, store), lambda batch: batch["inputs"].sum(), depth=3) as placed:
-        found = list(placed)
-        assert list(placed) == []
+        found = all_of(placed)
+        assert all_of(placed) == []
     assert found == [(step, batch["inputs"].sum()) for step, batch in batches(data, store)]
     assert_threads_end(before)
 
@@ -242,11 +251,11 @@ def test_prefetching_can_be_closed_at_any_time(data, store):
     for taken in (0, 1, 5):
         placed = Prefetcher(batches(data, store, steps=10**6), lambda batch: batch)
         for _ in range(taken):
-            next(placed)
+            placed.poll(WAIT_S)
         placed.close()
         placed.close()
         with pytest.raises(StopIteration):
-            next(placed)
+            placed.poll(WAIT_S)
     assert_threads_end(before)
 
 
@@ -259,7 +268,7 @@ def test_prefetching_works_ahead():
             yield step, {}
 
     with Prefetcher(source(), lambda batch: batch, depth=2) as placed:
-        next(placed)
+        placed.poll(WAIT_S)
         deadline_s = time.monotonic() + 600
         while len(made) < 4 and time.monotonic() < deadline_s:
             time.sleep(0.01)
@@ -274,11 +283,11 @@ def test_an_error_in_the_transfer_is_raised_after_the_batches_before_it():
         return batch
 
     placed = Prefetcher(((step, {"x": step}) for step in range(5)), transfer)
-    assert [next(placed)[0], next(placed)[0]] == [0, 1]
+    assert [placed.poll(WAIT_S)[0], placed.poll(WAIT_S)[0]] == [0, 1]
     with pytest.raises(ValueError, match="cannot transfer"):
-        next(placed)
+        placed.poll(WAIT_S)
     with pytest.raises(StopIteration):
-        next(placed)
+        placed.poll(WAIT_S)
 
 
 def test_an_error_while_closing_is_raised_and_ends_the_wait():
@@ -294,7 +303,7 @@ def test_an_error_while_closing_is_raised_and_ends_the_wait():
 
     placed = Prefetcher(Source(), lambda batch: batch)
     with pytest.raises(OSError, match="cannot close"):
-        next(placed)
+        placed.poll(WAIT_S)
 
 
 REMEDIES = {"reading": "read less", "decoding": "decode less"}
@@ -438,3 +447,16 @@ def test_memory_of_a_pending_computation_is_not_reused():
         found.append(slow(placed))
         del host, placed
     assert [int(one) for one in found] == [number * SHAPE[0] * SHAPE[1] for number in range(30)]
+
+
+def test_a_batch_that_is_late_is_waited_for_again():
+    may_come = threading.Event()
+
+    def transfer(batch):
+        may_come.wait(WAIT_S)
+        return batch
+
+    with Prefetcher([(0, {"x": 7})], transfer) as placed:
+        assert placed.poll(0.0) is None and placed.poll(0.01) is None
+        may_come.set()
+        assert placed.poll(WAIT_S) == (0, {"x": 7})

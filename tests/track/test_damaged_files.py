@@ -27,6 +27,8 @@ FILES = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "goodput.jsonl", "su
 ODD: tuple[Any, ...] = (None, True, -1, 10**30, 1e308, "", "nan", "x", [], [1], {}, {"a": {"b": 1}}, 10**400, "\ud800")
 """Values of other types, or out of range."""
 
+NO_BATCHES: Any = None  # of which nothing was left out yet
+
 
 def write_run(folder: Path) -> None:
     """Writes the files of a run of 12 steps that was started twice."""
@@ -114,7 +116,7 @@ def _with_another_value(content: bytes, draw: random.Random) -> bytes:
 def resume(folder: Path) -> None:
     """Opens the files as the next start of the run does."""
     RunDirectory(folder).summary()
-    SkippedSamples(folder, Peers(), 6)
+    SkippedSamples(folder, Peers(), NO_BATCHES, start_step=6, is_on=True)
     ledger = Ledger(folder / GOODPUT_FILE, Phases())
     tracker = JsonlTracker(folder)
     tracker.start({}, {}, start_step=6, total_steps=12)

@@ -96,15 +96,15 @@ class Left:
 
 
 def test_the_samples_of_all_processes_are_listed_and_a_resume_repeats_none(tmp_path: Path) -> None:
-    first = SkippedSamples(tmp_path, TwoProcesses(), 0)
     loader = Left({3: [7, 8], 4: [9], 6: [1]})
+    first = SkippedSamples(tmp_path, TwoProcesses(), loader, start_step=0, is_on=True)
     for step in (4, 6, 7):
-        first.collect(loader, step)
-    assert first.count == 7
+        first.collect(step)
+    assert first.metrics(7) == {"data/skipped": 7}
     with (tmp_path / "skipped.jsonl").open("ab") as file:
         file.write(b'{"step": 7, "spl')  # torn by a kill
-    again = SkippedSamples(tmp_path, TwoProcesses(), 5)
-    assert again.count == 5
-    again.collect(Left({6: [1]}), 7)
+    again = SkippedSamples(tmp_path, TwoProcesses(), Left({6: [1]}), start_step=5, is_on=True)
+    assert again.metrics(5) == {"data/skipped": 5}
+    again.collect(7)
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(row["step"], row["samples"]) for row in rows] == [(4, [7, 8, 107]), (5, [9, 109]), (7, [1, 101])]

@@ -17,6 +17,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.trainer import Trainer
 from jaxinfra.trained_params import load_params
 from tests.refusals import names, refused
@@ -98,15 +99,15 @@ def test_damage_and_a_full_disk_cost_only_the_copy(
     copies = (f"checkpoint.local={local(tiny)}", "checkpoint.local_every=2")
 
     def crash(step: int) -> None:
-        report = Trainer.report
+        dispatched = Reporting.dispatched
 
-        def reported(self: Trainer, number: int, metrics: dict) -> None:
+        def crashing(self: Reporting, number: int, *arguments: Any, **keywords: Any) -> None:
             if number == step:
                 raise RuntimeError("crash")
-            report(self, number, metrics)
+            dispatched(self, number, *arguments, **keywords)
 
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
-            patch.setattr(Trainer, "report", reported)
+            patch.setattr(Reporting, "dispatched", crashing)
             Trainer(tiny.loaded(*words, *copies, "name=killed")).train()
 
     def usage(path: str | Path) -> Any:

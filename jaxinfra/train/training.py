@@ -1,0 +1,410 @@
+"""A training while it runs: what it opens, how it goes on from a checkpoint, and what it does after a step.
+
+`train` opens what lasts from the first step of a start to its last one: the lease of the run directory, the watchdog,
+the compile cache, the checkpoints. A `Training` is the steps from a checkpoint on; if the guard goes back to an earlier
+checkpoint, the next `Training` begins there.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxinfra.config import Difference, fingerprint, write_record
+from jaxinfra.data.batches import BatchLoader
+from jaxinfra.data.prefetch import Prefetcher
+from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
+from jaxinfra.errors import NonFiniteError, Preempted
+from jaxinfra.failpoints import failpoint
+from jaxinfra.program import Metrics, TrainState
+from jaxinfra.run_dir import Owned
+from jaxinfra.runtime import maintenance
+from jaxinfra.runtime.compile_cache import compile_cache
+from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.track.runs import parse_source
+from jaxinfra.track.tracker import MultiTracker, make_trackers
+from jaxinfra.train.due import Due
+from jaxinfra.train.evaluation import evaluate, evaluated_params
+from jaxinfra.train.guard import Rewind
+from jaxinfra.train.job import Job
+from jaxinfra.train.loop import Loop
+from jaxinfra.train.numerics import Numerics
+from jaxinfra.train.profiler import Profiler
+from jaxinfra.train.reporting import Reporting
+from jaxinfra.train.run_record import existing_metrics, find_peak, finished_before, make_summary, start_record
+from jaxinfra.train.saving import Saving
+from jaxinfra.train.skipped import SkippedSamples
+from jaxinfra.train.statistics import RunStatistics, run_statistics
+from jaxinfra.train.watch import Watch
+from jaxinfra.trained_params import load_params
+
+_log = logging.getLogger(__name__)
+
+
+class Ended(NamedTuple):
+    """How a training has ended.
+
+    Attributes:
+        summary: as in summary.json.
+        step: number of completed steps.
+        state: after them; None if an earlier start has made all steps.
+        reason: to stop before the last step; None if that was made.
+    """
+
+    summary: dict[str, Any]
+    step: int
+    state: TrainState | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What lasts from the first step of a start to its last one, also if the run goes back.
+
+    Attributes:
+        requests: to stop, or to save and go on.
+        watch: ends the training if it hangs.
+        profiler: of some steps.
+        owned: the run directory, in process 0.
+        saving: checkpoints and copies.
+        numerics: checks losses and parameters, and keeps the decisions to go back.
+        statistics: that follow from the config.
+        peak: FLOP/s of one device, and where that is from.
+        changes: of the config, between the starts of the run.
+    """
+
+    requests: RunSignals
+    watch: Watch
+    profiler: Profiler
+    owned: Owned | None
+    saving: Saving
+    numerics: Numerics
+    statistics: RunStatistics
+    peak: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]]
+
+
+def train(job: Job) -> Ended:
+    """Trains from the newest checkpoint of the run directory, or from the start, to the last step, and saves it.
+
+    On a request to stop it saves the state, and the reason is in what it returns.
+    """
+    run, run_dir, peers, dataset = job.run, job.run_dir, job.peers, job.data.dataset
+    with (
+        RunSignals() as requests,
+        Watch(run.watchdog, run_dir, peers) as watch,
+        maintenance.listen(os.environ, lambda notice: peers.request("stop", notice)),
+        Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main) as profiler,
+        compile_cache(run.train.compile_cache, exact_lines=run.profile.at is not None),
+        run_dir.owned() if job.is_main else nullcontext() as owned,
+        ExitStack() as before_owned_ends,
+        Saving(job.program, run_dir, peers, owned) as saving,
+    ):
+        run_dir.require_shared(peers)
+        changed: Sequence[Difference] = ()
+        if peers.broadcast(saving.checkpoints.all_steps()):
+            changed = run_dir.check(job.loaded.run, dataset, accept_change=job.accept_change)
+        newest = saving.checkpoints.newest(saving.checkpoints.manifest)
+        step, record = (0, {}) if newest is None else (newest[0], newest[1].record)
+        if step > run.train.steps or (step == run.train.steps and not lacks_evaluation(job, step, record)):
+            return Ended(peers.broadcast(finished_before(job, step) if job.is_main else None), step)
+        if job.is_main:
+            saving.check_space()
+            before_owned_ends.callback(watch.close_ledger)
+            watch.open_ledger()
+        peak = peers.broadcast(find_peak(run_dir, run.precision.compute) if job.is_main else None)
+        before = peers.broadcast(run_dir.existing_record() if job.is_main else None)
+        numerics = Numerics(job.program, watch.phases)
+        numerics.read_decisions(before)
+        changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
+        saving.open_copies(is_new=not before)
+        opened = Opened(
+            requests=requests,
+            watch=watch,
+            profiler=profiler,
+            owned=owned,
+            saving=saving,
+            numerics=numerics,
+            statistics=run_statistics(job.program, dataset.train_units),
+            peak=peak,
+            changes=changes,
+        )
+        with peers.naming_causes(), job.program.on_mesh:
+            while True:
+                with _make_trackers(job, owned) as trackers:
+                    training = Training(job, opened, trackers, step)
+                    try:
+                        return training.run()
+                    except Rewind as rewind:
+                        step = go_back(job, opened, rewind)
+
+
+def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
+    """Decides to which checkpoint the run goes back, and returns its step; NonFiniteError if it has been there."""
+    checkpoints = opened.saving.checkpoints
+    checkpoints.wait_until_finished()
+    opened.saving.forget_copies()
+    to = job.peers.broadcast(checkpoints.latest_step()) or 0
+    if to >= rewind.step:  # the evaluation came after the save, in another start
+        raise NonFiniteError(f"{rewind}; delete {job.run_dir.checkpoints}/{to} to go on from an older checkpoint")
+    decision = opened.numerics.go_back(rewind, to)
+    if job.is_main:
+        _log.warning("%s; going back to step %d, without the batches %d to %d", rewind, to, *decision.skip)
+    return to
+
+
+def lacks_evaluation(job: Job, step: int, record: Mapping[str, Any]) -> bool:
+    """Whether a request has stopped the evaluation after a step, and none was made since.
+
+    Args:
+        job: what is trained.
+        step: of the newest checkpoint.
+        record: that was saved with it.
+    """
+    if record.get("evaluated", True):
+        return False
+    rows = [row for row in existing_metrics(job.run_dir) if row["step"] == step] if job.is_main else []
+    return not job.peers.broadcast(any(name.startswith("eval/") for row in rows for name in row))
+
+
+def preempted(job: Job, reason: str, step: int) -> Preempted:
+    """Returns the error of a training that was asked to stop."""
+    steps = f"step {step} of {job.run.train.steps}"
+    return Preempted(f"{job.run_dir.location}: stopped by {reason} after {steps}, saved; start the same command to go on")
+
+
+def _accepted(job: Job, changed: Sequence[Difference], step: int) -> Mapping[str, Any]:
+    """Returns a change of the config for the run record, and warns of it in process 0."""
+    fields = {each.path: [mask_credentials(str(side)) for side in (each.left, each.right)] for each in changed}
+    if job.is_main:
+        listed = ", ".join(f"{path} from {old} to {new}" for path, (old, new) in fields.items())
+        _log.warning("%s: goes on with another config: %s", job.run_dir.location, listed)
+    return {"step": step, "fields": fields}
+
+
+def _make_trackers(job: Job, owned: Owned | None) -> MultiTracker:
+    if owned is None:
+        return MultiTracker()
+    return make_trackers(job.run.track, job.run_dir.path, job.run_dir.location, owned.check)
+
+
+class Training:
+    """The steps from a checkpoint, or from the start of the run, to the last one.
+
+    Attributes:
+        loop: over the steps, with the state.
+
+    Args:
+        job: what is trained.
+        opened: what lasts longer.
+        trackers: get the metrics.
+        newest_step: of the newest checkpoint; 0 without one.
+    """
+
+    def __init__(self, job: Job, opened: Opened, trackers: MultiTracker, newest_step: int) -> None:
+        self._job, self._opened, self._trackers = job, opened, trackers
+        self._saving, self._numerics, self._phases = opened.saving, opened.numerics, opened.watch.phases
+        with self._phases("restore" if newest_step or job.run.init else "init"):
+            state, step, saved, init_source, source = self._restore_or_init(newest_step)
+        self._phases.resume(step)
+        self._is_evaluated = not lacks_evaluation(job, step, saved)
+        self._eval_metrics: Mapping[str, float] = {}
+        self._eval_step = -1  # completed steps at the last evaluation
+        self._record = {"init": init_source, **self._saving.record, **self._start_record()}
+        if opened.owned is not None:
+            opened.owned.check()
+            write_record(job.run_dir.record, self._record)
+        record = self._record | ({"resumed_from": source} if source else {})
+        trackers.start(record, opened.statistics, start_step=step, total_steps=job.run.train.steps)
+        self._batches = self._make_batches(step)
+        self._skipped = SkippedSamples(
+            job.run_dir.path, job.peers, self._batches, start_step=step, is_on=job.run.data.on_damage == "skip"
+        )
+        self._reporting = Reporting(
+            job,
+            opened.watch,
+            opened.numerics,
+            trackers,
+            peak_flops=opened.peak["flops"],
+            skipped=self._skipped.metrics,
+        )
+        self.loop = Loop(
+            job,
+            state,
+            step,
+            self._reporting,
+            opened.profiler,
+            opened.requests,
+            check_owner=opened.owned.lease.check if opened.owned is not None else lambda: None,
+            after_step=self._after_step,
+            save=lambda: self._save(None, is_asked=True),
+        )
+        self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
+
+    def run(self) -> Ended:
+        """Makes the steps, saves the last one, and writes the summary. Raises Rewind if the guard goes back."""
+        job, loop, start_s = self._job, self.loop, time.monotonic()
+        reason = self._make_steps()
+        if reason is not None:
+            self._opened.watch.settle(reason, preempted(job, reason, loop.completed_steps))
+        self._phases.enter("end")
+        failpoint("end", loop.completed_steps)
+        summary = None
+        if job.is_main:
+            wall_s = time.monotonic() - start_s
+            summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, self._opened.peak)
+        summary = job.peers.broadcast(summary)
+        self._trackers.log_summary(summary)
+        return Ended(summary, loop.completed_steps, loop.state, reason)
+
+    def _make_steps(self) -> str | None:
+        """Makes the steps and saves the last one; returns the reason to stop before it, or None."""
+        if not self._is_evaluated:
+            self._is_evaluated = self._evaluate()
+        self._phases.enter("step")
+        loop, reporting, last_step = self.loop, self._reporting, self._job.run.train.steps
+        with Prefetcher(self._batches, self._job.data.place) as on_devices:
+            start_s = time.monotonic()
+            reason = loop.run(on_devices, last_step)
+            reporting.finish()
+            self._finish_profile()
+            if loop.completed_steps == last_step and self._is_evaluated:
+                reason = None
+            wait_s, total_s = reporting.data_wait_s - loop.first_wait_s, time.monotonic() - start_s
+            with self._phases("save"):
+                self._save(None, is_asked=True)  # before the prefetcher is closed: a read of it may hang
+                self._saving.checkpoints.wait_until_finished()
+                self._saving.forget_copies()
+            stages_s = {**self._batches.stage_times_s, "transfer": on_devices.transfer_time.total_s}
+        if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
+            _log.warning("%s", warning)
+        return reason
+
+    # After a step
+
+    def _after_step(self, due: Due, metrics: Metrics) -> None:
+        if due.profile:
+            self._finish_profile()
+        self._is_evaluated = not due.evaluation or self._evaluate()
+        if due.replicas:
+            self._numerics.compare_replicas(self.loop.completed_steps, self.loop.state)
+        with self._phases("step" if due.save is None else "save"):
+            self._save(metrics, is_due=due.save is not None, is_asked=due.save == "asked")
+
+    def _save(self, metrics: Metrics | None, *, is_due: bool = True, is_asked: bool = False) -> None:
+        """Saves the state if a checkpoint or a copy of it is due, or always a checkpoint if that was asked for.
+
+        A failed save is only logged, see `Saving`. Given the metrics of the last step, it raises NonFiniteError instead
+        of saving a state that is not finite.
+        """
+        step, state = self.loop.completed_steps, self.loop.state
+        if is_due or is_asked:
+            if self._numerics.guard.skipped and not is_asked:
+                return  # if the run goes back, then to a checkpoint from before
+            self._skipped.collect(step)  # before the checkpoint: a resume does not repeat its steps
+            if metrics is not None:
+                self._numerics.require_finite(step, metrics)
+            self._numerics.check_before_save(step, state)
+        record = self._record | {"guard": self._numerics.guard.history, "evaluated": self._is_evaluated}
+        new = self._eval_metrics if self._eval_step == step else {}
+        new = {name.removeprefix("eval/"): value for name, value in new.items()}
+        if self._saving.save(step, state, record, metrics=new, force=is_asked):
+            self._trackers.log_save(step)
+
+    def _stops(self) -> bool:
+        """Whether the run stops after the last completed step, and all processes know it."""
+        return all(self._job.peers.gather(self._opened.requests.stop_is_due(self.loop.completed_steps)))
+
+    def _evaluate(self) -> bool:
+        """Evaluates, and logs it; returns False if a request to stop came first: the next start evaluates."""
+        job, step, state = self._job, self.loop.completed_steps, self.loop.state
+        with self._phases("evaluation"):
+            metrics = evaluate(job, state, step, self._phases, stops=self._stops)
+            if metrics is None or (job.run.train.eval_tasks and self._stops()):
+                return False
+            if job.run.train.eval_tasks:
+                metrics |= job.texts.scores(evaluated_params(state))
+            metrics |= self._skipped.of_evaluation(job.data.validation, step)
+            self._eval_metrics, self._eval_step = metrics, step
+            self._trackers.log(step, metrics)
+        text = self._sample()
+        self._reporting.interval.pause()
+        self._numerics.check_evaluation(step, metrics)
+        if text is not None:
+            self._trackers.log_sample(step, text)
+        return True
+
+    def _sample(self) -> str | None:
+        """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""
+        if self._job.run.track.sample_prompt is None:
+            return None
+        with self._phases("sample"):
+            return self._job.texts.sample(evaluated_params(self.loop.state))
+
+    def _finish_profile(self) -> None:
+        """Ends the profile, if there is one, and logs its text."""
+        with self._phases("profile"):
+            text = self._opened.profiler.finish(self.loop.completed_steps, self.loop.state)
+        if text is not None:
+            self._reporting.interval.pause()
+            self._trackers.log_profile(self.loop.completed_steps, text)
+
+    # At the start
+
+    def _restore_or_init(
+        self, newest_step: int
+    ) -> tuple[TrainState, int, Mapping[str, Any], dict[str, Any] | None, str]:
+        """Restores the newest state, else loads the parameters of `run.init`, else initializes them.
+
+        Returns the state, its completed steps, and the record saved with it; for the run record, the run and step that
+        the first parameters came from; and for people where it was restored from.
+        """
+        job, numerics = self._job, self._numerics
+        before = job.peers.broadcast(job.run_dir.existing_record() if job.is_main else None)
+        identity = {  # decides the state after a step: it must not have changed since a copy was saved
+            "config": fingerprint(job.loaded.run),
+            "data": job.data.dataset.fingerprint,
+            "skip_batches": [list(each) for each in numerics.train_config.skip_batches],
+        }
+        if restored := self._saving.restore(newest_step, identity, before):
+            numerics.resume(restored.record)
+            return restored.state, restored.step, restored.record, before.get("init"), restored.source
+        numerics.resume({})
+        failpoint("init", 0)
+        if job.run.init is None:
+            return job.program.init(jax.random.key(job.run.seed)), 0, {}, None, ""
+        loaded = load_params(job.run.init, job.program)
+        path, _ = parse_source(job.run.init)
+        init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
+        return job.program.init_from(loaded.params), 0, {}, init_source, ""
+
+    def _make_batches(self, first_step: int) -> BatchLoader:
+        """Returns the batches of this process, from the step after `first_step` on."""
+        config, dataset = self._numerics.train_config, self._job.data.dataset
+        return BatchLoader(
+            self._job.run.data,
+            dataset.train,
+            global_batch=config.global_batch,
+            rows=self._job.data.rows,
+            start_step=first_step,
+            steps=config.steps - first_step,
+            sample_ids=lambda step, rows: dataset.sample_ids(config.batch_of_step(step), rows),
+        )
+
+    def _start_record(self) -> dict[str, Any]:
+        job, opened = self._job, self._opened
+        return {
+            **start_record(
+                job.loaded, job.program, job.data.dataset, command=job.command, decisions=opened.numerics.decisions
+            ),
+            "peak": opened.peak,
+            "derived": {name: list(value) for name, value in opened.statistics.items()},
+            "baselines": job.data.baselines,
+            "changes": opened.changes,
+        }
