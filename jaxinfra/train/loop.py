@@ -63,7 +63,7 @@ class Loop:
         save: Callable[[], None],
     ) -> None:
         self.state, self.completed_steps, self._first_step = state, completed_steps, completed_steps
-        self.first_wait_s = 0.0
+        self.first_wait_s = self._late_s = 0.0
         self._job, self._reporting, self._profiler, self._requests = job, reporting, profiler, requests
         self._check_owner, self._after_step, self._save = check_owner, after_step, save
         self._phases = reporting.phases
@@ -107,9 +107,11 @@ class Loop:
             start_s = time.perf_counter()
             with self._phases("data"):
                 found = batches.poll(_LATE_S)
-            wait_s = time.perf_counter() - start_s
-            self._reporting.data_wait_s += wait_s
-            self.first_wait_s += wait_s if self.completed_steps == self._first_step else 0.0
+            self._late_s += time.perf_counter() - start_s
+        if found is not None:  # a batch that never comes has kept no step waiting
+            self._reporting.data_wait_s += self._late_s
+            self.first_wait_s += self._late_s if self.completed_steps == self._first_step else 0.0
+            self._late_s = 0.0
         return found
 
     def _act_on_requests(self) -> str | None:
