@@ -53,7 +53,9 @@ def test_a_check_that_fails_is_not_recorded(
 
 
 @pytest.mark.jax_range
-def test_a_test_for_every_jax_is_always_computed(unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_for_every_jax_is_always_computed(
+    unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(proven.RECORD, str(proofs))
     assert computes(unless_proven, "a")
     assert proofs.read_text() == "{}"
