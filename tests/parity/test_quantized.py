@@ -84,9 +84,7 @@ def test_results_do_not_depend_on_the_mesh(case: Case, unless_proven: Unless) ->
 def test_results_do_not_depend_on_remat(remat: Remat, unless_proven: Unless) -> None:
     """A recomputed value may be fused with other operations, and differ in its last bit."""
     case, run = Case(run=run_of("int8", remat)), run_of("int8")
-    unless_proven(
-        lambda: assert_close(gradients(case), run), case.program(), *map(one_device_program, references(run))
-    )
+    unless_proven(lambda: assert_close(gradients(case), run), case.program(), *map(one_device_program, references(run)))
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
