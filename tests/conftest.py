@@ -29,6 +29,9 @@ ENVIRONMENT = {
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("LD_PRELOAD", None)  # jemalloc (Makefile): what tests start has the malloc of a user's process
+
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # As under nohup. Processes that tests start would ignore it, too; a handler is not passed on.
     signal.signal(signal.SIGHUP, lambda number, frame: None)

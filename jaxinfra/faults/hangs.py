@@ -17,7 +17,6 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 
 _HUNG, _HEARTBEAT_S = HungError.exit_code, 4
 _LAST = 30  # step that row 32 compares
-_FEW = "data.threads=1", f"checkpoint.save_every={_LAST}", "train.eval_every=none"
 
 
 def _stacks(run: Run) -> str:
@@ -86,17 +85,18 @@ def straggler(harness: Harness) -> str:
     must="no effect: order is by step, time is monotonic; same bits",
 )
 def wrong_clock(harness: Harness) -> str:
-    """Gives process 1 a clock that is an hour behind, and process 0 one that jumps ahead in the middle of the run.
+    """Gives process 1 a clock that is an hour behind; when that is set right, the clock of process 0 jumps ahead.
 
-    Under libfaketime the waits of a clock that is behind end at once, and TensorStore keeps all cores busy.
+    Under libfaketime the waits of a clock that is behind end at once, and TensorStore keeps all cores busy until then.
     """
     library, name = faketime_library(), "clock"
     if library is None:
         raise NotTried("libfaketime is missing; install the package faketime")
-    clock, run = harness.folder / "clock.txt", harness.run(name)
-    clock.write_text("+0")
+    run = harness.run(name)
+    clocks = [harness.folder / f"clock-{rank}.txt" for rank in range(2)]
+    for clock, wrong in zip(clocks, ("+0", "-1h"), strict=True):
+        clock.write_text(wrong)
     fake = {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_CACHE_DURATION": "1"}
-    clocks = {"FAKETIME_TIMESTAMP_FILE": str(clock)}, {"FAKETIME": "-1h"}
     with ExitStack() as stack:
         where = f"--coordinator=127.0.0.1:{free_port()}", "--of=2"
         children = [
@@ -105,14 +105,15 @@ def wrong_clock(harness: Harness) -> str:
                     name,
                     *where,
                     f"--process-id={rank}",
-                    env=fake | clocks[rank],
-                    fail=f"step:*:20:sleep=2,step:0:{_LAST + 5}:term",
+                    env=fake | {"FAKETIME_TIMESTAMP_FILE": str(clock)},
+                    fail=f"step:*:6:sleep=2,step:0:{_LAST + 5}:term",
                 )
             )
-            for rank in range(2)
+            for rank, clock in enumerate(clocks)
         ]
-        until(lambda: len(run.losses()) > 15, children[0])
-        write_bytes_atomic(clock, b"+1h")
+        until(lambda: len(run.losses()) > 3, children[0])
+        for clock, right_or_ahead in zip(clocks, ("+1h", "+0"), strict=True):
+            write_bytes_atomic(clock, right_or_ahead.encode())
         ends = [wait(child) for child in children]
     require([each.code for each in ends] == [Preempted.exit_code] * 2, "; ".join(map(str, ends)))
     host, checkpoint = (datetime.fromisoformat(text) for text in _times(run))

@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import llama
+from jaxinfra.bench import llama, merge_overrides
+from jaxinfra.config import load
+from jaxinfra.run import Run
+from tests.golden.proofs import compiled_once
 from tests.tiny_run import launch
 
 SMALL_MODEL = (
@@ -24,17 +27,28 @@ def test_small_model_fits_without_remat(repo_root: Path, tmp_path: Path, monkeyp
     """Without recomputation it needs more memory, and attention runs forward once per layer, not twice."""
     monkeypatch.chdir(repo_root)
     monkeypatch.setattr(llama, "BATCH_SIZES", (2,))
-    parts = ("--only", "full", "--only", "best")
-    ended = launch("bench", "llama", *SMALL_MODEL, *parts, "--json", str(tmp_path / "llama.json"))
-    assert ended.code == 0, ended
-    rows = json.loads((tmp_path / "llama.json").read_text())["rows"]
-    full, best = rows
-    assert [(row["part"], row["batch_size"], row["remat"]) for row in rows] == [
-        ("full", 2, "full"),
-        ("best", 2, "weights"),
+    batch = f"train.global_batch={2 * llama.TOPOLOGY.num_devices}"
+    runs = [
+        load(llama.CONFIG, merge_overrides([batch, f"model.remat={policy}", *SMALL_MODEL]), root=Run).run
+        for policy in ("full", "weights")
     ]
-    assert (full["attention"], best["attention"]) == (4, 2)
-    assert full["temporaries_gib"] < best["temporaries_gib"]
-    assert ended.out.count("| jaxinfra") == len(rows)
-    others = [other for other in llama.OTHERS if other["batch_size"] == 2]
-    assert others and ended.out.count("| plain JAX step") == len(others)
+
+    def small_model_fits_without_remat() -> None:
+        parts = ("--only", "full", "--only", "best")
+        ended = launch("bench", "llama", *SMALL_MODEL, *parts, "--json", str(tmp_path / "llama.json"))
+        assert ended.code == 0, ended
+        rows = json.loads((tmp_path / "llama.json").read_text())["rows"]
+        full, best = rows
+        assert [(row["part"], row["batch_size"], row["remat"]) for row in rows] == [
+            ("full", 2, "full"),
+            ("best", 2, "weights"),
+        ]
+        assert (full["attention"], best["attention"]) == (4, 2)
+        assert full["temporaries_gib"] < best["temporaries_gib"]
+        assert ended.out.count("| jaxinfra") == len(rows)
+        others = [other for other in llama.OTHERS if other["batch_size"] == 2]
+        assert others and ended.out.count("| plain JAX step") == len(others)
+
+    compiled_once(*((run, llama.TOPOLOGY) for run in runs), code=[Path(llama.__file__)])(
+        small_model_fits_without_remat
+    )()

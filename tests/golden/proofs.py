@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxinfra.plan.topology import Topology
@@ -22,16 +22,18 @@ from tests.golden.compiled import FOLDER, fingerprint, write_json
 PROOFS = FOLDER / "proofs.json"
 RECORD = "RECORD_PROOFS"
 """The environment variable with which tests are run to record that they passed."""
-TESTS = ("tests/plan/test_memory.py", "tests/plan/test_aot.py")
+TESTS = ("tests/plan/test_memory.py", "tests/plan/test_aot.py", "tests/bench/test_llama.py")
 
 
-def compiled_once(*programs: tuple[Run, Topology]) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """A test of these programs runs only if they, or its file, are others than when it was recorded."""
+def compiled_once(
+    *programs: tuple[Run, Topology], code: Sequence[Path] = ()
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A test of these programs runs only if they, its file or other `code` are not what was recorded."""
 
     def decorated(test: Callable[[], None]) -> Callable[[], None]:
         @functools.wraps(test)
         def run() -> None:
-            source = Path(inspect.getfile(test)).read_text(encoding="utf-8")
+            source = "".join(path.read_text(encoding="utf-8") for path in (Path(inspect.getfile(test)), *code))
             found = [fingerprint(run, topology, source) for run, topology in programs]
             proof = hashlib.sha256(repr(found).encode()).hexdigest()
             if proofs().get(test.__name__) == proof:

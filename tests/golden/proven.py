@@ -1,6 +1,6 @@
-"""Slow comparisons of numbers, which are not computed again while their programs are those for which they passed.
+"""Comparisons of numbers, which are not computed again while their programs are those for which they have passed.
 
-`numbers.json` has a hash for each slow test: of its lowered programs, of JAX, and of the test's code.
+`numbers.json` has a hash for each such test: of its lowered programs, of JAX, and of the test's code.
 `python tests/golden/write.py parity` writes it. A changed program, or another JAX, computes its comparison again.
 """
 
@@ -33,21 +33,23 @@ CODE: dict[str, list[Path]] = {
 """Files whose code the tests of a folder run, too: a test is computed again when one of them changes."""
 TESTED = ("parity", "models/test_gradients.py", "train/test_quantized_curve.py")
 RECORD = "RECORD_PARITY"
-"""The environment variable with another file, into which slow tests that pass are recorded."""
+"""The environment variable with another file, into which tests that pass are recorded."""
 
 type Unless = Callable[..., None]
 
 
 @pytest.fixture
 def unless_proven(request: pytest.FixtureRequest) -> Unless:
-    """Calls a check of the numbers of some programs; a slow test leaves it out if these programs have passed it.
+    """Calls a check of the numbers of some programs, unless these programs have passed it.
+
+    A test that runs with every supported JAX always computes.
 
     A check that calls other functions than the train step and the gradients, which are in it, says which: `also`. With
     all optimizations it depends on the CPU which products and sums are fused; `any_cpu` is for checks that allow it.
     """
 
     def run(check: Callable[[], None], *programs: Program, also: tuple[str, ...] = (), any_cpu: bool = False) -> None:
-        if request.node.get_closest_marker("slow") is None:
+        if request.node.get_closest_marker("jax_range") is not None:
             check()
             return
         name = request.node.nodeid.rpartition("/")[2]
@@ -95,9 +97,9 @@ def record(path: Path, name: str, found: str) -> None:
 
 
 def record_all() -> None:
-    """Runs the slow tests, and records those that pass in place of those that have passed before."""
+    """Runs the tests, and records those that pass in place of those that have passed before."""
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, "proofs.json")
-        words = ["-q", "-n", "2", "-m", "slow", *(str(TESTS / each) for each in TESTED)]
+        words = ["-q", "-n", "2", *(str(TESTS / each) for each in TESTED)]
         subprocess.run([sys.executable, "-m", "pytest", *words], env={**os.environ, RECORD: str(new)}, check=True)
         write_json(PROOFS, json.loads(new.read_text(encoding="utf-8")))

@@ -27,7 +27,6 @@ def computes(unless_proven: Unless, text: str) -> bool:
     return calls == [text]
 
 
-@pytest.mark.slow(1)
 def test_what_has_changed_is_computed_again(
     unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +43,6 @@ def test_what_has_changed_is_computed_again(
     assert computes(unless_proven, "a")
 
 
-@pytest.mark.slow(1)
 def test_a_check_that_fails_is_not_recorded(
     unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +52,10 @@ def test_a_check_that_fails_is_not_recorded(
     assert proofs.read_text() == "{}"
 
 
-def test_a_fast_test_is_always_computed(unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.jax_range
+def test_a_test_for_every_jax_is_always_computed(
+    unless_proven: Unless, proofs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(proven.RECORD, str(proofs))
     assert computes(unless_proven, "a")
     assert proofs.read_text() == "{}"

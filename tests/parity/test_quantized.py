@@ -81,15 +81,22 @@ def test_results_do_not_depend_on_the_mesh(case: Case, unless_proven: Unless) ->
 
 
 @pytest.mark.parametrize("remat", ["full", "offload"])
-def test_results_do_not_depend_on_remat(remat: Remat) -> None:
+def test_results_do_not_depend_on_remat(remat: Remat, unless_proven: Unless) -> None:
     """A recomputed value may be fused with other operations, and differ in its last bit."""
-    assert_close(gradients(Case(run=run_of("int8", remat))), run_of("int8"))
+    case, run = Case(run=run_of("int8", remat)), run_of("int8")
+    unless_proven(lambda: assert_close(gradients(case), run), case.program(), *map(one_device_program, references(run)))
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
-def test_quantization_changes_every_gradient(quantize: Quantize) -> None:
-    changed = relative_differences(on_one_device(run_of(quantize)), on_one_device(DOCUMENTS))
-    assert min(size for path, size in changed.items() if path.endswith("weight") and path.startswith("grad.")) > 1e-3
+def test_quantization_changes_every_gradient(quantize: Quantize, unless_proven: Unless) -> None:
+    quantized, exact = references(run_of(quantize))
+
+    def check() -> None:
+        changed = relative_differences(on_one_device(quantized), on_one_device(exact))
+        weights = [path for path in changed if path.endswith("weight") and path.startswith("grad.")]
+        assert min(changed[path] for path in weights) > 1e-3
+
+    unless_proven(check, one_device_program(quantized), one_device_program(exact))
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("int8", "i8"), ("fp8", "f8E4M3FN")])

@@ -47,51 +47,76 @@ def test_evaluation_equals_one_device(case: Case, unless_proven: Unless) -> None
     unless_proven(check, case.program(), one_device_program(case.run), also=("eval_step",))
 
 
-def test_evaluation_and_training_have_one_loss() -> None:
+def test_evaluation_and_training_have_one_loss(unless_proven: Unless) -> None:
     run = replace(MEAN, model=replace(MEAN.model, dropout=0.0))
-    staged = Case(run=run, mesh=MeshConfig(stage=2, fsdp=2), accumulate=2)
-    sums, *others = [evaluated(Case(run=run)), evaluated(staged), gradients(Case(run=run)), gradients(staged)]
-    for other in others:
-        found = {name.removeprefix("sum."): one for name, one in other.items() if not name.startswith("grad.")}
-        assert not too_different(found, sums)
+    alone, staged = Case(run=run), Case(run=run, mesh=MeshConfig(stage=2, fsdp=2), accumulate=2)
+
+    def check() -> None:
+        sums, *others = [evaluated(alone), evaluated(staged), gradients(alone), gradients(staged)]
+        for other in others:
+            found = {name.removeprefix("sum."): one for name, one in other.items() if not name.startswith("grad.")}
+            assert not too_different(found, sums)
+
+    unless_proven(check, alone.program(), staged.program(), also=("eval_step",))
 
 
-def test_dropout_masks_depend_on_the_step() -> None:
+def test_dropout_masks_depend_on_the_step(unless_proven: Unless) -> None:
     """Otherwise equal results on all meshes would be meaningless."""
-    now, later = on_one_device(DROPPING), gradients(Case(run=DROPPING), step=STEP + 1)
-    for other in (later, on_one_device(BIASES)):
-        assert len(too_different(now, other)) > len(now) * 0.9
+
+    def check() -> None:
+        now, later = on_one_device(DROPPING), gradients(Case(run=DROPPING), step=STEP + 1)
+        for other in (later, on_one_device(BIASES)):
+            assert len(too_different(now, other)) > len(now) * 0.9
+
+    unless_proven(check, one_device_program(DROPPING), one_device_program(BIASES))
 
 
-def test_evaluation_has_no_dropout() -> None:
-    dropping, plain = (evaluated(Case(run=run)) for run in (replace(BIASES, model=DROPPING.model), BIASES))
-    assert dropping == plain
+def test_evaluation_has_no_dropout(unless_proven: Unless) -> None:
+    cases = [Case(run=run) for run in (replace(BIASES, model=DROPPING.model), BIASES)]
+
+    def check() -> None:
+        dropping, plain = map(evaluated, cases)
+        assert dropping == plain
+
+    unless_proven(check, *(case.program() for case in cases), also=("eval_step",))
 
 
-def test_each_training_step_has_its_own_dropout_masks() -> None:
+def test_each_training_step_has_its_own_dropout_masks(unless_proven: Unless) -> None:
     """Another step changes the loss of the same batch and parameters."""
     program = Case(run=DROPPING).program()
-    losses = []
-    with program.on_mesh:
-        batch = put_like(batch_on_host(program.run), program.batch)
-        for step in (0, 1, 0):
-            state = program.init(jax.random.key(0))
-            state = replace(state, step=state.step + step)
-            losses.append(float(program.train_step(state, batch)[1]["loss"]))
-    assert losses[0] == losses[2] != losses[1]
+
+    def check() -> None:
+        losses = []
+        with program.on_mesh:
+            batch = put_like(batch_on_host(program.run), program.batch)
+            for step in (0, 1, 0):
+                state = program.init(jax.random.key(0))
+                state = replace(state, step=state.step + step)
+                losses.append(float(program.train_step(state, batch)[1]["loss"]))
+        assert losses[0] == losses[2] != losses[1]
+
+    unless_proven(check, program, also=("init",))
 
 
-def test_experts_reach_their_capacity() -> None:
+def test_experts_reach_their_capacity(unless_proven: Unless) -> None:
     """Otherwise the other tests would not cover dropped choices."""
-    sums = on_one_device(TIGHT)
-    load, kept = sums["sum.expert_load"], sums["sum.expert_served"]
-    assert load.shape == (2, 8) and load.sum() == 2 * 3 * 32 * 16
-    assert 0.05 < 1 - kept.sum() / load.sum() < 0.5
+
+    def check() -> None:
+        sums = on_one_device(TIGHT)
+        load, kept = sums["sum.expert_load"], sums["sum.expert_served"]
+        assert load.shape == (2, 8) and load.sum() == 2 * 3 * 32 * 16
+        assert 0.05 < 1 - kept.sum() / load.sum() < 0.5
+
+    unless_proven(check, one_device_program(TIGHT))
 
 
-def test_a_dense_model_uses_the_expert_axis_as_data_parallel() -> None:
+def test_a_dense_model_uses_the_expert_axis_as_data_parallel(unless_proven: Unless) -> None:
     dense = Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=2, expert=2, tensor=2), accumulate=2)
-    assert not too_different(gradients(dense), on_one_device(DOCUMENTS))
+
+    def check() -> None:
+        assert not too_different(gradients(dense), on_one_device(DOCUMENTS))
+
+    unless_proven(check, dense.program(), one_device_program(DOCUMENTS))
 
 
 @pytest.mark.slow
@@ -143,16 +168,20 @@ def trained_on_one_device() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
     return train(Case(run=DOCUMENTS))
 
 
-def test_training_changes_every_parameter_and_clips() -> None:
+def test_training_changes_every_parameter_and_clips(unless_proven: Unless) -> None:
     """Otherwise equal states would be meaningless."""
-    start, end, metrics = trained_on_one_device()
-    still = {
-        path
-        for path, before in start.items()
-        if path.startswith(("params.", "ema.")) and np.abs(end[path] - before).max() < 0.005 * np.abs(before).max()
-    }
-    assert still == set()
-    assert all(row["grad_norm"] > (DOCUMENTS.optim.clip_norm or np.inf) for row in metrics)
+
+    def check() -> None:
+        start, end, metrics = trained_on_one_device()
+        still = {
+            path
+            for path, before in start.items()
+            if path.startswith(("params.", "ema.")) and np.abs(end[path] - before).max() < 0.005 * np.abs(before).max()
+        }
+        assert still == set()
+        assert all(row["grad_norm"] > (DOCUMENTS.optim.clip_norm or np.inf) for row in metrics)
+
+    unless_proven(check, one_device_program(DOCUMENTS), also=("init",))
 
 
 @pytest.mark.parametrize(
@@ -164,9 +193,12 @@ def test_training_changes_every_parameter_and_clips() -> None:
     ],
     ids=str,
 )
-def test_three_steps_equal_one_device(case: Case) -> None:
-    _, wanted, wanted_metrics = trained_on_one_device()
-    _, found, metrics = train(case)
-    assert not too_different(found, wanted)
-    for row, wanted_row in zip(metrics, wanted_metrics, strict=True):
-        assert row == pytest.approx(wanted_row, rel=1e-5)
+def test_three_steps_equal_one_device(case: Case, unless_proven: Unless) -> None:
+    def check() -> None:
+        _, wanted, wanted_metrics = trained_on_one_device()
+        _, found, metrics = train(case)
+        assert not too_different(found, wanted)
+        for row, wanted_row in zip(metrics, wanted_metrics, strict=True):
+            assert row == pytest.approx(wanted_row, rel=1e-5)
+
+    unless_proven(check, case.program(), one_device_program(DOCUMENTS), also=("init",))

@@ -59,7 +59,8 @@ def test_a_run_and_its_resume_are_one_run_of_the_server(tmp_path: Path) -> None:
         experiment = ask(uri, "experiments/get-by-name", experiment_name="words")["experiment"]["experiment_id"]
         (run,) = ask(uri, "runs/search", experiment_ids=[experiment])["runs"]
         run_id = run["info"]["run_id"]
-        assert ended.stderr.splitlines() == [f"track.mlflow: {uri}/#/experiments/{experiment}/runs/{run_id}"] * 2
+        named = [line for line in ended.stderr.splitlines() if line.startswith("track.mlflow")]
+        assert named == [f"track.mlflow: {uri}/#/experiments/{experiment}/runs/{run_id}"] * 2, ended.stderr
         assert (run["info"]["run_name"], run["info"]["status"]) == ("story", "KILLED")
         tags = pairs(run["data"]["tags"])
         assert tags["team"] == "speech" and "| parameters | 7 | count |" in tags["mlflow.note.content"]
@@ -74,6 +75,10 @@ def test_a_run_and_its_resume_are_one_run_of_the_server(tmp_path: Path) -> None:
 def test_a_dead_server_is_named_and_training_goes_on(tmp_path: Path) -> None:
     ended = demo.start(RUN, tmp_path, "http://127.0.0.1:9")
     assert ended.returncode == 0
-    first, last, *_ = ended.stderr.splitlines()
-    assert first.startswith("track.mlflow.uri=http://127.0.0.1:9: Connection refused; training goes on")
-    assert "5 of 5 logged rows were not sent" in last
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("track.mlflow")]
+    lost = [line for line in lines if "5 of 5 logged rows were not sent" in line]
+    begin = "track.mlflow.uri=http://127.0.0.1:9: Connection refused; training goes on"
+    refused = [line for line in lines if line.startswith(begin)]
+    assert len(lost) == 2 and len(lines) == len(lost) + len(refused), "a run and its resume: " + ended.stderr
+    in_time = [line for line in lost if "within" not in line]  # a slow machine may still import MLflow at the end
+    assert len(refused) >= len(in_time), ended.stderr
