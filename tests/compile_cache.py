@@ -58,7 +58,7 @@ def cached(compile_lowered: Callable[..., Any], folder: Path) -> Callable[..., A
 
 def key(lowered: Any, program: Any, topology: Any) -> str:
     """A hash of the program, the order of its devices, the options, and the versions of the compilers."""
-    from jaxinfra.compiler import OPTION_SETS
+    from jaxinfra.run.compiler_options import OPTION_SETS
 
     devices = np.asarray(program.mesh.devices).flat
     parts = [

@@ -30,7 +30,6 @@ from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_meth
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.ops.rope import Rope, in_long_documents, rope_tables
-from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
 
@@ -236,7 +235,12 @@ class Transformer(LayeredModule):
             head = self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
         else:
             head = self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
-        return FactoredLogits(hidden=hidden_BTD, head=head, softcap=self.config.logit_softcap)
+        return FactoredLogits(
+            hidden=hidden_BTD,
+            head=head,
+            softcap=self.config.logit_softcap,
+            unroll_loops=self.partitioner.unroll_loops,
+        )
 
     # Decoding
 
@@ -272,7 +276,7 @@ class Transformer(LayeredModule):
                 return x, new
 
             xs = (period, jnp.arange(stack.times), cache.layers[name])
-            x_BTD, caches[name] = scan(step, x_BTD, xs)
+            x_BTD, caches[name] = jax.lax.scan(step, x_BTD, xs, unroll=self.partitioner.unroll_loops)
         return self.output(x_BTD), Cache(caches, cache.lengths + new_B)
 
     # What is known about the model
@@ -413,4 +417,5 @@ class Transformer(LayeredModule):
 
         indices = jnp.arange(stack.times) if stage_layers is None else stage_layers.indices
         steps = [make_step(first) for first in range(0, num_layers, period)]
-        return scan_pattern(steps, x_BTD, (getattr(self, name), indices))
+        unroll = self.partitioner.unroll_loops
+        return scan_pattern(steps, x_BTD, (getattr(self, name), indices), unroll=unroll)

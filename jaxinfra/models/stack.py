@@ -10,21 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.parallel.loops import scan
-
 type Tree = Any
 """Nested arrays `[L, ...]`, or those of one layer."""
 
 type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
-def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
+def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree, *, unroll: bool = False) -> tuple[jax.Array, Tree]:
     """Computes `jax.lax.scan` with `steps[i % len(steps)]` as step i: returns the last `x`, and all `y` stacked.
 
-    Steps are `(x, layer) -> (x, y)`. The arrays in `xs` are `[L, ...]`; L is not sharded.
+    Steps are `(x, layer) -> (x, y)`. The arrays in `xs` are `[L, ...]`; L is not sharded. `unroll` makes no loop.
     """
     if len(steps) == 1:
-        return scan(steps[0], x, xs)
+        return jax.lax.scan(steps[0], x, xs, unroll=unroll)
     num_layers = len(jax.tree.leaves(xs)[0])
     groups, rest = divmod(num_layers, len(steps))
     num_scanned = num_layers - rest
@@ -39,7 +37,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
     results = []
     if groups:
         grouped = jax.tree.map(lambda a: _reshape_layers(a[:num_scanned], 1, groups, len(steps)), xs)
-        x, ys = scan(apply_group, x, grouped)
+        x, ys = jax.lax.scan(apply_group, x, grouped, unroll=unroll)
         results.append(jax.tree.map(lambda a: _reshape_layers(a, 2, num_scanned), ys))
     if rest:
         x, ys = apply_group(x, jax.tree.map(lambda a: a[num_scanned:], xs), steps[:rest])

@@ -31,7 +31,6 @@ from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import Kernel
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
-from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import constant, normal
 
@@ -195,7 +194,8 @@ class VisionTransformer(LayeredModule):
             return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), index)), None
 
         indices = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.indices
-        x_BTD, _ = scan(remat(layer, self.config.remat), x_BTD, (self.blocks, indices))
+        step, unroll = remat(layer, self.config.remat), self.partitioner.unroll_loops
+        x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, indices), unroll=unroll)
         return x_BTD, {}
 
     @override

@@ -52,9 +52,7 @@ def cross_entropy(
         through `reduce_partial_sums`.
     """
     if isinstance(logits, FactoredLogits):
-        config = CrossEntropyConfig(
-            num_chunks=num_chunks or _default_num_chunks(logits.hidden), z_loss=z_loss, softcap=logits.softcap
-        )
+        config = _chunked(logits, num_chunks, z_loss=z_loss)
         total, (entropy, z) = fused_cross_entropy(logits.hidden, logits.head, targets_BT, weights_BT, config)
         # `jnp.sum` has no `out_sharding`, so a product with ones makes the partial sum.
         out = PartitionSpec(unreduced=jax.typeof(total).sharding.spec.unreduced)
@@ -71,14 +69,21 @@ def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -
     if not isinstance(logits, FactoredLogits):
         require_logits(logits, targets_BT)
         return -token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig())[0]
-    config = CrossEntropyConfig(num_chunks=_default_num_chunks(logits.hidden), softcap=logits.softcap)
-    return -chunked_token_cross_entropy(logits.hidden, logits.head, targets_BT, config)
+    return -chunked_token_cross_entropy(logits.hidden, logits.head, targets_BT, _chunked(logits))
 
 
 def token_scores(logits: FactoredLogits, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each target, float32 `[B, T]`, and whether it is the likeliest, bool `[B, T]`."""
-    config = CrossEntropyConfig(num_chunks=_default_num_chunks(logits.hidden), softcap=logits.softcap)
-    return chunked_token_scores(logits.hidden, logits.head, targets_BT, config)
+    return chunked_token_scores(logits.hidden, logits.head, targets_BT, _chunked(logits))
+
+
+def _chunked(logits: FactoredLogits, num_chunks: int | None = None, *, z_loss: float = 0.0) -> CrossEntropyConfig:
+    return CrossEntropyConfig(
+        num_chunks=num_chunks or _default_num_chunks(logits.hidden),
+        z_loss=z_loss,
+        softcap=logits.softcap,
+        unroll_loops=logits.unroll_loops,
+    )
 
 
 def require_logits(output: Any, targets: jax.Array) -> None:

@@ -20,9 +20,11 @@ class Apply(Protocol):
     Attributes:
         partial_sums: whether `Objective.loss` may return unreduced sums: each device holds a partial sum, and the
             train step all-reduces them once.
+        unroll_loops: what to pass as `unroll` to a `jax.lax.scan` whose steps communicate between devices.
     """
 
     partial_sums: bool
+    unroll_loops: bool
 
     def __call__(self, params: Params, batch: Batch, *, train: bool = True) -> Any:
         """Returns the output of the model for a batch.

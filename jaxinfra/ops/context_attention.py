@@ -45,7 +45,6 @@ from jaxinfra.ops.block_attention import (
 )
 from jaxinfra.ops.context_cost import AttentionSizes, ContextMethod, RingStep, choose_method, ring_steps
 from jaxinfra.parallel.context import SequenceSharding
-from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import local_weight
 
 
@@ -129,7 +128,10 @@ def _ring[QSum, KVSum](
     for step, equal_steps in itertools.groupby(steps):
         body, length = functools.partial(run_step, step=step), len(list(equal_steps))
         # A loop compiles equal steps only once.
-        state, _ = body(state, None) if length == 1 else scan(body, state, length=length)
+        if length == 1:
+            state, _ = body(state, None)
+        else:
+            state, _ = jax.lax.scan(body, state, length=length, unroll=sharding.unroll_loops)
     q_sums, kv_sums, *_ = state
     return q_sums, sharding.rotate(kv_sums, -sum(step.shift_out for step in steps))
 

@@ -10,8 +10,10 @@ In JAX's explicit sharding, *unreduced* means that each device holds a partial s
 Shape suffixes: B batch, T length, C = T / num_chunks, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,6 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.logits import softcapped
-from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.sharding import unreduced_zeros
 
 
@@ -31,11 +32,17 @@ class CrossEntropyConfig:
         num_chunks: number of chunks of a sequence; must divide its length. More chunks take less memory.
         z_loss: weight of `log(sum(exp(logits)))**2`, which keeps logits from drifting (PaLM, section 5).
         softcap: logits become `softcap * tanh(logits / softcap)` first (Gemma 2).
+        unroll_loops: whether the loop over chunks is unrolled (see `mesh.needs_unrolled_loops`).
     """
 
     num_chunks: int = 1
     z_loss: float = 0.0
     softcap: float | None = None
+    unroll_loops: bool = False
+
+    def scan[C, Y](self, body: Callable[[C, Any], tuple[C, Y]], init: C, chunks: tuple[jax.Array, ...]) -> tuple[C, Y]:
+        """Computes `jax.lax.scan` over the chunks."""
+        return jax.lax.scan(body, init, chunks, unroll=self.unroll_loops)
 
 
 type Sums = tuple[jax.Array, tuple[jax.Array, jax.Array]]
@@ -112,7 +119,7 @@ def chunked_token_cross_entropy(
     if config.num_chunks == 1:
         return chunk_losses(x_BTD, w_DV, targets_BT)
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
-    losses = scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks)[1]
+    losses = config.scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks)[1]
     return _join_chunks(losses)
 
 
@@ -134,7 +141,7 @@ def chunked_token_scores(
         return None, (-token_losses(logits_BCV, targets_BC, config)[0], first_BC == targets_BC)
 
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
-    return jax.tree.map(_join_chunks, scan(scores, None, chunks)[1])
+    return jax.tree.map(_join_chunks, config.scan(scores, None, chunks)[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -160,7 +167,7 @@ def fused_cross_entropy(
         return jax.tree.map(jnp.add, sums, _chunk_sums(x, w_DV, targets, weights, config)), None
 
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    return scan(body, _zero_sums(w_DV), chunks)[0]
+    return config.scan(body, _zero_sums(w_DV), chunks)[0]
 
 
 type Gradients = tuple[jax.Array, jax.Array]
@@ -193,7 +200,7 @@ def _forward(
     dw_spec = PartitionSpec(*w_spec.partitions, unreduced=loss_axes)
     start = (_zero_sums(w_DV), jnp.zeros(w_DV.shape, jnp.float32, out_sharding=dw_spec))
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    (sums, dw_DV), dx_chunks = scan(body, start, chunks)
+    (sums, dw_DV), dx_chunks = config.scan(body, start, chunks)
     return sums, (_join_chunks(dx_chunks), dw_DV.astype(w_DV.dtype))
 
 

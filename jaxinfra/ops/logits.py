@@ -20,11 +20,13 @@ class FactoredLogits:
         hidden: `[B, T, D]`, after the final norm, in the compute dtype.
         head: `[D, V]`, ready for use (see `Partitioner.gather_weight`).
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); None leaves them.
+        unroll_loops: whether loops over chunks of them are unrolled (see `mesh.needs_unrolled_loops`).
     """
 
     hidden: jax.Array
     head: jax.Array
     softcap: float | None = field(default=None, metadata={"static": True})
+    unroll_loops: bool = field(default=False, metadata={"static": True})
 
     def materialize(self) -> jax.Array:
         """Returns the logits, float32 `[B, T, V]`."""

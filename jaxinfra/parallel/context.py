@@ -21,11 +21,13 @@ class SequenceSharding:
         axes: mesh axes that shard sequences; axes of size 1 are left out.
         num_shards: number of shards of a sequence.
         zigzag: whether each shard holds an early and a late block, instead of consecutive positions.
+        unroll_loops: whether loops whose steps communicate are unrolled (see `mesh.needs_unrolled_loops`).
     """
 
     axes: tuple[str, ...] = ()
     num_shards: int = 1
     zigzag: bool = False
+    unroll_loops: bool = False
 
     @property
     def blocks_per_shard(self) -> int:

@@ -80,6 +80,19 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(config.sizes, AXES, axis_types=_AXIS_TYPES)
 
 
+def needs_unrolled_loops(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether loops whose steps communicate must be unrolled on a mesh: on CPU devices of several processes.
+
+    XLA starts what follows a loop on CPU devices before the loop has ended, collectives too. Gloo, which connects them,
+    pairs the collectives of different processes by their order alone: those of the loop would meet those that follow
+    it, and Gloo would end the process. Without a loop XLA keeps the order of all collectives.
+    """
+    if isinstance(mesh, AbstractMesh):
+        return False
+    devices: list[Device] = list(np.asarray(mesh.devices).flat)
+    return devices[0].platform == "cpu" and len({device.process_index for device in devices}) > 1
+
+
 def reshape_mesh(mesh: Mesh, config: MeshConfig) -> Mesh:
     """Returns a mesh of other sizes over the same devices, in the same order; no axis may be -1."""
     return Mesh(np.asarray(mesh.devices).reshape(config.sizes), AXES, axis_types=_AXIS_TYPES)

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.loops import scan
 from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule
 from jaxinfra.parallel.sharding import SpecEntry, axis_names, unit_cotangent, unreduced_zeros
 from jaxinfra.parallel.spec import PyTree
@@ -244,7 +243,15 @@ def mask_idle[T](tree: T, microbatch_S: jax.Array) -> T:
 class Pipeline:
     """A model on a schedule."""
 
-    def __init__(self, model: PipelineModel, schedule: PipelineSchedule, loss_spec: PartitionSpec, layers: np.ndarray):
+    def __init__(
+        self,
+        model: PipelineModel,
+        schedule: PipelineSchedule,
+        loss_spec: PartitionSpec,
+        layers: np.ndarray,
+        *,
+        unroll_loops: bool = False,
+    ):
         """Binds the static parts.
 
         Args:
@@ -252,8 +259,10 @@ class Pipeline:
             schedule: the passes of every stage in every tick.
             loss_spec: the sharding of the `[B, T, D]` input of the head: rows or positions are sharded over `stage`.
             layers: the layers' indices by chunk, `[V, L, S]`; -1 is padding.
+            unroll_loops: see `Partitioner`.
         """
         self.model, self.schedule, self.loss_spec, self.layers = model, schedule, loss_spec, layers
+        self._unroll_loops = unroll_loops
 
     def gradients(self, inputs: StepInputs) -> tuple[PyTree, PyTree, Sums, Sums]:
         """Computes the gradients of the summed loss of all microbatches.
@@ -283,7 +292,8 @@ class Pipeline:
             if not active:  # evaluation does nothing in the ticks of the last backward passes
                 continue
             run_tick = partial(self._run_tick, inputs, [function for _, function in active])
-            carry, _ = scan(run_tick, carry, [_ticks(table, ticks) for table, _ in active])
+            ticks_of_passes = [_ticks(table, ticks) for table, _ in active]
+            carry, _ = jax.lax.scan(run_tick, carry, ticks_of_passes, unroll=self._unroll_loops)
         return carry
 
     def _run_tick(

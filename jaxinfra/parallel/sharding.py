@@ -55,6 +55,7 @@ class Partitioner:
         zigzag: whether sharded sequences are in zigzag order (see `parallel.context`).
         alone: whether every device applies the whole model to rows of its own, in a `shard_map` over all mesh axes (see
             `parallel.canonical`). Then the mesh shards only stored parameters.
+        unroll_loops: whether loops whose steps communicate are unrolled (see `mesh.needs_unrolled_loops`).
     """
 
     rules: ShardingRules = ShardingRules()
@@ -64,6 +65,7 @@ class Partitioner:
     quantize: Quantize = "none"
     zigzag: bool = False
     alone: bool = False
+    unroll_loops: bool = False
 
     @property
     def stored(self) -> "Partitioner":
@@ -74,7 +76,7 @@ class Partitioner:
     def sequence_sharding(self) -> SequenceSharding:
         """How sequences are sharded for context parallelism."""
         axes, num_shards = self.mesh_axes("sequence"), self.num_shards("sequence")
-        return SequenceSharding(axes=axes, num_shards=num_shards, zigzag=self.zigzag)
+        return SequenceSharding(axes=axes, num_shards=num_shards, zigzag=self.zigzag, unroll_loops=self.unroll_loops)
 
     def _size(self, axes: Iterable[str]) -> int:
         return math.prod(getattr(self.mesh, axis) for axis in axes)

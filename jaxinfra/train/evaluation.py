@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import TrainState
-from jaxinfra.track.base import Tracker
 from jaxinfra.train.job import Job
 from jaxinfra.train.phases import Phases
 from jaxinfra.user_code import user_code_errors

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
+from jaxinfra.program.canonical_engine import CanonicalEngine
+from jaxinfra.program.pipeline_engine import PipelineEngine
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 type RunStatistics = dict[str, tuple[int | float | str, str]]
@@ -97,14 +99,14 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimizer state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
-    if program.virtual_shards is not None:
-        numbers |= _canonical_costs(program.virtual_shards, state.params, gradients)
+    if isinstance(program.engine, CanonicalEngine):
+        numbers |= _canonical_costs(program.engine.virtual_shards, state.params, gradients)
     for kind, choice in program.module.context_costs(run.data).items():
         numbers[f"{kind} attention over shards"] = (choice.method, "compare the bytes waited for (ops/context_cost.py)")
         for method, cost in choice.costs.items():
             note = f"waited for, of {gib(cost.received_bytes)} a sequence and layer; holds {gib(cost.held_bytes)}"
             numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)
-    if program.partitioner.mesh.stage > 1 and program.virtual_shards is None:
+    if isinstance(program.engine, PipelineEngine):
         numbers |= schedule_summary(run.pipeline.make_schedule(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")

@@ -176,7 +176,9 @@ def lacks_evaluation(job: Job, step: int, record: Mapping[str, Any]) -> bool:
 def preempted(job: Job, reason: str, step: int) -> Preempted:
     """Returns the error of a training that was asked to stop."""
     steps = f"step {step} of {job.run.train.steps}"
-    return Preempted(f"{job.run_dir.location}: stopped by {reason} after {steps}, saved; start the same command to go on")
+    return Preempted(
+        f"{job.run_dir.location}: stopped by {reason} after {steps}, saved; start the same command to go on"
+    )
 
 
 def _accepted(job: Job, changed: Sequence[Difference], step: int) -> Mapping[str, Any]:

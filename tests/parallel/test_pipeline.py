@@ -17,7 +17,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.pipeline import Pipeline, StepInputs
 from jaxinfra.parallel.schedules import PipelineConfig
-from jaxinfra.stages import assign_layers
+from jaxinfra.program.pipeline_engine import assign_layers
 
 MICROBATCHES, ROWS, POSITIONS, WIDTH = 4, 8, 4, 8
 AUX_WEIGHT = 0.05

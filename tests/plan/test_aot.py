@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.compiler import OPTION_SETS, OptionSet, compiler_options
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.plan.aot import compile_step, no_compilation_cache
 from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
+from jaxinfra.run.compiler_options import OPTION_SETS, OptionSet, compiler_options
 from tests.decoders import changed
 from tests.golden import compiled as golden
 from tests.golden.compiled import (

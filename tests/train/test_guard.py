@@ -70,7 +70,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny: Tiny, overrides: tuple[
     trainer = faulty(tiny, "step", Faulty(sums=sums_of(tiny, 1), fault=kind), *overrides)
     program, data = trainer.program, trainer.dataset
     with program.on_mesh:
-        good, bad = (trainer.job.data.place(data.train.read(data.sample_ids(step, 8), weighted=False)) for step in (0, 1))
+        good, bad = (
+            trainer.job.data.place(data.train.read(data.sample_ids(step, 8), weighted=False)) for step in (0, 1)
+        )
         state, metrics = program.train_step(program.init(jax.random.key(0)), good)
         assert metrics["skipped"] == 0
         before = jax.tree.map(np.array, state)

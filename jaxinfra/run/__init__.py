@@ -1,165 +1,32 @@
-"""`Run`: the config of a training run."""
+"""`Run`: the config of a training run. Its parts are defined beside what they configure; those of no other in here."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
-from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Lt
 
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.compiler import OptionSet
 from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
-from jaxinfra.config.limits import NonNegativeInt, PositiveFloat, PositiveInt
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.optim.config import OptimConfig
-from jaxinfra.packages import install_command
 from jaxinfra.parallel.divisibility import MeshFit
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.rules import Quantize, ShardingRules
+from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.run.guard import GuardConfig
+from jaxinfra.run.precision import Precision
+from jaxinfra.run.train import TrainConfig
 from jaxinfra.runtime.profile_config import ProfileConfig
 from jaxinfra.runtime.watchdog_config import WatchdogConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.user_code import user_code_errors
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long to train and in what batches.
-
-    Attributes:
-        steps: number of updates of the parameters.
-        global_batch: samples (sequences, images) per step, over all devices.
-        accumulate: number of microbatches per step (gradient accumulation).
-        canonical: number of virtual shards of a batch, a power of two. Losses and parameters are then the same bits on
-            every mesh of up to this number of devices, at a price in memory (see docs/parallelism.md). None is faster.
-        eval_every: steps between evaluations. The last step is always followed by one; None evaluates only there.
-        eval_samples: number of validation samples to evaluate on; None takes all.
-        eval_tasks: tasks of lm-eval to run at each evaluation of a language model: names, or YAML files. Their metrics
-            are eval/TASK/METRIC.
-        compiler: name of a set of compiler options (see `jaxinfra.compiler`).
-        skip_batches: ranges of batches that no step reads, such as ((120, 140),) for the batches 120 to 139 of the
-            order of the data, counted from 0. A run that goes back after bad numbers records here what it leaves out
-            (see `GuardConfig`), so that a replay leaves out the same.
-        compile_cache: folder or URL that keeps compiled programs for the next start. "auto" is a folder in the user's
-            cache folder, or JAX_COMPILATION_CACHE_DIR; None compiles at every start.
-    """
-
-    steps: Annotated[int, Ge(1), Lt(2**31)] = 1000
-    global_batch: PositiveInt = 32
-    accumulate: Annotated[PositiveInt, NOT_FINGERPRINTED] = 1
-    canonical: Annotated[int, Ge(2)] | None = None
-    eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
-    eval_samples: PositiveInt | None = None
-    eval_tasks: Annotated[tuple[str, ...], NOT_FINGERPRINTED] = ()
-    skip_batches: tuple[tuple[int, int], ...] = ()
-    compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
-    compile_cache: Annotated[str | None, NOT_FINGERPRINTED] = "auto"
-
-    def evaluates_after(self, completed_steps: int) -> bool:
-        """Whether to evaluate after this number of steps."""
-        at_interval = self.eval_every is not None and completed_steps % self.eval_every == 0
-        return at_interval or completed_steps == self.steps
-
-    def batch_of_step(self, step: int) -> int:
-        """Returns which batch of the order of the data a step reads; both are counted from 0."""
-        for start, stop in sorted(self.skip_batches):
-            if start <= step:
-                step += stop - start
-        return step
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields ranges of `skip_batches` that overlap, and conflicts with the virtual shards of `canonical`."""
-        yield from self._canonical_problems()
-        ranges = sorted(self.skip_batches)
-        if any(not 0 <= start < stop for start, stop in ranges) or any(
-            following[0] < stop for (_, stop), following in pairwise(ranges)
-        ):
-            message = "must be ranges (FIRST, END) of batches, which do not overlap"
-            yield Problem(fields=("skip_batches",), message=message, fix="use train.skip_batches=((120, 140),)")
-
-    def _canonical_problems(self) -> Iterable[Problem]:
-        """Yields conflicts with the virtual shards."""
-        if self.canonical is None:
-            return
-        if self.canonical & (self.canonical - 1):
-            power = 2 ** self.canonical.bit_length()
-            message = "must be a power of two, as it is halved until each device has its virtual shards"
-            yield Problem(fields=("canonical",), message=message, fix=f"use canonical={power}")
-        if self.accumulate > 1:
-            yield Problem(
-                fields=("canonical", "accumulate"),
-                message="virtual shards take the place of microbatches: each device computes its own one by one",
-                fix=f"use accumulate=1 canonical={self.canonical * self.accumulate}",
-            )
-        if self.global_batch % self.canonical:
-            yield Problem(
-                fields=("global_batch", "canonical"),
-                message="each virtual shard has as many samples",
-                fix=f"use global_batch={-(-self.global_batch // self.canonical) * self.canonical}",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardConfig:
-    """Sets the reaction of a run to numbers that go wrong.
-
-    With `skip_nonfinite`, a step whose loss or gradient is NaN or infinite changes nothing but the number of steps.
-    After `max_nonfinite` such steps in a row, or after a spike of the loss, the run goes back to its newest checkpoint
-    from before, and leaves out the batches since then. If that does not help before the next checkpoint, it ends with
-    exit code 80.
-
-    Attributes:
-        skip_nonfinite: whether to skip the update of such a step. False ends the run at the next logged step. It makes
-            the update a branch of the program, which takes 0 to 2 % more cycles on TPUs. Gradients whose shards have
-            dimensions below 128 also cross slices with padding then.
-        max_nonfinite: number of skipped steps in a row after which the run goes back.
-        spike: a loss is a spike if it is this many standard deviations above the median of the last `window` losses.
-            The deviation is a robust one, 1.4826 times the median absolute deviation. None looks for no spikes.
-        window: number of losses to compare with; before there are so many, no loss is a spike.
-        skip_batches: number of batches to leave out after those that led to the spike, too.
-        compare_replicas_every: steps between two comparisons of what several devices hold the same copy of, and before
-            each save. A difference means that a device computes wrong; the run ends with exit code 83 and names it.
-            None compares nothing.
-    """
-
-    skip_nonfinite: bool = False
-    max_nonfinite: PositiveInt = 10
-    spike: PositiveFloat | None = None
-    window: Annotated[int, Ge(8), Le(10_000)] = 64
-    skip_batches: NonNegativeInt = 0
-    compare_replicas_every: PositiveInt | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """Number formats.
-
-    Attributes:
-        params: dtype in which parameters are stored.
-        compute: dtype of weights and activations in the model; losses, norms and sums are float32.
-        quantize: format of the operands of the layers' matmuls with weights (see `ops.quantized`); embedding and head
-            are not quantized.
-    """
-
-    params: Literal["float32", "bfloat16"] = "float32"
-    compute: Literal["float32", "bfloat16"] = "bfloat16"
-    quantize: Quantize = "none"
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields a problem if `quantize` is set without its package."""
-        if self.quantize != "none" and find_spec("qwix") is None:
-            yield Problem(
-                fields=("quantize",),
-                message="quantized matmuls need the package qwix, which is not installed",
-                fix=f"run {install_command('jaxinfra[quantized]')}",
-            )
+__all__ = ["GuardConfig", "Precision", "Run", "TrainConfig", "with_fingerprint_name", "with_mesh_size"]
 
 
 @dataclass(frozen=True, kw_only=True)

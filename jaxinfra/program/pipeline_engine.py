@@ -1,4 +1,4 @@
-"""Splits the model of a run into pipeline stages, and runs a step on them with `parallel.pipeline`.
+"""Computes gradients on pipeline stages (`mesh.stage` above 1): splits the model, and runs it by `parallel.pipeline`.
 
 A chunk is a run of consecutive layers (Megatron's model chunk, or virtual stage); a stage holds one or more chunks.
 
@@ -11,7 +11,6 @@ In JAX's explicit sharding, *unreduced* means that each device holds a partial s
 *unreduced* gradient.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, override
 
@@ -27,12 +26,11 @@ from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import ParamSpecs, PyTree
+from jaxinfra.parallel.spec import Params, ParamSpecs, PyTree, select_trainable
+from jaxinfra.program.engine import GradientEngine, Gradients, split_microbatches
+from jaxinfra.program.loss import Batch, ModelLoss, Sums, adds_partial_sums
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code_errors
-
-type Batch = Mapping[str, jax.Array]
-type Sums = dict[str, jax.Array]
 
 STACKED = "blocks"
 """Name of the parameters that are stacked over layers and split over stages; the stages share all others."""
@@ -53,15 +51,14 @@ def assign_layers(layers: int, stages: int, chunks: int) -> np.ndarray:
 class LastStage:
     """Computes the model's output from the last stage's activations, for an objective: `objective.Apply`."""
 
-    def __init__(self, module: LayeredModule, x: jax.Array, batch: Batch, objective: Objective):
-        self._module, self._x, self._batch = module, x, batch
+    def __init__(self, module: LayeredModule, x: jax.Array, batch: Batch, objective: Objective, *, unroll_loops: bool):
+        self._module, self._x, self._batch, self.unroll_loops = module, x, batch, unroll_loops
         self._error = ConfigError(
             f"objective={type(objective).__name__}: needs a second forward pass, another batch, or the parameters "
             "themselves, but pipeline stages make one pass and hold parts of the parameters; use mesh.stage=1"
         )
         self.params = ParamsPlaceholder(self._error)
-        # `vars`, since `partial_sums` is not inherited (see `Objective`).
-        self.partial_sums = bool(vars(type(objective)).get("partial_sums", False))
+        self.partial_sums = adds_partial_sums(objective)
         self._called = False
 
     def __call__(self, params: object, batch: Batch, *, train: bool = True) -> Any:
@@ -118,7 +115,8 @@ class Stages(PipelineModel):
         self.chunk_lengths = [int(length) for length in (layers >= 0).sum(axis=1).reshape(-1)]  # in the model's order
         self._uniform = module.uniform(layers)
         schedule = run.pipeline.make_schedule(self.num_stages, run.train.accumulate)
-        self.pipeline = Pipeline(self, schedule, self.loss_partitioner.spec("batch", "sequence", None), layers)
+        loss_spec = self.loss_partitioner.spec("batch", "sequence", None)
+        self.pipeline = Pipeline(self, schedule, loss_spec, layers, unroll_loops=partitioner.unroll_loops)
 
     # The model, as the pipeline calls it
 
@@ -144,7 +142,8 @@ class Stages(PipelineModel):
             if name in batch
         }
         objective = self.run.objective
-        forward = LastStage(self._merge(self._output_graph, shared), x, batch, objective)
+        module, unroll_loops = self._merge(self._output_graph, shared), self.partitioner.unroll_loops
+        forward = LastStage(module, x, batch, objective, unroll_loops=unroll_loops)
         with user_code_errors(type(objective), "objective"):
             return losses.check_result(objective, objective.loss(forward, forward.params, batch))
 
@@ -220,6 +219,27 @@ class Stages(PipelineModel):
         shape = (len(self.chunk_lengths), longest, *rest)
         by_chunk = by_stage.reshape(shape, out_sharding=PartitionSpec(None, None, *rest_axes))
         return jnp.concatenate([by_chunk[i, :length] for i, length in enumerate(self.chunk_lengths)])
+
+
+class PipelineEngine(GradientEngine):
+    """Stages pass microbatches on, by a schedule."""
+
+    def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
+        super().__init__(loss, partitioner, stored)
+        self._stages = Stages(loss.run, partitioner, loss.specs, stored)
+
+    @override
+    def gradients(self, params: Params, batch: Batch, reference: Params | None) -> Gradients:
+        grads, sums, stats = self._stages.gradients(params, self._microbatches(batch, reference))
+        return Gradients(select_trainable(grads, self.specs), sums, stats)
+
+    @override
+    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
+        return self._stages.evaluate(params, self._microbatches(batch, reference))
+
+    def _microbatches(self, batch: Batch, reference: Params | None) -> Batch:
+        assert reference is None, "a config has no reference with stages (`Run.problems`)"
+        return split_microbatches(batch, self.run.train.accumulate)
 
 
 def _replicate(sums: Sums) -> Sums:

@@ -2,16 +2,9 @@
 
 Training, tests, benchmarks and `compile` (ahead-of-time compilation) use the same train step. Creating a `Program` uses
 no device.
-
-Collectives of the train step: each microbatch all-gathers its weights over `fsdp` layer by layer, reduce-scatters their
-gradients, and adds them to a buffer that is a partial sum over `replica`. After the last microbatch one all-reduce over
-`replica` completes the buffer. Then the optimizer updates the parameters.
-
-In JAX's explicit sharding, an *unreduced* array is a partial sum on each device. A *reduced* array is replicated, and
-its gradient is *unreduced*.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,21 +17,16 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxinfra.compiler import compiler_options
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.module import LayerStats, Module
-from jaxinfra.objectives import losses
-from jaxinfra.objectives.objective import WithReference
+from jaxinfra.models.module import Module
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
-from jaxinfra.parallel.canonical import VirtualShards
-from jaxinfra.parallel.loops import scan
+from jaxinfra.parallel.mesh import needs_unrolled_loops
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.rounding import rounded, unknown_zero, with_rounded_products
 from jaxinfra.parallel.rules import LogicalAxes
-from jaxinfra.parallel.sharding import Partitioner, unit_cotangent, unreduced_zeros
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import (
     Params,
     ParamSpec,
@@ -49,14 +37,15 @@ from jaxinfra.parallel.spec import (
     param_key,
     select_trainable,
 )
+from jaxinfra.program.canonical_engine import CanonicalEngine
+from jaxinfra.program.engine import GradientEngine, Gradients, PlainEngine
+from jaxinfra.program.loss import Batch, ModelLoss, Sums
+from jaxinfra.program.pipeline_engine import PipelineEngine
 from jaxinfra.run import Run
-from jaxinfra.stages import Stages
+from jaxinfra.run.compiler_options import compiler_options
 from jaxinfra.user_code import user_code_errors
 
-type Batch = Mapping[str, jax.Array]
 type Metrics = dict[str, jax.Array]
-type Sums = dict[str, jax.Array]
-"""Sums over a batch by name, scalars."""
 
 
 @jax.tree_util.register_dataclass
@@ -79,28 +68,6 @@ class TrainState:
     reference: Params | None = None
 
 
-class Forward:
-    """Applies the model for an objective (`objective.Apply`), and collects the statistics of the layers."""
-
-    def __init__(self, program: "Program", *, train: bool):
-        self._program, self._train = program, train
-        # JAX can add partial sums, but not multiply them: only a loss that declares `partial_sums` itself gets them.
-        # `vars`, as a subclass that overrides the loss must declare it again.
-        self.partial_sums = bool(vars(type(program.objective)).get("partial_sums", False))
-        self.stats: LayerStats = {}
-
-    def __call__(self, params: Params, batch: Batch, *, train: bool = True) -> Any:
-        """Returns the output of the model for a batch."""
-        train = train and self._train
-        if not train:
-            batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
-        with user_code_errors(type(self._program.run.model), "model"):
-            output, stats = self._program.model(params).forward(batch)
-        if train:  # an objective may call the model several times
-            self.stats = jax.tree.map(jnp.add, self.stats, stats) if self.stats else stats
-        return output
-
-
 class Program:
     """The compiled functions of a run, and the shapes and shardings that they work on.
 
@@ -108,6 +75,8 @@ class Program:
         run: the config.
         objective: the loss to minimize.
         mesh: the device mesh; on an `AbstractMesh` the functions can only be lowered.
+        loss: of the model.
+        engine: computes gradients.
         partitioner: maps logical axes to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
         batch: name to `ShapeDtypeStruct` of the global batch.
@@ -138,10 +107,9 @@ class Program:
             # A sum over positions does not depend on their order.
             zigzag=self.objective.by_position,
             alone=run.train.canonical is not None,
+            # A virtual shard communicates with no other device.
+            unroll_loops=run.train.canonical is None and needs_unrolled_loops(mesh),
         )
-        self.virtual_shards: VirtualShards | None = None
-        if run.train.canonical is not None:
-            self.virtual_shards = VirtualShards(count=run.train.canonical, mesh=self.partitioner.mesh)
         with user_code_errors(type(run.model), "model"):
             self.module = run.model.build(self.partitioner)
         if not isinstance(self.module, nnx.Module):
@@ -155,9 +123,9 @@ class Program:
         self._paths = jax.tree.map_with_path(lambda path, _: _dotted(path), declared)
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
-        self._stages: Stages | None = None
-        if self.partitioner.mesh.stage > 1 and self.virtual_shards is None:
-            self._stages = Stages(run, self.partitioner, self.specs, self._stored)
+        unroll_loops = self.partitioner.unroll_loops
+        self.loss = ModelLoss(run, self.module, self.graphdef, self.specs, unroll_loops=unroll_loops)
+        self.engine = _make_engine(self.loss, self.partitioner, self._stored)
         trainable_specs = select_trainable(self.specs, self.specs)
         self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable_specs)
         self._schedule = optax_schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
@@ -184,21 +152,14 @@ class Program:
         """The arrays of one global validation batch: those of `batch`, and the weights of samples."""
         rows = self.run.train.global_batch
         return {
-            name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self._batch_spec(*spec.axes))
+            name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self.engine.batch_spec(*spec.axes))
             for name, spec in self.run.data.batch_spec(validation=True).items()
         }
 
     @property
     def rows_per_device(self) -> float:
         """Samples of a global batch on one device; a fraction if devices share a sample."""
-        shards = self.virtual_shards
-        devices = self.partitioner.num_shards("batch") if shards is None else shards.devices
-        return self.run.train.global_batch / devices
-
-    def _batch_spec(self, *names: str | None) -> PartitionSpec:
-        """Returns the sharding of an array of a batch whose dimensions after the rows have these names."""
-        shards = self.virtual_shards
-        return self.partitioner.spec("batch", *names) if shards is None else shards.rows
+        return self.run.train.global_batch / self.engine.num_row_shards
 
     @cached_property
     def params(self) -> Params:
@@ -250,12 +211,12 @@ class Program:
 
     def model(self, params: Params) -> Module:
         """Returns the module with these parameters, for use while tracing."""
-        return nnx.merge(self.graphdef, nnx.State(params))
+        return self.loss.model(params)
 
     @cached_property
     def init(self) -> Callable[[jax.Array], TrainState]:
         """`init(key) -> TrainState`, compiled; the numbers depend on the key, not on the mesh."""
-        return jax.jit(lambda key: self._from_params(self._init_params(key)))
+        return jax.jit(lambda key: self._from_params(self.engine.make_params(self._init_params, key)))
 
     @cached_property
     def init_from(self) -> Callable[[Params], TrainState]:
@@ -283,8 +244,8 @@ class Program:
         return jax.jit(check)
 
     @cached_property
-    def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
-        """`gradients(params, batch, reference=None) -> (grads of the mean loss, sums, stats)`, compiled."""
+    def gradients(self) -> Callable[..., Gradients]:
+        """`gradients(params, batch, reference=None) -> Gradients`, of the mean loss; compiled."""
         return jax.jit(self._gradients)
 
     def lower(self) -> jax.stages.Lowered:
@@ -293,13 +254,7 @@ class Program:
             platform = "cuda" if self.partitioner.platform == "gpu" else self.partitioner.platform
             return self.train_step.trace(self.state, self.batch).lower(lowering_platforms=(platform,))
 
-    def _init_params(self, key: jax.Array) -> Params:
-        if self.virtual_shards is not None:
-            whole = jax.tree.map(lambda _: PartitionSpec(), self._stored)
-            return self.virtual_shards.make(lambda key: self._init_sharded(key, whole), key, self._stored)
-        return self._init_sharded(key, self._stored)
-
-    def _init_sharded(self, key: jax.Array, shardings: PyTree) -> Params:
+    def _init_params(self, key: jax.Array, shardings: PyTree) -> Params:
         params = self.module.init_params(key, shardings)
         if params is not None:  # a module of Flax, which has no `ParamSpec`s with initializers
             return params
@@ -328,29 +283,8 @@ class Program:
             return batch
         key = param_key(jax.random.key(self.run.seed), DROPOUT_FIELD)
         shape = (self.run.train.global_batch, model.positions(data))
-        bits = token_bits(key, jnp.asarray(step), shape, self._batch_spec("sequence"))
+        bits = token_bits(key, jnp.asarray(step), shape, self.engine.batch_spec("sequence"))
         return {**batch, DROPOUT_FIELD: bits}
-
-    def _loss(
-        self, params: Params, batch: Batch, reference: Params | None, *, train: bool
-    ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
-        """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
-        forward = Forward(self, train=train)
-        objective_params = WithReference(params, reference) if reference is not None else params
-        with user_code_errors(type(self.objective), "objective"):
-            total, sums = losses.check_result(self.objective, self.objective.loss(forward, objective_params, batch))
-        return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
-
-    def _loss_and_grads(
-        self, params: Params, batch: Batch, reference: Params | None
-    ) -> tuple[Sums, LayerStats, Params]:
-        """Returns sums, statistics and float32 gradients of one microbatch, all partial sums over `replica`."""
-        loss = partial(self._loss, batch=batch, reference=reference, train=True)
-        total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
-        # Not `value_and_grad`: the cotangent of an unreduced total must be *reduced*, which its 1 is not.
-        (grads,) = vjp(unit_cotangent(total))
-        # A buffer of integers has no gradient.
-        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
 
     def _to_shard_order(self, batch: Batch) -> Batch:
         """Reorders the positions of sequences into shard order, which the model expects (see `parallel.context`)."""
@@ -371,68 +305,10 @@ class Program:
         axes = {name: ("batch", *spec.axes) for name, spec in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
         return {name: reorder(x, axes[name]) for name, x in batch.items()}
 
-    def _gradients(
-        self, params: Params, batch: Batch, reference: Params | None = None
-    ) -> tuple[Params, Sums, LayerStats]:
+    def _gradients(self, params: Params, batch: Batch, reference: Params | None = None) -> Gradients:
         """Returns gradients of the mean loss, sums and statistics."""
-        batch = self._to_shard_order(batch)
-        if self._stages is not None:  # the config cannot have both stages and a reference
-            grads, sums, stats = self._stages.gradients(params, self._microbatches(batch))
-            grads = select_trainable(grads, self.specs)
-        elif self.virtual_shards is not None:
-            weights, stored = self._with_reference(params, reference)
-            (sums, stats), grads = self.virtual_shards.gradients(
-                self._virtual_shard, weights, stored, batch, select_trainable(self._stored, self.specs)
-            )
-        else:
-            grads, sums, stats = self._accumulate_gradients(params, batch, reference)
-        scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        if self.virtual_shards is not None:
-            zero = unknown_zero(sums["weight"])
-            grads = jax.tree.map(lambda g: rounded(g, zero), grads)
-        return grads, sums, stats
-
-    def _with_reference(self, params: Params, reference: Params | None) -> tuple[PyTree, PyTree]:
-        """Returns parameters and reference, and the `PartitionSpec`s in which they are stored."""
-        return (params, reference), (self._stored, None if reference is None else self._stored)
-
-    def _virtual_shard(
-        self, weights: tuple[Params, Params | None], batch: Batch
-    ) -> tuple[tuple[Sums, LayerStats], Params]:
-        """Returns sums, statistics and gradients of a virtual shard, on one device."""
-        sums, stats, grads = self._loss_and_grads(weights[0], batch, weights[1])
-        return (sums, stats), grads
-
-    def _accumulate_gradients(
-        self, params: Params, batch: Batch, reference: Params | None
-    ) -> tuple[Params, Sums, LayerStats]:
-        """Returns gradients of the summed loss, sums and statistics; reduces over `replica` once."""
-        if self.module.partial_gradients:  # *reduced* parameters keep their gradients partial sums until the end
-            params = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
-        if self.run.train.accumulate == 1:
-            sums, stats, grads = self._loss_and_grads(params, batch, reference)
-        else:
-            microbatches = self._microbatches(batch)
-            # Traced once for both: jit remembers what it has traced, and `inline` leaves no call in the program.
-            traced = jax.jit(self._loss_and_grads, inline=True)
-            step = partial(traced, params, reference=reference)
-            shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))
-            # Starting from zeros, not from the first microbatch, compiles the model once, inside the loop.
-            zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
-            (sums, stats, grads), _ = scan(
-                lambda total, microbatch: (jax.tree.map(jnp.add, total, step(microbatch)), None), zeros, microbatches
-            )
-        sums, stats = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (sums, stats))
-        return jax.tree.map(jax.reshard, grads, select_trainable(self._stored, self.specs)), sums, stats
-
-    def _microbatches(self, batch: Batch) -> Batch:
-        """Reshapes a batch to `[microbatches, rows, ...]`; of 2 microbatches the first has rows 0, 2, 4 and so on.
-
-        With this order no row leaves its device.
-        """
-        count = self.run.train.accumulate
-        return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+        found = self.engine.gradients(params, self._to_shard_order(batch), reference)
+        return found._replace(grads=self.engine.mean(found.grads, found.sums["weight"]))
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = self.with_dropout_bits(batch, state.step)
@@ -441,13 +317,8 @@ class Program:
         model = self.model(state.params)
         metrics |= model.metrics(stats, sums["weight"])
         metrics |= {"weight": sums["weight"], "lr": jnp.asarray(self._schedule(state.step))}
-        clip, update = partial(clip_by_global_norm, max_norm=self.run.optim.clip_norm), self._apply_gradients
-        if self.virtual_shards is not None:
-            square_sum = self.virtual_shards.square_sum(grads, select_trainable(self._stored, self.specs))
-            clip = partial(clip, square_sum=square_sum)
-            clip, update = (
-                with_rounded_products(each, unknown_zero(square_sum), "optim.optimizer") for each in (clip, update)
-            )
+        clip = partial(clip_by_global_norm, max_norm=self.run.optim.clip_norm)
+        clip, update = self.engine.with_exact_rounding(clip, self._apply_gradients, grads)
         grads, metrics["grad_norm"] = clip(grads)
         arguments = state, grads, model.update_buffers(stats)
         if not self.run.guard.skip_nonfinite:
@@ -474,18 +345,15 @@ class Program:
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
-        batch = self._to_shard_order(batch)
-        if self._stages is not None:
-            return self._stages.evaluate(params, self._microbatches(batch))
-        if self.virtual_shards is not None:
-            weights, stored = self._with_reference(params, reference)
+        return self.engine.sums(params, self._to_shard_order(batch), reference)
 
-            def sums_of(weights: tuple[Params, Params | None], batch: Batch) -> Sums:
-                return self._loss(weights[0], batch, weights[1], train=False)[1][0]
 
-            return self.virtual_shards.sums(sums_of, weights, stored, batch)
-        _, (sums, _) = self._loss(params, batch, reference, train=False)
-        return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+def _make_engine(loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> GradientEngine:
+    if loss.run.train.canonical is not None:
+        return CanonicalEngine(loss, partitioner, stored)
+    if partitioner.mesh.stage > 1:
+        return PipelineEngine(loss, partitioner, stored)
+    return PlainEngine(loss, partitioner, stored)
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:

@@ -1,0 +1,88 @@
+"""The loss of a run as a function of its parameters and a batch, traced on whatever part of a batch it gets."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfra.models.module import LayerStats, Module
+from jaxinfra.objectives import losses
+from jaxinfra.objectives.objective import Objective, WithReference
+from jaxinfra.ops.dropout import DROPOUT_FIELD
+from jaxinfra.parallel.sharding import unit_cotangent
+from jaxinfra.parallel.spec import Params, ParamSpecs, select_trainable
+from jaxinfra.run import Run
+from jaxinfra.user_code import user_code_errors
+
+type Batch = Mapping[str, jax.Array]
+type Sums = dict[str, jax.Array]
+"""Sums over a batch by name, scalars."""
+
+
+class Forward:
+    """Applies the model for an objective (`objective.Apply`), and collects the statistics of the layers."""
+
+    def __init__(self, loss: "ModelLoss", *, train: bool):
+        self._loss, self._train, self.unroll_loops = loss, train, loss.unroll_loops
+        # JAX can add partial sums, but not multiply them: only a loss that declares `partial_sums` itself gets them.
+        self.partial_sums = adds_partial_sums(loss.run.objective)
+        self.stats: LayerStats = {}
+
+    def __call__(self, params: Params, batch: Batch, *, train: bool = True) -> Any:
+        """Returns the output of the model for a batch."""
+        train = train and self._train
+        if not train:
+            batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
+        with user_code_errors(type(self._loss.run.model), "model"):
+            output, stats = self._loss.model(params).forward(batch)
+        if train:  # an objective may call the model several times
+            self.stats = jax.tree.map(jnp.add, self.stats, stats) if self.stats else stats
+        return output
+
+
+class ModelLoss:
+    """The loss of a run's model.
+
+    Attributes:
+        run: the config.
+        module: the model, with `ParamSpec`s in place of arrays.
+        specs: `ParamSpec` of every parameter, a nested dict.
+        unroll_loops: see `Partitioner`.
+    """
+
+    def __init__(self, run: Run, module: Module, graphdef: nnx.GraphDef[Any], specs: ParamSpecs, *, unroll_loops: bool):
+        self.run, self.module, self.specs, self._graphdef = run, module, specs, graphdef
+        self.unroll_loops = unroll_loops
+
+    def model(self, params: Params) -> Module:
+        """Returns the module with these parameters, for use while tracing."""
+        return nnx.merge(self._graphdef, nnx.State(params))
+
+    def __call__(
+        self, params: Params, batch: Batch, reference: Params | None, *, train: bool
+    ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
+        """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
+        forward, objective = Forward(self, train=train), self.run.objective
+        objective_params = WithReference(params, reference) if reference is not None else params
+        with user_code_errors(type(objective), "objective"):
+            total, sums = losses.check_result(objective, objective.loss(forward, objective_params, batch))
+        return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
+
+    def with_gradients(self, params: Params, batch: Batch, reference: Params | None) -> tuple[Sums, LayerStats, Params]:
+        """Returns sums, statistics and float32 gradients of a part of a batch, all partial sums over `replica`."""
+        loss = partial(self, batch=batch, reference=reference, train=True)
+        total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
+        # Not `value_and_grad`: the cotangent of an unreduced total must be *reduced*, which its 1 is not.
+        (grads,) = vjp(unit_cotangent(total))
+        # A buffer of integers has no gradient.
+        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
+
+
+def adds_partial_sums(objective: Objective) -> bool:
+    """Whether an objective takes sums that each device has a part of; a subclass that overrides its loss must say so
+    again.
+    """
+    return bool(vars(type(objective)).get("partial_sums", False))
