@@ -20,8 +20,8 @@ from jaxinfra.config.record import decode_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.processes.peers import Peers, current_peers
 from jaxinfra.run import Run
-from jaxinfra.runtime.peers import Peers, current_peers
 from jaxinfra.storage.atomic import delete_temporaries
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.connection import normalize_url

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.runtime import emulation
+from jaxinfra.machine import emulation
 
 pytest_plugins = ["tests.compile_cache", "tests.servers.fixtures", "tests.stores"]
 

@@ -145,4 +145,4 @@ def test_libraries_are_replaced_in_one_file() -> None:
     owners = {path: {one or other for one, other in REPLACED.findall(text)} for path, text in MODULES.items()}
     found = [(path, name) for path, names in owners.items() for name in names - {"sys"}]
     imported = {path for path, name in found if re.search(rf"\bimport .*\b{name}\b", MODULES[path])}
-    assert imported == {"jaxinfra/runtime/compile_cache.py", "jaxinfra/runtime/checked_programs.py"}
+    assert imported == {"jaxinfra/machine/compile_cache.py", "jaxinfra/machine/checked_programs.py"}

@@ -15,10 +15,10 @@ from jaxinfra.bench.measure import jaxinfra_step, load_run, time_alternately
 from jaxinfra.bench.parity import make_program
 from jaxinfra.bench.subprocesses import Times, call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.plan.aot import memory_usage
 from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
 from jaxinfra.plan.hlo import HloModule
-from jaxinfra.runtime.emulation import emulation_env
 
 NUM_DEVICES = 8
 MESHES = {"fsdp": "mesh.fsdp=8", "replica": "mesh.replica=2 mesh.fsdp=4"}

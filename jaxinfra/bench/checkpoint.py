@@ -33,8 +33,8 @@ from jaxinfra.checkpoint.local_copies import LocalCopies
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.checkpoint.shards import StateShards
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.emulation import emulation_env
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.processes.peers import Peers
 from jaxinfra.storage.checks import check_space
 
 DEFAULT_MB, MIN_MB = 1000, 1

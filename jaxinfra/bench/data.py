@@ -36,10 +36,10 @@ from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
-from jaxinfra.language_model import require_text
+from jaxinfra.inference.language_model import require_text
+from jaxinfra.machine.peak_flops import PEAK_FLOPS
 from jaxinfra.models.flops import flops_per_token
 from jaxinfra.run import Run
-from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 DEFAULT_TOKENS, MIN_TOKENS = 200_000_000, 4 * BATCH_SIZE * SEQ_LEN
 MAX_ROUNDS = 15

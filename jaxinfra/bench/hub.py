@@ -26,17 +26,19 @@ from jaxinfra.bench.subprocesses import Times, call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub import export_model, family_of, load_published, open_published, param_shapes
+from jaxinfra.hub.export import Export, export_model, family_of
+from jaxinfra.hub.params import load_published
+from jaxinfra.hub.published_model import open_published, param_shapes
+from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.interop.config_json import CONFIG
 from jaxinfra.interop.safetensors import INDEX
 from jaxinfra.interop.writing import PlannedFile, plan_files
+from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope
 from jaxinfra.run import Precision, Run
-from jaxinfra.runtime.emulation import emulation_env
-from jaxinfra.sampling_program import sampling_program
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.memory import rss_bytes
 
@@ -123,7 +125,7 @@ def time_sides(root: Path, num_rounds: int, parts: Collection[str]) -> tuple[Tim
         return jax.block_until_ready(params)
 
     def write(params: Any) -> None:
-        export_model(str(copy), model, params, source={}, tokenizer=None, max_positions=1)
+        export_model(str(copy), Export(config=model, params=params, source={}, tokenizer=None, max_positions=1))
 
     def note_memory(side: str, arrays: Any) -> None:
         if (peak := peak_bytes()) is not None:

@@ -19,13 +19,13 @@ from jaxinfra.bench.parity import make_program, put_like, random_batch
 from jaxinfra.bench.subprocesses import Times
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.language_model import require_text
+from jaxinfra.inference.language_model import require_text
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.optim.optimizers import AdamW
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.program import TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.loop import Loop

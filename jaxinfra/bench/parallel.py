@@ -12,8 +12,8 @@ from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.measure import time_meshes
 from jaxinfra.bench.subprocesses import call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineConfig
-from jaxinfra.runtime.emulation import emulation_env
 
 NUM_DEVICES = 8
 MICROBATCHES = 8

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.language_model import require_text
+from jaxinfra.inference.language_model import require_text
 from jaxinfra.parallel.mesh import Device, make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.program import Program

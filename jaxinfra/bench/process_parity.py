@@ -26,9 +26,9 @@ from jaxinfra.bench.parity import (
     relative_differences,
 )
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
+from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.runtime.join import join
-from jaxinfra.runtime.local_processes import process_environments
+from jaxinfra.processes.join import join
 
 TOLERANCE = 1e-6
 """Largest difference of an array from one process with the same collectives; on CPUs it is 0."""

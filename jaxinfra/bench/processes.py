@@ -24,8 +24,8 @@ from jaxinfra.bench.process_parity import call_in_all, processes
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, Times, command_error, emulated_env, run_command
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
 from jaxinfra.errors import PeerLostError
-from jaxinfra.runtime.emulation import emulation_env
-from jaxinfra.runtime.local_processes import process_environments
+from jaxinfra.launchers.local_processes import process_environments
+from jaxinfra.machine.emulation import emulation_env
 
 NUM_DEVICES = 2
 DEVICES = f"cpu:{NUM_DEVICES}"

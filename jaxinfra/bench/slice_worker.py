@@ -17,13 +17,13 @@ from jaxinfra.bench.measure import jaxinfra_step
 from jaxinfra.bench.parity import make_program
 from jaxinfra.bench.slow_link import address_of, bytes_on_link
 from jaxinfra.config import load, validate
+from jaxinfra.machine.checked_programs import use_cache
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
+from jaxinfra.processes.discovery import Processes
+from jaxinfra.processes.join import join
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.runtime.checked_programs import use_cache
-from jaxinfra.runtime.join import join
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.processes import Processes
 
 _PORT = 8476
 # How often an array goes around the ring of its devices: to be summed, and to share the sums (gloo/allreduce.cc).

@@ -18,7 +18,7 @@ from jaxinfra.bench.slow_link import SlowLink
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, command_error
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, run_cases
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.emulation import emulation_env
+from jaxinfra.machine.emulation import emulation_env
 
 WORKER = (sys.executable, "-m", "jaxinfra.bench.slice_worker")
 SLICES, DEVICES = 2, 2  # slices, and devices of each

@@ -18,8 +18,8 @@ from jaxinfra.bench.startup import time_startup
 from jaxinfra.bench.subprocesses import Times, call_in_process, emulated_env, run_command
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.emulation import emulation_env
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.processes.peers import current_peers
 
 # So small that the host's work dominates the step.
 DISPATCH_MODEL = (

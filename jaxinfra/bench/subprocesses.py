@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.runtime.emulation import emulation_env
+from jaxinfra.machine.emulation import emulation_env
 
 type Times = dict[str, list[float]]
 """Seconds of each timed round, by side: "jaxinfra", "baseline" or another thing that is compared."""
@@ -52,7 +52,7 @@ def worker_pool(num_workers: int, env: Mapping[str, str], *, has_jax: bool = Tru
 def _start_worker(env: Mapping[str, str], has_jax: bool) -> None:
     os.environ.update(env)  # before JAX is imported
     if has_jax:
-        importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
+        importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from jaxinfra.runtime.environment import cpu_model
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.machine.environment import cpu_model
+from jaxinfra.processes.peers import current_peers
 
 type TableRow = Mapping[str, str | float | None]
 """The cells of one row by key, as JSON values."""

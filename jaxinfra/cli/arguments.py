@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.restart_policy import DEFAULT_MAX_PER_HOUR
+from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
 
 CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"

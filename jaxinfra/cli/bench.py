@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxinfra.bench import DEFAULT_CONFIG
 from jaxinfra.cli.arguments import BENCHES, DEFAULT_PAIRS
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
 
 
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
     bench = importlib.import_module(f"jaxinfra.bench.{options.name}")
     if "jax" in sys.modules:  # not yet when this command began
-        importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
+        importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
     result = bench.run(options)
     if current_peers().index != 0:
         return 0

@@ -12,7 +12,7 @@ def main() -> int:
 
     logging.basicConfig(format="%(message)s")  # else absl puts a level and a module before each line
     from jaxinfra.cli.main import main  # takes a tenth of a second
-    from jaxinfra.runtime.peers import current_peers
+    from jaxinfra.processes.peers import current_peers
     from jaxinfra.user_code import ending_of
 
     code = 1

@@ -14,22 +14,22 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.cli import output_file
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
+from jaxinfra.inference.language_model import open_language_model
+from jaxinfra.inference.sampler import Sampler
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop.folder import is_published
-from jaxinfra.language_model import open_language_model
+from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.parallel.spec import Params
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.shared_reads import read_by_first
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.shared_reads import read_by_first
-from jaxinfra.sample import Sampler
 from jaxinfra.tasks.harness import Tasks, is_standard_error
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.train.trainer import Trainer
-from jaxinfra.trained_params import load_params
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:

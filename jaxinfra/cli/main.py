@@ -22,16 +22,16 @@ from jaxinfra.cli import early_signals
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
-from jaxinfra.runtime import emulation, platforms
-from jaxinfra.runtime.compile_cache import cache_environment
-from jaxinfra.runtime.door import SECRET
-from jaxinfra.runtime.host_memory import keep_freed_memory
-from jaxinfra.runtime.join import join
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.processes import find_processes
-from jaxinfra.runtime.restart_policy import RULES
-from jaxinfra.runtime.run_secret import run_secret
-from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.launchers.restart_policy import RULES
+from jaxinfra.machine import emulation, platforms
+from jaxinfra.machine.compile_cache import cache_environment
+from jaxinfra.machine.host_memory import keep_freed_memory
+from jaxinfra.processes.discovery import find_processes
+from jaxinfra.processes.door import SECRET
+from jaxinfra.processes.join import join
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.run_secret import run_secret
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.user_code import ending_of
 
@@ -252,7 +252,7 @@ def _run_command(argv: Sequence[str]) -> int:
         with _all_processes(options, argv):
             module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
             if "jax" in sys.modules:  # the command compiles, maybe
-                importlib.import_module("jaxinfra.runtime.checked_programs").use_cache()
+                importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
             return module.run(options, argv)
     except Preempted as error:  # asked for: no error
         print(mask_credentials(str(error)), file=sys.stderr)

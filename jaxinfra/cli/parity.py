@@ -9,8 +9,8 @@ from jaxinfra.bench import PARITY_CONFIGS, process_parity
 from jaxinfra.bench.parity import TOLERANCE, MeshDifference, compare_in_processes, compare_joined, load_text_run
 from jaxinfra.cli.markdown import insert_table
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import emulation, platforms
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.machine import emulation, platforms
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
 
 

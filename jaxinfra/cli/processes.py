@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.runtime.launcher import launch
-from jaxinfra.runtime.local_processes import process_environments
+from jaxinfra.launchers.launcher import launch
+from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.sample import Sampler, SamplingParams
+from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.machine.compile_cache import compile_cache
+from jaxinfra.processes.peers import current_peers
 
 _MESH_OVERRIDE = re.compile(r"mesh\.[a-z]+=\S*")
 

@@ -10,13 +10,13 @@ from dataclasses import asdict
 
 from jaxinfra.cli import processes
 from jaxinfra.errors import PeerLostError, error_of_code
-from jaxinfra.runtime.door import SECRET
-from jaxinfra.runtime.launcher import ProcessExit
-from jaxinfra.runtime.local_processes import process_environments
-from jaxinfra.runtime.processes import find_processes
-from jaxinfra.runtime.restart_policy import RestartLimits
-from jaxinfra.runtime.run_secret import run_secret
-from jaxinfra.runtime.supervisor import Attempt, Supervised, supervise
+from jaxinfra.launchers.launcher import ProcessExit
+from jaxinfra.launchers.local_processes import process_environments
+from jaxinfra.launchers.restart_policy import RestartLimits
+from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
+from jaxinfra.processes.discovery import find_processes
+from jaxinfra.processes.door import SECRET
+from jaxinfra.processes.run_secret import run_secret
 from jaxinfra.track.attempts import AttemptLog
 
 

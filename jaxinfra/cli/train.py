@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run
-from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer

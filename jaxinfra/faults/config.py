@@ -25,8 +25,8 @@ from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.parallel.spec import PyTree
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Precision, Run, TrainConfig
-from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.remote import RemoteRun, RemoteTracker, Row

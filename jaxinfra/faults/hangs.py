@@ -12,7 +12,7 @@ from jaxinfra.faults.config import STEPS
 from jaxinfra.faults.harness import Harness, NotTried, Run, named, require, until, wait
 from jaxinfra.faults.machine import faketime_library
 from jaxinfra.faults.matrix import row
-from jaxinfra.runtime.peer_connection import free_port
+from jaxinfra.processes.peer_connection import free_port
 from jaxinfra.storage.atomic import write_bytes_atomic
 
 _HUNG, _HEARTBEAT_S = HungError.exit_code, 4

@@ -7,7 +7,7 @@ from jax._src.compilation_cache import compress_executable, decompress_executabl
 
 from jaxinfra.faults.harness import Ended, Harness, named, require
 from jaxinfra.faults.matrix import row
-from jaxinfra.runtime.checked_programs import SUFFIX, seal, unseal
+from jaxinfra.machine.checked_programs import SUFFIX, seal, unseal
 from jaxinfra.storage.objects import ObjectStore
 
 _FOLDER, _SHORT = "JAX_COMPILATION_CACHE_DIR", "train.steps=20"

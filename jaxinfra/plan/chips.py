@@ -13,7 +13,7 @@ clock the matmul runs at 0.70 (v6e) to 0.90 of peak FLOP/s.
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfra.runtime.peak_flops import PEAK_FLOPS
+from jaxinfra.machine.peak_flops import PEAK_FLOPS
 
 GIB = 2**30
 

@@ -82,7 +82,5 @@ class ModelLoss:
 
 
 def adds_partial_sums(objective: Objective) -> bool:
-    """Whether an objective takes sums that each device has a part of; a subclass that overrides its loss must say so
-    again.
-    """
+    """Whether an objective takes partial sums; a subclass that overrides its loss must say so again."""
     return bool(vars(type(objective)).get("partial_sums", False))

@@ -11,6 +11,7 @@ from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
+from jaxinfra.machine.config import ProfileConfig
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.optim.config import OptimConfig
@@ -18,11 +19,10 @@ from jaxinfra.parallel.divisibility import MeshFit
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.processes.config import WatchdogConfig
 from jaxinfra.run.guard import GuardConfig
 from jaxinfra.run.precision import Precision
 from jaxinfra.run.train import TrainConfig
-from jaxinfra.runtime.profile_config import ProfileConfig
-from jaxinfra.runtime.watchdog_config import WatchdogConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.user_code import user_code_errors
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.inference.sampler import Sampler
 from jaxinfra.packages import import_optional
-from jaxinfra.sample import Sampler
 
 _FEWSHOT_SEED = 1234  # the default of lm-eval's command
 _BOOTSTRAPS = 1000  # of standard errors that have no formula

@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxinfra.sample import Sampler, SamplingParams
+from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.tasks.harness import max_new_tokens
 
 _ROWS = 8  # that a device generates at once

@@ -2,8 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.run import Run
-from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.train.profiler import Profiler
 
 
@@ -26,7 +26,7 @@ class Due(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether the step must be complete and reported before: a checkpoint has all metrics up to its step beside it."""
+        """Whether the step must be reported before: a checkpoint has all metrics up to its step beside it."""
         return self.profile or self.evaluation or self.save is not None
 
 

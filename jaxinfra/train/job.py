@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from jaxinfra.config import Loaded
+from jaxinfra.processes.peers import Peers
+from jaxinfra.processes.step_file import StepWriter
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.peers import Peers
-from jaxinfra.runtime.step_file import StepWriter
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.texts import Texts
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import jax
 
 from jaxinfra.failpoints import failpoint
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.program import Metrics, TrainState
-from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.train.due import Due, due_after
 from jaxinfra.train.job import Job
 from jaxinfra.train.profiler import Profiler

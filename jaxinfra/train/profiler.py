@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import jax
 
-from jaxinfra.runtime.operations import OperationTime, operation_times
-from jaxinfra.runtime.profile_config import ProfileConfig
+from jaxinfra.machine.config import ProfileConfig
+from jaxinfra.machine.operations import OperationTime, operation_times
 from jaxinfra.storage.atomic import write_bytes_atomic
 
 _log = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from jaxinfra.processes.devices import device_memory
 from jaxinfra.program import Metrics
-from jaxinfra.runtime.devices import device_memory
 from jaxinfra.track.base import Tracker
 from jaxinfra.track.memory import process_metrics
 from jaxinfra.train.interval import Interval

@@ -12,13 +12,13 @@ from jaxinfra.data.batches import BatchLoader, batches_ahead, check_batch, valid
 from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import DEPTH, process_rows, to_global
 from jaxinfra.errors import ConfigError
+from jaxinfra.inference.trained_params import check_source
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.formatting import format_bytes
 from jaxinfra.track.memory import available_bytes
-from jaxinfra.trained_params import check_source
 from jaxinfra.user_code import user_code_errors
 
 

@@ -15,13 +15,13 @@ from jaxinfra.config.classes import source_of, user_classes
 from jaxinfra.config.codec import encode
 from jaxinfra.config.folder import loaded_files
 from jaxinfra.data.interfaces import Dataset
+from jaxinfra.machine.environment import code_digest, git_state, host_state, module_digests, package_versions
+from jaxinfra.machine.peak_flops import peak_flops
+from jaxinfra.processes.devices import device_memory
+from jaxinfra.processes.peers import Peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.devices import device_memory
-from jaxinfra.runtime.environment import code_digest, git_state, host_state, module_digests, package_versions
-from jaxinfra.runtime.peak_flops import peak_flops
-from jaxinfra.runtime.peers import Peers
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics

@@ -16,11 +16,11 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.checkpoint.retention import Metrics
 from jaxinfra.checkpoint.shards import StateShards
 from jaxinfra.errors import PeerLostError, StorageError
+from jaxinfra.processes.connected_peers import ConnectedPeers
+from jaxinfra.processes.exchange import Exchange
+from jaxinfra.processes.peers import Peers
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run_dir import Owned, RunDirectory
-from jaxinfra.runtime.connected_peers import ConnectedPeers
-from jaxinfra.runtime.exchange import Exchange
-from jaxinfra.runtime.peers import Peers
 from jaxinfra.storage.checks import check_space, make_private, make_writable
 from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of

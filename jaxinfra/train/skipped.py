@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.data.batches import BatchLoader
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.processes.peers import Peers
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.json_lines import is_integer, truncate_json_lines
 from jaxinfra.track.jsonl import SKIPPED_FILE

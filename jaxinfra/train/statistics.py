@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.machine.peak_flops import PEAK_FLOPS
 from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
 from jaxinfra.program.canonical_engine import CanonicalEngine
 from jaxinfra.program.pipeline_engine import PipelineEngine
-from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 type RunStatistics = dict[str, tuple[int | float | str, str]]
 """Name to (value, note); the note is the unit, or says how the value was computed."""

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxinfra.config.text import error_prefix
-from jaxinfra.language_model import language_model
+from jaxinfra.inference.language_model import language_model
+from jaxinfra.inference.sampler import Sampler
 from jaxinfra.parallel.spec import Params
 from jaxinfra.run import Run
-from jaxinfra.sample import Sampler
 from jaxinfra.tasks.harness import Tasks, is_standard_error
 
 

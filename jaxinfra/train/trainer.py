@@ -16,14 +16,14 @@ from jaxinfra.config import Loaded, validate
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import ConfigError
+from jaxinfra.inference.sampler import Sampler
 from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.processes.devices import all_devices
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.shared_reads import read_by_first
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, join_location
-from jaxinfra.runtime.devices import all_devices
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.shared_reads import read_by_first
-from jaxinfra.sample import Sampler
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.job import Job
 from jaxinfra.train.phases import Phases

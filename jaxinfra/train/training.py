@@ -21,11 +21,12 @@ from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
 from jaxinfra.errors import NonFiniteError, Preempted
 from jaxinfra.failpoints import failpoint
+from jaxinfra.inference.trained_params import load_params
+from jaxinfra.machine.compile_cache import compile_cache
+from jaxinfra.processes import maintenance
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.run_dir import Owned
-from jaxinfra.runtime import maintenance
-from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
@@ -42,7 +43,6 @@ from jaxinfra.train.saving import Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import RunStatistics, run_statistics
 from jaxinfra.train.watch import Watch
-from jaxinfra.trained_params import load_params
 
 _log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from statistics import median
 from typing import Any, Self
 
 from jaxinfra.errors import Preempted
+from jaxinfra.machine.stacks import StackFiles
+from jaxinfra.processes.config import WatchdogConfig
+from jaxinfra.processes.peers import Peers
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.peers import Peers
-from jaxinfra.runtime.stacks import StackFiles
-from jaxinfra.runtime.watchdog_config import WatchdogConfig
 from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.train.ledger import Ledger
 from jaxinfra.train.phases import Phases, Progress, attempt_start_s

@@ -6,7 +6,7 @@ import sys
 
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.runtime.host_memory import keep_freed_memory
+from jaxinfra.machine.host_memory import keep_freed_memory
 from jaxinfra.track.memory import process_metrics
 from tests.checkpoint.states import make_mesh, make_state
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfra.checkpoint.local_copies import Copy, LocalCopies
 from jaxinfra.checkpoint.shards import StateShards, neighbor_of
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.processes.peers import Peers
 from tests.refusals import names
 
 from .child import random_state, small_files

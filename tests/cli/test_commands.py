@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.cli.arguments import COMMANDS
-from jaxinfra.runtime.emulation import emulation_env
+from jaxinfra.machine.emulation import emulation_env
 from tests.refusals import refused
 from tests.tiny_run import Tiny, contents, ended, launch, start
 

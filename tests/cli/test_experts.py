@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.sample import Sampler, SamplingParams
-from jaxinfra.sampling_program import sampling_program
+from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.trained_params import load_params
 from tests.tiny_run import Tiny
 
 MIXTURE = (

@@ -11,11 +11,11 @@ import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.tokenizer import StopStrings
-from jaxinfra.language_model import language_model, open_language_model
-from jaxinfra.sample import Sampler, SamplingParams, filter_top_k_top_p
-from jaxinfra.sampling_program import sampling_program
+from jaxinfra.inference.language_model import language_model, open_language_model
+from jaxinfra.inference.sampler import Sampler, SamplingParams, filter_top_k_top_p
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.track.jsonl import read_samples
-from jaxinfra.trained_params import load_params
 from tests.refusals import refused, suggested
 from tests.tiny_run import Tiny, contents, launch
 

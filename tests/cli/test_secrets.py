@@ -9,8 +9,8 @@ import pytest
 from jaxinfra.cli import processes
 from jaxinfra.config import Loaded, apply, diff, dump, record
 from jaxinfra.config.schema import MISMATCH, match, walk
+from jaxinfra.machine.stacks import StackFiles
 from jaxinfra.run import Run
-from jaxinfra.runtime.stacks import StackFiles
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, problem, refused
 from tests.servers.fixtures import Server

@@ -20,8 +20,8 @@ import pytest
 from filelock import FileLock
 
 from jaxinfra.bench import parity
+from jaxinfra.machine.compile_cache import cpu_features
 from jaxinfra.program import Program
-from jaxinfra.runtime.compile_cache import cpu_features
 from tests.golden.compiled import no_source_lines, write_json
 
 TESTS = Path(__file__).parents[1]

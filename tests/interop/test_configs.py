@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub import differences, open_published
+from jaxinfra.hub.published_model import differences, open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.quantized import read_quantization
 from jaxinfra.models.families import family

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxinfra.hub import export_model, open_published
+from jaxinfra.hub.export import Export, export_model
+from jaxinfra.hub.published_model import open_published
 from jaxinfra.interop.config_json import CONFIG, read_json
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
@@ -77,7 +78,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: References, 
     with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
         params = read_weights(folder, found, built)
         options = {"tokenizer": None, "max_positions": 64, "model_type": found.model_type}
-        export_model(str(tmp_path / "out"), built.config, params, source={}, **options)
+        export_model(str(tmp_path / "out"), Export(config=built.config, params=params, source={}, **options))
         tokens = built.put_rows(expected["tokens"].astype("int32"))
         if "gradients" not in TINY[name]:
             _, logits = jax.jit(loss)(params, tokens)

@@ -18,7 +18,7 @@ from huggingface_hub import HfFileSystem, constants
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from jaxinfra.hub import open_published, param_shapes
+from jaxinfra.hub.published_model import open_published, param_shapes
 from jaxinfra.interop import safetensors
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.safetensors import Weights, header_of

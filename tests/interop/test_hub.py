@@ -19,19 +19,20 @@ from tokenizers import Tokenizer as Backend
 
 from jaxinfra.data.tokenizer import JsonTokenizer
 from jaxinfra.errors import PeerLostError
-from jaxinfra.hub import beginning_with, by_path, family_of, open_published, param_shapes
+from jaxinfra.hub.export import beginning_with, family_of
+from jaxinfra.hub.published_model import by_path, open_published, param_shapes
+from jaxinfra.inference.language_model import open_language_model
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop import writing
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.reading import file_order
 from jaxinfra.interop.safetensors import Weights, header_of
-from jaxinfra.language_model import open_language_model
 from jaxinfra.models.zoo import shape
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.sampling_program import sampling_program
-from jaxinfra.trained_params import load_params
 from tests.refusals import refused
 from tests.servers.fixtures import Server
 from tests.servers.hub import REPOSITORY, HubServer

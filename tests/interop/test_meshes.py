@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.hub import by_path, export_model, load_published, open_published
+from jaxinfra.hub.export import Export, export_model
+from jaxinfra.hub.params import load_published
+from jaxinfra.hub.published_model import by_path, open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.families import family
 from jaxinfra.models.transformer import TransformerConfig
@@ -62,7 +64,7 @@ def write(program: Program, params: Any, out: Path) -> bytes:
     with program.on_mesh:
         model = program.run.model
         assert isinstance(model, TransformerConfig)
-        export_model(str(out), model, params, source={}, tokenizer=None, max_positions=64)
+        export_model(str(out), Export(config=model, params=params, source={}, tokenizer=None, max_positions=64))
     return (out / "model.safetensors").read_bytes()
 
 
@@ -113,7 +115,7 @@ SCRIPT = """
 import json, sys
 import jax, jaxinfra
 jaxinfra.join()
-from jaxinfra.hub import by_path, open_published
+from jaxinfra.hub.published_model import by_path, open_published
 from jaxinfra.interop.reading import read_params
 from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.interop.test_meshes import make_program

@@ -8,11 +8,11 @@ import pytest
 
 from jaxinfra.data.tokenizer.raw_bytes import ByteTokenizer
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.language_model import LanguageModel
+from jaxinfra.inference.language_model import LanguageModel
+from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.run import Precision, Run
-from jaxinfra.sample import Sampler, SamplingParams
-from jaxinfra.sampling_program import sampling_program
-from jaxinfra.trained_params import load_params
 from tests.interop.conftest import References
 from tests.interop.references import DOCUMENTS, PROMPTS
 from tests.interop.test_families import read_tiny, read_weights

@@ -6,11 +6,11 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine.peak_flops import PEAK_FLOPS
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.compile_errors import explain, suggest_fix
 from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.run import Run, TrainConfig
-from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 from tests.decoders import decoder
 from tests.refusals import names, raises
 

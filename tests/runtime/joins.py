@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-from jaxinfra.runtime.processes import Processes, find_processes
+from jaxinfra.processes.discovery import Processes, find_processes
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from jax._src import compilation_cache
 from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import StorageError
-from jaxinfra.runtime import compile_cache as module
-from jaxinfra.runtime.checked_programs import SUFFIX, CheckedCache, unseal
-from jaxinfra.runtime.compile_cache import cache_environment, compile_cache
+from jaxinfra.machine import compile_cache as module
+from jaxinfra.machine.checked_programs import SUFFIX, CheckedCache, unseal
+from jaxinfra.machine.compile_cache import cache_environment, compile_cache
 from tests.refusals import refused
 from tests.several import free_address
 from tests.tiny_run import Tiny
@@ -127,7 +127,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxinfra
-from jaxinfra.runtime.compile_cache import compile_cache
+from jaxinfra.machine.compile_cache import compile_cache
 
 hits = 0
 

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxinfra.runtime.cpu_collectives import reachable_address
+from jaxinfra.processes.cpu_collectives import reachable_address
 
 LOCAL = ("127.0.0.1", "127.0.0.1")
 

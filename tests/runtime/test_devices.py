@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.devices import _capture_logs, all_devices
+from jaxinfra.processes.devices import _capture_logs, all_devices
 from tests.refusals import raises
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from jaxinfra.runtime.door import OtherSecretError, ProtocolError, answer, knock
+from jaxinfra.processes.door import OtherSecretError, ProtocolError, answer, knock
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.runtime.door.HELLO_S", 60.0)
+    monkeypatch.setattr("jaxinfra.processes.door.HELLO_S", 60.0)
 
 
 class Heard(socket.socket):
@@ -80,7 +80,7 @@ def test_who_only_seems_to_know_the_secret_is_not_believed() -> None:
 
 def test_who_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte at a time, each soon after the last."""
-    monkeypatch.setattr("jaxinfra.runtime.door.HELLO_S", 0.0)
+    monkeypatch.setattr("jaxinfra.processes.door.HELLO_S", 0.0)
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(TimeoutError):
         theirs.sendall(b'{"nonce": "0", "hello": 5, "proof": "0"}\n')

@@ -14,7 +14,7 @@ import atexit, multiprocessing.pool, os, queue, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from jaxinfra.cli import main
 from jaxinfra.cli.entry import main as entry
-from jaxinfra.runtime import peers
+from jaxinfra.processes import peers
 
 peers.END_S, peers.CLEAN_UP_S = 0.3, 0.9
 

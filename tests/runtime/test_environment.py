@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from jaxinfra.runtime.environment import git_state, package_versions
+from jaxinfra.machine.environment import git_state, package_versions
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from jaxinfra.runtime import door
-from jaxinfra.runtime.exchange import Exchange
+from jaxinfra.processes import door
+from jaxinfra.processes.exchange import Exchange
 
 
 class Pair:

@@ -7,7 +7,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource, sys, threading
-from jaxinfra.runtime.host_memory import keep_freed_memory
+from jaxinfra.machine.host_memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from jaxinfra.runtime.processes import find_processes
-from jaxinfra.runtime.restart_policy import RULES
+from jaxinfra.launchers.restart_policy import RULES
+from jaxinfra.processes.discovery import find_processes
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "docs" / "kubernetes"

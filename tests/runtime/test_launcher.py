@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import StorageError
-from jaxinfra.runtime.launcher import Patience, ProcessExit, exit_code, launch
-from jaxinfra.runtime.restart_policy import COMPILE_ANEW
+from jaxinfra.launchers.launcher import Patience, ProcessExit, exit_code, launch
+from jaxinfra.machine.compile_cache import COMPILE_ANEW
 from tests.refusals import raises
 from tests.track import demo
 
@@ -36,7 +36,7 @@ PATIENT_S = 600
 DRIVER = """\
 import sys
 from pathlib import Path
-from jaxinfra.runtime.launcher import launch
+from jaxinfra.launchers.launcher import launch
 folder, ranks = sys.argv[1], int(sys.argv[2])
 environments = [{"RANK": str(rank), "FOLDER": folder} for rank in range(ranks)]
 try:

@@ -6,8 +6,8 @@ import pytest
 
 from jaxinfra.cli.main import choose_devices
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import local_processes
-from jaxinfra.runtime.local_processes import process_environments
+from jaxinfra.launchers import local_processes
+from jaxinfra.launchers.local_processes import process_environments
 from tests.refusals import raises
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import maintenance
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.processes import maintenance
+from jaxinfra.processes.peers import Peers
 from jaxinfra.track.jsonl import JsonlTracker
 from tests.refusals import preempted, raises
 from tests.tiny_run import STEPS, Tiny

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas.tpu import ChipVersion, get_tpu_info_for_chip
 
-from jaxinfra.runtime.peak_flops import PEAK_FLOPS, measure_flops, peak_flops
+from jaxinfra.machine.peak_flops import PEAK_FLOPS, measure_flops, peak_flops
 
 BFLOAT16 = jnp.dtype("bfloat16")
 
@@ -36,12 +36,12 @@ def test_the_longest_start_counts(kind: str) -> None:
 
 
 def test_cpu_devices_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.runtime.peak_flops.measure_flops", lambda device, dtype: 80.0)
+    monkeypatch.setattr("jaxinfra.machine.peak_flops.measure_flops", lambda device, dtype: 80.0)
     assert peak_flops(jax.devices()[0], jnp.dtype("float32"), 8) == (10.0, "estimated from a float32 matmul")
 
 
 def test_unknown_chips_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.runtime.peak_flops.measure_flops", lambda device, dtype: 80.0)
+    monkeypatch.setattr("jaxinfra.machine.peak_flops.measure_flops", lambda device, dtype: 80.0)
     chip = SimpleNamespace(platform="gpu", device_kind="Another Chip")
     assert peak_flops(chip, jnp.dtype("bfloat16"), 8) == (80.0, "estimated from a bfloat16 matmul on Another Chip")
 
@@ -49,5 +49,5 @@ def test_unknown_chips_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the fastest of five matmuls, 2 size^3 FLOPs each, on a clock that the test sets."""
     times_s = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0, 30.0, 34.0, 40.0, 44.0])
-    monkeypatch.setattr("jaxinfra.runtime.peak_flops.time", SimpleNamespace(perf_counter=lambda: next(times_s)))
+    monkeypatch.setattr("jaxinfra.machine.peak_flops.time", SimpleNamespace(perf_counter=lambda: next(times_s)))
     assert measure_flops(jax.devices()[0], jnp.dtype("float32"), size=64) == pytest.approx(2 * 64**3 / 2.0)

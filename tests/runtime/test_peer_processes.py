@@ -18,8 +18,9 @@ from tests.tiny_run import ended
 HEAD = """\
 import os, signal, sys, time
 from jaxinfra.errors import JaxinfraError
-from jaxinfra.runtime import connected_peers, join
-from jaxinfra.runtime.connected_peers import ConnectedPeers
+from jaxinfra.processes import join
+from jaxinfra.processes import connected_peers
+from jaxinfra.processes.connected_peers import ConnectedPeers
 connected_peers.GRACE_S = 0.5
 address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 try:
@@ -122,7 +123,7 @@ def test_a_process_that_hangs_after_its_last_save_ends_as_the_others(start: Star
 
 def test_a_request_before_the_first_step_needs_no_standard_error(start: Start) -> None:
     code = """\
-from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.processes.signals import RunSignals
 reader, writer = os.pipe()
 os.dup2(writer, 2)
 os.close(writer)
@@ -136,10 +137,10 @@ with RunSignals() as stop:
 
 JOINING = """\
 import os, sys, time
-from jaxinfra.runtime import join
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.processes import Processes
-from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.processes import join
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.discovery import Processes
+from jaxinfra.processes.signals import RunSignals
 
 def connect_devices(*arguments):
     if os.environ["PLACE"] == "joining":

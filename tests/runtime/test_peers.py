@@ -13,10 +13,10 @@ import pytest
 
 from jaxinfra import __version__
 from jaxinfra.errors import CheckpointError, ConfigError, HungError, JaxinfraError, PeerLostError
-from jaxinfra.runtime import connected_peers, peer_connection
-from jaxinfra.runtime.connected_peers import ConnectedPeers
-from jaxinfra.runtime.join import join
-from jaxinfra.runtime.peers import Peers, set_current_peers
+from jaxinfra.processes import connected_peers, peer_connection
+from jaxinfra.processes.connected_peers import ConnectedPeers
+from jaxinfra.processes.join import join
+from jaxinfra.processes.peers import Peers, set_current_peers
 from jaxinfra.storage.errors import is_storage_error
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.tracker import MultiTracker

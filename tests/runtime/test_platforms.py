@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.runtime import platforms
+from jaxinfra.machine import platforms
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.faults.faulty_proxy import LocalServer, QuietHandler
-from jaxinfra.runtime import tpu_metadata
-from jaxinfra.runtime.processes import Processes, find_processes
+from jaxinfra.processes import tpu_metadata
+from jaxinfra.processes.discovery import Processes, find_processes
 from tests.refusals import raises
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -382,5 +382,5 @@ def test_a_tpu_vm_refuses_to_go_on_alone_without_its_metadata_server() -> None:
 
 
 def test_jax_is_not_imported() -> None:
-    program = "import sys; import jaxinfra.runtime.processes; assert 'jax' not in sys.modules"
+    program = "import sys; import jaxinfra.processes.discovery; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

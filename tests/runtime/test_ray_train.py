@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import PeerLostError
-from jaxinfra.runtime import ray_train
+from jaxinfra.processes import ray_train
 from tests.conftest import ROOT
 from tests.refusals import raises
 from tests.tiny_run import Ended, Tiny, ended, summary

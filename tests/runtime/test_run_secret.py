@@ -12,9 +12,9 @@ import pytest
 
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.faults.bucket import emulated_bucket
-from jaxinfra.runtime.door import SECRET
-from jaxinfra.runtime.processes import Processes
-from jaxinfra.runtime.run_secret import FILE, run_secret
+from jaxinfra.processes.discovery import Processes
+from jaxinfra.processes.door import SECRET
+from jaxinfra.processes.run_secret import FILE, run_secret
 from tests.refusals import raises
 from tests.tiny_run import Tiny
 from tests.tiny_run import tiny as tiny

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxinfra.runtime.peers import Peers
-from jaxinfra.runtime.shared_reads import read_by_first
+from jaxinfra.processes.peers import Peers
+from jaxinfra.processes.shared_reads import read_by_first
 from jaxinfra.storage.known_reads import ask_once
 from tests.runtime.test_peers import connect, together
 

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from jaxinfra.runtime.signals import StopRequest
+from jaxinfra.processes.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

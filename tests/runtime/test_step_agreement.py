@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jaxinfra.runtime.step_agreement import Promise, StepAgreement, agreed_step, are_together
+from jaxinfra.processes.step_agreement import Promise, StepAgreement, agreed_step, are_together
 
 
 def test_a_request_counts_before_and_after_a_training() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.cli.main import EXIT_CODES
-from jaxinfra.runtime.launcher import Patience
-from jaxinfra.runtime.restart_policy import RULES, RestartLimits
-from jaxinfra.runtime.supervisor import Attempt, Supervised, supervise
+from jaxinfra.launchers.launcher import Patience
+from jaxinfra.launchers.restart_policy import RULES, RestartLimits
+from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
 from tests.conftest import ROOT
 from tests.runtime.test_launcher import exists, until
 
@@ -157,8 +157,8 @@ def test_a_run_that_another_start_has_is_left_to_it(tmp_path: Path) -> None:
 DRIVER = """\
 import sys
 from pathlib import Path
-from jaxinfra.runtime.restart_policy import RestartLimits
-from jaxinfra.runtime.supervisor import Supervised, supervise
+from jaxinfra.launchers.restart_policy import RestartLimits
+from jaxinfra.launchers.supervisor import Supervised, supervise
 folder = Path(sys.argv[1])
 what = Supervised(
     command=[sys.executable, str(folder / "stub.py")],

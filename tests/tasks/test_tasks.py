@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.language_model import open_language_model
-from jaxinfra.sample import Sampler, SamplingParams
-from jaxinfra.sampling_program import sampling_program
+from jaxinfra.inference.language_model import open_language_model
+from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.tasks.harness import Tasks
 from jaxinfra.track.jsonl import read_metrics
-from jaxinfra.trained_params import load_params
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.refusals import refused
 from tests.tasks.task_files import CHOICES, GENERATION, ROLLING, write_task

@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from jaxinfra.processes.peers import Peers
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.peers import Peers
 from jaxinfra.track.attempts import AttemptLog
 from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.jsonl import JsonlTracker

@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfra.data.store import arrays
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.processes.peers import Peers
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.train.skipped import SkippedSamples
 from tests.refusals import names, refused

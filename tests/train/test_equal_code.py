@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxinfra.config import load
-from jaxinfra.runtime.environment import code_digest
+from jaxinfra.machine.environment import code_digest
 from jaxinfra.train.run_record import user_code_digests
 from tests.tiny_run import Tiny
 from tests.tiny_run import tiny as tiny

@@ -13,13 +13,13 @@ import pytest
 
 from jaxinfra.config import load
 from jaxinfra.errors import PeerLostError, StorageError
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.trainer import Trainer
-from jaxinfra.trained_params import load_params
 from tests.refusals import names, refused
 from tests.several import several
 from tests.tiny_run import Ended, Tiny, ended

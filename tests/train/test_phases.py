@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import HungError, Preempted
-from jaxinfra.runtime.watchdog_config import WatchdogConfig
+from jaxinfra.processes.config import WatchdogConfig
 from jaxinfra.track.goodput import account, read_ledger
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.train.phases import Phases
@@ -114,7 +114,7 @@ import time
 from dataclasses import dataclass
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.processes.peers import current_peers
 
 one_at_a_time = threading.Lock()
 

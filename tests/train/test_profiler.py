@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxinfra.runtime.operations import operation_times, parse_program
-from jaxinfra.runtime.profile_config import ProfileConfig
+from jaxinfra.machine.config import ProfileConfig
+from jaxinfra.machine.operations import operation_times, parse_program
 from jaxinfra.train import profiler as profiler_module
 from jaxinfra.train.profiler import TEXT_FILE, Profiler
 from tests.refusals import mend, refused

@@ -10,8 +10,8 @@ import pytest
 
 from jaxinfra import run_dir
 from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.processes.connected_peers import ConnectedPeers
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.connected_peers import ConnectedPeers
 from tests.refusals import names
 from tests.several import free_address
 
@@ -64,7 +64,7 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: 
 def test_a_forced_exit_removes_the_temporary_folder_of_a_run_in_a_bucket() -> None:
     code = """
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.processes.peers import current_peers
 directory = RunDirectory("s3://bucket/run")
 print(directory.path.parent, flush=True)
 current_peers().exit(76)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.errors import Preempted
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.run import Run
-from jaxinfra.runtime.signals import RunSignals
 from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.due import Due
 from jaxinfra.train.loop import Loop

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jaxinfra.cli import output_file
 from jaxinfra.errors import DataError, quoted
-from jaxinfra.hub import TOKENIZER, PublishedModel, open_published
+from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_published
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.hub import PublishedModel, export_model, open_published
+from jaxinfra.hub.export import Export, export_model
+from jaxinfra.hub.published_model import PublishedModel, open_published
+from jaxinfra.inference.language_model import LanguageModel, open_language_model, require_text
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop.folder import is_published
-from jaxinfra.language_model import LanguageModel, open_language_model, require_text
-from jaxinfra.runtime.compile_cache import compile_cache
-from jaxinfra.runtime.devices import all_devices
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.sampling_program import sampling_program
+from jaxinfra.machine.compile_cache import compile_cache
+from jaxinfra.processes.devices import all_devices
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_bytes, format_duration, format_files
 from jaxinfra.track.runs import parse_source
-from jaxinfra.trained_params import load_params
 
 _log = logging.getLogger(__name__)
 _PROGRESS_S = 5.0  # seconds between two lines of progress
@@ -36,10 +37,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     with compile_cache(model.run.train.compile_cache):
         loaded = load_params(source, program)
         with program.on_mesh:
-            receipt = export_model(
-                options.out,
-                require_text(model.run)[0],
-                loaded.params,
+            export = Export(
+                config=require_text(model.run)[0],
+                params=loaded.params,
                 source={
                     "source": parse_source(source)[0],
                     "step": loaded.step,
@@ -52,9 +52,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 dtype=None if options.dtype is None else jnp.dtype(options.dtype),
                 model_type=options.family,
                 origin=origin,
-                gather=peers.gather,
-                progress=_progress(start_s),
             )
+            receipt = export_model(options.out, export, gather=peers.gather, progress=_progress(start_s))
     if peers.index == 0:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, Self, override
 
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.processes.peers import current_peers
 
 
 class StopRequest:

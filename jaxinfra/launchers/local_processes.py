@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.door import SECRET, new_secret
-from jaxinfra.runtime.peer_connection import free_port
-from jaxinfra.runtime.platforms import default_platform
+from jaxinfra.machine.platforms import default_platform
+from jaxinfra.processes.door import SECRET, new_secret
+from jaxinfra.processes.peer_connection import free_port
 
 _LOOPBACK = "127.0.0.1"
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -35,12 +35,12 @@ from jaxinfra.errors import (
     StorageError,
     error_of_code,
 )
-from jaxinfra.runtime.door import Json
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, Connection, connect, listen
-from jaxinfra.runtime.peer_hub import Hub
-from jaxinfra.runtime.peers import GRACE_S, INTERRUPTED, Peers
-from jaxinfra.runtime.progress import compare, hung_error
-from jaxinfra.runtime.step_agreement import Action
+from jaxinfra.processes.door import Json
+from jaxinfra.processes.peer_connection import AGAIN, BEAT_S, Connection, connect, listen
+from jaxinfra.processes.peer_hub import Hub
+from jaxinfra.processes.peers import GRACE_S, INTERRUPTED, Peers
+from jaxinfra.processes.progress import compare, hung_error
+from jaxinfra.processes.step_agreement import Action
 from jaxinfra.user_code import Ending, ending_of
 
 JOIN_S = 300.0

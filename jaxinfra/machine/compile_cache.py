@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+COMPILE_ANEW = "JAXINFRA_COMPILE_ANEW"
+"""Environment variable that has a start compile all programs anew, and replace those in the compile cache."""
 MAX_BYTES = 4 * 2**30
 """Size of the cache; the programs that were not used for longest are deleted."""
 
@@ -47,7 +49,7 @@ def compile_cache(folder: str | None, *, exact_lines: bool = False) -> Iterator[
     """
     import jax
 
-    from jaxinfra.runtime.checked_programs import use_cache
+    from jaxinfra.machine.checked_programs import use_cache
     from jaxinfra.storage.checks import make_writable
     from jaxinfra.storage.connection import normalize_url
     from jaxinfra.storage.location import is_remote

@@ -12,8 +12,8 @@ import urllib.request
 from collections.abc import Mapping
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import schedulers
-from jaxinfra.runtime.platforms import has_tpu_on_pci
+from jaxinfra.machine.platforms import has_tpu_on_pci
+from jaxinfra.processes import schedulers
 
 _TRIES = 6  # as JAX
 _PAUSE_S = 0.5

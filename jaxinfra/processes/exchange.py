@@ -11,10 +11,10 @@ from collections.abc import Buffer, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import override
 
-from jaxinfra.runtime.connected_peers import ConnectedPeers
-from jaxinfra.runtime.cpu_collectives import reachable_address
-from jaxinfra.runtime.door import Json, OtherSecretError, ProtocolError, answer, knock, new_secret
-from jaxinfra.runtime.peer_connection import listen
+from jaxinfra.processes.connected_peers import ConnectedPeers
+from jaxinfra.processes.cpu_collectives import reachable_address
+from jaxinfra.processes.door import Json, OtherSecretError, ProtocolError, answer, knock, new_secret
+from jaxinfra.processes.peer_connection import listen
 from jaxinfra.storage.closing import ClosedOnExit
 
 _SILENCE_S = 60.0  # without a byte; one that is lost is noticed by the hub long before

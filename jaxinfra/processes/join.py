@@ -8,13 +8,13 @@ import sys
 from types import TracebackType
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError
-from jaxinfra.runtime import cpu_collectives, ray_train
-from jaxinfra.runtime.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
-from jaxinfra.runtime.door import SECRET, new_secret
-from jaxinfra.runtime.peer_connection import AGAIN, free_port, is_loopback
-from jaxinfra.runtime.peers import Peers, current_peers, set_current_peers
-from jaxinfra.runtime.processes import Processes, find_processes
-from jaxinfra.runtime.signals import RunSignals
+from jaxinfra.processes import cpu_collectives, ray_train
+from jaxinfra.processes.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
+from jaxinfra.processes.discovery import Processes, find_processes
+from jaxinfra.processes.door import SECRET, new_secret
+from jaxinfra.processes.peer_connection import AGAIN, free_port, is_loopback
+from jaxinfra.processes.peers import Peers, current_peers, set_current_peers
+from jaxinfra.processes.signals import RunSignals
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.user_code import ending_of
 

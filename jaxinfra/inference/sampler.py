@@ -21,17 +21,17 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.tokenizer import StopStrings, StreamDecoder
 from jaxinfra.errors import ConfigError
-from jaxinfra.language_model import LanguageModel, language_model, open_language_model, require_text
+from jaxinfra.inference.language_model import LanguageModel, language_model, open_language_model, require_text
+from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.trained_params import TrainedParams, load_params
 from jaxinfra.models.decoder import Cache, Transformer
 from jaxinfra.objectives.losses import token_scores
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params
+from jaxinfra.processes.devices import all_devices
 from jaxinfra.program import Program
 from jaxinfra.run import Run
-from jaxinfra.runtime.devices import all_devices
-from jaxinfra.sampling_program import sampling_program
-from jaxinfra.trained_params import TrainedParams, load_params
 
 _PROMPT_TOKENS = 100  # that follow `track.sample_prompt`
 _SCORED_TOKENS = 4096  # that a device scores at once, of several rows

@@ -15,11 +15,11 @@ from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
-from jaxinfra.runtime.door import SECRET, Json, OtherSecretError, ProtocolError, answer
-from jaxinfra.runtime.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
-from jaxinfra.runtime.peers import GRACE_S
-from jaxinfra.runtime.progress import compare, hung_error
-from jaxinfra.runtime.step_agreement import Action, Promise, agreed_step, are_together
+from jaxinfra.processes.door import SECRET, Json, OtherSecretError, ProtocolError, answer
+from jaxinfra.processes.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
+from jaxinfra.processes.peers import GRACE_S
+from jaxinfra.processes.progress import compare, hung_error
+from jaxinfra.processes.step_agreement import Action, Promise, agreed_step, are_together
 
 _log = logging.getLogger(__name__)
 _STRANGERS = 64  # that may wait at a time, beside the processes of the run

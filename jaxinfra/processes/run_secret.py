@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime.door import SECRET, new_secret
+from jaxinfra.processes.door import SECRET, new_secret
 from jaxinfra.storage.atomic import create_file
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote

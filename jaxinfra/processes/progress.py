@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from jaxinfra.errors import HungError
-from jaxinfra.runtime.peer_connection import AGAIN, Json
+from jaxinfra.processes.peer_connection import AGAIN, Json
 
 _LISTED = 8  # processes in a message
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from jax.sharding import Mesh
 
 from jaxinfra.config import validate
-from jaxinfra.language_model import require_text
+from jaxinfra.inference.language_model import require_text
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.parallel.mesh import Device, make_mesh, reshape_mesh

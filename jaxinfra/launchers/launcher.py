@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxinfra.errors import PeerLostError, Preempted
-from jaxinfra.runtime import tied_process
-from jaxinfra.runtime.rank_output import Output
-from jaxinfra.runtime.restart_policy import COMPILE_ANEW, CRASHES
+from jaxinfra.launchers import tied_process
+from jaxinfra.launchers.rank_output import Output
+from jaxinfra.launchers.restart_policy import CRASHES
+from jaxinfra.machine.compile_cache import COMPILE_ANEW
 
 _POLL_S = 0.05
 

@@ -12,7 +12,7 @@ from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub import open_published
+from jaxinfra.hub.published_model import open_published
 from jaxinfra.interop.folder import is_published
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.run import Precision, Run

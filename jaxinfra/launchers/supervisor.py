@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageError
-from jaxinfra.runtime import step_file
-from jaxinfra.runtime.launcher import Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
-from jaxinfra.runtime.rank_output import Output
-from jaxinfra.runtime.restart_policy import COMPILE_ANEW, CRASHES, RULES, RestartLimits, Rule
+from jaxinfra.launchers.launcher import Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
+from jaxinfra.launchers.rank_output import Output
+from jaxinfra.launchers.restart_policy import CRASHES, RULES, RestartLimits, Rule
+from jaxinfra.machine.compile_cache import COMPILE_ANEW
+from jaxinfra.processes import step_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack, suppress
 
 from jaxinfra.errors import ConfigError, PeerLostError
-from jaxinfra.runtime.door import HELLO_S, SECRET, Json, OtherSecretError, ProtocolError, knock
+from jaxinfra.processes.door import HELLO_S, SECRET, Json, OtherSecretError, ProtocolError, knock
 
 BEAT_S = 1.0
 """Time between two messages that only say that a process works."""

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jaxinfra.runtime.peers import Peers
+from jaxinfra.processes.peers import Peers
 from jaxinfra.storage.known_reads import KnownReads, known_reads
 
 _PART_BYTES = 2**22  # of a message; vocabularies have up to 20 MB

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import ray_train, schedulers, tpu_metadata
-from jaxinfra.runtime.schedulers import Environment
+from jaxinfra.processes import ray_train, schedulers, tpu_metadata
+from jaxinfra.processes.schedulers import Environment
 
 _PORT = 8476
 _GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")

@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, Self
 
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError
-from jaxinfra.runtime.peer_connection import Json
-from jaxinfra.runtime.progress import hung_error, where
-from jaxinfra.runtime.stacks import StackFiles, all_stacks, threads_that_hang
-from jaxinfra.runtime.step_agreement import Action, StepAgreement, agreed_step
+from jaxinfra.machine.stacks import StackFiles, all_stacks, threads_that_hang
+from jaxinfra.processes.peer_connection import Json
+from jaxinfra.processes.progress import hung_error, where
+from jaxinfra.processes.step_agreement import Action, StepAgreement, agreed_step
 
 INTERRUPTED = 130
 """Exit code after an interrupt, 128 + SIGINT, as a shell has it."""

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError
-from jaxinfra.hub import check_init, load_published
+from jaxinfra.hub.params import check_init, load_published
 from jaxinfra.interop.folder import is_published
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.runtime.peers import current_peers
 from jaxinfra.track.runs import no_run_error, parse_source
 
 

@@ -12,7 +12,7 @@ import jax
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import Device
-from jaxinfra.runtime.peers import current_peers
+from jaxinfra.processes.peers import current_peers
 
 _PLATFORM_LOGGER = "jax._src.xla_bridge"  # JAX logs here about platforms and plugins
 

@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import override
 
+import jax
 from jax._src import compilation_cache  # no public function opens the cache
 from jax._src.lru_cache import LRUCache
 
-from jaxinfra.runtime.peers import current_peers
-from jaxinfra.runtime.restart_policy import COMPILE_ANEW
+from jaxinfra.machine.compile_cache import COMPILE_ANEW
 from jaxinfra.storage.objects import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class CheckedCache(LRUCache):
         program = unseal(key, entry)
         if program is not None and COMPILE_ANEW not in os.environ:
             return program
-        if program is None or current_peers().index == 0:  # which writes: another may come when it has
+        if program is None or jax.process_index() == 0:  # which writes: another may come when it has
             self._store.delete(name)
         if program is None:
             url = self._store.url_of(name)

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from types import ModuleType
 
 from jaxinfra.errors import PeerLostError
-from jaxinfra.runtime.connected_peers import JOIN_S
-from jaxinfra.runtime.peer_connection import AGAIN, free_port
-from jaxinfra.runtime.schedulers import Environment
+from jaxinfra.processes.connected_peers import JOIN_S
+from jaxinfra.processes.peer_connection import AGAIN, free_port
+from jaxinfra.processes.schedulers import Environment
 
 SOURCE = "Ray Train"
 """How messages name it."""

@@ -15,8 +15,6 @@ DEFAULT_MAX_PER_HOUR = 12
 """Restarts in any hour: as many as Kubernetes makes of a container that always fails."""
 CRASHES = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"})
 """Signals that a process brings about itself, as a program from another CPU may do; others come from outside."""
-COMPILE_ANEW = "JAXINFRA_COMPILE_ANEW"
-"""Environment variable that has a start compile all programs anew, and replace those in the compile cache."""
 _HOUR_S = 3600.0
 
 

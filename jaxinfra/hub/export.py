@@ -1,0 +1,161 @@
+"""Writes a model as a folder that transformers loads."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxinfra.config.text import format_value
+from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
+from jaxinfra.data.tokenizer.tokenizer_json import read_backend
+from jaxinfra.errors import ConfigError
+from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, by_path, differences, param_specs
+from jaxinfra.interop.config_json import CONFIG, ModelJson
+from jaxinfra.interop.folder import ModelFolder
+from jaxinfra.interop.writing import Gather, write_model
+from jaxinfra.models.families import Family, all_families, family
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.spec import Params
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What is written.
+
+    Attributes:
+        config: the model.
+        params: its parameters.
+        source: where they are from, for the receipt.
+        tokenizer: its tokenizer; None writes none.
+        max_positions: the longest sequence, which the keys of the config tell.
+        first_tokens: tokens that stand before a text; the tokenizer that is written adds them.
+        dtype: of the tensors; None keeps that of the parameters. Buffers, such as biases of routers, keep theirs.
+        model_type: the family; None takes one that can say what the model has.
+        origin: the model that it comes from, whose special tokens and small files are kept.
+    """
+
+    config: TransformerConfig
+    params: Params
+    source: Mapping[str, Any]
+    tokenizer: Tokenizer | None
+    max_positions: int
+    first_tokens: Sequence[int] = ()
+    dtype: jnp.dtype | None = None
+    model_type: str | None = None
+    origin: PublishedModel | None = None
+
+
+def export_model(
+    destination: str,
+    export: Export,
+    *,
+    gather: Gather = lambda value: [value],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Writes a model into a folder that transformers loads; returns the receipt. All processes must call it.
+
+    Args:
+        destination: a new folder on a disk that all processes share, or a URL.
+        export: what is written.
+        gather: see `Gather`.
+        progress: called with the bytes that are written, and with all of them.
+    """
+    found, keys = family_of(export.config, export.model_type, [] if export.origin is None else [export.origin.family])
+    leaves = by_path(export.params)
+    stored = export.dtype or next(iter(leaves.values())).dtype
+    content = {
+        "architectures": [found.architecture],
+        "model_type": found.model_type,
+        "bos_token_id": None,  # the defaults of a family may be outside of the vocabulary
+        "pad_token_id": None,
+        "max_position_embeddings": export.max_positions,
+        **keys,  # which may have the length that rotary positions are scaled to
+        "torch_dtype": str(jnp.dtype(stored)),
+    }
+    others = {} if export.origin is None else _small_files(export.origin.folder)
+    if isinstance(export.tokenizer, JsonTokenizer):
+        others[TOKENIZER], end = beginning_with(export.first_tokens, export.tokenizer), export.tokenizer.end_of_document
+        content |= {
+            "eos_token_id": export.tokenizer.eot_id,
+            "bos_token_id": [*export.first_tokens, export.tokenizer.eot_id][0],
+        }
+        # As GPT-2 is published: engines need a token that begins texts, and one for what is unknown.
+        default = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "unk_token": end}
+        others.setdefault("tokenizer_config.json", _json(default | {"clean_up_tokenization_spaces": False}))
+    if export.origin is not None:
+        content |= {name: export.origin.keys[name] for name in _SPECIAL_IDS if name in export.origin.keys}
+    others[CONFIG] = _json(content)
+    bindings = found.bindings(export.config, {path: leaf.shape for path, leaf in leaves.items()})
+    specs = param_specs(export.config)
+    dtypes = (
+        {} if export.dtype is None else {path: export.dtype for path, spec in specs.items() if spec.state != "buffer"}
+    )
+    return write_model(
+        destination, leaves, bindings, others, source=export.source, dtypes=dtypes, gather=gather, progress=progress
+    )
+
+
+def family_of(
+    config: TransformerConfig, model_type: str | None = None, first: Sequence[Family] = ()
+) -> tuple[Family, dict[str, Any]]:
+    """Returns the family that can say what a model has, and its keys of `config.json`.
+
+    Without a `model_type` it is one of `first`, or else the first one of all. Raises ConfigError that names the field
+    that none can say, of the family that comes nearest.
+    """
+    tried = list[tuple[int, Family, str]]()
+    for each in [*first, *all_families()] if model_type is None else [family(model_type, "--family")]:
+        try:
+            keys = each.write(config)
+            again = each.read(ModelJson({"model_type": each.model_type} | keys))
+        except ConfigError as error:
+            tried.append((1000, each, f"cannot say what the model has: {error}"))
+            continue
+        if not (differing := differences(config, again)):
+            return each, keys
+        text = f"has no model.{differing[0].path}={format_value(differing[0].left)}"
+        tried.append((len(differing), each, text))
+    _, nearest, text = min(tried, key=lambda each: each[0])
+    others = ", and no other family of models here has what this one has" if model_type is None else ""
+    raise ConfigError(f"{nearest.architecture} {text}{others}")
+
+
+def beginning_with(first_tokens: Sequence[int], tokenizer: JsonTokenizer) -> bytes:
+    """Returns the content of a tokenizer that puts these tokens before a text, and no others."""
+    backend = read_backend(tokenizer.content, TOKENIZER)
+    if backend.encode("").ids == [*first_tokens]:
+        return tokenizer.content
+    content = json.loads(tokenizer.content)
+    old = content.get("post_processor") or {}
+    kept = [each for each in old.get("processors", [old]) if each.get("type") == "ByteLevel"]  # adds no tokens
+    texts = [str(backend.id_to_token(index)) for index in first_tokens]
+    first = [{"SpecialToken": {"id": text, "type_id": 0}} for text in texts]
+    one, other = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    tokens = {
+        text: {"id": text, "ids": [index], "tokens": [text]} for text, index in zip(texts, first_tokens, strict=True)
+    }
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*first, one],
+        "pair": [*first, one, other],
+        "special_tokens": tokens,
+    }
+    content["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
+    changed = json.dumps(content, ensure_ascii=False).encode()
+    assert read_backend(changed, TOKENIZER).encode("").ids == [*first_tokens]
+    return changed
+
+
+def _small_files(folder: ModelFolder) -> dict[str, bytes]:
+    """Returns the small files of a folder that stay the same when the model is trained on."""
+    contents = ((name, folder.read_or_none(name)) for name in _SMALL_FILES)
+    return {name: content for name, content in contents if content is not None}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,62 @@
+"""Parameters of a model in the format of Hugging Face, onto a mesh."""
+
+import hashlib
+
+import jax
+
+from jaxinfra.config.text import format_value
+from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
+from jaxinfra.data.tokenizer.tokenizer_json import read_backend
+from jaxinfra.errors import ConfigError, quoted
+from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, by_path, differences, open_published
+from jaxinfra.interop.reading import read_params
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.spec import Params
+
+
+def load_published(source: str, config: object, params: Params) -> tuple[Params, str]:
+    """Reads the parameters of a folder onto the current mesh; returns them and a fingerprint of the folder.
+
+    All processes must call it. Raises ConfigError if the folder has another model than `config`. `params` has a
+    `ShapeDtypeStruct` for each parameter.
+    """
+    model = open_published(source)
+    _require_same(config, model, source)
+    weights, wanted = model.check(jax.process_index(), jax.process_count()), by_path(params)
+    bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
+    found = read_params(weights, bindings, wanted)
+    files = sorted({each.file for each in weights.tensors.values()})
+    headers = sorted((name, str(each)) for name, each in weights.tensors.items())
+    headers += [(file, model.folder.version(file)) for file in files]
+    fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
+    return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint
+
+
+def _require_same(config: object, model: PublishedModel, source: str) -> None:
+    """Raises ConfigError that names the first field in which a run's model is another one."""
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(f"init={source}: the model of the run is a {type(config).__qualname__}, not a decoder")
+    if differing := differences(config, model.config):
+        path, ours, theirs = differing[0].path, differing[0].left, differing[0].right
+        raise ConfigError(
+            f"init={source}: model.{path} is {format_value(ours)}, there it is {format_value(theirs)}; "
+            f'use the model of the folder: model=published("{source}"), from jaxinfra.hub'
+        )
+
+
+def check_init(source: str, config: object, tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError if a folder has another model or tokenizer than the run that begins with it."""
+    model = open_published(source)
+    _require_same(config, model, source)
+    if (content := model.folder.read_or_none(TOKENIZER)) is None or tokenizer is None:
+        return
+    where = model.folder.url_of(TOKENIZER)
+    theirs = read_backend(content, where).get_vocab(with_added_tokens=True)
+    ours = tokenizer.vocab if isinstance(tokenizer, JsonTokenizer) else {}
+    others = [f": {quoted(token)} is {index}, there {theirs.get(token, 'missing')}" for token, index in ours.items()
+              if theirs.get(token) != index]  # fmt: skip
+    if not ours or others:
+        raise ConfigError(
+            f"init={source}: the data has another tokenizer{''.join(others[:1])}; prepare it with "
+            f'tokenizer=TokenizerFile(path="{where}")'
+        )

@@ -1,0 +1,169 @@
+"""A model in the format of Hugging Face: what a folder holds, without reading its weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfra.config import diff, validate
+from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
+from jaxinfra.data.tokenizer.tokenizer_json import read_backend
+from jaxinfra.errors import ConfigError, DataError, quoted
+from jaxinfra.interop.config_json import CONFIG, ModelJson, parse_json, read_json
+from jaxinfra.interop.folder import ModelFolder, open_folder
+from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization
+from jaxinfra.interop.reading import check_tensors
+from jaxinfra.interop.rules import Binding
+from jaxinfra.interop.safetensors import Weights
+from jaxinfra.models.families import Family, family
+from jaxinfra.models.families.canonical import canonical, stated
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
+from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.parallel.spec import ParamSpec
+
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A model in a folder, without its weights.
+
+    Attributes:
+        folder: the folder.
+        family: how its family is published.
+        config: the model.
+        max_positions: the longest sequence, by its `config.json` or the default of its family.
+        quantization: how its weights are packed; None if they are not.
+        keys: its `config.json`.
+    """
+
+    folder: ModelFolder
+    family: Family
+    config: TransformerConfig
+    max_positions: int
+    quantization: Quantization | None
+    keys: Mapping[str, Any] = field(repr=False)
+
+    def weights(self) -> Weights:
+        """Reads the headers of its files; DataError if one is damaged."""
+        return open_weights(self.folder, self.quantization)
+
+    def bindings(self, shapes: Mapping[str, Sequence[int]], weights: Weights) -> list[Binding]:
+        """Returns its tensors and the parameters in them."""
+        return self.family.bindings(self.config, shapes, weights.tensors)
+
+    def check(self, part: int = 0, of: int = 1) -> Weights:
+        """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model.
+
+        A head beside the embedding that it is tied to must equal it: transformers 4 takes the embedding, 5 the head.
+        Each of `of` processes compares its `part`.
+        """
+        weights, unused = self.weights(), self.family.unused_by(self.config)
+        bindings = self.bindings(param_shapes(self.config), weights)
+        check_tensors(weights.tensors, bindings, unused, self.folder.url)
+        (embedding,) = (each.theirs for each in bindings if each.parts[0].path == "embedding")
+        heads = [name for name in weights.tensors if name.endswith("lm_head.weight") and self.config.tie_embeddings]
+        if others := [name for name in heads if not weights.equal(embedding, name, part, of)]:
+            fix = "set tie_word_embeddings to false there to use both, or remove one of them"
+            raise ConfigError(f"{self.folder.url}: {others[0]} is not {embedding}, but {CONFIG} ties them; {fix}")
+        return weights
+
+    def end_ids(self, file: str = GENERATION) -> tuple[int, ...]:
+        """Returns the tokens that end a text by a file, or by its `config.json` if it is missing; () if none does."""
+        where, content = self.folder.url_of(file), self.folder.read_or_none(file)
+        keys = self.keys if content is None else parse_json(content, where)
+        text_keys = keys.get("text_config")
+        found = keys.get("eos_token_id", text_keys.get("eos_token_id") if isinstance(text_keys, dict) else None)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(each) is int and 0 <= each < self.config.vocab_size for each in ids):
+            where = where if content else self.folder.url_of(CONFIG)
+            raise DataError(f"{where}: eos_token_id={quoted(found)} is no token of {self.config.vocab_size}")
+        return tuple(ids)
+
+    def tokenizer(self) -> Tokenizer:
+        """Reads its tokenizer, whose end of document is the model's first; DataError if one is missing."""
+        content = self.folder.read_or_none(TOKENIZER)
+        where = self.folder.url_of(TOKENIZER)
+        if content is None:
+            raise DataError(f"{where}: missing; save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        backend, ids = read_backend(content, where), self.end_ids(CONFIG) or self.end_ids()
+        if not ids or (eos := backend.id_to_token(ids[0])) is None:
+            raise DataError(f"{self.folder.url_of(CONFIG)}: eos_token_id={[*ids]} must name a token of {TOKENIZER}")
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        vocab = backend.get_vocab(with_added_tokens=True)
+        size = 1 + max((index for text, index in vocab.items() if text not in special), default=0)
+        if size > self.config.vocab_size:
+            raise DataError(
+                f"{where}: has {size} tokens, but the model {self.config.vocab_size}; take the one that came with the "
+                "weights"
+            )
+        return JsonTokenizer.from_backend(backend, eos, where)
+
+    def first_tokens(self) -> tuple[int, ...]:
+        """Returns the tokens that its tokenizer puts before a text, such as the one that begins a document."""
+        content = self.folder.read_or_none(TOKENIZER)
+        assert content is not None, "has been read before"
+        return tuple(read_backend(content, self.folder.url_of(TOKENIZER)).encode("").ids)
+
+
+def open_published(source: str) -> PublishedModel:
+    """Opens the model of a folder: `hf:DIR`, `hf:ORG/NAME[@REVISION]`, `hf:s3://BUCKET/DIR`.
+
+    Raises ConfigError if the folder, the family or a key of its config is unknown, DataError if it is damaged.
+    """
+    folder = open_folder(source)
+    keys = read_json(folder)
+    found = family(keys.model_type, keys.where)
+    try:
+        config, quantization = found.read(keys), read_quantization(keys)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        cause = f"{type(error).__name__}: {quoted(str(error), 200)}"
+        raise ConfigError(f"{keys.where}: has a value that a {keys.model_type} cannot have ({cause})") from None
+    keys.close(stated(config))
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{keys.where}: {error}") from None
+    text_keys = ModelJson(keys.content.get("text_config") or keys.content, keys.where)
+    longest = text_keys.take_between("max_position_embeddings", 1, default=found.max_positions)
+    return PublishedModel(
+        folder=folder,
+        family=found,
+        config=config,
+        max_positions=longest if config.learned_positions is None else config.learned_positions,
+        quantization=quantization,
+        keys=keys.content,
+    )
+
+
+def published(source: str) -> TransformerConfig:
+    """Returns the model of a folder for a config: `model=published("hf:meta-llama/Llama-3.2-1B")`."""
+    return open_published(source).config
+
+
+def param_specs(config: TransformerConfig) -> dict[str, ParamSpec]:
+    """Returns the declarations of a model's parameters by path, without devices."""
+    mesh = MeshConfig(fsdp=1)
+    partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, platform="cpu", compute_dtype=jnp.dtype("float32"))
+    return by_path(nnx.to_pure_dict(nnx.split(config.build(partitioner))[1]))
+
+
+def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's parameters by path, without devices."""
+    return {path: spec.shape for path, spec in param_specs(config).items()}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a nested dict by dotted path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def differences(left: TransformerConfig, right: TransformerConfig) -> list[Any]:
+    """Returns the fields in which two models have other logits."""
+    return diff(canonical(left), canonical(right), fingerprinted_only=True)
