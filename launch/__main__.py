@@ -3,6 +3,7 @@
 import sys
 
 from jaxinfra.cli.entry import main
+from launch.commands import add_commands
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(add_commands))

@@ -93,7 +93,7 @@ BENCHES = {
 }
 
 
-def _add_int(
+def add_int(
     parser: argparse._ActionsContainer,
     option: str,
     minimum: int,
@@ -153,7 +153,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     supervised.add_argument("--supervise", action="store_true", help=what)
     what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
-    _add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
+    add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
     _add_processes(parser)
 
 
@@ -161,15 +161,15 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the `JOINING_COMMANDS`."""
     several = parser.add_argument_group("several processes")
     what = "start N processes on this machine, which share its devices (default %(default)s)"
-    _add_int(several, "--processes", 1, default=1, metavar="N", help=what)
+    add_int(several, "--processes", 1, default=1, metavar="N", help=what)
     what = "where process 0 listens; Cloud TPU, Slurm, MPI and Kubernetes tell this and the next two by themselves"
     several.add_argument("--coordinator", metavar="HOST:PORT", help=what)
-    _add_int(several, "--process-id", 0, metavar="I", help="index of this process")
-    _add_int(several, "--of", 1, metavar="N", help="number of processes")
+    add_int(several, "--process-id", 0, metavar="I", help="index of this process")
+    add_int(several, "--of", 1, metavar="N", help="number of processes")
     what = "longest wait for all processes to join (default %(default)s)"
-    _add_int(several, "--join-timeout", 1, default=300, metavar="S", help=what)
+    add_int(several, "--join-timeout", 1, default=300, metavar="S", help=what)
     what = "silence after which a process counts as lost (default %(default)s)"
-    _add_int(several, "--heartbeat-timeout", 3, default=30, metavar="S", help=what)
+    add_int(several, "--heartbeat-timeout", 3, default=30, metavar="S", help=what)
 
 
 def _add_new(parser: argparse.ArgumentParser) -> None:
@@ -190,27 +190,27 @@ def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
     config = "a recipe such as configs/data/python_stdlib.py, or a run that names its recipes"
     _add_config(parser, config, "on_overlap=drop (of a recipe)")
     parser.add_argument("--engine", choices=ENGINES, help=f"what runs the workers (default {ENGINES[0]})")
-    _add_int(parser, "--workers", 1, metavar="N", help="number of workers (default: one per core)")
+    add_int(parser, "--workers", 1, metavar="N", help="number of workers (default: one per core)")
     follow = parser.add_argument_group("streams")
     follow.add_argument("--follow", action="store_true", help="read a stream (Stdin, Kafka) until it ends")
     follow.add_argument("--until-idle", type=float, metavar="S", help="stop after S seconds without records")
-    _add_int(follow, "--seal-every", 1, metavar="N", help="also publish a version after every N tokens")
+    add_int(follow, "--seal-every", 1, metavar="N", help="also publish a version after every N tokens")
 
 
 def _add_data_show(parser: argparse.ArgumentParser) -> None:
     _add_store(parser)
-    _add_int(parser, "--samples", 0, default=2, help="documents to show per split (default %(default)s)")
-    _add_int(parser, "--chars", 0, default=300, help="characters per document (default %(default)s)")
+    add_int(parser, "--samples", 0, default=2, help="documents to show per split (default %(default)s)")
+    add_int(parser, "--chars", 0, default=300, help="characters per document (default %(default)s)")
 
 
 def _add_data_peek(parser: argparse.ArgumentParser) -> None:
     _add_config(parser, "a run, or a file whose config() returns only its data")
-    _add_int(parser, "--step", 1, default=1, help="step, from 1 as in the logs (default %(default)s)")
-    _add_int(parser, "--rank", 0, default=0, help="process, from 0 (default %(default)s)")
-    _add_int(parser, "--of", 1, default=1, metavar="PROCESSES", help="number of processes (default 1)")
+    add_int(parser, "--step", 1, default=1, help="step, from 1 as in the logs (default %(default)s)")
+    add_int(parser, "--rank", 0, default=0, help="process, from 0 (default %(default)s)")
+    add_int(parser, "--of", 1, default=1, metavar="PROCESSES", help="number of processes (default 1)")
     parser.add_argument("--global-batch", type=int, metavar="N", help="batch size, if CONFIG returns only data")
-    _add_int(parser, "--rows", 0, help="number of rows to show (default: all)")
-    _add_int(parser, "--chars", 0, default=200, help="characters of text per row (default %(default)s)")
+    add_int(parser, "--rows", 0, help="number of rows to show (default: all)")
+    add_int(parser, "--chars", 0, default=200, help="characters of text per row (default %(default)s)")
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -219,9 +219,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", metavar="PROMPT", nargs="*", help=what)
     what = "continue each line of this text file, and write JSON lines"
     parser.add_argument("--prompts", metavar="FILE", help=what)
-    _add_int(parser, "--batch", 1, default=32, metavar="N", help="prompts to decode at once (default %(default)s)")
+    add_int(parser, "--batch", 1, default=32, metavar="N", help="prompts to decode at once (default %(default)s)")
     most = "maximum number of tokens to decode (default %(default)s)"
-    _add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
+    add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
@@ -240,8 +240,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of lm-eval")
     what = "run these tasks in place of the validation samples: names, or YAML files of tasks"
     tasks.add_argument("--tasks", metavar="NAME|FILE[,...]", help=what)
-    _add_int(tasks, "--limit", 1, metavar="N", help="maximum of samples of each task (default: all)")
-    _add_int(tasks, "--num-fewshot", 0, metavar="N", help="examples in the prompts (default: what a task says)")
+    add_int(tasks, "--limit", 1, metavar="N", help="maximum of samples of each task (default: all)")
+    add_int(tasks, "--num-fewshot", 0, metavar="N", help="examples in the prompts (default: what a task says)")
     _add_imports(parser)
     _add_processes(parser)
 
@@ -257,12 +257,12 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", metavar="STEP or DIR", nargs="*", help="what the action works on")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
     parser.add_argument("--all", action="store_true", default=None, help="diff: show all leaves, not the worst 20")
-    _add_int(parser, "--keep-last", 1, metavar="N", help="prune: keep the newest N (default: what the config says)")
-    _add_int(parser, "--keep-every", 1, metavar="M", help="prune: also keep the multiples of M")
-    _add_int(parser, "--keep-best", 1, metavar="K", help="prune: also keep the K best")
+    add_int(parser, "--keep-last", 1, metavar="N", help="prune: keep the newest N (default: what the config says)")
+    add_int(parser, "--keep-every", 1, metavar="M", help="prune: also keep the multiples of M")
+    add_int(parser, "--keep-best", 1, metavar="K", help="prune: also keep the K best")
     parser.add_argument("--damaged", action="store_true", default=None, help="prune: also delete steps set aside")
     parser.add_argument("--dry-run", action="store_true", default=None, help="prune: only say what would be deleted")
-    _add_int(parser, "--step", 0, metavar="N", help="copy-to: the checkpoint (default: the newest intact one)")
+    add_int(parser, "--step", 0, metavar="N", help="copy-to: the checkpoint (default: the newest intact one)")
 
 
 def _add_hub_check(parser: argparse.ArgumentParser) -> None:
@@ -277,7 +277,7 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="a new folder or URL; several processes need a disk that all share")
     what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
-    _add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
+    add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
     what = "dtype of the tensors (default: that of the parameters)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     what = "model_type of the export, such as llama (default: one that can say what the model has)"
@@ -340,27 +340,16 @@ def _duration_s(text: str) -> float:
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
-    _add_int(parser, "--jobs", 1, default=os.cpu_count(), help="number of parallel processes (default: one per core)")
+    add_int(parser, "--jobs", 1, default=os.cpu_count(), help="number of parallel processes (default: one per core)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="insert the tables into this Markdown page")
     _add_processes(parser)
-
-
-def _add_faults(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(devices="cpu:8")  # to restore on other meshes
-    parser.add_argument("--only", metavar="ROWS", help="rows of the matrix, such as 19,20 (default: all)")
-    what = "try the larger numbers of random places and moments, and longer outages: 25 minutes"
-    parser.add_argument("--long", action="store_true", help=what)
-    _add_int(parser, "--soak", 1, metavar="N", help="inject N random faults in row 41 (default 3)")
-    _add_int(parser, "--seed", 0, metavar="N", help="of these (default: the time)")
-    parser.add_argument("--keep", metavar="DIR", help="run in this new folder and keep it")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="insert the table into this Markdown page")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides of the config, before options")
     parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
-    _add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
+    add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens in the store (default 200 million)")
     parser.add_argument("--megabytes", type=int, help="checkpoint, hub: size of the state or weights (default 1000)")
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
@@ -399,7 +388,6 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),
-    ("faults", _add_faults, "inject the fault matrix into small real runs on this machine, and show what happens"),
     ("bench", _add_bench, "time the framework against hand-written code"),
 )
 JOINING_COMMANDS = ("train", "sample", "evaluate", "hub export", "parity", "bench")
@@ -411,3 +399,12 @@ DEVICE_OPTIONS = (
 """Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
 ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}
+MODULES = {name: f"jaxinfra.cli.{name.replace(' ', '.')}" for name in COMMANDS}
+"""Of each command: its module, whose `run(options, argv)` returns the exit code."""
+
+
+def add_command(
+    name: str, add_arguments: Callable[[argparse.ArgumentParser], None], summary: str, *, module: str
+) -> None:
+    """Adds a command to those above, such as one that only a clone has."""
+    COMMANDS[name], ADD_ARGUMENTS[name], MODULES[name] = summary, add_arguments, module

@@ -1,11 +1,16 @@
 """The program `jaxinfra`, and `python -m launch`: handles signals before it imports anything that takes time."""
 
+from collections.abc import Callable
+
 from jaxinfra.cli import early_signals
 from jaxinfra.storage import credentials
 
 
-def main() -> int:
-    """Runs the command line of this process and returns its exit code."""
+def main(add_commands: Callable[[], None] = lambda: None) -> int:
+    """Runs the command line of this process and returns its exit code.
+
+    `add_commands` adds to the commands of the package, before the command line is parsed.
+    """
     early_signals.install()
     credentials.mask_stderr()
     import logging
@@ -17,6 +22,7 @@ def main() -> int:
 
     code = 1
     try:
+        add_commands()
         code = main()
     except SystemExit as left:
         code = ending_of(left).code

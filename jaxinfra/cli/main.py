@@ -19,7 +19,7 @@ from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli import early_signals
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS, MODULES
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
 from jaxinfra.launchers.restart_policy import RULES
@@ -250,7 +250,7 @@ def _run_command(argv: Sequence[str]) -> int:
         if joins and _is_one_cpu():
             keep_freed_memory()
         with _all_processes(options, argv):
-            module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
+            module = importlib.import_module(MODULES[options.command])
             if "jax" in sys.modules:  # the command compiles, maybe
                 importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
             return module.run(options, argv)

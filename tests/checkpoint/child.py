@@ -17,7 +17,7 @@ from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import tree_bytes
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import StorageError
-from jaxinfra.faults.formats import golden_state
+from tests.faults.formats import golden_state
 
 from .states import make_mesh, make_state
 

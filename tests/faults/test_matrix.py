@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxinfra import failpoints
-from jaxinfra.faults.harness import Harness, NotSurvived, NotTried
-from jaxinfra.faults.matrix import Row, all_rows
+from tests.faults.harness import Harness, NotSurvived, NotTried
+from tests.faults.matrix import Row, all_rows
 from tests.refusals import names, refused
 from tests.tiny_run import launch
 
@@ -42,7 +42,7 @@ def test_a_row_that_is_not_survived_fails_the_command(monkeypatch: pytest.Monkey
 
     bad = Row(numbers=(7,), fault="a fault", must="nothing", inject=inject)
     good = Row(numbers=(8,), fault="none", must="nothing", inject=lambda harness: "nothing | happened")
-    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [bad, good])
+    monkeypatch.setattr("launch.faults.all_rows", lambda: [bad, good])
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- faults: begin -->\nold\n<!-- faults: end -->\nafter\n")
     ended = launch("faults", "--write", str(page), "--keep", str(tmp_path / "kept"))
@@ -52,12 +52,12 @@ def test_a_row_that_is_not_survived_fails_the_command(monkeypatch: pytest.Monkey
     names(ended.err.splitlines()[-2], "2 rows: 1 survived, 0 not tried, 1 failed")
     text = page.read_text()
     assert "old" in page.read_text(), "a page has no rows that failed"
-    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [good])
+    monkeypatch.setattr("launch.faults.all_rows", lambda: [good])
     assert launch("faults", "--write", str(page), "--keep", str(tmp_path / "again")).code == 0
     text = page.read_text()
     assert r"| 8 | none | nothing | nothing \| happened | 0 |" in text and "old" not in text
     assert text.startswith("before\n") and text.endswith("after\n")
-    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [bad, good])
+    monkeypatch.setattr("launch.faults.all_rows", lambda: [bad, good])
     assert launch("faults", "--only", "8", "--keep", str(tmp_path / "new")).code == 0
     for words, named, code in (
         (("--only", "9"), "--only 9: no row 9 1 to 8", 81),
@@ -74,7 +74,7 @@ def test_a_row_that_is_not_tried_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise NotTried("a tool is missing; install it")
 
     untried = Row(numbers=(7, 8), fault="a fault", must="nothing", inject=inject)
-    monkeypatch.setattr("jaxinfra.cli.faults.all_rows", lambda: [untried])
+    monkeypatch.setattr("launch.faults.all_rows", lambda: [untried])
     page = tmp_path / "page.md"
     page.write_text("<!-- faults: begin -->\n<!-- faults: end -->\n")
     ended = launch("faults", "--write", str(page))

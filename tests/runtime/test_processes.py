@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.faults.faulty_proxy import LocalServer, QuietHandler
+from tests.servers.faulty_proxy import LocalServer, QuietHandler
 from jaxinfra.processes import tpu_metadata
 from jaxinfra.processes.discovery import Processes, find_processes
 from tests.refusals import raises

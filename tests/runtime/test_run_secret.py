@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.faults.bucket import emulated_bucket
+from tests.servers.bucket import emulated_bucket
 from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.door import SECRET
 from jaxinfra.processes.run_secret import FILE, run_secret

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from jaxinfra.faults import gcs_emulator as google
-from jaxinfra.faults.faulty_proxy import Faults, faulty
+from tests.servers import gcs_emulator as google
+from tests.servers.faulty_proxy import Faults, faulty
 from tests.servers import kafka, seaweed
 
 BUCKET = "bucket-of-tests"

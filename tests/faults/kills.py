@@ -7,10 +7,10 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from jaxinfra.faults.config import STEPS
-from jaxinfra.faults.harness import Harness, NotTried, Run, named, require
-from jaxinfra.faults.machine import memory_limit
-from jaxinfra.faults.matrix import row
+from tests.faults.config import STEPS
+from tests.faults.harness import Harness, NotTried, Run, named, require
+from tests.faults.machine import memory_limit
+from tests.faults.matrix import row
 from jaxinfra.track.jsonl import SUMMARY_FILE
 
 _LIMIT_BYTES = 3 << 30  # of all processes

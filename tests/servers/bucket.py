@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jaxinfra.faults.faulty_proxy import Faults, faulty
-from jaxinfra.faults.gcs_emulator import TOKEN, Objects, emulated
+from tests.servers.faulty_proxy import Faults, faulty
+from tests.servers.gcs_emulator import TOKEN, Objects, emulated
 
 _BUCKET = "bucket-of-faults"
 

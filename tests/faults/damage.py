@@ -11,10 +11,10 @@ from jaxinfra.checkpoint.inventory import verify_step
 from jaxinfra.checkpoint.manifest import MANIFEST_FILE
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.errors import CheckpointError, DataError, StorageError
-from jaxinfra.faults.harness import Harness, NotTried, Run, named, require, until, wait
-from jaxinfra.faults.layouts import begun
-from jaxinfra.faults.machine import small_disk
-from jaxinfra.faults.matrix import row
+from tests.faults.harness import Harness, NotTried, Run, named, require, until, wait
+from tests.faults.layouts import begun
+from tests.faults.machine import small_disk
+from tests.faults.matrix import row
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.attempts import ATTEMPTS_FILE
 from jaxinfra.track.goodput import GOODPUT_FILE

@@ -12,8 +12,8 @@ from jaxinfra.checkpoint.leaves import leaf_name
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config import load
-from jaxinfra.faults.harness import Harness, named, require
-from jaxinfra.faults.matrix import row
+from tests.faults.harness import Harness, named, require
+from tests.faults.matrix import row
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size

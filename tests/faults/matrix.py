@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfra.faults.harness import Harness, NotTried
+from tests.faults.harness import Harness, NotTried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ _rows: list[Row] = []  # the modules add theirs when they are imported
 def all_rows() -> list[Row]:
     """Returns the rows in the order of their numbers."""
     for name in _MODULES:
-        importlib.import_module(f"jaxinfra.faults.{name}")
+        importlib.import_module(f"tests.faults.{name}")
     return sorted(_rows, key=lambda row: row.numbers[0])
 
 

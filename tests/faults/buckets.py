@@ -5,9 +5,9 @@ import re
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints, verify_step
 from jaxinfra.errors import StorageError
-from jaxinfra.faults.bucket import Bucket
-from jaxinfra.faults.harness import Harness, Run, named, require, until, wait
-from jaxinfra.faults.matrix import row
+from tests.servers.bucket import Bucket
+from tests.faults.harness import Harness, Run, named, require, until, wait
+from tests.faults.matrix import row
 from jaxinfra.storage.objects import ObjectStore
 
 _NO_EVENTS = "track.tensorboard=false"

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from jax._src.compilation_cache import compress_executable, decompress_executable
 
-from jaxinfra.faults.harness import Ended, Harness, named, require
-from jaxinfra.faults.matrix import row
+from tests.faults.harness import Ended, Harness, named, require
+from tests.faults.matrix import row
 from jaxinfra.machine.checked_programs import SUFFIX, seal, unseal
 from jaxinfra.storage.objects import ObjectStore
 

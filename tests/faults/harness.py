@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints
 from jaxinfra.errors import JaxinfraError
-from jaxinfra.faults.bucket import Bucket, emulated_bucket
-from jaxinfra.faults.config import BATCH, READS, STEPS
+from tests.servers.bucket import Bucket, emulated_bucket
+from tests.faults.config import BATCH, READS, STEPS
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.attempts import ATTEMPTS_FILE
 from jaxinfra.track.goodput import GOODPUT_FILE, Goodput, account, read_ledger
@@ -34,11 +34,12 @@ from jaxinfra.track.jsonl import METRICS_FILE
 from jaxinfra.track.runs import local_files
 
 TIMEOUT_S = 900.0  # of a command on a slow and busy machine
+_CLONE = str(Path(__file__).parents[2])
 _MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _CONFIG = """\
 from dataclasses import replace
 
-from jaxinfra.faults import config as base
+from tests.faults import config as base
 from jaxinfra.run import Run
 
 
@@ -363,7 +364,8 @@ class Harness:
     ) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")} if _CACHE not in inherited else {}
-        settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        # The config files of the harness import this package.
+        settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": _CLONE}
         command, env = [*prefix, sys.executable, "-c", _MAIN, *words], {**inherited, **settings, **cache, **environment}
         if start is not None:
             return start(command, env)

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from jaxinfra.errors import ConfigError, Preempted, RunInUseError
-from jaxinfra.faults.harness import Harness, NotSurvived, descendants, named, require, until, wait
-from jaxinfra.faults.matrix import row
+from tests.faults.harness import Harness, NotSurvived, descendants, named, require, until, wait
+from tests.faults.matrix import row
 from jaxinfra.track.goodput import GOODPUT_FILE, read_ledger
 
 _PREEMPTED, _KILLED = Preempted.exit_code, 76  # another process was lost, or a signal killed it

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from jaxinfra.faults.faulty_proxy import LocalServer, QuietHandler
+from tests.servers.faulty_proxy import LocalServer, QuietHandler
 
 TOKEN = "a-token-that-is-never-shown"
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)")

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.errors import CorruptionError, NonFiniteError
-from jaxinfra.faults.config import BATCH, RecordedTokens, checksum
-from jaxinfra.faults.harness import Harness, Run, named, require
-from jaxinfra.faults.matrix import row
+from tests.faults.config import BATCH, RecordedTokens, checksum
+from tests.faults.harness import Harness, Run, named, require
+from tests.faults.matrix import row
 
 
 def _checksums(harness: Harness, steps: Sequence[int], *, seed: int = 0) -> tuple[int, ...]:

@@ -8,10 +8,10 @@ from datetime import datetime
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, HungError, PeerLostError, Preempted
-from jaxinfra.faults.config import STEPS
-from jaxinfra.faults.harness import Harness, NotTried, Run, named, require, until, wait
-from jaxinfra.faults.machine import faketime_library
-from jaxinfra.faults.matrix import row
+from tests.faults.config import STEPS
+from tests.faults.harness import Harness, NotTried, Run, named, require, until, wait
+from tests.faults.machine import faketime_library
+from tests.faults.matrix import row
 from jaxinfra.processes.peer_connection import free_port
 from jaxinfra.storage.atomic import write_bytes_atomic
 

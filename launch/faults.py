@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jaxinfra.cli.markdown import insert_table
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.faults.harness import Harness
-from jaxinfra.faults.matrix import Outcome, Row, all_rows, markdown_table, run_rows
+from tests.faults.harness import Harness
+from tests.faults.matrix import Outcome, Row, all_rows, markdown_table, run_rows
 from jaxinfra.storage import outputs
 
 
