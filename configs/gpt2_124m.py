@@ -1,7 +1,7 @@
 """GPT-2 124M on one machine of eight GPUs."""
 
 from jaxinfra import WSD, AdamW, MeshConfig, OptimConfig, Run, TokenData, TrainConfig
-from jaxinfra.models.zoo import shape
+from jaxinfra.families.zoo import shape
 
 
 def config() -> Run:

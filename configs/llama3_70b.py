@@ -6,7 +6,7 @@ Parameters are sharded inside a slice; gradients are summed over the two slices 
 from dataclasses import replace
 
 from jaxinfra import AdamW, Cosine, MeshConfig, OptimConfig, Run, TokenData, TrainConfig
-from jaxinfra.models.zoo import shape
+from jaxinfra.families.zoo import shape
 
 
 def config() -> Run:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from jaxinfra import AdamW, Cosine, MeshConfig, OptimConfig, Run, TokenData, TrainConfig
-from jaxinfra.models.zoo import shape
+from jaxinfra.families.zoo import shape
 
 
 def config() -> Run:

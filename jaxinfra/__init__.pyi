@@ -8,6 +8,7 @@ from .data.interfaces import ArraySpec, DataConfig
 from .data.mixture import MixSource, Mixture
 from .data.pairs import PairData
 from .data.tokens import TokenData
+from .inference.sampler import Sampler, SamplingParams
 from .models.attention import Attention
 from .models.delta_net import GatedDeltaNet
 from .models.flax_model import FlaxModel
@@ -30,10 +31,9 @@ from .optim.schedules import WSD, Constant, Cosine, InverseSqrt, Linear
 from .parallel.mesh_config import MeshConfig
 from .parallel.rules import ShardingRules
 from .parallel.schedules import PipelineConfig
+from .processes.join import join
 from .program import Program, TrainState
 from .run import Precision, Run, TrainConfig
-from .runtime.join import join
-from .sample import Sampler, SamplingParams
 from .track.base import Tracker, TrackerConfig
 from .track.config import TrackConfig
 from .train.trainer import Trainer

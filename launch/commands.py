@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+
 def add_commands() -> None:
     """Adds them to those of the package."""
     from jaxinfra.cli.arguments import add_command  # imported when signals are handled

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from jaxinfra.cli.markdown import insert_table
 from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.storage import outputs
 from tests.faults.harness import Harness
 from tests.faults.matrix import Outcome, Row, all_rows, markdown_table, run_rows
-from jaxinfra.storage import outputs
 
 
 class MatrixError(JaxinfraError):

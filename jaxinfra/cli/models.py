@@ -7,7 +7,7 @@ from rich.table import Column, Table
 
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.catalog import BYTES_PER_PARAM, CatalogEntry, catalog
+from jaxinfra.families.catalog import BYTES_PER_PARAM, CatalogEntry, catalog
 from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_short
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     console.print(table)
     example = entries[-1]  # its function in the zoo is `shape` or `vision_shape`
     console.print(
-        f'In a config: model={example.function}("{example.name}"), imported from jaxinfra.models.zoo. '
+        f'In a config: model={example.function}("{example.name}"), imported from jaxinfra.families.zoo. '
         "Memory in GiB: of bfloat16 weights; in training, of float32 parameters, gradients and AdamW's moments.",
         markup=False,
     )

@@ -11,11 +11,11 @@ from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError
+from jaxinfra.families import Family, all_families, family
 from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, by_path, differences, param_specs
 from jaxinfra.interop.config_json import CONFIG, ModelJson
 from jaxinfra.interop.folder import ModelFolder
 from jaxinfra.interop.writing import Gather, write_model
-from jaxinfra.models.families import Family, all_families, family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params
 

@@ -12,14 +12,14 @@ from jaxinfra.config import diff, validate
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError, DataError, quoted
+from jaxinfra.families import Family, family
+from jaxinfra.families.canonical import canonical, stated
 from jaxinfra.interop.config_json import CONFIG, ModelJson, parse_json, read_json
 from jaxinfra.interop.folder import ModelFolder, open_folder
 from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import Weights
-from jaxinfra.models.families import Family, family
-from jaxinfra.models.families.canonical import canonical, stated
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules

@@ -20,7 +20,7 @@ from jaxinfra.errors import PeerLostError, Preempted
 from jaxinfra.launchers import tied_process
 from jaxinfra.launchers.rank_output import Output
 from jaxinfra.launchers.restart_policy import CRASHES
-from jaxinfra.machine.compile_cache import COMPILE_ANEW
+from jaxinfra.machine import COMPILE_ANEW
 
 _POLL_S = 0.05
 

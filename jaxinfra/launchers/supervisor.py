@@ -18,7 +18,7 @@ from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageErro
 from jaxinfra.launchers.launcher import Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
 from jaxinfra.launchers.rank_output import Output
 from jaxinfra.launchers.restart_policy import CRASHES, RULES, RestartLimits, Rule
-from jaxinfra.machine.compile_cache import COMPILE_ANEW
+from jaxinfra.machine import COMPILE_ANEW
 from jaxinfra.processes import step_file
 
 

@@ -17,7 +17,7 @@ import jax
 from jax._src import compilation_cache  # no public function opens the cache
 from jax._src.lru_cache import LRUCache
 
-from jaxinfra.machine.compile_cache import COMPILE_ANEW
+from jaxinfra.machine import COMPILE_ANEW
 from jaxinfra.storage.objects import ObjectStore
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-COMPILE_ANEW = "JAXINFRA_COMPILE_ANEW"
-"""Environment variable that has a start compile all programs anew, and replace those in the compile cache."""
 MAX_BYTES = 4 * 2**30
 """Size of the cache; the programs that were not used for longest are deleted."""
 

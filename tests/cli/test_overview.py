@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfra.cli.arguments import DEVICE_OPTIONS
 from jaxinfra.cli.main import main
-from jaxinfra.models.catalog import catalog
+from jaxinfra.families.catalog import catalog
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.runs import list_runs
 from tests.refusals import names, refused

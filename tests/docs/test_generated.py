@@ -14,7 +14,7 @@ def generated() -> dict[Path, str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["docs/configs.md", "docs/models.md", "jaxinfra/config/field_paths.json", "jaxinfra/models/catalog.json"],
+    ["docs/configs.md", "docs/models.md", "jaxinfra/config/field_paths.json", "jaxinfra/families/catalog.json"],
 )
 def test_generated_files_are_up_to_date(name: str, generated: dict[Path, str]) -> None:
     assert (ROOT / name).read_text() == generated[ROOT / name], "run python tests/golden/write.py docs"

@@ -5,10 +5,10 @@ import re
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints, verify_step
 from jaxinfra.errors import StorageError
-from tests.servers.bucket import Bucket
+from jaxinfra.storage.objects import ObjectStore
 from tests.faults.harness import Harness, Run, named, require, until, wait
 from tests.faults.matrix import row
-from jaxinfra.storage.objects import ObjectStore
+from tests.servers.bucket import Bucket
 
 _NO_EVENTS = "track.tensorboard=false"
 _SLOW = "step:0:*:sleep=0.1"  # so that the faults meet some saves

@@ -11,14 +11,14 @@ from jaxinfra.checkpoint.inventory import verify_step
 from jaxinfra.checkpoint.manifest import MANIFEST_FILE
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.errors import CheckpointError, DataError, StorageError
-from tests.faults.harness import Harness, NotTried, Run, named, require, until, wait
-from tests.faults.layouts import begun
-from tests.faults.machine import small_disk
-from tests.faults.matrix import row
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.attempts import ATTEMPTS_FILE
 from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE
+from tests.faults.harness import Harness, NotTried, Run, named, require, until, wait
+from tests.faults.layouts import begun
+from tests.faults.machine import small_disk
+from tests.faults.matrix import row
 
 _DISK_BYTES = 24 << 20
 

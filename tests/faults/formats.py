@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from tests.faults.harness import Harness, require
-from tests.faults.matrix import row
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.storage.objects import ObjectStore
+from tests.faults.harness import Harness, require
+from tests.faults.matrix import row
 
 GOLDEN = Path(__file__).parent / "golden"
 

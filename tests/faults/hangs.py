@@ -8,12 +8,12 @@ from datetime import datetime
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, HungError, PeerLostError, Preempted
+from jaxinfra.processes.peer_connection import free_port
+from jaxinfra.storage.atomic import write_bytes_atomic
 from tests.faults.config import STEPS
 from tests.faults.harness import Harness, NotTried, Run, named, require, until, wait
 from tests.faults.machine import faketime_library
 from tests.faults.matrix import row
-from jaxinfra.processes.peer_connection import free_port
-from jaxinfra.storage.atomic import write_bytes_atomic
 
 _HUNG, _HEARTBEAT_S = HungError.exit_code, 4
 _LAST = 30  # step that row 32 compares

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints
 from jaxinfra.errors import JaxinfraError
-from tests.servers.bucket import Bucket, emulated_bucket
-from tests.faults.config import BATCH, READS, STEPS
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.attempts import ATTEMPTS_FILE
 from jaxinfra.track.goodput import GOODPUT_FILE, Goodput, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE
 from jaxinfra.track.runs import local_files
+from tests.faults.config import BATCH, READS, STEPS
+from tests.servers.bucket import Bucket, emulated_bucket
 
 TIMEOUT_S = 900.0  # of a command on a slow and busy machine
 _CLONE = str(Path(__file__).parents[2])

@@ -7,11 +7,11 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from jaxinfra.track.jsonl import SUMMARY_FILE
 from tests.faults.config import STEPS
 from tests.faults.harness import Harness, NotTried, Run, named, require
 from tests.faults.machine import memory_limit
 from tests.faults.matrix import row
-from jaxinfra.track.jsonl import SUMMARY_FILE
 
 _LIMIT_BYTES = 3 << 30  # of all processes
 _SYNC = "checkpoint.async_save=false"  # so that it is known which save is complete

@@ -12,11 +12,11 @@ from jaxinfra.checkpoint.leaves import leaf_name
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config import load
-from tests.faults.harness import Harness, named, require
-from tests.faults.matrix import row
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
+from tests.faults.harness import Harness, named, require
+from tests.faults.matrix import row
 
 _CLOSE, _STEPS = 1e-6, 20
 

@@ -10,10 +10,10 @@ from contextlib import ExitStack, suppress
 from jaxinfra import __version__
 from jaxinfra.bench.slow_link import SlowLink, address_of
 from jaxinfra.errors import ConfigError, HungError, PeerLostError
-from tests.faults.harness import Harness, NotSurvived, NotTried, require, until, wait
-from tests.faults.matrix import row
 from jaxinfra.processes.door import SECRET, new_secret
 from jaxinfra.processes.peer_connection import connect, free_port
+from tests.faults.harness import Harness, NotSurvived, NotTried, require, until, wait
+from tests.faults.matrix import row
 
 _LOST = {PeerLostError.exit_code, HungError.exit_code}
 _SENT = b"", b"{", b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000 + b"\n", os.urandom(5000)  # by strangers

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 
 from jax._src.compilation_cache import compress_executable, decompress_executable
 
-from tests.faults.harness import Ended, Harness, named, require
-from tests.faults.matrix import row
 from jaxinfra.machine.checked_programs import SUFFIX, seal, unseal
 from jaxinfra.storage.objects import ObjectStore
+from tests.faults.harness import Ended, Harness, named, require
+from tests.faults.matrix import row
 
 _FOLDER, _SHORT = "JAX_COMPILATION_CACHE_DIR", "train.steps=20"
 _BEGINNINGS = {b"\x55\x48\x89\xe5": b"\x0f\x0b" * 2, b"\xfd\x03\x00\x91": bytes(4)}

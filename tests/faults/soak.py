@@ -5,10 +5,10 @@ import time
 from collections import Counter
 
 from jaxinfra.errors import Preempted
+from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from tests.faults.config import SAVE_EVERY
 from tests.faults.harness import Harness, Run, require, timeout_of, until, wait
 from tests.faults.matrix import row
-from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 
 EVENTS, LONG_EVENTS = 2, 20
 """Number of random faults, by default and with `--long`; `--soak N` injects N."""

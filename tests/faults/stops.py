@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from jaxinfra.errors import ConfigError, Preempted, RunInUseError
+from jaxinfra.track.goodput import GOODPUT_FILE, read_ledger
 from tests.faults.harness import Harness, NotSurvived, descendants, named, require, until, wait
 from tests.faults.matrix import row
-from jaxinfra.track.goodput import GOODPUT_FILE, read_ledger
 
 _PREEMPTED, _KILLED = Preempted.exit_code, 76  # another process was lost, or a signal killed it
 _SLOW = "step:*:*:sleep=0.1"  # steps that take longer than the processes need to agree on one

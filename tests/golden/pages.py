@@ -11,10 +11,10 @@ from flax import nnx
 from jaxinfra.config.explain import Field, all_fields, fields_below
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
-from jaxinfra.models.catalog import CatalogEntry, catalog
+from jaxinfra.families.catalog import CatalogEntry, catalog
+from jaxinfra.families.zoo import SHAPES, VISION_SHAPES
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.models.zoo import SHAPES, VISION_SHAPES
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.prepare.recipes import Corpus, ImageSet
 from jaxinfra.run import Run
@@ -64,7 +64,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/configs.md": configs_page(),
         ROOT / "docs/models.md": models_page(),
         ROOT / "jaxinfra/config/field_paths.json": field_paths(),
-        ROOT / "jaxinfra/models/catalog.json": catalog_json(),
+        ROOT / "jaxinfra/families/catalog.json": catalog_json(),
     }
 
 
@@ -122,13 +122,13 @@ MODELS_INTRODUCTION = """\
     python -m launch models            # this table
     python -m launch models qwen3      # those whose name contains a word
 
-`shape(NAME)` of `jaxinfra.models.zoo` returns the config of a published model; `vision_shape(NAME)` that of an image
+`shape(NAME)` of `jaxinfra.families.zoo` returns the config of a published model; `vision_shape(NAME)` that of an image
 classifier. Change fields with `dataclasses.replace`:
 
 ```python
 from dataclasses import replace
 
-from jaxinfra.models.zoo import shape
+from jaxinfra.families.zoo import shape
 
 model = replace(shape("qwen3-0.6b"), num_layers=12, remat="full")
 ```

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from jaxinfra.families import MODULES, Family, family
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.families import MODULES, Family, family
 from jaxinfra.models.transformer import TransformerConfig
 from tests.interop.references import TINY
 from tests.interop.torch_python import TORCH_PYTHON
@@ -25,7 +25,7 @@ from tests.tiny_run import tiny_data as tiny_data
 def published() -> Iterator[tuple[str, Family, TransformerConfig]]:
     """Yields the name, the family and the shape of every published model that has a family."""
     for name in dict.fromkeys(MODULES.values()):
-        module = importlib.import_module(f"jaxinfra.models.families.{name}")
+        module = importlib.import_module(f"jaxinfra.families.{name}")
         for shape_name, shape in module.SHAPES.items():
             yield shape_name, module.FAMILY, shape
 

@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.families import MODULES, family
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.families import MODULES, family
 from tests.interop.conftest import References, make_references
 from tests.interop.references import LLAMA3, TINY, YARN
 from tests.interop.test_families import read_tiny, read_weights

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.families import family
+from jaxinfra.families.canonical import stated
+from jaxinfra.families.zoo import shape
 from jaxinfra.hub.published_model import differences, open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.quantized import read_quantization
-from jaxinfra.models.families import family
-from jaxinfra.models.families.canonical import stated
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.models.zoo import shape
 from jaxinfra.ops.rope import Rope, YarnScaling
 from tests.interop.conftest import published
 from tests.interop.published_configs import CONFIGS, OLMO3_YARN

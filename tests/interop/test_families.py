@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jaxinfra.families import Family
 from jaxinfra.hub.export import Export, export_model
 from jaxinfra.hub.published_model import open_published
 from jaxinfra.interop.config_json import CONFIG, read_json
@@ -18,7 +19,6 @@ from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.reading import read_params
 from jaxinfra.interop.safetensors import Weights
-from jaxinfra.models.families import Family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
 from tests.interop.conftest import References, published

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from jaxinfra.data.tokenizer import JsonTokenizer
 from jaxinfra.errors import PeerLostError
+from jaxinfra.families.zoo import shape
 from jaxinfra.hub.export import beginning_with, family_of
 from jaxinfra.hub.published_model import by_path, open_published, param_shapes
 from jaxinfra.inference.language_model import open_language_model
@@ -28,7 +29,6 @@ from jaxinfra.interop import writing
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.reading import file_order
 from jaxinfra.interop.safetensors import Weights, header_of
-from jaxinfra.models.zoo import shape
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules

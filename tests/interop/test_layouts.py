@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxinfra.families import family
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Binding
-from jaxinfra.models.families import family
 from jaxinfra.parallel.sharding import Partitioner
 from tests.interop.references import TINY
 

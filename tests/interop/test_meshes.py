@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.families import family
 from jaxinfra.hub.export import Export, export_model
 from jaxinfra.hub.params import load_published
 from jaxinfra.hub.published_model import by_path, open_published
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.families import family
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.families.zoo import shape
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.flops import matmul_params
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import BALANCE_LOSS, LOAD, SERVED, Z_LOSS, MixtureOfExperts, metrics, updated_bias
 from jaxinfra.models.transformer import Layer
-from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
 from jaxinfra.parallel.context import SequenceSharding
 from tests.decoders import decoder

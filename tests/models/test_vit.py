@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfra.families.zoo import VISION_SHAPES, vision_shape
 from jaxinfra.models.vit import VisionTransformerConfig
-from jaxinfra.models.zoo import VISION_SHAPES, vision_shape
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.sharding import Partitioner

@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.zoo import SHAPES, shape
+from jaxinfra.families.zoo import SHAPES, shape
 from jaxinfra.parallel.sharding import Partitioner
 from tests.refusals import raises
 

@@ -13,7 +13,7 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.launchers.launcher import Patience, ProcessExit, exit_code, launch
-from jaxinfra.machine.compile_cache import COMPILE_ANEW
+from jaxinfra.machine import COMPILE_ANEW
 from tests.refusals import raises
 from tests.track import demo
 

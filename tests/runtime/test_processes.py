@@ -10,10 +10,10 @@ from threading import Thread
 import pytest
 
 from jaxinfra.errors import ConfigError
-from tests.servers.faulty_proxy import LocalServer, QuietHandler
 from jaxinfra.processes import tpu_metadata
 from jaxinfra.processes.discovery import Processes, find_processes
 from tests.refusals import raises
+from tests.servers.faulty_proxy import LocalServer, QuietHandler
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 OPEN_MPI_4 = {

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from jaxinfra.errors import ConfigError, StorageError
-from tests.servers.bucket import emulated_bucket
 from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.door import SECRET
 from jaxinfra.processes.run_secret import FILE, run_secret
 from tests.refusals import raises
+from tests.servers.bucket import emulated_bucket
 from tests.tiny_run import Tiny
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.servers import gcs_emulator as google
-from tests.servers.faulty_proxy import Faults, faulty
 from tests.servers import kafka, seaweed
+from tests.servers.faulty_proxy import Faults, faulty
 
 BUCKET = "bucket-of-tests"
 

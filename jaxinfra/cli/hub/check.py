@@ -11,11 +11,11 @@ from rich.text import Text
 
 from jaxinfra.cli import output_file
 from jaxinfra.errors import DataError, quoted
+from jaxinfra.families.catalog import BYTES_PER_PARAM
 from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_published
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
-from jaxinfra.models.catalog import BYTES_PER_PARAM
 from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_bytes, format_files, format_short
 

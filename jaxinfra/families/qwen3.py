@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families import qwen2
-from jaxinfra.models.families.common import (
+from jaxinfra.families import qwen2
+from jaxinfra.families.common import (
     Family,
     alike,
     dense_layers,
@@ -14,6 +12,8 @@ from jaxinfra.models.families.common import (
     read_attention,
     read_rope,
 )
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig

@@ -7,11 +7,7 @@ share it. Layers for the prediction of several tokens are not read.
 from collections.abc import Iterator
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule, rule
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.delta_net import GatedDeltaNet
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     Fields,
     attention_rules,
@@ -30,7 +26,11 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.qwen3_moe import read_layers, write_layers
+from jaxinfra.families.qwen3_moe import read_layers, write_layers
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig

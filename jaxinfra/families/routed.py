@@ -3,10 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     ACTIVATION_NAMES,
     Fields,
     experts_of,
@@ -18,6 +15,9 @@ from jaxinfra.models.families.common import (
     read_mlp,
     write_fields,
 )
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts

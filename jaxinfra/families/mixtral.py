@@ -3,10 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule, rule
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     ACTIVATION_NAMES,
     Family,
     Fields,
@@ -24,7 +21,10 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.mistral import mistral_shape
+from jaxinfra.families.mistral import mistral_shape
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 

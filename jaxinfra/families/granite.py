@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from jaxinfra.families import llama
+from jaxinfra.families.common import Family, alike, dense_layers, layer_rules, model_rules
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.families import llama
-from jaxinfra.models.families.common import Family, alike, dense_layers, layer_rules, model_rules
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope

@@ -6,10 +6,7 @@ Layers for the prediction of several tokens are not read.
 from collections.abc import Iterator
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     attention_rules,
     model_rules,
@@ -21,7 +18,10 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.routed import BALANCE, mlp_or_experts_rules, read_layers, write_layers
+from jaxinfra.families.routed import BALANCE, mlp_or_experts_rules, read_layers, write_layers
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig

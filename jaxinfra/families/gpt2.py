@@ -6,10 +6,10 @@ Matrices are stored `[in, out]`, and those of queries, keys and values in one te
 from collections.abc import Iterator
 from typing import Any
 
+from jaxinfra.families.common import ACTIVATION_NAMES, Family, alike, dense_layers, fused
 from jaxinfra.interop.config_json import MAX_LAYERS, ModelJson
 from jaxinfra.interop.rules import Rule, rule
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import ACTIVATION_NAMES, Family, alike, dense_layers, fused
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     ACTIVATION_NAMES,
     Family,
     Fields,
@@ -24,7 +22,9 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.qwen3 import qwen3_shape
+from jaxinfra.families.qwen3 import qwen3_shape
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig

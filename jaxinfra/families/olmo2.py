@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     dense_layers,
     layer_rules,
@@ -16,6 +14,8 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope

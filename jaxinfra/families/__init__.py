@@ -2,11 +2,12 @@
 
 import difflib
 import importlib
+from types import ModuleType
 
 from jaxinfra.errors import ConfigError, quoted
-from jaxinfra.models.families.common import Family
+from jaxinfra.families.common import Family
 
-__all__ = ["Family", "all_families", "family"]
+__all__ = ["Family", "all_families", "family", "family_modules"]
 
 MODULES = {
     "llama": "llama",
@@ -50,6 +51,11 @@ def all_families() -> list[Family]:
     return [_load(model_type) for model_type in MODULES]
 
 
+def family_modules() -> list[ModuleType]:
+    """Returns the modules of all families; each has the shapes of its models, `SHAPES`."""
+    return [importlib.import_module(f"{__name__}.{name}") for name in dict.fromkeys(MODULES.values())]
+
+
 def _load(model_type: str) -> Family:
-    module = importlib.import_module(f"jaxinfra.models.families.{MODULES[model_type]}")
+    module = importlib.import_module(f"{__name__}.{MODULES[model_type]}")
     return next(each for each in vars(module).values() if isinstance(each, Family) and each.model_type == model_type)

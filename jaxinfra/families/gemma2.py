@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     dense_layers,
     layer_rules,
@@ -18,7 +16,9 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.windows import read_windows, write_windows
+from jaxinfra.families.windows import read_windows, write_windows
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope

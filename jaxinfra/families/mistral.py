@@ -3,9 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     alike,
     dense_layers,
@@ -19,6 +17,8 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig

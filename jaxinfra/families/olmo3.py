@@ -4,10 +4,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from jaxinfra.families import olmo2
+from jaxinfra.families.common import Family, dense_layers, layer_rules, model_rules, write_rope
+from jaxinfra.families.windows import FULL, SLIDING, first_of, read_two_ropes, read_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.families import olmo2
-from jaxinfra.models.families.common import Family, dense_layers, layer_rules, model_rules, write_rope
-from jaxinfra.models.families.windows import FULL, SLIDING, first_of, read_two_ropes, read_windows, write_windows
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
 

@@ -1,6 +1,6 @@
 """The shapes of published models by name, and two small ones for tests and benchmarks.
 
-They are in the files of `models.families`. Every number is from the `config.json` published with the weights, under the
+They are in the files of this package. Every number is from the `config.json` published with the weights, under the
 name in the comment of each family. Number formats, dropout and context lengths belong to the run. Vocabularies are as
 published, with their padding, so that parameter counts are exact; a mesh with `tensor` above 1 may need a `vocab_size`
 that is a multiple of `tensor`.
@@ -11,29 +11,9 @@ from collections.abc import Mapping
 from functools import partial
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.families import family_modules
+from jaxinfra.families.common import alike
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.families import (
-    deepseek,
-    gemma2,
-    gemma3,
-    glm4_moe,
-    gpt2,
-    gpt_oss,
-    granite,
-    llama,
-    llama4,
-    mistral,
-    mixtral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    qwen3_next,
-    smollm3,
-)
-from jaxinfra.models.families.common import alike
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
@@ -45,25 +25,7 @@ SHAPES: dict[str, TransformerConfig] = {
     # Like Llama, for tests and benchmarks; not published.
     "tiny": alike(vocab_size=256, num_layers=2, hidden_size=64, mixer=Attention(num_heads=4), mlp=MLP(dim=128)),
     "small": alike(vocab_size=8192, num_layers=4, hidden_size=256, mixer=Attention(num_heads=8), mlp=MLP(dim=1024)),
-    **llama.SHAPES,
-    **smollm3.SHAPES,
-    **qwen2.SHAPES,
-    **qwen3.SHAPES,
-    **mistral.SHAPES,
-    **gemma2.SHAPES,
-    **gemma3.SHAPES,
-    **mixtral.SHAPES,
-    **qwen3_moe.SHAPES,
-    **qwen3_next.SHAPES,
-    **deepseek.SHAPES,
-    **glm4_moe.SHAPES,
-    **gpt_oss.SHAPES,
-    **llama4.SHAPES,
-    **gpt2.SHAPES,
-    **olmo2.SHAPES,
-    **olmo3.SHAPES,
-    **phi3.SHAPES,
-    **granite.SHAPES,
+    **{name: config for module in family_modules() for name, config in module.SHAPES.items()},
 }
 """Decoders by name."""
 

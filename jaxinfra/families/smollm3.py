@@ -3,9 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     dense_layers,
     layer_rules,
@@ -17,7 +15,9 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.windows import read_optional_windows, write_windows
+from jaxinfra.families.windows import read_optional_windows, write_windows
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope

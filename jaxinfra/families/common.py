@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfra.errors import ConfigError, quoted
+from jaxinfra.families.canonical import stated
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Binding, Part, Rule, bind, rule
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.canonical import stated
 from jaxinfra.models.layers import MLP, Activation, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig

@@ -5,10 +5,7 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule, rule
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     alike,
     dense_layers,
@@ -22,6 +19,9 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import LongRopeScaling, Rope

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Part, Rule, rule
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     Fields,
     fused,
@@ -24,7 +22,9 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.models.families.routed import BALANCE, mlp_or_experts_rules, read_layers, write_layers
+from jaxinfra.families.routed import BALANCE, mlp_or_experts_rules, read_layers, write_layers
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.rules import Part, Rule, rule
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts

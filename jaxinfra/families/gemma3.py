@@ -6,9 +6,7 @@ Of the models with images the text part is read.
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     dense_layers,
     layer_rules,
@@ -16,8 +14,10 @@ from jaxinfra.models.families.common import (
     read_text_part,
     write_rope,
 )
-from jaxinfra.models.families.gemma2 import gemma_shape, read_gemma, read_gemma_attention, write_gemma
-from jaxinfra.models.families.windows import FULL, SLIDING, first_of, read_two_ropes, read_windows
+from jaxinfra.families.gemma2 import gemma_shape, read_gemma, read_gemma_attention, write_gemma
+from jaxinfra.families.windows import FULL, SLIDING, first_of, read_two_ropes, read_windows
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Rope
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.families.common import read_rope
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import read_rope
 from jaxinfra.ops.rope import Rope, YarnScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"

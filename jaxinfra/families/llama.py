@@ -6,9 +6,7 @@ The rotated features of published weights are in two halves, as here.
 from functools import partial
 from typing import Any
 
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.families.common import (
+from jaxinfra.families.common import (
     Family,
     alike,
     dense_layers,
@@ -21,6 +19,8 @@ from jaxinfra.models.families.common import (
     write_model,
     write_rope,
 )
+from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Llama3Scaling, Rope
