@@ -158,6 +158,14 @@ def ended(process: subprocess.Popen, timeout_s: float = 600) -> Ended:
     return Ended(code=process.returncode, out=out, err=err)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process runs: not gone, and not a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def write_text(folder: Path, files: int = 30, words: int = 120) -> None:
     """Files of words in which the next word often follows from the last: there is something to learn."""
     draw = random.Random(0)

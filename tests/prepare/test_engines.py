@@ -12,6 +12,7 @@ from jaxinfra.prepare.engines import run_jobs
 from tests.prepare import engine_jobs
 from tests.prepare.engine_jobs import Job, start_driver
 from tests.refusals import raises
+from tests.tiny_run import is_running
 
 JOBS = [Job(number=number) for number in range(7)]
 
@@ -92,7 +93,7 @@ def test_workers_end_with_their_driver(name, tmp_path):
     assert driver.returncode != 0
     assert errors.count("Traceback") == (1 if name == "SIGINT" else 0)  # of the driver alone
     deadline = time.monotonic() + 600
-    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
+    while alive := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.02)
 

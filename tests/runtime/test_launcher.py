@@ -15,6 +15,7 @@ from jaxinfra.errors import StorageError
 from jaxinfra.launchers.launcher import Patience, ProcessExit, exit_code, launch
 from jaxinfra.machine import COMPILE_ANEW
 from tests.refusals import raises
+from tests.tiny_run import is_running
 from tests.track import demo
 
 DEFAULT = Patience()
@@ -82,15 +83,6 @@ def are_up(folder: Path, ranks: int = 3) -> None:
     """Waits until all processes have begun to count their SIGTERMs."""
     for path in (folder / f"up-{rank}" for rank in range(ranks)):
         until(lambda path=path: path.exists() and path.read_text())
-
-
-def exists(pid: int) -> bool:
-    """Whether a process runs: not gone, and not a zombie that nobody has waited for."""
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_lines_name_their_rank_and_equal_errors_appear_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +201,7 @@ def test_what_a_process_leaves_behind_is_killed(tmp_path: Path) -> None:
     code += "child.returncode = 0"  # no warning that it still runs
     assert run(tmp_path, code, ranks=2) == 0
     pids = [int((tmp_path / f"child-{rank}").read_text()) for rank in range(2)]
-    until(lambda: not any(map(exists, pids)))
+    until(lambda: not any(map(is_running, pids)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -233,16 +225,16 @@ def test_a_second_interrupt_kills(tmp_path: Path, start: Callable) -> None:
     launcher.send_signal(signal.SIGINT)
     launcher.communicate(timeout=PATIENT_S)
     assert launcher.returncode == 130
-    assert not any(exists(int((tmp_path / f"up-{rank}").read_text())) for rank in range(3))
+    assert not any(is_running(int((tmp_path / f"up-{rank}").read_text())) for rank in range(3))
 
 
 def test_no_process_outlives_a_killed_launcher(tmp_path: Path, start: Callable) -> None:
     launcher = start(TOLD + "while True: time.sleep(1)")
     are_up(tmp_path)
     pids = [int((tmp_path / f"up-{rank}").read_text()) for rank in range(3)]
-    assert all(map(exists, pids))
+    assert all(map(is_running, pids))
     launcher.kill()
-    until(lambda: not any(map(exists, pids)))
+    until(lambda: not any(map(is_running, pids)))
 
 
 def test_a_closed_pipe_does_not_end_the_run(tmp_path: Path, start: Callable) -> None:

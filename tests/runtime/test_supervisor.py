@@ -14,7 +14,8 @@ from jaxinfra.launchers.launcher import Patience
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
 from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
 from tests.conftest import ROOT
-from tests.runtime.test_launcher import exists, until
+from tests.runtime.test_launcher import until
+from tests.tiny_run import is_running
 
 STUB = """\
 import os, signal, struct, sys, time
@@ -234,7 +235,7 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
         until((tmp_path / file).exists)
         supervisor.send_signal(signal.SIGINT)
     supervisor.communicate(timeout=600)
-    assert supervisor.returncode == 130 and not exists(int((tmp_path / "start-0-0").read_text()))
+    assert supervisor.returncode == 130 and not is_running(int((tmp_path / "start-0-0").read_text()))
 
 
 def test_no_process_outlives_a_killed_supervisor(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_no_process_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     until((tmp_path / "up-0").exists)
     supervisor.kill()
     supervisor.communicate()
-    until(lambda: not exists(int((tmp_path / "start-0-0").read_text())))
+    until(lambda: not is_running(int((tmp_path / "start-0-0").read_text())))
 
 
 def page(name: str) -> str:
