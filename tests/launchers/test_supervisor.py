@@ -14,7 +14,7 @@ from jaxinfra.launchers.launcher import Patience
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
 from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
 from tests.conftest import ROOT
-from tests.runtime.test_launcher import until
+from tests.launchers.test_launcher import until
 from tests.tiny_run import is_running
 
 STUB = """\

@@ -24,7 +24,7 @@ from tests.tiny_run import tiny_data as tiny_data
 PAGE = (ROOT / "docs/run-on.md").read_text()
 START_S = 240  # a job that is queued again waits for Slurm's scheduler, too
 LONG = ("train.steps=100000", "train.eval_every=none", "track.tensorboard=false")
-PROGRAM = (sys.executable, "-m", "tests.runtime.joins")
+PROGRAM = (sys.executable, "-m", "tests.processes.joins")
 MPIRUN = ("mpirun.openmpi", "--allow-run-as-root", "-n", "2")
 
 

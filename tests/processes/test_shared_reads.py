@@ -8,7 +8,7 @@ import pytest
 from jaxinfra.processes.peers import Peers
 from jaxinfra.processes.shared_reads import read_by_first
 from jaxinfra.storage.known_reads import ask_once
-from tests.runtime.test_peers import connect, together
+from tests.processes.test_peers import connect, together
 
 VOCABULARY = random.Random(0).randbytes(2**25)
 """Larger than a message, and not to be compressed."""
