@@ -23,7 +23,7 @@ from jaxinfra.inference.language_model import require_text
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.config import TrackConfig
@@ -143,7 +143,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     numerics = Numerics(job.program, watch.phases)
     reporting = Reporting(job, watch, numerics, MultiTracker(), peak_flops=1.0, skipped=lambda step: {})
     profiler = Profiler(run.profile, Path())
-    with job.program.on_mesh, RunSignals() as requests:
+    with job.program.on_mesh, RunSignals(job.peers) as requests:
         loop = Loop(
             job,
             state,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jaxinfra.cli import early_signals
+from jaxinfra.processes import signal_router
 from jaxinfra.storage import credentials
 
 
@@ -11,7 +11,7 @@ def main(add_commands: Callable[[], None] = lambda: None) -> int:
 
     `add_commands` adds to the commands of the package, before the command line is parsed.
     """
-    early_signals.install()
+    signal_router.route_start()
     credentials.mask_stderr()
     import logging
 
@@ -28,6 +28,6 @@ def main(add_commands: Callable[[], None] = lambda: None) -> int:
         code = ending_of(left).code
         raise
     finally:
-        early_signals.end_with(code)
+        signal_router.route_end(code)
         current_peers().exit_soon(code)
     return code

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
-from jaxinfra.cli import early_signals
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS, MODULES
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
@@ -26,12 +25,13 @@ from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.machine import emulation, platforms
 from jaxinfra.machine.compile_cache import cache_environment
 from jaxinfra.machine.host_memory import keep_freed_memory
+from jaxinfra.processes import signal_router
 from jaxinfra.processes.discovery import find_processes
 from jaxinfra.processes.door import SECRET
 from jaxinfra.processes.join import join
 from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.processes.run_secret import run_secret
-from jaxinfra.processes.signals import RunSignals
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.user_code import ending_of
 
@@ -182,7 +182,7 @@ def _all_processes(options: argparse.Namespace, argv: Sequence[str]) -> Iterator
     if options.command not in JOINING_COMMANDS:
         yield
         return
-    with RunSignals(training=False, interrupts=options.command == "train"), _joined(options, argv):
+    with RunSignals(interrupts=options.command == "train"), _joined(options, argv):
         yield
 
 
@@ -240,7 +240,7 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         failpoints.check_environment(os.environ)
         joins, trains = options.command in JOINING_COMMANDS, options.command == "train"
-        early_signals.give_back(interrupts=not trains, all_signals=not joins)
+        signal_router.leave_start(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
         if trains and options.supervise:

@@ -21,6 +21,7 @@ from jaxinfra.launchers import tied_process
 from jaxinfra.launchers.rank_output import Output
 from jaxinfra.launchers.restart_policy import CRASHES
 from jaxinfra.machine import COMPILE_ANEW
+from jaxinfra.processes.signal_router import STOPPING, routed
 
 _POLL_S = 0.05
 
@@ -257,23 +258,16 @@ class Launcher:
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Handles the signals of a user, a scheduler and a terminal within this context; SIGHUP not under nohup."""
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        previous = {
-            number: signal.signal(number, self._handle)
-            for number in numbers
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        """Handles the signals of a user, a scheduler and a terminal within this context."""
+        actions: dict[int, Callable[[signal.Signals], object]] = {
+            **dict.fromkeys(STOPPING, self._handle),
+            **dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT), self._pass_on),
+            signal.SIGWINCH: lambda number: self._output and self._output.resize(),
         }
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
-            previous[number] = signal.signal(number, self._pass_on)
-        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._output and self._output.resize())
-        try:
+        with routed(actions):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
-    def _pass_on(self, number: int, frame: object) -> None:
+    def _pass_on(self, number: signal.Signals) -> None:
         """Passes a signal on to rank 0.
 
         At SIGUSR1 all processes save, at SIGQUIT all write their stacks, at SIGUSR2 rank 0 profiles a few steps.
@@ -282,7 +276,7 @@ class Launcher:
             if child.rank == 0:
                 child.send(number)
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: signal.Signals) -> None:
         self.interrupted |= number == signal.SIGINT and self.stop_requested
         if number == signal.SIGINT and not self.stop_requested and self._output is not None:
             self._output.say("stopping: the processes save and leave; Ctrl-C again kills them")

@@ -14,7 +14,7 @@ from jaxinfra.processes.discovery import Processes, find_processes
 from jaxinfra.processes.door import SECRET, new_secret
 from jaxinfra.processes.peer_connection import AGAIN, free_port, is_loopback
 from jaxinfra.processes.peers import Peers, current_peers, set_current_peers
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.user_code import ending_of
 
@@ -85,7 +85,7 @@ def join(
         raise
     leave_at_exit(peers)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        RunSignals(training=False, interrupts=False).__enter__()  # for the life of the process
+        RunSignals(interrupts=False).__enter__()  # for the life of the process
     return peers
 
 

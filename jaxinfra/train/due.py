@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.train.profiler import Profiler
 

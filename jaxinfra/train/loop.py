@@ -10,7 +10,7 @@ from typing import Protocol
 import jax
 
 from jaxinfra.failpoints import failpoint
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.train.due import Due, due_after
 from jaxinfra.train.job import Job

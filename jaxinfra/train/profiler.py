@@ -4,13 +4,10 @@ Outside of a profile it costs a comparison per step, and never waits for the dev
 """
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -26,32 +23,28 @@ TEXT_FILE = "operations.txt"
 
 
 class Profiler:
-    """Begins a profile at `ProfileConfig.at`, and at the step after a SIGUSR2; a context manager for the signal.
+    """Begins a profile at `ProfileConfig.at`, and at the step after a `request`; a context manager, which ends one.
 
-    A profile that fails is logged, and training goes on. In other threads than the main one the signal is not received.
+    A profile that fails is logged, and training goes on.
     """
 
     def __init__(self, config: ProfileConfig, folder: Path, *, is_active: bool = True):
-        """Without `is_active` it profiles nothing, and ignores the signal."""
+        """Without `is_active` it profiles nothing."""
         self._config, self._folder, self._is_active = config, folder, is_active
         self._requested = self._has_compiled = False
         self._begin: tuple[int, float] | None = None  # completed steps and time at the begin of the profile
-        self._previous_handler: Any = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGUSR2, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGUSR2, self._previous_handler)
         if self._begin is not None:  # after an error
             self._begin = None
             with self._failure_is_logged():
                 jax.profiler.stop_trace()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def request(self) -> None:
+        """Asks for a profile from the next step on."""
         self._requested = True
 
     def begin_step(self, completed_steps: int, state: Any) -> None:

@@ -24,7 +24,7 @@ from jaxinfra.failpoints import failpoint
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes import maintenance
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.run_dir import Owned
 from jaxinfra.storage.credentials import mask_credentials
@@ -97,10 +97,10 @@ def train(job: Job) -> Ended:
     """
     run, run_dir, peers, dataset = job.run, job.run_dir, job.peers, job.data.dataset
     with (
-        RunSignals() as requests,
+        Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main) as profiler,
+        RunSignals(peers, profile=profiler.request) as requests,
         Watch(run.watchdog, run_dir, peers) as watch,
         maintenance.listen(os.environ, lambda notice: peers.request("stop", notice)),
-        Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main) as profiler,
         compile_cache(run.train.compile_cache, exact_lines=run.profile.at is not None),
         run_dir.owned() if job.is_main else nullcontext() as owned,
         ExitStack() as before_owned_ends,

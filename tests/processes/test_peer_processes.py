@@ -123,12 +123,12 @@ def test_a_process_that_hangs_after_its_last_save_ends_as_the_others(start: Star
 
 def test_a_request_before_the_first_step_needs_no_standard_error(start: Start) -> None:
     code = """\
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 reader, writer = os.pipe()
 os.dup2(writer, 2)
 os.close(writer)
 os.close(reader)
-with RunSignals() as stop:
+with RunSignals(peers) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1000)
 """
@@ -140,7 +140,7 @@ import os, sys, time
 from jaxinfra.processes import join
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.processes.discovery import Processes
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 
 def connect_devices(*arguments):
     if os.environ["PLACE"] == "joining":
@@ -150,7 +150,7 @@ def connect_devices(*arguments):
 join._connect_devices = connect_devices
 found = Processes(coordinator=sys.argv[1], count=2, index=int(sys.argv[2]), local_devices=None, source="test")
 if os.environ["PLACE"] == "joining":
-    with RunSignals(training=False):
+    with RunSignals():
         join.join(found)
 join.join(found)
 print("up", flush=True)

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from jaxinfra.processes.signals import StopRequest
+from jaxinfra.processes.requests import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

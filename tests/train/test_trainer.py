@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.errors import Preempted
-from jaxinfra.processes.signals import RunSignals
+from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.due import Due

@@ -20,7 +20,7 @@ from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
 from jaxinfra.prepare.recipes import Corpus, ImageSet, Recipe
-from jaxinfra.processes.signals import StopRequest
+from jaxinfra.processes.requests import StopRequest
 
 _MEASURED_STAGES = ("tokens", "images")  # stages that run jobs, whose progress is known in bytes
 

@@ -1,0 +1,106 @@
+"""Routes the signals of this process: the only module that installs handlers.
+
+What a signal does depends on how far the process is:
+
+    state       Ctrl-C, SIGTERM, SIGHUP                  SIGUSR1          SIGUSR2          SIGQUIT
+    starting    it leaves: nothing has begun             -                -                -
+    computing   all processes of the command leave       nothing to save  -                -
+    training    all stop after the same step             they save        they profile     they write their stacks
+    ended       it leaves with the code of its command   -                -                -
+
+`cli.entry` routes those of a start and of the end, `requests.RunSignals` those between them. Under nohup SIGHUP stays
+ignored in all states. Imports nothing heavy, since a signal may come while Python imports the command line: by default
+SIGTERM would end it with 143, and Ctrl-C would raise KeyboardInterrupt somewhere in an import.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from jaxinfra.errors import Preempted
+
+type Actions = Mapping[int, Callable[[signal.Signals], object]]
+"""What is called at a signal, by its number: in the main thread, between two of its instructions."""
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a process to stop; SIGHUP comes when a terminal or an SSH connection closes."""
+
+
+def route(actions: Actions) -> dict[int, Any]:
+    """Calls these actions at signals from now on; returns the handlers from before.
+
+    Does nothing in other threads than the main one, because Python delivers signals to that one alone.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, action in actions.items():
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _Handler(action))
+    return before
+
+
+def restore(handlers: Mapping[int, Any]) -> None:
+    """Sets handlers that `route` has returned, or Python's own."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def routed(actions: Actions) -> Iterator[None]:
+    """Calls these actions at signals within this context."""
+    before = route(actions)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def route_start() -> None:
+    """Lets a signal to stop end the process with the code of Preempted, until a command has its own routes."""
+    route({**dict.fromkeys(STOPPING, _leave), signal.SIGUSR1: _ignore})
+
+
+def leave_start(*, interrupts: bool, all_signals: bool) -> None:
+    """Makes signals do what they do in any Python program, where `route_start` has changed that.
+
+    Args:
+        interrupts: Ctrl-C raises KeyboardInterrupt.
+        all_signals: the others end the process.
+    """
+    defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler} if interrupts else {}
+    if all_signals:
+        defaults |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
+    for number, handler in defaults.items():
+        current = signal.getsignal(number)
+        if isinstance(current, _Handler) and current.action in (_leave, _ignore):
+            signal.signal(number, handler)
+
+
+def route_end(code: int) -> None:
+    """Makes a signal end the process with the exit code of the command, which has ended."""
+    route({**dict.fromkeys(STOPPING, lambda number: os._exit(code)), signal.SIGUSR1: _ignore})
+
+
+class _Handler:
+    """A handler of Python that calls an action."""
+
+    def __init__(self, action: Callable[[signal.Signals], object]) -> None:
+        self.action = action
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.action(signal.Signals(number))
+
+
+def _leave(number: signal.Signals) -> NoReturn:
+    text = f"stopped by {number.name} at the start, nothing to save; start the same command to go on\n"
+    try:
+        os.write(2, text.encode())
+    finally:
+        os._exit(Preempted.exit_code)
+
+
+def _ignore(number: signal.Signals) -> None:
+    """Does nothing; unlike SIG_IGN, it is not inherited by other programs."""
