@@ -398,7 +398,9 @@ DEVICE_OPTIONS = (
 )
 """Options that may be taken for config fields."""
 COMMANDS = {name: summary for name, _, summary in _COMMANDS}
-ADD_ARGUMENTS = {name: add_arguments for name, add_arguments, _ in _COMMANDS}
+ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    name: add_arguments for name, add_arguments, _ in _COMMANDS
+}
 MODULES = {name: f"jaxinfra.cli.{name.replace(' ', '.')}" for name in COMMANDS}
 """Of each command: its module, whose `run(options, argv)` returns the exit code."""
 

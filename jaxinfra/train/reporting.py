@@ -1,6 +1,6 @@
 """Waits for the steps that the loop has dispatched, and logs those that are due: one step late."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 
@@ -39,7 +39,7 @@ class Reporting:
         trackers: Tracker,
         *,
         peak_flops: float,
-        skipped: Callable[[int], Mapping[str, float]],
+        skipped: Callable[[int], dict[str, float]],
     ) -> None:
         self._job, self._watch, self._numerics, self._trackers = job, watch, numerics, trackers
         self._peak_flops, self._skipped = peak_flops, skipped
