@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Self, override
 
 from jaxinfra.processes.peers import Peers, current_peers
-from jaxinfra.processes.signal_router import STOPPING, Actions, restore, route
+from jaxinfra.processes.signal_router import STOPPING, Actions, route, set_handlers
 
 
 class StopRequest:
@@ -36,7 +36,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        restore(self._before)
+        set_handlers(self._before)
 
     def _actions(self) -> Actions:
         return dict.fromkeys(STOPPING, self._stop)

@@ -42,10 +42,12 @@ def route(actions: Actions) -> dict[int, Any]:
     return before
 
 
-def restore(handlers: Mapping[int, Any]) -> None:
-    """Sets handlers that `route` has returned, or Python's own."""
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def set_handlers(handlers: Mapping[int, Any]) -> None:
+    """Sets handlers that `route` has returned, or Python's own, in the main thread alone."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:  # None: it was not set from Python, and cannot be set again
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def routed(actions: Actions) -> Iterator[None]:
     try:
         yield
     finally:
-        restore(before)
+        set_handlers(before)
 
 
 def route_start() -> None:
@@ -73,10 +75,8 @@ def leave_start(*, interrupts: bool, all_signals: bool) -> None:
     defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler} if interrupts else {}
     if all_signals:
         defaults |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
-    for number, handler in defaults.items():
-        current = signal.getsignal(number)
-        if isinstance(current, _Handler) and current.action in (_leave, _ignore):
-            signal.signal(number, handler)
+    is_ours = {number: isinstance(signal.getsignal(number), _Handler) for number in defaults}
+    set_handlers({number: handler for number, handler in defaults.items() if is_ours[number]})
 
 
 def route_end(code: int) -> None:

@@ -12,8 +12,7 @@ outlive a killed driver.
 
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -26,6 +25,7 @@ from jaxinfra.prepare.engines.local import start_local
 from jaxinfra.prepare.engines.on_dask import start_dask
 from jaxinfra.prepare.engines.on_ray import start_ray
 from jaxinfra.prepare.engines.on_spark import start_spark
+from jaxinfra.processes.signal_router import set_handlers
 
 EngineName = Literal["local", "ray", "dask", "spark"]
 
@@ -83,17 +83,10 @@ def _sigterm_as_exception() -> Iterator[Callable[[], None]]:
     if before[signal.SIGTERM] is signal.SIG_DFL:
         during[signal.SIGTERM] = _exit
     try:
-        _install(during)
-        yield lambda: _install(during)
+        set_handlers(during)
+        yield lambda: set_handlers(during)
     finally:
-        _install(before)
-
-
-def _install(handlers: Mapping[signal.Signals, _Handler]) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            if handler is not None:  # None: it was not set from Python, and cannot be set again
-                signal.signal(number, handler)
+        set_handlers(before)
 
 
 def _exit(number: int, frame: object) -> None:

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from jaxinfra.prepare.engines.engine import JobResult, run_job
+from jaxinfra.processes.signal_router import set_handlers
 
 
 def _receive(connection: Connection, jobs: SimpleQueue[bytes]) -> None:
@@ -24,7 +25,7 @@ def _receive(connection: Connection, jobs: SimpleQueue[bytes]) -> None:
 
 def main(descriptor: int) -> None:
     """Receives pickled (function, job) pairs on a socket and answers each with its `JobResult`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
+    set_handlers({signal.SIGINT: signal.SIG_IGN})  # the driver handles Ctrl-C
     connection = Connection(descriptor)
     jobs: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
