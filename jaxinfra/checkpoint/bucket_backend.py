@@ -51,9 +51,9 @@ from jaxinfra.checkpoint.manifest import (
 )
 from jaxinfra.checkpoint.retention import Metrics, superseded
 from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, Shard, relative
-from jaxinfra.errors import RunInUseError, StorageError
+from jaxinfra.errors import DataError, RunInUseError, StorageError
 from jaxinfra.failpoints import failpoint
-from jaxinfra.storage.errors import cause_of, is_storage_error
+from jaxinfra.storage.errors import call_storage, cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.objects import ObjectStore
 
@@ -190,8 +190,12 @@ class BucketBackend(Backend):
         return self._steps[str(step)]["folder"]
 
     def _read_objects(self, manifest: Manifest, uses: Mapping[str, Callable[[bytes], None]]) -> None:
-        """Reads objects of a step, compares each with its hash, and passes on its content; raises DamageError."""
-        folder, window = self._folder(manifest.step), _Window()
+        """Reads objects of a step, compares each with its hash, and passes on its content.
+
+        Raises DamageError, or StorageError while the bucket cannot be reached, which says nothing about the step.
+        """
+        folder = self._folder(manifest.step)
+        window = _Window(self._store.url_of(folder))
 
         def use(result: Any, name: str) -> None:
             if result.state != "value":
@@ -199,13 +203,15 @@ class BucketBackend(Backend):
             verify_bytes(name, result.value, manifest)
             uses[name](result.value)
 
-        for name in uses:
-            if name not in manifest.files:
-                raise DamageError(f"{folder}/{MANIFEST_FILE} has no {name}")
-            window.add(
-                self._store.start_read(f"{folder}/{name}"), manifest.files[name].num_bytes, partial(use, name=name)
-            )
-        window.wait()
+        if missing := [name for name in uses if name not in manifest.files]:
+            raise DamageError(f"{folder}/{MANIFEST_FILE} has no {missing[0]}")
+        try:
+            for name in uses:
+                num_bytes = manifest.files[name].num_bytes
+                window.add(self._store.start_read(f"{folder}/{name}"), num_bytes, partial(use, name=name))
+            window.wait()
+        except DataError as error:
+            raise DamageError(str(error).partition(";")[0]) from None
 
     def _claim(self) -> None:
         """Claims the index for the owner of the run, and deletes what attempts of earlier owners have left."""
@@ -306,10 +312,12 @@ class BucketBackend(Backend):
 class _Window:
     """Writes and reads on their way; `add` waits while they take too much memory.
 
-    The result of each is passed to `use`, in order, and then forgotten.
+    The result of each is passed to `use`, in order, and then forgotten. With the URL that is read, `add` and `wait`
+    raise the errors of `call_storage`, else those of TensorStore.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read_from: str | None = None) -> None:
+        self._read_from = read_from
         self._pending: deque[tuple[ts.Future[Any], int, Callable[[Any], object]]] = deque()
         self._bytes = 0
 
@@ -325,7 +333,7 @@ class _Window:
 
     def _finish_first(self) -> None:
         future, num_bytes, use = self._pending.popleft()
-        use(future.result())
+        use(future.result() if self._read_from is None else call_storage(self._read_from, future.result))
         self._bytes -= num_bytes
 
 

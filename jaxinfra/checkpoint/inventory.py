@@ -1,7 +1,7 @@
 """Lists the checkpoints of a run with their health, verifies them, and decides which to delete. Imports no JAX."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.manifest import DamageError, Manifest
 from jaxinfra.checkpoint.retention import Metrics, superseded
-from jaxinfra.checkpoint.stored import Leftover, StoredCheckpoints, step_damage
+from jaxinfra.checkpoint.stored import Leftover, StoredCheckpoints, step_health
 from jaxinfra.checkpoint.stored_in_bucket import StoredInBucket
 from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config.codec import decode
@@ -52,27 +52,18 @@ def retention_of(record: Mapping[str, Any]) -> CheckpointConfig:
 
 def list_checkpoints(stored: StoredCheckpoints, config: CheckpointConfig) -> list[StepOverview]:
     """Returns the steps, ascending; reads manifests and lengths only."""
-    problems = {step: found for step in stored.steps() if (found := step_damage(stored, step)) is not None}
-    manifests = dict(_manifests(stored, [step for step, found in problems.items()]))
-    intact = {step: manifests[step].metrics for step, found in problems.items() if not found and step in manifests}
+    found = {step: health for step in stored.steps() if (health := step_health(stored, step)) is not None}
+    intact = {step: manifest.metrics for step, (manifest, problems) in found.items() if manifest and not problems}
     deleted = {*superseded(intact, config)}
-    overviews = []
-    for step, found in problems.items():
-        manifest = manifests.get(step)
-        about = {} if manifest is None else _about(manifest)
-        overviews.append(StepOverview(step=step, problems=found, is_kept=step not in deleted, **about))
-    return overviews
+    return [
+        StepOverview(step=step, problems=problems, is_kept=step not in deleted, **_about(manifest))
+        for step, (manifest, problems) in found.items()
+    ]
 
 
-def _manifests(stored: StoredCheckpoints, steps: Sequence[int]) -> Iterator[tuple[int, Manifest]]:
-    for step in steps:
-        try:
-            yield step, stored.manifest(step)
-        except DamageError:  # among the problems of the step, or deleted in the meantime
-            continue
-
-
-def _about(manifest: Manifest) -> dict[str, Any]:
+def _about(manifest: Manifest | None) -> dict[str, Any]:
+    if manifest is None:
+        return {}
     age_s = time.time() - datetime.fromisoformat(manifest.saved).timestamp()
     return {"num_bytes": manifest.num_bytes, "age_s": age_s, "metrics": manifest.metrics}
 
@@ -143,11 +134,11 @@ def plan_prune(stored: StoredCheckpoints, config: CheckpointConfig, *, with_dama
     damaged: dict[int, str] = {}
     manifests: dict[int, Manifest] = {}
     for step in stored.steps():
-        problems = step_damage(stored, step)
+        manifest, problems = step_health(stored, step) or (None, [])
         if problems:
             damaged[step] = problems[0]
-        elif problems is not None:
-            manifests[step] = stored.manifest(step)
+        elif manifest is not None:
+            manifests[step] = manifest
     verified: set[int] = set()
     while True:
         deleted = superseded({step: manifest.metrics for step, manifest in manifests.items()}, config)

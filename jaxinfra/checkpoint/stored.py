@@ -73,12 +73,15 @@ class StoredCheckpoints(Protocol):
             return True
 
 
-def step_damage(stored: StoredCheckpoints, step: int) -> list[str] | None:
-    """Returns what is wrong with a step, as its manifest and the lengths of its files tell; None if it is gone."""
+def step_health(stored: StoredCheckpoints, step: int) -> tuple[Manifest | None, list[str]] | None:
+    """Returns the manifest of a step, None if it is damaged, and what is wrong with it or the lengths of its files.
+
+    Returns None if the step is gone.
+    """
     manifest = None
     try:
         manifest = stored.manifest(step)
         problems = stored.missing(step, manifest)
     except DamageError as damage:
         problems = [str(damage)]
-    return problems if not problems or stored.still_has(step, manifest) else None
+    return (manifest, problems) if not problems or stored.still_has(step, manifest) else None

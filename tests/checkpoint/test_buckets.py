@@ -140,6 +140,24 @@ def test_a_chunk_that_is_missing_is_noticed(server: Server) -> None:
         assert_same(checkpoints.restore(1, abstract(state, make_mesh())), expected[1])
 
 
+def test_an_outage_is_no_damage(server: Server) -> None:
+    """A bucket that is away while its arrays are read says nothing about them: no older step, nothing set aside."""
+    url, state = server.new_url(), make_state(make_mesh(), ema=True)
+    expected = saved(url, 1, 2)
+
+    def go_away(request: str) -> None:
+        server.faults.down |= "/2." in request and "/c/" in request
+
+    with CheckpointManager(url, EVERY) as checkpoints:
+        server.faults.after = go_away
+        with raises(StorageError, f"{url}/2. cannot be read; start again when the server responds"):
+            checkpoints.newest(lambda step: checkpoints.restore(step, abstract(state, make_mesh())))
+        server.faults.clear()
+        newest = checkpoints.newest(lambda step: checkpoints.restore(step, abstract(state, make_mesh())))
+    assert newest is not None and newest[0] == 2
+    assert_same(newest[1], expected[2])
+
+
 def test_a_missing_index_deletes_nothing(server: Server) -> None:
     """As after a copy that was incomplete."""
     url = server.new_url()
