@@ -13,7 +13,8 @@ from .models.attention import Attention
 from .models.delta_net import GatedDeltaNet
 from .models.flax_model import FlaxModel
 from .models.latent import LatentAttention
-from .models.layers import MLP, NormConfig
+from .models.layers import MLP, FeedForward, NormConfig
+from .models.mixer import Mixer
 from .models.model import ModelConfig
 from .models.module import Module
 from .models.moe import MixtureOfExperts
@@ -54,6 +55,7 @@ __all__ = [
     "DPO",
     "DataConfig",
     "FactoredLogits",
+    "FeedForward",
     "FlaxModel",
     "GatedDeltaNet",
     "ImageData",
@@ -66,6 +68,7 @@ __all__ = [
     "MLP",
     "MeshConfig",
     "MixSource",
+    "Mixer",
     "Mixture",
     "MixtureOfExperts",
     "ModelConfig",

@@ -3,7 +3,7 @@
 Each patch says what the library does, in which version; no option of it helps. pyproject.toml bounds these versions
 above. `tests/test_patches.py` shows each defect in the library as it came: if a test fails under a higher bound, its
 patch can go. To add one: a function, a row where the library is used first, and a test of `UNPATCHED`. JAX's compile
-cache is replaced in `runtime/checked_programs.py`, and its key of a program in `runtime/compile_cache.py`.
+cache is replaced in `machine/checked_programs.py`, and its key of a program in `machine/compile_cache.py`.
 """
 
 import ast

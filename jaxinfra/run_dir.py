@@ -62,7 +62,8 @@ class RunDirectory:
         self.path = Path(location)
         if self.is_remote:
             temporary = tempfile.mkdtemp(prefix="jaxinfra-run-")
-            _remove_at_end(self, temporary)
+            remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            current_peers().last_calls.append(remove)  # `exit` skips what Python does at its end
             self.path = Path(temporary, self.location.rpartition("/")[2])
             self.path.mkdir()
         self.record = self.path / RECORD_FILE
@@ -86,8 +87,8 @@ class RunDirectory:
         if not self.has_checkpoints():
             return {}
         with CheckpointManager(self.checkpoints, read_only=True) as checkpoints:
-            newest = checkpoints.newest(checkpoints.load_record)
-            return {} if newest is None else newest[1]
+            newest = checkpoints.newest(checkpoints.manifest)
+            return {} if newest is None else newest[1].record
 
     def data_versions(self, run: Run) -> Sequence[str]:
         """Returns the dataset versions that the run started with; () for a new run or other data in the config."""
@@ -215,17 +216,10 @@ class Owned(NamedTuple):
     sync: Callable[[], None]
     check: Callable[[], None]
 
-
-def _remove_at_end(owner: RunDirectory, folder: str) -> None:
-    """Removes a folder when its owner is no longer used, or the process ends."""
-    calls = current_peers().last_calls
-
-    def remove() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        calls.remove(remove)
-
-    calls.append(remove)
-    weakref.finalize(owner, remove)
+    def secure(self) -> None:
+        """Raises RunInUseError if another start has the run now, and copies the small files into the bucket."""
+        self.lease.check_now()
+        self.sync()
 
 
 def join_location(root: str, name: str) -> str:

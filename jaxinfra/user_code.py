@@ -45,14 +45,12 @@ def ending_of(error: BaseException | None) -> Ending:
     """Returns how an exception ends the program; code 0 without one."""
     text = "" if error is None else " ".join(str(error).split())
     match error:
-        case None:
+        case None | SystemExit(code=None):
             return Ending(0, "")
         case JaxinfraError():
             return Ending(error.exit_code, text)
         case KeyboardInterrupt():
             return Ending(130, "interrupted")
-        case SystemExit(code=None):
-            return Ending(0, "")
         case SystemExit(code=int(code)):
             return Ending(code & 0xFF, f"ended with exit code {code & 0xFF}")
         case SystemExit():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
@@ -54,7 +55,7 @@ def ids_of(store, *splits):
     """The token ids of every document, its end left out."""
     found = []
     for split in splits or ("train", "validation"):
-        offsets = store.offsets(split)
+        offsets = store.read_all(split, OFFSETS)
         for start, end in zip(offsets[:-1], offsets[1:], strict=True):
             *ids, last = store.read(split, [start], end - start)[0].tolist()
             assert last == store.tokenizer.eot_id

@@ -9,13 +9,26 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, build_tokenizer, train_bpe
+from jaxinfra.prepare.tokenizers import (
+    Bytes,
+    PretrainedTokenizer,
+    SentencePieceModel,
+    Tiktoken,
+    TokenizerFile,
+    convert_tokenizer,
+    train_bpe,
+)
 
 EOT = "<|endoftext|>"
 TEXTS = ["def naïve(x):\n\treturn  'é漢字 🙂'\n" * 5, "class A:\n    pass\n" * 20, "\r\n  \x00 tail"]
 MARKERS = ("<|im_start|>", "<|im_end|>")
 KINDS = ("bpe", "unigram", "fallback", "tiktoken", "sentencepiece", "bytes")
 BYTE_PIECES = [f"<0x{value:02X}>" for value in range(256)]
+
+
+def build_tokenizer(config: PretrainedTokenizer) -> Tokenizer:
+    """The tokenizer of a config that needs no training."""
+    return convert_tokenizer(config)[0]
 
 
 def vocabulary(kind: str, folder: Path) -> Tokenizer:

@@ -11,10 +11,10 @@ from functools import partial
 from statistics import median
 
 from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import jaxinfra_step, load_run, time_alternately
+from jaxinfra.bench.measure import load_run, time_runs
 from jaxinfra.bench.parity import make_program
 from jaxinfra.bench.subprocesses import Times, call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.bench.table import Cases, Columns, TableRow, median_ratio
 from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.plan.aot import memory_usage
 from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
@@ -50,15 +50,14 @@ def sent_bytes(traffic: Sequence[Traffic], mesh: Mapping[str, int]) -> float:
 
 def measure(config: str, sides: Mapping[str, Sequence[str]], num_rounds: int) -> tuple[Times, dict[str, float]]:
     """Times both sides alternately; also returns the MiB of temporaries and of bytes sent of each, by column."""
-    runs = {side: load_run(config, overrides) for side, overrides in sides.items()}
     numbers = {}
-    for side, run in runs.items():
-        program = make_program(run)
+    for side, overrides in sides.items():
+        program = make_program(load_run(config, overrides))
         executable, mesh = program.lower().compile(), dict(program.mesh.shape)
         module = HloModule(executable.as_text() or "")
         numbers[f"{side}_memory"] = memory_usage(executable).temp_size / 2**20
         numbers[f"{side}_sent"] = sent_bytes(summarize(find_collectives(module, mesh)), mesh) / 2**20
-    return time_alternately({side: jaxinfra_step(run) for side, run in runs.items()}, num_rounds), numbers
+    return time_runs(config, sides, num_rounds), numbers
 
 
 def rows(options: argparse.Namespace, mesh: str) -> Iterator[TableRow]:
@@ -76,8 +75,3 @@ def rows(options: argparse.Namespace, mesh: str) -> Iterator[TableRow]:
 
 
 CASES: Cases = {name: partial(rows, mesh=mesh) for name, mesh in MESHES.items()}
-
-
-def run(options: argparse.Namespace) -> BenchmarkResult:
-    """Measures the cases that `--only` names, or all."""
-    return run_cases(options, CASES, COLUMNS)

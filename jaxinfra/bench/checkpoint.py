@@ -7,17 +7,14 @@ in which each has saved before.
 
 import argparse
 import os
-import random
 import shutil
-import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, override
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +23,16 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from jaxinfra.bench.subprocesses import call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
+from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import leaves_by_name
 from jaxinfra.checkpoint.local_copies import LocalCopies
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.checkpoint.shards import StateShards
-from jaxinfra.errors import ConfigError
 from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.parallel.spec import leaves_by_name
 from jaxinfra.processes.peers import Peers
 from jaxinfra.storage.checks import check_space
 
-DEFAULT_MB, MIN_MB = 1000, 1
 MAX_ROUNDS = 15
 NUM_LEAVES = 30  # a third are parameters, the others moments of an optimizer
 
@@ -55,179 +50,120 @@ COLUMNS: Columns = {
 }
 
 
-class Side(ABC):
-    """Saves a state into a folder, and restores it."""
+class Side(NamedTuple):
+    """How a state is saved into a folder, and restored.
 
-    def __init__(self, folder: Path, state: Any) -> None:
-        self.folder, self.state = folder, state
+    Attributes:
+        save: starts to save after a step; returns when the state may be changed.
+        restore: returns the arrays of the state after a step, as a tree.
+        wait: waits until the state is on the disk, and the one before is deleted; `save` may have done so.
+        close: ends threads, if there are any.
+    """
 
-    @abstractmethod
-    def save(self, step: int) -> None:
-        """Starts to save; returns when the state may be changed."""
-
-    def wait(self) -> None:
-        """Waits until the state is on the disk, and the one before is deleted; `save` may have done so."""
-        return
-
-    @abstractmethod
-    def restore(self, step: int) -> Any:
-        """Returns the arrays of the state, as a tree."""
-
-    def close(self) -> None:
-        """Ends threads, if there are any."""
-        return
+    save: Callable[[int], object]
+    restore: Callable[[int], Any]
+    wait: Callable[[], object] = lambda: None
+    close: Callable[[], object] = lambda: None
 
 
-class JaxinfraSide(Side):
+def jaxinfra_side(folder: Path, state: Any, *, compress: bool = False) -> Side:
     """`CheckpointManager` with hashes; a restore compares every byte with them."""
-
-    compress = False
-
-    def __init__(self, folder: Path, state: Any) -> None:
-        super().__init__(folder, state)
-        config = CheckpointConfig(save_every=1, keep_last=1, compress=self.compress)
-        self._manager = CheckpointManager(folder, config)
-
-    @override
-    def save(self, step: int) -> None:
-        self._manager.save(step, self.state, {})
-
-    @override
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
-    @override
-    def restore(self, step: int) -> Any:
-        return self._manager.restore(step, _abstract(self.state))
-
-    @override
-    def close(self) -> None:
-        self._manager.close()
+    manager = CheckpointManager(folder, CheckpointConfig(save_every=1, keep_last=1, compress=compress))
+    return Side(
+        save=lambda step: manager.save(step, state, {}),
+        restore=lambda step: manager.restore(step, _abstract(state)),
+        wait=manager.wait_until_finished,
+        close=manager.close,
+    )
 
 
-class CompressedSide(JaxinfraSide):
-    """The same with `checkpoint.compress`."""
-
-    compress = True
-
-
-class CopySide(Side):
+def copy_side(folder: Path, state: Any) -> Side:
     """A copy as with `checkpoint.local`, which is not synced; a restore compares every byte with its hash."""
+    shards = StateShards(_abstract(state), ["host"], 0)
+    copies = LocalCopies(folder, "bench", shards, Peers(), lambda outgoing, sources: iter(()))
 
-    def __init__(self, folder: Path, state: Any) -> None:
-        super().__init__(folder, state)
-        shards = StateShards(_abstract(state), ["host"], 0)
-        self._copies = LocalCopies(folder, "bench", shards, Peers(), lambda outgoing, sources: iter(()))
-
-    @override
-    def save(self, step: int) -> None:
-        self._copies.save(step, self.state, {}, {})
-
-    @override
-    def wait(self) -> None:
-        self._copies.wait_until_finished()
-
-    @override
-    def restore(self, step: int) -> Any:
-        copy = self._copies.restore(step - 1, {}, lambda name: True)
+    def restore(step: int) -> Any:
+        copy = copies.restore(step - 1, {}, lambda name: True)
         assert copy is not None
         return copy.state
 
+    return Side(lambda step: copies.save(step, state, {}, {}), restore, wait=copies.wait_until_finished)
 
-class OrbaxSide(Side):
+
+def orbax_side(folder: Path, state: Any) -> Side:
     """Orbax's manager with its defaults, which compress."""
-
-    def __init__(self, folder: Path, state: Any) -> None:
-        super().__init__(folder, state)
-        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
-
-    @override
-    def save(self, step: int) -> None:
-        self._manager.save(step, args=ocp.args.StandardSave(self.state))
-
-    @override
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
-    @override
-    def restore(self, step: int) -> Any:
-        return self._manager.restore(step, args=ocp.args.StandardRestore(_abstract(self.state)))
-
-    @override
-    def close(self) -> None:
-        self._manager.close()
+    manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    return Side(
+        save=lambda step: manager.save(step, args=ocp.args.StandardSave(state)),
+        restore=lambda step: manager.restore(step, args=ocp.args.StandardRestore(_abstract(state))),
+        wait=manager.wait_until_finished,
+        close=manager.close,
+    )
 
 
-class TensorStoreSide(Side):
+def tensorstore_side(folder: Path, state: Any) -> Side:
     """A zarr array for each leaf, written and read at once, without compression; no manifest, no hashes."""
 
-    @override
-    def save(self, step: int) -> None:
+    def opened(step: int, name: str, **options: Any) -> Any:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder / str(step) / name}/"}}
+        return ts.open(spec, **options).result()
+
+    def save(step: int) -> None:
         writes = []
-        for name, leaf in leaves_by_name(self.state).items():
+        for name, leaf in leaves_by_name(state).items():
             values = np.asarray(leaf)
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self.folder / str(step) / name}/"}}
-            array = ts.open(spec, create=True, dtype=ts.dtype(values.dtype), shape=values.shape).result()
+            array = opened(step, name, create=True, dtype=ts.dtype(values.dtype), shape=values.shape)
             writes.append(array.write(values))
         for write in writes:
             write.result()
-        _delete_others(self.folder, step)
+        _delete_others(folder, step)
 
-    @override
-    def restore(self, step: int) -> Any:
-        reads = {}
-        for name in leaves_by_name(self.state):
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self.folder / str(step) / name}/"}}
-            reads[name] = ts.open(spec).result().read()
+    def restore(step: int) -> Any:
+        reads = {name: opened(step, name).read() for name in leaves_by_name(state)}
         return {name: read.result() for name, read in reads.items()}
 
+    return Side(save, restore)
 
-class RawSide(Side):
+
+def raw_side(folder: Path, state: Any) -> Side:
     """The bytes in one file, by `write` and `fsync`, and by `readinto`: the floor."""
 
-    @override
-    def save(self, step: int) -> None:
-        target = self.folder / str(step) / "state"
+    def save(step: int) -> None:
+        target = folder / str(step) / "state"
         target.parent.mkdir(parents=True)
         with target.open("wb", buffering=0) as file:
-            for leaf in jax.tree.leaves(self.state):
+            for leaf in jax.tree.leaves(state):
                 left = memoryview(np.asarray(leaf)).cast("B")
                 while left:
                     left = left[file.write(left) :]
             os.fsync(file.fileno())
-        _delete_others(self.folder, step)
+        _delete_others(folder, step)
 
-    @override
-    def restore(self, step: int) -> Any:
-        arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves_by_name(self.state).items()}
-        with (self.folder / str(step) / "state").open("rb", buffering=0) as file:
+    def restore(step: int) -> Any:
+        arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves_by_name(state).items()}
+        with (folder / str(step) / "state").open("rb", buffering=0) as file:
             for array in arrays.values():
                 left = memoryview(array).cast("B")
                 while left:
                     left = left[file.readinto(left) :]
         return arrays
 
+    return Side(save, restore)
+
 
 ORBAX, RAW = "plain Orbax, defaults", "write + fsync"
-SIDES: Mapping[str, tuple[str, type[Side]]] = {
-    "jaxinfra": ("jaxinfra", JaxinfraSide),
-    "compress": ("jaxinfra, checkpoint.compress", CompressedSide),
-    "copy": ("jaxinfra, checkpoint.local", CopySide),
-    "orbax": (ORBAX, OrbaxSide),
-    "tensorstore": ("TensorStore alone, zarr3", TensorStoreSide),
-    "raw": (RAW, RawSide),
+SIDES: Mapping[str, tuple[str, Callable[[Path, Any], Side]]] = {
+    "jaxinfra": ("jaxinfra", jaxinfra_side),
+    "compress": ("jaxinfra, checkpoint.compress", partial(jaxinfra_side, compress=True)),
+    "copy": ("jaxinfra, checkpoint.local", copy_side),
+    "orbax": (ORBAX, orbax_side),
+    "tensorstore": ("TensorStore alone, zarr3", tensorstore_side),
+    "raw": (RAW, raw_side),
 }
-"""Title and class of each side, by the name that `--only` takes."""
+"""Title and maker of each side, by the name that `--only` takes."""
 
-
-@dataclass
-class SideTimes:
-    """Seconds of each round of a side, and the bytes that it has written."""
-
-    blocked_s: list[float] = field(default_factory=list)
-    total_s: list[float] = field(default_factory=list)
-    restore_s: list[float] = field(default_factory=list)
-    num_bytes: int = 0
+type SideTimes = Mapping[str, Sequence[Mapping[str, float]]]
+"""Of each side, for each round: seconds "blocked" by the save, in "total" until it is durable, and of the "restore"."""
 
 
 def make_state(num_bytes: int) -> dict[str, Any]:
@@ -246,96 +182,79 @@ def make_state(num_bytes: int) -> dict[str, Any]:
     }
 
 
-def time_sides(names: Sequence[str], root: Path, num_bytes: int, num_rounds: int) -> dict[str, SideTimes]:
-    """Times the sides in turn; a first round is warm-up, and checks that what is restored has the same bits."""
+def time_sides(names: Sequence[str], root: Path, num_bytes: int, num_rounds: int) -> tuple[SideTimes, dict[str, int]]:
+    """Times the sides in turn, after a first round as warm-up; also returns the bytes that each has written."""
     state = jax.block_until_ready(make_state(num_bytes))
-    sides = {name: _make_side(name, root / name, state) for name in names}
-    times = {name: SideTimes() for name in names}
-    for round_number in range(num_rounds + 1):
-        # In another order each time, and not while the disk is busy with what the side before has left.
-        for name in random.Random(round_number).sample(names, len(names)):
-            side = sides[name]
-            os.sync()
-            restored = _time_side(side, round_number, times[name])
-            if round_number == 0:
-                _check_same(name, restored, state)
-                times[name] = SideTimes(num_bytes=_bytes_below(side.folder))
-            del restored
-        print(f"round {round_number} of {num_rounds}", file=sys.stderr, flush=True)
+    sides = dict[str, Side]()
+    for name in names:
+        (root / name).mkdir()
+        sides[name] = SIDES[name][1](root / name, state)
+    calls = {name: partial(_time_side, side, state) for name, side in sides.items()}
+    times = time_rounds(calls, num_rounds, shuffled=True, shows=True)
+    written_bytes = {name: _bytes_below(root / name) for name in names}
     for side in sides.values():
         side.close()
-    return times
+    return times, written_bytes
 
 
-def make_rows(times: Mapping[str, SideTimes]) -> Iterable[TableRow]:
+def make_rows(times: SideTimes, written_bytes: Mapping[str, int]) -> Iterable[TableRow]:
     """Yields the medians of each side, and the medians of the ratios of the rounds."""
-    orbax, raw = times.get("orbax"), times.get("raw")
 
-    def ratio(get: Callable[[SideTimes], list[float]], each: SideTimes, other: SideTimes | None) -> float | None:
-        return None if other is None or other is each else median_ratio(get(each), get(other))
+    def seconds(name: str, column: str) -> list[float]:
+        return [each[column] for each in times[name]]
 
-    for name, each in times.items():
-        yield {
+    for name in times:
+        row: dict[str, str | float | None] = {
             "side": SIDES[name][0],
-            "blocked_ms": 1e3 * median(each.blocked_s),
-            "total_s": median(each.total_s),
-            "restore_s": median(each.restore_s),
-            "gb": each.num_bytes / 1e9,
-            "blocked_vs_orbax": ratio(lambda side: side.blocked_s, each, orbax),
-            "total_vs_orbax": ratio(lambda side: side.total_s, each, orbax),
-            "restore_vs_orbax": ratio(lambda side: side.restore_s, each, orbax),
-            "total_vs_raw": ratio(lambda side: side.total_s, each, raw),
-            "restore_vs_raw": ratio(lambda side: side.restore_s, each, raw),
+            "blocked_ms": 1e3 * median(seconds(name, "blocked")),
+            "total_s": median(seconds(name, "total")),
+            "restore_s": median(seconds(name, "restore")),
+            "gb": written_bytes[name] / 1e9,
         }
+        for key in COLUMNS:
+            column, is_ratio, other = key.partition("_vs_")  # as in "total_vs_raw"
+            if is_ratio:
+                has_other = other in times and other != name
+                row[key] = median_ratio(seconds(name, column), seconds(other, column)) if has_other else None
+        yield row
 
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """Times the sides that `--only` names, or all."""
-    megabytes = DEFAULT_MB if options.megabytes is None else options.megabytes
-    if megabytes < MIN_MB:
-        raise ConfigError(f"--megabytes {megabytes}: must be {MIN_MB} or more; use --megabytes {MIN_MB}")
-    num_bytes, num_rounds = megabytes * 10**6, min(options.pairs, MAX_ROUNDS)
+    num_bytes, num_rounds = options.megabytes * 10**6, min(options.pairs, MAX_ROUNDS)
     names = [name for name in SIDES if options.only is None or name in options.only]
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
         # Each side has its last state while it writes the next.
         needed = (len(names) + 1) * num_bytes
         check_space(folder, needed, purpose="the bench", fix="set TMPDIR to a folder on another disk")
-        times = call_in_process(time_sides, emulation_env(1), names, Path(folder), num_bytes, num_rounds)
-        rows = list(make_rows(times))
+        times, written_bytes = call_in_process(time_sides, emulation_env(1), names, Path(folder), num_bytes, num_rounds)
+    rows = list(make_rows(times, written_bytes))
     text = format_table(COLUMNS, rows)
     if "raw" in times:
-        floor = times["raw"]
-        speeds = [num_bytes / 1e9 / median(each) for each in (floor.total_s, floor.restore_s)]
+        speeds = [num_bytes / 1e9 / median(each[column] for each in times["raw"]) for column in ("total", "restore")]
         text += f"\n\nFloors: the disk takes {speeds[0]:.2f} GB/s and the page cache gives {speeds[1]:.2f} GB/s."
     return BenchmarkResult(
         text=text,
-        note=f"{megabytes:,} MB in {NUM_LEAVES} float32 arrays; medians of {num_rounds} rounds",
-        measurements={"rows": rows, "megabytes": megabytes, "rounds": num_rounds},
+        note=f"{options.megabytes:,} MB in {NUM_LEAVES} float32 arrays; medians of {num_rounds} rounds",
+        measurements={"rows": rows, "megabytes": options.megabytes, "rounds": num_rounds},
     )
 
 
-def _make_side(name: str, folder: Path, state: Any) -> Side:
-    folder.mkdir()
-    return SIDES[name][1](folder, state)
-
-
-def _time_side(side: Side, step: int, times: SideTimes) -> Any:
-    """Saves and restores once; returns what was restored."""
+def _time_side(side: Side, state: Any, step: int) -> dict[str, float]:
+    """Saves and restores once, and checks that what is restored has the same bits."""
+    os.sync()  # not while the disk is busy with what the side before has left
     start_s = time.perf_counter()
     side.save(step)
-    times.blocked_s.append(time.perf_counter() - start_s)
+    blocked_s = time.perf_counter() - start_s
     side.wait()
-    times.total_s.append(time.perf_counter() - start_s)
+    total_s = time.perf_counter() - start_s
     start_s = time.perf_counter()
     restored = jax.block_until_ready(side.restore(step))
-    times.restore_s.append(time.perf_counter() - start_s)
-    return restored
-
-
-def _check_same(name: str, restored: Any, state: Any) -> None:
+    restore_s = time.perf_counter() - start_s
     found = leaves_by_name(restored)
-    for leaf_name, leaf in leaves_by_name(state).items():
-        assert np.array_equal(found[leaf_name], leaf), f"{name}: {leaf_name}"
+    for name, leaf in leaves_by_name(state).items():
+        assert np.array_equal(found[name], leaf), name
+    return {"blocked": blocked_s, "total": total_s, "restore": restore_s}
 
 
 def _abstract(state: Any) -> Any:

@@ -18,20 +18,26 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any, override
 
+import grain
 import numpy as np
 import tensorstore as ts
+from absl import flags
+from grain.sources import ArrayRecordDataSource
 
 from jaxinfra.bench.loader import (
     BATCH_SIZE,
     SEQ_LEN,
+    TOKEN_DTYPE,
     TokenFiles,
+    WindowDataset,
     first_batch_s,
     jaxinfra_batches,
     memory_growth_bytes,
 )
 from jaxinfra.bench.subprocesses import call_without_jax
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
+from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
 from jaxinfra.data.store import arrays
@@ -82,6 +88,39 @@ def tensorstore_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
             yield reads.popleft().result().reshape(BATCH_SIZE, SEQ_LEN + 1)
 
 
+class _Decode(grain.transforms.Map):
+    @override
+    def map(self, element: bytes) -> Any:
+        return np.frombuffer(element, TOKEN_DTYPE)
+
+
+def grain_map_dataset(files: TokenFiles) -> Generator[np.ndarray, None, None]:
+    """Loads ArrayRecord with Grain's `MapDataset` and its default number of threads."""
+    records: Any = ArrayRecordDataSource(str(files.records))
+    dataset = grain.MapDataset.source(records).seed(0).shuffle().repeat().map(_Decode()).batch(BATCH_SIZE)
+    with closing(iter(dataset.to_iter_dataset())) as batches:
+        yield from batches
+
+
+def grain_data_loader(files: TokenFiles) -> Generator[np.ndarray, None, None]:
+    """Loads ArrayRecord with Grain's `DataLoader`, without worker processes."""
+    records: Any = ArrayRecordDataSource(str(files.records))
+    sampler = grain.samplers.IndexSampler(len(records), shuffle=True, seed=0)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which only absl.app.run would parse
+    operations = [_Decode(), grain.transforms.Batch(BATCH_SIZE)]
+    yield from grain.DataLoader(data_source=records, sampler=sampler, operations=operations, worker_count=0)
+
+
+def torch_data_loader(files: TokenFiles, *, num_workers: int) -> Generator[object, None, None]:
+    """Loads the memory-mapped flat file with PyTorch's `DataLoader`."""
+    loader = importlib.import_module("torch.utils.data").DataLoader
+    dataset = WindowDataset(files)
+    batches = loader(dataset, batch_size=BATCH_SIZE, shuffle=True, num_workers=num_workers, drop_last=True)
+    while True:
+        yield from batches
+
+
 def installed_loaders() -> dict[str, Loader]:
     """Returns all loaders with installed packages, by name."""
     loaders: dict[str, Loader] = {
@@ -90,19 +129,13 @@ def installed_loaders() -> dict[str, Loader]:
         JAXINFRA: partial(jaxinfra_batches, mask_documents=False),
         f"{JAXINFRA}, documents masked": jaxinfra_batches,
         f"{JAXINFRA}, whole documents packed": partial(jaxinfra_batches, packing="best_fit"),
+        GRAIN: grain_map_dataset,
+        "Grain DataLoader, ArrayRecord": grain_data_loader,
     }
-    if _installed("grain"):
-        others = importlib.import_module("jaxinfra.bench.other_loaders")
-        loaders |= {GRAIN: others.grain_map_dataset, "Grain DataLoader, ArrayRecord": others.grain_data_loader}
-        if _installed("torch"):
-            for n in (0, 1, 2):
-                name = f"PyTorch DataLoader, memmap, {n} workers"
-                loaders[name] = partial(others.torch_data_loader, num_workers=n)
+    if importlib.util.find_spec("torch"):
+        for n in (0, 1, 2):
+            loaders[f"PyTorch DataLoader, memmap, {n} workers"] = partial(torch_data_loader, num_workers=n)
     return loaders
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def cpu_s() -> float:
@@ -136,25 +169,21 @@ def required_tokens_per_s() -> float:
 
 def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:
     """Times all loaders round by round; the first round is warm-up."""
-    loaders = installed_loaders()
-    speeds: dict[str, list[float]] = {name: [] for name in loaders}  # tokens per second in each round
-    cpu_times_ns: dict[str, list[float]] = {name: [] for name in loaders}  # per token
-    for round_number in range(num_rounds + 1):
-        for name, loader in loaders.items():
-            speed, cpu_ns = time_loader(loader, files)
-            if round_number > 0:
-                speeds[name].append(speed)
-                cpu_times_ns[name].append(cpu_ns)
+    sides = {
+        name: lambda number, loader=loader: time_loader(loader, files) for name, loader in installed_loaders().items()
+    }
+    found = time_rounds(sides, num_rounds)
+    speeds = {name: [speed for speed, _ in times] for name, times in found.items()}  # tokens per second in each round
     required = required_tokens_per_s()
     for name, speed in speeds.items():
-        cpu_ns = median(cpu_times_ns[name])
+        cpu_ns = median(cpu_ns for _, cpu_ns in found[name])
         yield {
             "loader": name,
             "mtok_per_s": median(speed) / 1e6,
             "cpu_ns": cpu_ns,
             "cores": 1e-9 * cpu_ns * required,  # busy cores that load `required` tokens per second
             "vs_tensorstore": median_ratio(speed, speeds[TENSORSTORE]),
-            "vs_grain": median_ratio(speed, speeds[GRAIN]) if GRAIN in speeds else None,
+            "vs_grain": median_ratio(speed, speeds[GRAIN]),
         }
 
 
@@ -168,7 +197,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
         print(f"writing {num_tokens:,} tokens ...", file=sys.stderr, flush=True)
-        files = write_token_files(Path(folder), num_tokens, records=_installed("grain"))
+        files = write_token_files(Path(folder), num_tokens)
         for part in options.only or ("speed", "first", "memory"):
             print(f"measuring {part} ...", file=sys.stderr, flush=True)
             if part == "speed":

@@ -25,7 +25,6 @@ import numpy as np
 from jaxinfra.bench.subprocesses import Times, call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.errors import ConfigError
 from jaxinfra.hub.export import Export, export_model, family_of
 from jaxinfra.hub.params import load_published
 from jaxinfra.hub.published_model import open_published, param_shapes
@@ -42,7 +41,6 @@ from jaxinfra.run import Precision, Run
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.memory import rss_bytes
 
-DEFAULT_MB, MIN_MB = 1000, 10
 MAX_ROUNDS = 5
 NUM_LAYERS, VOCAB_SIZE, HEAD_DIM = 16, 4096, 64
 PARTS = ("read", "write")
@@ -224,11 +222,8 @@ def make_rows(times: Times, memory: Mapping[str, int], file_bytes: int, largest_
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """Times reading and writing on one device."""
-    megabytes = DEFAULT_MB if options.megabytes is None else options.megabytes
-    if megabytes < MIN_MB:
-        raise ConfigError(f"--megabytes {megabytes}: must be {MIN_MB} or more; use --megabytes {MIN_MB}")
     num_rounds = min(options.pairs, MAX_ROUNDS)
-    model = model_of(megabytes)
+    model = model_of(options.megabytes)
     largest = max(np.prod(shape, dtype=int) for shape in param_shapes(model).values()) * DTYPE.itemsize
     file_bytes = sum(file.nbytes for file in planned_files(model))
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
@@ -241,7 +236,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
         text=format_table(COLUMNS, rows),
         note=f"{file_bytes / 1e6:,.0f} MB, the largest parameter has {largest / 1e6:,.0f} MB; medians of {num_rounds} "
         "rounds",
-        measurements={"rows": rows, "megabytes": megabytes, "rounds": num_rounds},
+        measurements={"rows": rows, "megabytes": options.megabytes, "rounds": num_rounds},
     )
 
 

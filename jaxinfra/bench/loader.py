@@ -1,6 +1,6 @@
 """Runs jaxinfra's data loader on the files of `bench data`, and measures its startup and memory.
 
-Like any process that only loads data, it does not import JAX.
+Like any process that only loads data, it does not import JAX; PyTorch's workers import it, too.
 """
 
 import time
@@ -38,6 +38,19 @@ class TokenFiles:
     def windows_at_every_token(self) -> np.ndarray:
         """Maps the flat file into memory, as views `[num_tokens - SEQ_LEN, SEQ_LEN + 1]`."""
         return sliding_window_view(np.memmap(self.flat, TOKEN_DTYPE, "r"), SEQ_LEN + 1)
+
+
+class WindowDataset:
+    """A map-style PyTorch dataset of windows."""
+
+    def __init__(self, files: TokenFiles):
+        self._windows = files.windows_at_every_token()[::SEQ_LEN]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._windows[index].copy()  # PyTorch warns about read-only arrays
 
 
 def jaxinfra_batches(

@@ -1,7 +1,7 @@
 """Times the train steps of jaxinfra and the baseline, or of jaxinfra on two meshes, alternately in one process.
 
-Other load on the machine slows both sides alike, so only their ratio is reliable. The `time_*` functions take a config
-file with its overrides and the number of timed rounds; each is called in a new process.
+Other load on the machine slows both sides alike, so only their ratio is reliable. `time_sides`, `time_dispatch` and
+`time_runs` take a config file with its overrides and the number of timed rounds; each is called in a new process.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from jaxinfra.bench import DEFAULT_CONFIG
 from jaxinfra.bench.baseline import BaselineConfig, make_train_step
 from jaxinfra.bench.parity import make_program, put_like, random_batch
 from jaxinfra.bench.subprocesses import Times
+from jaxinfra.bench.table import time_rounds
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import require_text
@@ -80,13 +82,18 @@ class TimedStep:
     context: Callable[[], AbstractContextManager[object]] = nullcontext  # makes the context in which it runs
     output: object = None  # of the last call
 
-    def dispatch(self) -> None:
-        """Starts one step on the devices."""
-        *self.state, self.output = self.step(*self.state, self.batch)
+    def time(self, number: int = 0, *, dispatch_only: bool = False) -> float:
+        """Makes one step, and returns its seconds, or those of its dispatch."""
+        with self.context():
+            start_s = time.perf_counter()
+            *self.state, self.output = self.step(*self.state, self.batch)
+            dispatched_s = time.perf_counter()
+            jax.block_until_ready((self.state, self.output))
+            return (dispatched_s if dispatch_only else time.perf_counter()) - start_s
 
-    def wait(self) -> None:
-        """Waits until the step is finished."""
-        jax.block_until_ready((self.state, self.output))
+
+type Makers = Mapping[str, Callable[[Run], TimedStep]]
+"""How the step of each side is made."""
 
 
 def jaxinfra_step(run: Run) -> TimedStep:
@@ -105,20 +112,10 @@ def baseline_step(run: Run, naive_matmul: bool = False) -> TimedStep:
     return TimedStep(step, state, batch)
 
 
-def time_alternately(steps: dict[str, TimedStep], num_rounds: int, *, dispatch_only: bool = False) -> Times:
+def time_alternately(steps: Mapping[str, TimedStep], num_rounds: int, *, dispatch_only: bool = False) -> Times:
     """Times the steps in turn, or only their dispatch; the devices are idle when a step starts."""
-    times_s: Times = {name: [] for name in steps}
-    for round_number in range(WARMUP_STEPS + num_rounds):
-        for name, step in steps.items():
-            with step.context():
-                start_s = time.perf_counter()
-                step.dispatch()
-                dispatched_s = time.perf_counter()
-                step.wait()
-                end_s = dispatched_s if dispatch_only else time.perf_counter()
-            if round_number >= WARMUP_STEPS:
-                times_s[name].append(end_s - start_s)
-    return times_s
+    sides = {name: partial(step.time, dispatch_only=dispatch_only) for name, step in steps.items()}
+    return time_rounds(sides, num_rounds, warmup=WARMUP_STEPS)
 
 
 class _OneBatch:
@@ -138,7 +135,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     job = Trainer(replace(run, track=track)).job
     (state,), batch = step.state, step.batch
     assert isinstance(state, TrainState) and isinstance(batch, dict)
-    step.wait()
+    jax.block_until_ready(step.state)
     watch = Watch(run.watchdog, job.run_dir, job.peers)
     numerics = Numerics(job.program, watch.phases)
     reporting = Reporting(job, watch, numerics, MultiTracker(), peak_flops=1.0, skipped=lambda step: {})
@@ -165,17 +162,10 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     return (elapsed_s - (watch.phases.seconds()["device"] - waited_s)) / num_steps
 
 
-def time_step(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
-    """Times jaxinfra and the baseline alternately."""
+def time_sides(makers: Makers, config: str, overrides: Sequence[str], num_rounds: int) -> Times:
+    """Times the steps that functions make of one run."""
     run = load_run(config, overrides)
-    return time_alternately({"jaxinfra": jaxinfra_step(run), "baseline": baseline_step(run)}, num_rounds)
-
-
-def time_separately(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
-    """Times all rounds of jaxinfra, then all rounds of the baseline."""
-    run = load_run(config, overrides)
-    times_s = time_alternately({"jaxinfra": jaxinfra_step(run)}, num_rounds)
-    return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
+    return time_alternately({side: make(run) for side, make in makers.items()}, num_rounds)
 
 
 def time_dispatch(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
@@ -187,19 +177,9 @@ def time_dispatch(config: str, overrides: Sequence[str], num_rounds: int) -> Tim
     return times_s | {"loop": [loop_host_s(run, jaxinfra) for _ in range(num_rounds)]}
 
 
-def time_layouts(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
-    """Times the baseline with naive matmuls, and as it is."""
-    run = load_run(config, overrides)
-    steps = {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}
-    return time_alternately(steps, num_rounds)
-
-
-def time_meshes(config: str, overrides: Sequence[str], fsdp_overrides: Sequence[str], num_rounds: int) -> Times:
-    """Times jaxinfra with two lists of overrides: those of a mesh, and those of plain FSDP."""
-    steps = {
-        "mesh": jaxinfra_step(load_run(config, overrides)),
-        "fsdp": jaxinfra_step(load_run(config, fsdp_overrides)),
-    }
+def time_runs(config: str, overrides: Mapping[str, Sequence[str]], num_rounds: int) -> Times:
+    """Times jaxinfra's steps of one config with several lists of overrides."""
+    steps = {side: jaxinfra_step(load_run(config, each)) for side, each in overrides.items()}
     return time_alternately(steps, num_rounds)
 
 

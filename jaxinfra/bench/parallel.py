@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import time_meshes
+from jaxinfra.bench.measure import time_runs
 from jaxinfra.bench.subprocesses import call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.bench.table import Cases, Columns, TableRow, median_ratio
 from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineConfig
 
@@ -48,10 +48,11 @@ def _row(
 ) -> TableRow:
     """Times a mesh and FSDP in one process; both have the overrides `shared`."""
     model = () if config else DENSE_MODEL
-    overrides = merge_overrides((*model, *options.overrides, *mesh, *shared))
-    fsdp_overrides = merge_overrides((*model, *options.overrides, "mesh.fsdp=8", *shared))
-    env, path = emulation_env(NUM_DEVICES), config or options.config
-    times_s = call_in_process(time_meshes, env, path, overrides, fsdp_overrides, options.pairs)
+    sides = {
+        "mesh": merge_overrides((*model, *options.overrides, *mesh, *shared)),
+        "fsdp": merge_overrides((*model, *options.overrides, "mesh.fsdp=8", *shared)),
+    }
+    times_s = call_in_process(time_runs, emulation_env(NUM_DEVICES), config or options.config, sides, options.pairs)
     return {
         "case": case,
         "step_ms": 1e3 * median(times_s["mesh"]),
@@ -91,8 +92,3 @@ def schedules(options: argparse.Namespace) -> Iterator[TableRow]:
 
 
 CASES: Cases = {"axes": axes, "experts": experts, "schedules": schedules}
-
-
-def run(options: argparse.Namespace) -> BenchmarkResult:
-    """Measures the cases that `--only` names, or all."""
-    return run_cases(options, CASES, COLUMNS)

@@ -6,29 +6,29 @@ stay. Then it trains as a user would, `python -m launch CONFIG`, kills a process
 """
 
 import argparse
-import functools
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
 
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.measure import WARMUP_STEPS, TimedStep, jaxinfra_step, load_run
 from jaxinfra.bench.process_parity import call_in_all, processes
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, Times, command_error, emulated_env, run_command
-from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, command_error, emulated_env, prepared_store, started
+from jaxinfra.bench.table import Cases, Columns, TableRow, format_median, median_ratio, time_rounds
 from jaxinfra.errors import PeerLostError
 from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.machine.emulation import emulation_env
 
 NUM_DEVICES = 2
 DEVICES = f"cpu:{NUM_DEVICES}"
+COUNTS = {"several": NUM_DEVICES, "one": 1}  # processes of each side
 STEPS_BEFORE_KILL = 3
 MAX_ROUNDS = 5  # of parts that start processes
 
@@ -41,10 +41,10 @@ COLUMNS: Columns = {
 
 
 def _row(case: str, several_s: Sequence[float], one_s: Sequence[float] | None, unit: str) -> TableRow:
-    scale, digits = {"ms": (1e3, 1), "s": (1.0, 2)}[unit]
-    cells: dict[str, str | float | None] = {"case": case, "several": f"{scale * median(several_s):.{digits}f} {unit}"}
+    digits = {"ms": 1, "s": 2}[unit]
+    cells: dict[str, str | float | None] = {"case": case, "several": format_median(several_s, unit, digits)}
     if one_s is not None:
-        cells |= {"one": f"{scale * median(one_s):.{digits}f} {unit}", "ratio": median_ratio(several_s, one_s)}
+        cells |= {"one": format_median(one_s, unit, digits), "ratio": median_ratio(several_s, one_s)}
     return cells
 
 
@@ -53,13 +53,13 @@ def step_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     overrides = tuple(merge_overrides([*options.overrides, f"mesh.fsdp={NUM_DEVICES}", "precision.compute=float32"]))
     environment = emulation_env(NUM_DEVICES)
     shares = [environment | share for share in _shares(environment)]
+
+    def time_step(pools: Sequence[ProcessPoolExecutor], number: int) -> float:
+        return max(call_in_all(pools, _time_one_step, options.config, overrides))
+
     with processes(shares) as several, processes([environment]) as one:
-        times_s: Times = {"several": [], "one": []}
-        for number in range(WARMUP_STEPS + options.pairs):
-            for side, pools in (("several", several), ("one", one)):
-                elapsed_s = max(call_in_all(pools, _time_one_step, options.config, overrides))
-                if number >= WARMUP_STEPS:
-                    times_s[side].append(elapsed_s)
+        sides = {"several": partial(time_step, several), "one": partial(time_step, one)}
+        times_s = time_rounds(sides, options.pairs, warmup=WARMUP_STEPS)
     yield _row(f"step, float32, fsdp={NUM_DEVICES}", times_s["several"], times_s["one"], "ms")
 
 
@@ -75,15 +75,10 @@ def _shares(environment: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def _time_one_step(config: str, overrides: tuple[str, ...]) -> float:
-    timed = _timed_step(config, overrides)
-    with timed.context():
-        start_s = time.perf_counter()
-        timed.dispatch()
-        timed.wait()
-        return time.perf_counter() - start_s
+    return _timed_step(config, overrides).time()
 
 
-@functools.cache
+@cache
 def _timed_step(config: str, overrides: tuple[str, ...]) -> TimedStep:
     return jaxinfra_step(load_run(config, overrides))
 
@@ -106,12 +101,8 @@ class _Training:
         command, children = [sys.executable, "-u", "-m", "launch", *self._words, *options], []
         with ExitStack() as stack:
             for rank, share in enumerate(shares):
-                log = stack.enter_context((self._folder / f"{self._name}-{rank}.log").open("w"))
-                child = subprocess.Popen(
-                    command, env=environment | share, stdout=subprocess.PIPE, stderr=log, text=True
-                )
-                stack.callback(_kill, child)
-                children.append(child)
+                log = self._folder / f"{self._name}-{rank}.log"
+                children.append(stack.enter_context(started(command, environment | share, log)))
             yield children
 
     def wait_for_step(self, child: subprocess.Popen[str], number: int = 1, *, resumed: bool = False) -> float:
@@ -125,61 +116,37 @@ class _Training:
         raise command_error(self._words, (self._folder / f"{self._name}-0.log").read_text())
 
 
-def _kill(child: subprocess.Popen[str]) -> None:
-    child.kill()
-    child.wait()
-    assert child.stdout is not None
-    child.stdout.close()
-
-
-@contextmanager
-def _prepared(options: argparse.Namespace) -> Iterator[Path]:
-    """Prepares the store of the config in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-", ignore_cleanup_errors=True) as name:
-        prepare = ["launch", "data", "prepare", options.config, *options.overrides, f"data.store={name}/store"]
-        run_command([sys.executable, "-m", *prepare], emulated_env(1))
-        yield Path(name)
-
-
 def start_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times the start of the processes up to the end of the first step; a first round fills the compile caches."""
-    times_s: Times = {"several": [], "one": []}
-    with _prepared(options) as folder:
-        for number in range(1 + min(options.pairs, MAX_ROUNDS)):
-            for side, count in (("several", NUM_DEVICES), ("one", 1)):
-                training, start_s = _Training(options, folder, f"{side}-{number}"), time.perf_counter()
-                with training.started(count) as children:
-                    elapsed_s = training.wait_for_step(children[0]) - start_s
-                if number > 0:
-                    times_s[side].append(elapsed_s)
+    with prepared_store(options.config, options.overrides) as folder:
+
+        def start(side: str, number: int) -> float:
+            return _time_start(_Training(options, folder, f"{side}-{number}"), COUNTS[side])
+
+        times_s = time_rounds({side: partial(start, side) for side in COUNTS}, min(options.pairs, MAX_ROUNDS))
     yield _row("process start to end of first step, warm compile cache", times_s["several"], times_s["one"], "s")
 
 
 def kill_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times how long the other process takes to leave after a SIGKILL, and the restart up to the next step."""
-    left_s: dict[int, list[float]] = {index: [] for index in range(NUM_DEVICES)}
-    restarts_s: Times = {"several": [], "one": []}
-    supervised_s: Times = {"several": [], "one": []}
-    with _prepared(options) as folder:
-        for number in range(1 + min(options.pairs, MAX_ROUNDS)):
-            for index in range(NUM_DEVICES):
-                training = _Training(options, folder, f"lost-{index}-{number}")
-                elapsed_s = _time_kill(training, index)
-                restart_s = _time_restart(training, NUM_DEVICES)
-                if number > 0:
-                    left_s[index].append(elapsed_s)
-                    restarts_s["several"].append(restart_s)
-                    restarts_s["one"].append(_time_restart(training, 1))
-                else:
-                    _time_restart(training, 1)
-            for side, count in (("several", NUM_DEVICES), ("one", 1)):
-                elapsed_s = _time_supervised(_Training(options, folder, f"supervised-{side}-{number}"), count)
-                if number > 0:
-                    supervised_s[side].append(elapsed_s)
-    for index, times_s in left_s.items():
-        other = NUM_DEVICES - 1 - index
-        yield _row(f"SIGKILL of process {index} to exit code 76 of process {other}", times_s, None, "s")
-    yield _row("restart after a SIGKILL to the next step", restarts_s["several"], restarts_s["one"], "s")
+    num_rounds = min(options.pairs, MAX_ROUNDS)
+    with prepared_store(options.config, options.overrides) as folder:
+
+        def lose(index: int, number: int) -> tuple[float, float, float]:
+            training = _Training(options, folder, f"lost-{index}-{number}")
+            return _time_kill(training, index), _time_start(training, NUM_DEVICES), _time_start(training, 1)
+
+        def supervise(side: str, number: int) -> float:
+            return _time_supervised(_Training(options, folder, f"supervised-{side}-{number}"), COUNTS[side])
+
+        lost = time_rounds({index: partial(lose, index) for index in range(NUM_DEVICES)}, num_rounds)
+        supervised_s = time_rounds({side: partial(supervise, side) for side in COUNTS}, num_rounds)
+    for index, times_s in lost.items():
+        other, left_s = NUM_DEVICES - 1 - index, [left_s for left_s, *_ in times_s]
+        yield _row(f"SIGKILL of process {index} to exit code 76 of process {other}", left_s, None, "s")
+    restarts_s = [restart_s for times_s in lost.values() for _, *restart_s in times_s]
+    several_s, one_s = zip(*restarts_s, strict=True)
+    yield _row("restart after a SIGKILL to the next step", several_s, one_s, "s")
     yield _row("SIGKILL to the next step, with --supervise", supervised_s["several"], supervised_s["one"], "s")
 
 
@@ -198,13 +165,10 @@ def _time_kill(training: _Training, index: int) -> float:
     return elapsed_s
 
 
-def _time_restart(training: _Training, count: int) -> float:
+def _time_start(training: _Training, count: int) -> float:
     start_s = time.perf_counter()
     with training.started(count) as children:
-        elapsed_s = training.wait_for_step(children[0]) - start_s
-        for child in children:
-            child.send_signal(signal.SIGKILL)
-    return elapsed_s
+        return training.wait_for_step(children[0]) - start_s
 
 
 def _time_supervised(training: _Training, count: int) -> float:
@@ -218,8 +182,3 @@ def _time_supervised(training: _Training, count: int) -> float:
 
 
 CASES: Cases = {"step": step_rows, "start": start_rows, "kill": kill_rows}
-
-
-def run(options: argparse.Namespace) -> BenchmarkResult:
-    """Measures the cases that `--only` names, or all."""
-    return run_cases(options, CASES, COLUMNS)

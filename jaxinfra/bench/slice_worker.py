@@ -6,24 +6,21 @@ It runs on a host of a `SlowLink`. Expected bytes are those of the collectives i
 import json
 import math
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
-import jax
 import numpy as np
 
-from jaxinfra.bench.measure import jaxinfra_step
+from jaxinfra.bench.measure import jaxinfra_step, load_run
 from jaxinfra.bench.parity import make_program
 from jaxinfra.bench.slow_link import address_of, bytes_on_link
-from jaxinfra.config import load, validate
 from jaxinfra.machine.checked_programs import use_cache
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.join import join
 from jaxinfra.processes.peers import current_peers
-from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.run import Run
 
 _PORT = 8476
 # How often an array goes around the ring of its devices: to be summed, and to share the sums (gloo/allreduce.cc).
@@ -57,24 +54,16 @@ def sent_bytes(collectives: Iterable[Collective], mesh: Mapping[str, int]) -> fl
 
 def measure(config: str, overrides: Sequence[str], num_rounds: int) -> dict[str, float]:
     """Times steps on all processes; returns the median time, the mean bytes, and the loss of the last one."""
-    peers = current_peers()
-    run = with_mesh_size(load(config, overrides, root=Run).run, len(jax.devices()))
-    validate(run)
+    peers, run = current_peers(), load_run(config, overrides)
     collectives, mesh = crossing_collectives(run)
     expected_bytes = sent_bytes(collectives, mesh)
-    step, times_s = jaxinfra_step(run), list[float]()
-    with step.context():
-        step.dispatch()  # compiles and connects
-        step.wait()
-        peers.gather(None)  # all that was sent has arrived
-        before = bytes_on_link()
-        for _ in range(num_rounds):
-            start_s = time.perf_counter()
-            step.dispatch()
-            step.wait()
-            times_s.append(time.perf_counter() - start_s)
-        peers.gather(None)
-        after = bytes_on_link()
+    step = jaxinfra_step(run)
+    step.time()  # compiles and connects
+    peers.gather(None)  # all that was sent has arrived
+    before = bytes_on_link()
+    times_s = [step.time() for _ in range(num_rounds)]
+    peers.gather(None)
+    after = bytes_on_link()
     assert isinstance(step.output, dict)
     return {
         "step_s": median(times_s),

@@ -15,9 +15,8 @@ from dataclasses import replace
 
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.slow_link import SlowLink
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, command_error
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, require_success
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, run_cases
-from jaxinfra.errors import ConfigError
 from jaxinfra.machine.emulation import emulation_env
 
 WORKER = (sys.executable, "-m", "jaxinfra.bench.slice_worker")
@@ -45,10 +44,7 @@ def _row(options: argparse.Namespace, *mesh: str) -> TableRow:
         with ThreadPoolExecutor(SLICES) as threads:  # a full pipe of one would hold up the other
             outputs = [*threads.map(_output, processes)]
     for process, task, (_, stderr) in zip(processes, tasks, outputs, strict=True):
-        if process.returncode == ConfigError.exit_code:
-            raise ConfigError(stderr.strip().splitlines()[-1].removeprefix("error: "))
-        if process.returncode:
-            raise command_error([*WORKER, task], stderr)
+        require_success([*WORKER, task], process.returncode, stderr)
     results = [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
     return {
         "case": " ".join(mesh),

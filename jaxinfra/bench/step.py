@@ -6,17 +6,17 @@ Both sides run alternately in one process. Times are medians, ratios are medians
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import median
 
 import jax
 
 from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import time_dispatch, time_layouts, time_separately, time_step
+from jaxinfra.bench.measure import Makers, baseline_step, jaxinfra_step, time_dispatch, time_sides
 from jaxinfra.bench.startup import time_startup
 from jaxinfra.bench.subprocesses import Times, call_in_process, emulated_env, run_command
-from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, format_median, median_ratio, run_cases
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.processes.peers import current_peers
@@ -31,6 +31,8 @@ DISPATCH_MODEL = (
     "data.seq_len=32",
     "train.global_batch=8",
 )
+BOTH: Makers = {"jaxinfra": jaxinfra_step, "baseline": baseline_step}
+NAIVE: Makers = {"naive": partial(baseline_step, naive_matmul=True), "baseline": baseline_step}
 MAX_LAYOUT_ROUNDS = 5  # naive matmuls are slow, and their ratio is far from 1
 MAX_STARTUP_ROUNDS = 5
 MAX_AGAINST_ROUNDS = 3
@@ -42,11 +44,6 @@ COLUMNS: Columns = {
     "ratio": ("ratio", "{:.3f}"),
     "goal": ("goal", ""),
 }
-
-
-def _format_median(times_s: Sequence[float], unit: str, digits: int) -> str:
-    scale = {"s": 1, "ms": 1e3}[unit]
-    return f"{scale * median(times_s):.{digits}f} {unit}"
 
 
 def comparison_row(
@@ -62,36 +59,31 @@ def comparison_row(
     """Compares two sides; `notes` name them where they are not jaxinfra and the baseline, as in "12.3 ms (naive)"."""
     return {
         "case": case,
-        "jaxinfra": _format_median(first_s, unit, digits) + notes[0],
-        "baseline": _format_median(second_s, unit, digits) + notes[1],
+        "jaxinfra": format_median(first_s, unit, digits) + notes[0],
+        "baseline": format_median(second_s, unit, digits) + notes[1],
         "ratio": median_ratio(first_s, second_s),
         "goal": goal,
     }
 
 
 def _measure(
-    options: argparse.Namespace,
-    time_sides: Callable[[str, Sequence[str], int], Times],
-    *overrides: str,
-    num_devices: int = 1,
-    max_rounds: int | None = None,
+    options: argparse.Namespace, makers: Makers, dtype: str, num_devices: int, max_rounds: int | None = None
 ) -> Times:
-    """Calls a `time_*` function in a new process; `overrides` follow the overrides of the command line."""
-    merged = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", *overrides])
+    """Times whole steps in a new process."""
+    overrides = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", f"precision.compute={dtype}"])
     num_rounds = min(options.pairs, max_rounds or options.pairs)
-    return call_in_process(time_sides, emulation_env(num_devices), options.config, merged, num_rounds)
+    return call_in_process(time_sides, emulation_env(num_devices), makers, options.config, overrides, num_rounds)
 
 
 def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iterator[TableRow]:
     """Times whole steps; in bfloat16 also the baseline with naive matmuls, which shows the gain of fast layouts."""
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
-    precision = f"precision.compute={dtype}"
-    times_s = _measure(options, time_step, precision, num_devices=num_devices)
+    times_s = _measure(options, BOTH, dtype, num_devices)
     yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
     if options.against is not None:
         yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":
-        times_s = _measure(options, time_layouts, precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS)
+        times_s = _measure(options, NAIVE, dtype, num_devices, MAX_LAYOUT_ROUNDS)
         case = f"baseline {case}: naive matmuls against fast layouts"
         yield comparison_row(case, times_s["naive"], times_s["baseline"], "> 1", notes=(" (naive)", ""))
 
@@ -102,10 +94,10 @@ def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case
     arguments = ["--devices", str(num_devices), "--fsdp", str(num_devices), "--dtype", short_dtype]
     medians_s: Times = {"jaxinfra": [], "baseline": [], "script": []}
     for _ in range(min(options.pairs, MAX_AGAINST_ROUNDS)):
-        times_s = _measure(options, time_separately, f"precision.compute={dtype}", num_devices=num_devices)
-        output = run_command([sys.executable, str(script), *arguments], emulated_env(num_devices))
-        for side in ("jaxinfra", "baseline"):
+        for side, make in BOTH.items():
+            times_s = _measure(options, {side: make}, dtype, num_devices)
             medians_s[side].append(median(times_s[side]))
+        output = run_command([sys.executable, str(script), *arguments], emulated_env(num_devices))
         medians_s["script"].append(json.loads(output.splitlines()[-1])["median_step_ms"] / 1e3)
     for side, note, goal in (("jaxinfra", "", "<= 1.02"), ("baseline", " (baseline)", "about 1 or less")):
         title, notes = f"{case}: {side} against {script.name}", (note, f" ({script.name})")
@@ -114,10 +106,12 @@ def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case
 
 def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times the host's work on a small step: the dispatch alone, and one iteration of the training loop."""
-    times_s, case = _measure(options, time_dispatch, *DISPATCH_MODEL), "dispatch of a step, devices idle"
+    overrides = merge_overrides([*options.overrides, "mesh.fsdp=1", *DISPATCH_MODEL])
+    times_s = call_in_process(time_dispatch, emulation_env(1), options.config, overrides, options.pairs)
+    case = "dispatch of a step, devices idle"
     yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", digits=3)
     case = "iteration of the training loop, without waiting for devices"
-    yield {"case": case, "jaxinfra": _format_median(times_s["loop"], "ms", 3)}
+    yield {"case": case, "jaxinfra": format_median(times_s["loop"], "ms", 3)}
 
 
 def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
@@ -142,7 +136,7 @@ def joined_rows(options: argparse.Namespace, dtype: str) -> Iterator[TableRow]:
     """Times whole steps on the devices of all processes, which all call this."""
     processes, num_devices = jax.process_count(), jax.device_count()
     overrides = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", f"precision.compute={dtype}"])
-    times_s = time_step(options.config, overrides, options.pairs)
+    times_s = time_sides(BOTH, options.config, overrides, options.pairs)
     case = f"step, {dtype}, fsdp={num_devices}, {processes} processes"
     yield comparison_row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
 

@@ -7,10 +7,14 @@ import importlib
 import multiprocessing
 import os
 import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.machine.emulation import emulation_env
@@ -71,14 +75,43 @@ def emulated_env(num_devices: int) -> dict[str, str]:
 def run_command(command: Sequence[str], env: Mapping[str, str]) -> str:
     """Runs a command and returns its stdout; raises the command's ConfigError, or BenchmarkProcessError."""
     process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if process.returncode == ConfigError.exit_code:
-        raise ConfigError(process.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    if process.returncode or not process.stdout.strip():
+    require_success(command, process.returncode, process.stderr)
+    if not process.stdout.strip():
         raise command_error(command, process.stderr)
     return process.stdout
+
+
+def require_success(command: Sequence[str], code: int, stderr: str) -> None:
+    """Raises the ConfigError that a command has ended with, or BenchmarkProcessError if it has failed otherwise."""
+    if code == ConfigError.exit_code:
+        raise ConfigError(stderr.strip().splitlines()[-1].removeprefix("error: "))
+    if code:
+        raise command_error(command, stderr)
 
 
 def command_error(command: Sequence[str], stderr: str) -> BenchmarkProcessError:
     """Returns an error with the last line that the command printed."""
     reason = (stderr.strip().splitlines() or ["no error message"])[-1]
     return BenchmarkProcessError(f"{' '.join(command)} failed: {reason}; run this command alone to see all its output")
+
+
+@contextmanager
+def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """Starts a command with its stdout in a pipe and its stderr in a file; it does not survive the block."""
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def prepared_store(config: str, overrides: Sequence[str]) -> Iterator[Path]:
+    """Prepares the data of a config in a temporary folder, as `store`."""
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-", ignore_cleanup_errors=True) as name:
+        prepare = ["launch", "data", "prepare", config, *overrides, f"data.store={name}/store"]
+        run_command([sys.executable, "-m", *prepare], emulated_env(1))
+        yield Path(name)

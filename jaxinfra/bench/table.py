@@ -1,9 +1,10 @@
-"""Formats the result of a benchmark: a table, a line about the machine, and the numbers as JSON."""
+"""Times what a benchmark compares in turns, and formats its result: a table, a line about the machine, and JSON."""
 
 import argparse
 import importlib.metadata
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,6 +66,35 @@ def _format_cell(value: str | float | None, number_format: str) -> str:
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
     """Returns the median of the ratios of the rounds: other load on the machine slows both sides of a round alike."""
     return median(a / b for a, b in zip(first, second, strict=True))
+
+
+def format_median(times_s: Sequence[float], unit: str, digits: int) -> str:
+    """Formats the median of seconds, in "s" or "ms"."""
+    scale = {"s": 1, "ms": 1e3}[unit]
+    return f"{scale * median(times_s):.{digits}f} {unit}"
+
+
+def time_rounds[K, V](
+    sides: Mapping[K, Callable[[int], V]],
+    num_rounds: int,
+    *,
+    warmup: int = 1,
+    shuffled: bool = False,
+    shows: bool = False,
+) -> dict[K, list[V]]:
+    """Calls the sides in turn, with the number of the round; returns what each has returned after the warm-up.
+
+    `shuffled` takes another order in each round, `shows` prints a line to standard error after each.
+    """
+    found: dict[K, list[V]] = {side: [] for side in sides}
+    for number in range(warmup + num_rounds):
+        for side in random.Random(number).sample([*sides], len(sides)) if shuffled else sides:
+            value = sides[side](number)
+            if number >= warmup:
+                found[side].append(value)
+        if shows:
+            print(f"round {number} of {num_rounds}", file=sys.stderr, flush=True)
+    return found
 
 
 def run_cases(options: argparse.Namespace, cases: Cases, columns: Columns) -> BenchmarkResult:

@@ -1,36 +1,33 @@
 """Writes random tokens for `bench data` as a flat file, as a jaxinfra store and as ArrayRecord."""
 
-import importlib
 from pathlib import Path
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxinfra.bench.loader import SEQ_LEN, TOKEN_DTYPE, TokenFiles
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
-from jaxinfra.data.store.store import hash_files
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.builders.writers import SplitWriter, provenance, write_pack
-from jaxinfra.prepare.tokenizers import Bytes, build_tokenizer
+from jaxinfra.prepare.builders.writers import SplitWriter, common_fields, write_pack
+from jaxinfra.prepare.tokenizers import Bytes, convert_tokenizer
 
 MEAN_DOCUMENT_TOKENS = 500
 
 
-def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenFiles:
-    """Writes documents of random tokens; as ArrayRecord only if `records` is true."""
+def write_token_files(folder: Path, num_tokens: int) -> TokenFiles:
+    """Writes documents of random tokens."""
     files = TokenFiles(folder, num_tokens)
-    write_store(files, build_tokenizer(Bytes()), np.random.default_rng(0))
+    write_store(files, convert_tokenizer(Bytes())[0], np.random.default_rng(0))
     with files.flat.open("wb") as file:
         array = arrays.open_array(files.train_array)
         for start in range(0, num_tokens, arrays.SHARD):
             array[start : min(start + arrays.SHARD, num_tokens)].read().result().tofile(file)
-    if records:
-        library = importlib.import_module("array_record.python.array_record_module")
-        writer = library.ArrayRecordWriter(str(files.records), "group_size:1")  # each record can be read alone
-        for window in files.windows_at_every_token()[::SEQ_LEN]:
-            writer.write(window.tobytes())
-        writer.close()
+    writer = ArrayRecordWriter(str(files.records), "group_size:1")  # each record can be read alone
+    for window in files.windows_at_every_token()[::SEQ_LEN]:
+        writer.write(window.tobytes())
+    writer.close()
     return files
 
 
@@ -59,12 +56,9 @@ def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generato
         counts=Counts(),
         dtype=np.dtype(TOKEN_DTYPE).name,
         block=arrays.CHUNK,
-        index_block=arrays.SMALL_CHUNK,
         tokenizer=info,
         splits=splits,
         packs=packs,
-        files=hash_files(root),
-        baselines={},
-        **provenance(),
+        **common_fields(root),
     )
     (root / FILE_NAME).write_bytes(manifest.to_bytes())

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from jaxinfra.checkpoint.manifest import MANIFEST_FILE, DamageError, Manifest
+from jaxinfra.checkpoint.manifest import MANIFEST_FILE, DamageError, Manifest, hash_json
 from jaxinfra.errors import CheckpointError, RunInUseError
 from jaxinfra.storage.objects import ObjectStore
 
@@ -30,8 +30,8 @@ def read_index(store: ObjectStore) -> dict[str, Any] | None:
     return None if content is None else _parse(store, content)
 
 
-def require_index(store: ObjectStore) -> dict[str, Any] | None:
-    """Returns the index, None before the first owner; CheckpointError if there are checkpoints without an index."""
+def require_index(store: ObjectStore) -> dict[str, Any]:
+    """Returns the index, an empty one before the first owner; CheckpointError if there are checkpoints without it."""
     if (index := read_index(store)) is not None:
         return index
     paths = map(PurePosixPath, store.list_names())
@@ -42,12 +42,12 @@ def require_index(store: ObjectStore) -> dict[str, Any] | None:
             f"{store.url_of(INDEX_FILE)}: missing, but there are checkpoints, such as {folders[0]}; restore it, or "
             "move them away to start at step 0"
         )
-    return index
+    return index or _empty()
 
 
 def owner_token(url: str) -> int:
     """Returns the token of the last owner of the checkpoints below a URL; 0 without one."""
-    return (read_index(ObjectStore(url)) or {"token": 0})["token"]
+    return (read_index(ObjectStore(url)) or _empty())["token"]
 
 
 def update_index(store: ObjectStore, token: int | None, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -59,14 +59,14 @@ def update_index(store: ObjectStore, token: int | None, change: Callable[[dict[s
     result: list[dict[str, Any]] = []
 
     def update(old: bytes | None) -> bytes:
-        index = {"token": 0, "steps": {}, "damaged": []} if old is None else _parse(store, old)
+        index = _empty() if old is None else _parse(store, old)
         own = index["token"] + 1 if token is None else token
         if index["token"] > own:
             raise RunInUseError(f"{store.url}: another process has taken over this run; leave the run to it")
         index["token"] = own
         change(index)
         result[:] = [index]
-        return json.dumps({**index, "hash": _hash_of(index)}).encode()
+        return json.dumps({**index, "hash": hash_json(index)}).encode()
 
     store.atomic_update(INDEX_FILE, update)
     return result[0]
@@ -96,15 +96,15 @@ def read_manifest(store: ObjectStore, step: int, entry: Mapping[str, Any]) -> Ma
     return manifest
 
 
+def _empty() -> dict[str, Any]:
+    return {"token": 0, "steps": {}, "damaged": []}
+
+
 def _parse(store: ObjectStore, content: bytes) -> dict[str, Any]:
     try:
         index = json.loads(content)
-        if index.pop("hash") == _hash_of(index):
+        if index.pop("hash") == hash_json(index):
             return index
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise CheckpointError(f"{store.url_of(INDEX_FILE)}: damaged; restore it from a copy")
-
-
-def _hash_of(index: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())

@@ -1,12 +1,14 @@
 """When checkpoints are saved and which are kept. Imports no JAX."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.storage.location import is_remote
+
+type Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,23 @@ class CheckpointConfig:
         if step % self.save_every == 0:
             return "checkpoint"
         return "copy" if self.local is not None and step % self.local_every == 0 else None
+
+    def superseded(self, steps: Mapping[int, Metrics]) -> list[int]:
+        """Returns the steps that need not be kept, ascending.
+
+        Args:
+            steps: the intact checkpoints, with the metrics of their evaluations. Damaged ones are not counted, so there
+                are never fewer intact ones than asked for.
+        """
+        ordered, name = sorted(steps), self.best_metric
+        kept = {*ordered[-self.keep_last :]}
+        if self.keep_every is not None:
+            kept |= {step for step in ordered if step % self.keep_every == 0}
+        if self.keep_best is not None:
+            sign = 1 if self.best_is == "lowest" else -1
+            ranked = sorted((sign * steps[step][name], -step) for step in ordered if name in steps[step])
+            kept |= {-step for _, step in ranked[: self.keep_best]}
+        return [step for step in ordered if step not in kept]
 
     def problems(self) -> Iterable[Problem]:
         """Yields a problem if `keep_every` names steps that are never saved, or copies are in vain."""

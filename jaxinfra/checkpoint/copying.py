@@ -13,10 +13,10 @@ from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.bucket_index import owner_token
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.difference import Checkpoint
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.checkpoint.inventory import stored_checkpoints, verify_step
 from jaxinfra.checkpoint.manifest import DamageError, verify_files
-from jaxinfra.checkpoint.stored import StoredCheckpoints
-from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
+from jaxinfra.checkpoint.step_store import StepStore
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.storage.atomic import move_folder
@@ -46,7 +46,7 @@ def copy_run(run: str, source: Checkpoint, target: str) -> None:
     with hold(target, after=owner_token(stored.location) if is_remote(target) else 0) as lease:
         if place.read_or_none(RECORD_FILE) is None:
             place.write(RECORD_FILE, record)
-        if isinstance(source.stored, StoredOnDisk) and isinstance(stored, StoredOnDisk):
+        if isinstance(source.stored, DiskSteps) and isinstance(stored, DiskSteps):
             _copy_files(source, source.stored.folder(source.step), stored, lease)
         else:
             _copy_arrays(source, stored, lease)
@@ -70,7 +70,7 @@ def _fingerprint(where: str, record: bytes) -> object:
         raise ConfigError(f"{where}: {RECORD_FILE} is damaged; restore it, or name another DIR") from None
 
 
-def _copy_files(source: Checkpoint, origin: Path, target: StoredOnDisk, lease: Lease) -> None:
+def _copy_files(source: Checkpoint, origin: Path, target: DiskSteps, lease: Lease) -> None:
     """Copies the files of the manifest into a temporary folder, verifies them, and renames the folder."""
     make_writable(target.directory)
     purpose = f"the checkpoint of step {source.step}"
@@ -89,7 +89,7 @@ def _copy_files(source: Checkpoint, origin: Path, target: StoredOnDisk, lease: L
             raise ConfigError(f"{target.folder(source.step)}: exists; use --step or another DIR")
 
 
-def _copy_arrays(source: Checkpoint, target: StoredCheckpoints, lease: Lease) -> None:
+def _copy_arrays(source: Checkpoint, target: StepStore, lease: Lease) -> None:
     """Saves the arrays as a run would; a bucket is read back before it lists the step, a disk afterwards."""
     import jax  # imported late: a copy from disk to disk needs none of it
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxinfra.checkpoint.inventory import verify_step
 from jaxinfra.checkpoint.manifest import Manifest
-from jaxinfra.checkpoint.stored import StoredCheckpoints
+from jaxinfra.checkpoint.step_store import StepStore
 from jaxinfra.errors import CheckpointError
 
 _CHUNK = 1 << 22  # elements that are compared at once, in float64
@@ -18,7 +18,7 @@ _CHUNK = 1 << 22  # elements that are compared at once, in float64
 class Checkpoint:
     """One step, with its manifest; `open` verifies it."""
 
-    stored: StoredCheckpoints
+    stored: StepStore
     step: int
     manifest: Manifest
 
@@ -54,7 +54,7 @@ class LeafDifference:
         return self.norm / self.left_norm if self.left_norm else math.inf
 
 
-def open_checkpoint(stored: StoredCheckpoints, step: int) -> Checkpoint:
+def open_checkpoint(stored: StepStore, step: int) -> Checkpoint:
     """Verifies a step and returns it; raises CheckpointError if it is missing or damaged."""
     steps = stored.steps()
     if step not in steps:

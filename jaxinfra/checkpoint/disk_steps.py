@@ -1,4 +1,4 @@
-"""The folders of checkpoints on a disk: which are steps, and what saves and deletions have left. Imports no JAX.
+"""The checkpoints in a directory: which folders are steps, and what saves and deletions have left. Imports no JAX.
 
 STEP                          a complete checkpoint
 STEP.damaged, STEP.damaged-2  one that was set aside
@@ -8,7 +8,17 @@ STEP.orbax-checkpoint-tmp...  a save or a copy in progress, or what an interrupt
 
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, override
+
+import numpy as np
+import tensorstore as ts
+
+from jaxinfra.checkpoint.manifest import DamageError, Manifest, check_size, compare_files, read_manifest
+from jaxinfra.checkpoint.step_store import Leftover, StepStore
+from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.lease import Lease
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Ending of the name of a temporary folder, after the step; Orbax's `TMP_DIR_SUFFIX`."""
@@ -19,27 +29,81 @@ _INCOMPLETE = re.compile(rf"\d+{re.escape(TEMPORARY)}.*|{re.escape(_DELETED)}.*"
 _DAMAGED = re.compile(r"\d+\.damaged(-\d+)?", re.ASCII)
 
 
-def list_steps(directory: Path) -> list[int]:
-    """Returns the steps, ascending; none if there is no such directory."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
+class DiskSteps(StepStore):
+    """The checkpoints in a directory, which need not exist."""
 
+    def __init__(self, directory: Path) -> None:
+        self.location, self.directory = str(directory), directory
 
-def incomplete(directory: Path) -> list[Path]:
-    """Returns what saves and deletions that go on, or were interrupted, have left."""
-    return [path for path in directory.iterdir() if _INCOMPLETE.fullmatch(path.name)] if directory.is_dir() else []
+    @override
+    def steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self._named(_STEP))
 
+    @override
+    def manifest(self, step: int) -> Manifest:
+        with storage_errors(self.location, action="read"):
+            return read_manifest(self.folder(step), step)
 
-def set_aside(directory: Path) -> list[Path]:
-    """Returns the folders of damaged steps that were set aside."""
-    return [path for path in directory.iterdir() if _DAMAGED.fullmatch(path.name)] if directory.is_dir() else []
+    @override
+    def missing(self, step: int, manifest: Manifest) -> list[str]:
+        problems = []
+        for name in manifest.files:
+            try:
+                with storage_errors(self.location, action="read"):
+                    check_size(self.folder(step), manifest, name)
+            except DamageError as damage:
+                problems.append(str(damage))
+        return problems
 
+    @override
+    def compare(self, step: int, manifest: Manifest) -> Iterator[tuple[str, int, DamageError | None]]:
+        with storage_errors(self.location, action="read"):
+            yield from compare_files(self.folder(step), manifest, manifest.files)
 
-def path_aside(directory: Path, step: int) -> Path:
-    """Returns a new name for the folder of a damaged step."""
-    names = (f"{step}.damaged{'' if number == 1 else f'-{number}'}" for number in range(1, 1000))
-    return next(path for name in names if not (path := directory / name).exists())
+    @override
+    def read_leaf(self, step: int, manifest: Manifest, name: str) -> np.ndarray:
+        part, _, within = name.partition(".")
+        kvstore: dict[str, object] = {"driver": "ocdbt", "base": f"file://{self.folder(step).absolute() / part}/"}
+        spec = {"driver": "zarr", "kvstore": kvstore | ({"path": f"{within}/"} if within else {})}
+        try:
+            return ts.open(spec, open=True, read=True).result().read().result()
+        except ValueError as error:
+            raise DamageError(f"{name}: {error}") from error
+
+    @override
+    def leftovers(self) -> list[Leftover]:
+        def found(kind: Literal["damaged", "incomplete"], pattern: re.Pattern[str]) -> list[Leftover]:
+            with storage_errors(self.location, action="read"):
+                return [
+                    Leftover(name=path.name, kind=kind, num_bytes=folder_bytes(path)) for path in self._named(pattern)
+                ]
+
+        return found("damaged", _DAMAGED) + found("incomplete", _INCOMPLETE)
+
+    @override
+    def delete(self, steps: Sequence[int], leftovers: Sequence[Leftover], lease: Lease) -> None:
+        for name in (*map(str, steps), *(each.name for each in leftovers)):
+            lease.check_now()
+            with storage_errors(self.directory / name):
+                delete(self.directory / name)
+
+    def folder(self, step: int) -> Path:
+        """Returns the folder of a step."""
+        return self.directory / str(step)
+
+    def path_aside(self, step: int) -> Path:
+        """Returns a new name for the folder of a damaged step."""
+        names = (f"{step}.damaged{'' if number == 1 else f'-{number}'}" for number in range(1, 1000))
+        return next(path for name in names if not (path := self.directory / name).exists())
+
+    def incomplete(self) -> list[Path]:
+        """Returns what saves and deletions that go on, or were interrupted, have left."""
+        return self._named(_INCOMPLETE)
+
+    def _named(self, pattern: re.Pattern[str]) -> list[Path]:
+        with storage_errors(self.location, action="read"):
+            found = self.directory.iterdir() if self.directory.is_dir() else ()
+            return [path for path in found if pattern.fullmatch(path.name)]
 
 
 def hide(folder: Path) -> Path:

@@ -7,12 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.checkpoint.bucket_steps import BucketSteps
+from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.checkpoint.manifest import DamageError, Manifest
-from jaxinfra.checkpoint.retention import Metrics, superseded
-from jaxinfra.checkpoint.stored import Leftover, StoredCheckpoints, step_health
-from jaxinfra.checkpoint.stored_in_bucket import StoredInBucket
-from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
+from jaxinfra.checkpoint.step_store import Leftover, StepStore, step_health
 from jaxinfra.config.codec import decode
 from jaxinfra.storage.location import is_remote
 
@@ -38,11 +37,11 @@ class StepOverview:
     is_kept: bool = True
 
 
-def stored_checkpoints(run: str) -> StoredCheckpoints:
+def stored_checkpoints(run: str) -> StepStore:
     """Returns the checkpoints of a run directory or URL, as files."""
     if is_remote(run):
-        return StoredInBucket(f"{run.rstrip('/')}/checkpoints")
-    return StoredOnDisk(Path(run, "checkpoints"))
+        return BucketSteps(f"{run.rstrip('/')}/checkpoints")
+    return DiskSteps(Path(run, "checkpoints"))
 
 
 def retention_of(record: Mapping[str, Any]) -> CheckpointConfig:
@@ -50,11 +49,11 @@ def retention_of(record: Mapping[str, Any]) -> CheckpointConfig:
     return decode(CheckpointConfig, record.get("config", {}).get("checkpoint", {}))
 
 
-def list_checkpoints(stored: StoredCheckpoints, config: CheckpointConfig) -> list[StepOverview]:
+def list_checkpoints(stored: StepStore, config: CheckpointConfig) -> list[StepOverview]:
     """Returns the steps, ascending; reads manifests and lengths only."""
     found = {step: health for step in stored.steps() if (health := step_health(stored, step)) is not None}
     intact = {step: manifest.metrics for step, (manifest, problems) in found.items() if manifest and not problems}
-    deleted = {*superseded(intact, config)}
+    deleted = {*config.superseded(intact)}
     return [
         StepOverview(step=step, problems=problems, is_kept=step not in deleted, **_about(manifest))
         for step, (manifest, problems) in found.items()
@@ -88,7 +87,7 @@ class Verified:
 
 
 def verify_step(
-    stored: StoredCheckpoints, step: int, progress: Callable[[int, int], None] = lambda done, total: None
+    stored: StepStore, step: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verified:
     """Compares every byte of a step with its hash; `progress` is told the bytes that were read, and all."""
     manifest, done, problems = None, 0, dict[str, str]()
@@ -129,7 +128,7 @@ class PrunePlan:
         return sum(self.steps.values()) + sum(each.num_bytes or 0 for each in self.leftovers)
 
 
-def plan_prune(stored: StoredCheckpoints, config: CheckpointConfig, *, with_damaged: bool) -> PrunePlan:
+def plan_prune(stored: StepStore, config: CheckpointConfig, *, with_damaged: bool) -> PrunePlan:
     """Decides what to delete. If that is a step, all steps that are left are verified: none that is damaged counts."""
     damaged: dict[int, str] = {}
     manifests: dict[int, Manifest] = {}
@@ -141,7 +140,7 @@ def plan_prune(stored: StoredCheckpoints, config: CheckpointConfig, *, with_dama
             manifests[step] = manifest
     verified: set[int] = set()
     while True:
-        deleted = superseded({step: manifest.metrics for step, manifest in manifests.items()}, config)
+        deleted = config.superseded({step: manifest.metrics for step, manifest in manifests.items()})
         unread = [step for step in manifests if step not in deleted and step not in verified] if deleted else []
         if not unread:
             break

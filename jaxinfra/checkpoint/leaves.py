@@ -9,17 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfra.parallel.spec import leaf_name, leaves_by_name
+
 type PyTree = object  # of arrays, or of anything with a shape and a dtype
-
-
-def leaf_name(path: jax.tree_util.KeyPath) -> str:
-    """Returns the name of a leaf from its path in a tree."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def leaves_by_name(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by name, in its order."""
-    return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def tree_of_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,10 +28,10 @@ def tree_of_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def leaf_types(tree: PyTree) -> dict[str, str]:
     """Returns the type of each leaf by name, such as "bfloat16[8,128]", with the global shape."""
-    types = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        types[leaf_name(path)] = f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-    return types
+    return {
+        name: f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        for name, leaf in leaves_by_name(tree).items()
+    }
 
 
 def split_parts[T](tree: T) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], T]]:

@@ -13,16 +13,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast, override
+from typing import cast, override
 
 import jax
 
-from jaxinfra.checkpoint.backend import Backend, Gather
-from jaxinfra.checkpoint.bucket_backend import BucketBackend
-from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.checkpoint.bucket_saver import BucketSaver
+from jaxinfra.checkpoint.bucket_steps import BucketSteps
+from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes
 from jaxinfra.checkpoint.manifest import DamageError, Manifest
-from jaxinfra.checkpoint.retention import Metrics
+from jaxinfra.checkpoint.saver import Gather, Saver
+from jaxinfra.checkpoint.step_store import StepStore
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.closing import ClosedOnExit
@@ -68,33 +70,24 @@ class CheckpointManager(ClosedOnExit):
         self._saving_step: int | None = None  # the step that is being written in the background
         self._saved_step: int | None = None  # the last one; other hosts may see its directory later
         if self._is_remote:
-            self._backend: Backend = BucketBackend(
-                self.directory,
-                self.config,
-                read_only=read_only,
-                lease=lease,
-                gather=gather,
-                before_commit=before_commit,
+            bucket = BucketSteps(self.directory)
+            self._store: StepStore = bucket
+            self._saver: Saver = BucketSaver(
+                bucket, self.config, read_only=read_only, lease=lease, gather=gather, before_commit=before_commit
             )
             return
         if not read_only:
             make_writable(self.directory)
         # Imported late: Orbax imports slowly, and its import of absl adds a handler to a root logger that has none.
-        from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
+        from jaxinfra.checkpoint.disk_saver import DiskSaver
 
+        self._store = disk = DiskSteps(Path(self.directory))
         with storage_errors(self.directory):
-            self._backend = OrbaxBackend(
-                Path(self.directory), self.config, read_only=read_only, lease=lease, gather=gather
-            )
+            self._saver = DiskSaver(disk, self.config, read_only=read_only, lease=lease, gather=gather)
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all checkpoints, ascending; damaged ones too, until somebody has tried to read them."""
-        with storage_errors(self.directory, action="read"):
-            return self._backend.all_steps()
-
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest complete checkpoint, or None if there is none."""
-        return max(self.all_steps(), default=None)
+        return self._store.steps()
 
     def needed_bytes(self, abstract_state: PyTree) -> int:
         """Returns the bytes that must be free for the next saves, without what `keep_every` keeps in addition."""
@@ -124,13 +117,13 @@ class CheckpointManager(ClosedOnExit):
         is_due = force or step % self.config.save_every == 0
         # If a background save has failed, the next call raises its error, even if no save is due. With several
         # processes, which may see it after different steps, all raise it at the next save.
-        if is_due or (jax.process_count() == 1 and not self._backend.is_saving()):
+        if is_due or (jax.process_count() == 1 and not self._saver.is_saving()):
             self.wait_until_finished()
         if not is_due or step == self._saved_step or step in self.all_steps():
             return False
         record = json.loads(json.dumps(record))  # fails now, not in the background, and is safe from later changes
         with self._saving(step):
-            self._backend.save(step, state, record, dict(metrics or {}))
+            self._saver.save(step, state, record, dict(metrics or {}))
         self._saving_step = self._saved_step = step
         if not self.config.async_save:
             self.wait_until_finished()
@@ -145,8 +138,8 @@ class CheckpointManager(ClosedOnExit):
         """
 
         def read() -> T:
-            self._check_leaves(step, self._backend.manifest(step).leaves, abstract_state)
-            return self._backend.restore(step, abstract_state)
+            self._check_leaves(step, self._manifest(step).leaves, abstract_state)
+            return self._saver.restore(step, abstract_state)
 
         return self._read(step, read)
 
@@ -157,14 +150,14 @@ class CheckpointManager(ClosedOnExit):
         """
 
         def read() -> T:
-            types = self._backend.manifest(step).leaves
+            types = self._manifest(step).leaves
             saved = {name: leaf_type for name, leaf_type in types.items() if name.split(".")[0] == subtree}
             if not saved:
                 subtrees = ", ".join(dict.fromkeys(name.split(".")[0] for name in types))
                 raise ConfigError(f"{self._path(step)}: has no {subtree}; it has {subtrees}")
             wanted = {subtree: abstract_params}
             self._check_leaves(step, saved, wanted)
-            return self._backend.restore(step, wanted)[subtree]
+            return self._saver.restore(step, wanted)[subtree]
 
         return self._read(step, read)
 
@@ -195,21 +188,13 @@ class CheckpointManager(ClosedOnExit):
 
     def manifest(self, step: int) -> Manifest:
         """Returns the manifest of a step, whose files are there; raises CheckpointError if it is missing or damaged."""
-        return self._read(step, lambda: self._backend.manifest(step))
-
-    def verify(self, step: int) -> None:
-        """Compares every byte of a step with its hash; raises CheckpointError if it is damaged."""
-        self._read(step, lambda: self._backend.verify(step))
-
-    def load_record(self, step: int) -> dict[str, Any]:
-        """Loads the record saved with `step`; raises CheckpointError if it cannot be read."""
-        return dict(self.manifest(step).record)
+        return self._read(step, lambda: self._manifest(step))
 
     def wait_until_finished(self) -> None:
         """Waits for the save in progress, if any; raises StorageError if it failed."""
         step, self._saving_step = self._saving_step, None
         with self._saving(step):
-            self._backend.wait_until_finished()
+            self._saver.wait_until_finished()
 
     @override
     def close(self) -> None:
@@ -217,7 +202,7 @@ class CheckpointManager(ClosedOnExit):
         try:
             self.wait_until_finished()
         finally:
-            self._backend.close()
+            self._saver.close()
 
     @contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:
@@ -225,9 +210,9 @@ class CheckpointManager(ClosedOnExit):
         try:
             yield
         except Exception as error:
-            self._backend.reset()
+            self._saver.reset()
             self._saved_step = None
-            if not is_storage_error(error) and not isinstance(error, StorageError):
+            if not is_storage_error(error):
                 raise
             steps = self.all_steps()
             action = "deleting older steps" if step in steps else "saving"  # a listed step is complete
@@ -241,6 +226,13 @@ class CheckpointManager(ClosedOnExit):
         cause, folder = cause_of(error), Path(self.directory)
         is_full = cause in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)) and folder.is_dir()
         return f"{cause} ({shutil.disk_usage(folder).free:,} bytes free)" if is_full else cause
+
+    def _manifest(self, step: int) -> Manifest:
+        """Returns the manifest of a step, and looks for its files on a disk; a bucket takes a request for each."""
+        manifest = self._store.manifest(step)
+        if not self._is_remote and (missing := self._store.missing(step, manifest)):
+            raise DamageError(missing[0])
+        return manifest
 
     def _read[T](self, step: int, read: Callable[[], T]) -> T:
         """Returns what `read` returns; raises CheckpointError, in all processes, if the step cannot be read in one."""
@@ -272,7 +264,7 @@ class CheckpointManager(ClosedOnExit):
             moved = ""
             if not self._read_only:
                 with storage_errors(self._path(step)):
-                    moved = f", moved to {self._backend.set_aside(step)}"
+                    moved = f", moved to {self._saver.set_aside(step)}"
             _log.warning("%s: damaged: %s%s; going on with step %d", self._path(step), reason, moved, older)
 
     def _check_leaves(self, step: int, saved: Mapping[str, str], wanted: PyTree) -> None:

@@ -26,7 +26,7 @@ BLOCK_BYTES = 64 << 20
 
 _FORMAT = 1
 _READ_BYTES = 1 << 20  # stays in the cache of a core until it is hashed
-_MAX_THREADS = 16
+_THREADS = min(16, os.cpu_count() or 1)
 # The storage fails, which says nothing about the file. Other errors of the system (EIO) are those of a damaged disk.
 _STORAGE_FAILS = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -70,7 +70,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """A hash of the manifest, and so of every byte of the checkpoint."""
-        return _hash_of(self._content())
+        return hash_json(self._content())
 
     def encode(self) -> bytes:
         """Returns the content of the file."""
@@ -90,7 +90,7 @@ class Manifest:
             raise DamageError(f"{MANIFEST_FILE} is damaged") from None
         if version != _FORMAT:
             raise DamageError(f"{MANIFEST_FILE} has format {version}, this version of jaxinfra reads {_FORMAT}")
-        if expected != _hash_of({"format": version, **values}):
+        if expected != hash_json({"format": version, **values}):
             raise DamageError(f"{MANIFEST_FILE} is damaged")
         if values["step"] != step:
             raise DamageError(f"{MANIFEST_FILE} is of step {values['step']}")
@@ -105,14 +105,8 @@ def read_manifest(folder: Path, step: int) -> Manifest:
     return Manifest.decode(content, step)
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises DamageError if a file is missing or has another length; reads no file."""
-    for name in manifest.files:
-        check_size(folder, manifest, name)
-
-
 def check_size(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raises DamageError if this file is missing or has another length."""
+    """Raises DamageError if a file is missing or has another length; does not read it."""
     with _reading(name):
         _check_size(name, manifest.files[name], (folder / name).stat().st_size)
 
@@ -129,7 +123,6 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileHash]:
 
 def verify_files(folder: Path, manifest: Manifest, names: Iterable[str], *, part: int = 0, of: int = 1) -> None:
     """Reads files, or this part of them, and raises DamageError for the first that differs from the manifest."""
-    check_sizes(folder, manifest)
     for _, _, damage in compare_files(folder, manifest, names, part=part, of=of):
         if damage is not None:
             raise damage
@@ -138,8 +131,18 @@ def verify_files(folder: Path, manifest: Manifest, names: Iterable[str], *, part
 def compare_files(
     folder: Path, manifest: Manifest, names: Iterable[str], *, part: int = 0, of: int = 1
 ) -> Iterator[tuple[str, int, DamageError | None]]:
-    """Reads files, or this part of them; yields name, bytes and what is wrong, if anything, of each block."""
-    blocks = [(name, index) for name in names for index in range(len(manifest.files[name].blocks))][part::of]
+    """Reads files, or this part of them; yields name, bytes and what is wrong, if anything, of each block.
+
+    Those that are missing, or have another length, come first and are not read.
+    """
+    sound = []
+    for name in names:
+        try:
+            check_size(folder, manifest, name)
+            sound.append(name)
+        except DamageError as damage:
+            yield name, 0, damage
+    blocks = [(name, index) for name in sound for index in range(len(manifest.files[name].blocks))][part::of]
 
     def compare(block: tuple[str, int]) -> tuple[str, int, DamageError | None]:
         name, index = block
@@ -185,7 +188,8 @@ def decode_hashes(content: bytes) -> dict[str, FileHash]:
     return {name: FileHash(num_bytes, tuple(blocks)) for name, (num_bytes, blocks) in json.loads(content).items()}
 
 
-def _hash_of(content: Mapping[str, Any]) -> str:
+def hash_json(content: Mapping[str, Any]) -> str:
+    """Returns the hash of a JSON object, whatever the order of its keys."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
@@ -220,9 +224,9 @@ def _read_block(folder: Path, name: str, index: int) -> str:
     return digest.hexdigest()
 
 
-def in_threads[A, B](call: Callable[[A], B], arguments: Sequence[A]) -> Iterator[B]:
+def in_threads[A, B](call: Callable[[A], B], arguments: Sequence[A], limit: int = _THREADS) -> Iterator[B]:
     """Yields the results in order; hashing and reading release the GIL."""
-    threads = min(len(arguments), _MAX_THREADS, os.cpu_count() or 1)
+    threads = min(len(arguments), limit)
     if threads < 2:
         yield from map(call, arguments)
         return

@@ -27,6 +27,7 @@ CHECKPOINT_ACTIONS = {
 }
 """How each action of `checkpoints` is used."""
 DEFAULT_PAIRS = 15  # timed rounds of a benchmark
+DEFAULT_MEGABYTES = 1000  # of what a benchmark saves, or reads and writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +183,8 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     examples = "v5p:4x4x4 (one TPU slice), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)"
     parser.add_argument("--on", metavar="TOPOLOGY", required=True, help=examples)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers as JSON")
-    parser.add_argument("--dump", metavar="FILE", type=Path, help="write the compiled program as text")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers as JSON, to a file or URL")
+    parser.add_argument("--dump", metavar="FILE", help="write the compiled program as text, to a file or URL")
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:
@@ -351,11 +352,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
     add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens in the store (default 200 million)")
-    parser.add_argument("--megabytes", type=int, help="checkpoint, hub: size of the state or weights (default 1000)")
+    what = f"checkpoint, hub: size of the state or weights (default {DEFAULT_MEGABYTES})"
+    add_int(parser, "--megabytes", 1, help=what)
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; repeatable ({parts})")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table as JSON")
+    parser.add_argument("--json", metavar="OUT", help="also write the table as JSON, to a file or URL")
     script = "step: also time this script of a hand-written step; it takes --devices, --fsdp and --dtype, "
     script += "and prints JSON with median_step_ms"
     parser.add_argument("--against", type=Path, metavar="SCRIPT", help=script)

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 
 from jaxinfra.bench import DEFAULT_CONFIG
-from jaxinfra.cli.arguments import BENCHES, DEFAULT_PAIRS
+from jaxinfra.bench.table import run_cases
+from jaxinfra.cli.arguments import BENCHES, DEFAULT_MEGABYTES, DEFAULT_PAIRS
 from jaxinfra.errors import ConfigError
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
@@ -17,16 +17,15 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs the benchmark and prints its table."""
     check_options(options)
     options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
+    options.megabytes = options.megabytes or DEFAULT_MEGABYTES
     bench = importlib.import_module(f"jaxinfra.bench.{options.name}")
     if "jax" in sys.modules:  # not yet when this command began
         importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
-    result = bench.run(options)
+    result = bench.run(options) if hasattr(bench, "run") else run_cases(options, bench.CASES, bench.COLUMNS)
     if current_peers().index != 0:
         return 0
     print(result)
-    if options.json is not None:
-        table = {**result.measurements, "environment": result.environment}
-        outputs.write_text(options.json, json.dumps(table, indent=2) + "\n")
+    outputs.write_json(options.json, {**result.measurements, "environment": result.environment})
     return 0
 
 
@@ -46,5 +45,5 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} {value}: bench {name} does not take it; leave it out")
     if options.against is not None and not options.against.is_file():
         raise ConfigError(f"--against {options.against}: no such file; name a script")
-    if options.json is not None and peers.index == 0:
+    if peers.index == 0:
         outputs.check_writable(options.json)

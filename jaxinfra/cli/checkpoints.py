@@ -4,9 +4,7 @@ Uses no devices. JAX is imported only for a copy between a disk and a bucket.
 """
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -28,20 +26,21 @@ from jaxinfra.checkpoint.inventory import (
     stored_checkpoints,
     verify_step,
 )
-from jaxinfra.checkpoint.stored import Leftover, StoredCheckpoints
-from jaxinfra.cli import checkpoint_diff, output_file
+from jaxinfra.checkpoint.step_store import Leftover, StepStore
+from jaxinfra.cli import checkpoint_diff
 from jaxinfra.cli.arguments import CHECKPOINT_ACTIONS
+from jaxinfra.cli.progress import ByteProgress
 from jaxinfra.command import COMMAND
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import CheckpointError, ConfigError
+from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner, hold
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import format_age, format_bytes
 from jaxinfra.track.runs import local_files, no_run_error, parse_source
 
-_PROGRESS_S = 5.0  # seconds between two lines of progress
 _OPTIONS = {
     "all": "diff",
     "keep_last": "prune",
@@ -57,7 +56,7 @@ class _Run(NamedTuple):
     """A run as the user names it, its checkpoints, and which of them its config keeps."""
 
     location: str
-    stored: StoredCheckpoints
+    stored: StepStore
     config: CheckpointConfig
 
 
@@ -67,8 +66,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     opened = _open(options.run_dir.rstrip("/") or options.run_dir)
     actions = {None: _list, "verify": _verify, "diff": _diff, "prune": _prune, "copy-to": _copy}
     result, problem = actions[options.action](opened, options)
-    if options.json is not None:
-        output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
+    outputs.write_json(options.json, result)
     if problem is not None:
         raise CheckpointError(problem)
     return 0
@@ -83,8 +81,7 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, owner in _OPTIONS.items():
         if getattr(options, name) is not None and action != owner:
             raise ConfigError(f"--{name.replace('_', '-')}: is for {owner}; use {CHECKPOINT_ACTIONS[owner]} with it")
-    if options.json is not None:
-        output_file.check_writable(options.json)
+    outputs.check_writable(options.json)
 
 
 def _open(location: str) -> _Run:
@@ -97,7 +94,7 @@ def _open(location: str) -> _Run:
     return _Run(location, stored, retention_of(record or {}))
 
 
-def _step(stored: StoredCheckpoints, word: str) -> int:
+def _step(stored: StepStore, word: str) -> int:
     if not (word.isascii() and word.isdecimal()):
         raise ConfigError(f"{word}: is no step; use one of {_join(stored.steps())}")
     return int(word)
@@ -127,11 +124,8 @@ def _cells(each: StepOverview) -> list[str]:
         health += f" and {len(each.problems) - 1} more"
     age = "" if each.age_s is None else format_age(each.age_s)
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
-    return [str(each.step), _size(each.num_bytes), age, health, metrics, _kept(each)]
-
-
-def _kept(each: StepOverview) -> str:
-    return "" if each.problems else "yes" if each.is_kept else "no"
+    kept = "" if each.problems else "yes" if each.is_kept else "no"
+    return [str(each.step), _size(each.num_bytes), age, health, metrics, kept]
 
 
 def _describe(each: Leftover, is_trained: bool) -> str:
@@ -160,7 +154,7 @@ def _verify(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]
         raise CheckpointError(f"{stored.location}: no checkpoint yet; train until the first one is saved")
     start_s, results = time.monotonic(), list[Verified]()
     for step in steps:
-        found = verify_step(stored, step, _Progress(step))
+        found = verify_step(stored, step, ByteProgress(f"step {step}: "))
         results.append(found)
         print(f"step {step}: {_outcome(found)}", *(f"  {problem}" for problem in found.problems), sep="\n", flush=True)
     elapsed_s, num_bytes = time.monotonic() - start_s, sum(each.num_bytes for each in results)
@@ -180,23 +174,6 @@ def _outcome(found: Verified) -> str:
     if found.problems:
         return "damaged"
     return f"intact, {found.num_files:,} files, {format_bytes(found.num_bytes)}"
-
-
-class _Progress:
-    """Prints the progress of a long verification."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._start_s = step, time.monotonic()
-        self._next_s = self._start_s + _PROGRESS_S
-
-    def __call__(self, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return
-        self._next_s = now_s + _PROGRESS_S
-        speed = done / (now_s - self._start_s) / 1e9
-        sizes = f"{format_bytes(done)} of {format_bytes(total)}"
-        print(f"step {self._step}: {sizes}, {speed:.2f} GB/s", file=sys.stderr, flush=True)
 
 
 def _diff(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
@@ -257,7 +234,7 @@ def _copy(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
     return {"run": target, "step": source.step, "num_bytes": num_bytes}, None
 
 
-def _newest(stored: StoredCheckpoints) -> Checkpoint:
+def _newest(stored: StepStore) -> Checkpoint:
     """Opens the newest intact checkpoint; CheckpointError names what is wrong with all."""
     problems: Mapping[int, str] = {}
     for step in reversed(stored.steps()):

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -22,16 +21,14 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ConfigError(f"--devices {options.devices}: compile uses no devices; name the hardware with --on")
     topology = parse_topology(options.on)
     for path in (options.dump, options.json):
-        if path is not None:
-            outputs.check_writable(path)
+        outputs.check_writable(path)
     if options.json is not None and options.json == options.dump:
         raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two files")
     loaded = config_argument.load_config(options)
     dump = None if options.dump is None else functools.partial(outputs.write_text, options.dump)
     compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))
     print("\n".join(format_report(compiled, topology.chip)))
-    if options.json is not None:
-        outputs.write_text(options.json, json.dumps(asdict(compiled), indent=1) + "\n")
+    outputs.write_json(options.json, asdict(compiled))
     needed_bytes, hbm_bytes = compiled.memory.total, topology.chip.hbm_bytes
     if needed_bytes > hbm_bytes:  # the TPU compiler raises this itself, the GPU compiler does not
         fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed_bytes / hbm_bytes)

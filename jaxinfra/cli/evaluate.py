@@ -1,7 +1,6 @@
 """`python -m launch evaluate RUN_DIR`: evaluates a checkpoint of a run on the devices and the mesh that there are."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.cli import output_file
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import open_language_model
@@ -25,6 +23,7 @@ from jaxinfra.processes.shared_reads import read_by_first
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
+from jaxinfra.storage import outputs
 from jaxinfra.tasks.harness import Tasks, is_standard_error
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import summary_rows
@@ -35,15 +34,14 @@ from jaxinfra.train.trainer import Trainer
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Evaluates in all processes; process 0 prints the metrics, and the baselines if the data has some."""
     is_main = current_peers().index == 0
-    if options.json is not None and is_main:
-        output_file.check_writable(options.json)
+    if is_main:
+        outputs.check_writable(options.json)
     if options.tasks is None and (options.limit, options.num_fewshot) != (None, None):
         raise ConfigError("--limit, --num-fewshot: are of tasks; name some with --tasks, or use train.eval_samples=100")
     result = _validate(options) if options.tasks is None else _run_tasks(options)
     if is_main:
         _print_tasks(result) if "tasks" in result else _print_validation(result)
-        if options.json is not None:
-            output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
+        outputs.write_json(options.json, result)
     return 0
 
 

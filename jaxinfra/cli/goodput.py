@@ -1,15 +1,14 @@
 """`python -m launch goodput RUN [RUN ...]`: says where the time of runs went, over all starts; uses no devices."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Column
 
-from jaxinfra.cli import output_file
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage import outputs
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import format_duration, format_number, format_percent
 from jaxinfra.track.goodput import CLASSES, GOODPUT_FILE, Goodput, Model, account, model, read_ledger, total
@@ -29,8 +28,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         _print(name, each)
         if options.mtbf is not None:
             _print_model(expected)
-    if options.json is not None:
-        output_file.write_text(options.json, json.dumps(result, indent=2) + "\n")
+    outputs.write_json(options.json, result)
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import NoReturn, override
 
@@ -178,34 +178,25 @@ def choose_devices(devices: str | None) -> None:
 
 @contextmanager
 def _all_processes(options: argparse.Namespace, argv: Sequence[str]) -> Iterator[None]:
-    """Joins the other processes of a command that several run together; a signal may end it at any time."""
+    """Joins the other processes of a command that several run together; a signal may end it at any time.
+
+    At the end it tells them how this one leaves.
+    """
     if options.command not in JOINING_COMMANDS:
         yield
         return
-    with RunSignals(interrupts=options.command == "train"), _joined(options, argv):
+    with RunSignals(interrupts=options.command == "train"), ExitStack() as joined:
+        processes = find_processes(
+            os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
+        )
+        if processes is not None:
+            secret, join_s, silence_s = os.environ.get(SECRET), options.join_timeout, options.heartbeat_timeout
+            has_run = options.command == "train" or not getattr(options, "run_dir", "hf:").startswith("hf:")
+            if not secret and has_run:
+                location = importlib.import_module("jaxinfra.cli.supervise").run_location(argv)
+                secret = run_secret(location) if location else secret
+            joined.enter_context(join(processes, join_s=join_s, silence_s=silence_s, secret=secret))
         yield
-
-
-@contextmanager
-def _joined(options: argparse.Namespace, argv: Sequence[str]) -> Iterator[None]:
-    """Joins the other processes if there are any, and at the end tells them how this one leaves."""
-    processes = find_processes(
-        os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
-    )
-    if processes is None:
-        yield
-        return
-    secret = os.environ.get(SECRET)
-    has_run = options.command == "train" or not getattr(options, "run_dir", "hf:").startswith("hf:")
-    if not secret and has_run and (location := importlib.import_module("jaxinfra.cli.supervise").run_location(argv)):
-        secret = run_secret(location)
-    with join(processes, join_s=options.join_timeout, silence_s=options.heartbeat_timeout, secret=secret):
-        yield
-
-
-def _is_one_cpu() -> bool:
-    """Whether JAX will use one CPU device."""
-    return platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1"
 
 
 def _print_error(message: str, exit_code: int) -> int:
@@ -247,8 +238,8 @@ def _run_command(argv: Sequence[str]) -> int:
             return importlib.import_module("jaxinfra.cli.supervise").run(options, argv)
         if joins and options.processes > 1:
             return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
-        if joins and _is_one_cpu():
-            keep_freed_memory()
+        if joins and platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1":
+            keep_freed_memory()  # of the one device
         with _all_processes(options, argv):
             module = importlib.import_module(MODULES[options.command])
             if "jax" in sys.modules:  # the command compiles, maybe

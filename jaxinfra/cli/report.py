@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxinfra.cli import output_file
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner
 from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, RunFiles, read_run, render_report
 from jaxinfra.track.runs import local_files, no_run_error
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     folder, _, _ = locations[0].rpartition("/")
     default = f"{locations[0]}/{REPORT_FILE}" if len(runs) == 1 else f"{folder or '.'}/comparison.html"
     path = options.output or default
-    output_file.write_text(path, render_report(runs))
+    outputs.write_text(path, render_report(runs))
     print(f"wrote {path}; open it in a browser")
     return 0
 

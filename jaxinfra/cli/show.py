@@ -13,6 +13,7 @@ from jaxinfra.config import dump, validate
 from jaxinfra.optim.schedules import lr_table
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.schedules import format_schedule
+from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.console import statistics_table, stdout_console, titled_table
@@ -59,7 +60,7 @@ def _parameter_table(program: Program) -> Table:
     table.add_column("elements", justify="right")
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):
-        name = ".".join(str(key.key) for key in path)
+        name = leaf_name(path)
         axes = ", ".join(f"{dim}:{axis}" for dim, axis in enumerate(array.sharding.spec) if axis) or "-"
         table.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
     return table

@@ -2,14 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run
-from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
 
@@ -29,7 +27,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             f"a new schedule, use name=ANOTHER init={run_dir}"
         )
     elif loaded.run.track.console != "off":
-        _plot_loss(trainer.run_dir.metrics)
+        _plot_loss(trainer.metrics)
     if loaded.run.track.console != "off":
         root = "" if loaded.run.root == Run.root else f" {loaded.run.root}"
         print(f"next:\n  {COMMAND} runs{root}")
@@ -39,10 +37,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def _plot_loss(metrics: Path) -> None:
+def _plot_loss(metrics: Sequence[Mapping[str, float]]) -> None:
     """Plots the training loss, the mean over each logged interval; in ASCII where the terminal has no more."""
-    rows = read_metrics(metrics) if metrics.exists() else []
-    losses = [(int(row["step"]), row.get("loss_mean", row["loss"])) for row in rows if "loss" in row]
+    losses = [(int(row["step"]), row.get("loss_mean", row["loss"])) for row in metrics if "loss" in row]
     if losses:
         is_ascii = "utf" not in (sys.stdout.encoding or "").lower()
         print(f"Training loss\n{plot_curve(losses, ascii=is_ascii)}")

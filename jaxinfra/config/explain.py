@@ -115,11 +115,6 @@ def all_fields(root: type, parent: Field | None = None) -> Iterator[Field]:
             yield from all_fields(cls, field)
 
 
-def known_paths(root: type) -> list[str]:
-    """Returns the paths of all fields of `Run` or a recipe, from field_paths.json, without importing their classes."""
-    return json.loads(_FIELD_PATHS.read_text(encoding="utf-8"))[root.__name__]
-
-
 def find(roots: Iterable[type], path: str) -> list[Field]:
     """Returns the fields at a path of the first root that has it, one for each class of a choice that has it.
 
@@ -135,7 +130,7 @@ def find(roots: Iterable[type], path: str) -> list[Field]:
     for root in roots:
         if found := _descend(root, path) or (alias and _descend(root, alias)):
             return found
-        paths[root] = known_paths(root)
+        paths[root] = json.loads(_FIELD_PATHS.read_text(encoding="utf-8"))[root.__name__]
     for root in paths:
         if same_name := [each for each in paths[root] if each.rpartition(".")[2] == path]:
             return [field for each in same_name for field in _descend(root, each)]

@@ -78,7 +78,11 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a record; raises StorageError, or ConfigError if the file is not a record or has a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     if is_remote(path):
-        text = _read_remote(os.fspath(path), missing)
+        from jaxinfra.storage.objects import ObjectStore  # imports TensorStore
+
+        folder, _, name = os.fspath(path).rpartition("/")
+        if (text := ObjectStore(folder).read_or_none(name)) is None:
+            raise ConfigError(missing)
     else:
         with storage_errors(path, action="read", missing=missing):
             text = read_file(Path(path))
@@ -99,15 +103,6 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         if key not in content:
             raise ConfigError(f"{path}: not a run record, it has no {key}; {_RESTORE}")
     return content
-
-
-def _read_remote(url: str, missing: str) -> bytes:
-    from jaxinfra.storage.objects import ObjectStore  # imports TensorStore
-
-    folder, _, name = url.rpartition("/")
-    if (text := ObjectStore(folder).read_or_none(name)) is None:
-        raise ConfigError(missing)
-    return text
 
 
 def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> object:

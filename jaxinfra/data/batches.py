@@ -114,6 +114,8 @@ class BatchLoader:
         try:
             return self.samples.read(ids, weighted=weighted)
         except DataError:  # which samples are damaged?
+            specs = self._data.batch_spec(validation=True)
+            blank = {name: np.zeros((1, *spec.shape), spec.dtype) for name, spec in specs.items()}
             parts: list[Batch] = []
             errors: dict[int, DataError] = {}
             for sample in ids.tolist():
@@ -121,16 +123,10 @@ class BatchLoader:
                     parts.append(self.samples.read(np.array([sample]), weighted=weighted))
                 except DataError as error:
                     errors[sample] = error
-                    parts.append(self._blank)
+                    parts.append(blank)
         if errors:
             self._skip(step, errors)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    @property
-    def _blank(self) -> Batch:
-        """A row in place of a damaged sample."""
-        specs = self._data.batch_spec(validation=True)
-        return {name: np.zeros((1, *spec.shape), spec.dtype) for name, spec in specs.items()}
 
     def _skip(self, step: int, errors: Mapping[int, DataError]) -> None:
         """Records the damaged samples of a batch; DataError if they must not be left out, or if they are too many."""

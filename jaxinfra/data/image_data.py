@@ -41,11 +41,8 @@ class ImageData(StoreData):
 
     @override
     def open(self, *, hint: str = PREPARE) -> "ImageDataset":
-        store = Store.open(self.store, self.version, hint=hint, blocks_may_lack=self.on_damage == "skip")
-        if store.manifest.kind != "images":
-            raise ConfigError(
-                f"data.store={self.store}: holds {store.manifest.kind}, expected images; name a store of images"
-            )
+        lenient = self.on_damage == "skip"
+        store = Store.open(self.store, self.version, hint=hint, blocks_may_lack=lenient, kind="images")
         height, width, channels = store.manifest.shape
         if height != width:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import override
@@ -10,7 +10,7 @@ from typing import override
 import numpy as np
 
 from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig, Samples
-from jaxinfra.data.order import sample_ids
+from jaxinfra.data.mixing import OrderedDataset
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import ConfigError
 from jaxinfra.user_code import user_code_errors
@@ -75,7 +75,7 @@ class ArraySamples(Samples):
         return {"weights": np.ones(shape, np.float32), **batch} if weighted else batch
 
 
-class ArrayDataset:
+class ArrayDataset(OrderedDataset):
     """The `Dataset` of arrays in memory."""
 
     versions: Sequence[str] = ()
@@ -87,18 +87,11 @@ class ArrayDataset:
         self.baselines: Mapping[str, Mapping[str, float]] = {}
         self.train = ArraySamples(arrays["train"])
         self.train_units = len(self.train) * config.units_per_sample
+        super().__init__([self.name], [len(self.train)], seed=config.seed)
 
     def validation(self, limit: int | None = None) -> ArraySamples:
         """Returns the validation split, or its first `limit` samples."""
         return ArraySamples(_arrays(self._config, "validation"), limit)
-
-    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
-        """Returns the training samples of the global batch of a step, int64[global_batch]."""
-        return sample_ids(step, global_batch=global_batch, num_samples=len(self.train), seed=self._config.seed)
-
-    def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """Yields a line with the number of epochs that were read before a step."""
-        yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Yields a line for each array of each training sample, cut to `chars`."""

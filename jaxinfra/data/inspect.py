@@ -6,7 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from jaxinfra.data.interfaces import Batch
-from jaxinfra.data.store.layout import LABELS, OFFSETS
+from jaxinfra.data.store.layout import LABELS, LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def _overlap(manifest: Manifest, samples: str) -> str:
 def length_histogram(store: TokenStore) -> Iterator[str]:
     """Yields a histogram of document lengths, in powers of two."""
     for split in SPLITS:
-        lengths = store.lengths(split)
+        lengths = store.read_all(split, LENGTHS)
         if len(lengths):
             yield f"{split}: tokens of a document"
             power_D = np.floor(np.log2(lengths)).astype(int)  # 3 for 8 to 15 tokens

@@ -33,9 +33,11 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeInt
-from jaxinfra.data.order import Curriculum, seeded_hash, shuffled_ids, steps_per_chunk, stream_seed
+from jaxinfra.data.order import Curriculum, seeded_hash, shuffled_ids, stream_seed
 
 BLOCK = 64  # samples that are shuffled together; few, so that every batch has about its share of every source
+_MAX_SIZE = 2**48  # samples of a source
+_CHUNK = 1024  # samples to compute at once; arrays of a few thousand stay in the cache of a core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,13 @@ class MixtureSampler:
         seed: int,
         curriculum: Curriculum | None = None,
     ):
-        """Counts the samples before each stage; ValueError if the stages are invalid.
+        """Counts the samples before each stage; ValueError if the stages are invalid, or a size is out of range.
 
         `lengths` are the numbers of samples of the sources. A new source at the end changes how often the others are
         read, but not their order. Without `stages`, the weight of a source is its length.
         """
+        if global_batch < 1 or not all(1 <= length <= _MAX_SIZE for length in lengths):
+            raise ValueError(f"global_batch={global_batch}, sizes={lengths}: expected 1 or more and 1 to 2**48 samples")
         stages = stages or (MixStage(weights=tuple(lengths)),)
         problems = [problem for stage in stages for problem in stage.problems()]
         for problem in [*stage_problems(stages, num_sources=len(lengths)), *problems]:
@@ -107,11 +111,11 @@ class MixtureSampler:
     def sample_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns source and sample id of each row of a step's batch: int64[global_batch] both, read-only.
 
-        A chunk of steps is computed at once, as in `order.sample_ids`. ValueError if the step is negative or so large
-        that sample numbers need more than 63 bits.
+        A chunk of steps is computed at once, because the overhead of NumPy calls for a single step would exceed its
+        arithmetic. ValueError if the step is negative or so large that sample numbers need more than 63 bits.
         """
         stage = self._stage(step)
-        start, steps = self._start_steps[stage], steps_per_chunk(self._global_batch)
+        start, steps = self._start_steps[stage], max(1, _CHUNK // self._global_batch)
         first_step = step - (step - start) % steps
         # The last chunk of a stage ends where the next stage starts, if there is one.
         end_step = min([first_step + steps, *self._start_steps[stage + 1 : stage + 2]])
@@ -167,6 +171,38 @@ class MixtureSampler:
         hash_M = seeded_hash(self._block_seed, index_M + (stage_start + edges[0]))
         shuffled_M = np.lexsort((hash_M, index_M // BLOCK))  # by block, then by hash
         return _add(self._counts_before[stage], count_ES[0]), source_M[shuffled_M], skipped
+
+
+class OrderedDataset:
+    """The part of a `Dataset` that knows the order of its samples: those of one source, or of several."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        lengths: Sequence[int],
+        *,
+        seed: int,
+        stages: Sequence[MixStage] = (),
+        curriculum: Curriculum | None = None,
+    ):
+        """`lengths` are the training samples of each source; the other arguments are those of `MixtureSampler`."""
+        self._names, self._lengths, self._first_ids = names, lengths, np.cumsum([0, *lengths])
+
+        def make_sampler(global_batch: int) -> MixtureSampler:
+            return MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
+
+        self._sampler = lru_cache(maxsize=1)(make_sampler)  # a sampler caches chunks of steps
+
+    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
+        """Returns the training samples of the global batch of a step, int64[global_batch]."""
+        source_B, sample_B = self._sampler(global_batch).sample_ids(step)
+        return self._first_ids[source_B] + sample_B
+
+    def epochs_at(self, step: int, global_batch: int) -> Iterator[str]:
+        """Yields a line for each source, with the number of its epochs that were read before a step."""
+        counts = self._sampler(global_batch).counts(step)
+        for name, length, count in zip(self._names, self._lengths, counts, strict=True):
+            yield f"{name}: {count / length:.3f} epochs before"
 
 
 def _add(left: Sequence[int], right: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Annotated, Self, override
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data import buffers
 from jaxinfra.data.interfaces import Batch, OnDamage, Samples
-from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
+from jaxinfra.data.mixing import MixStage, OrderedDataset, stage_problems
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
@@ -146,7 +146,7 @@ class MixtureSamples(Samples):
         return sum(part.n_bytes for part in self._parts)
 
 
-class MixtureDataset:
+class MixtureDataset(OrderedDataset):
     """An opened mixture of token stores."""
 
     def __init__(self, data: Mixture, parts: Sequence[TokenDataset]):
@@ -157,13 +157,8 @@ class MixtureDataset:
         self.train = MixtureSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)  # tokens
         self.baselines: Mapping[str, Mapping[str, float]] = {}  # losses of simple models hold only for one store
-        lengths = [len(part.train) for part in parts]
-
-        def make_sampler(global_batch: int) -> MixtureSampler:
-            seed, curriculum = data.seed, data.curriculum
-            return MixtureSampler(lengths, data.stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
-
-        self._sampler = lru_cache(maxsize=1)(make_sampler)  # a sampler caches chunks of steps
+        names, lengths = [part.name for part in parts], [len(part.train) for part in parts]
+        super().__init__(names, lengths, seed=data.seed, stages=data.stages, curriculum=data.curriculum)
 
     def validation(self, limit: int | None = None) -> MixtureSamples:
         """Returns all validation samples, or the first `limit`, with equal shares from every store."""
@@ -171,16 +166,6 @@ class MixtureDataset:
             return MixtureSamples([part.validation() for part in self._parts])
         share, extra = divmod(limit, len(self._parts))  # 4 samples of 3 stores: 2, 1 and 1; at least 1 of each
         return MixtureSamples([part.validation(max(1, share + (i < extra))) for i, part in enumerate(self._parts)])
-
-    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
-        """Returns the training samples of the global batch of a step, int64[global_batch]."""
-        source_B, sample_B = self._sampler(global_batch).sample_ids(step)
-        return self.train.offsets[source_B] + sample_B
-
-    def epochs_at(self, step: int, global_batch: int) -> Iterator[str]:
-        """Yields a line for each store, with the number of its epochs that were read before a step."""
-        for part, count in zip(self._parts, self._sampler(global_batch).counts(step), strict=True):
-            yield f"{part.name}: {count / len(part.train):.3f} epochs before"
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Yields the store of each training sample, and the sample as text, cut to `chars`."""

@@ -13,7 +13,6 @@ Shape suffixes: N samples, R rounds of the network, S indices of a tiny source.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -21,12 +20,10 @@ from annotated_types import Ge, Le
 
 from jaxinfra.config.limits import PositiveInt
 
-_MAX_SIZE = 2**48  # samples of a source
 _ROUNDS = 8  # even, so that the halves, which swap in each round, end with the widths that they began with
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
 _TINY = 64  # up to this size hashes are sorted, because cycle walking would take too many repetitions
 _MAX_BUCKETS = 2**14
-_CHUNK = 1024  # samples to compute at once; arrays of a few thousand stay in the cache of a core
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
 _STREAM = 0xD1342543DE82EF95  # an odd multiplier of good spectral quality (Steele and Vigna 2021, table 6)
 
@@ -46,42 +43,6 @@ class Curriculum:
 
     buckets: Annotated[int, Ge(1), Le(_MAX_BUCKETS)] = 8
     epochs: PositiveInt = 1
-
-
-def sample_ids(
-    step: int, *, global_batch: int, num_samples: int, seed: int, curriculum: Curriculum | None = None
-) -> np.ndarray:
-    """Returns the samples of the global batch of a step: int64[global_batch], read-only.
-
-    A batch may cross the end of an epoch, and hold several epochs of a small dataset. ValueError unless there are 1 to
-    2**48 samples. Consecutive steps are computed in chunks, because the overhead of NumPy calls for a single step would
-    exceed its arithmetic.
-    """
-    if step < 0 or global_batch < 1 or not 1 <= num_samples <= _MAX_SIZE:
-        raise ValueError(
-            f"step={step}, global_batch={global_batch}, num_samples={num_samples}: "
-            "expected step >= 0, global_batch >= 1 and 1 to 2**48 samples"
-        )
-    steps = steps_per_chunk(global_batch)
-    if (step + steps) * global_batch >= 2**63:
-        raise ValueError(f"step={step}: expected samples that can be numbered in 63 bits")
-    return _chunk(step // steps * steps, steps, global_batch, num_samples, seed, curriculum)[step % steps]
-
-
-def steps_per_chunk(global_batch: int) -> int:
-    """Returns the number of steps that are computed at once."""
-    return max(1, _CHUNK // global_batch)
-
-
-@lru_cache(maxsize=16)
-def _chunk(
-    first_step: int, steps: int, global_batch: int, num_samples: int, seed: int, curriculum: Curriculum | None
-) -> np.ndarray:
-    """Returns the samples of consecutive steps: int64[steps, global_batch]."""
-    read_N = np.arange(first_step * global_batch, (first_step + steps) * global_batch)
-    ids = shuffled_ids(read_N, size=num_samples, seed=seed, curriculum=curriculum).reshape(steps, global_batch)
-    ids.flags.writeable = False  # the cache shares it
-    return ids
 
 
 def shuffled_ids(

@@ -12,12 +12,11 @@ from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.inspect import format_token_rows
 from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.sequences import packed_batch
-from jaxinfra.data.store.layout import OFFSETS
+from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import PREPARE, TokenStore
 from jaxinfra.data.store_data import StoreData, StoreSamples
 from jaxinfra.data.tokens import TokenRows, TokenStoreDataset
-from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -50,13 +49,10 @@ class PairData(StoreData, TokenRows):
     @override
     def open(self, *, hint: str = PREPARE) -> "PairDataset":
         """Opens the store like `DataConfig.open`, and warns how many pairs are truncated."""
-        store = TokenStore.open(self.store, self.version, hint=hint, blocks_may_lack=self.on_damage == "skip")
-        if store.manifest.kind != "pairs":
-            raise ConfigError(
-                f"data.store={self.store}: holds {store.manifest.kind}, expected pairs; name a store of pairs"
-            )
+        lenient = self.on_damage == "skip"
+        store = TokenStore.open(self.store, self.version, hint=hint, blocks_may_lack=lenient, kind="pairs")
         dataset = PairDataset(store, self.seed, partial(PairSamples, self, store))
-        targets_B = store.lengths("train").reshape(-1, len(SIDES)).max(axis=1) - 1
+        targets_B = store.read_all("train", LENGTHS).reshape(-1, len(SIDES)).max(axis=1) - 1
         if truncated := int((targets_B > self.seq_len).sum()):
             _log.warning(
                 f"data.seq_len={self.seq_len}: {truncated} of {len(dataset.train)} pairs of {store} are longer and "

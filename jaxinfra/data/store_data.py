@@ -3,16 +3,15 @@
 `tokens`, `pairs` and `image_data` derive from them; `mixture` reads several stores.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Self, override
-
-import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data.interfaces import DataConfig, OnDamage, Samples
-from jaxinfra.data.order import Curriculum, sample_ids
+from jaxinfra.data.mixing import OrderedDataset
+from jaxinfra.data.order import Curriculum
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import Store
@@ -76,29 +75,21 @@ class StoreSamples[D: StoreData, T: Store](Samples):
         return self._read_time.total_s
 
 
-class StoreDataset[T: Store, S: StoreSamples]:
+class StoreDataset[T: Store, S: StoreSamples](OrderedDataset):
     """A `Dataset` of one store; subclasses add `format_rows` and `check`."""
 
     def __init__(
         self, store: T, seed: int, open_split: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
     ):
         """Opens the training split; `open_split(split, limit)` returns the samples of a split, or the first `limit`."""
-        self.store, self._seed, self._open_split, self._curriculum = store, seed, open_split, curriculum
+        self.store, self._open_split = store, open_split
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
         self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
         self.train = open_split("train", None)
         self.train_units = len(self.train)
+        super().__init__([self.name], [len(self.train)], seed=seed, curriculum=curriculum)
 
     def validation(self, limit: int | None = None) -> S:
         """Returns the validation split, or its first `limit` samples; ConfigError if it is too short for one."""
         return self._open_split("validation", limit)
-
-    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
-        """Returns the training samples of the global batch of a step, int64[global_batch]."""
-        num_samples, seed, curriculum = len(self.train), self._seed, self._curriculum
-        return sample_ids(step, global_batch=global_batch, num_samples=num_samples, seed=seed, curriculum=curriculum)
-
-    def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """Yields a line with the number of epochs that were read before a step."""
-        yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"

@@ -91,11 +91,9 @@ class TokenData(StoreData, TokenRows):
     def open(self, *, section: str = "data", hint: str = PREPARE) -> "TokenDataset":
         """Opens the store like `DataConfig.open`; `section` is the path of this config in the run, for messages."""
         lenient = self.on_damage == "skip"
-        store = TokenStore.open(self.store, self.version, section=section, hint=hint, blocks_may_lack=lenient)
-        if store.manifest.kind != "text":
-            raise ConfigError(
-                f"{section}.store={self.store}: holds {store.manifest.kind}, expected text; name a store of text"
-            )
+        store = TokenStore.open(
+            self.store, self.version, section=section, hint=hint, blocks_may_lack=lenient, kind="text"
+        )
         if store.manifest.masked and not self.mask_documents:
             raise ConfigError(
                 f"data.mask_documents=false: {store} has a mask of the tokens that count in the loss; "

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 
@@ -36,7 +37,7 @@ def stated(model: TransformerConfig) -> dict[str, object]:
     found = {
         "attention_bias": (bias for mixer in mixers for bias in (mixer.qkv_bias, mixer.out_bias)),
         "lm_head_bias": [False],
-        "mlp_bias": (layer.mlp.bias for layer in model.all_layers),
+        "mlp_bias": (layer.mlp.bias for layer in model.all_layers if isinstance(layer.mlp, MLP | MixtureOfExperts)),
         "qkv_bias": (mixer.qkv_bias for mixer in mixers),
         "shared_expert_intermediate_size": [mlp.num_shared_experts * mlp.dim for mlp in experts] or [0],
         "sliding_window_size": windows,

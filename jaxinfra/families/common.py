@@ -5,15 +5,15 @@ A family says in its file where it differs.
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.families.canonical import stated
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Binding, Part, Rule, bind, rule
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP, Activation, NormConfig
+from jaxinfra.models.layers import MLP, Activation, FeedForward, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
@@ -27,6 +27,118 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """Activations of MLPs by their names in `config.json`."""
 
 ACTIVATION_NAMES: Mapping[Activation, str] = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_new"}
+
+
+def decoder(
+    *,
+    mlp: MLP | MixtureOfExperts | int,
+    kinds: Sequence[Mapping[str, Any]] = ({},),
+    norms: Literal["before", "after", "both"] = "before",
+    **options: Any,
+) -> TransformerConfig:
+    """Returns a decoder; `options` are of `TransformerConfig`, and of the `Attention` of all layers.
+
+    Args:
+        mlp: of all layers; a number is the width of a plain one.
+        kinds: a period of layers, by the options of `Attention` in which they differ.
+        norms: as in `Layer`.
+        options: see above; the two classes share no field.
+    """
+    own = {field.name: options.pop(field.name) for field in fields(Attention) if field.name in options}
+    mlp = MLP(dim=mlp) if isinstance(mlp, int) else mlp
+    layers = tuple(Layer(mixer=Attention(**{**own, **kind}), mlp=mlp, norms=norms) for kind in kinds)
+    return TransformerConfig(layers=layers, **options)
+
+
+# Rules
+
+
+def model_rules(model: TransformerConfig) -> Iterator[Rule]:
+    """Yields the rules of embeddings, the last norm and the LM head."""
+    yield rule("model.embed_tokens.weight", "embedding", "v d -> v d")
+    yield rule("model.norm.weight", "norm.scale", "d -> d")
+    if not model.tie_embeddings:
+        yield rule("lm_head.weight", "unembedding", "v d -> d v")
+
+
+NORMS: Mapping[str, Mapping[str, str]] = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+"""Names of the norms of a layer, by where they are: `post_attention_layernorm` is two different ones."""
+
+
+def norm_rules(layer: Layer) -> Iterator[Rule]:
+    """Yields the rules of a layer's norms."""
+    for ours, theirs in NORMS[layer.norms].items():
+        yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
+
+
+def attention_rules(mixer: Attention, pairs: bool = False) -> Iterator[Rule]:
+    """Yields the rules of attention with separate projections; with `pairs`, both of a rotated pair stand together."""
+    for short, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+        theirs, own = ("(h k 2)", "h (2 k)") if pairs and ours != "value" else ("(h k)", "h k")
+        yield rule(f"self_attn.{short}_proj.weight", f"attention.{ours}.weight", f"{theirs} d -> d {own}")
+        if mixer.qkv_bias:
+            yield rule(f"self_attn.{short}_proj.bias", f"attention.{ours}.bias", f"{theirs} -> {own}")
+        if mixer.qk_norm in ("head", "all") and ours != "value":
+            pattern = "k -> k" if mixer.qk_norm == "head" else "(h k) -> h k"
+            yield rule(f"self_attn.{short}_norm.weight", f"attention.{ours}_norm.scale", pattern)
+    yield rule("self_attn.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
+    if mixer.out_bias:
+        yield rule("self_attn.o_proj.bias", "attention.out.bias", "d -> d")
+    if mixer.sinks:
+        yield rule("self_attn.sinks", "attention.sinks", "h -> h")
+
+
+def mlp_rules(mlp: MLP, name: str = "mlp", ours: str = "mlp") -> Iterator[Rule]:
+    """Yields the rules of an MLP with separate projections."""
+    for matrix in ("gate", "up", "down"):
+        if matrix == "gate" and mlp.activation == "gelu":
+            continue
+        yield rule(f"{name}.{matrix}_proj.weight", f"{ours}.{matrix}.weight", "o i -> i o")
+        if mlp.bias:
+            yield rule(f"{name}.{matrix}_proj.bias", f"{ours}.{matrix}.bias", "o -> o")
+
+
+def experts_rules(mlp: MixtureOfExperts, shared: str = "mlp.shared_expert") -> Iterator[Rule]:
+    """Yields the rules of a router, of experts in tensors of their own, and of shared experts."""
+    yield rule("mlp.gate.weight", "mlp.router", "e d -> d e")
+    if mlp.bias_update_rate:
+        yield rule("mlp.gate.e_score_correction_bias", "mlp.bias", "e -> e")
+    for matrix in ("gate", "up", "down"):
+        yield rule(f"mlp.experts.{{e}}.{matrix}_proj.weight", f"mlp.{matrix}", "o i -> e i o")
+    if mlp.num_shared_experts:
+        yield from mlp_rules(MLP(dim=mlp.dim), shared, "mlp.shared")
+    if mlp.shared_gate:
+        yield rule(f"{shared}_gate.weight", "mlp.shared_gate", "1 d -> d 1")
+
+
+def mlp_or_experts_rules(mlp: FeedForward, shared: str = "mlp.shared_expert") -> Iterator[Rule]:
+    """Returns the rules of an MLP, or of experts."""
+    if isinstance(mlp, MLP):
+        return mlp_rules(mlp)
+    return experts_rules(of_kind(mlp, MixtureOfExperts, "layers.mlp"), shared)
+
+
+def layer_rules(
+    layer: Layer, model: TransformerConfig, feed_forward: Callable[[Any], Iterable[Rule]] = mlp_or_experts_rules
+) -> Iterator[Rule]:
+    """Yields the rules of a layer with attention; `feed_forward` returns those of its MLP or experts."""
+    yield from norm_rules(layer)
+    yield from attention_rules(of_kind(layer.mixer, Attention, "layers.mixer"))
+    yield from feed_forward(layer.mlp)
+
+
+def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
+    """Returns the rule of a tensor that holds several parameters: `(path, pattern)` of each."""
+    return Rule(theirs=theirs, parts=tuple(Part(ours=ours, pattern=pattern, sizes=sizes) for ours, pattern in parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +164,22 @@ class Family:
     architecture: str
     read: Callable[[ModelJson], TransformerConfig]
     write: Callable[[TransformerConfig], dict[str, Any]]
-    layer_rules: Callable[[Layer, TransformerConfig], Iterable[Rule]]
-    model_rules: Callable[[TransformerConfig], Iterable[Rule]]
+    layer_rules: Callable[[Layer, TransformerConfig], Iterable[Rule]] = layer_rules
+    model_rules: Callable[[TransformerConfig], Iterable[Rule]] = model_rules
     layer_prefix: str = "model.layers.{layer}."
     unused: tuple[str, ...] = ("*rotary_emb.inv_freq", "*lm_head.weight")
     max_positions: int = 2048
     other_prefix: tuple[str, str] = ("", "")
+
+    def with_images(self, model_type: str, vision: str = "vision_tower") -> "Family":
+        """Returns the family of models with images, of which the text part is read, and written as this one."""
+        return replace(
+            self,
+            model_type=model_type,
+            read=lambda keys: read_text_part(keys, self.read),
+            other_prefix=("", "language_model."),
+            unused=(*self.unused, f"{vision}.*", "multi_modal_projector.*"),
+        )
 
     def unused_by(self, model: TransformerConfig) -> tuple[str, ...]:
         """Returns patterns of tensors that a model does without."""
@@ -98,106 +220,22 @@ class Family:
         return f"{other}{theirs.removeprefix(start)}" if theirs.startswith(start) else theirs
 
 
-def alike(
-    *, num_layers: int, hidden_size: int, mixer: Attention, mlp: MLP | MixtureOfExperts, **options: Any
-) -> TransformerConfig:
-    """Returns a decoder whose layers are all the same; `options` are of `TransformerConfig`."""
-    layers = (Layer(mixer=mixer, mlp=mlp),)
-    return TransformerConfig(num_layers=num_layers, hidden_size=hidden_size, layers=layers, **options)
-
-
-# Rules
-
-
-def model_rules(model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of embeddings, the last norm and the LM head."""
-    yield rule("model.embed_tokens.weight", "embedding", "v d -> v d")
-    yield rule("model.norm.weight", "norm.scale", "d -> d")
-    if not model.tie_embeddings:
-        yield rule("lm_head.weight", "unembedding", "v d -> d v")
-
-
-NORMS: Mapping[str, Mapping[str, str]] = {
-    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    "after": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
-    "both": {
-        "attention_norm": "input_layernorm",
-        "attention_post_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-    },
-}
-"""Names of the norms of a layer, by where they are: `post_attention_layernorm` is two different ones."""
-
-
-def norm_rules(layer: Layer) -> Iterator[Rule]:
-    """Yields the rules of a layer's norms."""
-    for ours, theirs in NORMS[layer.norms].items():
-        yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
-
-
-def attention_rules(mixer: Attention, name: str = "self_attn", pairs: bool = False) -> Iterator[Rule]:
-    """Yields the rules of attention with separate projections; with `pairs`, both of a rotated pair stand together."""
-    for short, ours in (("q", "query"), ("k", "key"), ("v", "value")):
-        theirs, own = ("(h k 2)", "h (2 k)") if pairs and ours != "value" else ("(h k)", "h k")
-        yield rule(f"{name}.{short}_proj.weight", f"attention.{ours}.weight", f"{theirs} d -> d {own}")
-        if mixer.qkv_bias:
-            yield rule(f"{name}.{short}_proj.bias", f"attention.{ours}.bias", f"{theirs} -> {own}")
-        if mixer.qk_norm in ("head", "all") and ours != "value":
-            pattern = "k -> k" if mixer.qk_norm == "head" else "(h k) -> h k"
-            yield rule(f"{name}.{short}_norm.weight", f"attention.{ours}_norm.scale", pattern)
-    yield rule(f"{name}.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
-    if mixer.out_bias:
-        yield rule(f"{name}.o_proj.bias", "attention.out.bias", "d -> d")
-    if mixer.sinks:
-        yield rule(f"{name}.sinks", "attention.sinks", "h -> h")
-
-
-def mlp_rules(mlp: MLP, name: str = "mlp", ours: str = "mlp") -> Iterator[Rule]:
-    """Yields the rules of an MLP with separate projections."""
-    for matrix in ("gate", "up", "down"):
-        if matrix == "gate" and mlp.activation == "gelu":
-            continue
-        yield rule(f"{name}.{matrix}_proj.weight", f"{ours}.{matrix}.weight", "o i -> i o")
-        if mlp.bias:
-            yield rule(f"{name}.{matrix}_proj.bias", f"{ours}.{matrix}.bias", "o -> o")
-
-
-def experts_rules(mlp: MixtureOfExperts, shared: str = "mlp.shared_expert") -> Iterator[Rule]:
-    """Yields the rules of a router, of experts in tensors of their own, and of shared experts."""
-    yield rule("mlp.gate.weight", "mlp.router", "e d -> d e")
-    if mlp.bias_update_rate:
-        yield rule("mlp.gate.e_score_correction_bias", "mlp.bias", "e -> e")
-    for matrix in ("gate", "up", "down"):
-        yield rule(f"mlp.experts.{{e}}.{matrix}_proj.weight", f"mlp.{matrix}", "o i -> e i o")
-    if mlp.num_shared_experts:
-        yield from mlp_rules(MLP(dim=mlp.dim), shared, "mlp.shared")
-    if mlp.shared_gate:
-        yield rule(f"{shared}_gate.weight", "mlp.shared_gate", "1 d -> d 1")
-
-
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer with attention, and an MLP or experts."""
-    assert isinstance(layer.mixer, Attention)
-    yield from norm_rules(layer)
-    yield from attention_rules(layer.mixer)
-    yield from mlp_rules(layer.mlp) if isinstance(layer.mlp, MLP) else experts_rules(layer.mlp)
-
-
-def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
-    """Returns the rule of a tensor that holds several parameters: `(path, pattern)` of each."""
-    return Rule(theirs=theirs, parts=tuple(Part(ours=ours, pattern=pattern, sizes=sizes) for ours, pattern in parts))
-
-
 # Keys
 
 type Fields = Mapping[str, tuple[str, type]]
 """Fields of a config class: for each the key in `config.json` and its type."""
 
+EXPERT_FIELDS: Fields = {
+    "dim": ("intermediate_size", int),
+    "num_experts": ("num_local_experts", int),
+    "top_k": ("num_experts_per_tok", int),
+}
+"""Fields of `MixtureOfExperts` in families whose `intermediate_size` is the width of an expert."""
 
-def read_fields(keys: ModelJson, fields: Fields) -> dict[str, Any]:
-    """Reads fields; raises ConfigError if a key is missing."""
-    return {field: keys.take(key, kind) for field, (key, kind) in fields.items()}
+
+def read_fields(keys: ModelJson, fields: Fields, **defaults: Any) -> dict[str, Any]:
+    """Reads fields; raises ConfigError if a key is missing whose field is not in `defaults`."""
+    return {field: keys.take(key, kind, defaults.get(field)) for field, (key, kind) in fields.items()}
 
 
 def write_fields(config: object, fields: Fields) -> dict[str, Any]:
@@ -299,7 +337,7 @@ def split_first(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], tuple[Layer
 
 
 def write_model(model: TransformerConfig) -> dict[str, Any]:
-    """Returns the keys of a decoder's sizes, and of the attention and the MLP of its first layer."""
+    """Returns the keys of a decoder's sizes, of attention and rotary positions, and of the MLP of its first layer."""
     keys: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -307,21 +345,40 @@ def write_model(model: TransformerConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm.eps,
         "tie_word_embeddings": model.tie_embeddings,
     }
-    layer = model.layer(0)
-    if isinstance(layer.mixer, Attention):
+    attention = [layer.mixer for layer in model.all_layers if isinstance(layer.mixer, Attention)]
+    if attention:  # published files tell the rotary positions of layers without a window
+        first = min(attention, key=lambda mixer: (mixer.rope is None, mixer.window is not None))
         keys |= {
-            "num_attention_heads": layer.mixer.num_heads,
-            "num_key_value_heads": layer.mixer.kv_head_count,
-            "head_dim": layer.mixer.head_width(model.hidden_size),
+            "num_attention_heads": first.num_heads,
+            "num_key_value_heads": first.kv_head_count,
+            "head_dim": first.head_width(model.hidden_size),
         }
-    if isinstance(layer.mlp, MLP):
-        keys |= {"intermediate_size": layer.mlp.dim, "hidden_act": ACTIVATION_NAMES.get(layer.mlp.activation)}
+        keys |= write_rope(first.rope)
+    mlp = model.layer(0).mlp
+    if isinstance(mlp, MLP):
+        keys["intermediate_size"] = mlp.dim
+    if isinstance(mlp, MLP | MixtureOfExperts):
+        keys["hidden_act"] = ACTIVATION_NAMES.get(mlp.activation)
     return keys
 
 
 # Rotary positions
 
 type Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+LLAMA3_FIELDS: Fields = {
+    "factor": ("factor", float),
+    "low_freq_factor": ("low_freq_factor", float),
+    "high_freq_factor": ("high_freq_factor", float),
+    "original_length": ("original_max_position_embeddings", int),
+}
+YARN_FIELDS: Fields = {
+    "factor": ("factor", float),
+    "original_length": ("original_max_position_embeddings", int),
+    "beta_fast": ("beta_fast", float),
+    "beta_slow": ("beta_slow", float),
+    "truncate": ("truncate", bool),
+}
 
 
 def read_rope(
@@ -357,12 +414,7 @@ def _read_scaling(keys: ModelJson, model: ModelJson, scores: bool) -> Scaling | 
         case "linear":
             return LinearScaling(factor=keys.take("factor", float))
         case "llama3":
-            return Llama3Scaling(
-                factor=keys.take("factor", float),
-                low_freq_factor=keys.take("low_freq_factor", float),
-                high_freq_factor=keys.take("high_freq_factor", float),
-                original_length=keys.take("original_max_position_embeddings", int),
-            )
+            return Llama3Scaling(**read_fields(keys, LLAMA3_FIELDS))
         case "yarn":
             return _read_yarn(keys, model, scores)
         case "longrope" | "su":
@@ -377,13 +429,8 @@ def _read_yarn(keys: ModelJson, model: ModelJson, scores: bool) -> YarnScaling:
     original = keys.take("original_max_position_embeddings", int, model.optional("max_position_embeddings", int))
     if "factor" not in keys:
         keys.default(factor=model.take("max_position_embeddings", int) / original)
-    yarn = YarnScaling(
-        factor=keys.take("factor", float),
-        original_length=original,
-        beta_fast=keys.take("beta_fast", float, 32.0),
-        beta_slow=keys.take("beta_slow", float, 1.0),
-        truncate=keys.take("truncate", bool, True),
-    )
+    defaults = {"original_length": original, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    yarn = YarnScaling(**read_fields(keys, YARN_FIELDS, **defaults))
     mscale, all_dim = (keys.take(name, float, 0.0) for name in ("mscale", "mscale_all_dim"))
     if yarn.factor <= 1:  # then m is 1 for all weights
         keys.require("attention_factor", 1, default=1)
@@ -421,13 +468,7 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
         case LinearScaling(factor=factor):
             keys["rope_scaling"] = {"rope_type": "linear", "factor": factor}
         case Llama3Scaling() as scaling:
-            keys["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_length,
-            }
+            keys["rope_scaling"] = {"rope_type": "llama3"} | write_fields(scaling, LLAMA3_FIELDS)
         case YarnScaling() as scaling:
             keys["max_position_embeddings"] = round(scaling.factor * scaling.original_length)
             keys["rope_scaling"] = _write_yarn(scaling)
@@ -445,14 +486,7 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
 
 
 def _write_yarn(scaling: YarnScaling) -> dict[str, Any]:
-    keys = {
-        "rope_type": "yarn",
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_length,
-        "beta_fast": scaling.beta_fast,
-        "beta_slow": scaling.beta_slow,
-        "truncate": scaling.truncate,
-    }
+    keys = {"rope_type": "yarn"} | write_fields(scaling, YARN_FIELDS)
     if scaling.mscale_all_dim:
         return keys | {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
     return keys if scaling.mscale == 1 else keys | {"attention_factor": scaling.m(scaling.mscale)}

@@ -12,7 +12,7 @@ from jaxinfra.families.common import (
     Family,
     Fields,
     fused,
-    model_rules,
+    mlp_or_experts_rules,
     norm_rules,
     of_kind,
     read_fields,
@@ -22,7 +22,7 @@ from jaxinfra.families.common import (
     write_model,
     write_rope,
 )
-from jaxinfra.families.routed import BALANCE, mlp_or_experts_rules, read_layers, write_layers
+from jaxinfra.families.routed import BALANCE, read_layers, write_layers
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Part, Rule, rule
 from jaxinfra.models.latent import LatentAttention
@@ -90,7 +90,7 @@ def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
     heads = (("attention.key.weight", "(h {n}) r -> r h n"), ("attention.value.weight", "(h {v}) r -> r h v"))
     yield fused(f"{name}.kv_b_proj.weight", *heads)
     yield rule(f"{name}.o_proj.weight", "attention.out.weight", "d (h v) -> h v d")
-    yield from mlp_or_experts_rules(layer)
+    yield from mlp_or_experts_rules(layer.mlp, "mlp.shared_experts")
 
 
 FAMILY = Family(
@@ -99,7 +99,6 @@ FAMILY = Family(
     read=read,
     write=write,
     layer_rules=layer_rules,
-    model_rules=model_rules,
     unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
 )
 KIMI = replace(FAMILY, model_type="kimi_k2")

@@ -2,74 +2,49 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import (
     Family,
+    decoder,
     dense_layers,
-    layer_rules,
-    model_rules,
     read_activation,
     read_attention,
     read_model,
     read_rope,
     write_model,
-    write_rope,
 )
 from jaxinfra.families.windows import read_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
-from jaxinfra.ops.rope import Rope
 
-
-def gemma_shape(
-    num_layers: int, hidden_size: int, mlp_dim: int, mixers: Sequence[Attention], **options: Any
-) -> TransformerConfig:
-    """Returns a Gemma 2 or 3 with a period of these mixers."""
-    layers = (Layer(mixer=mixer, mlp=MLP(dim=mlp_dim, activation="geglu"), norms="both") for mixer in mixers)
-    return TransformerConfig(
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        layers=tuple(layers),
-        norm=NormConfig(eps=1e-6, offset=1.0),
-        tie_embeddings=True,
-        scale_embeddings=True,
-        **options,
-    )
-
-
-def _gemma2(
-    num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int, mlp_dim: int, head_dim=256, query_dim=256
-) -> TransformerConfig:
-    """google/gemma-2-{2b,9b,27b}.
-
-    Scores are divided by the square root of `query_dim`, in the 27B model of `hidden_size / num_heads`.
-    """
-    full = Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        query_scale=query_dim**-0.5,
-        softcap=50.0,
-        rope=Rope(theta=10000.0),
-    )
-    mixers = (replace(full, window=4096), full)
-    return gemma_shape(num_layers, hidden_size, mlp_dim, mixers, vocab_size=256000, logit_softcap=30.0)
-
+geglu = partial(MLP, activation="geglu")
+gemma_shape = partial(
+    decoder,
+    head_dim=256,
+    query_scale=256**-0.5,
+    norms="both",
+    norm=NormConfig(eps=1e-6, offset=1.0),
+    tie_embeddings=True,
+    scale_embeddings=True,
+)
+# google/gemma-2-{2b,9b,27b}
+_gemma2 = partial(gemma_shape, vocab_size=256000, softcap=50.0, logit_softcap=30.0, kinds=({"window": 4096}, {}))
 
 SHAPES: dict[str, TransformerConfig] = {
-    "gemma-2-2b": _gemma2(num_layers=26, hidden_size=2304, num_heads=8, num_kv_heads=4, mlp_dim=9216),
-    "gemma-2-9b": _gemma2(num_layers=42, hidden_size=3584, num_heads=16, num_kv_heads=8, mlp_dim=14336),
+    "gemma-2-2b": _gemma2(num_layers=26, hidden_size=2304, num_heads=8, num_kv_heads=4, mlp=geglu(dim=9216)),
+    "gemma-2-9b": _gemma2(num_layers=42, hidden_size=3584, num_heads=16, num_kv_heads=8, mlp=geglu(dim=14336)),
     "gemma-2-27b": _gemma2(
         num_layers=46,
         hidden_size=4608,
         num_heads=32,
         num_kv_heads=16,
         head_dim=128,
-        mlp_dim=36864,
-        query_dim=144,
+        query_scale=144**-0.5,  # 144 is hidden_size / num_heads
+        mlp=geglu(dim=36864),
     ),
 }
 
@@ -111,7 +86,7 @@ def read_gemma(keys: ModelJson, mixers: Sequence[Attention]) -> TransformerConfi
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Gemma 2."""
     mixer, _ = dense_layers(model)[0]
-    return write_gemma(model) | write_rope(mixer.rope) | {"attn_logit_softcapping": mixer.softcap}
+    return write_gemma(model) | {"attn_logit_softcapping": mixer.softcap}
 
 
 def write_gemma(model: TransformerConfig) -> dict[str, Any]:
@@ -129,11 +104,4 @@ def write_gemma(model: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    model_type="gemma2",
-    architecture="Gemma2ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="gemma2", architecture="Gemma2ForCausalLM", read=read, write=write)

@@ -4,50 +4,25 @@ Of the models with images the text part is read.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    dense_layers,
-    layer_rules,
-    model_rules,
-    read_text_part,
-    write_rope,
-)
-from jaxinfra.families.gemma2 import gemma_shape, read_gemma, read_gemma_attention, write_gemma
-from jaxinfra.families.windows import FULL, SLIDING, first_of, read_two_ropes, read_windows
+from jaxinfra.families.common import Family, dense_layers
+from jaxinfra.families.gemma2 import geglu, gemma_shape, read_gemma, read_gemma_attention, write_gemma
+from jaxinfra.families.windows import FULL, SLIDING, read_two_ropes, read_windows
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Rope
 
 BY_8 = Rope(theta=1e6, scaling=LinearScaling(factor=8.0))
 
 
-def _gemma3(
-    num_layers: int,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    mlp_dim: int,
-    head_dim: int = 256,
-    query_dim: int = 256,
-    window: int = 1024,
-    vocab_size: int = 262208,
-    rope: Rope = BY_8,
-) -> TransformerConfig:
-    """google/gemma-3-1b-pt, and the text part (`text_config`) of google/gemma-3-{4b,12b,27b}-pt."""
-    full = Attention(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        query_scale=query_dim**-0.5,
-        qk_norm="head",
-        rope=rope,
-    )
-    mixers = (*[replace(full, window=window, rope=Rope(theta=10000.0))] * 5, full)
-    return gemma_shape(num_layers, hidden_size, mlp_dim, mixers, vocab_size=vocab_size)
+def _kinds(window: int) -> tuple[dict[str, Any], ...]:
+    return (*[{"window": window, "rope": Rope(theta=10000.0)}] * 5, {})
 
+
+# google/gemma-3-1b-pt, and the text part (`text_config`) of google/gemma-3-{4b,12b,27b}-pt
+_gemma3 = partial(gemma_shape, vocab_size=262208, qk_norm="head", rope=BY_8, kinds=_kinds(1024))
 
 SHAPES: dict[str, TransformerConfig] = {
     "gemma-3-1b": _gemma3(
@@ -55,21 +30,21 @@ SHAPES: dict[str, TransformerConfig] = {
         hidden_size=1152,
         num_heads=4,
         num_kv_heads=1,
-        mlp_dim=6912,
-        window=512,
+        mlp=geglu(dim=6912),
+        kinds=_kinds(512),
         vocab_size=262144,
         rope=Rope(theta=1e6),
     ),
-    "gemma-3-4b": _gemma3(num_layers=34, hidden_size=2560, num_heads=8, num_kv_heads=4, mlp_dim=10240),
-    "gemma-3-12b": _gemma3(num_layers=48, hidden_size=3840, num_heads=16, num_kv_heads=8, mlp_dim=15360),
+    "gemma-3-4b": _gemma3(num_layers=34, hidden_size=2560, num_heads=8, num_kv_heads=4, mlp=geglu(dim=10240)),
+    "gemma-3-12b": _gemma3(num_layers=48, hidden_size=3840, num_heads=16, num_kv_heads=8, mlp=geglu(dim=15360)),
     "gemma-3-27b": _gemma3(
         num_layers=62,
         hidden_size=5376,
         num_heads=32,
         num_kv_heads=16,
         head_dim=128,
-        mlp_dim=21504,
-        query_dim=168,
+        query_scale=168**-0.5,
+        mlp=geglu(dim=21504),
     ),
 }
 
@@ -100,26 +75,14 @@ def read(keys: ModelJson) -> TransformerConfig:
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Gemma 3."""
     mixers = [mixer for mixer, _ in dense_layers(model)]
-    full, local = first_of(mixers, FULL).rope, first_of(mixers, SLIDING).rope
-    keys = write_gemma(model) | write_rope(full) | {"model_type": "gemma3_text"}
+    local = next((mixer.rope for mixer in mixers if mixer.window is not None), mixers[0].rope)
+    keys = write_gemma(model) | {"model_type": "gemma3_text"}
     return keys | ({} if local is None else {"rope_local_base_freq": local.theta})
 
 
 FAMILY = Family(
-    model_type="gemma3_text",
-    architecture="Gemma3ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-    max_positions=131072,
+    model_type="gemma3_text", architecture="Gemma3ForCausalLM", read=read, write=write, max_positions=131072
 )
 
-WITH_IMAGES = replace(
-    FAMILY,
-    model_type="gemma3",
-    read=lambda keys: read_text_part(keys, read),
-    other_prefix=("", "language_model."),
-    unused=(*FAMILY.unused, "vision_tower.*", "multi_modal_projector.*"),
-)
+WITH_IMAGES = FAMILY.with_images("gemma3")
 """The models with images: the text part is read, and written as a `gemma3_text`."""

@@ -3,24 +3,21 @@
 Layers for the prediction of several tokens are not read.
 """
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import (
     Family,
-    attention_rules,
-    model_rules,
-    norm_rules,
+    layer_rules,
+    mlp_or_experts_rules,
     of_kind,
     read_attention,
     read_model,
     read_rope,
     write_model,
-    write_rope,
 )
-from jaxinfra.families.routed import BALANCE, mlp_or_experts_rules, read_layers, write_layers
+from jaxinfra.families.routed import BALANCE, read_layers, write_layers
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -45,14 +42,7 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a GLM-4.5."""
     mixer = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer")
     keys = {"attention_bias": mixer.qkv_bias, "use_qk_norm": mixer.qk_norm == "head"}
-    return write_model(model) | {"partial_rotary_factor": 1.0} | write_rope(mixer.rope) | write_layers(model) | keys
-
-
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
-    yield from norm_rules(layer)
-    yield from attention_rules(of_kind(layer.mixer, Attention, "layers.mixer"))
-    yield from mlp_or_experts_rules(layer)
+    return {"partial_rotary_factor": 1.0} | write_model(model) | write_layers(model) | keys
 
 
 FAMILY = Family(
@@ -60,8 +50,7 @@ FAMILY = Family(
     architecture="Glm4MoeForCausalLM",
     read=read,
     write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
+    layer_rules=partial(layer_rules, feed_forward=partial(mlp_or_experts_rules, shared="mlp.shared_experts")),
     unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
 )
 

@@ -4,23 +4,25 @@ Matrices are stored `[in, out]`, and those of queries, keys and values in one te
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import ACTIVATION_NAMES, Family, alike, dense_layers, fused
+from jaxinfra.families.common import ACTIVATION_NAMES, Family, decoder, dense_layers, fused
 from jaxinfra.interop.config_json import MAX_LAYERS, ModelJson
 from jaxinfra.interop.rules import Rule, rule
-from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
+
+_decoder = partial(decoder, rope=None, qkv_bias=True, out_bias=True)
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_heads: int) -> TransformerConfig:
     """openai-community/gpt2 and gpt2-{medium,large,xl}."""
-    return alike(
+    return _decoder(
         vocab_size=50257,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        mixer=Attention(num_heads=num_heads, qkv_bias=True, out_bias=True, rope=None),
+        num_heads=num_heads,
         mlp=MLP(dim=4 * hidden_size, activation="gelu", bias=True),
         norm=NormConfig(type="layernorm"),
         learned_positions=1024,
@@ -47,11 +49,11 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.require("scale_attn_by_inverse_layer_idx", False, default=False)
     keys.ignore("n_ctx", "reorder_and_upcast_attn", "dtype", "torch_dtype", *SUMMARY)
     width = keys.take("n_embd", int, 768)
-    return alike(
+    return _decoder(
         vocab_size=keys.take("vocab_size", int, 50257),
         num_layers=keys.take_between("n_layer", 1, MAX_LAYERS, default=12),
         hidden_size=width,
-        mixer=Attention(num_heads=keys.take("n_head", int, 12), qkv_bias=True, out_bias=True, rope=None),
+        num_heads=keys.take("n_head", int, 12),
         mlp=MLP(dim=keys.take("n_inner", int, 4 * width), activation="gelu", bias=True),
         norm=NormConfig(type="layernorm", eps=keys.take("layer_norm_epsilon", float, 1e-5)),
         learned_positions=keys.take("n_positions", int, 1024),

@@ -5,16 +5,15 @@ Published experts are MXFP4, which `interop.quantized` reads. Gate and up projec
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import (
+    EXPERT_FIELDS,
     Family,
-    Fields,
-    attention_rules,
     experts_of,
     fused,
-    model_rules,
-    norm_rules,
+    layer_rules,
     of_kind,
     read_attention,
     read_fields,
@@ -24,6 +23,7 @@ from jaxinfra.families.common import (
     write_model,
     write_rope,
 )
+from jaxinfra.families.windows import read_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Rule, rule
 from jaxinfra.models.attention import Attention
@@ -31,13 +31,7 @@ from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
 
-WINDOW, FULL = "sliding_attention", "full_attention"
 YARN = YarnScaling(factor=32.0, original_length=4096, truncate=False)
-FIELDS: Fields = {
-    "dim": ("intermediate_size", int),
-    "num_experts": ("num_local_experts", int),
-    "top_k": ("num_experts_per_tok", int),
-}
 
 
 def read(keys: ModelJson) -> TransformerConfig:
@@ -48,34 +42,25 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.ignore("experts_per_token", "initial_context_length", "router_aux_loss_coef")
     keys.default(rms_norm_eps=1e-5)
     keys.default(**write_rope(Rope(theta=150000.0, scaling=YARN)))
-    bias, window = keys.take("attention_bias", bool, True), keys.optional("sliding_window", int)
+    bias = keys.take("attention_bias", bool, True)
     full = read_attention(keys, rope=read_rope(keys), qkv_bias=bias, out_bias=bias, sinks=True)
-    experts = MixtureOfExperts(activation="clamped_swiglu", router_bias=True, bias=True, **read_fields(keys, FIELDS))
-    layers = {kind: Layer(mixer=full, mlp=experts) for kind in (WINDOW, FULL)}
-    layers[WINDOW] = replace(layers[FULL], mixer=replace(full, window=window))
-    count = keys.num_layers
-    kinds = keys.take_kinds("layer_types", layers, count, ([WINDOW, FULL] * count)[:count])
-    return read_model(keys, [layers[kind] for kind in kinds])
+    sizes = read_fields(keys, EXPERT_FIELDS)
+    experts = MixtureOfExperts(activation="clamped_swiglu", router_bias=True, bias=True, **sizes)
+    windows = read_windows(keys, lambda index: index % 2 == 0)
+    return read_model(keys, [Layer(mixer=replace(full, window=window), mlp=experts) for window in windows])
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a GPT-OSS."""
     mixers = [of_kind(layer.mixer, Attention, "layers.mixer") for layer in model.all_layers]
-    windows = [mixer.window for mixer in mixers]
-    keys = {
-        "hidden_act": "silu",
-        "rope_scaling": {"rope_type": "default"},
-        "attention_bias": mixers[0].qkv_bias,
-        "sliding_window": next((window for window in windows if window is not None), None),
-        "layer_types": [FULL if window is None else WINDOW for window in windows],
-    }
-    return write_model(model) | keys | write_rope(mixers[0].rope) | write_fields(experts_of(model), FIELDS)
+    keys: dict[str, Any] = {"rope_scaling": {"rope_type": "default"}}
+    keys |= write_model(model) | write_windows(mixers)
+    keys |= {"hidden_act": "silu", "attention_bias": mixers[0].qkv_bias}
+    return keys | write_fields(experts_of(model), EXPERT_FIELDS)
 
 
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
-    yield from norm_rules(layer)
-    yield from attention_rules(of_kind(layer.mixer, Attention, "layers.mixer"))
+def experts_rules(mlp: MixtureOfExperts) -> Iterator[Rule]:
+    """Yields the rules of a router and of experts."""
     yield rule("mlp.router.weight", "mlp.router", "e d -> d e")
     yield rule("mlp.router.bias", "mlp.router_bias", "e -> e")
     weights = ((f"mlp.{name}", "e d (f {1}) -> e d (f 1)") for name in ("gate", "up"))
@@ -91,8 +76,7 @@ FAMILY = Family(
     architecture="GptOssForCausalLM",
     read=read,
     write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
+    layer_rules=partial(layer_rules, feed_forward=experts_rules),
 )
 
 

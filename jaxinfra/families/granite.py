@@ -1,37 +1,35 @@
 """Granite 3 (Granite Team 2024): a Llama with multipliers on embeddings, scores, residual branches and logits."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxinfra.families import llama
-from jaxinfra.families.common import Family, alike, dense_layers, layer_rules, model_rules
+from jaxinfra.families.common import Family, decoder, dense_layers, of_kind
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 
-
-def _granite(
-    hidden_size: int, mlp_dim: int, theta: float, query_scale: float, logits_scaling: float
-) -> TransformerConfig:
-    """ibm-granite/granite-3.1-{2b,8b}-base."""
-    return alike(
-        vocab_size=49155,
-        num_layers=40,
-        hidden_size=hidden_size,
-        mixer=Attention(num_heads=32, num_kv_heads=8, rope=Rope(theta=theta), query_scale=query_scale),
-        mlp=MLP(dim=mlp_dim),
-        tie_embeddings=True,
-        embedding_multiplier=12.0,
-        residual_multiplier=0.22,
-        logits_scaling=logits_scaling,
-    )
-
+# ibm-granite/granite-3.1-{2b,8b}-base
+_granite = partial(
+    decoder,
+    vocab_size=49155,
+    num_layers=40,
+    num_heads=32,
+    num_kv_heads=8,
+    tie_embeddings=True,
+    embedding_multiplier=12.0,
+    residual_multiplier=0.22,
+)
 
 SHAPES: dict[str, TransformerConfig] = {
-    "granite-3.1-2b": _granite(2048, 8192, theta=5e6, query_scale=1 / 64, logits_scaling=8.0),
-    "granite-3.1-8b": _granite(4096, 12800, theta=1e7, query_scale=1 / 128, logits_scaling=16.0),
+    "granite-3.1-2b": _granite(
+        hidden_size=2048, mlp=8192, rope=Rope(theta=5e6), query_scale=1 / 64, logits_scaling=8.0
+    ),
+    "granite-3.1-8b": _granite(
+        hidden_size=4096, mlp=12800, rope=Rope(theta=1e7), query_scale=1 / 128, logits_scaling=16.0
+    ),
 }
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -42,7 +40,8 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Granite."""
     scale = keys.take("attention_multiplier", float, 1.0)
     model = llama.read(keys)
-    layers = tuple(replace(each, mixer=replace(each.mixer, query_scale=scale)) for each in model.layers)
+    mixer = replace(of_kind(model.layers[0].mixer, Attention, "layers.0.mixer"), query_scale=scale)
+    layers = (replace(model.layers[0], mixer=mixer),)
     return replace(model, layers=layers, **{name: keys.take(name, float, 1.0) for name in MULTIPLIERS})
 
 
@@ -54,11 +53,4 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     return llama.write(model) | multipliers | {"attention_multiplier": scale}
 
 
-FAMILY = Family(
-    model_type="granite",
-    architecture="GraniteForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="granite", architecture="GraniteForCausalLM", read=read, write=write)

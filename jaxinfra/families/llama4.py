@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from jaxinfra.families.common import (
-    ACTIVATION_NAMES,
+    EXPERT_FIELDS,
     Family,
     Fields,
     attention_rules,
     experts_of,
     fused,
     mlp_rules,
-    model_rules,
     norm_rules,
     of_kind,
     read_activation,
@@ -24,10 +23,8 @@ from jaxinfra.families.common import (
     read_fields,
     read_model,
     read_rope,
-    read_text_part,
     write_fields,
     write_model,
-    write_rope,
 )
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Rule, rule
@@ -42,11 +39,6 @@ TOP_1: Mapping[str, Any] = {
     "score_function": "sigmoid",
     "normalize_weights": False,
     "scale_inputs": True,
-}
-FIELDS: Fields = {
-    "dim": ("intermediate_size", int),
-    "num_experts": ("num_local_experts", int),
-    "top_k": ("num_experts_per_tok", int),
 }
 TEMPERATURE: Fields = {"scale": ("attn_scale", float), "floor": ("floor_scale", int)}
 
@@ -69,7 +61,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     still = replace(rotated, rope=None, chunk=None, qk_norm=None, temperature=temperature if tuned else None)
     kinds = ["chunked_attention" if chunk and rotates[i] else "full_attention" for i in layers]
     keys.require("layer_types", kinds, default=kinds)
-    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **TOP_1)
+    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, EXPERT_FIELDS), **TOP_1)
     dense = MLP(dim=keys.take("intermediate_size_mlp", int), activation=experts.activation)
     mixers, mlps = (
         [rotated if rotates[i] else still for i in layers],
@@ -84,7 +76,7 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     mlps, experts = [layer.mlp for layer in model.all_layers], experts_of(model)
     rotated = next((mixer for mixer in mixers if mixer.rope is not None), mixers[0])
     temperature = next((mixer.temperature for mixer in mixers if mixer.temperature is not None), None)
-    keys = write_fields(experts, FIELDS) | {
+    keys = write_fields(experts, EXPERT_FIELDS) | {
         "model_type": "llama4_text",
         "attention_bias": rotated.qkv_bias,
         "attention_chunk_size": rotated.chunk,
@@ -92,11 +84,10 @@ def write(model: TransformerConfig) -> dict[str, Any]:
         "attn_temperature_tuning": temperature is not None,
         "no_rope_layers": [int(mixer.rope is not None) for mixer in mixers],
         "moe_layers": [i for i, mlp in enumerate(mlps) if isinstance(mlp, MixtureOfExperts)],
-        "hidden_act": ACTIVATION_NAMES.get(experts.activation),
         "intermediate_size_mlp": next((mlp.dim for mlp in mlps if isinstance(mlp, MLP)), experts.dim),
     }
     keys |= write_fields(temperature or AttentionTemperature(), TEMPERATURE)
-    return write_model(model) | write_rope(rotated.rope) | keys
+    return write_model(model) | keys
 
 
 def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
@@ -112,26 +103,15 @@ def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
         "feed_forward.experts.gate_up_proj", *((f"mlp.{name}", "e d ({f}) -> e d f") for name in ("gate", "up"))
     )
     yield rule("feed_forward.experts.down_proj", "mlp.down", "e f d -> e f d")
-    yield from mlp_rules(MLP(dim=layer.mlp.dim), "feed_forward.shared_expert", "mlp.shared")
+    experts = of_kind(layer.mlp, MixtureOfExperts, "layers.mlp")
+    yield from mlp_rules(MLP(dim=experts.dim), "feed_forward.shared_expert", "mlp.shared")
 
 
 FAMILY = Family(
-    model_type="llama4_text",
-    architecture="Llama4ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
+    model_type="llama4_text", architecture="Llama4ForCausalLM", read=read, write=write, layer_rules=layer_rules
 )
 
-
-WITH_IMAGES = replace(
-    FAMILY,
-    model_type="llama4",
-    read=lambda keys: read_text_part(keys, read),
-    other_prefix=("", "language_model."),
-    unused=(*FAMILY.unused, "vision_model.*", "multi_modal_projector.*"),
-)
+WITH_IMAGES = FAMILY.with_images("llama4", "vision_model")
 """The models with images: the text part is read, and written as a `llama4_text`."""
 
 

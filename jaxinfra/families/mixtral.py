@@ -1,16 +1,15 @@
 """Mixtral (Jiang et al. 2024): Mistral's attention, and eight experts in place of each MLP."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import (
-    ACTIVATION_NAMES,
+    EXPERT_FIELDS,
     Family,
     Fields,
-    attention_rules,
     experts_of,
-    model_rules,
-    norm_rules,
+    layer_rules,
     of_kind,
     read_activation,
     read_attention,
@@ -19,7 +18,6 @@ from jaxinfra.families.common import (
     read_rope,
     write_fields,
     write_model,
-    write_rope,
 )
 from jaxinfra.families.mistral import mistral_shape
 from jaxinfra.interop.config_json import ModelJson
@@ -28,12 +26,7 @@ from jaxinfra.models.attention import Attention
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 
-FIELDS: Fields = {
-    "dim": ("intermediate_size", int),
-    "num_experts": ("num_local_experts", int),
-    "top_k": ("num_experts_per_tok", int),
-    "balance_loss": ("router_aux_loss_coef", float),
-}
+FIELDS: Fields = {**EXPERT_FIELDS, "balance_loss": ("router_aux_loss_coef", float)}
 
 
 def read(keys: ModelJson) -> TransformerConfig:
@@ -48,15 +41,12 @@ def read(keys: ModelJson) -> TransformerConfig:
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Mixtral."""
-    mixer, experts = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer"), experts_of(model)
-    keys = {"hidden_act": ACTIVATION_NAMES.get(experts.activation), "sliding_window": mixer.window}
-    return write_model(model) | write_rope(mixer.rope) | write_fields(experts, FIELDS) | keys
+    mixer = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer")
+    return write_model(model) | write_fields(experts_of(model), FIELDS) | {"sliding_window": mixer.window}
 
 
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
-    yield from norm_rules(layer)
-    yield from attention_rules(of_kind(layer.mixer, Attention, "layers.mixer"))
+def experts_rules(mlp: MixtureOfExperts) -> Iterator[Rule]:
+    """Yields the rules of a router and of experts."""
     yield rule("block_sparse_moe.gate.weight", "mlp.router", "e d -> d e")
     for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
         yield rule(f"block_sparse_moe.experts.{{e}}.{theirs}.weight", f"mlp.{ours}", "o i -> e i o")
@@ -67,9 +57,9 @@ FAMILY = Family(
     architecture="MixtralForCausalLM",
     read=read,
     write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
+    layer_rules=partial(layer_rules, feed_forward=experts_rules),
 )
 
-SHAPES = {"mixtral-8x7b": mistral_shape(32000, MixtureOfExperts(dim=14336, num_experts=8, top_k=2, balance_loss=0.02))}
+_experts = MixtureOfExperts(dim=14336, num_experts=8, top_k=2, balance_loss=0.02)
+SHAPES = {"mixtral-8x7b": mistral_shape(vocab_size=32000, mlp=_experts)}
 """mistralai/Mixtral-8x7B-v0.1."""

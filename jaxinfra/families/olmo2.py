@@ -1,52 +1,33 @@
 """OLMo 2 (OLMo Team 2024): norms after attention and MLP only, and over all heads of queries and keys at once."""
 
+from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import (
     Family,
+    decoder,
     dense_layers,
-    layer_rules,
-    model_rules,
     read_attention,
     read_mlp,
     read_model,
     read_rope,
     write_model,
-    write_rope,
 )
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP, NormConfig
+from jaxinfra.models.layers import NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope
 
-
-def olmo_shape(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    mlp_dim: int,
-    vocab_size: int = 100352,
-    kinds: tuple[dict[str, Any], ...] = ({"rope": Rope(theta=500000.0)},),
-) -> TransformerConfig:
-    """allenai/OLMo-2-{0425-1B,1124-7B,1124-13B,0325-32B}; `kinds` are options of a period of `Attention`."""
-    mixers = (Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm="all", **kind) for kind in kinds)
-    return TransformerConfig(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        layers=tuple(Layer(mixer=mixer, mlp=MLP(dim=mlp_dim), norms="after") for mixer in mixers),
-        norm=NormConfig(eps=1e-6),
-    )
-
+olmo_shape = partial(decoder, qk_norm="all", norms="after", norm=NormConfig(eps=1e-6), rope=Rope(theta=500000.0))
+# allenai/OLMo-2-{0425-1B,1124-7B,1124-13B,0325-32B}
+_olmo2 = partial(olmo_shape, vocab_size=100352)
 
 SHAPES: dict[str, TransformerConfig] = {
-    "olmo-2-1b": olmo_shape(num_layers=16, hidden_size=2048, num_heads=16, num_kv_heads=16, mlp_dim=8192),
-    "olmo-2-7b": olmo_shape(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, mlp_dim=11008),
-    "olmo-2-13b": olmo_shape(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=40, mlp_dim=13824),
-    "olmo-2-32b": olmo_shape(num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, mlp_dim=27648),
+    "olmo-2-1b": _olmo2(num_layers=16, hidden_size=2048, num_heads=16, num_kv_heads=16, mlp=8192),
+    "olmo-2-7b": _olmo2(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, mlp=11008),
+    "olmo-2-13b": _olmo2(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=40, mlp=13824),
+    "olmo-2-32b": _olmo2(num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, mlp=27648),
 }
 
 
@@ -72,14 +53,7 @@ def read_olmo(keys: ModelJson, mixers: list[Attention]) -> TransformerConfig:
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of an OLMo 2."""
     mixer, _ = dense_layers(model)[0]
-    return write_model(model) | write_rope(mixer.rope) | {"attention_bias": mixer.qkv_bias}
+    return write_model(model) | {"attention_bias": mixer.qkv_bias}
 
 
-FAMILY = Family(
-    model_type="olmo2",
-    architecture="Olmo2ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="olmo2", architecture="Olmo2ForCausalLM", read=read, write=write)

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.families import olmo2
-from jaxinfra.families.common import Family, dense_layers, layer_rules, model_rules, write_rope
-from jaxinfra.families.windows import FULL, SLIDING, first_of, read_two_ropes, read_windows, write_windows
+from jaxinfra.families.common import Family, dense_layers
+from jaxinfra.families.windows import FULL, SLIDING, read_two_ropes, read_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
@@ -17,8 +17,8 @@ _LOCAL = {"rope": Rope(theta=500000.0), "window": 4096}
 _olmo3 = partial(olmo2.olmo_shape, vocab_size=100278, kinds=(_LOCAL, _LOCAL, _LOCAL, _FULL))
 
 SHAPES: dict[str, TransformerConfig] = {
-    "olmo-3-7b": _olmo3(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, mlp_dim=11008),
-    "olmo-3-32b": _olmo3(num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, mlp_dim=27648),
+    "olmo-3-7b": _olmo3(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, mlp=11008),
+    "olmo-3-32b": _olmo3(num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, mlp=27648),
 }
 
 
@@ -34,15 +34,7 @@ def read(keys: ModelJson) -> TransformerConfig:
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of an OLMo 3."""
-    mixers = [mixer for mixer, _ in dense_layers(model)]
-    return olmo2.write(model) | write_rope(first_of(mixers, FULL).rope) | write_windows(mixers)
+    return olmo2.write(model) | write_windows(mixer for mixer, _ in dense_layers(model))
 
 
-FAMILY = Family(
-    model_type="olmo3",
-    architecture="Olmo3ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="olmo3", architecture="Olmo3ForCausalLM", read=read, write=write)

@@ -7,46 +7,24 @@ from typing import Any
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.common import (
     Family,
-    alike,
+    decoder,
     dense_layers,
     fused,
-    model_rules,
     norm_rules,
     read_attention,
     read_mlp,
     read_model,
     read_rope,
     write_model,
-    write_rope,
 )
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Rule, rule
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import LongRopeScaling, Rope
 
-THETA_10K = Rope(theta=10000.0)
-
-
-def _phi(
-    num_layers: int,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    mlp_dim: int,
-    rope: Rope = THETA_10K,
-    window: int | None = None,
-    **options: Any,
-) -> TransformerConfig:
-    """microsoft/Phi-3-{mini,medium}-4k-instruct, phi-4 and Phi-4-mini-instruct."""
-    mixer = Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope, window=window)
-    mlp = MLP(dim=mlp_dim)
-    return alike(num_layers=num_layers, hidden_size=hidden_size, mixer=mixer, mlp=mlp, **options)
-
-
-_phi3 = partial(_phi, vocab_size=32064, window=2047)
-_phi4 = partial(_phi, vocab_size=100352, rope=Rope(theta=250000.0))
+# microsoft/Phi-3-{mini,medium}-4k-instruct, phi-4 and, below, Phi-4-mini-instruct
+_phi3 = partial(decoder, vocab_size=32064, window=2047)
+_phi4 = partial(decoder, vocab_size=100352, rope=Rope(theta=250000.0))
 PHI4_MINI_DIVISORS = (
     1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
     2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
@@ -57,15 +35,15 @@ PHI4_MINI_DIVISORS = (
 _MINI_SCALING = LongRopeScaling(divisors=PHI4_MINI_DIVISORS, short_divisors=(1.0,) * 48, factor=32.0)
 
 SHAPES: dict[str, TransformerConfig] = {
-    "phi-3-mini-4k": _phi3(num_layers=32, hidden_size=3072, num_heads=32, num_kv_heads=32, mlp_dim=8192),
-    "phi-3-medium-4k": _phi3(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=10, mlp_dim=17920),
-    "phi-4": _phi4(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=10, mlp_dim=17920),
-    "phi-4-mini": _phi(
+    "phi-3-mini-4k": _phi3(num_layers=32, hidden_size=3072, num_heads=32, num_kv_heads=32, mlp=8192),
+    "phi-3-medium-4k": _phi3(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=10, mlp=17920),
+    "phi-4": _phi4(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=10, mlp=17920),
+    "phi-4-mini": decoder(
         num_layers=32,
         hidden_size=3072,
         num_heads=24,
         num_kv_heads=8,
-        mlp_dim=8192,
+        mlp=8192,
         rope=Rope(theta=10000.0, fraction=0.75, scaling=_MINI_SCALING),
         window=262144,
         vocab_size=200064,
@@ -90,7 +68,7 @@ def read(keys: ModelJson) -> TransformerConfig:
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Phi-3."""
     mixer, _ = dense_layers(model)[0]
-    keys = write_model(model) | write_rope(mixer.rope) | {"sliding_window": mixer.window}
+    keys = write_model(model) | {"sliding_window": mixer.window}
     if mixer.rope is not None and isinstance(mixer.rope.scaling, LongRopeScaling):
         keys["original_max_position_embeddings"] = mixer.rope.scaling.original_length  # where Phi-3 has it
     return keys
@@ -107,11 +85,4 @@ def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
     yield rule("mlp.down_proj.weight", "mlp.down.weight", "o i -> i o")
 
 
-FAMILY = Family(
-    model_type="phi3",
-    architecture="Phi3ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="phi3", architecture="Phi3ForCausalLM", read=read, write=write, layer_rules=layer_rules)

@@ -5,12 +5,9 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import (
-    ACTIVATION_NAMES,
     Family,
     Fields,
     experts_of,
-    layer_rules,
-    model_rules,
     of_kind,
     read_activation,
     read_attention,
@@ -20,7 +17,6 @@ from jaxinfra.families.common import (
     read_rope,
     write_fields,
     write_model,
-    write_rope,
 )
 from jaxinfra.families.qwen3 import qwen3_shape
 from jaxinfra.interop.config_json import ModelJson
@@ -65,28 +61,20 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Qwen3 with experts."""
     mixer = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer")
     keys = {"attention_bias": mixer.qkv_bias, "use_sliding_window": mixer.window is not None}
-    return write_model(model) | write_rope(mixer.rope) | keys | {"sliding_window": mixer.window} | write_layers(model)
+    return write_model(model) | keys | {"sliding_window": mixer.window} | write_layers(model)
 
 
 def write_layers(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of MLPs and experts."""
     experts, mlps = experts_of(model), [layer.mlp for layer in model.all_layers]
     return write_fields(experts, FIELDS) | {
-        "hidden_act": ACTIVATION_NAMES.get(experts.activation),
         "intermediate_size": next((mlp.dim for mlp in mlps if isinstance(mlp, MLP)), experts.dim * experts.top_k),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, mlp in enumerate(mlps) if isinstance(mlp, MLP)],
     }
 
 
-FAMILY = Family(
-    model_type="qwen3_moe",
-    architecture="Qwen3MoeForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", read=read, write=write)
 
 
 _experts = partial(MixtureOfExperts, num_experts=128, top_k=8, balance_loss=0.001)

@@ -12,10 +12,8 @@ from jaxinfra.families.common import (
     Fields,
     attention_rules,
     experts_of,
-    experts_rules,
     fused,
-    mlp_rules,
-    model_rules,
+    mlp_or_experts_rules,
     norm_rules,
     of_kind,
     read_attention,
@@ -24,14 +22,13 @@ from jaxinfra.families.common import (
     read_rope,
     write_fields,
     write_model,
-    write_rope,
 )
 from jaxinfra.families.qwen3_moe import read_layers, write_layers
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Rule, rule
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.delta_net import GatedDeltaNet
-from jaxinfra.models.layers import MLP, NormConfig
+from jaxinfra.models.layers import NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope
@@ -71,15 +68,11 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     full = of_kind(next((mixer for mixer in mixers if isinstance(mixer, Attention)), None), Attention, "layers.mixer")
     nets = (mixer for mixer in mixers if isinstance(mixer, GatedDeltaNet))
     keys = write_fields(of_kind(next(nets, None), GatedDeltaNet, "layers.mixer"), FIELDS) | {
-        "num_attention_heads": full.num_heads,
-        "num_key_value_heads": full.kv_head_count,
-        "head_dim": full.head_width(model.hidden_size),
         "attention_bias": full.qkv_bias,
         "layer_types": [FULL if isinstance(mixer, Attention) else LINEAR for mixer in mixers],
-        "partial_rotary_factor": 1.0,
         "shared_expert_intermediate_size": experts.num_shared_experts * experts.dim,
     }
-    return write_model(model) | keys | write_rope(full.rope) | write_layers(model)
+    return {"partial_rotary_factor": 1.0} | write_model(model) | keys | write_layers(model)
 
 
 def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
@@ -90,7 +83,7 @@ def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
             yield _with_gate(each) if "q_proj" in each.theirs else each
     else:
         yield from delta_net_rules(of_kind(layer.mixer, GatedDeltaNet, "layers.mixer"))
-    yield from mlp_rules(layer.mlp) if isinstance(layer.mlp, MLP) else experts_rules(layer.mlp)
+    yield from mlp_or_experts_rules(layer.mlp)
 
 
 def _with_gate(query: Rule) -> Rule:
@@ -98,21 +91,21 @@ def _with_gate(query: Rule) -> Rule:
     return fused(query.theirs, (part.ours, pattern), (part.ours.replace("query", "gate"), pattern))
 
 
-def delta_net_rules(mixer: GatedDeltaNet, name: str = "linear_attn") -> Iterator[Rule]:
+def delta_net_rules(mixer: GatedDeltaNet) -> Iterator[Rule]:
     """Yields the rules of a gated delta net; `g` are key heads, each shared by `r` value heads."""
     heads = {"query": "(g {k}) d -> d g k", "key": "(g {k}) d -> d g k"}
     heads |= {each: "(g {r v}) d -> d (g r) v" for each in ("value", "gate")}
     groups = {"g": mixer.num_key_heads}
     parts = ((f"attention.{each}.weight", pattern) for each, pattern in heads.items())
-    yield fused(f"{name}.in_proj_qkvz.weight", *parts, **groups)
+    yield fused("linear_attn.in_proj_qkvz.weight", *parts, **groups)
     parts = ((f"attention.{each}.weight", "(g {r}) d -> d (g r)") for each in ("beta", "decay"))
-    yield fused(f"{name}.in_proj_ba.weight", *parts, **groups)
+    yield fused("linear_attn.in_proj_ba.weight", *parts, **groups)
     parts = ((f"attention.{each}_conv", "({h k}) 1 w -> w h (k 1)") for each in ("query", "key", "value"))
-    yield fused(f"{name}.conv1d.weight", *parts)
-    yield rule(f"{name}.A_log", "attention.a_log", "h -> h")
-    yield rule(f"{name}.dt_bias", "attention.dt_bias", "h -> h")
-    yield rule(f"{name}.norm.weight", "attention.norm.scale", "v -> v")
-    yield rule(f"{name}.out_proj.weight", "attention.out.weight", "d (h v) -> h v d")
+    yield fused("linear_attn.conv1d.weight", *parts)
+    yield rule("linear_attn.A_log", "attention.a_log", "h -> h")
+    yield rule("linear_attn.dt_bias", "attention.dt_bias", "h -> h")
+    yield rule("linear_attn.norm.weight", "attention.norm.scale", "v -> v")
+    yield rule("linear_attn.out_proj.weight", "attention.out.weight", "d (h v) -> h v d")
 
 
 FAMILY = Family(
@@ -121,7 +114,6 @@ FAMILY = Family(
     read=read,
     write=write,
     layer_rules=layer_rules,
-    model_rules=model_rules,
     unused=("*rotary_emb.inv_freq", "*lm_head.weight", "mtp.*"),
 )
 

@@ -1,22 +1,10 @@
 """Experts as DeepSeek V3 publishes them, and GLM-4.5: sigmoid scores, biases on choices, shared experts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from jaxinfra.families.common import (
-    ACTIVATION_NAMES,
-    Fields,
-    experts_of,
-    experts_rules,
-    mlp_rules,
-    of_kind,
-    read_activation,
-    read_fields,
-    read_mlp,
-    write_fields,
-)
+from jaxinfra.families.common import Fields, experts_of, of_kind, read_activation, read_fields, read_mlp, write_fields
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
@@ -55,14 +43,8 @@ def write_layers(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of MLPs and experts."""
     experts, dense = experts_of(model), [of_kind(layer.mlp, MLP, "first_layers.mlp") for layer in model.first_layers]
     return write_fields(experts, FIELDS) | {
-        "hidden_act": ACTIVATION_NAMES.get(experts.activation),
         "intermediate_size": dense[0].dim if dense else experts.dim,
         "first_k_dense_replace": len(dense),
         "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
     }
-
-
-def mlp_or_experts_rules(layer: Layer) -> Iterator[Rule]:
-    """Yields the rules of an MLP, or of experts."""
-    return mlp_rules(layer.mlp) if isinstance(layer.mlp, MLP) else experts_rules(layer.mlp, "mlp.shared_experts")

@@ -3,18 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    dense_layers,
-    layer_rules,
-    model_rules,
-    read_attention,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_model,
-    write_rope,
-)
+from jaxinfra.families.common import Family, dense_layers, read_attention, read_mlp, read_model, read_rope, write_model
 from jaxinfra.families.windows import read_optional_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
@@ -56,11 +45,9 @@ def read(keys: ModelJson) -> TransformerConfig:
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a SmolLM3."""
     mixers, mlps = zip(*dense_layers(model), strict=True)
-    rope = next((mixer.rope for mixer in mixers if mixer.rope is not None), None)
     windows = write_windows(mixers)
     return {
         **write_model(model),
-        **write_rope(rope),
         **windows,
         "use_sliding_window": windows["sliding_window"] is not None,
         "no_rope_layers": [int(mixer.rope is not None) for mixer in mixers],
@@ -69,11 +56,4 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    model_type="smollm3",
-    architecture="SmolLM3ForCausalLM",
-    read=read,
-    write=write,
-    layer_rules=layer_rules,
-    model_rules=model_rules,
-)
+FAMILY = Family(model_type="smollm3", architecture="SmolLM3ForCausalLM", read=read, write=write)

@@ -1,6 +1,6 @@
 """Layers with and without a sliding window in `config.json`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxinfra.errors import ConfigError
@@ -38,11 +38,6 @@ def write_windows(mixers: Iterable[Attention]) -> dict[str, Any]:
         "sliding_window": next((window for window in windows if window is not None), None),
         "layer_types": [FULL if window is None else SLIDING for window in windows],
     }
-
-
-def first_of(mixers: Sequence[Attention], kind: str) -> Attention:
-    """Returns the attention of the first layer of a kind, or of the first layer if there is none."""
-    return next((mixer for mixer in mixers if (mixer.window is None) == (kind == FULL)), mixers[0])
 
 
 def read_two_ropes(keys: ModelJson, theta: float, sliding: Callable[[Rope], Rope]) -> dict[str, Rope]:

@@ -12,9 +12,7 @@ from functools import partial
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.families import family_modules
-from jaxinfra.families.common import alike
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP
+from jaxinfra.families.common import decoder
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 
@@ -23,8 +21,8 @@ _vit = partial(VisionTransformerConfig, image_size=224, patch_size=16, num_class
 
 SHAPES: dict[str, TransformerConfig] = {
     # Like Llama, for tests and benchmarks; not published.
-    "tiny": alike(vocab_size=256, num_layers=2, hidden_size=64, mixer=Attention(num_heads=4), mlp=MLP(dim=128)),
-    "small": alike(vocab_size=8192, num_layers=4, hidden_size=256, mixer=Attention(num_heads=8), mlp=MLP(dim=1024)),
+    "tiny": decoder(vocab_size=256, num_layers=2, hidden_size=64, num_heads=4, mlp=128),
+    "small": decoder(vocab_size=8192, num_layers=4, hidden_size=256, num_heads=8, mlp=1024),
     **{name: config for module in family_modules() for name, config in module.SHAPES.items()},
 }
 """Decoders by name."""

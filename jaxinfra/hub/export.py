@@ -12,12 +12,12 @@ from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError
 from jaxinfra.families import Family, all_families, family
-from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, by_path, differences, param_specs
+from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, differences, param_specs
 from jaxinfra.interop.config_json import CONFIG, ModelJson
 from jaxinfra.interop.folder import ModelFolder
 from jaxinfra.interop.writing import Gather, write_model
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.spec import Params
+from jaxinfra.parallel.spec import Params, leaves_by_name
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
@@ -66,7 +66,7 @@ def export_model(
         progress: called with the bytes that are written, and with all of them.
     """
     found, keys = family_of(export.config, export.model_type, [] if export.origin is None else [export.origin.family])
-    leaves = by_path(export.params)
+    leaves = leaves_by_name(export.params)
     stored = export.dtype or next(iter(leaves.values())).dtype
     content = {
         "architectures": [found.architecture],

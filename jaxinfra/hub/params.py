@@ -8,10 +8,10 @@ from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError, quoted
-from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, by_path, differences, open_published
+from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, differences, open_published
 from jaxinfra.interop.reading import read_params
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.spec import Params
+from jaxinfra.parallel.spec import Params, leaves_by_name
 
 
 def load_published(source: str, config: object, params: Params) -> tuple[Params, str]:
@@ -22,7 +22,7 @@ def load_published(source: str, config: object, params: Params) -> tuple[Params,
     """
     model = open_published(source)
     _require_same(config, model, source)
-    weights, wanted = model.check(jax.process_index(), jax.process_count()), by_path(params)
+    weights, wanted = model.check(jax.process_index(), jax.process_count()), leaves_by_name(params)
     bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
     found = read_params(weights, bindings, wanted)
     files = sorted({each.file for each in weights.tensors.values()})

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfra.config import diff, validate
@@ -21,10 +19,8 @@ from jaxinfra.interop.reading import check_tensors
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import ParamSpec
+from jaxinfra.parallel.spec import ParamSpec, leaves_by_name
 
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
@@ -148,20 +144,12 @@ def published(source: str) -> TransformerConfig:
 
 def param_specs(config: TransformerConfig) -> dict[str, ParamSpec]:
     """Returns the declarations of a model's parameters by path, without devices."""
-    mesh = MeshConfig(fsdp=1)
-    partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, platform="cpu", compute_dtype=jnp.dtype("float32"))
-    return by_path(nnx.to_pure_dict(nnx.split(config.build(partitioner))[1]))
+    return leaves_by_name(nnx.to_pure_dict(nnx.split(config.build(Partitioner()))[1]))
 
 
 def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a model's parameters by path, without devices."""
     return {path: spec.shape for path, spec in param_specs(config).items()}
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a nested dict by dotted path."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {".".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def differences(left: TransformerConfig, right: TransformerConfig) -> list[Any]:

@@ -6,6 +6,7 @@ processes make the same calls and get the same texts.
 Shape suffixes: B rows, T length, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,11 +107,6 @@ class Sampler:
         self.model, self.program, self._params = model, program, params
         self.rows = program.partitioner.num_shards("batch")
 
-    @staticmethod
-    def check(run: Run) -> None:
-        """Raises ConfigError if a run trains no language model."""
-        require_text(run)
-
     @classmethod
     def from_run(
         cls, source: str | Path, imports: Sequence[str] | ClassFinder = (), overrides: Sequence[str] = ()
@@ -190,18 +186,13 @@ class Sampler:
 
     def continue_prompt(self, prompt: str) -> str:
         """Returns a prompt of `track.sample_prompt` with 100 tokens after it; ConfigError if they do not fit."""
-        room = self.room_after(prompt)
-        if room is not None and room < _PROMPT_TOKENS:
+        room = (self.model.max_positions or math.inf) - len(self.model.encode(prompt))
+        if room < _PROMPT_TOKENS:
             raise ConfigError(
-                f"{_PROMPT_TOKENS} tokens must fit after the prompt, but learned positions leave {room}; "
+                f"{_PROMPT_TOKENS} tokens must fit after the prompt, but learned positions leave {max(0, room)}; "
                 "use track.sample_prompt=none, or a shorter prompt"
             )
         return prompt + "".join(self.stream(prompt, max_tokens=_PROMPT_TOKENS, sampling=SamplingParams()))
-
-    def room_after(self, prompt: str) -> int | None:
-        """Returns how many tokens fit after a prompt, at least 0; None if the model has no learned positions."""
-        max_positions = self.model.max_positions
-        return None if max_positions is None else max(0, max_positions - len(self.model.encode(prompt)))
 
     # Tokens
 

@@ -9,12 +9,11 @@ after those of this one (a fused projection of queries, keys and values); in `(f
 alternate.
 """
 
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import jax
 import numpy as np
@@ -59,7 +58,7 @@ class Pattern:
         return sizes
 
 
-@functools.cache
+@cache
 def parse(text: str) -> Pattern:
     """Parses a pattern."""
     theirs, arrow, ours = text.partition("->")
@@ -116,7 +115,7 @@ class Layout:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor in the checkpoint."""
-        return tuple(math.prod(self._axes(dim, self.sizes)) for dim in self.pattern.theirs)
+        return tuple(math.prod(self._axes(dim)) for dim in self.pattern.theirs)
 
     @property
     def alternates(self) -> bool:
@@ -136,14 +135,10 @@ class Layout:
 
     def rows(self, start: int, stop: int) -> tuple[int, int]:
         """Returns the rows of the tensor that hold a range of the outermost factor."""
-        first, *rest = self.pattern.theirs[0].factors
-        shift = 0
         dim = self.pattern.theirs[0]
-        if dim.own is not None and not dim.outer:
-            shift = self.offset * self._size(dim.inner)
-            below = self._size(rest)
-        else:
-            below = math.prod(self._axes(dim, self.sizes)[1:])
+        consecutive = dim.own is not None and not dim.outer
+        shift = self.offset * self._size(dim.inner) if consecutive else 0
+        below = self._size(dim.factors[1:]) if consecutive else math.prod(self._axes(dim)[1:])
         return shift + start * below, shift + stop * below
 
     def to_ours[A: (np.ndarray, jax.Array)](self, rows: A) -> A:
@@ -163,7 +158,8 @@ class Layout:
             names += [name for name, _ in parts]
             shape += [size for _, size in parts]
         found = rows.reshape(*lead, *shape)[(..., *cut)]
-        split = [name for own in names for name in (self._own if own == "" else [own])]
+        own_names = [name for dim in self.pattern.theirs for name in dim.own or ()]
+        split = [name for own in names for name in (own_names if own == "" else [own])]
         found = found.reshape(*lead, *(sizes[name] for name in split))
         for name, indices in self.order:
             found = found.take(np.asarray(indices), axis=len(lead) + split.index(name))
@@ -207,17 +203,13 @@ class Layout:
             return [size(dim.factors)]
         return [*([size(dim.outer)] if dim.outer else []), size(dim.own), *([size(dim.inner)] if dim.inner else [])]
 
-    @property
-    def _own(self) -> list[str]:
-        return [name for dim in self.pattern.theirs for name in dim.own or ()]
-
     def _size(self, names: Sequence[str], sizes: Mapping[str, int] | None = None) -> int:
         return math.prod((self.sizes if sizes is None else sizes)[name] for name in names)
 
-    def _axes(self, dim: Dim, sizes: Mapping[str, int]) -> list[int]:
+    def _axes(self, dim: Dim) -> list[int]:
         """Returns the sizes that a dimension of the tensor merges: factors, and the parts in braces as one."""
         own = [] if dim.own is None else [self.total]
-        return [*(sizes[name] for name in dim.outer), *own, *(sizes[name] for name in dim.inner)]
+        return [*(self.sizes[name] for name in dim.outer), *own, *(self.sizes[name] for name in dim.inner)]
 
     def _cut_sizes(self, rows: int) -> dict[str, int]:
         """Returns the sizes of the factors of a part with this number of rows."""

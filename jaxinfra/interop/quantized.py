@@ -10,7 +10,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, override
+from typing import override
 
 import ml_dtypes
 import numpy as np
@@ -29,19 +29,6 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 
 GROUP = 32
 """Values of MXFP4 that share an exponent."""
-
-
-class PackedTensor(Protocol):
-    """A tensor that is stored as values of few bits and their factors."""
-
-    @property
-    def plain(self) -> StoredTensor:
-        """The tensor that is presented."""
-        ...
-
-    def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
-        """Fills `out`, bfloat16 `[N, ...]`, with the rows from `start` on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -107,17 +94,17 @@ def open_weights(folder: ModelFolder, quantization: Quantization | None) -> Weig
 
 
 @dataclass(frozen=True)
-class _Fp8Blocks(PackedTensor):
+class _Fp8Blocks:
+    """A matrix in blocks, presented as `plain`; `read_into` fills bfloat16 `[N, ...]` with its rows from `start` on."""
+
     values: StoredTensor
     scales: StoredTensor
     block: tuple[int, int]
 
     @property
-    @override
     def plain(self) -> StoredTensor:
         return replace(self.values, dtype=BFLOAT16)
 
-    @override
     def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
         (height, width), (count, columns) = self.block, out.shape
         first = start // height
@@ -128,8 +115,8 @@ class _Fp8Blocks(PackedTensor):
             out[own] = (FP8_VALUES[values[own]] * np.repeat(row, width)[:columns]).astype(BFLOAT16)
 
 
-def _fp8(tensors: Mapping[str, StoredTensor], folder: ModelFolder, block: tuple[int, int]) -> dict[str, PackedTensor]:
-    found = dict[str, PackedTensor]()
+def _fp8(tensors: Mapping[str, StoredTensor], folder: ModelFolder, block: tuple[int, int]) -> dict[str, _Fp8Blocks]:
+    found = dict[str, _Fp8Blocks]()
     for name, scales in tensors.items():
         if name.endswith("_scale_inv"):
             values = _part(tensors, name.removesuffix("_scale_inv"), name, folder)
@@ -147,17 +134,17 @@ def _fp8(tensors: Mapping[str, StoredTensor], folder: ModelFolder, block: tuple[
 
 
 @dataclass(frozen=True)
-class _Mxfp4(PackedTensor):
+class _Mxfp4:
+    """The matrices of experts in groups; `plain` and `read_into` as above."""
+
     blocks: StoredTensor
     scales: StoredTensor
 
     @property
-    @override
     def plain(self) -> StoredTensor:
         experts, outputs, groups, _ = self.blocks.shape
         return replace(self.blocks, dtype=BFLOAT16, shape=(experts, groups * GROUP, outputs))
 
-    @override
     def read_into(self, weights: Weights, start: int, out: np.ndarray) -> None:
         pairs = _mxfp4_pairs()
         for expert, own in enumerate(out, start):
@@ -176,8 +163,8 @@ def _mxfp4_pairs() -> np.ndarray:
     return np.stack([bits[:, byte & 15], bits[:, byte >> 4]], axis=-1).view(np.uint32).reshape(-1)
 
 
-def _mxfp4(tensors: Mapping[str, StoredTensor], folder: ModelFolder) -> dict[str, PackedTensor]:
-    found = dict[str, PackedTensor]()
+def _mxfp4(tensors: Mapping[str, StoredTensor], folder: ModelFolder) -> dict[str, _Mxfp4]:
+    found = dict[str, _Mxfp4]()
     for name, blocks in tensors.items():
         if name.endswith("_blocks"):
             plain = name.removesuffix("_blocks")

@@ -6,13 +6,12 @@ parameter is stored with another sharding. So the files are read once, whatever 
 than its part of one parameter.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -78,7 +77,7 @@ def _read_parts(
     start, stop = layout.rows(0, layout.cut_size)
     shape, read = (*lead, stop - start, *layout.shape[1:]), dict[str, np.ndarray]()
     dtypes = {weights.tensors[name].dtype for name in binding.names}
-    dtype = functools.reduce(jnp.promote_types, dtypes)  # layers may be stored in unlike dtypes
+    dtype = reduce(jnp.promote_types, dtypes)  # layers may be stored in unlike dtypes
 
     def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
         if (key := str(index)) not in read:  # several devices may have the same

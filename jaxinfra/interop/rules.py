@@ -44,9 +44,9 @@ class Rule:
     parts: tuple[Part, ...]
 
 
-def rule(theirs: str, ours: str, pattern: str, **sizes: int) -> Rule:
+def rule(theirs: str, ours: str, pattern: str) -> Rule:
     """Returns the rule of a tensor that holds one parameter."""
-    return Rule(theirs=theirs, parts=(Part(ours=ours, pattern=pattern, sizes=sizes),))
+    return Rule(theirs=theirs, parts=(Part(ours=ours, pattern=pattern),))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,13 +96,6 @@ class Weights:
             if name not in self.tensors or self.tensors[name].file != file:
                 raise DataError(f"{folder.url_of(INDEX)}: {quoted(name)} is not in {file}, as it says; {_FIX}")
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads a whole tensor."""
-        tensor = self.tensors[name]
-        out = np.empty(tensor.shape, tensor.dtype)
-        self.read_into(name, 0, out.reshape(-1) if not tensor.shape else out)
-        return out
-
     def equal(self, name: str, other: str, part: int = 0, of: int = 1) -> bool:
         """Compares two matrices, of which it reads one of `of` parts, a block of rows at a time."""
         left, right = self.tensors[name], self.tensors[other]

@@ -37,6 +37,7 @@ from jaxinfra.interop.reading import FileOrder, file_order, parameter_spec, resh
 from jaxinfra.interop.rules import Binding
 from jaxinfra.interop.safetensors import INDEX, WEIGHTS, header_of
 from jaxinfra.parallel.sharding import axis_names
+from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import upload_file
 from jaxinfra.storage.objects import ObjectStore
@@ -214,20 +215,11 @@ class _Writer:
                 raise ConfigError(message) from None
 
     def _require_space(self) -> None:
-        folder = self.objects.folder
         missing = [file.nbytes for file in self.files if not self.is_done(file)]
         # A process has at most two files of a bucket on its disk: one is uploaded while the next one is written.
         needed = sum(missing) if self.is_shared else 2 * max(missing, default=0)
-        existing = Path(tempfile.gettempdir()) if folder is None else folder
-        while not existing.exists():
-            existing = existing.parent
-        with storage_errors(existing):
-            free = shutil.disk_usage(existing).free
-        if free < needed:
-            raise StorageError(
-                f"{existing}: {free / 1e9:.1f} GB are free, but {needed / 1e9:.1f} GB are needed; make space or write "
-                "elsewhere"
-            )
+        folder = self.objects.folder or Path(tempfile.gettempdir())
+        check_space(folder, needed, purpose="the export", fix="write elsewhere")
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:

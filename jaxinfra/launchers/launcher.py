@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +47,13 @@ class ProcessExit:
         rank: its number.
         code: its exit code, or minus the signal that killed it.
         sent: the signals that the launcher had sent to it.
+        pid: its process id; 0 if unknown.
     """
 
     rank: int
     code: int
     sent: frozenset[int] = frozenset()
+    pid: int = 0
 
     @property
     def is_failure(self) -> bool:
@@ -137,7 +139,7 @@ class _Child:
         self._sent: set[int] = set()
         stdout, stderr = output.open(rank)
         try:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
@@ -152,34 +154,21 @@ class _Child:
     @property
     def end(self) -> ProcessExit | None:
         """How it ended; None while it runs."""
-        code = self._process.poll()
-        return None if code is None else ProcessExit(rank=self.rank, code=code, sent=frozenset(self._sent))
+        code, sent = self.process.poll(), frozenset(self._sent)
+        return None if code is None else ProcessExit(rank=self.rank, code=code, sent=sent, pid=self.process.pid)
 
     def terminate(self) -> None:
         """Sends SIGTERM, but only once."""
-        if signal.SIGTERM not in self._sent and self._process.poll() is None:
+        if signal.SIGTERM not in self._sent and self.process.poll() is None:
             self._sent.add(signal.SIGTERM)
-            self._process.terminate()
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    def send(self, number: int) -> None:
-        """Sends a signal."""
-        self._process.send_signal(number)
+            self.process.terminate()
 
     def kill(self) -> None:
         """Kills it with all processes that it has started and that are in its session, even if it has ended."""
-        if self._process.poll() is None:
+        if self.process.poll() is None:
             self._sent.add(signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):  # nothing is left
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def wait(self) -> None:
-        """Waits for its end."""
-        self._process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Launcher:
@@ -196,17 +185,8 @@ class Launcher:
         self._output: Output | None = None
         self._running: list[_Child] = []
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the processes that run."""
-        return [child.pid for child in self._running]
-
     def run(
-        self,
-        command: Sequence[str],
-        environments: Sequence[Mapping[str, str]],
-        output: Output,
-        on_start: Callable[[], object] = lambda: None,
+        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], output: Output
     ) -> list[ProcessExit]:
         """Starts the processes, waits until all have ended, and returns their ends in the order of time."""
         self._output = output
@@ -217,7 +197,6 @@ class Launcher:
                 if not self.stop_requested:
                     output.log(rank, f"--- {time.strftime('%F %T')} {shlex.join(command)}")
                     self._running.append(_Child(rank, command, environment, output))
-            on_start()
             while self._running:
                 output.relay(_POLL_S)
                 ends += self._collect()
@@ -227,7 +206,7 @@ class Launcher:
         finally:  # none is left but after a bug of ours
             for child in self._running:
                 child.kill()
-                child.wait()
+                child.process.wait()
         output.drain()
         for end in ends:
             output.log(end.rank, f"--- process {output.first_rank + end.rank} {end.text}")
@@ -256,16 +235,14 @@ class Launcher:
             elif self.stop_requested or since_failure_s > self._patience.leave_s:
                 child.terminate()
 
-    @contextlib.contextmanager
-    def handling_signals(self) -> Iterator[None]:
+    def handling_signals(self) -> contextlib.AbstractContextManager[None]:
         """Handles the signals of a user, a scheduler and a terminal within this context."""
         actions: dict[int, Callable[[signal.Signals], object]] = {
             **dict.fromkeys(STOPPING, self._handle),
             **dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT), self._pass_on),
             signal.SIGWINCH: lambda number: self._output and self._output.resize(),
         }
-        with routed(actions):
-            yield
+        return routed(actions)
 
     def _pass_on(self, number: signal.Signals) -> None:
         """Passes a signal on to rank 0.
@@ -274,7 +251,7 @@ class Launcher:
         """
         for child in self._running:
             if child.rank == 0:
-                child.send(number)
+                child.process.send_signal(number)
 
     def _handle(self, number: signal.Signals) -> None:
         self.interrupted |= number == signal.SIGINT and self.stop_requested

@@ -170,8 +170,8 @@ def _run(
     told = [
         {**each, step_file.VARIABLE: str(steps_file)} if not rank else each for rank, each in enumerate(environments)
     ]
-    started, pids = (_utc_now(), time.monotonic()), list[int]()
-    ends = launcher.run(what.command, told, output, lambda: pids.extend(launcher.pids))
+    started = _utc_now(), time.monotonic()
+    ends = launcher.run(what.command, told, output)
     ended = _utc_now(), time.monotonic()
     code = exit_code(ends, stop_requested=launcher.stop_requested)
     show_errors(ends, output)
@@ -182,7 +182,7 @@ def _run(
         attempt=number,
         host=socket.gethostname(),
         supervisor=os.getpid(),
-        pids=pids,
+        pids=[end.pid for end in sorted(ends, key=lambda end: end.rank)],
         started=started[0],
         ended=ended[0],
         started_monotonic_s=round(started[1], 3),

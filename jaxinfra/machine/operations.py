@@ -35,14 +35,12 @@ class Operation:
     """An HLO instruction.
 
     Attributes:
-        name: its name in the program, such as `fusion.12`.
         opcode: such as `fusion`.
         kind: the JAX primitive that it comes from, and the pass, such as `dot_general, backward`; if the compiler has
             added it, its name without the number.
         source: `FILE:LINE` of the line of Python that it comes from; "" if the compiler has added it.
     """
 
-    name: str
     opcode: str
     kind: str
     source: str
@@ -94,7 +92,7 @@ def _find(programs: Mapping[str, Mapping[str, Operation]], program: str, name: s
         if name in operations:
             return operations[name]
     kind = _without_number(name)
-    return Operation(name=name, opcode=kind, kind=kind, source="")
+    return Operation(opcode=kind, kind=kind, source="")
 
 
 def _without_number(name: str) -> str:
@@ -145,10 +143,10 @@ def parse_program(text: str) -> dict[str, Operation]:
         elif instruction := _INSTRUCTION.match(line):
             frames = frames or _Frames(tables)
             op_name, frame_id = _OP_NAME.search(line), _FRAME_ID.search(line)
-            name, opcode = instruction["name"], instruction["opcode"]
+            name = instruction["name"]
             kind = _kind(op_name[1]) if op_name else _without_number(name)
             source = frames.source(int(frame_id[1])) if frame_id else ""
-            operations[name] = Operation(name=name, opcode=opcode, kind=kind, source=source)
+            operations[name] = Operation(opcode=instruction["opcode"], kind=kind, source=source)
     return operations
 
 

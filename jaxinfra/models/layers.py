@@ -6,16 +6,18 @@ Shape suffixes: B batch, T length, V vocabulary, D residual width, F MLP width.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal, override
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxinfra.config import Extensible
 from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops.dot import dot
@@ -206,8 +208,33 @@ def activate(activation: Activation, gate: jax.Array | None, up: jax.Array) -> j
     return (jax.nn.gelu(gate) if activation == "geglu" else jax.nn.silu(gate)) * up
 
 
+class FeedForward(Extensible, ABC):
+    """The config of an MLP, or of what takes its place: a frozen dataclass that inherits from this class.
+
+    Arguments `hidden_size` are the width of the residual stream.
+    """
+
+    builtins: ClassVar[tuple[str, ...]] = ("jaxinfra.models.layers:MLP", "jaxinfra.models.moe:MixtureOfExperts")
+
+    @abstractmethod
+    def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> Any:
+        """Returns the module: `x -> y`, `[B, T, D]`; that of a `MixtureOfExperts` is an `MoE`, with statistics.
+
+        `x` has gathered positions, ("batch", "sequence", None), and `y` those of the residual stream, ("batch",
+        "positions", None). `out_scale` is a factor on the initial weights of the last projection.
+        """
+
+    @abstractmethod
+    def matmul_params(self, hidden_size: int) -> int:
+        """Counts the weights in a token's matmuls."""
+
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""
+        return {}
+
+
 @dataclass(frozen=True, kw_only=True)
-class MLP:
+class MLP(FeedForward):
     """The MLP of a layer.
 
     Attributes:
@@ -221,16 +248,16 @@ class MLP:
     activation: Activation = "swiglu"
     bias: bool = False
 
+    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""
         return {"dim": (self.dim, "mlp")}
 
+    @override
     def matmul_params(self, hidden_size: int) -> int:
-        """Counts the weights in a token's matmuls."""
         return hidden_size * self.dim * num_matrices(self.activation)
 
+    @override
     def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> "MLPModule":
-        """Returns the module; `out_scale` is a factor on the initial weights of the last projection."""
         return MLPModule(self, hidden_size, out_scale, params)
 
 

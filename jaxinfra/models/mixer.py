@@ -6,11 +6,11 @@ A layer of a `TransformerConfig` names the config of its mixer, such as `attenti
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 
-from jaxinfra.config import Problem
+from jaxinfra.config import Extensible, Problem
 from jaxinfra.models.layers import NormConfig, ParamFactory
 from jaxinfra.ops.attention import AttentionSpec, Kernel
 from jaxinfra.ops.context_cost import ContextMethod
@@ -67,12 +67,27 @@ class HeadSizes(NamedTuple):
     value_dim: int
 
 
-class Mixer(ABC):
-    """The config of a mixer. Arguments `hidden_size` are the width of the residual stream."""
+class Mixer(Extensible, ABC):
+    """The config of a mixer: a frozen dataclass that inherits from this class, and defines what is abstract here.
+
+    Arguments `hidden_size` are the width of the residual stream.
+    """
+
+    builtins: ClassVar[tuple[str, ...]] = (
+        "jaxinfra.models.attention:Attention",
+        "jaxinfra.models.latent:LatentAttention",
+        "jaxinfra.models.delta_net:GatedDeltaNet",
+    )
 
     @abstractmethod
     def build(self, options: MixerOptions, params: ParamFactory) -> Any:
-        """Returns the module: `(x, tokens, cache) -> (y, cache)`, with `empty_cache(layers, batch, length)`."""
+        """Returns the module: `(x, tokens, cache) -> (y, cache)`, with `empty_cache(layers, batch, length)`.
+
+        `x` and `y` are `[B, T, D]`, sharded as ("batch", "positions", None). With `mesh.context` above 1 the positions
+        of a sequence are on several devices, in shard order (see `parallel.context`). `cache` is None in training, and
+        in decoding what the layer knows of earlier tokens: `empty_cache` returns arrays `[layers, B, ...]`, of which
+        each call gets and returns those of its layer.
+        """
 
     @abstractmethod
     def matmul_params(self, hidden_size: int) -> int:

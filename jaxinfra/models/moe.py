@@ -9,12 +9,11 @@ Shape suffixes: B sequences, T positions, N = B * T tokens of a device, D residu
 E experts, K choices of a token, M rows of a device's own experts, L layers, S pipeline stages.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import partial, reduce
+from typing import Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from jaxinfra.models.layers import MLP, RESIDUAL, Activation, MLPModule, ParamFactory, activate, num_matrices
+from jaxinfra.models.layers import (
+    MLP,
+    RESIDUAL,
+    Activation,
+    FeedForward,
+    MLPModule,
+    ParamFactory,
+    activate,
+    num_matrices,
+)
 from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops import routing
@@ -40,7 +48,7 @@ FLOAT32 = jnp.dtype("float32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureOfExperts:
+class MixtureOfExperts(FeedForward):
     """The sizes and the routing of a mixture of experts.
 
     Attributes:
@@ -108,17 +116,18 @@ class MixtureOfExperts:
             fix = f"use top_k_groups={-(-self.top_k // group_size)}"
             yield Problem(fields=("top_k", "top_k_groups"), message=message, fix=fix)
 
+    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Returns sizes and logical axes by field, as `ModelConfig.sharded_dims`."""
         return {"num_experts": (self.num_experts, "experts"), "dim": (self.dim, "mlp")}
 
+    @override
     def matmul_params(self, hidden_size: int) -> int:
-        """Counts the weights of the router and of the experts that process a token."""
+        # Those of the router and of the experts that process the token.
         experts = num_matrices(self.activation) * self.dim * (self.top_k + self.num_shared_experts)
         return hidden_size * (self.num_experts + experts + self.shared_gate)
 
+    @override
     def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> "MoE":
-        """Returns the module; `out_scale` is a factor on the initial weights of the last projections."""
         return MoE(self, hidden_size, out_scale, params)
 
     def capacity(self, length: int) -> int | None:
@@ -331,7 +340,7 @@ def aux_loss(stats: LayerStats, token_axes: tuple[str, ...]) -> jax.Array | None
     stage = tuple(axis for part in spec.partitions for axis in axis_names(part))
 
     def sum_local(*losses: jax.Array) -> jax.Array:
-        total = functools.reduce(jnp.add, [jnp.sum(loss) for loss in losses])
+        total = reduce(jnp.add, [jnp.sum(loss) for loss in losses])
         return jax.lax.pcast(total, stage, to="unreduced") if stage else total
 
     in_specs = (spec,) * len(losses)
@@ -349,7 +358,7 @@ def metrics(stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
     load_LE = loads[0] if len(loads) == 1 else jnp.concatenate(loads)
     relative_LE = load_LE / jnp.maximum(jnp.mean(load_LE, axis=1, keepdims=True), 1)
     totals = {name: [jnp.sum(a) for a in _of_all_layers(stats, name)] for name in (SERVED, BALANCE_LOSS, Z_LOSS)}
-    sums = {name: functools.reduce(jnp.add, parts) for name, parts in totals.items() if parts}
+    sums = {name: reduce(jnp.add, parts) for name, parts in totals.items() if parts}
     scalars = {name: sums[name] / weight for name in (BALANCE_LOSS, Z_LOSS) if name in sums}
     scalars["expert_load_max"] = jnp.max(relative_LE)
     scalars["expert_dropped"] = 1 - sums[SERVED] / jnp.maximum(jnp.sum(load_LE), 1)

@@ -9,10 +9,8 @@ from typing import Annotated, ClassVar, Literal, Protocol, override
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.delta_net import GatedDeltaNet
-from jaxinfra.models.latent import LatentAttention
-from jaxinfra.models.layers import MLP, NormConfig
+from jaxinfra.models.layers import FeedForward, NormConfig
+from jaxinfra.models.mixer import Mixer
 from jaxinfra.models.model import LayeredModelConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.remat import Remat
@@ -36,8 +34,8 @@ class Layer:
         norms: where the norms are: "before" mixer and MLP (Llama), "after" them (OLMo 2), or "both" (Gemma 2).
     """
 
-    mixer: Attention | LatentAttention | GatedDeltaNet
-    mlp: MLP | MixtureOfExperts
+    mixer: Mixer
+    mlp: FeedForward
     norms: Literal["before", "after", "both"] = "before"
 
 

@@ -202,10 +202,6 @@ def _splash(
     return out_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, v_BSGV.shape[-1])
 
 
-splash_interpreted = partial(_splash, interpret=True)
-"""The splash kernel in Pallas' interpreter: the results of a TPU on any machine, but slow."""
-
-
 def _unsupported_by_splash(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if inputs.explicit_positions:
         return "it takes no explicit positions"

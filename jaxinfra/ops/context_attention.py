@@ -74,10 +74,6 @@ def _join[T](blocks: Sequence[T]) -> T:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *blocks)
 
 
-def _zeros(x: jax.Array) -> jax.Array:
-    return jnp.zeros_like(x, jnp.float32)
-
-
 # Ring
 
 
@@ -156,8 +152,8 @@ def _ring_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: OutputG
         new = (block_dq, tuple(block_dkv))
         return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), (dq, dkv), new)
 
-    zeros = [_zeros(block) for block in context.split(q)]
-    dq, (dk, dv) = _ring(context, add, q, kv, zeros, (_zeros(kv.k), _zeros(kv.v)))
+    zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
+    dq, (dk, dv) = _ring(context, add, q, kv, [*map(zeros, context.split(q))], (zeros(kv.k), zeros(kv.v)))
     return _join(dq), dk, dv
 
 

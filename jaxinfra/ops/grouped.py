@@ -60,15 +60,11 @@ def _split_blocks(sizes_E: jax.Array, rows: int, block_rows: int) -> Blocks:
     return Blocks(group, start, ends_E[group], block_ends_E[-1])
 
 
-def _pad(x_MK: jax.Array, block_rows: int) -> jax.Array:
-    """Adds rows, so that a block may begin at any row."""
-    return jnp.pad(x_MK, ((0, block_rows), (0, 0)))
-
-
 def _multiply(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, in_dim: int) -> jax.Array:
     """Contracts rows with dimension `in_dim` of the matrices: 1 for K, 2 for N."""
     rows, block_rows = len(x_MK), min(BLOCK_ROWS, len(x_MK))
-    blocks, padded = _split_blocks(sizes_E, rows, block_rows), _pad(x_MK, block_rows)
+    blocks = _split_blocks(sizes_E, rows, block_rows)
+    padded = jnp.pad(x_MK, ((0, block_rows), (0, 0)))  # so that a block may begin at any row
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(w_EKN, blocks.group[i], keepdims=False)
@@ -86,7 +82,7 @@ def _weight_gradient(x_MK: jax.Array, dy_MN: jax.Array, w_EKN: jax.Array, sizes_
     """Sums the outer products of `x` and `dy` over the rows of each group, in float32."""
     rows, block_rows = len(x_MK), min(BLOCK_ROWS, len(x_MK))
     blocks = _split_blocks(sizes_E, rows, block_rows)
-    padded_x, padded_dy = _pad(x_MK, block_rows), _pad(dy_MN, block_rows)
+    padded_x, padded_dy = (jnp.pad(a, ((0, block_rows), (0, 0))) for a in (x_MK, dy_MN))
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         start, group = blocks.start[i], blocks.group[i]

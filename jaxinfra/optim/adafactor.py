@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinfra.optim.matrix_dims import MatrixDims, is_param_spec, matrix_dims
+from jaxinfra.optim.matrix_dims import MatrixDims, matrix_dims
 from jaxinfra.parallel.spec import ParamSpec, PyTree
 
 
@@ -36,8 +36,8 @@ def scale_by_factored_rms(
 
     `specs` are the `ParamSpec`s; `optimizers.Adafactor` explains the other arguments.
     """
-    factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs, is_leaf=is_param_spec)
-    dims_tree = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
+    factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs)
+    dims_tree = jax.tree.map(matrix_dims, specs)
 
     def init(params: optax.Params) -> FactoredState:
         def zeros(param: jax.Array, is_factored: bool, dims: MatrixDims) -> Factored | jax.Array:
@@ -65,7 +65,7 @@ def scale_by_factored_rms(
 
 def scale_by_param_rms(specs: PyTree, *, min_rms: float) -> optax.GradientTransformation:
     """Multiplies updates by the root mean square of their matrix, at least `min_rms` (section 8)."""
-    dims_tree = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
+    dims_tree = jax.tree.map(matrix_dims, specs)
 
     def scale(update: jax.Array, param: jax.Array, dims: MatrixDims) -> jax.Array:
         return update * jnp.maximum(_rms(param, dims), min_rms)

@@ -53,8 +53,3 @@ def matrix_dims(spec: ParamSpec) -> MatrixDims:
 def is_hidden_matrix(spec: ParamSpec) -> bool:
     """Returns whether Muon updates this parameter."""
     return spec.role == "matrix" and bool(spec.in_dims) and bool(spec.out_dims)
-
-
-def is_param_spec(leaf: object) -> bool:
-    """Returns whether `leaf` is a `ParamSpec`; the `is_leaf` of trees of them."""
-    return isinstance(leaf, ParamSpec)

@@ -20,7 +20,7 @@ from jaxinfra.config.limits import DecayRate, NonNegativeFloat, PositiveFloat, P
 from jaxinfra.errors import ConfigError
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
 from jaxinfra.optim.config import OptimConfig, Optimizer
-from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_spec, matrix_dims
+from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, matrix_dims
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import optax_schedule
@@ -174,14 +174,14 @@ class Muon(Optimizer):
         def dims(spec: ParamSpec) -> MatrixDims | optax.MaskedNode:
             return matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode()
 
-        dims_tree = jax.tree.map(dims, specs, is_leaf=is_param_spec)
+        dims_tree = jax.tree.map(dims, specs)
         # `trace` sums gradients, the paper averages them. The result of Newton-Schulz does not depend on the scale.
         matrices = optax.chain(
             optax.trace(self.momentum, self.nesterov),
             orthogonalize(dims_tree, iterations=self.iterations, scale=self.scale, dtype=jnp.dtype(self.matmul_dtype)),
         )
         others = optax.scale_by_adam(self.b1, self.b2, self.eps)
-        labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs, is_leaf=is_param_spec)
+        labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs)
         return optax.partition({"muon": matrices, "adamw": others}, labels)
 
 
@@ -194,7 +194,7 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
     rate = optax_schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
 
     def chain(specs: PyTree) -> optax.GradientTransformation:
-        decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
+        decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs)
         links = [_transform(optim.optimizer, specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))

@@ -16,7 +16,7 @@ In a `shard_map` over all mesh axes; devices are counted in the order of `AXES`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -47,7 +47,7 @@ class VirtualShards:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """The mesh axes with more than one device."""
-        return tuple(axis for axis in AXES if self._size((axis,)) > 1)
+        return tuple(axis for axis in AXES if self.mesh.shards(axis) > 1)
 
     @property
     def devices(self) -> int:
@@ -85,12 +85,7 @@ class VirtualShards:
 
     def sums(self, fun: Callable[..., PyTree], weights: PyTree, stored: PyTree, batch: Batch) -> PyTree:
         """Adds what `fun(weights, batch) -> sums` gives for each virtual shard; arguments as above."""
-
-        def on_device(weights: PyTree, batch: Batch) -> PyTree:
-            sums = self._sum_own(fun, jax.tree.map(_gather, weights, stored), batch)
-            return jax.tree.map(self._sum_devices, sums)
-
-        return self._map(on_device, (stored, self.rows), PartitionSpec())(weights, batch)
+        return self.gradients(lambda weights, batch: (fun(weights, batch), ()), weights, stored, batch, ())[0]
 
     def make(self, fun: Callable[[jax.Array], PyTree], key: jax.Array, out: PyTree) -> PyTree:
         """Returns the arrays that `fun(key)` makes, in the `PartitionSpec`s `out`; each device makes whole arrays."""
@@ -118,9 +113,6 @@ class VirtualShards:
     def _map[R](self, fun: Callable[..., R], in_specs: PyTree, out_specs: PyTree) -> Callable[..., R]:
         # Without `check_vma` JAX does not ask what varies over mesh axes, of which models know nothing here.
         return jax.shard_map(fun, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    def _size(self, axes: Sequence[str]) -> int:
-        return math.prod(getattr(self.mesh, axis) for axis in axes)
 
     # On one device, in a `shard_map`
 
@@ -160,18 +152,19 @@ class VirtualShards:
         """
         if not self.axes:
             return x
+        shards = self.mesh.shards
         entries = [axis_names(entry) for entry in (*spec.partitions, *(None,) * (x.ndim - len(spec.partitions)))]
-        local_shape = [size // self._size(axes) for size, axes in zip(x.shape, entries, strict=True)]
+        local_shape = [size // shards(*axes) for size, axes in zip(x.shape, entries, strict=True)]
         sharded = [axis for axes in entries for axis in axes]
         replicas = [axis for axis in self.axes if axis not in sharded]
         # First the dimensions of mesh axes, then those of a device's part.
-        split = [size for axes, n in zip(entries, local_shape, strict=True) for size in (*map(self._one, axes), n)]
+        split = [size for axes, n in zip(entries, local_shape, strict=True) for size in (*map(shards, axes), n)]
         is_local = [flag for axes in entries for flag in (*(False for _ in axes), True)]
         order = sorted(range(len(split)), key=lambda dim: is_local[dim])
-        parts = x.reshape(split).transpose(order).reshape(*map(self._one, sharded), -1)
-        copies, length = self._size(replicas), math.prod(local_shape)
+        parts = x.reshape(split).transpose(order).reshape(*map(shards, sharded), -1)
+        copies, length = shards(*replicas), math.prod(local_shape)
         parts = jnp.pad(parts, [(0, 0)] * len(sharded) + [(0, -length % copies)])
-        parts = parts.reshape(*map(self._one, sharded), *map(self._one, replicas), -1)
+        parts = parts.reshape(*map(shards, sharded), *map(shards, replicas), -1)
         by_axis = [[*sharded, *replicas].index(axis) for axis in self.axes]
         parts = parts.transpose(*by_axis, parts.ndim - 1).reshape(self.devices, -1)
         own = _sum_neighbors(jax.lax.all_to_all(parts, self.axes, split_axis=0, concat_axis=0, tiled=True))
@@ -183,12 +176,9 @@ class VirtualShards:
         """Returns this device's part of a whole array."""
         for dim, entry in enumerate(spec.partitions):
             if axes := axis_names(entry):
-                size = x.shape[dim] // self._size(axes)
+                size = x.shape[dim] // self.mesh.shards(*axes)
                 x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=dim)
         return x
-
-    def _one(self, axis: str) -> int:
-        return self._size((axis,))
 
     def _sums_of_blocks(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         """Returns the sum of each block of an array, flat; zeros for blocks of other devices.
@@ -196,7 +186,7 @@ class VirtualShards:
         Each dimension is split into as many blocks as `count` allows, whatever its sharding is.
         """
         entries = [axis_names(entry) for entry in (*spec.partitions, *(None,) * (x.ndim - len(spec.partitions)))]
-        shards = [self._size(axes) for axes in entries]
+        shards = [self.mesh.shards(*axes) for axes in entries]
         blocks = [math.gcd(n * count, self.count) for n, count in zip(x.shape, shards, strict=True)]
         own = [count // shard for count, shard in zip(blocks, shards, strict=True)]
         split = [size for n, count in zip(x.shape, own, strict=True) for size in (count, n // count)]

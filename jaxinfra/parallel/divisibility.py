@@ -47,7 +47,7 @@ class MeshFit:
         yield from self._batch_problems()
         for path, (size, axis) in self.sharded_dims.items():
             axes = self.rules.mesh_axes(axis)
-            if size % self._shards(axes):
+            if size % self.mesh.shards(*axes):
                 yield self._division_problem(path, size, axes)
             elif axis == "positions":
                 yield from self._zigzag_problems(path, size)
@@ -61,18 +61,14 @@ class MeshFit:
         """
         if self.global_batch % (self._batch_divisor() * self.mesh.stage) == 0:
             return 0
-        shards = self._shards(self.rules.sequence) * self.mesh.stage
+        shards = self.mesh.shards(*self.rules.sequence) * self.mesh.stage
         return 1 if self.by_position and self.positions % shards == 0 else None
 
     def loss_positions(self) -> int | None:
         """Returns the positions of a sequence per device in the loss; None if they are not sharded, or unevenly."""
         in_stages = self.mesh.stage > 1 and self.loss_dim() == 1
-        shards = self._shards(self.rules.sequence) * (self.mesh.stage if in_stages else 1)
+        shards = self.mesh.shards(*self.rules.sequence) * (self.mesh.stage if in_stages else 1)
         return self.positions // shards if shards > 1 and self.positions % shards == 0 else None
-
-    def _shards(self, axes: Sequence[str]) -> int:
-        """Returns the number of devices over these mesh axes."""
-        return math.prod(getattr(self.mesh, axis) for axis in axes)
 
     def _mesh_fields(self, axes: Sequence[str]) -> tuple[str, ...]:
         """Returns the config fields of the axes that have more than one device."""
@@ -80,7 +76,7 @@ class MeshFit:
 
     def _batch_divisor(self) -> int:
         """Returns what the global batch must be divisible by: batch shards x microbatches."""
-        return self._shards(self.rules.batch) * self.accumulate
+        return self.mesh.shards(*self.rules.batch) * self.accumulate
 
     def _unused_axis_problems(self) -> Iterable[Problem]:
         if self.mesh.replica > 1 and "replica" not in (*self.rules.batch, *self.rules.sequence):
@@ -96,7 +92,7 @@ class MeshFit:
                     message="mesh axis context may shard only sequences",
                     fix="use rules.sequence=(context,)",
                 )
-        elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:
+        elif self.mesh.shards(*self.rules.sequence) > 1 or self.mesh.context > 1:
             yield Problem(
                 fields=("rules.sequence", *self._mesh_fields(self.rules.sequence)),
                 message=f"this model cannot shard the positions of {self.modality}s",
@@ -115,9 +111,9 @@ class MeshFit:
 
     def _zigzag_problems(self, path: str, length: int) -> Iterable[Problem]:
         """Yields a length that cannot be cut into an early and a late block for each shard (`parallel.context`)."""
-        shards = self._shards(self.rules.sequence)
+        shards = self.mesh.shards(*self.rules.sequence)
         if shards > 1 and self.by_position and length % (2 * shards):
-            fitting = math.lcm(2 * shards, self._shards(self.rules.mesh_axes("positions")))
+            fitting = math.lcm(2 * shards, self.mesh.shards(*self.rules.mesh_axes("positions")))
             yield Problem(
                 fields=(path, *self._mesh_fields(self.rules.sequence)),
                 message=f"{length} positions are not divisible by {2 * shards}, two blocks for each of {shards} shards",
@@ -147,7 +143,7 @@ class MeshFit:
             )
 
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
-        shards, sharded = self._shards(axes), self._mesh_fields(axes)
+        shards, sharded = self.mesh.shards(*axes), self._mesh_fields(axes)
         fix = f"{path}={_rounded_up(size, shards)}"
         if len(sharded) == 1:
             fix = self._shrink_axis(sharded[0].removeprefix("mesh."), math.gcd(size, shards))

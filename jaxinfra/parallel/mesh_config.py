@@ -43,6 +43,10 @@ class MeshConfig:
         """The sizes in the order of `AXES`."""
         return astuple(self)
 
+    def shards(self, *axes: str) -> int:
+        """Returns the number of devices over some axes."""
+        return math.prod(getattr(self, axis) for axis in axes)
+
     @property
     def _free(self) -> tuple[str, ...]:
         return tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)

@@ -56,7 +56,7 @@ class PipelineModel(Protocol):
         """
         ...
 
-    def loss(self, shared: PyTree, x: jax.Array, batch: Batch, /) -> tuple[jax.Array, Sums]:
+    def output_loss(self, shared: PyTree, x: jax.Array, batch: Batch, /) -> tuple[jax.Array, Sums]:
         """Returns the loss and sums of one microbatch; `x` comes from `scatter_last_output`."""
         ...
 
@@ -369,7 +369,7 @@ class Pipeline:
         is_done = (microbatch != IDLE) & (chunk == self.schedule.chunks - 1)
         index = jnp.maximum(microbatch, 0)
         batch = {name: jax.lax.dynamic_index_in_dim(field, index, keepdims=False) for name, field in batch.items()}
-        total, sums = self.model.loss(shared, scatter_last_output(y, is_done, self.loss_spec), batch)
+        total, sums = self.model.output_loss(shared, scatter_last_output(y, is_done, self.loss_spec), batch)
         return _zero_unless(is_done, total), {name: _zero_unless(is_done, value) for name, value in sums.items()}
 
     def _select_layers(self, tick: Tick) -> jax.Array:

@@ -12,7 +12,7 @@ activations. So its gradient is unreduced over these axes. It is reduce-scattere
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -78,9 +78,6 @@ class Partitioner:
         axes, num_shards = self.mesh_axes("sequence"), self.num_shards("sequence")
         return SequenceSharding(axes=axes, num_shards=num_shards, zigzag=self.zigzag, unroll_loops=self.unroll_loops)
 
-    def _size(self, axes: Iterable[str]) -> int:
-        return math.prod(getattr(self.mesh, axis) for axis in axes)
-
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """Returns the mesh axes of a logical axis (see `ShardingRules.mesh_axes`)."""
         if name is None or self.alone:
@@ -90,7 +87,7 @@ class Partitioner:
 
     def num_shards(self, name: str | None) -> int:
         """Returns the number of shards of a logical axis."""
-        return self._size(self.mesh_axes(name))
+        return self.mesh.shards(*self.mesh_axes(name))
 
     def spec(self, *names: str | None) -> PartitionSpec:
         """Returns the sharding of an activation with these logical axes."""
@@ -132,7 +129,7 @@ class Partitioner:
                         f"parameter {path} {spec.shape}; remove {axis} from one of them"
                     )
                 names_by_axis[axis] = name
-            if size % self._size(used):
+            if size % self.mesh.shards(*used):
                 raise ConfigError(
                     f"rules.{name}={self.mesh_axes(name)}: {name} of parameter {path} {spec.shape} has size {size}, "
                     f"which is not divisible by {self.num_shards(name)} shards; use another mesh or rules.{name}=()"

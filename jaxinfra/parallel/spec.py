@@ -68,6 +68,16 @@ type Params = dict[str, jax.Array | Params]
 """The parameters of a model, a nested dict."""
 
 
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
+    """Returns the name of a leaf: its path in a tree, such as `blocks.mlp.up.weight` or `opt_state.0.mu`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def leaves_by_name(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, in its order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
     """Removes parameters that are not trained from a nested dict; `specs` are its `ParamSpec`s.
 

@@ -3,7 +3,7 @@
 All numbers are per JAX device. A device is a whole chip, except on v4 and TPU7x: there it is half a chip.
 
 TPU memory is from the system architecture pages of Google Cloud's TPU documentation, GPU memory from the device
-descriptions in XLA's CUDA plugin, and peak FLOP/s from `runtime.peak_flops`, which names its source.
+descriptions in XLA's CUDA plugin, and peak FLOP/s from `machine.peak_flops`, which names its source.
 
 Google publishes no TPU clock. It is computed as peak FLOP/s / (matrix units x 2 x rows x columns). The number of matrix
 units was checked against the compiler's cycle estimate for the matmul of two 8192 x 8192 bfloat16 matrices: at this

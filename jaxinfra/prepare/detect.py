@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def detect(path: str, store: str) -> Detected:
     root = place if place.is_dir() else place.parent
     names = {str(file.relative_to(root)) for file in files}
     if names & {"dataset_dict.json", "state.json"}:
-        return _hugging_face(path, store, sum(sizes.values()))
+        return _hugging_face(path, store, sizes)
     by_kind: dict[str, list[Path]] = {}
     for file in files:
         by_kind.setdefault(_kind(file), []).append(file)
@@ -108,12 +109,14 @@ def _detected(
     held_out = {Tail: "the last 5 % of the text", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
     special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat) else ()
+    # Tokens that a small model sees often enough to learn.
+    vocab_size = next((size for limit, size in ((500_000, 1024), (5_000_000, 2048)) if text_bytes < limit), 4096)
     recipe = Corpus(
         store=store,
         source=source,
         validation=validation,
         format=format,
-        tokenizer=TrainBpe(vocab_size=_vocab_size(text_bytes), special_tokens=special),
+        tokenizer=TrainBpe(vocab_size=vocab_size, special_tokens=special),
         on_bad="skip",
         baselines=text_bytes < _MAX_BASELINE_BYTES,
     )
@@ -121,12 +124,7 @@ def _detected(
     return Detected(recipe=recipe, summary=summary, text_bytes=text_bytes)
 
 
-def _vocab_size(text_bytes: int) -> int:
-    """Returns a vocabulary whose tokens a small model sees often enough to learn."""
-    return next((size for limit, size in ((500_000, 1024), (5_000_000, 2048)) if text_bytes < limit), 4096)
-
-
-def _hugging_face(path: str, store: str, size_bytes: int) -> Detected:
+def _hugging_face(path: str, store: str, sizes: Mapping[Path, int]) -> Detected:
     """Makes a recipe for a folder that `datasets.save_to_disk` wrote."""
     folder, splits = Path(path), [None]
     if (folder / "dataset_dict.json").exists():
@@ -136,9 +134,9 @@ def _hugging_face(path: str, store: str, size_bytes: int) -> Detected:
     held_out = next((name for name in _VALIDATION_SPLITS if name in splits and name != train), None)
     validation = HuggingFace(path=path, split=held_out) if held_out else Tail()
     format = _format(_first_record(source), path)
-    used = sum(file.stat().st_size for file in _walk(folder / (train or "")))
+    used = sum(size for file, size in sizes.items() if file.is_relative_to(folder / (train or "")))
     found = f"a Hugging Face dataset, split {train}" if train else "a Hugging Face dataset"
-    return _detected(path, store, source, format, validation, found, min(used, size_bytes))
+    return _detected(path, store, source, format, validation, found, used)
 
 
 def _format(record: Fields, path: str) -> Text | Chat:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfra.config import encode
+from jaxinfra.config.text import error_prefix
 from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
 from jaxinfra.data.store.store import Store
@@ -184,11 +185,9 @@ def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
     source = validation_source(recipe.validation)
     if source is None:
         return ()
-    try:
+    # Messages of another store name its place in the recipe, those of a source its own fields.
+    with error_prefix("" if isinstance(source, OtherStore) else "validation."):
         return _list_shards(source, recipe.shard_bytes)
-    except ConfigError as error:  # messages of a source name its own fields, not where it is in the recipe
-        message = str(error)
-        raise ConfigError(message if message.startswith("validation.") else f"validation.{message}") from error
 
 
 def _require_two_documents(recipe: Recipe, shards: Sequence[SourceShard]) -> None:

@@ -157,7 +157,10 @@ class ConnectedPeers(Peers):
         key = self._next_round(channel)
         if self.index == 0:
             answer = self._answers[key] = Future()
-            answer.add_done_callback(lambda done: None if done.exception() else use([*map(_value, done.result())]))
+            # A process that has ended its program has no value.
+            answer.add_done_callback(
+                lambda done: None if done.exception() else use([each.get("value") for each in done.result()])
+            )
         with suppress(OSError):  # the receiving thread says so
             self._connection.send(kind="value", round=key, value={"value": value}, for_first=True)
 
@@ -324,11 +327,6 @@ class ConnectedPeers(Peers):
         with suppress(OSError):  # the receiving thread says so
             while not self._closed.wait(BEAT_S):
                 self._connection.send(kind="beat", progress=self.progress())
-
-
-def _value(found: Json) -> Json:
-    """Returns the value that a process has sent; None if it has ended its program."""
-    return found.get("value")
 
 
 def _may_come_from_a_peer(error: BaseException) -> bool:

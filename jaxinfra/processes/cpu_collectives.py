@@ -6,8 +6,9 @@ GPUs neither. So this takes an address that is known to be reachable: that of th
 """
 
 import importlib
-import ipaddress
 from collections.abc import Sequence
+
+from jaxinfra.processes.peer_connection import is_loopback
 
 
 def reachable_address(addresses: Sequence[tuple[str, str]], index: int) -> str:
@@ -18,10 +19,10 @@ def reachable_address(addresses: Sequence[tuple[str, str]], index: int) -> str:
         index: of this process.
     """
     own, _ = addresses[index]
-    if not _is_loopback(own):
+    if not is_loopback(own):
         return own
     # It is on the host of process 0, which processes on other hosts, if there are any, reach at this address.
-    return next((host_of_0 for other, host_of_0 in addresses if not _is_loopback(other)), own)
+    return next((host_of_0 for other, host_of_0 in addresses if not is_loopback(other)), own)
 
 
 def use_address(address: str) -> None:
@@ -39,7 +40,3 @@ def use_address(address: str) -> None:
         return xla_bridge.make_cpu_client(gloo.make_gloo_tcp_collectives(client, hostname=address))
 
     register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback

@@ -48,7 +48,7 @@ class _Row:
         mark: the variable that shows that it started this process.
         count: processes in the run.
         index: of this process.
-        host: of process 0, with or without a port.
+        host: of process 0, with or without a port; by default the user has to name it.
         port: if `host` has none.
         hosts: of each process.
         local_count: processes on this host; None if they do not share its GPUs.
@@ -59,8 +59,8 @@ class _Row:
     mark: str | Callable[[Environment], bool]
     count: str | Callable[[Environment], int]
     index: str | Callable[[Environment], int]
-    host: Callable[[Environment], str]
-    port: int | Callable[[Environment], int]
+    host: Callable[[Environment], str] = schedulers.named_coordinator
+    port: int | Callable[[Environment], int] = _PORT
     hosts: Callable[[Environment], tuple[str, ...]] | None = None
     local_count: str | Callable[[Environment], int] | None = None
     local_index: str | Callable[[Environment], int] | None = None
@@ -72,18 +72,15 @@ _SCHEDULERS = (
         mark="JAX_PROCESS_ID",
         count="JAX_NUM_PROCESSES",
         index="JAX_PROCESS_ID",
-        host=schedulers.named_coordinator,
-        port=_PORT,
     ),
     _Row(
         source=ray_train.SOURCE,
         mark=ray_train.on_worker,
-        count=ray_train.count,
-        index=ray_train.index,
+        count=lambda environment: ray_train.context().get_world_size(),
+        index=lambda environment: ray_train.context().get_world_rank(),
         host=ray_train.address,
-        port=_PORT,
-        local_count=ray_train.local_count,
-        local_index=ray_train.local_index,
+        local_count=lambda environment: ray_train.context().get_local_world_size(),
+        local_index=lambda environment: ray_train.context().get_local_rank(),
     ),
     _Row(
         source="Open MPI",
@@ -101,7 +98,6 @@ _SCHEDULERS = (
         count="PMI_SIZE",
         index="PMI_RANK",
         host=schedulers.mpich_host,
-        port=_PORT,
         local_count="MPI_LOCALNRANKS",
         local_index="MPI_LOCALRANKID",
     ),
@@ -121,8 +117,6 @@ _SCHEDULERS = (
         mark="PMI_SIZE",
         count="PMI_SIZE",
         index="PMI_RANK",
-        host=schedulers.named_coordinator,
-        port=_PORT,
     ),
 )
 _MACHINES = (

@@ -106,10 +106,10 @@ def _google(environment: Mapping[str, str]) -> Callable[[], str | None]:
     url, headers = f"http://{host}/computeMetadata/v1/instance", {"Metadata-Flavor": "Google"}
 
     def ask() -> str | None:
-        if _get(f"{url}/preempted", headers) == "TRUE":
+        if get(f"{url}/preempted", headers) == "TRUE":
             return "the notice of Google Cloud that this spot machine ends"
         # Machines without accelerators may migrate instead.
-        is_ending = _get(f"{url}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE"
+        is_ending = get(f"{url}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE"
         return "the notice of Google Cloud that maintenance of the host begins" if is_ending else None
 
     return ask
@@ -121,8 +121,8 @@ def _aws(environment: Mapping[str, str]) -> Callable[[], str | None]:
 
     def ask() -> str | None:
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-        token = _get(f"{url}/latest/api/token", lifetime, method="PUT") or ""
-        answer = _get(f"{url}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+        token = get(f"{url}/latest/api/token", lifetime, method="PUT") or ""
+        answer = get(f"{url}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
         if answer is None:
             return None
         action = json.loads(answer)
@@ -138,9 +138,9 @@ def _azure(environment: Mapping[str, str]) -> Callable[[], str | None]:
 
     def ask() -> str | None:
         if not machine:
-            name = _get(f"{url}/instance/compute/name?api-version=2021-02-01&format=text", headers)
+            name = get(f"{url}/instance/compute/name?api-version=2021-02-01&format=text", headers)
             machine["name"] = name or ""
-        answer = json.loads(_get(f"{url}/scheduledevents?api-version=2020-07-01", headers) or "{}")
+        answer = json.loads(get(f"{url}/scheduledevents?api-version=2020-07-01", headers) or "{}")
         events: list[dict[str, Any]] = answer.get("Events", [])  # also those of other machines of the scale set
         for event in events:
             if event.get("EventType") in _AZURE_ENDS and machine["name"] in event.get("Resources", ()):
@@ -150,12 +150,12 @@ def _azure(environment: Mapping[str, str]) -> Callable[[], str | None]:
     return ask
 
 
-def _get(url: str, headers: Mapping[str, str], method: str = "GET") -> str | None:
-    """Returns the answer, None if the server has nothing there."""
+def get(url: str, headers: Mapping[str, str], method: str = "GET", timeout_s: float = _TIMEOUT_S) -> str | None:
+    """Returns the answer of a metadata server, without space around it; None if it has nothing there."""
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(request, timeout=_TIMEOUT_S) as answer:
+        with direct.open(request, timeout=timeout_s) as answer:
             return answer.read().decode().strip()
     except urllib.error.HTTPError as error:
         with error:

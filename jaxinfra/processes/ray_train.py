@@ -1,13 +1,13 @@
 """Asks Ray Train which of its workers this process is: Ray sets no environment variables for that.
 
-A worker has Ray loaded before it calls the training function, so that Ray is never imported here. Each function takes
-the environment of the process, which it ignores, as those of `runtime/schedulers.py`.
+A worker has Ray loaded before it calls the training function, so that Ray is never imported here. `on_worker` and
+`address` take the environment of the process, which they ignore, as the functions of `schedulers`.
 """
 
 import sys
 import threading
 from concurrent.futures import Future
-from types import ModuleType
+from typing import Any
 
 from jaxinfra.errors import PeerLostError
 from jaxinfra.processes.connected_peers import JOIN_S
@@ -20,34 +20,15 @@ SOURCE = "Ray Train"
 
 def on_worker(environment: Environment) -> bool:
     """Returns whether this is a process in which Ray Train calls a training function."""
-    train = sys.modules.get("ray.train")
-    if train is None:
-        return False
     try:
-        train.get_context().get_world_size()
+        return "ray.train" in sys.modules and context().get_world_size() > 0
     except RuntimeError:  # Ray Train is imported, but this is no worker
         return False
-    return True
 
 
-def count(environment: Environment) -> int:
-    """Returns the number of workers."""
-    return _train().get_context().get_world_size()
-
-
-def index(environment: Environment) -> int:
-    """Returns the rank of this worker."""
-    return _train().get_context().get_world_rank()
-
-
-def local_count(environment: Environment) -> int:
-    """Returns the number of workers on this host."""
-    return _train().get_context().get_local_world_size()
-
-
-def local_index(environment: Environment) -> int:
-    """Returns the rank of this worker among those of its host."""
-    return _train().get_context().get_local_rank()
+def context() -> Any:
+    """Returns what Ray Train says of this worker, such as its rank."""
+    return sys.modules["ray.train"].get_context()
 
 
 def address(environment: Environment) -> str:
@@ -76,8 +57,4 @@ def broadcast(own: str) -> str:
         return found.result(JOIN_S)
     except TimeoutError:
         cause = f"another one has not called join() within {JOIN_S:.0f} s"
-        raise PeerLostError(f"worker {index({})} of Ray Train: {cause}; {AGAIN}") from None
-
-
-def _train() -> ModuleType:
-    return sys.modules["ray.train"]
+        raise PeerLostError(f"worker {context().get_world_rank()} of Ray Train: {cause}; {AGAIN}") from None

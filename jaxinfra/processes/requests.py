@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Self, override
 
 from jaxinfra.processes.peers import Peers, current_peers
-from jaxinfra.processes.signal_router import STOPPING, Actions, route, set_handlers
+from jaxinfra.processes.signal_router import STOPPING, Actions, ignore, route, set_handlers
 
 
 class StopRequest:
@@ -130,10 +130,10 @@ class RunSignals(StopRequest):
         stopping = STOPPING if self._interrupts else STOPPING[1:]
         actions: dict[int, Callable[[signal.Signals], object]] = {
             **dict.fromkeys(stopping, self._stop),
-            signal.SIGUSR1: _heard,
+            signal.SIGUSR1: ignore,  # the thread does what it asks for
         }
         if self._training is not None:
-            actions |= {signal.SIGQUIT: _heard, signal.SIGUSR2: lambda number: self._profile()}
+            actions |= {signal.SIGQUIT: ignore, signal.SIGUSR2: lambda number: self._profile()}
         return actions
 
     @override
@@ -158,7 +158,3 @@ class RunSignals(StopRequest):
         else:
             self._peers.request("stop", number.name)
             self._asked.set()
-
-
-def _heard(number: signal.Signals) -> None:
-    """Does nothing: the thread does what it asks for."""

@@ -1,7 +1,7 @@
 """Reads what schedulers tell the processes that they start, where it takes more than the value of one variable.
 
 Each function takes the environment of a process and raises ConfigError if it is incomplete or impossible.
-`runtime/processes.py` says which function belongs to which scheduler.
+`discovery` says which function belongs to which scheduler.
 """
 
 import itertools

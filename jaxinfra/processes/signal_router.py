@@ -62,7 +62,7 @@ def routed(actions: Actions) -> Iterator[None]:
 
 def route_start() -> None:
     """Lets a signal to stop end the process with the code of Preempted, until a command has its own routes."""
-    route({**dict.fromkeys(STOPPING, _leave), signal.SIGUSR1: _ignore})
+    route({**dict.fromkeys(STOPPING, _leave), signal.SIGUSR1: ignore})
 
 
 def leave_start(*, interrupts: bool, all_signals: bool) -> None:
@@ -81,7 +81,7 @@ def leave_start(*, interrupts: bool, all_signals: bool) -> None:
 
 def route_end(code: int) -> None:
     """Makes a signal end the process with the exit code of the command, which has ended."""
-    route({**dict.fromkeys(STOPPING, lambda number: os._exit(code)), signal.SIGUSR1: _ignore})
+    route({**dict.fromkeys(STOPPING, lambda number: os._exit(code)), signal.SIGUSR1: ignore})
 
 
 class _Handler:
@@ -102,5 +102,5 @@ def _leave(number: signal.Signals) -> NoReturn:
         os._exit(Preempted.exit_code)
 
 
-def _ignore(number: signal.Signals) -> None:
+def ignore(number: signal.Signals) -> None:
     """Does nothing; unlike SIG_IGN, it is not inherited by other programs."""

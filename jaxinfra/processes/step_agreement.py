@@ -57,39 +57,34 @@ class _Request:
 
 
 class StepAgreement:
-    """The requests to all processes, by a number that all know, and the promise of this process."""
+    """The requests to all processes, by a number that all know, and the `promise` of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: dict[int, _Request] = {}
-        self._promise = Promise(0, 0)
-
-    @property
-    def promise(self) -> Promise:
-        """How far this process is."""
-        return self._promise
+        self.promise = Promise(0, 0)
 
     def begin(self) -> None:
         """Records that a training begins, whose first step must be compiled. Earlier requests do not count."""
         with self._lock:
-            self._requests, self._promise = {}, Promise(self._promise.training + 1, None)
+            self._requests, self.promise = {}, Promise(self.promise.training + 1, None)
 
     def end(self) -> None:
         """Records that the training has ended."""
         with self._lock:
-            self._promise = self._promise._replace(step=0)
+            self.promise = self.promise._replace(step=0)
 
     def request(self, number: int, action: Action, reason: str) -> Promise:
         """Records a request and returns the promise, which goes no further before `decide`."""
         with self._lock:
             self._requests.setdefault(number, _Request(action=action, reason=reason))
-            return self._promise
+            return self.promise
 
     def decide(self, number: int, training: int, step: int | None) -> None:
         """Records what was agreed on in a training; a request without a step is dropped."""
         with self._lock:
             request = self._requests.get(number)
-            if request is None or training != self._promise.training or request.step.done():
+            if request is None or training != self.promise.training or request.step.done():
                 return
             if step is None:
                 del self._requests[number]
@@ -110,8 +105,8 @@ class StepAgreement:
                 if all(request.step.done() for request in requests):
                     if any(request.action == "stop" and request.step.result() < step for request in requests):
                         return False
-                    if self._promise.step is not None:  # the first step is promised when it is compiled
-                        self._promise = self._promise._replace(step=step)
+                    if self.promise.step is not None:  # the first step is promised when it is compiled
+                        self.promise = self.promise._replace(step=step)
                     return True
             for request in requests:
                 self._agreed_step(request)
@@ -119,8 +114,8 @@ class StepAgreement:
     def dispatches(self, step: int) -> None:
         """Records a step that was dispatched; the first one of a training is promised now."""
         with self._lock:
-            if self._promise.step is None:
-                self._promise = self._promise._replace(step=step)
+            if self.promise.step is None:
+                self.promise = self.promise._replace(step=step)
 
     def is_due(self, action: Action, completed_steps: int) -> bool:
         """Whether it is known already that a request is due after so many steps; waits for nothing."""
@@ -153,7 +148,7 @@ class StepAgreement:
 
     def describe(self, reason: str) -> str:
         """Returns why this process leaves at once."""
-        if self._promise.step == 0:
+        if self.promise.step == 0:
             return f"stopped by {reason}"
         return f"stopped by {reason} before the first step, nothing to save; start the same command to go on"
 

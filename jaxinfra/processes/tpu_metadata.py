@@ -7,13 +7,11 @@ import http.client
 import itertools
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.platforms import has_tpu_on_pci
-from jaxinfra.processes import schedulers
+from jaxinfra.processes import maintenance, schedulers
 
 _TRIES = 6  # as JAX
 _PAUSE_S = 0.5
@@ -65,17 +63,10 @@ def _settings(tpu_env: str) -> dict[str, str]:
 def _attribute(address: str, name: str) -> str | None:
     """Returns an attribute of this machine, None if it has none of this name; tries again while the server is down."""
     url = f"http://{address}/computeMetadata/v1/instance/attributes/{name}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for attempt in itertools.count(1):
         try:
-            with direct.open(request, timeout=_TIMEOUT_S) as answer:
-                return answer.read().decode()
+            return maintenance.get(url, {"Metadata-Flavor": "Google"}, timeout_s=_TIMEOUT_S)
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()
-                if error.code == 404:
-                    return None
             if attempt == _TRIES:
                 raise ConfigError(
                     f"{url}: no answer: {error}; set TPU_SKIP_MDS_QUERY=1 if this TPU is not in Google's cloud, or has "

@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.models.module import LayerStats
 from jaxinfra.parallel.sharding import Partitioner, unreduced_zeros
-from jaxinfra.parallel.spec import Params, ParamSpecs, PyTree, select_trainable
+from jaxinfra.parallel.spec import Params, PyTree, select_trainable
 from jaxinfra.program.loss import Batch, ModelLoss, Sums
-from jaxinfra.run import Run
 
 type Function = Callable[..., Any]
 
@@ -52,16 +51,7 @@ class GradientEngine(ABC):
 
     def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
         self.loss, self.partitioner, self.stored = loss, partitioner, stored
-
-    @property
-    def run(self) -> Run:
-        """The config."""
-        return self.loss.run
-
-    @property
-    def specs(self) -> ParamSpecs:
-        """`ParamSpec` of every parameter."""
-        return self.loss.specs
+        self.run, self.specs = loss.run, loss.specs
 
     @property
     def num_row_shards(self) -> int:

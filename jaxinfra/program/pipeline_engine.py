@@ -26,10 +26,9 @@ from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import Params, ParamSpecs, PyTree, select_trainable
+from jaxinfra.parallel.spec import Params, PyTree, select_trainable
 from jaxinfra.program.engine import GradientEngine, Gradients, split_microbatches
 from jaxinfra.program.loss import Batch, ModelLoss, Sums, adds_partial_sums
-from jaxinfra.run import Run
 from jaxinfra.user_code import user_code_errors
 
 STACKED = "blocks"
@@ -81,19 +80,13 @@ class ParamsPlaceholder:
         raise self._error
 
 
-class Stages(PipelineModel):
-    """The pipeline stages of a run, and a train step on them."""
+class PipelineEngine(GradientEngine, PipelineModel):
+    """Stages pass microbatches on, by a schedule."""
 
-    def __init__(self, run: Run, partitioner: Partitioner, specs: ParamSpecs, stored: PyTree):
-        """Builds the model twice: once for its layers, once with the sharding of its output and the loss.
-
-        Args:
-            run: the config.
-            partitioner: the partitioner of the run without stages.
-            specs: `ParamSpec` of every parameter.
-            stored: `PartitionSpec` in which every parameter is stored.
-        """
-        self.run, self.partitioner, self.specs, self.stored = run, partitioner, specs, stored
+    def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
+        """Builds the model twice: once for its layers, once with the sharding of its output and the loss."""
+        super().__init__(loss, partitioner, stored)
+        run = self.run
         rules, self.num_stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
         dim = run.mesh_fit.loss_dim()
         assert dim is not None, "validate the run first"
@@ -134,7 +127,7 @@ class Stages(PipelineModel):
         return model.apply_layers(x, rows, StageLayers(layers, self._uniform))
 
     @override
-    def loss(self, shared: PyTree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def output_loss(self, shared: PyTree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         # A validation batch has all arrays of a training batch, and weights.
         batch = {
             name: jax.reshard(batch[name], self.loss_partitioner.spec("batch", *spec.axes))
@@ -153,26 +146,26 @@ class Stages(PipelineModel):
 
     # A step
 
-    def gradients(self, params: PyTree, batch: Batch) -> tuple[PyTree, Sums, Sums]:
-        """Returns the gradients of the summed loss, sharded like parameters, the sums, and the layers' statistics.
-
-        Arrays of `batch` are `[microbatches, rows, ...]`.
-        """
-        layer_grads, shared_grads, sums, stats = self.pipeline.gradients(self._inputs(params, batch))
+    @override
+    def gradients(self, params: Params, batch: Batch, reference: Params | None) -> Gradients:
+        layer_grads, shared_grads, sums, stats = self.pipeline.gradients(self._inputs(params, batch, reference))
         shared_grads = jax.tree.map(self._reduce_shared_grad, shared_grads, _shared_params(self.stored))
         layer_grads = jax.tree.map(self._join_layer_grad, layer_grads, self.stored[STACKED])
         stats = {name: self._join_layers(a) for name, a in _replicate(stats).items()}
-        return {**shared_grads, STACKED: layer_grads}, _replicate(sums), stats
+        grads = select_trainable({**shared_grads, STACKED: layer_grads}, self.specs)
+        return Gradients(grads, _replicate(sums), stats)
 
-    def evaluate(self, params: PyTree, batch: Batch) -> Sums:
-        """Returns the sums over the batch; arrays of `batch` are `[microbatches, rows, ...]`."""
-        return _replicate(self.pipeline.evaluate(self._inputs(params, batch)))
+    @override
+    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
+        return _replicate(self.pipeline.evaluate(self._inputs(params, batch, reference)))
 
-    def _inputs(self, params: PyTree, batch: Batch) -> StepInputs:
+    def _inputs(self, params: Params, batch: Batch, reference: Params | None) -> StepInputs:
         """Splits the layers' weights over stages, and replicates the shared parameters over stages.
 
         Both are *reduced*, so that their gradients stay partial sums until the end of the step.
         """
+        assert reference is None, "a config has no reference with stages (`Run.problems`)"
+        batch = split_microbatches(batch, self.run.train.accumulate)
 
         def by_stage(stacked: jax.Array, stored: PartitionSpec) -> jax.Array:
             return jax.reshard(self._split_layers(stacked), self.partitioner.with_reduced(_by_stage(stored)))
@@ -219,27 +212,6 @@ class Stages(PipelineModel):
         shape = (len(self.chunk_lengths), longest, *rest)
         by_chunk = by_stage.reshape(shape, out_sharding=PartitionSpec(None, None, *rest_axes))
         return jnp.concatenate([by_chunk[i, :length] for i, length in enumerate(self.chunk_lengths)])
-
-
-class PipelineEngine(GradientEngine):
-    """Stages pass microbatches on, by a schedule."""
-
-    def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
-        super().__init__(loss, partitioner, stored)
-        self._stages = Stages(loss.run, partitioner, loss.specs, stored)
-
-    @override
-    def gradients(self, params: Params, batch: Batch, reference: Params | None) -> Gradients:
-        grads, sums, stats = self._stages.gradients(params, self._microbatches(batch, reference))
-        return Gradients(select_trainable(grads, self.specs), sums, stats)
-
-    @override
-    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
-        return self._stages.evaluate(params, self._microbatches(batch, reference))
-
-    def _microbatches(self, batch: Batch, reference: Params | None) -> Batch:
-        assert reference is None, "a config has no reference with stages (`Run.problems`)"
-        return split_microbatches(batch, self.run.train.accumulate)
 
 
 def _replicate(sums: Sums) -> Sums:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ from jaxinfra.parallel.spec import (
     ParamSpecs,
     PyTree,
     freeze,
+    leaf_name,
     merge_trees,
     param_key,
     select_trainable,
@@ -120,7 +120,7 @@ class Program:
         # the `PartitionSpec` that it is stored with.
         self.graphdef, specs = nnx.split(self.module)
         declared: ParamSpecs = nnx.to_pure_dict(specs)
-        self._paths = jax.tree.map_with_path(lambda path, _: _dotted(path), declared)
+        self._paths = jax.tree.map_with_path(lambda path, _: leaf_name(path), declared)
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         unroll_loops = self.partitioner.unroll_loops
@@ -362,8 +362,3 @@ def _platform(mesh: Mesh | AbstractMesh) -> str:
         return "cpu"
     platform = np.asarray(mesh.devices).flat[0].platform
     return "gpu" if platform == "cuda" else str(platform)
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    """Formats the path of a parameter, such as `blocks.mlp.up.weight`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -6,7 +6,6 @@ import stat
 import tempfile
 from pathlib import Path
 
-from etils import epath
 from rich.filesize import decimal
 
 from jaxinfra.errors import StorageError
@@ -14,7 +13,7 @@ from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 
 
-def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix: str) -> None:
+def check_space(folder: str | os.PathLike[str], needed_bytes: int, *, purpose: str, fix: str) -> None:
     """Raises StorageError if the disk of `folder` has less than `needed_bytes` free.
 
     The folder need not exist yet. A URL always passes: object stores do not report free space. The message says what
@@ -43,11 +42,10 @@ def make_private(folder: Path) -> None:
         raise StorageError(f"{folder}: another user may write to it or to the folder above; name a folder of your own")
 
 
-def make_writable(folder: epath.PathLike) -> None:
+def make_writable(folder: str | os.PathLike[str]) -> None:
     """Creates `folder` if it is missing; raises StorageError if this process cannot write to it."""
     with storage_errors(folder):
-        epath.Path(folder).mkdir(parents=True, exist_ok=True)
-        if not is_remote(folder):
-            # Permission bits do not show a read-only or full file system; writing a file does.
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                probe.write(b"\0")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # Permission bits do not show a read-only or full file system; writing a file does.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")

@@ -90,8 +90,8 @@ def classify_error(where: str, error: Exception, *, writing: bool = False) -> Da
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Returns whether an exception comes from the operating system, TensorStore or a client of fsspec."""
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS:
+    """Returns whether an exception is a StorageError, or from the system, TensorStore or a client of fsspec."""
+    if isinstance(error, OSError | StorageError) or type(error).__module__.split(".")[0] in _CLIENTS:
         return True
     if type(error).__name__ == "JaxRuntimeError" and _OF_PROCESSES.search(str(error)):
         return False

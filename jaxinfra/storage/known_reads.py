@@ -1,6 +1,6 @@
 """Remembers the answers of a bucket, so that one process asks for all processes of a run.
 
-Only for what never changes while it is known: see `runtime.shared_reads`. Local files are always read.
+Only for what never changes while it is known: see `processes.shared_reads`. Local files are always read.
 """
 
 from collections.abc import Callable, Iterator

@@ -23,13 +23,12 @@ import threading
 import time
 import uuid
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self, override
+from typing import Literal, Protocol, Self
 
 from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
 from jaxinfra.storage.atomic import create_file, delete_temporaries, write_bytes_atomic
@@ -246,14 +245,31 @@ def _process_identity(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot}/{namespace}/{fields[19]}"
 
 
-class _Files(ABC):
+class _Objects(Protocol):
+    """What `ObjectStore` does in a bucket, and `_Folder` on a disk."""
+
+    def list_names(self) -> Sequence[str]: ...
+
+    def read_or_none(self, name: str) -> bytes | None: ...
+
+    def create(self, name: str, content: bytes) -> bool: ...
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def delete(self, name: str) -> None: ...
+
+
+class _Files:
     """The files of a lease, named by their tokens."""
+
+    def __init__(self, objects: _Objects) -> None:
+        self._objects = objects
 
     def newest(self) -> tuple[int, Owner] | None:
         """Returns token and owner of the newest lease; None if there was never one."""
         missing = 0
-        while token := max(map(_token, self.names()), default=0):
-            content = self.read(_file_name(token))
+        while token := max(map(_token, self._objects.list_names()), default=0):
+            content = self._objects.read_or_none(_file_name(token))
             if content is not None or token == missing:  # a listing may have a deleted one for a minute
                 return token, _parse(content or b"")
             missing = token  # a newer one has come
@@ -261,50 +277,35 @@ class _Files(ABC):
 
     def exists(self, token: int) -> bool:
         """Returns whether a lease has its file. A listing may leave out a file that is being replaced."""
-        return self.read(_file_name(token)) is not None
+        return self._objects.read_or_none(_file_name(token)) is not None
 
     def create(self, token: int, owner: Owner) -> bool:
         """Writes the file of a new lease; returns False if another process has done so."""
-        return self.create_file(_file_name(token), _encode(owner))
+        return self._objects.create(_file_name(token), _encode(owner))
 
     def rewrite(self, token: int, owner: Owner) -> None:
         """Rewrites the file of a lease that this process holds."""
-        self.write(_file_name(token), _encode(owner))
+        self._objects.write(_file_name(token), _encode(owner))
 
     def delete_older(self, token: int) -> None:
         """Deletes the files of earlier owners."""
-        for name in self.names():
+        for name in self._objects.list_names():
             if 0 < _token(name) < token:
-                self.delete(name)
-
-    @abstractmethod
-    def names(self) -> Sequence[str]: ...
-
-    @abstractmethod
-    def read(self, name: str) -> bytes | None: ...
-
-    @abstractmethod
-    def create_file(self, name: str, content: bytes) -> bool: ...
-
-    @abstractmethod
-    def write(self, name: str, content: bytes) -> None: ...
-
-    @abstractmethod
-    def delete(self, name: str) -> None: ...
+                self._objects.delete(name)
+        if isinstance(self._objects, _Folder):
+            self._objects.delete_temporaries(token)
 
 
-class _InFolder(_Files):
+class _Folder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    @override
-    def names(self) -> Sequence[str]:
+    def list_names(self) -> Sequence[str]:
         with storage_errors(self._folder, action="read"), suppress(FileNotFoundError):
             return os.listdir(self._folder)
         return ()
 
-    @override
-    def read(self, name: str) -> bytes | None:
+    def read_or_none(self, name: str) -> bytes | None:
         path = self._folder / name
         with storage_errors(path, action="read"), suppress(FileNotFoundError):
             if path.is_file():
@@ -313,56 +314,26 @@ class _InFolder(_Files):
             return b""
         return None
 
-    @override
-    def create_file(self, name: str, content: bytes) -> bool:
+    def create(self, name: str, content: bytes) -> bool:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             return create_file(self._folder / name, content)
 
-    @override
     def write(self, name: str, content: bytes) -> None:
         with storage_errors(self._folder):
             write_bytes_atomic(self._folder / name, content)
 
-    @override
     def delete(self, name: str) -> None:
         with storage_errors(self._folder), suppress(IsADirectoryError):
             (self._folder / name).unlink(missing_ok=True)
 
-    @override
-    def delete_older(self, token: int) -> None:
-        super().delete_older(token)
+    def delete_temporaries(self, token: int) -> None:
         with storage_errors(self._folder):
             delete_temporaries(self._folder, lambda name: 0 < _token(name) < token)
 
 
-class _InBucket(_Files):
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-
-    @override
-    def names(self) -> Sequence[str]:
-        return self._store.list_names()
-
-    @override
-    def read(self, name: str) -> bytes | None:
-        return self._store.read_or_none(name)
-
-    @override
-    def create_file(self, name: str, content: bytes) -> bool:
-        return self._store.create(name, content)
-
-    @override
-    def write(self, name: str, content: bytes) -> None:
-        self._store.write(name, content)
-
-    @override
-    def delete(self, name: str) -> None:
-        self._store.delete(name)
-
-
 def _files(where: str) -> _Files:
-    return _InBucket(ObjectStore(where).child(_FOLDER)) if is_remote(where) else _InFolder(Path(where, _FOLDER))
+    return _Files(ObjectStore(where).child(_FOLDER) if is_remote(where) else _Folder(Path(where, _FOLDER)))
 
 
 def _file_name(token: int) -> str:

@@ -27,11 +27,7 @@ type TaskResults = dict[str, dict[str, float]]
 
 
 class Tasks:
-    """Loaded tasks of lm-eval.
-
-    Attributes:
-        names: names or YAML files, as they were given.
-    """
+    """Loaded tasks of lm-eval."""
 
     def __init__(self, names: Sequence[str], *, num_fewshot: int | None = None, needed_by: str = "--tasks"):
         """Loads tasks with their data, which may download it.
@@ -44,9 +40,9 @@ class Tasks:
             num_fewshot: examples in the prompts, where a task does not set 0; None is what the task sets.
             needed_by: the option or field that asks for the tasks.
         """
-        self.names, self._needed_by = tuple(names), needed_by
+        self._needed_by = needed_by
         import_optional("lm_eval", "tasks", "evaluator", needed_by=needed_by, install="jaxinfra[eval]")
-        self._loaded = _load(self.names, needed_by)
+        self._loaded = _load(names, needed_by)
         for name, task in self._loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 kind = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "has images"

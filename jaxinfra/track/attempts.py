@@ -1,6 +1,6 @@
 """attempts.jsonl: the starts of a run under a supervisor and how each has ended, for other programs to read.
 
-Each line is a JSON object with the fields of `runtime.supervisor.Attempt`, such as
+Each line is a JSON object with the fields of `launchers.supervisor.Attempt`, such as
 
     {"attempt": 2, "host": "node1", "supervisor": 4711, "pids": [4811, 4812],
      "started": "2026-11-27T08:00:02.120+00:00", "ended": "2026-11-27T09:30:00.000+00:00",

@@ -116,7 +116,7 @@ class RunProgress:
 
     def __init__(self, start_step: int, total_steps: int) -> None:
         self.total_steps = total_steps
-        self.completed_steps = self.start_step = start_step
+        self.completed_steps = start_step
         self.metrics: dict[str, float] = {}
         self._start_s = self._now_s = time.monotonic()
         self._first: tuple[int, float] | None = None  # completed steps and time at the end of the first step

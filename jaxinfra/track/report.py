@@ -72,13 +72,9 @@ def write_report(run_dir: Path, *, is_running: bool = False) -> Path:
 
     Raises ConfigError without a run.json, StorageError if a file is damaged or the page cannot be written.
     """
-    return write_page([read_run(run_dir, is_running=is_running)], run_dir / REPORT_FILE)
-
-
-def write_page(runs: Sequence[RunFiles], path: Path) -> Path:
-    """Writes the page of one run, or a comparison of several, and returns its path."""
+    path, run = run_dir / REPORT_FILE, read_run(run_dir, is_running=is_running)
     with storage_errors(path):
-        write_bytes_atomic(path, render_report(runs).encode())
+        write_bytes_atomic(path, render_report([run]).encode())
     return path
 
 
@@ -139,7 +135,12 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         data=json.dumps(page_data(curves, charts.drawn), separators=(",", ":")).replace("<", "\\u003c"),
         title=", ".join(run.name for run in runs),
         runs=[
-            {"name": run.name, "state": run.state, "command": _command(run), "error": run.summary.get("error")}
+            {
+                "name": run.name,
+                "state": run.state,
+                "command": shlex.join(map(str, run.record.get("command", ()))),
+                "error": run.summary.get("error"),
+            }
             for run in runs
         ],
         charts=charts.drawn,
@@ -150,16 +151,15 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         tiles=_tiles(only) if only else [],
         comparisons=list(_comparisons(only.summary)) if only else [],
         results=[] if only else [_results(runs)],
-        tables=[_constants(charts.constant), *(_own_tables(only) if only else _difference_tables(runs))],
+        tables=[
+            Table(title="Constant at all logged steps", head=("metric", "value"), rows=charts.constant),
+            *(_own_tables(only) if only else _difference_tables(runs)),
+        ],
     )
 
 
 def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _command(run: RunFiles) -> str:
-    return shlex.join(map(str, run.record.get("command", ())))
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
@@ -226,10 +226,6 @@ def _by_key(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
     """Returns a row for each key of any column; a column without it has a dash."""
     keys = dict.fromkeys(key for column in columns for key in column)
     return [(key, *(column.get(key, "-") for column in columns)) for key in keys]
-
-
-def _constants(constant: Sequence[tuple[str, str]]) -> Table:
-    return Table(title="Constant at all logged steps", head=("metric", "value"), rows=constant)
 
 
 def _statistics(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from jaxinfra.errors import NonFiniteError
-from jaxinfra.run import GuardConfig, TrainConfig
+from jaxinfra.run import GuardConfig
 
 _log = logging.getLogger(__name__)
 _TO_STANDARD = 1.4826
@@ -92,25 +92,6 @@ class Guard:
         return f"the loss {loss:.4f} is {(loss - middle) / deviation:.1f} deviations above its median {middle:.4f}"
 
 
-def decide(rewind: Rewind, to: int, train: TrainConfig, guard: GuardConfig, earlier: Sequence[Decision]) -> Decision:
-    """Returns the decision to go back to a checkpoint; raises NonFiniteError if the run has done so before.
-
-    Args:
-        rewind: what was bad.
-        to: number of completed steps of the newest checkpoint from before.
-        train: with the batches that have been left out so far.
-        guard: the policy.
-        earlier: the decisions so far.
-    """
-    if any(each.to == to for each in earlier):
-        raise NonFiniteError(
-            f"step {rewind.step}: {rewind.cause}, again after the run has gone back to step {to} and left out batches; "
-            f"use a lower optim.peak_lr with name=ANOTHER, or look at the data of these batches with data peek"
-        )
-    skip = train.batch_of_step(to), train.batch_of_step(rewind.step - 1) + 1 + guard.skip_batches
-    return Decision(rewind.step, to, skip, rewind.cause)
-
-
 def with_decisions(
     skip_batches: Sequence[tuple[int, int]], decisions: Sequence[Decision]
 ) -> tuple[tuple[int, int], ...]:
@@ -122,11 +103,3 @@ def with_decisions(
         else:
             joined.append((start, stop))
     return tuple(joined)
-
-
-def decode_decisions(record: Mapping[str, Any]) -> list[Decision]:
-    """Returns the decisions in a run record."""
-    return [
-        Decision(each["step"], each["to"], (each["skip"][0], each["skip"][1]), each["cause"])
-        for each in record.get("decisions", ())
-    ]

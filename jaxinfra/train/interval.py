@@ -1,12 +1,15 @@
-"""Collects what is logged of the steps since the last log."""
+"""Collects what is logged of the steps since the last log.
+
+Steps are timed by when they finish: JAX dispatches a step long before it runs.
+"""
 
 import math
+import time
 
 import numpy as np
 
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops, units_per_step
-from jaxinfra.train.step_timer import StepTimer
 
 
 class Interval:
@@ -14,14 +17,19 @@ class Interval:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._timer = StepTimer()
+        self._since_s: float | None = None  # the end of the last step; None after a pause
+        self._num_timed, self._timed_s = 0, 0.0
         self._losses: list[float] = []
         self._num_skipped = 0
         self._waited_s = 0.0  # up to the last log
 
     def finish_step(self) -> None:
-        """Counts a step that ends now."""
-        self._timer.finish_step()
+        """Times a step that ends now, unless it is the first one after a pause, whose start is unknown."""
+        now_s = time.perf_counter()
+        if self._since_s is not None:
+            self._timed_s += now_s - self._since_s
+            self._num_timed += 1
+        self._since_s = now_s
 
     def add(self, loss: float, *, skipped: bool) -> None:
         """Adds the loss of that step."""
@@ -31,7 +39,7 @@ class Interval:
 
     def pause(self) -> None:
         """Leaves out the time until the next step ends, for evaluation and compilation."""
-        self._timer.pause()
+        self._since_s = None
 
     def read(self, *, waited_s: float, peak_flops: float) -> dict[str, float]:
         """Returns the metrics of the interval, which ends.
@@ -47,8 +55,9 @@ class Interval:
         if self._num_skipped:
             values["skipped_steps"] = self._num_skipped
         self._losses, self._num_skipped = [], 0
-        if (step_time_s := self._timer.read()) is not None:
-            values["step_time_s"] = step_time_s
+        if self._num_timed:
+            values["step_time_s"] = step_time_s = self._timed_s / self._num_timed
+            self._num_timed, self._timed_s = 0, 0.0
             values[f"{self._program.run.data.modality}s_per_s"] = units_per_step(self._program) / step_time_s
             devices = math.prod(dict(self._program.mesh.shape).values())
             values["mfu"] = step_flops(self._program) / step_time_s / (peak_flops * devices)

@@ -11,7 +11,7 @@ import jax
 from jaxinfra.errors import NonFiniteError
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import TrainConfig
-from jaxinfra.train.guard import Decision, Guard, Rewind, decide, decode_decisions, with_decisions
+from jaxinfra.train.guard import Decision, Guard, Rewind, with_decisions
 from jaxinfra.train.phases import Phases
 from jaxinfra.train.replicas import ReplicaCheck
 
@@ -37,15 +37,26 @@ class Numerics:
 
     def read_decisions(self, record: Mapping[str, Any]) -> None:
         """Takes over the decisions in the run record of an earlier start."""
-        self.decisions = decode_decisions(record)
+        self.decisions = [
+            Decision(each["step"], each["to"], (each["skip"][0], each["skip"][1]), each["cause"])
+            for each in record.get("decisions", ())
+        ]
 
     def resume(self, record: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint with this record; {} is the start of the run."""
         self.guard = Guard(self._config, record.get("guard"))
 
     def go_back(self, rewind: Rewind, to: int) -> Decision:
-        """Decides to go back to a checkpoint; NonFiniteError if the run has been there before."""
-        decision = decide(rewind, to, self.train_config, self._config, self.decisions)
+        """Decides to go back to a checkpoint, of `to` completed steps; NonFiniteError if the run has done so before."""
+        if any(each.to == to for each in self.decisions):
+            raise NonFiniteError(
+                f"step {rewind.step}: {rewind.cause}, again after the run has gone back to step {to} and left out "
+                "batches; use a lower optim.peak_lr with name=ANOTHER, or look at the data of these batches with data "
+                "peek"
+            )
+        train = self.train_config
+        skip = train.batch_of_step(to), train.batch_of_step(rewind.step - 1) + 1 + self._config.skip_batches
+        decision = Decision(rewind.step, to, skip, rewind.cause)
         self.decisions.append(decision)
         return decision
 

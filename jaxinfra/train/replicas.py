@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxinfra.checkpoint.leaves import leaf_name
 from jaxinfra.errors import CorruptionError
-from jaxinfra.parallel.spec import PyTree
+from jaxinfra.parallel.spec import PyTree, leaf_name
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _ODD = np.uint32(2654435761)  # 2**32 / golden ratio; odd, so that no weight is 0 modulo 2**32

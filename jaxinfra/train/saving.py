@@ -3,7 +3,7 @@
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, override
 
 import xxhash
 
+from jaxinfra.checkpoint.config import Metrics
 from jaxinfra.checkpoint.local_copies import LocalCopies, Swap
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.checkpoint.retention import Metrics
 from jaxinfra.checkpoint.shards import StateShards
 from jaxinfra.errors import PeerLostError, StorageError
 from jaxinfra.processes.connected_peers import ConnectedPeers
@@ -101,7 +101,7 @@ class Saving(ClosedOnExit):
         if found is None:
             return None
         step, state = found  # an older one if the newest is damaged
-        return Restored(step, state, self.checkpoints.load_record(step), "")
+        return Restored(step, state, self.checkpoints.manifest(step).record, "")
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any], *, metrics: Metrics, force: bool) -> bool:
         """Saves what is due after a step, or with `force` a checkpoint; returns whether it saved a checkpoint.
@@ -154,7 +154,7 @@ class Saving(ClosedOnExit):
         """
         if self._config.local is None:
             return
-        peers = self._peers
+        peers, owned = self._peers, self._owned
         self._start = peers.broadcast(uuid.uuid4().hex)
         swap: Swap = _alone
         if isinstance(peers, ConnectedPeers):
@@ -163,7 +163,7 @@ class Saving(ClosedOnExit):
         folder = _folder_of_copies(self._config.local, self._run_dir.location, number)
         shards = StateShards(self._program.state, peers.hosts, peers.index)
         self._copies = self._opened.enter_context(
-            LocalCopies(folder, self._start, shards, peers, swap, self._before_commit())
+            LocalCopies(folder, self._start, shards, peers, swap, owned.secure if owned else lambda: None)
         )
         try:
             self._copies.check_neighbors()
@@ -183,17 +183,6 @@ class Saving(ClosedOnExit):
             if is_new:
                 raise
             _log.warning("%s; training goes on without copies until then", error)
-
-    def _before_commit(self) -> Callable[[], None]:
-        """Returns the check that runs before a copy is complete: this start has the run, and its metrics are safe."""
-        if (owned := self._owned) is None:
-            return lambda: None
-
-        def check() -> None:
-            owned.lease.check_now()
-            owned.sync()
-
-        return check
 
 
 def _folder_of_copies(local: str, location: str, number: int) -> Path:

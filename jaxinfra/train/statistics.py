@@ -12,9 +12,7 @@ from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
 from jaxinfra.program.canonical_engine import CanonicalEngine
 from jaxinfra.program.pipeline_engine import PipelineEngine
-
-type RunStatistics = dict[str, tuple[int | float | str, str]]
-"""Name to (value, note); the note is the unit, or says how the value was computed."""
+from jaxinfra.track.base import RunStatistics
 
 ASSUMED_MFU = 0.4
 """Model FLOPs utilization that large dense models reach, to estimate chip-hours before a run."""
@@ -79,7 +77,7 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
     if modality == "token":
         note = "20 is compute-optimal (Hoffmann et al. 2022)"
         tokens_per_parameter = {"tokens a parameter": (units / program.num_params, note)}
-    numbers: RunStatistics = {
+    numbers: dict[str, tuple[int | float | str, str]] = {
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxinfra.config.text import error_prefix
-from jaxinfra.inference.language_model import language_model
+from jaxinfra.inference.language_model import language_model, require_text
 from jaxinfra.inference.sampler import Sampler
 from jaxinfra.parallel.spec import Params
 from jaxinfra.run import Run
@@ -22,7 +22,7 @@ class Texts:
         for field, wanted in (("track.sample_prompt", run.track.sample_prompt), ("train.eval_tasks", self._names)):
             if wanted:
                 with error_prefix(f"{field}: "):
-                    Sampler.check(run)
+                    require_text(run)
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.run_dir import Owned
 from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.track.base import RunStatistics
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.due import Due
@@ -41,7 +42,7 @@ from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.run_record import existing_metrics, find_peak, finished_before, make_summary, start_record
 from jaxinfra.train.saving import Saving
 from jaxinfra.train.skipped import SkippedSamples
-from jaxinfra.train.statistics import RunStatistics, run_statistics
+from jaxinfra.train.statistics import run_statistics
 from jaxinfra.train.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
     checkpoints = opened.saving.checkpoints
     checkpoints.wait_until_finished()
     opened.saving.forget_copies()
-    to = job.peers.broadcast(checkpoints.latest_step()) or 0
+    to = job.peers.broadcast(max(checkpoints.all_steps(), default=0))
     if to >= rewind.step:  # the evaluation came after the save, in another start
         raise NonFiniteError(f"{rewind}; delete {job.run_dir.checkpoints}/{to} to go on from an older checkpoint")
     decision = opened.numerics.go_back(rewind, to)

@@ -17,7 +17,7 @@ NUM_TOKENS = data.MIN_TOKENS
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> TokenFiles:
-    return write_token_files(tmp_path_factory.mktemp("bench"), NUM_TOKENS, records=True)
+    return write_token_files(tmp_path_factory.mktemp("bench"), NUM_TOKENS)
 
 
 def test_all_loaders_read_windows_of_the_same_tokens(files: TokenFiles) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from jaxinfra.checkpoint.bucket_backend import BucketBackend
+from jaxinfra.checkpoint.bucket_saver import BucketSaver
+from jaxinfra.checkpoint.bucket_steps import BucketSteps
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import tree_bytes
 from jaxinfra.checkpoint.manager import CheckpointManager
@@ -95,9 +96,9 @@ def golden(directory: Path) -> dict[str, Any]:
         (directory / where).mkdir(parents=True)
         with CheckpointManager(directory / where, CheckpointConfig(save_every=1)) as checkpoints:
             if where == "bucket":
-                backend = BucketBackend(str(directory / where), checkpoints.config, read_only=False)
-                backend.save(1, golden_state(), {"step": 1}, {})
-                backend.wait_until_finished()
+                saver = BucketSaver(BucketSteps(str(directory / where)), checkpoints.config, read_only=False)
+                saver.save(1, golden_state(), {"step": 1}, {})
+                saver.wait_until_finished()
             else:
                 checkpoints.save(1, golden_state(), {"step": 1})
     return {}

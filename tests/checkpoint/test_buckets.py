@@ -36,7 +36,7 @@ def test_restores_on_another_mesh(server: Server, restored_on: dict[str, int]) -
     wanted = abstract(make_state(make_mesh(), ema=True), make_mesh(**restored_on))
     with CheckpointManager(url, read_only=True) as checkpoints, jax.transfer_guard("disallow"):
         restored = checkpoints.restore(1, wanted)
-        assert checkpoints.load_record(1) == {"step": 1}
+        assert checkpoints.manifest(1).record == {"step": 1}
     assert_same(restored, expected[1])
 
 
@@ -269,18 +269,18 @@ def test_no_such_step(server: Server) -> None:
     url = server.new_url()
     saved(url, 4)
     with CheckpointManager(url, read_only=True) as checkpoints:
-        assert checkpoints.latest_step() == 4
+        assert checkpoints.all_steps() == [4]
         with raises(CheckpointError, f"{url}/5: 4"):
-            checkpoints.load_record(5)
+            checkpoints.manifest(5)
     with CheckpointManager(server.new_url(), read_only=True) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.all_steps() == []
 
 
 def test_large_arrays_have_several_chunks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxinfra.checkpoint import bucket_backend, zarr_chunks
+    from jaxinfra.checkpoint import bucket_steps, zarr_chunks
 
     monkeypatch.setattr(zarr_chunks, "MAX_CHUNK_BYTES", 300)
-    monkeypatch.setattr(bucket_backend, "_MAX_PENDING_BYTES", 1000)
+    monkeypatch.setattr(bucket_steps, "_MAX_PENDING_BYTES", 1000)
     url = server.new_url()
     expected = saved(url, 1, fsdp=2)
     sizes = {name: len(server.get(f"{url}/{name}")) for name in ObjectStore(url).list_names() if "/c/" in name}

@@ -206,7 +206,7 @@ def test_large_files_are_hashed_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "1" / name).write_bytes(content)
     refusal = raises(CheckpointError, f"{name} is damaged in bytes 200")
     with CheckpointManager(tmp_path, read_only=True) as checkpoints, refusal:
-        checkpoints.verify(1)
+        checkpoints.restore(1, wanted())
 
 
 def test_keeps_the_best_and_counts_no_damaged_ones(tmp_path: Path) -> None:

@@ -42,11 +42,10 @@ def test_resumed_training_is_bit_equal(tmp_path):
 def test_saves_only_due_steps(tmp_path):
     state = make_state(make_mesh())
     with CheckpointManager(tmp_path, CheckpointConfig(save_every=3, keep_last=9)) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.all_steps() == []
         saved = [step for step in range(1, 8) if checkpoints.save(step, state, {}, force=step == 7)]
         checkpoints.wait_until_finished()
         assert saved == checkpoints.all_steps() == [3, 6, 7]
-        assert checkpoints.latest_step() == 7
 
 
 def test_keeps_newest_steps_and_multiples_of_keep_every(tmp_path):
@@ -70,7 +69,7 @@ def test_existing_step_is_not_written_again(tmp_path):
         assert checkpoints.save(1, first, {"which": 1})
         assert not checkpoints.save(1, second, {"which": 2})
         assert not checkpoints.save(1, second, {"which": 2}, force=True)
-        assert checkpoints.load_record(1) == {"which": 1}
+        assert checkpoints.manifest(1).record == {"which": 1}
         assert_same(checkpoints.restore(1, abstract(first, mesh)), first)
 
 
@@ -184,7 +183,7 @@ def test_record_is_that_of_the_time_of_the_save(tmp_path):
         checkpoints.save(1, make_state(make_mesh()), record)
         record["config"]["train.steps"] = 61
         checkpoints.wait_until_finished()
-        assert checkpoints.load_record(1) == expected
+        assert checkpoints.manifest(1).record == expected
         with pytest.raises(TypeError):
             checkpoints.save(2, make_state(make_mesh()), {"key": object()})
         assert checkpoints.all_steps() == [1]
@@ -227,7 +226,7 @@ def test_error_for_missing_step_lists_existing_steps(tmp_path):
     state = make_state(make_mesh())
     with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         with raises(CheckpointError, "1: none"):
-            checkpoints.load_record(1)
+            checkpoints.manifest(1)
         for step in (2, 4):
             checkpoints.save(step, state, {})
         checkpoints.wait_until_finished()

@@ -17,6 +17,7 @@ from jaxinfra.cli.data.peek import batch_rows
 from jaxinfra.cli.data.prepare import progress_bar
 from jaxinfra.data import stopwatch
 from jaxinfra.data.store import arrays
+from jaxinfra.data.store.layout import LENGTHS
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.data.tokens import TokenData
@@ -133,7 +134,7 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
     assert f"fingerprint  {store.manifest.fingerprint}" in ended.out
     info = store.manifest.splits["train"]
     assert f"train        {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes" in ended.out
-    lengths = store.lengths("train")
+    lengths = store.read_all("train", LENGTHS)
     bars = re.findall(r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("validation:")[0], re.MULTILINE)
     assert sum(int(count) for _, _, count in bars) == info.documents
     for low, high, count in bars:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
+from jaxinfra.checkpoint.disk_saver import DiskSaver
 from jaxinfra.cli import models
 from jaxinfra.errors import NonFiniteError, StorageError
 from jaxinfra.storage.closing import ClosedOnExit
@@ -20,17 +20,17 @@ def full_at(monkeypatch: pytest.MonkeyPatch):
     """Lets the disk be full when certain steps are saved; returns the steps that were tried."""
 
     def at(*steps: int) -> list[int]:
-        def save(self: OrbaxBackend, step: int, *arguments: Any) -> None:
+        def save(self: DiskSaver, step: int, *arguments: Any) -> None:
             tried.append(step)
             if step in steps:
                 raise OSError(errno.ENOSPC, "No space left on device")
             plain(self, step, *arguments)
 
-        monkeypatch.setattr(OrbaxBackend, "save", save)
+        monkeypatch.setattr(DiskSaver, "save", save)
         return tried
 
     tried: list[int] = []
-    plain = OrbaxBackend.save
+    plain = DiskSaver.save
     return at
 
 

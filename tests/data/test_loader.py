@@ -15,7 +15,7 @@ import pytest
 
 from jaxinfra.data import buffers, stopwatch
 from jaxinfra.data.batches import BatchLoader, validation_batches
-from jaxinfra.data.order import sample_ids
+from jaxinfra.data.mixing import MixtureSampler
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import Stopwatch, input_bound_warning
 from jaxinfra.data.store.store import TokenStore
@@ -71,7 +71,7 @@ def test_rows_are_the_sequences_of_sample_ids(data, store):
     every = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
     count = (len(every) - 1) // T
     for step, batch in batches(data, store):
-        ids = sample_ids(step, global_batch=GLOBAL_BATCH, num_samples=count, seed=3)
+        _, ids = MixtureSampler([count], global_batch=GLOBAL_BATCH, seed=3).sample_ids(step)
         np.testing.assert_array_equal(batch["inputs"], [every[i * T : i * T + T] for i in ids])
         np.testing.assert_array_equal(batch["targets"], [every[i * T + 1 : i * T + T + 1] for i in ids])
 

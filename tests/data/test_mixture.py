@@ -16,6 +16,7 @@ from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.pairs import PairData
+from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.dedup import Dedup
@@ -165,7 +166,7 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(store, packing
     data = TokenData(store=store, seq_len=PACKED, packing=packing)
     opened = data.open()
     rows = opened.train.read(np.arange(len(opened.train)), weighted=False)
-    offsets = opened.store.offsets("train")
+    offsets = opened.store.read_all("train", OFFSETS)
     tokens = opened.store.read("train", [0], offsets[-1])[0]
     expected = np.delete(tokens, offsets[:-1])
     found = rows["targets"][rows["weights"] > 0]
@@ -267,7 +268,7 @@ def test_both_sides_have_the_prompt_and_only_answers_are_learned(recipe):
 def test_truncated_pairs_keep_their_answers_and_are_counted(recipe, caplog):
     opened = PairData(store=recipe.store, seq_len=110).open()
     assert not caplog.messages
-    longest = int(opened.store.lengths("train").max()) - 1
+    longest = int(opened.store.read_all("train", LENGTHS).max()) - 1
     opened = PairData(store=recipe.store, seq_len=4).open()
     count = len(opened.train)
     (message,) = caplog.messages

@@ -1,12 +1,14 @@
 """Sequences of consecutive tokens, and documents packed into rows."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfra.data.packing import PackedRows, pack_documents
 from jaxinfra.data.sequences import num_sequences, packed_batch, split_inputs_targets
-from jaxinfra.ops.attention import AttentionSpec, reference, splash_interpreted
+from jaxinfra.ops.attention import KERNELS, AttentionSpec, reference
 
 EOT = 0
 
@@ -90,7 +92,7 @@ def test_a_packed_batch_equals_a_loop_over_segments(seed):
         assert batch[name].dtype == (np.float32 if name == "weights" else np.int32)
 
 
-@pytest.mark.parametrize("kernel", [reference, splash_interpreted])
+@pytest.mark.parametrize("kernel", [reference, partial(KERNELS["splash"].attend, interpret=True)])
 def test_documents_do_not_attend_to_padding(kernel):
     """Attention treats padding as a document of its own."""
     rng = np.random.default_rng(0)

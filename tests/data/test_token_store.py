@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.store import arrays
+from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
@@ -28,7 +29,7 @@ def use(path):
     store = TokenStore.open(path)
     for split, info in store.manifest.splits.items():
         store.read(split, [0], info.tokens)
-        store.offsets(split)
+        store.read_all(split, OFFSETS)
 
 
 def test_the_store_holds_every_document_and_its_end(store_path, corpus):
@@ -38,12 +39,12 @@ def test_the_store_holds_every_document_and_its_end(store_path, corpus):
     for split in ("train", "validation"):
         own = [name for name in names if (hash_to_unit(name) < corpus.validation.fraction) == (split == "validation")]
         texts = [(Path(corpus.source.root) / name).read_text(encoding="utf-8") for name in own]
-        info, offsets = store.manifest.splits[split], store.offsets(split)
+        info, offsets = store.manifest.splits[split], store.read_all(split, OFFSETS)
         tokens = store.read(split, [0], info.tokens)[0]
         assert (info.documents, info.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
         assert offsets[0] == 0
         assert offsets[-1] == info.tokens
-        assert np.array_equal(store.lengths(split), np.diff(offsets))
+        assert np.array_equal(store.read_all(split, LENGTHS), np.diff(offsets))
         for text, start, end in zip(texts, offsets[:-1], offsets[1:], strict=True):
             assert tokenizer.decode(tokens[start : end - 1].tolist()) == text
             assert tokens[end - 1] == eot_id

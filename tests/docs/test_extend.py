@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from jaxinfra.config import load
 from jaxinfra.data.store.store import TokenStore
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.run import Run
+from tests.models.test_decoding import check
 from tests.refusals import refused
 from tests.tiny_run import launch
 from tests.tiny_run import tiny_data as tiny_data
@@ -33,7 +38,7 @@ FAST = [
     "track.tensorboard=false",
 ]
 TEXT = ["data.store=store", "data.seq_len=16"]
-SMALL = ["num_layers=1", "hidden_size=32", "layers.mixer.num_heads=2", "layers.mlp.dim=32", "vocab_size=304"]
+SMALL = ["hidden_size=32", "layers.mixer.num_heads=2", "layers.mlp.dim=32", "vocab_size=304"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_every_example_has_a_command() -> None:
-    assert len(RUNS) >= 7
+    assert len(RUNS) >= 8
     assert COMMANDS.keys() == EXAMPLES.keys()
 
 
@@ -103,6 +108,23 @@ def test_examples_train_and_replay(path: str) -> None:
     Path(path).write_text(content + "\n")
     refused(launch(*replay[:1], "name=third", "--import", path), "changed", f"{name}.py:")
     Path(path).write_text(content)
+
+
+def test_the_mixer_decodes_what_it_trains() -> None:
+    model = load("configs/mean.py", ["model.layers.0.mixer.width=16"], root=Run).run.model
+    assert isinstance(model, TransformerConfig)
+    check({"mixer": model.layers[0].mixer}, MeshConfig(fsdp=2, tensor=2))
+
+
+def test_a_mixer_without_a_method_or_with_a_mistake(examples: Path) -> None:
+    content = EXAMPLES["configs/mean.py"]
+    words = [*TEXT, *FAST, *(f"model.{size}" for size in SMALL), "optim.schedule.warmup_steps=0", "name=wrong"]
+    for old, new, message in (
+        ("def matmul_params", "def matmul_param", "wrong.py:CausalMean matmul_params Mixer"),
+        ("cumsum(values", "cumsum(value", "wrong.py: NameError value"),
+    ):
+        (examples / "configs/wrong.py").write_text(content.replace(old, new))
+        refused(launch("configs/wrong.py", *words), message)
 
 
 @pytest.mark.parametrize("path", RECIPES)

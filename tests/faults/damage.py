@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.checkpoint.inventory import verify_step
 from jaxinfra.checkpoint.manifest import MANIFEST_FILE
-from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.errors import CheckpointError, DataError, StorageError
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.attempts import ATTEMPTS_FILE
@@ -169,7 +169,7 @@ _DAMAGES: dict[str, _Damage] = {
 
 def _all_found(run: Run, choose: Callable[[Path], bool], damages: dict[str, _Damage], rounds: int) -> int:
     """Damages files of step 30 in turn; raises NotSurvived if a damage is not found. Returns how many were."""
-    stored, draw, folder = StoredOnDisk(run.checkpoints), random.Random(5), run.checkpoints / "30"
+    stored, draw, folder = DiskSteps(run.checkpoints), random.Random(5), run.checkpoints / "30"
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
     chosen = [path for path in files if choose(path)]
     intact, found = {path: path.read_bytes() for path in files}, 0

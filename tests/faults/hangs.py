@@ -5,7 +5,7 @@ import time
 from contextlib import ExitStack
 from datetime import datetime
 
-from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, HungError, PeerLostError, Preempted
 from jaxinfra.processes.peer_connection import free_port
@@ -123,7 +123,7 @@ def wrong_clock(harness: Harness) -> str:
 
 def _times(run: Run) -> tuple[str, str]:
     """Returns when the run began and when its last checkpoint was saved, by the clock of process 0."""
-    manifest = StoredOnDisk(run.checkpoints).manifest(max(run.steps()))
+    manifest = DiskSteps(run.checkpoints).manifest(max(run.steps()))
     return read_record(run.path / "run.json")["created"], manifest.saved
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxinfra.checkpoint.leaves import leaf_name
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
 from jaxinfra.config import load
 from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 from tests.faults.harness import Harness, named, require
@@ -94,7 +94,7 @@ def _restores_bits(path: Path, step: int, overrides: Sequence[str]) -> None:
     program = Program(run, make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)]))
     with program.on_mesh, CheckpointManager(path / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(step, program.state)
-    stored = StoredOnDisk(path / "checkpoints")
+    stored = DiskSteps(path / "checkpoints")
     manifest = stored.manifest(step)
     for key_path, leaf in jax.tree.leaves_with_path(state):
         name = leaf_name(key_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxinfra.checkpoint.stored_on_disk import StoredOnDisk
+from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.errors import CorruptionError, NonFiniteError
 from tests.faults.config import BATCH, RecordedTokens, checksum
 from tests.faults.harness import Harness, Run, named, require
@@ -31,7 +31,7 @@ def _faulty(harness: Harness, name: str, **faults: Sequence[int]) -> Path:
 
 def _state(run: Run, step: int) -> dict[str, np.ndarray]:
     """Returns a checkpoint without the counters of steps."""
-    stored = StoredOnDisk(run.checkpoints)
+    stored = DiskSteps(run.checkpoints)
     manifest = stored.manifest(step)
     return {name: stored.read_leaf(step, manifest, name) for name in manifest.leaves if name != "step"}
 

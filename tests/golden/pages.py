@@ -174,6 +174,7 @@ On the command line an index names one layer of the period, and a path without a
 - `GatedDeltaNet` is the linear attention of Qwen3-Next: time and memory grow with the length, not with its square, and
   decoding keeps a state of fixed size. It needs no positions.
 - `remat` is repeated over the layers, pipeline stages split whole periods, and decoding has a cache for each layer.
+- A mixer or an MLP may be a class of your own ([extend](extend.md#a-mixer-or-an-mlp)).
 
 ## Published models
 

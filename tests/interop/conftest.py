@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from jaxinfra.families import MODULES, Family, family
 from jaxinfra.interop.config_json import ModelJson
+from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.transformer import TransformerConfig
 from tests.interop.references import TINY
 from tests.interop.torch_python import TORCH_PYTHON
@@ -62,6 +63,14 @@ def written_again(keys: dict[str, Any]) -> dict[str, Any] | None:
         return None
     of = family(keys["model_type"], "")
     return {"model_type": of.model_type, "pad_token_id": None} | of.write(of.read(ModelJson(keys)))
+
+
+def read_tensor(weights: Weights, name: str) -> np.ndarray:
+    """Reads a whole tensor."""
+    tensor = weights.tensors[name]
+    out = np.empty(tensor.shape, tensor.dtype)
+    weights.read_into(name, 0, out.reshape(-1) if not tensor.shape else out)
+    return out
 
 
 def _make(folder: Path) -> None:

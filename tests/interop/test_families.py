@@ -21,7 +21,7 @@ from jaxinfra.interop.reading import read_params
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
-from tests.interop.conftest import References, published
+from tests.interop.conftest import References, published, read_tensor
 from tests.interop.references import TINY
 from tests.interop.torch_python import needs_torch
 from tests.models.harness import BuiltDecoder, build, relative_error
@@ -56,7 +56,8 @@ def stored(folder: Path) -> dict[str, bytes]:
     """Dtype, shape and bytes of each tensor, but for those of images."""
     weights = Weights(open_folder(str(folder)))
     return {
-        name.removeprefix("language_model."): repr((tensor.dtype, tensor.shape)).encode() + weights.read(name).tobytes()
+        name.removeprefix("language_model."): repr((tensor.dtype, tensor.shape)).encode()
+        + read_tensor(weights, name).tobytes()
         for name, tensor in weights.tensors.items()
         if not name.startswith(("vision_tower.", "vision_model.", "multi_modal_projector."))
     }

@@ -22,6 +22,7 @@ from jaxinfra.hub.published_model import open_published, param_shapes
 from jaxinfra.interop import safetensors
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.safetensors import Weights, header_of
+from tests.interop.conftest import read_tensor
 from tests.refusals import names, refused
 from tests.servers.hub import REPOSITORY, HubServer
 from tests.tiny_run import Ended, launch
@@ -73,7 +74,7 @@ def write_tokenizer(folder: Path, end: str) -> None:
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
     weights = Weights(open_folder(str(folder)))
-    return {name: weights.read(name) for name in weights.tensors}
+    return {name: read_tensor(weights, name) for name in weights.tensors}
 
 
 def check(folder: Path) -> Ended:

@@ -21,7 +21,7 @@ from jaxinfra.data.tokenizer import JsonTokenizer
 from jaxinfra.errors import PeerLostError
 from jaxinfra.families.zoo import shape
 from jaxinfra.hub.export import beginning_with, family_of
-from jaxinfra.hub.published_model import by_path, open_published, param_shapes
+from jaxinfra.hub.published_model import open_published, param_shapes
 from jaxinfra.inference.language_model import open_language_model
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
@@ -33,6 +33,8 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.parallel.spec import leaves_by_name
+from tests.interop.conftest import read_tensor
 from tests.refusals import refused
 from tests.servers.fixtures import Server
 from tests.servers.hub import REPOSITORY, HubServer
@@ -62,7 +64,7 @@ def content(folder: Path) -> dict[str, bytes]:
     """Dtype, shape and bytes of each tensor."""
     weights = Weights(open_folder(str(folder)))
     return {
-        name: repr((tensor.dtype, tensor.shape)).encode() + weights.read(name).tobytes()
+        name: repr((tensor.dtype, tensor.shape)).encode() + read_tensor(weights, name).tobytes()
         for name, tensor in weights.tensors.items()
     }
 
@@ -153,7 +155,7 @@ def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pyte
     model = open_published(f"hf:{exported}")
     program = sampling_program(open_language_model(f"hf:{exported}").run, jax.devices())
     params = load_params(f"hf:{exported}", program).params
-    leaves = by_path(params)
+    leaves = leaves_by_name(params)
     bindings = model.bindings({path: leaf.shape for path, leaf in leaves.items()}, model.weights())
     out = tmp_path / "out"
 
@@ -223,7 +225,7 @@ def edit_config(folder: Path, **keys: Any) -> None:
 def rewrite(folder: Path, change: Any) -> None:
     """Rewrites the tensors, `{name: array}`, as `change` leaves them."""
     weights = Weights(open_folder(str(folder)))
-    arrays = {name: weights.read(name) for name in weights.tensors}
+    arrays = {name: read_tensor(weights, name) for name in weights.tensors}
     change(arrays)
     header, _ = header_of((name, array.dtype, array.shape) for name, array in arrays.items())
     (folder / "model.safetensors").write_bytes(header + b"".join(array.tobytes() for array in arrays.values()))
@@ -376,7 +378,7 @@ def test_four_hosts_read_a_quarter_each(name: str, mesh: MeshConfig) -> None:
     found, _ = family_of(model)
     shapes = param_shapes(model)
     partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, platform="cpu", compute_dtype=jnp.dtype("float32"))
-    specs = by_path(nnx.to_pure_dict(nnx.split(model.build(partitioner))[1]))
+    specs = leaves_by_name(nnx.to_pure_dict(nnx.split(model.build(partitioner))[1]))
     made = make_mesh(mesh, devices)
     read, total = [0] * 4, 0
     for binding in found.bindings(model, shapes):

@@ -14,11 +14,12 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.families import family
 from jaxinfra.hub.export import Export, export_model
 from jaxinfra.hub.params import load_published
-from jaxinfra.hub.published_model import by_path, open_published
+from jaxinfra.hub.published_model import open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.spec import leaves_by_name
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.interop.expert_cases import EXPERTS
@@ -83,7 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
         )
         out = tmp_path_factory.mktemp("meshes") / name
         content = write(program, params, out)
-        return out, {path: np.asarray(leaf) for path, leaf in by_path(params).items()}, content
+        return out, {path: np.asarray(leaf) for path, leaf in leaves_by_name(params).items()}, content
 
     return export
 
@@ -103,7 +104,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_same_bits_on_every_mesh(exported: Any, tmp_path: Path, model: str, mesh: str) -> None:
     folder, expected, content = exported(model)
     program, params = load(folder, MESHES[mesh])
-    found = by_path(params)
+    found = leaves_by_name(params)
     assert found.keys() == expected.keys()
     assert any(not leaf.sharding.is_fully_replicated for leaf in found.values())
     for path, leaf in found.items():
@@ -115,13 +116,14 @@ SCRIPT = """
 import json, sys
 import jax, jaxinfra
 jaxinfra.join()
-from jaxinfra.hub.published_model import by_path, open_published
+from jaxinfra.hub.published_model import open_published
 from jaxinfra.interop.reading import read_params
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.spec import leaves_by_name
 from tests.interop.test_meshes import make_program
 model = open_published(sys.argv[1])
 program = make_program(model.config, MeshConfig(fsdp=4))
-weights, params = model.check(), by_path(program.params)
+weights, params = model.check(), leaves_by_name(program.params)
 bindings = model.bindings({path: each.shape for path, each in params.items()}, weights)
 with program.on_mesh:
     found = jax.block_until_ready(read_params(weights, bindings, params))

@@ -14,6 +14,7 @@ from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.safetensors import Weights, header_of
+from tests.interop.conftest import read_tensor
 from tests.interop.test_families import read_tiny, read_weights
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.models.harness import relative_error
@@ -53,11 +54,11 @@ def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
 def test_fp8_blocks_are_those_of_torch_in_any_rows(packed: Path) -> None:
     weights, expected = opened(packed / "fp8", FP8), np.load(packed / "fp8.npz")
     assert sorted(weights.tensors) == ["edges.weight", "plain.weight", "small.weight", "whole.weight"]
-    assert weights.read("plain.weight").dtype == np.float32
+    assert read_tensor(weights, "plain.weight").dtype == np.float32
     for name in expected:
         tensor = weights.tensors[f"{name}.weight"]
         assert tensor.dtype == ml_dtypes.bfloat16 and tensor.shape == expected[name].shape
-        assert_same(weights.read(f"{name}.weight"), expected[name])
+        assert_same(read_tensor(weights, f"{name}.weight"), expected[name])
     before = weights.bytes_read
     assert_same(rows(weights, "edges.weight", 100, 300), expected["edges"][100:300])
     assert weights.bytes_read - before == 200 * 200 + 3 * 2 * 4  # rows of values, and of factors

@@ -21,7 +21,6 @@ from jaxinfra.ops.attention import (
     dot_product_attention,
     reference,
     splash_block,
-    splash_interpreted,
 )
 from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -134,7 +133,7 @@ SPLASH = {
 @pytest.mark.parametrize("case", SPLASH)
 def test_splash_and_its_gradients_agree_with_the_reference(case: str) -> None:
     spec, size, packed = SPLASH[case]
-    assert_agrees(splash_interpreted, size, spec, packed, 2e-5)
+    assert_agrees(partial(KERNELS["splash"].attend, interpret=True), size, spec, packed, 2e-5)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])

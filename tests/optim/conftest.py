@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxinfra.optim.matrix_dims import is_param_spec
 from jaxinfra.parallel.spec import ParamSpec, Role, normal
 
 
@@ -41,7 +40,7 @@ def draw() -> Callable[[int], Any]:
 
     def values(seed: int) -> Any:
         rng = np.random.default_rng(seed)
-        return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), SPECS, is_leaf=is_param_spec)
+        return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), SPECS)
 
     return values
 

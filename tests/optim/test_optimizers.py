@@ -9,7 +9,6 @@ import pytest
 
 from jaxinfra.config import validate
 from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.matrix_dims import is_param_spec
 from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, make_optimizer
 from jaxinfra.optim.schedules import Constant, Linear
 from tests.refusals import problem
@@ -55,7 +54,7 @@ def expected(rule, specs, draw, decay, **settings):
         return rule(param.astype(np.float64), [g.astype(np.float64) for g in grads], own_decay, **settings)
 
     drawn = [draw(seed) for seed in range(UPDATES + 1)]
-    return jax.tree.map(one, specs, *drawn, is_leaf=is_param_spec)
+    return jax.tree.map(one, specs, *drawn)
 
 
 def assert_close(got, want, rtol=1e-5):

@@ -54,7 +54,7 @@ class Toy:
         x, squares = jax.lax.scan(layer, x, (weights, layer_indices))
         return x, {"squares": squares}
 
-    def loss(self, shared: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def output_loss(self, shared: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         spec = jax.typeof(x).sharding.spec
         error = dot(x, shared["out"]) - jax.reshard(batch["y"], spec)
         axes = frozenset(("stage", "fsdp"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare.builders import baseline
 from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
@@ -70,7 +71,7 @@ def test_xz_compresses_the_concatenated_texts():
 
 def test_baselines_use_the_first_whole_documents(store_path, monkeypatch):
     store = TokenStore.open(store_path)
-    offsets = store.offsets("validation")
+    offsets = store.read_all("validation", OFFSETS)
     for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
         monkeypatch.setattr(baseline, "VALIDATION_LIMIT_TOKENS", int(limit))
         texts = documents(store, "validation")[:count]

@@ -10,6 +10,7 @@ import pytest
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.store.layout import IMAGES, LABELS
 from jaxinfra.data.store.store import Store, TokenStore
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
@@ -175,6 +176,8 @@ def test_every_image_is_read_once_an_epoch_with_its_label(write):
     opened = ImageData(store=recipe.store, image_size=6, channels=1)
     with raises(ConfigError, "2 x 3 square"):
         opened.open()
+    with raises(ConfigError, f"data.store={recipe.store} images text"):
+        TokenData(store=recipe.store).open()
     square = write([{"image": [[number, 2], [3, 255]], "label": number % 3} for number in range(60)])
     assert prepare(square, workers=1).manifest.fingerprint != made.manifest.fingerprint
     opened = replace(opened, image_size=2).open()

@@ -15,17 +15,10 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.document import Span
 from jaxinfra.prepare.documents.encoding import encode_documents
 from jaxinfra.prepare.documents.formats import Chat
-from jaxinfra.prepare.tokenizers import (
-    SentencePieceModel,
-    Tiktoken,
-    TokenizerFile,
-    build_tokenizer,
-    convert_tokenizer,
-    train_bpe,
-)
+from jaxinfra.prepare.tokenizers import SentencePieceModel, Tiktoken, TokenizerFile, convert_tokenizer, train_bpe
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import PATTERNS, SPECIAL_TOKENS
 from tests.refusals import raises
-from tests.vocabularies import BYTE_PIECES, EOT, MARKERS, TEXTS, control, rank_file, spm_file
+from tests.vocabularies import BYTE_PIECES, EOT, MARKERS, TEXTS, build_tokenizer, control, rank_file, spm_file
 
 REAL = "We've 12345 things'll\n\n  to DO, naïve 漢字 e\u0301 — iPhone's   \r\n\t!!/\n//x "
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +64,7 @@ def run(folder: Path, tiny: Tiny, script: str, gpus: int, *overrides: str) -> En
 
 def test_the_wait_for_other_workers_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_train, "JOIN_S", 0.2)
-    monkeypatch.setattr(ray_train, "index", lambda environment: 1)
+    monkeypatch.setattr(ray_train, "context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.2")
     monkeypatch.setattr("ray.train.collective.broadcast_from_rank_zero", lambda value: time.sleep(2))
     with raises(PeerLostError, "worker 1 join()"):

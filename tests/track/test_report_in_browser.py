@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from jaxinfra.track.report import read_run, write_page, write_report
+from jaxinfra.track.report import read_run, render_report, write_report
 from tests.track.browser import open_browser
 from tests.track.test_report import EVIL, make, record
 
@@ -150,9 +150,9 @@ def test_a_comparison(tmp_path, page):
     make(tmp_path / "a", 100, record(config={"name": "a"}))
     make(tmp_path / "b", 30, record(config={"name": "b"}), value=lambda step: 3.0 - step / 100)
     make(tmp_path / "c", 0, record(config={"name": "c"}), summary=False)
-    page.open(
-        write_page([read_run(tmp_path / name, is_running=False) for name in "abc"], tmp_path / "all.html"), width=400
-    )
+    path = tmp_path / "all.html"
+    path.write_text(render_report([read_run(tmp_path / name, is_running=False) for name in "abc"]), encoding="utf-8")
+    page.open(path, width=400)
     hidden = "[...document.querySelectorAll('#chart-0 .u-series')].map((row) => row.offsetWidth === 0)"
     shown = [row for row, is_hidden in zip(page.evaluate(LEGEND), page.evaluate(hidden), strict=True) if not is_hidden]
     assert [row.split(",")[0] for row in shown[1:-1]] == ["a", "a", "b", "b"]

@@ -190,7 +190,7 @@ ENTRY %main (a: f32[8]) -> (f32[8], s32[]) {{
   ROOT %t = (f32[8]{{0}}, s32[]) tuple(%copy.7, %copy.7)
 }}
 """
-    found = {each.name: (each.opcode, each.kind, each.source) for each in parse_program(text).values()}
+    found = {name: (each.opcode, each.kind, each.source) for name, each in parse_program(text).items()}
     assert found["dot.1"] == ("fusion", "dot_general, backward", "jaxinfra/models/attention.py:94")
     assert found["copy.7"] == ("copy", "copy", "")
     assert found["t"][0] == "tuple"

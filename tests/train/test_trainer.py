@@ -18,12 +18,12 @@ from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.due import Due
+from jaxinfra.train.interval import Interval
 from jaxinfra.train.loop import Loop
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.statistics import step_flops
-from jaxinfra.train.step_timer import StepTimer
 from jaxinfra.train.trainer import Trainer
 from jaxinfra.train.watch import Watch
 from tests.tiny_run import Tiny
@@ -189,24 +189,31 @@ def test_reported_time_is_that_of_finished_steps(tiny: Tiny, monkeypatch: pytest
     assert [(row["tokens_per_s"], row["mfu"]) for row in timed] == [(2 * tokens, 2 * flops / 1000)] * 3
 
 
-def test_step_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole steps count; the one after a pause was not timed whole."""
-    times_s = iter([0.0, 1.0, 3.0, 50.0, 52.0, 54.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(times_s))
-    timer = StepTimer()
-    assert timer.read() is None
-    timer.finish_step()
-    assert timer.read() is None
-    timer.finish_step()
-    timer.finish_step()
-    assert timer.read() == 1.5
-    assert timer.read() is None
-    timer.pause()
-    timer.finish_step()
-    timer.finish_step()
-    timer.pause()
-    timer.finish_step()
-    assert timer.read() == 2.0
+def test_whole_steps_are_timed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after a pause was not timed whole."""
+    interval, clock = Interval(Trainer(tiny.loaded()).program), SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now_s)
+
+    def finish_step(now_s: float) -> None:
+        clock.now_s = now_s
+        interval.finish_step()
+
+    def mean_s() -> float | None:
+        return interval.read(waited_s=0.0, peak_flops=1.0).get("step_time_s")
+
+    assert mean_s() is None
+    finish_step(0.0)
+    assert mean_s() is None
+    finish_step(1.0)
+    finish_step(3.0)
+    assert mean_s() == 1.5
+    assert mean_s() is None
+    interval.pause()
+    finish_step(50.0)
+    finish_step(52.0)
+    interval.pause()
+    finish_step(54.0)
+    assert mean_s() == 2.0
 
 
 def test_a_resumed_run_keeps_its_peak(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxinfra.cli import output_file
 from jaxinfra.errors import DataError, quoted
 from jaxinfra.families.catalog import BYTES_PER_PARAM
 from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_published
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
+from jaxinfra.storage import outputs
 from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
@@ -38,8 +38,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         markup=False,
         soft_wrap=True,
     )
-    if options.json is not None:
-        output_file.write_text(options.json, json.dumps(facts, indent=2) + "\n")
+    outputs.write_json(options.json, facts)
     return 0
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from jaxinfra.cli.progress import ByteProgress
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.hub.export import Export, export_model
@@ -24,7 +24,6 @@ from jaxinfra.track.formatting import format_bytes, format_duration, format_file
 from jaxinfra.track.runs import parse_source
 
 _log = logging.getLogger(__name__)
-_PROGRESS_S = 5.0  # seconds between two lines of progress
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -53,7 +52,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 model_type=options.family,
                 origin=origin,
             )
-            receipt = export_model(options.out, export, gather=peers.gather, progress=_progress(start_s))
+            progress = ByteProgress() if peers.index == 0 else lambda done, total: None
+            receipt = export_model(options.out, export, gather=peers.gather, progress=progress)
     if peers.index == 0:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
@@ -86,17 +86,3 @@ def _origin(source: str, model: LanguageModel) -> PublishedModel | None:
     except (ConfigError, DataError, StorageError) as error:
         _log.warning("%s: its chat template and generation config are not copied", error)
         return None
-
-
-def _progress(start_s: float) -> Callable[[int, int], None]:
-    """Returns a function that prints a line to standard error, in process 0 and every few seconds."""
-    last_s = start_s
-
-    def show(done: int, total: int) -> None:
-        nonlocal last_s
-        now_s = time.monotonic()
-        if current_peers().index == 0 and now_s - last_s > _PROGRESS_S:
-            last_s = now_s
-            print(f"{format_bytes(done)} of {format_bytes(total)}", file=sys.stderr, flush=True)
-
-    return show

@@ -115,12 +115,13 @@ class Manifest:
     masked: bool = False  # whether it has a mask of the tokens that count in the loss
     block: int  # number of tokens or images in a block, which is a chunk of the arrays and has its own hash
     index_block: int  # the same for all other arrays
-    tokenizer: TokenizerInfo | None  # None for images
+    tokenizer: TokenizerInfo | None = None  # None for images
     labels: tuple[str, ...] = ()  # names of the image classes, in the order of their numbers
     splits: Mapping[Split, SplitInfo]
     packs: Mapping[str, PackInfo] = field(default_factory=dict)  # `split/name` -> packing
     files: Mapping[str, StoredFile]  # every other file, by name relative to the manifest
-    baselines: Mapping[str, Mapping[str, float]]  # metric -> simple model -> value on the validation split
+    # Metric -> simple model -> value on the validation split.
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     versions: Mapping[str, str]  # of Python and the packages that prepared the store
     created: str  # time in UTC
 

@@ -20,8 +20,8 @@ from jaxinfra.command import COMMAND
 from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.blocks import CheckedArray, read_file
-from jaxinfra.data.store.layout import IMAGES, LENGTHS, MASK, OFFSETS, TOKENS, holds_blocks
-from jaxinfra.data.store.manifest import Manifest, Split, StoredFile
+from jaxinfra.data.store.layout import IMAGES, MASK, OFFSETS, TOKENS, holds_blocks
+from jaxinfra.data.store.manifest import Kind, Manifest, Split, StoredFile
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
@@ -70,6 +70,7 @@ class Store:
         section: str = "data",
         hint: str = PREPARE,
         blocks_may_lack: bool = False,
+        kind: Kind | None = None,
     ) -> Self:
         """Opens a version and checks its manifest and the length of every file.
 
@@ -79,9 +80,10 @@ class Store:
             section: section of the config that names the store, for messages.
             hint: command that prepares the store, for the message if it is missing.
             blocks_may_lack: whether a file of blocks that is missing or short is an error only when it is read.
+            kind: what the store must hold; None allows everything.
 
         Raises:
-            ConfigError: there is no such store or version.
+            ConfigError: there is no such store or version, or it holds something else.
             DataError: it is damaged or has another format.
             StorageError: it cannot be read.
         """
@@ -98,6 +100,8 @@ class Store:
                 f"{section}.version={version}: {storage.url} is version {manifest.fingerprint}; "
                 f"use {section}.version=none"
             )
+        if kind not in (None, manifest.kind):
+            raise ConfigError(f"{section}.store={path}: holds {manifest.kind}, expected {kind}; name a store of {kind}")
         storage.check_sizes(
             {name: info.bytes for name, info in manifest.files.items() if not (blocks_may_lack and holds_blocks(name))}
         )
@@ -210,14 +214,6 @@ class TokenStore(Store):
         num_chunks = max(1, limit // arrays.CHUNK)
         starts = np.arange(num_chunks) * (tokens - arrays.CHUNK) // num_chunks
         return self.read(split, starts, arrays.CHUNK).reshape(-1)
-
-    def offsets(self, split: Split) -> np.ndarray:
-        """Reads the first token of each document, and the end of the last document: int64[documents + 1]."""
-        return self.read_all(split, OFFSETS)
-
-    def lengths(self, split: Split) -> np.ndarray:
-        """Reads the number of tokens of each document, including its end: int64[documents]."""
-        return self.read_all(split, LENGTHS)
 
     def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
         vocab_size = self.manifest.tokenizer_info.vocab_size

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.store import TokenStore
 
 ORDER = 5
@@ -95,7 +96,7 @@ def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
 
     The text is what the tokens decode to.
     """
-    offsets, info = store.offsets("validation"), store.manifest.tokenizer_info
+    offsets, info = store.read_all("validation", OFFSETS), store.manifest.tokenizer_info
     documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
     validation = store.read("validation", [0], int(offsets[documents]))[0]
     ends = offsets[: documents + 1]

@@ -9,15 +9,13 @@ from typing import Any, override
 import numpy as np
 
 from jaxinfra.config import encode
-from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import IMAGES, LABELS
 from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, SplitInfo
-from jaxinfra.data.store.store import hash_files
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
 from jaxinfra.prepare.builders.select import select_documents
-from jaxinfra.prepare.builders.writers import HashedArrayWriter, provenance, write_array
+from jaxinfra.prepare.builders.writers import HashedArrayWriter, common_fields, write_array
 from jaxinfra.prepare.documents.document import RecordError, get_field
 from jaxinfra.prepare.documents.shingles import hash128
 from jaxinfra.prepare.parts import Part, PartMetadata, PartSplits
@@ -126,13 +124,10 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             dtype="uint8",
             shape=shape,
             block=block,
-            index_block=arrays.SMALL_CHUNK,
-            tokenizer=None,
             labels=self._recipe.classes,
             splits=splits,
-            files=hash_files(build),
             baselines=baselines,
-            **provenance(),
+            **common_fields(build),
         )
 
 

@@ -19,7 +19,7 @@ from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
-from jaxinfra.data.store.store import TokenStore, hash_files, token_dtype
+from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
@@ -27,7 +27,7 @@ from jaxinfra.prepare.builders.baseline import measure_baselines
 from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
 from jaxinfra.prepare.builders.select import select_documents
 from jaxinfra.prepare.builders.tail import split_tail
-from jaxinfra.prepare.builders.writers import SplitWriter, provenance, write_pack
+from jaxinfra.prepare.builders.writers import SplitWriter, common_fields, write_pack
 from jaxinfra.prepare.documents.dedup import Signer
 from jaxinfra.prepare.documents.document import Document
 from jaxinfra.prepare.documents.encoding import EncodedDocument, encode_documents
@@ -342,13 +342,10 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             dtype=self._dtype.name,
             masked=masked,
             block=arrays.CHUNK,
-            index_block=arrays.SMALL_CHUNK,
             tokenizer=self._info,
             splits=splits,
             packs=packs,
-            files=hash_files(build),
-            baselines={},
-            **provenance(),
+            **common_fields(build),
         )
         if corpus.baselines:
             manifest = replace(manifest, baselines=measure_baselines(TokenStore(ObjectStore(build), manifest)))

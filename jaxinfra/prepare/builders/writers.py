@@ -1,6 +1,6 @@
 """Writes the arrays of a version: tokens, images, offsets and packings, with their hashes.
 
-Holds one shard of tokens or images in memory, and 16 bytes per document for its offset and length.
+Holds one shard of tokens or images in memory, and 24 bytes per document for its offset and length.
 """
 
 import platform
@@ -26,13 +26,16 @@ from jaxinfra.data.store.layout import (
     table_sizes,
 )
 from jaxinfra.data.store.manifest import PackInfo, Split, SplitInfo
+from jaxinfra.data.store.store import hash_files
 
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
 
-def provenance() -> dict[str, Any]:
-    """Returns the manifest fields `versions` (of Python and packages) and `created` (time)."""
+def common_fields(build: Path) -> dict[str, Any]:
+    """Returns the manifest fields that all kinds of stores have; `build` has every file but the manifest."""
     return {
+        "index_block": arrays.SMALL_CHUNK,
+        "files": hash_files(build),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -55,20 +58,10 @@ def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarra
 
 def write_array(path: Path, values: np.ndarray) -> None:
     """Writes a whole array in small chunks, because a few elements are read at a time, and the hashes of its blocks."""
-    chunk, shard = arrays.SMALL_CHUNK, arrays.SMALL_SHARD
-    array = arrays.create(str(path), values.dtype, shape=values.shape[1:], chunk=chunk, shard=shard)
-    arrays.append(array, str(path), values)
-    _write_hashes(path, hash_blocks(values, chunk))
-
-
-def _write_hashes(path: Path, hashes: np.ndarray) -> None:
-    """Writes the hashes of the blocks of an array, uint64[blocks], beside it."""
-    content, start = hashes.astype("<u8").tobytes(), 0
-    for name, size_bytes in table_sizes(path.name, len(content) // HASH_BYTES).items():
-        file = path.parent / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(content[start : start + size_bytes])
-        start += size_bytes
+    shape, block, shard = values.shape[1:], arrays.SMALL_CHUNK, arrays.SMALL_SHARD
+    writer = HashedArrayWriter(path, values.dtype, shape=shape, block=block, shard=shard)
+    writer.add(values)
+    writer.close()
 
 
 class HashedArrayWriter:
@@ -89,9 +82,14 @@ class HashedArrayWriter:
             self._flush(self._num_waiting // self._shard * self._shard)
 
     def close(self) -> None:
-        """Writes the last elements and the hashes."""
+        """Writes the last elements, and beside the array the hashes of its blocks."""
         self._flush(self._num_waiting)
-        _write_hashes(self._path, np.concatenate(self._hashes))
+        content, start = np.concatenate(self._hashes).astype("<u8").tobytes(), 0
+        for name, size_bytes in table_sizes(self._path.name, len(content) // HASH_BYTES).items():
+            file = self._path.parent / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content[start : start + size_bytes])
+            start += size_bytes
 
     def _flush(self, end: int) -> None:
         values = np.concatenate(self._waiting)

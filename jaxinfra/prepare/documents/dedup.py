@@ -58,23 +58,20 @@ class Signer:
         if dedup.near:
             self._empty = _datasketch().MinHash(dedup.num_permutations, seed=_SEED, hashfunc=int, scheme="affine32")
 
-    def exact(self, text: str) -> np.ndarray:
-        """Returns the exact signature: uint64[2]."""
-        return hash128(text.encode())
-
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the exact signature, and the MinHash uint32[num_permutations] or None."""
+        """Returns the exact signature, uint64[2], and the MinHash uint32[num_permutations] or None."""
+        exact = hash128(text.encode())
         if not self.dedup.near:
-            return self.exact(text), None
+            return exact, None
         words = word_hashes(_WORD.findall(text.lower()))
         if not len(words):
-            words = self.exact(text)[:1]  # a text without words is near to itself only
+            words = exact[:1]  # a text without words is near to itself only
         ngrams = ngram_hashes(words, min(self.dedup.ngram_size, len(words)))
         ngrams = np.unique(ngrams >> np.uint64(32))  # the scheme takes 32-bit hashes
         sketch = self._empty.copy()
         for start in range(0, len(ngrams), _BATCH_NGRAMS):
             sketch.update_batch(ngrams[start : start + _BATCH_NGRAMS].tolist())
-        return self.exact(text), sketch.hashvalues
+        return exact, sketch.hashvalues
 
 
 def find_duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:

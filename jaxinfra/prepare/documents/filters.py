@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from operator import methodcaller
 from typing import Any, Self, override
 
 import numpy as np
@@ -16,8 +17,8 @@ from jaxinfra.prepare.documents.shingles import ngram_hashes, word_hashes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _SYMBOLS = re.compile(r"#|\.\.\.|\u2026")
-_BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013")
-_ELLIPSES = ("...", "\u2026")
+_has_bullet = methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
+_has_ellipsis = methodcaller("endswith", ("...", "\u2026"))
 _MIN_TOP_NGRAM, _MIN_DUPLICATE_NGRAM = 2, 5  # words (Rae et al. 2021, table A1)
 
 
@@ -82,7 +83,7 @@ class Filters(Filter):
     max_duplicate_line_char_fraction: Fraction | None = _rule(lambda text: _repeated(text.lines, _chars), 0.2)
     max_duplicate_paragraph_fraction: Fraction | None = _rule(lambda text: _repeated(text.paragraphs, len), 0.3)
     max_duplicate_paragraph_char_fraction: Fraction | None = _rule(lambda text: _repeated(text.paragraphs, _chars), 0.2)
-    min_stop_words: NonNegativeInt | None = _rule(lambda text: text.num_stop_words(), 2)
+    min_stop_words: NonNegativeInt | None = _rule(lambda text: len(text.stop_words & {*text.text.lower().split()}), 2)
     stop_words: tuple[str, ...] = STOP_WORDS
     max_digit_fraction: Fraction | None = _rule(lambda text: text.char_fraction(r"\d+"))
     max_punctuation_fraction: Fraction | None = _rule(lambda text: text.char_fraction(r"[^\w\s]+|_+"))
@@ -160,9 +161,6 @@ class _TextStats:
     def mean_word_length(self) -> float:
         return _fraction(_chars(self.words), len(self.words))
 
-    def num_stop_words(self) -> int:
-        return len(self.stop_words.intersection(self.text.lower().split()))
-
     def symbol_to_word_ratio(self) -> float:
         return _fraction(len(_SYMBOLS.findall(self.text)), len(self.words))
 
@@ -214,14 +212,6 @@ def _repeated(parts: Sequence[str], size: Callable[[Collection[str]], int]) -> f
 
 def _has_letter(word: str) -> bool:
     return any(map(str.isalpha, word))
-
-
-def _has_bullet(line: str) -> bool:
-    return line.startswith(_BULLETS)
-
-
-def _has_ellipsis(line: str) -> bool:
-    return line.endswith(_ELLIPSES)
 
 
 def _chars(parts: Iterable[str]) -> int:

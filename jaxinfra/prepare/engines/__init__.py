@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.prepare.engines.engine import Engine, WorkerTraceback, available_cores
@@ -30,7 +29,6 @@ from jaxinfra.processes.signal_router import set_handlers
 EngineName = Literal["local", "ray", "dask", "spark"]
 
 _STARTERS = {"local": start_local, "ray": start_ray, "dask": start_dask, "spark": start_spark}
-type _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 
 def run_jobs[J, R](
@@ -77,20 +75,15 @@ def _sigterm_as_exception() -> Iterator[Callable[[], None]]:
 
     Yields a function that installs the handlers again.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[signal.Signals, _Handler] = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     during = dict(before)
     if before[signal.SIGTERM] is signal.SIG_DFL:
-        during[signal.SIGTERM] = _exit
+        during[signal.SIGTERM] = lambda number, frame: sys.exit(128 + number)
     try:
         set_handlers(during)
         yield lambda: set_handlers(during)
     finally:
         set_handlers(before)
-
-
-def _exit(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 def _run_on[J, R](

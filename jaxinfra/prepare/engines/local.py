@@ -5,6 +5,7 @@ main module in each worker, and do not say how a worker died.
 """
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -15,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 
 import cloudpickle
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, driver_python_path
+from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, driver_python_path, run_job
+from jaxinfra.processes.signal_router import set_handlers
 
 _TRIES = 2
 
@@ -93,7 +96,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "jaxinfra.prepare.engines.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=os.environ | ONE_THREAD | {"PYTHONPATH": driver_python_path(), "PYTHONUNBUFFERED": "1"},
@@ -115,3 +118,34 @@ class _Worker:
         self._connection.close()
         code = self._process.wait()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def serve(descriptor: int) -> None:
+    """Receives pickled (function, job) pairs on a socket and answers each with its `JobResult`; runs in a worker.
+
+    It exits with its driver even while a job runs, because a thread watches the connection.
+    """
+    set_handlers({signal.SIGINT: signal.SIG_IGN})  # the driver handles Ctrl-C
+    connection = Connection(descriptor)
+    jobs: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
+    while True:
+        message = jobs.get()
+        try:
+            function, job = pickle.loads(message)
+        except Exception as error:  # the function cannot be imported here
+            result = JobResult(error=RuntimeError(f"a worker cannot load the job ({type(error).__name__}: {error})"))
+        else:
+            result = run_job(function, job)
+        try:
+            connection.send(result)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            connection.send(JobResult(error=RuntimeError(f"the result of a job cannot be pickled ({error})")))
+
+
+def _receive(connection: Connection, jobs: SimpleQueue[bytes]) -> None:
+    try:
+        while True:
+            jobs.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)

@@ -1,10 +1,10 @@
 """Tokenizers of a recipe: read from a file, converted from another library's file, or trained.
 
-build_tokenizer(TokenizerFile(path="llama3.json"))      any tokenizer.json
-build_tokenizer(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken, converted
-build_tokenizer(SentencePieceModel(path="spm.model"))   SentencePiece, converted
-build_tokenizer(Bytes())                                the 256 bytes
-train_bpe(texts, vocab_size=8192, ...)                  a new byte-level BPE
+convert_tokenizer(TokenizerFile(path="llama3.json"))      any tokenizer.json
+convert_tokenizer(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken, converted
+convert_tokenizer(SentencePieceModel(path="spm.model"))   SentencePiece, converted
+convert_tokenizer(Bytes())                                the 256 bytes
+train_bpe(texts, vocab_size=8192, ...)                    a new byte-level BPE
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -71,11 +71,6 @@ class TrainBpe(TokenizerConfig):
 
 PretrainedTokenizer = TokenizerFile | Tiktoken | SentencePieceModel | Bytes
 AnyTokenizer = TrainBpe | PretrainedTokenizer
-
-
-def build_tokenizer(config: PretrainedTokenizer) -> Tokenizer:
-    """Reads a tokenizer that needs no training; raises as `convert_tokenizer`."""
-    return convert_tokenizer(config)[0]
 
 
 def convert_tokenizer(config: PretrainedTokenizer) -> tuple[Tokenizer, Callable[[Iterable[str]], None]]:

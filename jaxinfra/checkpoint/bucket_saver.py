@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints in a bucket with TensorStore; Orbax cannot save to S3.
+"""Saves and restores checkpoints in a bucket with TensorStore; Orbax cannot save to S3.
 
 `checkpoints/` in the bucket has
 
@@ -18,56 +18,37 @@ outcome.
 
 import itertools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast, override
 
 import jax
 import numpy as np
-import tensorstore as ts
 import xxhash
 
-from jaxinfra.checkpoint.backend import Backend, Gather
-from jaxinfra.checkpoint.bucket_index import (
-    Steps,
-    folders,
-    leftover_folders,
-    read_manifest,
-    require_index,
-    update_index,
-)
-from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types, leaves_by_name
-from jaxinfra.checkpoint.manifest import (
-    MANIFEST_FILE,
-    DamageError,
-    FileHash,
-    Manifest,
-    decode_hashes,
-    encode_hashes,
-    hash_bytes,
-    verify_bytes,
-)
-from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.checkpoint.bucket_index import folders, leftover_folders, require_index, update_index
+from jaxinfra.checkpoint.bucket_steps import BucketSteps, in_window
+from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
+from jaxinfra.checkpoint.leaves import PyTree, leaf_types
+from jaxinfra.checkpoint.manifest import MANIFEST_FILE, FileHash, Manifest, decode_hashes, encode_hashes, hash_bytes
+from jaxinfra.checkpoint.saver import Gather, Saver
 from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, Shard, relative
-from jaxinfra.errors import DataError, RunInUseError, StorageError
+from jaxinfra.errors import RunInUseError, StorageError
 from jaxinfra.failpoints import failpoint
-from jaxinfra.storage.errors import call_storage, cause_of, is_storage_error
+from jaxinfra.parallel.spec import leaf_name, leaves_by_name
+from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
-from jaxinfra.storage.objects import ObjectStore
 
 _HASHES = "hashes."  # the object of the hashes of one process, before process 0 writes the manifest
-_MAX_PENDING_BYTES = 1 << 30  # of host memory, for chunks on their way
 
 type _Chunks = Sequence[tuple[str, np.ndarray]]  # name of the object, values
 
 
-class BucketBackend(Backend):
-    """The checkpoints below one URL.
+class BucketSaver(Saver):
+    """Saves and restores the state of a run below one URL.
 
     Args:
-        url: of the folder of all checkpoints.
+        store: the checkpoints there.
         config: which steps to keep.
         read_only: whether to leave everything as it is.
         lease: of the run, in the process that commits; None if there are no other owners.
@@ -77,7 +58,7 @@ class BucketBackend(Backend):
 
     def __init__(
         self,
-        url: str,
+        store: BucketSteps,
         config: CheckpointConfig,
         *,
         read_only: bool,
@@ -85,25 +66,14 @@ class BucketBackend(Backend):
         gather: Gather = lambda value: [value],
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._store, self._config, self._read_only = ObjectStore(url), config, read_only
+        self._store, self._objects, self._config = store, store.objects, config
         self._gather, self._before_commit = gather, before_commit
         self._attempts = itertools.count(1)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._steps: Steps = {}
         self._token: int | None = None if lease is None else lease.token
         if not read_only:
             self._claim()
-
-    @override
-    def all_steps(self) -> list[int]:
-        if self._read_only:
-            self._steps = (require_index(self._store) or {"steps": {}})["steps"]
-        return sorted(map(int, self._steps))  # of a writer: nobody else changes them
-
-    @override
-    def manifest(self, step: int) -> Manifest:
-        return read_manifest(self._store, step, self._steps[str(step)])
 
     @override
     def save(self, step: int, state: PyTree, record: Mapping[str, object], metrics: Metrics) -> None:
@@ -143,39 +113,30 @@ class BucketBackend(Backend):
             raise error
 
     @override
-    def verify(self, step: int, parts: Sequence[str] | None = None, *, part: int = 0, of: int = 1) -> None:
-        manifest = self.manifest(step)
-        names = [name for name in manifest.files if parts is None or name.partition(".")[0] in parts]
-        self._read_objects(manifest, {name: lambda content: None for name in names[part::of]})
-
-    @override
     def restore[T](self, step: int, abstract: T) -> T:
-        manifest = self.manifest(step)
+        manifest = self._store.manifest(step)
         paths, tree = jax.tree.flatten_with_path(abstract)
         leaves = {leaf_name(path): leaf for path, leaf in paths}
-        arrays: dict[str, ChunkedArray] = {}
-
-        def decode(content: bytes, name: str) -> None:
-            arrays[name] = ChunkedArray.decode(content)
-
-        self._read_objects(manifest, {f"{name}/{METADATA_FILE}": partial(decode, name=name) for name in leaves})
+        metadata = self._store.read(step, manifest, [f"{name}/{METADATA_FILE}" for name in leaves])
+        arrays = [ChunkedArray.decode(content) for _, content in metadata]
         failpoint("restore", step)
         with jax.transfer_guard("allow"):
-            readers = [_ArrayReader(name, leaf, arrays[name]) for name, leaf in leaves.items()]
+            readers = [_ArrayReader(*leaf, array) for leaf, array in zip(leaves.items(), arrays, strict=True)]
             uses = {name: use for reader in readers for name, use in reader.uses()}
-            self._read_objects(manifest, uses)
+            for name, content in self._store.read(step, manifest, uses):
+                uses[name](content)
             return jax.tree.unflatten(tree, [reader.array() for reader in readers])
 
     @override
     def set_aside(self, step: int) -> str:
-        folder = self._folder(step)
+        folder = self._store.folder(step)
 
         def move(index: dict[str, Any]) -> None:
             if index["steps"].pop(str(step), None):
                 index["damaged"].append(folder)
 
-        self._steps = update_index(self._store, self._token, move)["steps"]
-        return self._store.url_of(folder)
+        self._store.known = update_index(self._objects, self._token, move)["steps"]
+        return self._objects.url_of(folder)
 
     @override
     def reset(self) -> None:
@@ -186,45 +147,18 @@ class BucketBackend(Backend):
         if self._thread is not None:
             self._thread.join()
 
-    def _folder(self, step: int) -> str:
-        return self._steps[str(step)]["folder"]
-
-    def _read_objects(self, manifest: Manifest, uses: Mapping[str, Callable[[bytes], None]]) -> None:
-        """Reads objects of a step, compares each with its hash, and passes on its content.
-
-        Raises DamageError, or StorageError while the bucket cannot be reached, which says nothing about the step.
-        """
-        folder = self._folder(manifest.step)
-        window = _Window(self._store.url_of(folder))
-
-        def use(result: Any, name: str) -> None:
-            if result.state != "value":
-                raise DamageError(f"{folder}/{name} is missing")
-            verify_bytes(name, result.value, manifest)
-            uses[name](result.value)
-
-        if missing := [name for name in uses if name not in manifest.files]:
-            raise DamageError(f"{folder}/{MANIFEST_FILE} has no {missing[0]}")
-        try:
-            for name in uses:
-                num_bytes = manifest.files[name].num_bytes
-                window.add(self._store.start_read(f"{folder}/{name}"), num_bytes, partial(use, name=name))
-            window.wait()
-        except DataError as error:
-            raise DamageError(str(error).partition(";")[0]) from None
-
     def _claim(self) -> None:
         """Claims the index for the owner of the run, and deletes what attempts of earlier owners have left."""
         index = None
         if _is_main():
-            require_index(self._store)
-            index = update_index(self._store, self._token, lambda index: None)
+            require_index(self._objects)
+            index = update_index(self._objects, self._token, lambda index: None)
             # A newer owner may commit folders from now on: those have its token.
-            for folder, token in leftover_folders(self._store, index).items():
+            for folder, token in leftover_folders(self._objects, index).items():
                 if token < index["token"]:
-                    self._store.delete_below(folder)
+                    self._objects.delete_below(folder)
         index = self._gather(index)[0]
-        self._token, self._steps = index["token"], index["steps"]
+        self._token, self._store.known = index["token"], index["steps"]
 
     def _write(self, folder: str, arrays: Mapping[str, ChunkedArray], chunks: _Chunks) -> None:
         """Writes the chunks of this process, and waits for those of the others; raises the first error of all."""
@@ -234,11 +168,11 @@ class BucketBackend(Backend):
             if _is_main():
                 for name, array in arrays.items():
                     content = array.encode()
-                    self._store.write(f"{folder}/{name}/{METADATA_FILE}", content)
+                    self._objects.write(f"{folder}/{name}/{METADATA_FILE}", content)
                     hashes[f"{name}/{METADATA_FILE}"] = hash_bytes(content)
-            self._store.write(f"{folder}/{_HASHES}{jax.process_index()}", encode_hashes(hashes))
+            self._objects.write(f"{folder}/{_HASHES}{jax.process_index()}", encode_hashes(hashes))
         except Exception as error:
-            if jax.process_count() == 1 or not _is_failure_of_storage(error):
+            if jax.process_count() == 1 or not is_storage_error(error):
                 raise
             problem = cause_of(error)
         for index, each in enumerate(self._gather(problem)):
@@ -247,20 +181,21 @@ class BucketBackend(Backend):
 
     def _write_chunks(self, folder: str, chunks: _Chunks) -> dict[str, FileHash]:
         """Writes chunks and reads them back; returns the hash of each."""
-        hashes, window = dict[str, FileHash](), _Window()
-        for name, values in chunks:
-            content = values.tobytes()
-            hashes[name] = hash_bytes(content)
-            window.add(self._store.start_write(f"{folder}/{name}", content), len(content))
-        window.wait()
+        hashes: dict[str, FileHash] = {}
 
-        def compare(result: Any, name: str) -> None:
-            if result.state != "value" or hash_bytes(result.value) != hashes[name]:
-                raise StorageError(f"{self._store.url_of(folder)}/{name}: does not hold what was just written")
+        def writes() -> Iterator[tuple[Any, int]]:
+            for name, values in chunks:
+                content = values.tobytes()
+                hashes[name] = hash_bytes(content)
+                yield self._objects.start_write(f"{folder}/{name}", content), len(content)
 
-        for name, expected in hashes.items():
-            window.add(self._store.start_read(f"{folder}/{name}"), expected.num_bytes, partial(compare, name=name))
-        window.wait()
+        for write in in_window(writes()):
+            write.result()
+        reads = ((self._objects.start_read(f"{folder}/{name}"), each.num_bytes) for name, each in hashes.items())
+        for (name, expected), read in zip(hashes.items(), in_window(reads), strict=True):
+            result = read.result()
+            if result.state != "value" or hash_bytes(result.value) != expected:
+                raise StorageError(f"{self._objects.url_of(folder)}/{name}: does not hold what was just written")
         return hashes
 
     def _commit(self, folder: str, manifest: partial[Manifest]) -> None:
@@ -272,10 +207,10 @@ class BucketBackend(Backend):
                 self._publish(folder, manifest)
             except Exception as error:
                 is_lost = isinstance(error, RunInUseError)
-                if jax.process_count() == 1 or not (is_lost or _is_failure_of_storage(error)):
+                if jax.process_count() == 1 or not (is_lost or is_storage_error(error)):
                     raise
                 problem = is_lost, cause_of(error)
-        problem, self._steps = self._gather((problem, self._steps))[0]
+        problem, self._store.known = self._gather((problem, self._store.known))[0]
         if problem is not None:
             is_lost, cause = problem
             raise (RunInUseError if is_lost else StorageError)(cause)
@@ -283,13 +218,13 @@ class BucketBackend(Backend):
     def _publish(self, folder: str, manifest: partial[Manifest]) -> None:
         hashes: dict[str, FileHash] = {}
         for index in range(jax.process_count()):
-            hashes |= decode_hashes(self._store.read(f"{folder}/{_HASHES}{index}"))
-            self._store.delete(f"{folder}/{_HASHES}{index}")
+            hashes |= decode_hashes(self._objects.read(f"{folder}/{_HASHES}{index}"))
+            self._objects.delete(f"{folder}/{_HASHES}{index}")
         complete = manifest(files=dict(sorted(hashes.items())))
         content = complete.encode()
-        self._store.write(f"{folder}/{MANIFEST_FILE}", content)
-        if self._store.read(f"{folder}/{MANIFEST_FILE}") != content:
-            raise StorageError(f"{self._store.url_of(folder)}/{MANIFEST_FILE}: does not hold what was just written")
+        self._objects.write(f"{folder}/{MANIFEST_FILE}", content)
+        if self._objects.read(f"{folder}/{MANIFEST_FILE}") != content:
+            raise StorageError(f"{self._objects.url_of(folder)}/{MANIFEST_FILE}: does not hold what was just written")
         entry = {
             "folder": folder,
             "manifest": xxhash.xxh3_128_hexdigest(content),
@@ -299,50 +234,18 @@ class BucketBackend(Backend):
         def add(index: dict[str, Any]) -> None:
             steps = index["steps"]
             steps[str(complete.step)] = entry
-            for each in superseded({int(step): each["metrics"] for step, each in steps.items()}, self._config):
+            for each in self._config.superseded({int(step): each["metrics"] for step, each in steps.items()}):
                 del steps[str(each)]
 
-        before = folders(self._steps)
-        self._steps = update_index(self._store, self._token, add)["steps"]
+        before = folders(self._store.known or {})
+        self._store.known = kept = update_index(self._objects, self._token, add)["steps"]
         failpoint("save.delete", complete.step)
-        for each in sorted({*before, folder}.difference(folders(self._steps))):
-            self._store.delete_below(each)
-
-
-class _Window:
-    """Writes and reads on their way; `add` waits while they take too much memory.
-
-    The result of each is passed to `use`, in order, and then forgotten. With the URL that is read, `add` and `wait`
-    raise the errors of `call_storage`, else those of TensorStore.
-    """
-
-    def __init__(self, read_from: str | None = None) -> None:
-        self._read_from = read_from
-        self._pending: deque[tuple[ts.Future[Any], int, Callable[[Any], object]]] = deque()
-        self._bytes = 0
-
-    def add(self, future: Any, num_bytes: int, use: Callable[[Any], object] = lambda result: None) -> None:
-        self._bytes += num_bytes
-        self._pending.append((future, num_bytes, use))
-        while self._bytes > _MAX_PENDING_BYTES:
-            self._finish_first()
-
-    def wait(self) -> None:
-        while self._pending:
-            self._finish_first()
-
-    def _finish_first(self) -> None:
-        future, num_bytes, use = self._pending.popleft()
-        use(future.result() if self._read_from is None else call_storage(self._read_from, future.result))
-        self._bytes -= num_bytes
+        for each in sorted({*before, folder}.difference(folders(kept))):
+            self._objects.delete_below(each)
 
 
 def _is_main() -> bool:
     return jax.process_index() == 0
-
-
-def _is_failure_of_storage(error: Exception) -> bool:
-    return isinstance(error, StorageError) or is_storage_error(error)
 
 
 def _chunked(leaf: jax.Array) -> ChunkedArray:

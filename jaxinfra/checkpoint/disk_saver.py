@@ -1,11 +1,11 @@
-"""Reads and writes checkpoints on a disk with Orbax.
+"""Saves and restores checkpoints on a disk with Orbax.
 
 A step is a folder, with a folder for each part of the state ("params", "opt_state"), which Orbax can read without this
 package, and the manifest. Orbax writes into a temporary folder. Each process hashes the files that it has written,
 while training goes on. Then process 0 hashes those that Orbax adds, writes the manifest, and renames the folder. So a
 folder with a step's name is complete.
 
-Exceptions of Orbax, TensorStore and the operating system pass through, and DamageError.
+Exceptions of Orbax, TensorStore and the operating system pass through, StorageError and DamageError.
 """
 
 import errno
@@ -22,22 +22,22 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxinfra.checkpoint import disk_steps
-from jaxinfra.checkpoint.backend import Backend, Gather
-from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import PyTree, leaf_name, leaf_types, leaves_by_name, split_parts
+from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
+from jaxinfra.checkpoint.disk_steps import DiskSteps
+from jaxinfra.checkpoint.leaves import PyTree, leaf_types, split_parts
 from jaxinfra.checkpoint.manifest import (
     MANIFEST_FILE,
     DamageError,
     Manifest,
-    check_sizes,
     decode_hashes,
     encode_hashes,
     hash_files,
-    read_manifest,
     verify_files,
 )
-from jaxinfra.checkpoint.retention import Metrics, superseded
+from jaxinfra.checkpoint.saver import Gather, Saver
+from jaxinfra.checkpoint.step_store import step_health
 from jaxinfra.failpoints import failpoint
+from jaxinfra.parallel.spec import leaf_name, leaves_by_name
 from jaxinfra.patches import mend_orbax
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
@@ -47,68 +47,55 @@ _TIMEOUT_S = 10 * 365 * 24 * 3600
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 
-class OrbaxBackend(Backend):
-    """The checkpoints in one directory; the arguments are those of `CheckpointManager`."""
+class DiskSaver(Saver):
+    """Saves and restores the state of a run in one directory; the other arguments are those of `CheckpointManager`."""
 
     def __init__(
         self,
-        directory: Path,
+        store: DiskSteps,
         config: CheckpointConfig,
         *,
         read_only: bool,
         lease: Lease | None = None,
         gather: Gather = lambda value: [value],
     ) -> None:
-        self._directory, self._config, self._lease, self._gather = directory, config, lease, gather
+        self._store, self._config, self._lease, self._gather = store, config, lease, gather
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)
         mend_orbax()
         self._writes_manifest = not read_only and jax.process_index() == 0
         self._intact: dict[int, Metrics] = {}  # of the process that deletes superseded steps
         if self._writes_manifest:
-            _delete_incomplete_steps(directory)
-            self._intact = {step: manifest.metrics for step, manifest in self._intact_steps()}
+            self._delete_incomplete_steps()
+            for step in store.steps():
+                manifest, problems = step_health(store, step) or (None, [])
+                if manifest is not None and not problems:  # a damaged one is reported where it is read
+                    self._intact[step] = manifest.metrics
         self._new_manifest: partial[Manifest] | None = None  # of the step that is being written, without its files
-        self._saver: _Saver | None = None
-
-    @override
-    def all_steps(self) -> list[int]:
-        return disk_steps.list_steps(self._directory)
-
-    @override
-    def manifest(self, step: int) -> Manifest:
-        manifest = read_manifest(self._folder(step), step)
-        check_sizes(self._folder(step), manifest)
-        return manifest
+        self._writer: _Writer | None = None
 
     @override
     def save(self, step: int, state: PyTree, record: Mapping[str, object], metrics: Metrics) -> None:
         # By then arrays of an accelerator are copied to the host. On CPU the writer holds a view of each array, and JAX
         # does not reuse a buffer while a view of it exists.
-        if self._saver is None:
+        if self._writer is None:
             if self._writes_manifest:
-                _delete_incomplete_steps(self._directory)
-            self._saver = self._open_saver()
+                self._delete_incomplete_steps()
+            self._writer = self._open_writer()
         self._new_manifest = partial(Manifest, step=step, leaves=leaf_types(state), record=record, metrics=metrics)
         parts, _ = split_parts(state)
         # A save has to move arrays to the host, even if the training loop forbids transfers.
         with jax.transfer_guard("allow"):
-            self._saver.start(epath.Path(self._folder(step)), parts)
+            self._writer.start(epath.Path(self._store.folder(step)), parts)
 
     @override
     def is_saving(self) -> bool:
-        return self._saver is not None and self._saver.is_saving
+        return self._writer is not None and self._writer.is_saving
 
     @override
     def wait_until_finished(self) -> None:
-        if self._saver is not None:
-            self._saver.wait_until_finished()
-
-    @override
-    def verify(self, step: int, parts: Sequence[str] | None = None, *, part: int = 0, of: int = 1) -> None:
-        manifest = self.manifest(step)
-        names = [name for name in manifest.files if parts is None or name.partition("/")[0] in parts]
-        verify_files(self._folder(step), manifest, names, part=part, of=of)
+        if self._writer is not None:
+            self._writer.wait_until_finished()
 
     @override
     def restore[T](self, step: int, abstract: T) -> T:
@@ -124,7 +111,7 @@ class OrbaxBackend(Backend):
 
             def read(name: str) -> Any:
                 """Reads a part in the structure that it was saved in: a copy has dicts in place of tuples."""
-                folder, wanted = epath.Path(self._folder(step) / name), leaves_by_name(parts[name])
+                folder, wanted = epath.Path(self._store.folder(step) / name), leaves_by_name(parts[name])
                 item = jax.tree.map_with_path(lambda path, _: wanted[leaf_name(path)], handler.metadata(folder).tree)
                 restore_args = ocp.checkpoint_utils.construct_restore_args(item)
                 saved = reader.restore(folder, args=ocp.args.PyTreeRestore(item, restore_args=restore_args))
@@ -135,17 +122,15 @@ class OrbaxBackend(Backend):
 
     @override
     def set_aside(self, step: int) -> str:
-        folder = self._folder(step)
-        target = disk_steps.path_aside(self._directory, step)
-        folder.rename(target)
+        moved = self._store.folder(step).rename(self._store.path_aside(step))
         self._intact.pop(step, None)
-        return str(target)
+        return str(moved)
 
     @override
     def reset(self) -> None:
-        saver, self._saver = self._saver, None
-        if saver is not None:
-            saver.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     @override
     def close(self) -> None:
@@ -158,36 +143,35 @@ class OrbaxBackend(Backend):
         """Verifies parts of a state, each process a share of them; raises DamageError in all."""
         problem, processes = None, len(self._gather(None))
         try:
-            self.verify(step, parts, part=jax.process_index() if processes > 1 else 0, of=processes)
+            manifest = self._store.manifest(step)
+            names = [name for name in manifest.files if name.partition("/")[0] in parts]
+            part = jax.process_index() if processes > 1 else 0
+            verify_files(self._store.folder(step), manifest, names, part=part, of=processes)
         except DamageError as error:
             problem = str(error)
         for each in self._gather(problem):
             if each is not None:
                 raise DamageError(each)
 
-    def _folder(self, step: int) -> Path:
-        return self._directory / str(step)
+    def _delete_incomplete_steps(self) -> None:
+        """Deletes what saves and deletions that were interrupted have left.
 
-    def _intact_steps(self) -> list[tuple[int, Manifest]]:
-        found = []
-        for step in self.all_steps():
-            try:
-                found.append((step, self.manifest(step)))
-            except DamageError:  # it is reported where it is read
-                continue
-        return found
+        An owner that was stopped, and has lost its lease, cannot complete such a step any more.
+        """
+        for path in self._store.incomplete():
+            disk_steps.delete(path)
 
-    def _open_saver(self) -> "_Saver":
-        backend = self
+    def _open_writer(self) -> "_Writer":
+        saver = self
 
         class OwnedTemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
             """Orbax's temporary folder, which only the owner of the lease may rename to a step."""
 
             @override
             async def finalize(self) -> None:
-                backend._commit(Path(self.get()), Path(self.get_final()))
+                saver._commit(Path(self.get()), Path(self.get_final()))
 
-        return _Saver(_Handler(compress=self._config.compress), OwnedTemporaryPath, self._gather)
+        return _Writer(_Handler(compress=self._config.compress), OwnedTemporaryPath, self._gather)
 
     def _commit(self, temporary: Path, final: Path) -> None:
         """Writes the manifest of a step and renames its folder, in process 0, in the background.
@@ -210,14 +194,14 @@ class OrbaxBackend(Backend):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
         self._intact[manifest.step] = manifest.metrics
         failpoint("save.delete", manifest.step)
-        for step in superseded(self._intact, self._config):
+        for step in self._config.superseded(self._intact):
             del self._intact[step]
-            hidden = disk_steps.hide(self._folder(step))
+            hidden = disk_steps.hide(self._store.folder(step))
             failpoint("save.deleting", manifest.step)
             disk_steps.delete(hidden)
 
 
-class _Saver(ocp.AsyncCheckpointer):
+class _Writer(ocp.AsyncCheckpointer):
     """Orbax's writer, which tells whether it is at work."""
 
     def __init__(self, handler: "_Handler", temporary_path: type, gather: Gather) -> None:
@@ -329,15 +313,6 @@ class _Hashed(ocp.Future):
         own = self._directory.glob(f"*/ocdbt.process_{index}/**/*")
         names = [path.relative_to(self._directory).as_posix() for path in own if path.is_file()]
         (self._directory / f"{_HASHES}{index}").write_bytes(encode_hashes(hash_files(self._directory, names)))
-
-
-def _delete_incomplete_steps(directory: Path) -> None:
-    """Deletes what saves and deletions that were interrupted have left.
-
-    An owner that was stopped, and has lost its lease, cannot complete such a step any more.
-    """
-    for path in disk_steps.incomplete(directory):
-        disk_steps.delete(path)
 
 
 class _OrbaxLogFilter(logging.Filter):

@@ -1,6 +1,6 @@
 """The checkpoints in one place as files, to list, verify, compare, copy and delete them. Imports neither JAX nor Orbax.
 
-A run may be training there meanwhile: a step that it deletes is not damaged (`StoredCheckpoints.still_has`).
+A run may be training there meanwhile: a step that it deletes is not damaged (`StepStore.still_has`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class Leftover:
     num_bytes: int | None
 
 
-class StoredCheckpoints(Protocol):
+class StepStore(Protocol):
     """The checkpoints in one place. Its methods raise StorageError if it cannot be read or written."""
 
     location: str
@@ -73,7 +73,7 @@ class StoredCheckpoints(Protocol):
             return True
 
 
-def step_health(stored: StoredCheckpoints, step: int) -> tuple[Manifest | None, list[str]] | None:
+def step_health(stored: StepStore, step: int) -> tuple[Manifest | None, list[str]] | None:
     """Returns the manifest of a step, None if it is damaged, and what is wrong with it or the lengths of its files.
 
     Returns None if the step is gone.

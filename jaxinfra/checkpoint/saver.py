@@ -1,26 +1,17 @@
-"""Declares what `OrbaxBackend` and `BucketBackend`, which read and write checkpoints, have in common."""
+"""Declares what `DiskSaver` and `BucketSaver`, which write and restore checkpoints, have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from jaxinfra.checkpoint.config import Metrics
 from jaxinfra.checkpoint.leaves import PyTree
-from jaxinfra.checkpoint.manifest import Manifest
-from jaxinfra.checkpoint.retention import Metrics
 
 type Gather = Callable[[Any], Sequence[Any]]
 """Returns the values (JSON) of all processes by index; each must call it equally often."""
 
 
-class Backend(Protocol):
-    """The checkpoints in one place. All processes make the same calls."""
-
-    def all_steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending, damaged ones too."""
-        ...
-
-    def manifest(self, step: int) -> Manifest:
-        """Returns the manifest of a step, whose files are there; raises DamageError."""
-        ...
+class Saver(Protocol):
+    """Saves and restores the state of a run in one place. All processes make the same calls."""
 
     def save(self, step: int, state: PyTree, record: Mapping[str, object], metrics: Metrics) -> None:
         """Starts to write a step; returns when the arrays may be changed or donated."""
@@ -32,13 +23,6 @@ class Backend(Protocol):
 
     def wait_until_finished(self) -> None:
         """Waits until the step being written, if any, is complete and old steps are deleted; raises its error."""
-        ...
-
-    def verify(self, step: int, parts: Sequence[str] | None = None, *, part: int = 0, of: int = 1) -> None:
-        """Hashes the files of a step, or of these parts of its state; raises DamageError.
-
-        `part` and `of` divide the work among processes.
-        """
         ...
 
     def restore[T](self, step: int, abstract: T) -> T:
