@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.checkpoint import bucket_backend
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import CheckpointError, ConfigError, RunInUseError, StorageError
@@ -140,18 +141,20 @@ def test_a_chunk_that_is_missing_is_noticed(server: Server) -> None:
         assert_same(checkpoints.restore(1, abstract(state, make_mesh())), expected[1])
 
 
-def test_an_outage_is_no_damage(server: Server) -> None:
+def test_an_outage_is_no_damage(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket that is away while its arrays are read says nothing about them: no older step, nothing set aside."""
     url, state = server.new_url(), make_state(make_mesh(), ema=True)
     expected = saved(url, 1, 2)
 
-    def go_away(request: str) -> None:
-        server.faults.down |= "/2." in request and "/c/" in request
+    def go_away(point: str, step: int) -> None:
+        server.faults.down |= (point, step) == ("restore", 2)
 
+    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.5")
     with CheckpointManager(url, EVERY) as checkpoints:
-        server.faults.after = go_away
-        with raises(StorageError, f"{url}/2. cannot be read; start again when the server responds"):
-            checkpoints.newest(lambda step: checkpoints.restore(step, abstract(state, make_mesh())))
+        with monkeypatch.context() as patch:
+            patch.setattr(bucket_backend, "failpoint", go_away)
+            with raises(StorageError, f"{url}/2. cannot be read start again when the server responds"):
+                checkpoints.newest(lambda step: checkpoints.restore(step, abstract(state, make_mesh())))
         server.faults.clear()
         newest = checkpoints.newest(lambda step: checkpoints.restore(step, abstract(state, make_mesh())))
     assert newest is not None and newest[0] == 2
