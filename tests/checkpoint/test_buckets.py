@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.checkpoint import bucket_backend
+from jaxinfra.checkpoint import bucket_saver
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import CheckpointError, ConfigError, RunInUseError, StorageError
@@ -152,7 +152,7 @@ def test_an_outage_is_no_damage(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.5")
     with CheckpointManager(url, EVERY) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr(bucket_backend, "failpoint", go_away)
+            patch.setattr(bucket_saver, "failpoint", go_away)
             with raises(StorageError, f"{url}/2. cannot be read start again when the server responds"):
                 checkpoints.newest(lambda step: checkpoints.restore(step, abstract(state, make_mesh())))
         server.faults.clear()

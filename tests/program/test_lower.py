@@ -14,6 +14,7 @@ import pytest
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
+from jaxinfra.program.loss import ModelLoss
 from tests.parity.cases import DOCUMENTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,8 +54,8 @@ def test_lowering_makes_no_array_and_needs_no_more_than_one_device(config: str) 
 def test_the_model_is_traced_once_however_many_microbatches_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing is Python's part of the time until the first step, and more than half of it for some models."""
     traced = []
-    forward = Program._loss
-    monkeypatch.setattr(Program, "_loss", lambda self, *args, **kw: traced.append(1) or forward(self, *args, **kw))
+    forward = ModelLoss.__call__
+    monkeypatch.setattr(ModelLoss, "__call__", lambda self, *args, **kw: traced.append(1) or forward(self, *args, **kw))
     run = replace(DOCUMENTS, mesh=MeshConfig(fsdp=2), train=replace(DOCUMENTS.train, accumulate=4))
     Program(run, abstract_mesh(run.mesh), "tpu").lower()
     assert len(traced) == 1
