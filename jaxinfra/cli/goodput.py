@@ -56,7 +56,7 @@ def _print(name: str, run: Goodput) -> None:
     table.add_row(starts, format_duration(run.wall_s), f"{run.wall_s:,.1f}", "100.0%")
     stdout_console().print(table)
     for step, reason in run.stops:
-        print(f"stopped after step {step} by {reason}")
+        print(f"one start stopped after step {step} by {reason}")
     print(f"goodput {format_percent(run.fraction)}: time of steps that were not lost, of the whole\n")
 
 
