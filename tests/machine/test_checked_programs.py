@@ -14,9 +14,10 @@ from filelock import Timeout
 from jax._src.lru_cache import LRUCache
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.machine import COMPILE_ANEW, compile_cache
+from jaxinfra.machine import COMPILE_ANEW
 from jaxinfra.machine import compile_cache as module
 from jaxinfra.machine.checked_programs import SUFFIX, CheckedCache, unseal
+from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
 from tests.servers.fixtures import Server
