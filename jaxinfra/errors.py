@@ -2,7 +2,7 @@
 
 A message is one line: what is wrong, where, what is allowed, and how to fix it. The command line prints it and exits
 with `exit_code`; `--debug` adds the traceback. Codes 75 to 77 mean "run the same command again"; the others need a
-person.
+person. All codes lie between those of Python (1 and 2) and those of a process that a signal has ended (128 and above).
 """
 
 
@@ -73,14 +73,18 @@ class RunInUseError(JaxinfraError):
 
 
 def quoted(piece: object, limit: int = 100) -> str:
-    """Returns a piece of a file that strangers wrote, for a message: short, with escapes for what terminals act on."""
+    """Returns a value from a file of unknown origin for a message: short, and with escapes for control characters."""
     text = piece if isinstance(piece, str) else repr(piece)
-    rest = f"... ({len(text):,} characters)" if len(text) > limit else ""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:limit]) + rest
+    ending = f"... ({len(text):,} characters)" if len(text) > limit else ""
+    # The `repr` of a character, without its quotes, is an escape such as \x1b, on which a terminal does not act.
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:limit]) + ending
 
 
 def error_of_code(code: int, message: str) -> JaxinfraError:
-    """Returns an error with this exit code, such as one that another process sent, of the class that has it."""
+    """Returns an error of the class with this exit code, to raise what another process has reported by its code.
+
+    A code that no class has is set on a plain `JaxinfraError`.
+    """
     error = next((cls for cls in JaxinfraError.__subclasses__() if cls.exit_code == code), JaxinfraError)(message)
     error.exit_code = code
     return error

@@ -1,9 +1,9 @@
 """Named places in the code where a test makes a run fail, such as in the middle of a save. Imports no JAX.
 
-JAXINFRA_FAIL=POINT:RANK:STEP:ACTION, several with commas between, arms them; without it they cost a lookup. RANK and
-STEP may be `*`. An action is written down before it happens, in the folder JAXINFRA_FAIL_LOG, if that is set: as a file
-`POINT:RANK:STEP:ACTION`, and one with `@` and the rank for each rank. So a test can tell that it did happen, and an
-action at one step happens once in each rank, also if the run is started again.
+JAXINFRA_FAIL=POINT:RANK:STEP:ACTION, several with commas between, arms them; without it they cost a lookup. RANK is the
+number of a process; it and STEP may be `*` for any. If JAXINFRA_FAIL_LOG names a folder, an action is logged there
+first: as a file `POINT:RANK:STEP:ACTION`, and as one with `@` and the rank at the end. So a test can tell that it did
+happen. With a log, an action at a given step happens only once in each rank, even if the run is started again.
 
     JAXINFRA_FAIL_LOG=/tmp/fired JAXINFRA_FAIL=save.write:1:20:kill python -m launch CONFIG --processes 2 --supervise
 """
@@ -38,7 +38,7 @@ POINTS = {
 """Where each failpoint is."""
 
 ACTIONS = ("kill", "stop", "term", "raise", "enospc", "oom", "sleep=SECONDS")
-_MAX_BYTES, _BLOCK_BYTES = 4 << 30, 16 << 20  # that `oom` takes
+_MAX_BYTES, _BLOCK_BYTES = 4 << 30, 16 << 20  # `oom` takes up to 4 GiB, in blocks of 16 MiB
 _VARIABLE, _LOG = "JAXINFRA_FAIL", "JAXINFRA_FAIL_LOG"
 
 
@@ -51,8 +51,8 @@ class Failpoint(NamedTuple):
     action: str
 
     def __str__(self) -> str:
-        anything = ("*" if value is None else str(value) for value in (self.rank, self.step))
-        return ":".join((self.point, *anything, self.action))
+        numbers = ("*" if number is None else str(number) for number in (self.rank, self.step))
+        return ":".join((self.point, *numbers, self.action))
 
 
 def parse_failpoints(text: str) -> list[Failpoint]:
@@ -61,7 +61,7 @@ def parse_failpoints(text: str) -> list[Failpoint]:
 
 
 def _parse(text: str) -> Failpoint:
-    point, *numbers, action = text.split(":") if text.count(":") == 3 else ("", "", "", "")
+    point, *numbers, action = text.split(":") if text.count(":") == 3 else ("", "", "", "")  # no known point: refused
     kind, _, seconds = action.partition("=")
     is_known = action in ACTIONS or (kind == "sleep" and seconds.replace(".", "", 1).isdecimal())
     if point not in POINTS or not is_known or not all(each == "*" or each.isdecimal() for each in numbers):
@@ -87,17 +87,17 @@ def failpoint(point: str, step: int) -> None:
     if _VARIABLE not in os.environ:
         return
     for armed in parse_failpoints(os.environ[_VARIABLE]):
-        if armed.point == point and armed.rank in (None, _rank()) and armed.step in (None, step) and _is_new(armed):
+        if armed.point == point and armed.rank in (None, _rank()) and armed.step in (None, step) and _log_action(armed):
             _act(armed, step)
 
 
 def _rank() -> int:
-    jax = sys.modules.get("jax")
+    jax = sys.modules.get("jax")  # JAX numbers the processes; before it is imported, a process counts as rank 0
     return 0 if jax is None else jax.process_index()
 
 
-def _is_new(armed: Failpoint) -> bool:
-    """Writes down that a failpoint acts in this rank; returns False if it has done so before, and must act once."""
+def _log_action(armed: Failpoint) -> bool:
+    """Logs that a failpoint acts in this rank; returns False if it has acted here before, and may act only once."""
     if folder := os.environ.get(_LOG):
         try:
             Path(folder, f"{armed}@{_rank()}").touch(exist_ok=armed.step is None)
@@ -119,4 +119,4 @@ def _act(armed: Failpoint, step: int) -> None:
         taken = [b"x" * _BLOCK_BYTES for _ in range(_MAX_BYTES // _BLOCK_BYTES)]
         raise MemoryError(f"failpoint {armed}: took {len(taken) * _BLOCK_BYTES:,} bytes, and no limit was met")
     else:
-        os.kill(os.getpid(), getattr(signal, {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM"}[kind]))
+        os.kill(os.getpid(), signal.Signals[f"SIG{kind.upper()}"])  # kill, stop or term

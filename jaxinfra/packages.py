@@ -28,7 +28,7 @@ def import_optional(module: str, *submodules: str, needed_by: str, install: str)
 def require_optional(module: str, *, needed_by: str, install: str) -> None:
     """Raises the ConfigError of `import_optional` if a package is not installed, without importing it."""
     spec = find_spec(module)
-    if spec is None or spec.origin is None:  # a folder of that name here is no package
+    if spec is None or spec.origin is None:  # no origin: a folder of that name, which Python takes for a package
         raise ConfigError(f"{needed_by}: needs {module}, which is not installed; run {install_command(install)}")
 
 
@@ -40,6 +40,7 @@ def install_command(requirement: str) -> str:
 
 
 def _packages_of(extra: str) -> list[str]:
+    """Returns the requirements of an extra, which the metadata lists as `qwix>=0.1; extra == "quantized"`."""
     try:
         listed = requires("jaxinfra") or []
     except PackageNotFoundError:  # run from a clone that is not installed

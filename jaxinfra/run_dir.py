@@ -56,14 +56,16 @@ class RunDirectory:
         checkpoints: the path or URL of the checkpoints.
     """
 
-    def __init__(self, location: str | Path):
+    def __init__(self, location: str | Path, peers: Peers | None = None):
+        """Names the directory; `peers` are the processes of the run, by default those of this process."""
+        self._peers = current_peers() if peers is None else peers
         self.is_remote = is_remote(location)
         self.location = normalize_url(str(location)) if self.is_remote else str(location)
         self.path = Path(location)
         if self.is_remote:
             temporary = tempfile.mkdtemp(prefix="jaxinfra-run-")
             remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
-            current_peers().last_calls.append(remove)  # `exit` skips what Python does at its end
+            self._peers.last_calls.append(remove)  # `exit` skips what Python does at its end
             self.path = Path(temporary, self.location.rpartition("/")[2])
             self.path.mkdir()
         self.record = self.path / RECORD_FILE
@@ -108,7 +110,7 @@ class RunDirectory:
             make_writable(self.path)
         # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
         after = owner_token(str(self.checkpoints)) if self.is_remote else 0
-        with hold(self.location, after=after) as lease, current_peers().last_call(lease.release):
+        with hold(self.location, after=after) as lease, self._peers.last_call(lease.release):
             if not self.is_remote:
                 with storage_errors(self.path):
                     delete_temporaries(self.path, lambda name: name != REPORT_FILE)  # `report` may be at work
@@ -119,8 +121,9 @@ class RunDirectory:
             with Mirror(self.path, store, lease.check_now, fetched) as mirror:
                 yield Owned(lease, mirror.sync, lease.check)
 
-    def require_shared(self, peers: Peers) -> None:
+    def require_shared(self) -> None:
         """Raises ConfigError in a process that does not see the files which process 0 writes into the directory."""
+        peers = self._peers
         if peers.count == 1 or self.is_remote:
             return
         name = f".shared.{os.getpid():08d}.tmp"  # as a temporary file that the next start sweeps after a kill

@@ -1,4 +1,4 @@
-"""Turns an exception from a user's code into a one-line error that names their file and line."""
+"""Turns exceptions from a user's code into one-line errors that name their file and line."""
 
 import sys
 import traceback
@@ -10,7 +10,8 @@ from typing import NamedTuple
 from jaxinfra.errors import ConfigError, JaxinfraError
 
 _NOT_USERS = (Path(__file__).resolve().parent, Path(traceback.__file__).resolve().parent)  # jaxinfra, Python's library
-_INSTALLED = frozenset({"site-packages", "dist-packages"})
+INSTALLED = frozenset({"site-packages", "dist-packages"})
+"""Names of the folders of installed packages; Debian's Python has the second one."""
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def user_code_errors(owner: type, path: str) -> Iterator[None]:
         place = innermost_place(error) or owner.__qualname__
         reason = " ".join(str(error).split())
         raise ConfigError(
+            # The message is one line, but an error of JAX may have hundreds.
             f"{place}: {type(error).__name__}: {reason[:300]}; fix {owner.__qualname__}, the {path} of the config"
         ) from error
 
@@ -50,9 +52,9 @@ def ending_of(error: BaseException | None) -> Ending:
         case JaxinfraError():
             return Ending(error.exit_code, text)
         case KeyboardInterrupt():
-            return Ending(130, "interrupted")
+            return Ending(130, "interrupted")  # as shells report SIGINT: 128 + 2
         case SystemExit(code=int(code)):
-            return Ending(code & 0xFF, f"ended with exit code {code & 0xFF}")
+            return Ending(code & 0xFF, f"ended with exit code {code & 0xFF}")  # the system keeps 8 bits
         case SystemExit():
             return Ending(1, text)
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -76,7 +78,8 @@ def user_modules() -> dict[str, str]:
 
 
 def _is_users(file: str) -> bool:
+    """Tells whether a file is a user's: not of jaxinfra, Python or an installed package."""
     if file.startswith("<"):  # such as "<frozen importlib._bootstrap>"
         return False
     resolved = Path(file).resolve()
-    return not any(map(resolved.is_relative_to, _NOT_USERS)) and _INSTALLED.isdisjoint(resolved.parts)
+    return not any(map(resolved.is_relative_to, _NOT_USERS)) and INSTALLED.isdisjoint(resolved.parts)

@@ -20,7 +20,7 @@ class MatrixError(JaxinfraError):
     """A run did not survive a fault."""
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints each row when it is done; raises MatrixError if a run did not survive one."""
     rows = _chosen(options.only)
     if options.write is not None and options.only is not None:
@@ -48,7 +48,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         first = failed[0]
         again = f"--only {first.row.numbers[0]}{' --long' * options.long} --seed {seed} --keep DIR"
         raise MatrixError(f"row {first.row.label}: {first.text}; run it alone by {again}")
-    return 0
 
 
 def _count(outcomes: Sequence[Outcome], verdict: str) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxinfra.processes.discovery import Processes
 from tests.tiny_run import Ended, ended, start
 
 
@@ -22,6 +23,13 @@ def free_address() -> str:
             except OSError:
                 continue
             return f"127.0.0.1:{port}"
+
+
+def one_of(address: str, count: int, index: int, hosts: Sequence[str] = ()) -> Processes:
+    """One of several processes that meet at an address."""
+    return Processes(
+        coordinator=address, count=count, index=index, local_devices=None, source="test", hosts=tuple(hosts)
+    )
 
 
 @contextmanager

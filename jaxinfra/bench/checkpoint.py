@@ -171,15 +171,11 @@ def make_state(num_bytes: int) -> dict[str, Any]:
     width = max(1, round(num_bytes / NUM_LEAVES / 4 / 4096))
     draw = np.random.default_rng(0)
 
-    def leaf(number: int) -> jax.Array:
+    def leaf() -> jax.Array:
         return jnp.asarray(draw.standard_normal((4, 1024, width), np.float32), copy=True)
 
-    groups = [{f"layer{number}": leaf(number) for number in range(NUM_LEAVES // 3)} for _ in range(3)]
-    return {
-        "step": jnp.zeros((), jnp.int32),
-        "params": groups[0],
-        "opt_state": {"mu": groups[1], "nu": groups[2]},
-    }
+    params, mu, nu = ({f"layer{number}": leaf() for number in range(NUM_LEAVES // 3)} for _ in range(3))
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": {"mu": mu, "nu": nu}}
 
 
 def time_sides(names: Sequence[str], root: Path, num_bytes: int, num_rounds: int) -> tuple[SideTimes, dict[str, int]]:

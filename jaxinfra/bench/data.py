@@ -2,6 +2,8 @@
 
 All loaders read the same tokens from a warm file cache. In every round each loader is started anew and timed for half a
 second after its first batches. CPU time includes all threads and processes of the loader.
+
+Shape suffixes: N tokens, D documents.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import grain
 import numpy as np
 import tensorstore as ts
 from absl import flags
+from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
 from jaxinfra.bench.loader import (
@@ -38,16 +41,20 @@ from jaxinfra.bench.loader import (
 )
 from jaxinfra.bench.subprocesses import call_without_jax
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
-from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
+from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
-from jaxinfra.errors import ConfigError
+from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
+from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.inference.language_model import require_text
 from jaxinfra.machine.peak_flops import PEAK_FLOPS
 from jaxinfra.models.flops import flops_per_token
+from jaxinfra.prepare.builders.writers import common_fields, write_pack, write_split
+from jaxinfra.prepare.tokenizers import Bytes, convert_tokenizer
 from jaxinfra.run import Run
 
-DEFAULT_TOKENS, MIN_TOKENS = 200_000_000, 4 * BATCH_SIZE * SEQ_LEN
+DEFAULT_TOKENS = 200_000_000
+MEAN_DOCUMENT_TOKENS = 500
 MAX_ROUNDS = 15
 ROUND_S = 0.5
 WARMUP_BATCHES = 8
@@ -66,6 +73,58 @@ COLUMNS: Columns = {
     "vs_tensorstore": ("vs. TensorStore alone", "{:.2f}"),
     "vs_grain": ("vs. Grain", "{:.1f}"),
 }
+
+
+def write_token_files(folder: Path, num_tokens: int) -> TokenFiles:
+    """Writes documents of random tokens."""
+    files = TokenFiles(folder, num_tokens)
+    write_store(files, convert_tokenizer(Bytes())[0], np.random.default_rng(0))
+    with files.flat.open("wb") as file:
+        array = arrays.open_array(files.train_array)
+        for start in range(0, num_tokens, arrays.SHARD):
+            array[start : min(start + arrays.SHARD, num_tokens)].read().result().tofile(file)
+    writer = ArrayRecordWriter(str(files.records), "group_size:1")  # each record can be read alone
+    for window in files.windows_at_every_token()[::SEQ_LEN]:
+        writer.write(window.tobytes())
+    writer.close()
+    return files
+
+
+def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+    """Writes a store as `data prepare` does, but with random tokens in documents of random length."""
+    root, splits, packs = files.store, {}, {}
+    num_tokens: dict[Split, int] = {"train": files.num_tokens, "validation": 2 * SEQ_LEN}
+    for split, split_tokens in num_tokens.items():
+        documents = _random_documents(split_tokens, tokenizer.eot_id, rng)
+        splits[split], lengths_D = write_split(root / split, np.dtype(TOKEN_DTYPE), documents, masked=False)
+        packs[f"{split}/{SEQ_LEN}"] = write_pack(root, split, PackSpec(seq_len=SEQ_LEN), lengths_D)
+    info = TokenizerInfo.from_tokenizer(tokenizer)
+    (root / info.file).write_bytes(tokenizer.content)
+    manifest = Manifest(
+        kind="text",
+        recipe={},
+        source_digest="",
+        counts=Counts(),
+        dtype=np.dtype(TOKEN_DTYPE).name,
+        block=arrays.CHUNK,
+        tokenizer=info,
+        splits=splits,
+        packs=packs,
+        **common_fields(root),
+    )
+    (root / FILE_NAME).write_bytes(manifest.to_bytes())
+
+
+def _random_documents(num_tokens: int, eot_id: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields lengths_D, bytes_D (one byte a token) and tokens_N of some documents at a time, as `write_split` takes."""
+    for start in range(0, num_tokens, arrays.SHARD):
+        tokens_N = rng.integers(0, eot_id, min(arrays.SHARD, num_tokens - start), TOKEN_DTYPE)
+        # End-of-text tokens at random positions split the tokens into documents.
+        tokens_N[rng.random(len(tokens_N)) < 1 / MEAN_DOCUMENT_TOKENS] = eot_id
+        tokens_N[-1] = eot_id
+        # End-of-text tokens at 3 and 7 end documents of 4 and 4 tokens.
+        lengths_D = np.diff(np.flatnonzero(tokens_N == eot_id), prepend=-1)
+        yield lengths_D, lengths_D, tokens_N
 
 
 def memmap_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
@@ -144,8 +203,8 @@ def cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def time_loader(loader: Loader, files: TokenFiles) -> tuple[float, float]:
-    """Starts a loader and reads for `ROUND_S`; returns tokens per second and CPU nanoseconds per token."""
+def time_loader(loader: Loader, files: TokenFiles, number: int) -> tuple[float, float]:
+    """Starts a loader and reads for `ROUND_S`, whatever the round; returns tokens/s and CPU nanoseconds per token."""
     gc.collect()
     start_cpu_s = cpu_s()
     with closing(loader(files)) as batches:
@@ -169,9 +228,7 @@ def required_tokens_per_s() -> float:
 
 def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:
     """Times all loaders round by round; the first round is warm-up."""
-    sides = {
-        name: lambda number, loader=loader: time_loader(loader, files) for name, loader in installed_loaders().items()
-    }
+    sides = {name: partial(time_loader, loader, files) for name, loader in installed_loaders().items()}
     found = time_rounds(sides, num_rounds)
     speeds = {name: [speed for speed, _ in times] for name, times in found.items()}  # tokens per second in each round
     required = required_tokens_per_s()
@@ -189,10 +246,7 @@ def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """Measures the parts that `--only` names, or all."""
-    num_tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
-    num_rounds = min(options.pairs, MAX_ROUNDS)
-    if num_tokens < MIN_TOKENS:
-        raise ConfigError(f"--tokens {num_tokens}: must be {MIN_TOKENS} or more; use --tokens {MIN_TOKENS}")
+    num_tokens, num_rounds = options.tokens or DEFAULT_TOKENS, min(options.pairs, MAX_ROUNDS)
     measurements: dict[str, object] = {"tokens": num_tokens, "rounds": num_rounds}
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.bench.subprocesses import Times, call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
+from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.hub.export import Export, export_model, family_of
 from jaxinfra.hub.params import load_published
@@ -109,7 +109,7 @@ def write_random(folder: Path, model: TransformerConfig) -> None:
 def time_sides(root: Path, num_rounds: int, parts: Collection[str]) -> tuple[Times, dict[str, int]]:
     """Times reading, writing or both in turn with raw files; also returns the bytes in memory besides the arrays.
 
-    A first round is warm-up, measures memory, and checks that what was read is written with the same bytes.
+    A first round is warm-up, and measures memory. Each round checks that what was read is written with the same bytes.
     """
     source, copy, raw = root / "source", root / "copy", root / "raw"
     files = sorted(source.glob("*.safetensors"))
@@ -117,45 +117,47 @@ def time_sides(root: Path, num_rounds: int, parts: Collection[str]) -> tuple[Tim
     precision = Precision(params="bfloat16", compute="bfloat16")
     run = Run(name="bench", model=model, data=TokenData(store="none", seq_len=1), precision=precision)
     program, start_bytes = sampling_program(run, jax.devices()), rss_bytes()
+    memory = dict[str, int]()
 
     def read() -> Any:
         params, _ = load_published(f"hf:{source}", model, program.params)
         return jax.block_until_ready(params)
 
-    def write(params: Any) -> None:
-        export_model(str(copy), Export(config=model, params=params, source={}, tokenizer=None, max_positions=1))
+    def note_memory(side: str, params: Any, peak_bytes: int | None) -> None:
+        if peak_bytes is not None:
+            held_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            memory.setdefault(side, peak_bytes - start_bytes - held_bytes)
 
-    def note_memory(side: str, arrays: Any) -> None:
-        if (peak := peak_bytes()) is not None:
-            held = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-            memory.setdefault(side, peak - start_bytes - held)
-
-    times: Times = {side: [] for part in parts for side in (part, f"raw-{part}")}
-    memory = dict[str, int]()
-    for round_number in range(num_rounds + 1):
-        if "read" in parts:
-            forget(files)
-            times["raw-read"].append(_seconds(lambda: read_raw(files))[0])
-            forget(files)
-        reset_peak()
+    def time_read(number: int) -> float:
+        forget(files)
         with program.on_mesh:
-            seconds, params = _seconds(read)
-            note_memory("read", params)
-            if "read" in parts:
-                times["read"].append(seconds)
-            if "write" in parts:
-                reset_peak()
-                times["write"].append(_seconds(partial(write, params))[0])
-                note_memory("write", params)
-        del params
-        if "write" in parts:
-            _, *others = filecmp.cmpfiles(source, copy, [file.name for file in files], shallow=False)
-            assert others == [[], []], "what was read is not what was written"
-            shutil.rmtree(copy)
-            times["raw-write"].append(_seconds(lambda: write_raw(files, raw))[0])
-            raw.unlink()
-        print(f"round {round_number} of {num_rounds}", file=sys.stderr, flush=True)
-    return {side: seconds[1:] for side, seconds in times.items()}, memory
+            params, seconds, peak_bytes = measured(read)
+        note_memory("read", params, peak_bytes)
+        return seconds
+
+    def time_raw_read(number: int) -> float:
+        forget(files)
+        return measured(partial(read_raw, files))[1]
+
+    def time_write(number: int) -> float:
+        with program.on_mesh:
+            params = read()
+            export = Export(config=model, params=params, source={}, tokenizer=None, max_positions=1)
+            _, seconds, peak_bytes = measured(partial(export_model, str(copy), export))
+        note_memory("write", params, peak_bytes)
+        _, *others = filecmp.cmpfiles(source, copy, [file.name for file in files], shallow=False)
+        assert others == [[], []], "what was read is not what was written"
+        shutil.rmtree(copy)
+        return seconds
+
+    def time_raw_write(number: int) -> float:
+        seconds = measured(partial(write_raw, files, raw))[1]
+        raw.unlink()
+        return seconds
+
+    sides = {"read": time_read, "raw-read": time_raw_read, "write": time_write, "raw-write": time_raw_write}
+    asked = {side: time_side for side, time_side in sides.items() if side.removeprefix("raw-") in parts}
+    return time_rounds(asked, num_rounds, shows=True), memory
 
 
 def read_raw(files: Sequence[Path]) -> None:
@@ -190,18 +192,17 @@ def knows_peak() -> bool:
     return os.access(_CLEAR_REFS, os.W_OK)
 
 
-def reset_peak() -> None:
-    """Lets `peak_bytes` begin at what is resident now."""
+def measured[R](action: Callable[[], R]) -> tuple[R, float, int | None]:
+    """Returns a result, its seconds, and the largest resident memory meanwhile in bytes, None where it is not known."""
     if knows_peak():
-        _CLEAR_REFS.write_text("5")
-
-
-def peak_bytes() -> int | None:
-    """Returns the largest resident memory of this process since `reset_peak`; None where it is not known."""
+        _CLEAR_REFS.write_text("5")  # lets VmHWM begin at what is resident now
+    start_s = time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - start_s
     if not knows_peak():
-        return None
+        return result, seconds, None
     (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return result, seconds, int(line.split()[1]) * 1024
 
 
 def make_rows(times: Times, memory: Mapping[str, int], file_bytes: int, largest_bytes: int) -> Iterable[TableRow]:
@@ -216,7 +217,7 @@ def make_rows(times: Times, memory: Mapping[str, int], file_bytes: int, largest_
             row["speed_vs_raw"] = median_ratio(times[f"raw-{side}"], seconds)
         if side in memory:
             row["memory_mb"] = memory[side] / 1e6
-            row["memory_limit_mb"] = 2 * largest_bytes / 1e6 + 300
+            row["memory_limit_mb"] = 2 * largest_bytes / 1e6 + 300  # the goal of docs/performance.md
         yield row
 
 
@@ -238,9 +239,3 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
         "rounds",
         measurements={"rows": rows, "megabytes": options.megabytes, "rounds": num_rounds},
     )
-
-
-def _seconds[R](action: Callable[[], R]) -> tuple[float, R]:
-    start_s = time.perf_counter()
-    result = action()
-    return time.perf_counter() - start_s, result

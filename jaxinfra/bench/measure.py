@@ -83,7 +83,7 @@ class TimedStep:
     output: object = None  # of the last call
 
     def time(self, number: int = 0, *, dispatch_only: bool = False) -> float:
-        """Makes one step, and returns its seconds, or those of its dispatch."""
+        """Makes one step, whatever the round, and returns its seconds, or those of its dispatch."""
         with self.context():
             start_s = time.perf_counter()
             *self.state, self.output = self.step(*self.state, self.batch)
@@ -118,16 +118,6 @@ def time_alternately(steps: Mapping[str, TimedStep], num_rounds: int, *, dispatc
     return time_rounds(sides, num_rounds, warmup=WARMUP_STEPS)
 
 
-class _OneBatch:
-    """The same batch for each step, without waits."""
-
-    def __init__(self, batch: dict[str, jax.Array]) -> None:
-        self._batch, self._steps = batch, itertools.count()
-
-    def poll(self, timeout_s: float) -> tuple[int, dict[str, jax.Array]]:
-        return next(self._steps), self._batch
-
-
 def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     """Returns the seconds per iteration of the training loop, without waits for devices, logging and saving."""
     assert run.train.steps > num_steps, "the last step is evaluated"
@@ -152,11 +142,11 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
             after_step=lambda due, metrics: None,
             save=lambda: None,
         )
-        batches = _OneBatch(batch)
-        loop.run(batches, 1)  # compiles
+        batches = enumerate(itertools.repeat(batch))  # the same for each step, without waits
+        loop.run(lambda timeout_s: next(batches), 1)  # compiles
         jax.block_until_ready(loop.state)
         start_s, waited_s = time.perf_counter(), watch.phases.seconds()["device"]
-        loop.run(batches, 1 + num_steps)
+        loop.run(lambda timeout_s: next(batches), 1 + num_steps)
         elapsed_s = time.perf_counter() - start_s
     step.state = [loop.state]
     return (elapsed_s - (watch.phases.seconds()["device"] - waited_s)) / num_steps

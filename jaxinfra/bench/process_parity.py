@@ -7,9 +7,8 @@ after the other. So the process that they are compared with uses gloo, too, and 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 
 import jax
@@ -25,7 +24,7 @@ from jaxinfra.bench.parity import (
     mesh_name,
     relative_differences,
 )
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
+from jaxinfra.bench.subprocesses import call_in_all, worker_pool
 from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.processes.join import join
@@ -78,28 +77,11 @@ def processes(environments: Sequence[Mapping[str, str]]) -> Iterator[list[Proces
     """
     pools = [worker_pool(1, environment) for environment in environments]
     try:
+        call_in_all(pools, _join)
         yield pools
-    except BrokenProcessPool:
-        raise BenchmarkProcessError(
-            "a process of the comparison died: see its last message above; without one, memory was probably too small"
-        ) from None
     finally:
         for pool in pools:  # processes that have joined wait for each other at their end
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def call_in_all[**P, R](
-    pools: Sequence[ProcessPoolExecutor], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-) -> list[R]:
-    """Calls a function in all processes at once, and returns the results by index."""
-    tasks = [pool.submit(_call_joined, function, *args, **kwargs) for pool in pools]
-    return [task.result() for task in tasks]
-
-
-def _call_joined[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    if "JAX_PROCESS_ID" in os.environ and not jax.distributed.is_initialized():
-        _join()
-    return function(*args, **kwargs)
 
 
 def _gradients(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> Arrays:
@@ -109,7 +91,9 @@ def _gradients(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> Arr
 
 
 def _join() -> None:
-    """Joins the processes of the environment; only so does one process use the collectives of several."""
+    """Joins the processes of the environment, if any; only so does one process use the collectives of several."""
+    if "JAX_PROCESS_ID" not in os.environ:
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo prints there whom it is connected to
     if os.environ["JAX_NUM_PROCESSES"] == "1":
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 1, 0, cluster_detection_method="deactivate")

@@ -19,9 +19,16 @@ from pathlib import Path
 
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.measure import WARMUP_STEPS, TimedStep, jaxinfra_step, load_run
-from jaxinfra.bench.process_parity import call_in_all, processes
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, command_error, emulated_env, prepared_store, started
-from jaxinfra.bench.table import Cases, Columns, TableRow, format_median, median_ratio, time_rounds
+from jaxinfra.bench.process_parity import processes
+from jaxinfra.bench.subprocesses import (
+    BenchmarkProcessError,
+    call_in_all,
+    command_error,
+    emulated_env,
+    prepared_store,
+    started,
+)
+from jaxinfra.bench.table import Cases, Columns, TableRow, ratio_row, time_rounds
 from jaxinfra.errors import PeerLostError
 from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.machine.emulation import emulation_env
@@ -40,12 +47,7 @@ COLUMNS: Columns = {
 }
 
 
-def _row(case: str, several_s: Sequence[float], one_s: Sequence[float] | None, unit: str) -> TableRow:
-    digits = {"ms": 1, "s": 2}[unit]
-    cells: dict[str, str | float | None] = {"case": case, "several": format_median(several_s, unit, digits)}
-    if one_s is not None:
-        cells |= {"one": format_median(one_s, unit, digits), "ratio": median_ratio(several_s, one_s)}
-    return cells
+_seconds_row = partial(ratio_row, unit="s", digits=2)
 
 
 def step_rows(options: argparse.Namespace) -> Iterator[TableRow]:
@@ -60,7 +62,7 @@ def step_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     with processes(shares) as several, processes([environment]) as one:
         sides = {"several": partial(time_step, several), "one": partial(time_step, one)}
         times_s = time_rounds(sides, options.pairs, warmup=WARMUP_STEPS)
-    yield _row(f"step, float32, fsdp={NUM_DEVICES}", times_s["several"], times_s["one"], "ms")
+    yield ratio_row(f"step, float32, fsdp={NUM_DEVICES}", times_s)
 
 
 def _shares(environment: Mapping[str, str]) -> list[dict[str, str]]:
@@ -108,11 +110,14 @@ class _Training:
     def wait_for_step(self, child: subprocess.Popen[str], number: int = 1, *, resumed: bool = False) -> float:
         """Waits until process 0 prints a number of steps, those after its next start if `resumed`; returns the time."""
         assert child.stdout is not None
+        is_started = not resumed
         for line in child.stdout:
-            resumed = resumed and not line.startswith("resuming")
-            number -= not resumed and line.startswith("step") and " loss " in line and "validation" not in line
-            if number == 0:
-                return time.perf_counter()
+            is_started = is_started or line.startswith("resuming")
+            is_step = line.startswith("step") and " loss " in line and "validation" not in line
+            if is_started and is_step:
+                number -= 1
+                if number == 0:
+                    return time.perf_counter()
         raise command_error(self._words, (self._folder / f"{self._name}-0.log").read_text())
 
 
@@ -124,7 +129,7 @@ def start_rows(options: argparse.Namespace) -> Iterator[TableRow]:
             return _time_start(_Training(options, folder, f"{side}-{number}"), COUNTS[side])
 
         times_s = time_rounds({side: partial(start, side) for side in COUNTS}, min(options.pairs, MAX_ROUNDS))
-    yield _row("process start to end of first step, warm compile cache", times_s["several"], times_s["one"], "s")
+    yield _seconds_row("process start to end of first step, warm compile cache", times_s)
 
 
 def kill_rows(options: argparse.Namespace) -> Iterator[TableRow]:
@@ -143,11 +148,11 @@ def kill_rows(options: argparse.Namespace) -> Iterator[TableRow]:
         supervised_s = time_rounds({side: partial(supervise, side) for side in COUNTS}, num_rounds)
     for index, times_s in lost.items():
         other, left_s = NUM_DEVICES - 1 - index, [left_s for left_s, *_ in times_s]
-        yield _row(f"SIGKILL of process {index} to exit code 76 of process {other}", left_s, None, "s")
+        yield _seconds_row(f"SIGKILL of process {index} to exit code 76 of process {other}", {"several": left_s})
     restarts_s = [restart_s for times_s in lost.values() for _, *restart_s in times_s]
     several_s, one_s = zip(*restarts_s, strict=True)
-    yield _row("restart after a SIGKILL to the next step", several_s, one_s, "s")
-    yield _row("SIGKILL to the next step, with --supervise", supervised_s["several"], supervised_s["one"], "s")
+    yield _seconds_row("restart after a SIGKILL to the next step", {"several": several_s, "one": one_s})
+    yield _seconds_row("SIGKILL to the next step, with --supervise", supervised_s)
 
 
 def _time_kill(training: _Training, index: int) -> float:

@@ -30,21 +30,27 @@ class BenchmarkProcessError(JaxinfraError):
 def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a function in a new process that has these environment variables, too; exceptions reach the caller."""
     with worker_pool(1, env) as pool:
-        return _call(pool, function, *args, **kwargs)
+        return call_in_all([pool], function, *args, **kwargs)[0]
 
 
 def call_without_jax[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a function that needs no JAX in a new process, which imports none; exceptions reach the caller."""
     with worker_pool(1, {}, has_jax=False) as pool:
-        return _call(pool, function, *args, **kwargs)
+        return call_in_all([pool], function, *args, **kwargs)[0]
 
 
-def _call[**P, R](pool: ProcessPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def call_in_all[**P, R](
+    pools: Sequence[ProcessPoolExecutor], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> list[R]:
+    """Calls a function at once in the processes of pools of one, and returns the results in their order."""
     try:
-        return pool.submit(function, *args, **kwargs).result()
+        tasks = [pool.submit(function, *args, **kwargs) for pool in pools]
+        return [task.result() for task in tasks]
     except BrokenProcessPool:
         name = f"{function.__module__}.{function.__name__}"
-        raise BenchmarkProcessError(f"the process of {name} died: see its last message above") from None
+        raise BenchmarkProcessError(
+            f"the process of {name} died: see its last message above; without one, memory was probably too small"
+        ) from None
 
 
 def worker_pool(num_workers: int, env: Mapping[str, str], *, has_jax: bool = True) -> ProcessPoolExecutor:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Literal
 
 from jaxinfra.machine.environment import cpu_model
-from jaxinfra.processes.peers import current_peers
 
 type TableRow = Mapping[str, str | float | None]
 """The cells of one row by key, as JSON values."""
@@ -68,10 +68,16 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
     return median(a / b for a, b in zip(first, second, strict=True))
 
 
-def format_median(times_s: Sequence[float], unit: str, digits: int) -> str:
-    """Formats the median of seconds, in "s" or "ms"."""
+def ratio_row(
+    case: str, times_s: Mapping[str, Sequence[float]], *, unit: Literal["s", "ms"] = "ms", digits: int = 1
+) -> dict[str, str | float | None]:
+    """Returns the median of each side's seconds, in the column of the side; of two sides also their `median_ratio`."""
     scale = {"s": 1, "ms": 1e3}[unit]
-    return f"{scale * median(times_s):.{digits}f} {unit}"
+    row: dict[str, str | float | None] = {"case": case}
+    row |= {side: f"{scale * median(each_s):.{digits}f} {unit}" for side, each_s in times_s.items()}
+    if len(times_s) == 2:
+        row["ratio"] = median_ratio(*times_s.values())
+    return row
 
 
 def time_rounds[K, V](
@@ -97,15 +103,15 @@ def time_rounds[K, V](
     return found
 
 
-def run_cases(options: argparse.Namespace, cases: Cases, columns: Columns) -> BenchmarkResult:
-    """Measures the cases that `--only` names, or all."""
+def run_cases(options: argparse.Namespace, cases: Cases, columns: Columns, note: str = "") -> BenchmarkResult:
+    """Measures the cases that `--only` names, or all; `note` follows "Medians of 15 rounds"."""
     rows: list[TableRow] = []
     for name in options.only or cases:
-        if current_peers().index == 0:
+        if options.prints:
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
         rows += cases[name](options)
     return BenchmarkResult(
         text=format_table(columns, rows),
-        note=f"Medians of {options.pairs} rounds",
+        note=f"Medians of {options.pairs} rounds{note}",
         measurements={"rows": rows, "pairs": options.pairs},
     )

@@ -45,15 +45,9 @@ type _Chunks = Sequence[tuple[str, np.ndarray]]  # name of the object, values
 
 
 class BucketSaver(Saver):
-    """Saves and restores the state of a run below one URL.
+    """Saves and restores the state of a run below one URL; the other arguments are those of `CheckpointManager`.
 
-    Args:
-        store: the checkpoints there.
-        config: which steps to keep.
-        read_only: whether to leave everything as it is.
-        lease: of the run, in the process that commits; None if there are no other owners.
-        gather: of the processes that save together.
-        before_commit: is called in the process that commits once all shards have arrived, in a thread.
+    `before_commit` is called in a thread, once the shards of all processes have arrived.
     """
 
     def __init__(

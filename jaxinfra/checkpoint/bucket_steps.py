@@ -112,22 +112,18 @@ class BucketSteps(StepStore):
             raise DamageError(f"{folder}/{MANIFEST_FILE} has no {unknown[0]}")
         reads = ((self.objects.start_read(f"{folder}/{name}"), manifest.files[name].num_bytes) for name in names)
         for name, read in zip(names, in_window(reads), strict=True):
-            yield name, self._sound(f"{folder}/{name}", name, read, manifest)
-
-    def _sound(
-        self, where: str, name: str, read: ts.Future[ts.KvStore.ReadResult], manifest: Manifest
-    ) -> bytes | DamageError:
-        try:
-            result = call_storage(self.objects.url_of(where), read.result)
-            if result.state != "value":
-                return DamageError(f"{where} is missing")
-            content = result.value  # a copy each time
-            verify_bytes(name, content, manifest)
-            return content
-        except DataError as error:
-            return DamageError(str(error).partition(";")[0])
-        except DamageError as damage:
-            return damage
+            found: bytes | DamageError
+            try:
+                result = call_storage(self.objects.url_of(f"{folder}/{name}"), read.result)
+                if result.state != "value":
+                    raise DamageError(f"{folder}/{name} is missing")
+                found = result.value  # a copy each time
+                verify_bytes(name, found, manifest)
+            except DataError as error:
+                found = DamageError(str(error).partition(";")[0])
+            except DamageError as damage:
+                found = damage
+            yield name, found
 
     def _steps(self) -> Steps:
         return require_index(self.objects)["steps"] if self.known is None else self.known

@@ -42,21 +42,15 @@ type Swap = Callable[[Mapping[int, Iterable[tuple[Any, Any]]], Collection[int]],
 _log = logging.getLogger(__name__)
 
 
-class Processes(Protocol):
-    """The processes of the run; all make the same calls."""
-
-    def gather(self, value: Any, channel: str = ..., wait_s: float | None = ...) -> list[Any]:
-        """Returns the values (JSON) of all processes by index."""
-        ...
-
-    def name_of(self, index: int) -> str:
-        """Returns how messages name a process."""
-        ...
+class _Peers(Protocol):
+    """The part of `processes.peers.Peers` that is used here: neither package imports the other."""
 
     @property
-    def index(self) -> int:
-        """The number of this process."""
-        ...
+    def index(self) -> int: ...
+
+    def gather(self, value: Any, channel: str = ..., wait_s: float | None = ...) -> list[Any]: ...
+
+    def name_of(self, index: int) -> str: ...
 
 
 class Copy[State](NamedTuple):
@@ -75,7 +69,7 @@ class LocalCopies[State](ClosedOnExit):
         folder: of this process.
         start: identifies this start of the run; names no file of another.
         shards: of the state.
-        processes: of the run.
+        peers: the processes of the run.
         swap: exchanges bytes with other processes; is called only if there are several.
         before_commit: is called before a copy is whole, in a thread; a JaxinfraError gives the copy up.
     """
@@ -85,11 +79,11 @@ class LocalCopies[State](ClosedOnExit):
         folder: Path,
         start: str,
         shards: StateShards[State],
-        processes: Processes,
+        peers: _Peers,
         swap: Swap,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._start, self._shards, self._processes = folder, start, shards, processes
+        self._folder, self._start, self._shards, self._peers = folder, start, shards, peers
         self._swap, self._before_commit = swap, before_commit
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -173,7 +167,7 @@ class LocalCopies[State](ClosedOnExit):
         self.wait_until_finished()
 
     def _gather(self, value: Any) -> list[Any]:
-        return self._processes.gather(value, "copies", 3600.0)
+        return self._peers.gather(value, "copies", 3600.0)
 
     # Writing
 
@@ -236,9 +230,8 @@ class LocalCopies[State](ClosedOnExit):
         for index, each in enumerate(problems):
             if each is not None and not self._is_failing:
                 self._is_failing = True
-                self._warn(
-                    f"no copy of step {_step_of(name)}: {self._processes.name_of(index)}: {each}; training goes on"
-                )
+                step, peer = _step_of(name), self._peers.name_of(index)
+                self._warn(f"no copy of step {step}: {peer}: {each}; training goes on")
         return problems.count(None) == len(problems)
 
     def _keep_only(self, name: str | None) -> None:
@@ -304,7 +297,7 @@ class LocalCopies[State](ClosedOnExit):
         return Copy(name, step, self._shards.to_devices(contents), record)
 
     def _described(self, index: int, damage: str | None) -> str:
-        return f"{self._processes.name_of(index)}: {damage or 'has none'}"
+        return f"{self._peers.name_of(index)}: {damage or 'has none'}"
 
     def _read_files(
         self, name: str, manifest: Manifest | None, numbers: Iterable[int]
@@ -333,7 +326,7 @@ class LocalCopies[State](ClosedOnExit):
         contents: dict[int, Any],
     ) -> str | None:
         """Adds the shards that this process lacks to `contents`, and sends others theirs; returns what is nowhere."""
-        own = self._processes.index
+        own = self._peers.index
         offered, _ = self._read_files(name, manifest, [number for number in wanted if number not in missing[own]])
         sources: dict[int, int] = {}
         for index, numbers in enumerate(self._gather([*offered])):
@@ -352,7 +345,7 @@ class LocalCopies[State](ClosedOnExit):
         return None
 
     def _warn(self, text: str) -> None:
-        if self._processes.index == 0:
+        if self._peers.index == 0:
             _log.warning("%s: %s", self._folder.parent, text)
 
 

@@ -7,8 +7,8 @@ when it runs.
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
@@ -28,15 +28,15 @@ CHECKPOINT_ACTIONS = {
 """How each action of `checkpoints` is used."""
 DEFAULT_PAIRS = 15  # timed rounds of a benchmark
 DEFAULT_MEGABYTES = 1000  # of what a benchmark saves, or reads and writes
+MIN_TOKENS = 4 * 64 * 1024  # of `bench data`: four of its batches
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkSpec:
+class BenchmarkSpec(NamedTuple):
     """A benchmark: its summary, its parts in table order, and its options besides --only and --json."""
 
     summary: str
     parts: tuple[str, ...]
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ("config", "pairs")
 
 
 BENCHES = {
@@ -48,23 +48,19 @@ BENCHES = {
     "parallel": BenchmarkSpec(
         summary="the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
         parts=("axes", "experts", "schedules"),
-        options=("config", "pairs"),
     ),
     "canonical": BenchmarkSpec(
         summary="the train step with train.canonical=8 against plain training on the same mesh: time, memory, bytes",
         parts=("fsdp", "replica"),
-        options=("config", "pairs"),
     ),
     "processes": BenchmarkSpec(
         summary="2 processes with a device each against 1 process with 2: step, start, a killed process, restart",
         parts=("step", "start", "kill"),
-        options=("config", "pairs"),
     ),
     "slices": BenchmarkSpec(
         summary="the train step on two slices with a slow link between them: bytes over the link, with and without "
         "mesh.replica",
         parts=("replica", "fsdp"),
-        options=("config", "pairs"),
     ),
     "llama": BenchmarkSpec(
         summary="the step of Llama 3.1 8B compiled for 64 TPU v5p chips: memory and cycles, beside other results",
@@ -92,6 +88,18 @@ BENCHES = {
         options=("pairs", "text"),
     ),
 }
+
+
+class Command(NamedTuple):
+    """A command, which the `run(options)` of its module does.
+
+    Besides the arguments, `options` has `argv`, the words of the command line, and `prints`: whether this process
+    prints and writes the results, as one does of several that run a command together.
+    """
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    summary: str  # for --help
+    module: str = ""  # by default the one of the command's name in this package
 
 
 def add_int(
@@ -149,9 +157,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     what = "go on with a run whose config was changed in a way that changes its numbers; the change is recorded"
     parser.add_argument("--accept-change", action="store_true", help=what)
     supervised = parser.add_argument_group("restarts")
-    what = (
-        "start the run again when it is stopped, killed or loses a process, but not at an error that would come again"
-    )
+    what = "start the run again when it is stopped, killed or loses a process, but not at an error that would recur"
     supervised.add_argument("--supervise", action="store_true", help=what)
     what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
     add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
@@ -300,12 +306,8 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "field",
-        metavar="FIELD",
-        nargs="?",
-        help="such as optim.peak_lr or tokenizer.vocab_size (default: list the fields)",
-    )
+    what = "such as optim.peak_lr or tokenizer.vocab_size (default: list the fields)"
+    parser.add_argument("field", metavar="FIELD", nargs="?", help=what)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -313,9 +315,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "root", metavar="ROOT", nargs="?", default="runs", help="folder or URL of runs (default %(default)s)"
-    )
+    what = "folder or URL of runs (default %(default)s)"
+    parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help=what)
 
 
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
@@ -351,7 +352,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides of the config, before options")
     parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
     add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
-    parser.add_argument("--tokens", type=int, help="data: tokens in the store (default 200 million)")
+    add_int(parser, "--tokens", MIN_TOKENS, help="data: tokens in the store (default 200 million)")
     what = f"checkpoint, hub: size of the state or weights (default {DEFAULT_MEGABYTES})"
     add_int(parser, "--megabytes", 1, help=what)
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
@@ -364,34 +365,30 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     _add_processes(parser)
 
 
-_COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
-    ("train", _add_train, "train CONFIG, or resume from its last checkpoint (the default command)"),
-    ("new", _add_new, "write the recipe and the config to train on your own text"),
-    ("init", _add_init, "write the quickstart's config and data recipe into a folder"),
-    ("explain", _add_explain, "explain a config field, or list the fields"),
-    ("show", _add_show, "print the resolved config and its statistics; uses no devices"),
-    ("compile", _add_compile, "compile the train step for hardware that is not here: memory, cycles, collectives"),
-    ("data prepare", _add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),
-    ("data show", _add_data_show, "print the counts, lengths, versions and samples of a store"),
-    ("data verify", _add_store, "read a whole store and check the hash of every block"),
-    ("data peek", _add_data_peek, "print the batch of one step and process"),
-    ("sample", _add_sample, "continue a text with a checkpoint of a run, the newest by default"),
-    (
-        "evaluate",
-        _add_evaluate,
-        "evaluate a checkpoint of a run on its validation samples or on tasks, on any mesh",
-    ),
-    ("hub check", _add_hub_check, "say what published weights hold, and whether each tensor has its place"),
-    ("hub export", _add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
-    ("models", _add_models, "list the published models that a config can name"),
-    ("runs", _add_runs, "list runs with their state, progress and results"),
-    ("goodput", _add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps done again"),
-    ("checkpoints", _add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
-    ("report", _add_report, "write the page of a run in any state, or one that compares several"),
-    ("diff", _add_diff, "compare two configs or run records"),
-    ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device, and in processes"),
-    ("bench", _add_bench, "time the framework against hand-written code"),
-)
+COMMANDS = {
+    "train": Command(_add_train, "train CONFIG, or resume from its last checkpoint (the default command)"),
+    "new": Command(_add_new, "write the recipe and the config to train on your own text"),
+    "init": Command(_add_init, "write the quickstart's config and data recipe into a folder"),
+    "explain": Command(_add_explain, "explain a config field, or list the fields"),
+    "show": Command(_add_show, "print the resolved config and its statistics; uses no devices"),
+    "compile": Command(_add_compile, "compile the train step for hardware that is absent: memory, cycles, collectives"),
+    "data prepare": Command(_add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),
+    "data show": Command(_add_data_show, "print the counts, lengths, versions and samples of a store"),
+    "data verify": Command(_add_store, "read a whole store and check the hash of every block"),
+    "data peek": Command(_add_data_peek, "print the batch of one step and process"),
+    "sample": Command(_add_sample, "continue a text with a checkpoint of a run, the newest by default"),
+    "evaluate": Command(_add_evaluate, "evaluate a checkpoint of a run on validation samples or tasks, on any mesh"),
+    "hub check": Command(_add_hub_check, "say what published weights hold, and whether each tensor has its place"),
+    "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
+    "models": Command(_add_models, "list the published models that a config can name"),
+    "runs": Command(_add_runs, "list runs with their state, progress and results"),
+    "goodput": Command(_add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps redone"),
+    "checkpoints": Command(_add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
+    "report": Command(_add_report, "write the page of a run in any state, or one that compares several"),
+    "diff": Command(_add_diff, "compare two configs or run records"),
+    "parity": Command(_add_parity, "compare loss and gradients on each mesh to those of one device, and in processes"),
+    "bench": Command(_add_bench, "time the framework against hand-written code"),
+}
 JOINING_COMMANDS = ("train", "sample", "evaluate", "hub export", "parity", "bench")
 """The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
 DEVICE_OPTIONS = (
@@ -399,16 +396,3 @@ DEVICE_OPTIONS = (
     *("supervise", "max-restarts-per-hour", "accept-change"),
 )
 """Options that may be taken for config fields."""
-COMMANDS = {name: summary for name, _, summary in _COMMANDS}
-ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    name: add_arguments for name, add_arguments, _ in _COMMANDS
-}
-MODULES = {name: f"jaxinfra.cli.{name.replace(' ', '.')}" for name in COMMANDS}
-"""Of each command: its module, whose `run(options, argv)` returns the exit code."""
-
-
-def add_command(
-    name: str, add_arguments: Callable[[argparse.ArgumentParser], None], summary: str, *, module: str
-) -> None:
-    """Adds a command to those above, such as one that only a clone has."""
-    COMMANDS[name], ADD_ARGUMENTS[name], MODULES[name] = summary, add_arguments, module

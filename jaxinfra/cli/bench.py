@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
 
 from jaxinfra.bench import DEFAULT_CONFIG
 from jaxinfra.bench.table import run_cases
@@ -13,7 +12,7 @@ from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Runs the benchmark and prints its table."""
     check_options(options)
     options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
@@ -21,12 +20,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     bench = importlib.import_module(f"jaxinfra.bench.{options.name}")
     if "jax" in sys.modules:  # not yet when this command began
         importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
-    result = bench.run(options) if hasattr(bench, "run") else run_cases(options, bench.CASES, bench.COLUMNS)
-    if current_peers().index != 0:
-        return 0
-    print(result)
-    outputs.write_json(options.json, {**result.measurements, "environment": result.environment})
-    return 0
+    if hasattr(bench, "run"):
+        result = bench.run(options)
+    else:
+        result = run_cases(options, bench.CASES, bench.COLUMNS, getattr(bench, "NOTE", ""))
+    if options.prints:
+        print(result)
+        outputs.write_json(options.json, {**result.measurements, "environment": result.environment})
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Uses no devices. JAX is imported only for a copy between a disk and a bucket.
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.table import Column
 from jaxinfra.checkpoint.bucket_index import owner_token
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.copying import copy_run
-from jaxinfra.checkpoint.difference import Checkpoint, open_checkpoint
+from jaxinfra.checkpoint.difference import Checkpoint, LeafDifference, compare_leaves, open_checkpoint
 from jaxinfra.checkpoint.inventory import (
     PrunePlan,
     StepOverview,
@@ -27,7 +28,6 @@ from jaxinfra.checkpoint.inventory import (
     verify_step,
 )
 from jaxinfra.checkpoint.step_store import Leftover, StepStore
-from jaxinfra.cli import checkpoint_diff
 from jaxinfra.cli.arguments import CHECKPOINT_ACTIONS
 from jaxinfra.cli.progress import ByteProgress
 from jaxinfra.command import COMMAND
@@ -38,18 +38,13 @@ from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner, hold
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import stdout_console, titled_table
-from jaxinfra.track.formatting import format_age, format_bytes
+from jaxinfra.track.formatting import flatten, format_age, format_bytes
 from jaxinfra.track.runs import local_files, no_run_error, parse_source
 
-_OPTIONS = {
-    "all": "diff",
-    "keep_last": "prune",
-    "keep_every": "prune",
-    "keep_best": "prune",
-    "damaged": "prune",
-    "dry_run": "prune",
-    "step": "copy-to",
-}
+_WORST = 20  # leaves that diff shows without --all
+_RECORDED = ("config", "versions", "data")  # parts of a manifest's record that diff compares
+_RETENTION = ("keep_last", "keep_every", "keep_best")  # fields of CheckpointConfig, and options of prune
+_OPTIONS = {"diff": ("all",), "prune": (*_RETENTION, "damaged", "dry_run"), "copy-to": ("step",)}  # of each action
 
 
 class _Run(NamedTuple):
@@ -60,16 +55,15 @@ class _Run(NamedTuple):
     config: CheckpointConfig
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs the action; without one, prints a row for each checkpoint."""
+def run(options: argparse.Namespace) -> None:
+    """Runs the action, which returns what `--json` writes; without one, prints a row for each checkpoint."""
     _check_options(options)
     opened = _open(options.run_dir.rstrip("/") or options.run_dir)
     actions = {None: _list, "verify": _verify, "diff": _diff, "prune": _prune, "copy-to": _copy}
-    result, problem = actions[options.action](opened, options)
+    result = actions[options.action](opened, options)
     outputs.write_json(options.json, result)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return 0
+    if options.action == "verify":
+        _require_intact(opened.stored, result)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -78,9 +72,11 @@ def _check_options(options: argparse.Namespace) -> None:
     wanted = {"diff": 2, "prune": 0, "copy-to": 1}.get(action, len(words))
     if len(words) != wanted:
         raise ConfigError(f"{action}: takes {wanted} words, found {len(words)}; use {CHECKPOINT_ACTIONS[action]}")
-    for name, owner in _OPTIONS.items():
-        if getattr(options, name) is not None and action != owner:
-            raise ConfigError(f"--{name.replace('_', '-')}: is for {owner}; use {CHECKPOINT_ACTIONS[owner]} with it")
+    for owner, names in _OPTIONS.items():
+        for name in names:
+            if getattr(options, name) is not None and action != owner:
+                option, usage = name.replace("_", "-"), CHECKPOINT_ACTIONS[owner]
+                raise ConfigError(f"--{option}: is for {owner}; use {usage} with it")
     outputs.check_writable(options.json)
 
 
@@ -100,7 +96,7 @@ def _step(stored: StepStore, word: str) -> int:
     return int(word)
 
 
-def _list(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+def _list(opened: _Run, options: argparse.Namespace) -> Any:
     location, stored, config = opened
     steps, leftovers = list_checkpoints(stored, config), stored.leftovers()
     is_trained = current_owner(location) is not None
@@ -115,7 +111,7 @@ def _list(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
     else:
         print(f"{stored.location}: no checkpoints yet")
     print(f"next: {_next(opened, steps, leftovers, is_trained)}")
-    return {"run": location, "steps": [asdict(e) for e in steps], "leftovers": [asdict(e) for e in leftovers]}, None
+    return {"run": location, "steps": [asdict(e) for e in steps], "leftovers": [asdict(e) for e in leftovers]}
 
 
 def _cells(each: StepOverview) -> list[str]:
@@ -144,7 +140,7 @@ def _next(opened: _Run, steps: Sequence[StepOverview], leftovers: Sequence[Lefto
     return f"{command} verify" if steps else f"{COMMAND} runs {os.path.dirname(opened.location) or '.'}"
 
 
-def _verify(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+def _verify(opened: _Run, options: argparse.Namespace) -> Any:
     stored = opened.stored
     existing = stored.steps()
     steps = sorted({_step(stored, word) for word in options.words}) or existing
@@ -160,12 +156,14 @@ def _verify(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]
     elapsed_s, num_bytes = time.monotonic() - start_s, sum(each.num_bytes for each in results)
     speed = f"{num_bytes / elapsed_s / 1e9:.2f} GB/s" if elapsed_s else "-"
     print(f"read {format_bytes(num_bytes)} in {elapsed_s:.1f} s, {speed}")
-    damaged = [each for each in results if each.problems]
-    if not damaged:
-        return [asdict(each) for each in results], None
-    named = ", ".join(f"step {each.step} ({each.problems[0]})" for each in damaged)
-    fix = "restore it from a copy; a start of the run sets it aside and goes on from an older one"
-    return [asdict(each) for each in results], f"{stored.location}: damaged: {named}; {fix}"
+    return [asdict(each) for each in results]
+
+
+def _require_intact(stored: StepStore, results: Sequence[Mapping[str, Any]]) -> None:
+    """Raises CheckpointError if a checkpoint is damaged; the results of `_verify` are written by then."""
+    if named := ", ".join(f"step {each['step']} ({each['problems'][0]})" for each in results if each["problems"]):
+        fix = "restore it from a copy; a start of the run sets it aside and goes on from an older one"
+        raise CheckpointError(f"{stored.location}: damaged: {named}; {fix}")
 
 
 def _outcome(found: Verified) -> str:
@@ -176,9 +174,36 @@ def _outcome(found: Verified) -> str:
     return f"intact, {found.num_files:,} files, {format_bytes(found.num_bytes)}"
 
 
-def _diff(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+def _diff(opened: _Run, options: argparse.Namespace) -> Any:
+    """Prints how two checkpoints differ: leaf by leaf, summed over groups of leaves, and in what they have recorded."""
     left, right = (_named_checkpoint(opened, word) for word in options.words)
-    return checkpoint_diff.print_difference(left, right, show_all=bool(options.all)), None
+    found = [*compare_leaves(left, right)]
+    different = [each for each in found if not each.is_equal]
+    recorded = _recorded_differences(left.manifest.record, right.manifest.record)
+    print(f"A {left}", f"B {right}", sep="\n")
+    for name, (a, b) in recorded.items():
+        print(f"{name}: {a} -> {b}")
+    for each in different:
+        if each.largest is None:
+            print(f"{each.name}: {each.left} -> {each.right}")
+    values = [each for each in different if each.largest is not None]
+    if values:
+        _print_groups(found)
+        worst = sorted(values, key=_badness, reverse=True)[:_WORST]
+        _print_leaves(values if options.all else worst, len(values))
+    equal = len(found) - len(different)
+    print(
+        f"{len(found):,} leaves: {equal:,} equal to the last bit, {len(values):,} with other values, "
+        f"{len(different) - len(values):,} on one side only or of another type"
+    )
+    return {
+        "left": str(left),
+        "right": str(right),
+        "leaves": len(found),
+        "equal": equal,
+        "different": [asdict(each) for each in different],
+        "recorded": {name: [*pair] for name, pair in recorded.items()},
+    }
 
 
 def _named_checkpoint(opened: _Run, word: str) -> Checkpoint:
@@ -189,9 +214,54 @@ def _named_checkpoint(opened: _Run, word: str) -> Checkpoint:
     return open_checkpoint(_open(location).stored, step)
 
 
-def _prune(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+def _recorded_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the recorded config fields, versions and data that differ, by path; None where a side has none."""
+    sides = [flatten({key: record[key] for key in _RECORDED if key in record}) for record in (left, right)]
+    pairs = {name: (sides[0].get(name), sides[1].get(name)) for name in {**sides[0], **sides[1]}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _badness(each: LeafDifference) -> float:
+    """Returns the relative difference, by which leaves are sorted; a NaN is worst."""
+    return math.inf if math.isnan(each.relative) else each.relative
+
+
+def _print_groups(found: Sequence[LeafDifference]) -> None:
+    """Prints a row for each part of the state; of the optimizer, for each of its trees (`opt_state.0.mu`)."""
+    groups: dict[str, list[LeafDifference]] = {}
+    for each in found:
+        groups.setdefault(_group(each.name), []).append(each)
+    numbers = (Column(name, justify="right") for name in ("leaves", "equal", "largest |A - B|", "|A - B| / |A|"))
+    table = titled_table("", "group", *numbers)
+    for name, leaves in groups.items():
+        largest = max(each.largest or 0.0 for each in leaves)
+        norms = math.hypot(*(each.norm for each in leaves)), math.hypot(*(each.left_norm for each in leaves))
+        relative = f"{norms[0] / norms[1]:.2e}" if norms[1] else ""
+        equal = sum(each.is_equal for each in leaves)
+        table.add_row(name, f"{len(leaves):,}", f"{equal:,}", f"{largest:.2e}", relative)
+    stdout_console().print(table)
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] != "opt_state":
+        return parts[0]
+    depth = next((index for index, part in enumerate(parts[1:], 2) if not part.isdecimal()), len(parts))
+    return ".".join(parts[:depth])
+
+
+def _print_leaves(values: Sequence[LeafDifference], total: int) -> None:
+    title = "" if len(values) == total else f"the worst {len(values)} of {total:,} leaves; --all shows all"
+    numbers = (Column(name, justify="right") for name in ("largest |A - B|", "|A - B| / |A|"))
+    table = titled_table(title, Column("leaf", overflow="fold"), "type", *numbers)
+    for each in values:
+        table.add_row(each.name, each.left, f"{each.largest:.2e}", f"{each.relative:.2e}")
+    stdout_console().print(table)
+
+
+def _prune(opened: _Run, options: argparse.Namespace) -> Any:
     location, stored, config = opened
-    asked = {name: getattr(options, name) for name in ("keep_last", "keep_every", "keep_best")}
+    asked = {name: getattr(options, name) for name in _RETENTION}
     config = replace(config, **{name: value for name, value in asked.items() if value is not None})
 
     def plan() -> PrunePlan:
@@ -200,12 +270,12 @@ def _prune(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
     if options.dry_run:
         planned = plan()
         _print_plan(planned, "would delete", "would free")
-        return asdict(planned), None
+        return asdict(planned)
     with hold(location, after=owner_token(stored.location) if is_remote(location) else 0) as lease:
         planned = plan()
         _print_plan(planned, "deleting", "freeing")
         stored.delete([*planned.steps], planned.leftovers, lease)
-    return asdict(planned), None
+    return asdict(planned)
 
 
 def _print_plan(plan: PrunePlan, delete: str, free: str) -> None:
@@ -221,7 +291,7 @@ def _print_plan(plan: PrunePlan, delete: str, free: str) -> None:
         print(f"nothing to delete; kept: {_join(plan.kept)}", flush=True)
 
 
-def _copy(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
+def _copy(opened: _Run, options: argparse.Namespace) -> Any:
     (target,) = options.words
     target = target.rstrip("/") or target
     os.environ["JAX_PLATFORMS"] = "cpu"  # a copy needs no accelerator, which a run may be using
@@ -231,18 +301,18 @@ def _copy(opened: _Run, options: argparse.Namespace) -> tuple[Any, str | None]:
     elapsed_s, num_bytes = time.monotonic() - start_s, source.manifest.num_bytes
     print(f"copied step {source.step} to {target}: {format_bytes(num_bytes)} in {elapsed_s:.1f} s, verified")
     print(f"next: {COMMAND} checkpoints {target}")
-    return {"run": target, "step": source.step, "num_bytes": num_bytes}, None
+    return {"run": target, "step": source.step, "num_bytes": num_bytes}
 
 
 def _newest(stored: StepStore) -> Checkpoint:
     """Opens the newest intact checkpoint; CheckpointError names what is wrong with all."""
-    problems: Mapping[int, str] = {}
+    problems = list[str]()
     for step in reversed(stored.steps()):
         try:
             return open_checkpoint(stored, step)
         except CheckpointError as error:
-            problems = {**problems, step: str(error)}
-    reasons = "; ".join(problems.values()) or "there is none yet"
+            problems.append(str(error))
+    reasons = "; ".join(problems) or "there is none yet"
     raise CheckpointError(f"{stored.location}: no intact checkpoint: {reasons}")
 
 

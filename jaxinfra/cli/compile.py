@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from jaxinfra.cli import config_argument
@@ -15,7 +15,7 @@ from jaxinfra.storage import outputs
 from jaxinfra.track.formatting import format_bytes, format_percent
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Compiles, and prints memory, cycles, kernels and collectives; ConfigError if the step does not fit a device."""
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: compile uses no devices; name the hardware with --on")
@@ -33,7 +33,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if needed_bytes > hbm_bytes:  # the TPU compiler raises this itself, the GPU compiler does not
         fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed_bytes / hbm_bytes)
         raise ConfigError(f"{compiled.name} on {compiled.topology}: {out_of_memory(needed_bytes, hbm_bytes, fix)}")
-    return 0
 
 
 def format_report(compiled: CompiledStep, chip: Chip) -> Iterator[str]:

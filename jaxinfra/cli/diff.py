@@ -2,12 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Sequence
 
 from jaxinfra.config import diff, format_diff, load
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints one line per field that differs."""
     # A run.json may use the classes of the config file that it is compared with.
     files = [path for path in (options.left, options.right) if path.endswith(".py") and os.path.exists(path)]
@@ -15,4 +14,3 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     left, right = (load(path, imports=imports, same_sources=False) for path in (options.left, options.right))
     differences = diff(left.run, right.run)
     print(format_diff(differences) if differences else "no difference")
-    return 0

@@ -1,7 +1,7 @@
 """`python -m launch evaluate RUN_DIR`: evaluates a checkpoint of a run on the devices and the mesh that there are."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,18 +31,16 @@ from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.train.trainer import Trainer
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Evaluates in all processes; process 0 prints the metrics, and the baselines if the data has some."""
-    is_main = current_peers().index == 0
-    if is_main:
+    if options.prints:
         outputs.check_writable(options.json)
     if options.tasks is None and (options.limit, options.num_fewshot) != (None, None):
         raise ConfigError("--limit, --num-fewshot: are of tasks; name some with --tasks, or use train.eval_samples=100")
     result = _validate(options) if options.tasks is None else _run_tasks(options)
-    if is_main:
+    if options.prints:
         _print_tasks(result) if "tasks" in result else _print_validation(result)
         outputs.write_json(options.json, result)
-    return 0
 
 
 def _validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -83,7 +81,7 @@ def _restore(trainer: Trainer, source: str) -> tuple[int, str]:
 
     An objective with a reference gets that of the same checkpoint.
     """
-    loaded = load_params(source, trainer.program)
+    loaded = load_params(source, trainer.program, trainer.job.peers)
     trainer.state = TrainState(
         step=jnp.asarray(loaded.step, jnp.int32),
         params=loaded.params,

@@ -22,7 +22,7 @@ _RESUME = {  # fields of a run that are not in its fingerprint, but say which ru
 }
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints the type, default and meaning of a field, and the fields below it."""
     width = min(shutil.get_terminal_size(fallback=(_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
     if options.field is None:
@@ -32,14 +32,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         only = (line for line in image_set if line not in corpus)
         print("\nImageSet: a recipe of images, with these fields besides the common ones", *only, sep="\n")
         print(f"\nA field in full: {COMMAND} explain optim.peak_lr. All of them: docs/configs.md.")
-        return 0
+        return
     if (option := options.field.replace("_", "-")) in DEVICE_OPTIONS:
         raise ConfigError(f"{options.field}: is no config field but the option --{option}; see docs/run-on.md")
     same: dict[tuple[str, ...], list[Field]] = {}  # a field of several classes is explained once
     for field in find(_roots(), options.field):
         same.setdefault((field.path, field.allowed, field.default, field.meaning), []).append(field)
     print("\n\n".join("\n".join(describe_field(fields, width)) for fields in same.values()))
-    return 0
 
 
 def _roots() -> Iterator[type]:

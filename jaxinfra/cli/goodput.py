@@ -1,7 +1,6 @@
 """`python -m launch goodput RUN [RUN ...]`: says where the time of runs went, over all starts; uses no devices."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxinfra.track.goodput import CLASSES, GOODPUT_FILE, Goodput, Model, accoun
 from jaxinfra.track.runs import local_files
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints a table for each run, and one for all of them; with `--mtbf` also what to expect."""
     locations = list(dict.fromkeys(name.rstrip("/") for name in options.runs))
     runs = {location: _read(location) for location in locations}
@@ -29,7 +28,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if options.mtbf is not None:
             _print_model(expected)
     outputs.write_json(options.json, result)
-    return 0
 
 
 def _read(location: str) -> Goodput:

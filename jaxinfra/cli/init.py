@@ -1,7 +1,6 @@
 """`jaxinfra init [FOLDER]`: writes the quickstart's config and data recipe, to start from without a clone."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfra.command import COMMAND
@@ -11,7 +10,7 @@ from jaxinfra.storage.errors import storage_errors
 FILES = ("configs/quickstart.py", "configs/data/python_stdlib.py")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Writes the files and prints the commands that use them; if one exists, raises ConfigError and writes none."""
     folder, package = Path(options.folder), Path(__file__).parents[1]
     for name in FILES:
@@ -27,4 +26,3 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"wrote {folder / name}")
     print("next:" if options.folder == "." else f"next:\n  cd {options.folder}")
     print(f"  {COMMAND} data prepare {FILES[0]}\n  {COMMAND} {FILES[0]}")
-    return 0

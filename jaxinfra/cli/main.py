@@ -13,18 +13,19 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
-from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS, JOINING_COMMANDS, MODULES
+from jaxinfra.cli.arguments import COMMANDS, JOINING_COMMANDS, Command
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
 from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.machine import emulation, platforms
 from jaxinfra.machine.compile_cache import cache_environment
 from jaxinfra.machine.host_memory import keep_freed_memory
+from jaxinfra.plugins import load_plugin, plugins
 from jaxinfra.processes import signal_router
 from jaxinfra.processes.discovery import find_processes
 from jaxinfra.processes.door import SECRET
@@ -79,18 +80,18 @@ def help_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, usage=usage, description=about, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="store_true", help="print the versions of jaxinfra, Python and JAX")
     group = parser.add_argument_group("commands (each has its own --help)")
-    for name, summary in COMMANDS.items():
-        group.add_argument(name, help=summary, nargs="?")
+    for name, each in COMMANDS.items():
+        group.add_argument(name, help=each.summary, nargs="?")
     return parser
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
     """Builds the parser of one command, with the options that all commands share."""
-    parser = _Parser(prog=f"{COMMAND} {command}", description=COMMANDS[command])
+    parser = _Parser(prog=f"{COMMAND} {command}", description=COMMANDS[command].summary)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     devices_help = "cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
     parser.add_argument("--devices", metavar="PLATFORM[:N]", help=devices_help)
-    ADD_ARGUMENTS[command](parser)
+    COMMANDS[command].add_arguments(parser)
     return parser
 
 
@@ -104,9 +105,12 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         print(f"jaxinfra {__version__}, Python {platform.python_version()}, JAX {version('jax')}")
         raise SystemExit(0)
     if not argv or argv[0] in ("-h", "--help"):
+        _add_plugins()
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    num_words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)  # 0: CONFIG, which means train
+    if not _command_words(argv) and not os.path.exists(argv[0]):
+        _add_plugins(argv)
+    num_words = _command_words(argv)  # 0: CONFIG, which means train
     if not num_words:
         _check_subcommand(argv)
     command = " ".join(argv[:num_words]) or "train"
@@ -119,6 +123,18 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     if not num_words:
         _check_config_word(options.config)
     return argparse.Namespace(command=command, **vars(options))
+
+
+def _command_words(argv: Sequence[str]) -> int:
+    """Returns how many words at the begin of a command line name a command."""
+    return next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
+
+
+def _add_plugins(argv: Sequence[str] | None = None) -> None:
+    """Adds the commands of other packages to `COMMANDS`: the one that a command line begins with, or all."""
+    for name in plugins("commands").keys() - COMMANDS:
+        if argv is None or " ".join([*argv, ""]).startswith(f"{name} "):
+            COMMANDS[name] = load_plugin("commands", name, Command)
 
 
 def _check_subcommand(argv: Sequence[str]) -> None:
@@ -177,14 +193,11 @@ def choose_devices(devices: str | None) -> None:
 
 
 @contextmanager
-def _all_processes(options: argparse.Namespace, argv: Sequence[str]) -> Iterator[None]:
+def _all_processes(options: argparse.Namespace) -> Iterator[None]:
     """Joins the other processes of a command that several run together; a signal may end it at any time.
 
     At the end it tells them how this one leaves.
     """
-    if options.command not in JOINING_COMMANDS:
-        yield
-        return
     with RunSignals(interrupts=options.command == "train"), ExitStack() as joined:
         processes = find_processes(
             os.environ, coordinator=options.coordinator, process_id=options.process_id, of=options.of
@@ -193,20 +206,10 @@ def _all_processes(options: argparse.Namespace, argv: Sequence[str]) -> Iterator
             secret, join_s, silence_s = os.environ.get(SECRET), options.join_timeout, options.heartbeat_timeout
             has_run = options.command == "train" or not getattr(options, "run_dir", "hf:").startswith("hf:")
             if not secret and has_run:
-                location = importlib.import_module("jaxinfra.cli.supervise").run_location(argv)
+                location = importlib.import_module("jaxinfra.cli.processes").ask_location(options.argv)
                 secret = run_secret(location) if location else secret
             joined.enter_context(join(processes, join_s=join_s, silence_s=silence_s, secret=secret))
         yield
-
-
-def _print_error(message: str, exit_code: int) -> int:
-    """Prints an error on one line, without credentials, and without what a terminal acts on."""
-    print(f"error: {quoted(mask_credentials(' '.join(message.split())), 10_000)}", file=sys.stderr)
-    return exit_code
-
-
-def _print_traceback() -> None:
-    print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,37 +232,38 @@ def _run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
+        options.argv = argv
         failpoints.check_environment(os.environ)
         joins, trains = options.command in JOINING_COMMANDS, options.command == "train"
         signal_router.leave_start(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
-        if trains and options.supervise:
-            return importlib.import_module("jaxinfra.cli.supervise").run(options, argv)
-        if joins and options.processes > 1:
-            return importlib.import_module("jaxinfra.cli.processes").run(options, argv)
+        if joins and (options.processes > 1 or (trains and options.supervise)):
+            return importlib.import_module("jaxinfra.cli.processes").run(options)
         if joins and platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1":
             keep_freed_memory()  # of the one device
-        with _all_processes(options, argv):
-            module = importlib.import_module(MODULES[options.command])
+        with _all_processes(options) if joins else nullcontext():
+            options.prints = current_peers().index == 0
+            name = COMMANDS[options.command].module or f"jaxinfra.cli.{options.command.replace(' ', '.')}"
+            module = importlib.import_module(name)
             if "jax" in sys.modules:  # the command compiles, maybe
                 importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
-            return module.run(options, argv)
+            module.run(options)
+        return 0
     except Preempted as error:  # asked for: no error
         print(mask_credentials(str(error)), file=sys.stderr)
         return error.exit_code
-    except JaxinfraError as error:
-        if "--debug" in argv:
-            _print_traceback()
-        failures_to_close = getattr(error, "__notes__", ())
-        return _print_error("; then ".join((str(error), *failures_to_close)), error.exit_code)
     except Exception as error:
         code, line = ending_of(error)
-        if code == 1:  # a bug
+        is_for_users = isinstance(error, JaxinfraError)
+        if code == 1 and not is_for_users:  # a bug
             raise
         if "--debug" in argv:
-            _print_traceback()
-        return _print_error(line, code)
+            print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
+        failures_to_close = getattr(error, "__notes__", ()) if is_for_users else ()
+        line = " ".join("; then ".join((line, *failures_to_close)).split())
+        print(f"error: {quoted(mask_credentials(line), 10_000)}", file=sys.stderr)  # nothing that a terminal acts on
+        return code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,6 @@
 """`python -m launch models [WORD]`: lists the published models that a config can name; uses no devices."""
 
 import argparse
-from collections.abc import Sequence
 
 from rich.table import Column, Table
 
@@ -17,7 +16,7 @@ _LESS_IMPORTANT = ("heads/KV", "vocab", "active")  # left out of a narrow termin
 _MIN_WIDTH = 100  # characters that all columns need
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints a row for each model whose name contains the word."""
     entries = [entry for entry in catalog() if options.word.lower() in entry.name]
     if not entries:
@@ -37,7 +36,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         "Memory in GiB: of bfloat16 weights; in training, of float32 parameters, gradients and AdamW's moments.",
         markup=False,
     )
-    return 0
 
 
 def cells(entry: CatalogEntry) -> list[str]:

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfra.command import COMMAND
@@ -27,7 +26,7 @@ _STEPS = (100, 1000)  # fewest and most
 _RECIPE_COMMENTS = {"on_bad": "bad records are listed in skipped.jsonl of the store's version"}
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Writes both files and prints the commands that use them; writes nothing if one exists."""
     name = options.name or re.sub(r"[^\w-]+", "-", Path(options.path).resolve().name.partition(".")[0]).strip("-")
     if not re.fullmatch(r"\w[\w-]{0,99}", name):
@@ -50,11 +49,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     print(f"wrote {run_file}  (model, data, optimizer; {config.train.steps} steps)")
     print(f"next:\n  {COMMAND} data prepare {run_file}\n  {COMMAND} {run_file}")
     print(f'  {COMMAND} sample runs/{name} "Once upon a time"')
-    return 0
 
 
 def small_run(name: str, recipe: str, detected: Detected) -> Run:
-    """Returns a run that a laptop finishes in minutes: the model of the quickstart, about four epochs."""
+    """Returns a run that a laptop finishes in minutes: a small model, about four epochs."""
     tokenizer = detected.recipe.tokenizer
     assert isinstance(tokenizer, TrainBpe)
     steps = round(_EPOCHS * detected.text_bytes / _BYTES_PER_TOKEN / (_BATCH * _SEQ_LEN))

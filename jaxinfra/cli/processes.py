@@ -1,39 +1,107 @@
-"""`--processes N`: runs a command in N processes on this machine. It asks JAX for no devices."""
+"""`--processes N` and `--supervise`: runs a command in other processes on this machine, once or again and again.
+
+It asks JAX for no devices, which those processes take. A supervisor does not even import it.
+"""
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.launchers.launcher import launch
+from jaxinfra.errors import ConfigError, PeerLostError, StorageError, error_of_code
+from jaxinfra.launchers.launcher import ProcessExit, launch
 from jaxinfra.launchers.local_processes import process_environments
+from jaxinfra.launchers.restart_policy import RestartLimits
+from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
+from jaxinfra.processes.discovery import find_processes
+from jaxinfra.processes.door import SECRET
+from jaxinfra.processes.run_secret import run_secret
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.attempts import AttemptLog
 
 _MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _OPTIONS_OF_ONE = ("coordinator", "process_id", "of")  # options of a process among several
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Starts the processes with their share of the devices, supervises them, and returns the exit code of the run."""
+def run(options: argparse.Namespace) -> int:
+    """Starts the processes of this host with their share of the devices; returns the exit code of the run."""
+    if options.processes > 1:
+        check_options(options)
+    return _run_again(options) if options.command == "train" and options.supervise else _run_once(options)
+
+
+def _run_once(options: argparse.Namespace) -> int:
     from jaxinfra.cli import bench, run_location  # these import JAX, which the supervisor must not
 
-    check_options(options)
     if options.command == "bench":
         bench.check_options(options)
     environments = process_environments(options.processes, options.devices)
-    command = child_command(argv, share_of_devices(options.devices, environments))
+    command = child_command(options.argv, share_of_devices(options.devices, environments))
     location = run_location.run_location(options)
     if location is None:
         return launch(command, environments, None)
     with logs_folder(f"{location}/logs") as (logs, _):
         return launch(command, environments, logs)
+
+
+def _run_again(options: argparse.Namespace) -> int:
+    """Starts the processes until there is nothing to start again; returns the last exit code."""
+    is_several = options.processes > 1
+    among = {"coordinator": options.coordinator, "process_id": options.process_id, "of": options.of}
+    found = None if is_several else find_processes(os.environ, **among)
+    first_rank = 0 if found is None else found.index
+    secret: dict[str, str] = {}
+
+    def environments() -> Sequence[Mapping[str, str]]:
+        return process_environments(options.processes, options.devices) if is_several else [secret]
+
+    command = child_command(options.argv, share_of_devices(options.devices, environments()))
+    location = ask_location(options.argv)
+    assert location is not None
+    if found is not None and not os.environ.get(SECRET):
+        secret[SECRET] = run_secret(location)
+    attempts = AttemptLog(location)
+
+    def record(attempt: Attempt) -> None:
+        if first_rank == 0:
+            attempts.append(asdict(attempt))
+
+    with logs_folder(f"{location}/logs") as (logs, logs_location):
+        what = Supervised(
+            command=command, environments=environments, logs=logs, logs_location=logs_location, first_rank=first_rank
+        )
+        return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
+
+
+def ask_location(argv: Sequence[str], tries: int = 3) -> str | None:
+    """Returns the directory or URL of the run, None without one; asks another process.
+
+    Loading a config imports JAX, and its file may ask that for devices, before the processes have joined.
+    """
+    command = [sys.executable, "-m", "jaxinfra.cli.run_location", *argv]
+    # In a session of its own: Ctrl-C ends this process alone, which says so in one line.
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True)
+    if asked.returncode < 0:
+        end = f"the process that finds the run's directory {ProcessExit(rank=0, code=asked.returncode).text}"
+        if tries == 1:
+            raise PeerLostError(f"{end} each time; find out what kills it, such as too little memory, and start again")
+        print(f"warning: {end}; starting it again", file=sys.stderr)
+        return ask_location(argv, tries - 1)
+    if asked.returncode:
+        raise SystemExit(asked.returncode)  # it has printed its traceback
+    found = json.loads(asked.stdout)
+    if "error" in found:
+        raise error_of_code(*found["error"])
+    return found["location"]
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -63,15 +131,10 @@ def logs_folder(location: str) -> Iterator[tuple[Path, str]]:
         try:
             yield Path(folder), url
         finally:
-            _close(mirror)
-
-
-def _close(mirror: Mirror) -> None:
-    """Copies the end of the logs; a failure is only reported, since the exit code is that of the run."""
-    try:
-        mirror.close()
-    except StorageError as error:
-        print(f"warning: {error}", file=sys.stderr)
+            try:
+                mirror.close()  # copies the end of the logs
+            except StorageError as error:  # only reported: the exit code is that of the run
+                print(f"warning: {error}", file=sys.stderr)
 
 
 def child_command(argv: Sequence[str], devices: str | None) -> list[str]:

@@ -1,7 +1,6 @@
 """`python -m launch report RUN [RUN ...]`: writes the page of a run, or one page that compares several."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 from jaxinfra.config.source import RECORD_FILE
@@ -12,7 +11,7 @@ from jaxinfra.track.report import MAX_RUNS, REPORT_FILE, RunFiles, read_run, ren
 from jaxinfra.track.runs import local_files, no_run_error
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Writes the page and prints its path."""
     locations = list(dict.fromkeys(name.rstrip("/") for name in options.runs))
     if len(locations) > MAX_RUNS:
@@ -25,7 +24,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     path = options.output or default
     outputs.write_text(path, render_report(runs))
     print(f"wrote {path}; open it in a browser")
-    return 0
 
 
 def _read(location: str) -> RunFiles:

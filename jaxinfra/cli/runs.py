@@ -1,7 +1,6 @@
 """`python -m launch runs [ROOT]`: lists runs with their state, progress and results; uses no devices."""
 
 import argparse
-from collections.abc import Sequence
 
 from rich.table import Column
 
@@ -13,20 +12,19 @@ from jaxinfra.track.runs import RunOverview, list_runs
 _NUMBERS = ("step", "loss", "best validation", "units/s", "goodput", "age")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints a row for each run, newest first."""
     root = options.root
     runs = list_runs(root)
     if not runs:
         print(f"{root}: no runs yet; start one with {COMMAND} CONFIG")
-        return 0
+        return
     table = titled_table("", "run", "state", *(Column(name, justify="right") for name in _NUMBERS))
     for each in runs:
         table.add_row(*_cells(each))
     stdout_console().print(table)
     if healthy := [each for each in runs if not each.state.startswith("damaged")]:
         print(f"next: {COMMAND} report {healthy[0].path}")
-    return 0
 
 
 def _cells(run: RunOverview) -> list[str]:

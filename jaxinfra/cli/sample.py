@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.machine.compile_cache import compile_cache
-from jaxinfra.processes.peers import current_peers
 
 _MESH_OVERRIDE = re.compile(r"mesh\.[a-z]+=\S*")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints prompts with their continuations: one prompt while it is decoded, several after their batch.
 
     All processes take part; process 0 prints.
@@ -34,33 +33,30 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     sampler = Sampler.from_run(options.run_dir, options.imports, overrides)
     with compile_cache(sampler.model.run.train.compile_cache):
         if len(prompts) == 1 and options.prompts is None:
-            _stream(sampler, prompts[0], options.max_tokens, sampling)
+            _stream(sampler, prompts[0], options, sampling)
         else:
             _print_batches(sampler, prompts, options, sampling)
-    return 0
 
 
-def _stream(sampler: Sampler, prompt: str, max_tokens: int, sampling: SamplingParams) -> None:
-    prints = current_peers().index == 0
-    for text in sampler.stream(prompt, max_tokens=max_tokens, sampling=sampling):
-        if prints:  # the prompt with the first text, so that an error before it is the only output
+def _stream(sampler: Sampler, prompt: str, options: argparse.Namespace, sampling: SamplingParams) -> None:
+    for text in sampler.stream(prompt, max_tokens=options.max_tokens, sampling=sampling):
+        if options.prints:  # the prompt with the first text, so that an error before it is the only output
             print(prompt + text, end="", flush=True)
             prompt = ""
-    if prints:
+    if options.prints:
         print(prompt)
 
 
 def _print_batches(
     sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace, sampling: SamplingParams
 ) -> None:
-    prints = current_peers().index == 0
     for start in range(0, len(prompts), options.batch):
         batch = prompts[start : start + options.batch]
         completions = sampler.complete(batch, max_tokens=options.max_tokens, sampling=sampling)
         for prompt, found in zip(batch, completions, strict=True):
-            if prints and options.prompts is None:
+            if options.prints and options.prompts is None:
                 print(prompt + found.text, flush=True)
-            elif prints:
+            elif options.prints:
                 print(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False), flush=True)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Sequence
 
 import jax
 from rich.markup import escape
@@ -21,7 +20,7 @@ from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.statistics import run_statistics
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate."""
     loaded = config_argument.load_config(options)
     validate(loaded.run)
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         origin = f"  [dim]# {escape(loaded.origins[path])}[/dim]" if path in loaded.origins else ""
         console.print(escape(line) + origin, soft_wrap=True)
     if options.changed:
-        return 0
+        return
     console.print(statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
@@ -50,7 +49,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for step, rate in lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps):
         console.print(f"{step:>12,}  {rate:.2e}")
     console.print(plot_curve(lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps, rows=200)), markup=False)
-    return 0
 
 
 def _parameter_table(program: Program) -> Table:

@@ -6,21 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
-from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Trains or resumes, plots the loss, and says what to do next."""
-    command = ["python", "-m", "launch", *argv]
+    command = ["python", "-m", "launch", *options.argv]
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)
     trainer = Trainer(loaded, command=command, prepare_command=prepare, accept_change=options.accept_change)
     summary, run_dir = trainer.train(), trainer.run_dir.location
-    if current_peers().index != 0:
-        return 0
+    if not options.prints:
+        return
     if summary["status"] == "finished before":
         print(
             f"nothing to do: all {summary['steps']} steps of {run_dir} are done; to train on from its parameters, with "
@@ -34,7 +33,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if loaded.run.data.modality == "token":
             print(f'  {COMMAND} sample {run_dir} "PROMPT"')
         print(f"  open {summary.get('report', f'{run_dir}/report.html')}")
-    return 0
 
 
 def _plot_loss(metrics: Sequence[Mapping[str, float]]) -> None:

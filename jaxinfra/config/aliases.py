@@ -6,16 +6,8 @@ From the trainers and model configs of Hugging Face, and from the config files o
 _ALIASES = {
     "train.steps": ("max_steps", "num_train_steps", "num_steps", "training_steps", "total_steps", "iterations")
     + ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs", "epochs"),
-    "train.global_batch": (
-        "batch_size",
-        "per_device_batch_size",
-        "per_device_train_batch_size",
-        "local_batch_size",
-        "global_batch_size",
-        "global_batch_size_to_train_on",
-        "train_batch_size",
-        "micro_batch_size",
-    ),
+    "train.global_batch": ("batch_size", "global_batch_size", "global_batch_size_to_train_on", "train_batch_size")
+    + ("per_device_batch_size", "per_device_train_batch_size", "local_batch_size", "micro_batch_size"),
     "train.accumulate": ("gradient_accumulation_steps", "grad_accum", "accumulation_steps", "microbatches"),
     "train.eval_every": ("eval_steps", "eval_interval", "steps_per_eval", "eval_freq"),
     "optim.peak_lr": ("lr", "learning_rate", "max_lr", "base_lr", "init_lr"),
@@ -48,7 +40,7 @@ _ALIASES = {
     "precision.compute": ("dtype", "bf16", "fp16", "torch_dtype", "mixed_precision", "compute_dtype"),
     "precision.params": ("weight_dtype", "param_dtype", "params_dtype"),
     "precision.quantize": ("quantization", "fp8", "int8"),
-    # Where only the number of devices is configured, they all shard the parameters.
+    # `num_devices` is here because a framework that configures only the number of devices shards parameters over them.
     "mesh.fsdp": ("ici_fsdp_parallelism", "data_parallel_shard_degree", "dp_shard", "num_devices"),
     "mesh.replica": ("dcn_data_parallelism", "data_parallel_replicate_degree", "dp_replicate", "num_slices"),
     "mesh.tensor": ("ici_tensor_parallelism", "tensor_parallel_degree", "tensor_parallel_size", "tp", "tp_size"),
@@ -66,7 +58,8 @@ _ALIASES = {
     "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint")
     + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
-# Their values count something else than the field (epochs, a share of the steps, the batch of a device), or switch it.
+# Aliases whose value cannot be taken over: it counts something else than the field (epochs, a share of the steps, the
+# batch of a device), or only switches something on or off.
 _OF_OTHER_VALUES = frozenset(
     ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs", "epochs", "warmup_ratio", "max_position_embeddings")
     + ("per_device_batch_size", "per_device_train_batch_size", "local_batch_size", "micro_batch_size", "output_dir")
@@ -81,13 +74,15 @@ def path_of_alias(name: str) -> str | None:
 
 
 def override_of_alias(name: str, value: str) -> str | None:
-    """Returns the override for a field that other frameworks call `name`; None for other names.
+    """Returns the override `path=value` for a field that other frameworks call `name`; None for other names.
 
-    Its value is VALUE where theirs counts something else.
+    The word VALUE stands in place of a value that is missing, or that means something else here.
     """
     path = path_of_alias(name)
-    return path and f"{path}={'VALUE' if not value or _normalized(name) in _OF_OTHER_VALUES else value}"
+    can_take_over = value and _normalized(name) not in _OF_OTHER_VALUES
+    return path and f"{path}={value if can_take_over else 'VALUE'}"
 
 
 def _normalized(name: str) -> str:
+    """Returns the last part of a dotted name as an alias is written: `warmup_steps` for `optim.Warmup-Steps`."""
     return name.rpartition(".")[2].lower().replace("-", "_")

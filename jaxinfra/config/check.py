@@ -1,23 +1,15 @@
 """Validation of a config: types, limits, and the problems that config classes find in themselves.
 
-The parts of an object are checked before its own `problems()`, which may therefore rely on valid parts.
+A config class may define `problems()`, which yields a `Problem` for each conflict between its fields. The parts of an
+object are checked before its own `problems()`, which may therefore rely on valid parts.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxinfra.config.schema import (
-    MISSING,
-    ConfigField,
-    children,
-    conform,
-    describe,
-    fields_of,
-    is_config,
-    smallest_allowed,
-    within_limits,
-)
+from jaxinfra.config import schema
+from jaxinfra.config.schema import MISSING, ConfigField
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import has_credentials
@@ -40,28 +32,29 @@ def validate(root: object) -> None:
 
     Raises ConfigError for the first problem: `path=value, path=value: message; fix`.
     """
-    _validate(type(root), conform(type(root), root), "")
+    _validate(type(root), schema.conform(type(root), root), "")
 
 
 def _validate(annotation: object, node: object, path: str) -> None:
-    for name, part_annotation, part in children(annotation, node):
+    for name, part_annotation, part in schema.children(annotation, node):
         _validate(part_annotation, part, join(path, name))
-    if not is_config(type(node)):
+    if not schema.is_config(type(node)):
         return
-    for field in fields_of(type(node)):
+    for field in schema.fields_of(type(node)):
         value = getattr(node, field.name)
         if any(map(has_credentials, _texts(value))):
             raise ConfigError(
                 f"{join(path, field.name)}={show(value)}: has credentials in it, which run.json would store; "
                 "set them in the environment or a profile"
             )
-        if not within_limits(field.annotation, value):
+        if not schema.within_limits(field.annotation, value):
             raise ConfigError(_limit_message(field, value, join(path, field.name)))
-    for problem in getattr(node, "problems", tuple)():
+    for problem in getattr(node, "problems", tuple)():  # `tuple()` has no problems
         raise ConfigError(_problem_message(node, path, problem))
 
 
 def _texts(value: object) -> Iterator[str]:
+    """Yields a value that is a string, and the strings in nested tuples."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, tuple):
@@ -70,15 +63,17 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _limit_message(field: ConfigField, value: object, path: str) -> str:
+    """Returns the message for a value outside its limits; the fix is the default, or else the smallest value."""
     default = field.make_default()
-    allowed = default if within_limits(field.annotation, default) else smallest_allowed(field.annotation)
+    allowed = default if schema.within_limits(field.annotation, default) else schema.smallest_allowed(field.annotation)
     fix = "" if allowed is MISSING else f"; use {path}={format_value(allowed)}"
-    return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
+    return f"{path}={show(value)}: expected {schema.describe(field.annotation)}{fix}"
 
 
 def _problem_message(node: object, path: str, problem: Problem) -> str:
+    """Returns the message for a problem of the node at `path`, with full paths in place of those below the node."""
     values = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
-    own_fields = {field.name for field in fields_of(type(node))}
+    own_fields = {field.name for field in schema.fields_of(type(node))}
 
     def with_full_path(name: re.Match[str]) -> str:
         return join(path, name[1]) if name[1] in own_fields else name[1]  # else it is an option of a command
@@ -88,6 +83,7 @@ def _problem_message(node: object, path: str, problem: Problem) -> str:
 
 
 def _value_at(node: object, field: str) -> object:
+    """Returns the value at a path below a config object, which may have indices: `sources.0.packing`."""
     for name in field.split("."):
         node = node[int(name)] if isinstance(node, tuple) else getattr(node, name)
     return node

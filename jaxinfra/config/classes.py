@@ -17,23 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Self
 
+from jaxinfra.config import schema
 from jaxinfra.config.extensible import PACKAGE, class_name, is_user_class, require_complete
 from jaxinfra.config.folder import ModuleFolder, import_module, module_spec
-from jaxinfra.config.schema import (
-    accepts,
-    config_classes,
-    describe_mismatch,
-    fields_of,
-    is_config,
-    is_open,
-    open_bases,
-    walk,
-)
 from jaxinfra.config.text import error_prefix, shorten
 from jaxinfra.errors import ConfigError
 
-_DOTTED = r"(?:[^\W\d]\w*\.)*[^\W\d]\w*"
-_CLASS = re.compile(rf"({_DOTTED}|[^/\\:]+\.py):({_DOTTED})")
+_DOTTED = r"(?:[^\W\d]\w*\.)*[^\W\d]\w*"  # identifiers with dots between them
+_CLASS = re.compile(rf"({_DOTTED}|[^/\\:]+\.py):({_DOTTED})")  # `package.module:Class` or `FILE.py:Class`
+# The fix in messages about the file of a class that a record names.
 RESTORE = "restore the file, or name a config file instead of the record"
 
 
@@ -51,43 +43,39 @@ def source_of(cls: type) -> dict[str, str | None]:
 
 def user_classes(root: object) -> list[type]:
     """Returns the user classes among the classes of all objects in a config and the bases of these classes."""
-    parts = (type(value) for _, _, value in walk(type(root), root))
-    return list(dict.fromkeys(base for cls in parts if is_config(cls) for base in _user_bases(cls)))
+    parts = (type(value) for _, _, value in schema.walk(type(root), root))
+    return list(dict.fromkeys(base for cls in parts if schema.is_config(cls) for base in _user_bases(cls)))
 
 
 def _user_bases(cls: type) -> list[type]:
-    return [base for base in cls.__mro__ if is_user_class(base) and (is_config(base) or is_open(base))]
+    """Returns the class and its bases, as far as they are user classes and have a part in configs."""
+    return [base for base in cls.__mro__ if is_user_class(base) and (schema.is_config(base) or schema.is_open(base))]
 
 
 def cache_class(cls: type, seen: set[type] | None = None) -> None:
     """Caches the annotations and the source hash of a class, and of the classes in its annotations.
 
-    Both can be read only while the folder of a config file is `importable`, but are needed later.
+    Both can be read only while the folder of a config file is `importable`, but are needed later. `seen` holds the
+    classes that are done, because annotations may refer to each other.
     """
     seen = set() if seen is None else seen
     if cls in seen:
         return
     seen.add(cls)
     for base in _user_bases(cls):
-        source_of(base)
-    for field in fields_of(cls) if is_config(cls) else ():
-        for part in config_classes(field.annotation):
+        source_of(base)  # functools caches the result, here and in `fields_of`
+    for field in schema.fields_of(cls) if schema.is_config(cls) else ():
+        for part in schema.config_classes(field.annotation):
             cache_class(part, seen)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFinder:
-    """Finds classes by name, in what may be imported.
+    """Finds classes by name, in what may be imported."""
 
-    Attributes:
-        folders: folders whose config files and modules may be imported; the first that contains a module is used.
-        modules: other modules that may be imported, with their submodules.
-        known: the user classes of a config, by name; if given, no other user classes are found.
-    """
-
-    folders: tuple[ModuleFolder, ...] = ()
-    modules: tuple[str, ...] = (PACKAGE,)
-    known: Mapping[str, type] | None = None
+    folders: tuple[ModuleFolder, ...] = ()  # their config files and modules; the first folder that has a module is used
+    modules: tuple[str, ...] = (PACKAGE,)  # other modules, with their submodules
+    known: Mapping[str, type] | None = None  # user classes of a config, by name; if given, no others are found
 
     @classmethod
     def from_imports(cls, imports: Iterable[str | os.PathLike[str]]) -> Self:
@@ -131,7 +119,7 @@ class ClassFinder:
         if module == "__main__":
             raise ConfigError("the class was defined in a notebook or at a prompt; define it in a module")
         folder = next((each for each in self.folders if each.has(module)), None)
-        in_modules = any(f"{module}.".startswith(f"{each}.") for each in self.modules)
+        in_modules = any(f"{module}.".startswith(f"{each}.") for each in self.modules)  # as a module or a submodule
         if not (folder or anywhere or in_modules):
             raise ConfigError(self._not_importable(module, file))
         if folder is None and module.endswith(".py"):
@@ -147,6 +135,7 @@ class ClassFinder:
         return cls
 
     def _not_importable(self, module: str, file: str | None) -> str:
+        """Returns the message for a module that may not be imported; `file` is as in `find`."""
         if self.known is not None:  # overrides of a run that goes on; another class needs another run
             return "the config of this run does not use the class; use name=ANOTHER"
         if file is not None and not os.path.exists(file):
@@ -164,12 +153,12 @@ class ClassFinder:
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:
     """Returns the class with the import path `name`; None if `name` is no path, or the annotation no open base."""
-    bases = open_bases(annotation)
+    bases = schema.open_bases(annotation)
     if ":" not in name or not bases:
         return None
     cls = finder.find(name, anywhere=anywhere)
     if issubclass(cls, bases):
         require_complete(cls)  # its message says what the class lacks; the one below only that it does not fit
-    if not accepts(annotation, cls):
-        raise ConfigError(f"{name}: {describe_mismatch(annotation, cls)}")
+    if not schema.accepts(annotation, cls):
+        raise ConfigError(f"{name}: {schema.describe_mismatch(annotation, cls)}")
     return cls

@@ -11,23 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
+from jaxinfra.config import schema
 from jaxinfra.config.classes import ClassFinder, find_choice
 from jaxinfra.config.extensible import KIND
-from jaxinfra.config.schema import (
-    MISMATCH,
-    MISSING,
-    children,
-    choice_name,
-    choices,
-    conform,
-    describe,
-    fields_of,
-    is_choice,
-    is_config,
-    item_annotations,
-    match,
-    union_members,
-)
+from jaxinfra.config.schema import MISMATCH, MISSING
 from jaxinfra.config.text import error_prefix, join, nearest, same, shorten, show
 from jaxinfra.errors import ConfigError
 
@@ -39,7 +26,7 @@ def encode(root: object) -> dict[str, Any]:
 
     Raises ConfigError if a value does not fit its annotation, or would be decoded as another value.
     """
-    return _encode(type(root), conform(type(root), root), "")
+    return _encode(type(root), schema.conform(type(root), root), "")
 
 
 def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) -> C:
@@ -52,51 +39,55 @@ def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) ->
 
 
 def _encode(annotation: object, value: object, path: str) -> Any:
-    if is_config(type(value)):
-        kind = {KIND: choice_name(annotation, type(value))} if is_choice(annotation) else {}
-        parts = children(annotation, value)
-        return kind | {name: _encode(part_annotation, part, join(path, name)) for name, part_annotation, part in parts}
+    """Returns the JSON value of a node or leaf that conforms to the annotation; `path` is for messages."""
+    if schema.is_config(type(value)):
+        coded = {KIND: schema.choice_name(annotation, type(value))} if schema.is_choice(annotation) else {}
+        for name, part_annotation, part in schema.children(annotation, value):
+            coded[name] = _encode(part_annotation, part, join(path, name))
+        return coded
     if isinstance(value, tuple):
-        items = item_annotations(annotation, len(value)) or ()
+        items = schema.item_annotations(annotation, len(value)) or ()  # never None, because the value conforms
         return [_encode(item, part, join(path, i)) for i, (item, part) in enumerate(zip(items, value, strict=True))]
     coded = value.name if isinstance(value, enum.Enum) else value
     if isinstance(value, float) and not math.isfinite(value):
         coded = repr(value)  # one of _NOT_FINITE
-    # A string may read back as another type, such as "nan" in `str | float`.
+    # A string may be decoded as another type: for `str | float`, the string "nan" and the float NaN are both "nan".
     if isinstance(coded, str) and not same(_decode_leaf(annotation, coded), value):
         raise ConfigError(f"{path}={show(value)}: would be stored like a value of another type; use another value")
     return coded
 
 
 def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -> Any:
-    first_type = union_members(annotation)[0]
-    if isinstance(coded, dict) and is_choice(annotation):
+    """Returns the node or leaf that a JSON value stands for, where the annotation tells which of both."""
+    first_type = schema.union_members(annotation)[0]
+    if isinstance(coded, dict) and schema.is_choice(annotation):
         cls = _decode_kind(annotation, coded.get(KIND, MISSING), join(path, KIND), finder)
         return _decode_fields(cls, {name: part for name, part in coded.items() if name != KIND}, path, finder)
-    if isinstance(coded, dict) and is_config(first_type):  # the only type, as the field is not a choice
+    if isinstance(coded, dict) and schema.is_config(first_type):  # the only type, as the field is not a choice
         return _decode_fields(first_type, coded, path, finder)
-    if isinstance(coded, list) and (items := item_annotations(annotation, len(coded))) is not None:
+    if isinstance(coded, list) and (items := schema.item_annotations(annotation, len(coded))) is not None:
         parts = enumerate(zip(items, coded, strict=True))
         return tuple(_decode(item, part, join(path, index), finder) for index, (item, part) in parts)
     value = _decode_leaf(annotation, coded)
     if value is MISMATCH:
-        raise ConfigError(f"{path or 'config'}={_show_json(coded)}: expected {describe(annotation)}")
+        raise ConfigError(f"{path or 'config'}={_show_json(coded)}: expected {schema.describe(annotation)}")
     return value
 
 
 def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinder) -> type:
+    """Returns the class of a choice that "kind" names; `path` is that of "kind" itself."""
     cls = None
     if isinstance(kind, str):
         with error_prefix(f"{path}: "):
-            cls = choices(annotation).get(kind) or find_choice(annotation, kind, finder)
+            cls = schema.choices(annotation).get(kind) or find_choice(annotation, kind, finder)
     if cls is None:
         problem = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
-        raise ConfigError(f"{path}{problem} expected {describe(annotation)}")
+        raise ConfigError(f"{path}{problem} expected {schema.describe(annotation)}")
     return cls
 
 
 def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:
-    fields = {field.name: field for field in fields_of(cls)}
+    fields = {field.name: field for field in schema.fields_of(cls)}
     for name in coded:
         if name not in fields:
             near = nearest(name, fields)
@@ -104,20 +95,20 @@ def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: Cl
             raise ConfigError(f"{join(path, name)}: no such field; {hint}")
     for field in fields.values():
         if field.required and field.name not in coded:
-            raise ConfigError(f"{join(path, field.name)}: missing; expected {describe(field.annotation)}")
+            raise ConfigError(f"{join(path, field.name)}: missing; expected {schema.describe(field.annotation)}")
     values = {name: _decode(fields[name].annotation, part, join(path, name), finder) for name, part in coded.items()}
     try:
         config = cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path or 'config'}: {cls.__name__} refused its fields: {shorten(str(error))}") from error
-    return conform(cls, config, path)
+    return schema.conform(cls, config, path)
 
 
 def _decode_leaf(annotation: object, coded: object) -> object:
     """Returns the value of a JSON scalar, or `MISMATCH`; a string is a Literal, enum member, float or str."""
     if not isinstance(coded, str):
-        return match(annotation, coded)
-    options = union_members(annotation)
+        return schema.match(annotation, coded)
+    options = schema.union_members(annotation)
     if any(get_origin(option) is Literal and coded in get_args(option) for option in options):
         return coded
     for option in options:
@@ -125,7 +116,7 @@ def _decode_leaf(annotation: object, coded: object) -> object:
             return option.__members__[coded]
     if float in options and coded in _NOT_FINITE:
         return _NOT_FINITE[coded]
-    return match(annotation, coded)
+    return schema.match(annotation, coded)
 
 
 def _show_json(coded: object) -> str:

@@ -13,7 +13,7 @@ KIND = "kind"  # the key that names the chosen class in an encoded config
 
 
 class Extensible:
-    """Marks an open base: in an annotation it stands for all dataclasses that inherit from it.
+    """Base class of open bases; in an annotation, an open base stands for all dataclasses that inherit from it.
 
         class Optimizer(Extensible, ABC):
             @abstractmethod
@@ -62,6 +62,7 @@ def require_complete(cls: type) -> None:
 
 
 def _find_problem(cls: type) -> str | None:
+    """Returns what keeps a class from being used in a config, and what to add to it; None if nothing does."""
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         bases = [base for base in cls.__mro__ if missing[0] in vars(base)]

@@ -14,10 +14,10 @@ from typing import NoReturn
 from jaxinfra.config.extensible import PACKAGE
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.user_code import innermost_place
+from jaxinfra.user_code import INSTALLED, innermost_place
 
+# A folder with `random.py` in it must not replace the `random` that other packages import.
 _NEVER_HIDDEN = sys.stdlib_module_names | {PACKAGE, "__main__"}
-_INSTALLED = {"site-packages", "dist-packages"}
 
 
 class _UncachedLoader(SourceFileLoader):
@@ -27,7 +27,7 @@ class _UncachedLoader(SourceFileLoader):
         raise OSError  # makes Python's loader compile the source
 
 
-_loaded_files: dict[str, str] = {}
+_loaded_files: dict[str, str] = {}  # by module; what a run record says about the code of a run
 
 
 def loaded_files() -> dict[str, str]:
@@ -39,10 +39,12 @@ class ModuleFolder:
     """The modules of a folder. A config file is a module, too; its module name is the file name, with ".py".
 
     They are in `sys.modules` only within `importable()`, so that folders with modules of the same name do not mix. They
-    hide modules of the same name elsewhere, except in the standard library and in installed packages.
+    hide modules of the same name elsewhere, except in the standard library and in installed packages. The object is
+    itself the entry of `sys.meta_path` that finds them, through its method `find_spec`.
     """
 
     def __init__(self, path: Path):
+        """Lists the modules of the folder at `path`."""
         self.path = path
         self._finder = FileFinder(os.path.abspath(path), (_UncachedLoader, SOURCE_SUFFIXES))
         self._loaded: dict[str, ModuleType] = {}  # while the folder is not importable
@@ -58,17 +60,18 @@ class ModuleFolder:
         if other is None or other.origin is None:
             return True
         same_file = os.path.realpath(other.origin) == os.path.realpath(spec.origin)
-        return not same_file and _INSTALLED.isdisjoint(Path(other.origin).parts)
+        return not same_file and INSTALLED.isdisjoint(Path(other.origin).parts)
 
     def has(self, module: str) -> bool:
         """Tells whether the folder has a module or a config file of this name."""
         return (self.path / module).is_file() if module.endswith(".py") else self._is_own(module)
 
     def _is_own(self, module: str) -> bool:
+        """Tells whether a name in `sys.modules` is of this folder: a config file, a module, or a submodule."""
         return module.endswith(".py") or module.partition(".")[0] in self._names
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Finds a module, as an entry of `sys.meta_path`; Python itself finds the submodules of packages."""
+        """Finds a module for an import; Python itself finds the submodules of packages."""
         return self._finder.find_spec(name) if name in self._names else None
 
     @contextmanager
@@ -124,7 +127,7 @@ def module_spec(name: str) -> ModuleSpec | None:
     """Finds a module at the top level without importing it."""
     try:
         return importlib.util.find_spec(name)
-    except ValueError:  # a module that is imported has no spec
+    except ValueError:  # raised for a module that was imported without a spec, such as `__main__`
         return None
 
 
@@ -133,18 +136,18 @@ def import_module(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:
-        # The module itself is missing, or a package that it is in; not one that it imports.
+        # Only if the module itself is missing, or a package that it is in; not for a module that it imports.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"no module {module}; install it, or put its folder on PYTHONPATH") from error
         raise ConfigError(_failure(module, error)) from error
 
 
 def _failure(default_place: str, error: Exception) -> str:
-    """Returns the message of an exception, with the innermost line in the user's files that it was raised from."""
+    """Returns the message of an exception: its innermost line in the user's files, or `default_place`, and its text."""
     place, text = innermost_place(error), " ".join(str(error).split())
     if place is None and isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}:{error.lineno}"
     if place is None and isinstance(error, ConfigError):
         return text  # it names its own place
     kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__}: "
-    return f"{place or default_place}: {kind}{text}".rstrip(": ")
+    return f"{place or default_place}: {kind}{text}".rstrip(": ")  # the text may be empty

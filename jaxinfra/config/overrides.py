@@ -13,24 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfra.config import schema
 from jaxinfra.config.aliases import path_of_alias
 from jaxinfra.config.classes import ClassFinder, find_choice
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.parse import parse, unquote
-from jaxinfra.config.schema import (
-    MISMATCH,
-    allowed_words,
-    children,
-    choices,
-    conform,
-    describe,
-    fields_of,
-    is_choice,
-    is_config,
-    is_node,
-    union_members,
-    walk,
-)
+from jaxinfra.config.schema import MISMATCH
 from jaxinfra.config.text import error_prefix, join, nearest, shorten, without_indices
 from jaxinfra.errors import ConfigError
 
@@ -65,7 +53,7 @@ def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = Non
 
     Raises ConfigError for an unknown path, a value that does not fit, or overrides that contradict each other.
     """
-    new: Any = conform(type(root), root)
+    new: Any = schema.conform(type(root), root)
     finder, pending = finder or ClassFinder(), read_overrides(overrides)
     for i, override in enumerate(pending):
         assignment = _Assignment(override=override, earlier=pending[:i], root=new, finder=finder)
@@ -90,9 +78,9 @@ class _Assignment:
         if not names:
             return self._new_value(annotation, value)
         name, *rest = names
-        if isinstance(value, tuple) and is_node(annotation, value) and not name.isdigit():
+        if isinstance(value, tuple) and schema.is_node(annotation, value) and not name.isdigit():
             return self._apply_to_all(annotation, value, names, path)
-        for part_name, part_annotation, part in children(annotation, value):
+        for part_name, part_annotation, part in schema.children(annotation, value):
             if part_name == name:
                 new = self.apply(part_annotation, part, rest, join(path, name))
                 if isinstance(value, tuple):  # `name` is an index
@@ -102,13 +90,13 @@ class _Assignment:
 
     def _apply_to_all(self, annotation: object, items: tuple[Any, ...], names: Sequence[str], path: str) -> Any:
         """Returns the tuple with the override applied to all items that have a part at `names`."""
-        parts = list(children(annotation, items))
-        having = [has_path(part_annotation, part, names) for _, part_annotation, part in parts]
-        if not any(having):  # the first item says what it lacks
-            having = [True, *having[1:]]
+        parts = list(schema.children(annotation, items))
+        is_target = [_has_path(part_annotation, part, names) for _, part_annotation, part in parts]
+        if not any(is_target):  # raises the error of the first item, which says what it lacks
+            is_target[0] = True
         return tuple(
-            self.apply(part_annotation, part, names, join(path, index)) if has else part
-            for (index, part_annotation, part), has in zip(parts, having, strict=True)
+            self.apply(part_annotation, part, names, join(path, index)) if chosen else part
+            for (index, part_annotation, part), chosen in zip(parts, is_target, strict=True)
         )
 
     def _new_value(self, annotation: object, old: object) -> object:
@@ -120,23 +108,25 @@ class _Assignment:
         if parsed is not MISMATCH:
             self._check_nothing_discarded(kept=set())  # a leaf, such as none, keeps no fields
             return parsed
-        if not is_choice(annotation) and is_node(annotation, old):
-            parts = [join(override.path, name) for name, _, _ in children(annotation, old)]
+        if not schema.is_choice(annotation) and schema.is_node(annotation, old):
+            parts = [join(override.path, name) for name, _, _ in schema.children(annotation, old)]
             fix = f"set one of {', '.join(parts)}" if parts else "it has none to set"
             raise ConfigError(f"{override}: {override.path} is not one value but a group of fields; {fix}")
-        words = allowed_words(annotation)  # some only describe a value, such as "int at least 1"
-        usable = [word for word in words if word in choices(annotation) or parse(annotation, word) is not MISMATCH]
+        names = schema.choices(annotation)
+        words = schema.allowed_words(annotation)  # some only describe a value, such as "int at least 1"
+        usable = [word for word in words if word in names or parse(annotation, word) is not MISMATCH]
         near = nearest(override.text, usable)
         hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"{override}: expected {describe(annotation)}{hint}")
+        raise ConfigError(f"{override}: expected {schema.describe(annotation)}{hint}")
 
     def _chosen_class(self, annotation: object, old: object) -> type | None:
         """Returns the class of a choice that the text names: `adam_w`, `AdamW`, `adamw`, or an import path."""
         text = str(unquote(self.override.text))
-        by_name = {name.replace("_", ""): cls for name, cls in choices(annotation).items()}
+        # Underscores and capitals do not count.
+        by_name = {name.replace("_", ""): cls for name, cls in schema.choices(annotation).items()}
         if cls := by_name.get(text.replace("_", "").lower()):
             return cls
-        if is_choice(annotation) and text == class_name(type(old)):
+        if schema.is_choice(annotation) and text == class_name(type(old)):
             return type(old)  # its module may have been a config file, which is not imported again
         with error_prefix(f"{self.override.path}="):
             return find_choice(annotation, text, self.finder, anywhere=True)
@@ -145,18 +135,18 @@ class _Assignment:
         """Returns an object of `cls` with the values of the fields that it shares with `old`."""
         if type(old) is cls:
             return old
-        old_fields = fields_of(type(old)) if is_config(type(old)) else ()
-        old_types = {field.name: union_members(field.annotation) for field in old_fields}
+        old_fields = schema.fields_of(type(old)) if schema.is_config(type(old)) else ()
+        old_types = {field.name: schema.union_members(field.annotation) for field in old_fields}
         kept = {
             field.name: getattr(old, field.name)
-            for field in fields_of(cls)
-            if old_types.get(field.name) == union_members(field.annotation)
+            for field in schema.fields_of(cls)
+            if old_types.get(field.name) == schema.union_members(field.annotation)
         }
         self._check_nothing_discarded(set(kept))
-        missing = [field.name for field in fields_of(cls) if field.required and field.name not in kept]
+        missing = [field.name for field in schema.fields_of(cls) if field.required and field.name not in kept]
         if missing:
             raise ConfigError(f"{self.override}: has no default for {', '.join(missing)}; set it in the config file")
-        return conform(cls, self._build(cls, **kept), self.override.path)
+        return schema.conform(cls, self._build(cls, **kept), self.override.path)
 
     def _check_nothing_discarded(self, kept: set[str]) -> None:
         """Raises ConfigError if an earlier override has set a field below the path that is not one of `kept`."""
@@ -175,44 +165,47 @@ class _Assignment:
     def _unknown_path(self, annotation: object, value: object, name: str, path: str) -> str:
         """Returns the message for a path whose `name` is no part of `value`, the node at `path`."""
         full = self.override.path
-        # The classes of the choice that have this field; the class of `value` does not.
-        owners = [kind for kind, cls in choices(annotation).items() if name in (each.name for each in fields_of(cls))]
+        owners = []  # the classes of the choice that have this field; the class of `value` does not
+        for kind, cls in schema.choices(annotation).items():
+            if name in (field.name for field in schema.fields_of(cls)):
+                owners.append(kind)
         if owners:
             return f"{full}: {name} is a field of {' and of '.join(owners)}; choose it first with {path}={owners[0]}"
-        if not is_node(annotation, value):
-            return f"{full}: {path} takes {describe(annotation)} and has no fields; set {path} itself"
+        if not schema.is_node(annotation, value):
+            return f"{full}: {path} takes {schema.describe(annotation)} and has no fields; set {path} itself"
         if near := self._nearest_path():
             return f"{full}: no such field; did you mean {near}?"
-        siblings = [sibling for sibling, _, _ in children(annotation, value)]
+        siblings = [sibling for sibling, _, _ in schema.children(annotation, value)]
         return f"{full}: no such field; {path or 'the config'} has {', '.join(siblings) or 'none'}"
 
     def _nearest_path(self) -> str | None:
         """Guesses the path that was meant: an alias, a misspelling, or a field of this name elsewhere."""
-        paths = [each for each, _, _ in walk(type(self.root), self.root) if each]
-        known = list(dict.fromkeys([*map(without_indices, paths), *paths]))
+        paths = [each for each, _, _ in schema.walk(type(self.root), self.root) if each]
+        known = list(dict.fromkeys([*map(without_indices, paths), *paths]))  # without indices first
         full = self.override.path
         same_name = [each for each in known if each.rpartition(".")[2] == full.rpartition(".")[2]]
         if (alias := path_of_alias(full)) in known:
             return alias
+        # A misspelling is much like the path. Of fields with this last name, any is better than no hint.
         return nearest(full, known, cutoff=0.75) or nearest(full, same_name, cutoff=0.0)
 
 
-def has_path(annotation: object, value: object, names: Sequence[str]) -> bool:
+def _has_path(annotation: object, value: object, names: Sequence[str]) -> bool:
     """Tells whether a node has a part at `names`, which may leave out indices."""
     if not names:
         return True
-    if isinstance(value, tuple) and not names[0].isdigit():
-        return any(has_path(part_annotation, part, names) for _, part_annotation, part in children(annotation, value))
-    found = [(each, part) for name, each, part in children(annotation, value) if name == names[0]]
-    return bool(found) and has_path(*found[0], names[1:])
+    parts = list(schema.children(annotation, value))
+    if isinstance(value, tuple) and not names[0].isdigit():  # without an index, any item may have the part
+        return any(_has_path(part_annotation, part, names) for _, part_annotation, part in parts)
+    return any(_has_path(part_annotation, part, names[1:]) for name, part_annotation, part in parts if name == names[0])
 
 
 def _names_below(names: Sequence[str], prefix: Sequence[str]) -> Sequence[str]:
-    """Returns what follows `prefix` in a path, [] if it does not begin so; one of them may leave out an index."""
+    """Returns what follows `prefix` in a path, [] if the path does not begin with it; either may leave out indices."""
     while prefix:
         if names[:1] == prefix[:1]:
             names, prefix = names[1:], prefix[1:]
-        elif names and names[0].isdigit() != prefix[0].isdigit():
+        elif names and names[0].isdigit() != prefix[0].isdigit():  # skips an index that the other one leaves out
             names, prefix = (names[1:], prefix) if names[0].isdigit() else (names, prefix[1:])
         else:
             return []

@@ -1,4 +1,4 @@
-"""Parses the text of an override, as the annotation of its field says.
+"""Parses the text of an override into a value that fits the annotation of its field.
 
 An int is `1_000` or `4e3`, a float what Python's `float` reads, a bool `true` or `false`, None `none` or `null`, a
 string bare or quoted, an enum member its name or value, a tuple `(1, 2)`, `[1, 2]` or `1,2`. If a text fits several
@@ -61,6 +61,7 @@ def unquote(text: str) -> object:
 
 
 def _read_int(text: str, form: re.Pattern[str]) -> object:
+    """Returns the int that a text of this form stands for; `MISMATCH` for another form, or a fraction like `1.25e1`."""
     if not form.fullmatch(text):
         return MISMATCH
     value = Decimal(text)  # exact, and reads underscores
@@ -68,6 +69,7 @@ def _read_int(text: str, form: re.Pattern[str]) -> object:
 
 
 def _read_float(text: str) -> object:
+    """Returns the float that a text stands for; `MISMATCH` for other texts, and for numbers that are too large."""
     try:
         value = float(text)
     except ValueError:
@@ -78,8 +80,9 @@ def _read_float(text: str) -> object:
 
 def _read_tuple(annotation: object, text: str, *, bare: bool) -> object:
     """Returns a tuple whose items may be `MISMATCH`; `bare` allows one without brackets."""
-    parts = _split(text[1:-1]) if text and text[-1] == _CLOSING.get(text[0]) else None
-    if parts is None and bare and text:
+    has_brackets = bool(text) and text[-1] == _CLOSING.get(text[0])
+    parts = _split(text[1:-1]) if has_brackets else None
+    if parts is None and bare and text:  # also for `(1, 2), (3, 4)`, whose first bracket does not match the last
         parts = _split(text)
     if parts is None or (items := item_annotations(annotation, len(parts))) is None:
         return MISMATCH

@@ -25,22 +25,17 @@ from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.location import is_remote
 
 FORMAT = 1  # the version of the record format that is written; this and older ones are read
+# The fix in messages about a damaged record; RESTORE is the one for the file of a class.
 _RESTORE = "restore the file, or delete it: the next start of a run with checkpoints writes it anew"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded[C]:
-    """A config with its overrides applied.
-
-    Attributes:
-        run: the config.
-        source: the file that it came from, as the user named it.
-        origins: for each leaf that differs from its default, `file:SOURCE` or `command line`.
-    """
+    """A config with its overrides applied."""
 
     run: C
-    source: str
-    origins: dict[str, str]
+    source: str  # the file that it came from, as the user named it
+    origins: dict[str, str]  # path of each leaf that differs from its default -> `file:SOURCE` or `command line`
 
 
 def record(
@@ -107,7 +102,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> object:
     """Returns the config of a record; raises ConfigError, which names `path`, if a class is not found."""
-    name = str(record["root"])
+    name = str(record["root"])  # `read_record` has checked that it is there
     with error_prefix(f"{path}: root="):
         cls = finder.find(name)
     if not is_config(cls):

@@ -27,7 +27,7 @@ from jaxinfra.config.extensible import KIND, Extensible, class_name
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
 
-# The test of each kind of limit, and its words in messages.
+# The test of a value against each kind of limit, and the words for it in messages.
 _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least"),
     Gt: (operator.gt, "above"),
@@ -63,7 +63,7 @@ class ConfigField:
 
     @property
     def required(self) -> bool:
-        """Whether the field must be given."""
+        """Whether the field has no default."""
         return self.default is MISSING and self.factory is MISSING
 
     def make_default(self) -> object:
@@ -171,14 +171,8 @@ def choices(annotation: object) -> dict[str, type]:
     if not is_choice(annotation):
         return {}
     named = [member for member in union_members(annotation) if is_config(member)]
-    for base in open_bases(annotation):
-        named += _builtins(base)
+    named += [pkgutil.resolve_name(path) for base in open_bases(annotation) for path in base.builtins]
     return {snake_case(cls): cls for cls in named}
-
-
-@functools.cache
-def _builtins(base: type[Extensible]) -> tuple[type, ...]:
-    return tuple(pkgutil.resolve_name(path) for path in base.builtins)
 
 
 def is_choice(annotation: object) -> bool:
@@ -287,6 +281,7 @@ def match(annotation: object, value: object, *, check_limits: bool = False) -> A
         matched = _match_member(member, value, check_limits)
         if matched is not MISMATCH and all(test(matched, bound) for bound, test, _ in limits):
             return matched
+    # An int becomes a float only where no type of the union takes it as it is.
     if type(value) is int and any(member is float for member, _ in alternatives):
         try:
             return match(annotation, float(value), check_limits=check_limits)
@@ -296,6 +291,7 @@ def match(annotation: object, value: object, *, check_limits: bool = False) -> A
 
 
 def _match_member(member: object, value: object, check_limits: bool) -> object:
+    """Does what `match` does for one type of a union, but leaves the limits of the type itself to the caller."""
     if get_origin(member) is tuple and isinstance(value, tuple):
         items = item_annotations(member, len(value))
         if items is None:
@@ -373,7 +369,7 @@ def _require_supported(annotation: object, where: str) -> None:
     if sum(get_origin(option) is tuple for option in options) > 1:
         raise ConfigError(f"{where}: a union can have only one tuple type; use a tuple of a union")
     classes = [option for option in options if is_config(option)] if is_choice(annotation) else []
-    if len({*map(snake_case, classes)}) < len(classes):
+    if len(set(map(snake_case, classes))) < len(classes):
         raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
     for cls in classes:
         if KIND in (field.name for field in dataclasses.fields(cls)):

@@ -29,17 +29,11 @@ COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile[C]:
-    """The config of a file or record, without overrides.
-
-    Attributes:
-        run: the config.
-        source: the file, as the user named it.
-        finder: finds the classes that overrides may name.
-    """
+    """The config of a file or record, without overrides."""
 
     run: C
-    source: str
-    finder: ClassFinder
+    source: str  # the file, as the user named it
+    finder: ClassFinder  # finds the classes that overrides may name
 
     def with_overrides(self, overrides: Sequence[str]) -> Loaded[C]:
         """Returns the config with overrides applied, `path=value` texts; raises ConfigError if one does not fit."""
@@ -81,7 +75,7 @@ def load_file[C](
         ConfigError: if the file is missing, raises or is not a config.
         StorageError: if the file cannot be read.
     """
-    run: Any
+    run: Any  # of class C, as `root` is checked below
     _check_no_step(source)
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
     if is_remote(source):
@@ -106,7 +100,10 @@ def load_file[C](
 
 
 def similar_run(path: Path) -> Path | None:
-    """Returns the newest directory of a run beside `path` whose name begins with its name; None without one."""
+    """Returns the newest directory of a run beside `path` whose name begins with its name; None without one.
+
+    Such names are those that `run.with_fingerprint_name` gives: NAME, and a part of the fingerprint.
+    """
     records = path.parent.glob(f"{escape(path.name)}*/{RECORD_FILE}") if path.name else ()
     newest = max(records, key=lambda record: record.stat().st_mtime, default=None)
     return newest and newest.parent
@@ -121,6 +118,7 @@ def _check_no_step(source: str | os.PathLike[str]) -> None:
 
 
 def _require_config_file(path: Path) -> None:
+    """Raises ConfigError, with what may have been meant, if there is no config file or record at `path`."""
     suffixes = (".py", ".json")
     if not path.suffix and (run := similar_run(path)):
         raise ConfigError(f"{path}: no {RECORD_FILE} there; did you mean {run}?")
@@ -153,6 +151,7 @@ def _run_config_file(folder: ModuleFolder, path: Path) -> object:
 
 
 def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
+    """Returns `config` of the module of a config file; ConfigError if it cannot be called without arguments."""
     function = getattr(module, "config", None)
     if not inspect.isroutine(function):
         raise ConfigError(f"{path}: no function config; define def config() that returns the config")
@@ -173,7 +172,7 @@ def _origins(run: object, before: Mapping[str, object], overridden: set[str], fi
         file: the config file or record.
     """
     after = leaves(run)
-    # An override that switches a class changes leaves below its path, too.
+    # Values are compared, too, because an override that switches a class also changes leaves below its path.
     kept = {
         path
         for path in before.keys() & after.keys()
@@ -184,7 +183,10 @@ def _origins(run: object, before: Mapping[str, object], overridden: set[str], fi
 
 
 def _not_default(annotation: object, value: object, default: object, path: str) -> Iterator[str]:
-    """Yields the paths of leaves that differ from `default`; in an object of another class, from its class defaults."""
+    """Yields the paths of leaves that differ from `default`, the default of the node at `path`.
+
+    An object of another class than `default` is compared with the defaults of its own class.
+    """
     if not is_node(annotation, value):
         if not same(value, default):
             yield path
@@ -192,10 +194,10 @@ def _not_default(annotation: object, value: object, default: object, path: str) 
     if type(default) is type(value):
         defaults = {name: part for name, _, part in children(annotation, default)}
     elif isinstance(value, tuple):
-        defaults = {}  # every item differs
+        defaults = {}  # without a default, every item differs
     else:
         defaults = {field.name: field.make_default() for field in fields_of(type(value))}
         if is_choice(annotation):
-            yield path  # the chosen class is a leaf, too
+            yield path  # the name of the chosen class is a leaf, too (see `view`)
     for name, part_annotation, part in children(annotation, value):
         yield from _not_default(part_annotation, part, defaults.get(name, MISSING), join(path, name))

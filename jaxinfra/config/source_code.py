@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxinfra.config.schema import fields_of, is_config
 from jaxinfra.config.text import join, same
 
-_LINE_LENGTH = 110
+_LINE_LENGTH = 110  # characters of a written line, to which a comment at its end is added
 
 
 def source_code(
@@ -21,66 +21,55 @@ def source_code(
         always: paths of fields that are written with their default values, too.
         comments: comments by the path of the field that they follow.
     """
-    imports: dict[str, set[str]] = {}
-    statement = "    return "
-    writer = _Writer(imports=imports, always=always, comments=comments or {})
-    expression = writer.expression(config, "", indent=4, column=len(statement))
-    lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
+    writer = _Writer(always=always, comments=comments or {})
+    statement = writer.write("return ", config, path="", indent=4)
+    lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(writer.imports.items())]
     header = [f'"""{description}"""', "", *lines, "", "", f"def config() -> {type(config).__name__}:"]
-    return "\n".join(header) + f"\n{statement}{expression}\n"
+    return "\n".join(header) + f"\n    {statement}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Writer:
-    """Writes expressions.
+    """Writes expressions, and collects the names that a file with them has to import."""
 
-    Attributes:
-        imports: names to import by module; the classes of the written values are added.
-        always: as in `source_code`.
-        comments: as in `source_code`.
-    """
+    always: Collection[str]  # as in `source_code`
+    comments: Mapping[str, str]  # as in `source_code`
+    imports: dict[str, set[str]] = field(default_factory=dict)  # module -> names
 
-    imports: dict[str, set[str]]
-    always: Collection[str]
-    comments: Mapping[str, str]
+    def write(self, prefix: str, value: object, *, path: str, indent: int) -> str:
+        """Returns a prefix, such as `name=`, and the Python expression of the value at `path`.
 
-    def expression(self, value: object, path: str, *, indent: int, column: int) -> str:
-        """Returns the Python expression of a value, broken over lines if it is too long or has a comment inside.
-
-        Args:
-            value: a config object or a leaf.
-            path: the path of the value.
-            indent: spaces before the line on which the expression starts.
-            column: characters before the expression on that line.
+        They start a line after `indent` spaces. An expression that is too long, or has a comment inside, takes several.
         """
         if is_config(type(value)):
             self.imports.setdefault(type(value).__module__, set()).add(type(value).__name__)
-            parts = [(f"{name}=", join(path, name), part) for name, part in self._fields(value, path)]
             opening = f"{type(value).__name__}("
         elif isinstance(value, tuple) and any(is_config(type(item)) for item in value):
-            opening, parts = "(", [("", join(path, str(index)), item) for index, item in enumerate(value)]
+            opening = "("
         else:
-            return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+            return prefix + (json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value))
         inner = indent + 4
-        texts = [
-            prefix + self.expression(part, part_path, indent=inner, column=inner + len(prefix))
-            for prefix, part_path, part in parts
-        ]
-        comments = [self.comments.get(part_path) for _, part_path, _ in parts]
-        trailing_comma = "," if opening == "(" and len(texts) == 1 else ""
-        one_line = f"{opening}{', '.join(texts)}{trailing_comma})"
-        if not any(comments) and "\n" not in one_line and column + len(one_line) + len(",") <= _LINE_LENGTH:
+        texts, comments = [], []
+        for part_prefix, part_path, part in self._parts(value, path):
+            texts.append(self.write(part_prefix, part, path=part_path, indent=inner))
+            comments.append(self.comments.get(part_path))
+        trailing_comma = "," if opening == "(" and len(texts) == 1 else ""  # makes a tuple of one item
+        one_line = f"{prefix}{opening}{', '.join(texts)}{trailing_comma})"
+        if not any(comments) and "\n" not in one_line and indent + len(one_line) + len(",") <= _LINE_LENGTH:
             return one_line
         lines = (
             f"{' ' * inner}{text},{f'  # {comment}' if comment else ''}\n"
             for text, comment in zip(texts, comments, strict=True)
         )
-        return f"{opening}\n{''.join(lines)}{' ' * indent})"
+        return f"{prefix}{opening}\n{''.join(lines)}{' ' * indent})"
 
-    def _fields(self, config: object, path: str) -> Iterator[tuple[str, object]]:
-        """Yields the fields that are written."""
-        for field in fields_of(type(config)):
-            value, default = getattr(config, field.name), field.make_default()
-            unchanged = value == default if is_config(type(value)) else same(value, default)
-            if not unchanged or join(path, field.name) in self.always:
-                yield field.name, value
+    def _parts(self, value: object, path: str) -> Iterator[tuple[str, str, object]]:
+        """Yields the prefix, path and value of each part that is written."""
+        if isinstance(value, tuple):
+            yield from (("", join(path, index), item) for index, item in enumerate(value))
+            return
+        for each in fields_of(type(value)):
+            part, part_path, default = getattr(value, each.name), join(path, each.name), each.make_default()
+            is_default = part == default if is_config(type(part)) else same(part, default)
+            if not is_default or part_path in self.always:
+                yield f"{each.name}=", part_path, part

@@ -1,6 +1,6 @@
 """Formats config values and names for dumps, overrides and errors.
 
-`config.parse.parse` turns a text of `format_value` back into the same value.
+`config.parse.parse` turns a leaf that `format_value` has written back into the same value.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from jaxinfra.storage.credentials import mask_credentials
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 # A string of these characters needs no quotes: `runs/base@500`, `gs://bucket/data`.
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
+# A string that is one of these words needs quotes, because without them it would be read as None or a bool.
 _RESERVED = frozenset({"none", "null", "true", "false"})
-_SHOWN_CHARACTERS = 60
+_SHOWN_CHARACTERS = 60  # of a value in an error, so that the error stays one line
 _MAX_PRINTED_BITS = 14_000  # Python refuses to print ints of more than 4300 digits in base 10
 
 
@@ -52,7 +53,7 @@ def format_value(value: object) -> str:
         inner = ", ".join(map(format_value, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        has_import_path = isinstance(value, Extensible) and is_user_class(type(value))
+        has_import_path = isinstance(value, Extensible) and is_user_class(type(value))  # builtins have short names
         return class_name(type(value)) if has_import_path else snake_case(type(value))
     if isinstance(value, int) and value.bit_length() > _MAX_PRINTED_BITS:
         return hex(value)

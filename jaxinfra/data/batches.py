@@ -19,13 +19,13 @@ from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.failpoints import failpoint
 
 MAX_SKIPPED_SHARE, MIN_MAX_SKIPPED = 0.01, 16
-"""Samples of a split that one start of a process leaves out at most, a share of all of them but at least so many."""
+"""With `on_damage="skip"`, a process may leave out this share of the samples of a split, or this number if larger."""
 
 _MAX_PREFETCH = 16  # batches; more would be wasted work when a run ends
-_MAX_NAMED = 8
+_MAX_NAMED = 8  # samples in a message
 
 _log = logging.getLogger(__name__)
-type Rows = slice | np.ndarray
+type Rows = slice | np.ndarray  # rows of a global batch
 
 
 def batches_ahead(data: DataConfig, batch_bytes: int) -> int:
@@ -67,7 +67,7 @@ class BatchLoader:
         if not 0 <= index < self._steps:
             raise IndexError(index)
         step = self._start_step + index
-        if self._sample_ids is not None:
+        if self._sample_ids is not None:  # in training
             failpoint("data", step + 1)
         with self._total_time.running():
             if self._sample_ids is None:
@@ -103,6 +103,7 @@ class BatchLoader:
                 raise
 
     def _sequential_batch(self, step: int) -> Batch:
+        """Returns a batch of samples in their own order, where rows past the last sample repeat it with weight 0."""
         ids, last = step * self._global_batch + self._rows, len(self.samples) - 1
         batch = self._read(step, np.minimum(ids, last))
         weights = batch["weights"].copy()
@@ -110,10 +111,11 @@ class BatchLoader:
         return batch | {"weights": weights}
 
     def _read(self, step: int, ids: np.ndarray) -> Batch:
+        """Reads samples; if some are damaged, reads them one by one, and puts zeros in place of the damaged ones."""
         weighted = self._data.always_weighted(validation=self._sample_ids is None)
         try:
             return self.samples.read(ids, weighted=weighted)
-        except DataError:  # which samples are damaged?
+        except DataError:
             specs = self._data.batch_spec(validation=True)
             blank = {name: np.zeros((1, *spec.shape), spec.dtype) for name, spec in specs.items()}
             parts: list[Batch] = []
@@ -132,9 +134,10 @@ class BatchLoader:
         """Records the damaged samples of a batch; DataError if they must not be left out, or if they are too many."""
         split = "validation" if self._sample_ids is None else "training"
         named = ", ".join(map(str, [*errors][:_MAX_NAMED])) + (", ..." if len(errors) > _MAX_NAMED else "")
-        line = f"{split} sample{'s' * (len(errors) > 1)} {named}: {next(iter(errors.values()))}"
+        noun = "sample" if len(errors) == 1 else "samples"
+        line = f"{split} {noun} {named}: {next(iter(errors.values()))}"
         if self._data.on_damage == "stop":
-            has_field = "on_damage" in vars(self._data)
+            has_field = "on_damage" in vars(self._data)  # else it is the class attribute, which cannot be overridden
             raise DataError(f"{line}, or use data.on_damage=skip to leave such samples out" if has_field else line)
         self._damaged |= errors.keys()
         limit = max(MIN_MAX_SKIPPED, int(MAX_SKIPPED_SHARE * len(self.samples)))
@@ -148,7 +151,7 @@ class BatchLoader:
 
 def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> BatchLoader:
     """Returns batches of all samples in their own order, the same at every evaluation."""
-    steps = -(-len(samples) // global_batch)
+    steps = -(-len(samples) // global_batch)  # rounded up
     return BatchLoader(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, sample_ids=None)
 
 

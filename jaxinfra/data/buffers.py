@@ -2,7 +2,8 @@
 
 A run makes and drops thousands of batches. The kernel clears fresh memory page by page, which costs more than filling
 it. So memory returns to a pool when nothing refers to its array any more, neither a view nor a device array that shares
-the memory. The pool grows to the most memory that was in use at once. Safe to use from many threads.
+the memory. The pool grows to the most memory that was in use at once. Many threads may use it, because appending to a
+list and popping from it are atomic.
 """
 
 import mmap
@@ -13,7 +14,7 @@ from math import prod
 import numpy as np
 
 _MIN_BYTES = 64 * 1024  # NumPy's allocator already reuses smaller arrays
-_free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
+_free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # the pool, by number of pages
 
 
 def empty(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
@@ -22,7 +23,7 @@ def empty(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     count = prod(shape)
     if count * dtype.itemsize < _MIN_BYTES:
         return np.empty(shape, dtype)
-    pages = -(-count * dtype.itemsize // mmap.PAGESIZE)
+    pages = -(-count * dtype.itemsize // mmap.PAGESIZE)  # rounded up
     try:  # without a check before, because another thread may take the last one
         memory = _free[pages].pop()
     except IndexError:

@@ -42,7 +42,7 @@ class ImageData(StoreData):
     @override
     def open(self, *, hint: str = PREPARE) -> "ImageDataset":
         lenient = self.on_damage == "skip"
-        store = Store.open(self.store, self.version, hint=hint, blocks_may_lack=lenient, kind="images")
+        store = Store.open(self.store, self.version, hint=hint, allow_missing_blocks=lenient, kind="images")
         height, width, channels = store.manifest.shape
         if height != width:
             raise ConfigError(
@@ -70,7 +70,7 @@ class ImageSamples(StoreSamples[ImageData, Store]):
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Returns `images`, float32[B, H, W, channels] from -1 to 1, and `labels`, int32[B]; all `weights` are 1."""
+        """Returns `images`, float32[len(ids), height, width, channels] from -1 to 1, and `labels`, int32[len(ids)]."""
         with self._read_time.running():
             stored = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))  # one image from each id on
         pixels = stored.astype(np.float32) * (2 / self._data.max_pixel) - 1

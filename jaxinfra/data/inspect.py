@@ -1,4 +1,7 @@
-"""Formats stores and batches as lines of text."""
+"""Formats stores and batches as lines of text.
+
+Shape suffixes: B rows of a batch, T positions, D documents.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,7 +15,7 @@ from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 
 _DOCUMENT_SEPARATOR = " ⏎ "
-_BAR_WIDTH = 40
+_BAR_WIDTH = 40  # characters of the longest bar
 
 
 def describe_manifest(manifest: Manifest) -> Iterator[str]:
@@ -99,8 +102,8 @@ def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[
 def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
     """Yields the rows of a batch as text, document by document; targets with weight 0 are in brackets.
 
-    The batch has `inputs`, `targets`, and maybe `segments` and `weights`, [rows, T]. `ids` are the sample ids of its
-    rows, `first_row` is the number of the first row in the global batch, and `chars` limits the text of each row.
+    The batch has `inputs`, `targets`, and maybe `segments` and `weights`, [B, T]. `ids` are the sample ids of its rows,
+    `first_row` is the number of the first row in the global batch, and `chars` limits the text of each row.
     """
     ones_BT = np.ones_like(batch["targets"])
     segments_BT, weights_BT = batch.get("segments", ones_BT), batch.get("weights", ones_BT)
@@ -127,6 +130,7 @@ def _format_tokens(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -
 
 
 def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """Decodes tokens into one line, where special tokens are shown as their texts."""
     texts = {token: text for text, token in tokenizer.special_tokens.items()}  # `decode` leaves these tokens out
     parts = []
     for is_special, run in groupby(tokens, key=texts.__contains__):

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxinfra.config import Extensible
 
-type Batch = dict[str, np.ndarray]
-type OnDamage = Literal["stop", "skip"]
+type Batch = dict[str, np.ndarray]  # arrays by name, such as `inputs`; the first dimension counts the samples
+type OnDamage = Literal["stop", "skip"]  # see `DataConfig`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import isfinite, lcm
 
@@ -36,7 +36,7 @@ from jaxinfra.config.limits import NonNegativeInt
 from jaxinfra.data.order import Curriculum, seeded_hash, shuffled_ids, stream_seed
 
 BLOCK = 64  # samples that are shuffled together; few, so that every batch has about its share of every source
-_MAX_SIZE = 2**48  # samples of a source
+_MAX_SIZE = 2**48  # samples of a source that `order.permute` can shuffle
 _CHUNK = 1024  # samples to compute at once; arrays of a few thousand stay in the cache of a core
 
 
@@ -99,7 +99,7 @@ class MixtureSampler:
             raise ValueError(f"{', '.join(problem.fields)}: {problem.message}; {problem.fix}")
         self._length_S = np.array(lengths, np.uint64)
         self._seed_S = np.array([stream_seed(seed, source) for source in range(len(lengths))], np.uint64)
-        self._block_seed = stream_seed(seed, -1)
+        self._block_seed = stream_seed(seed, -1)  # the sources have the streams from 0 on
         self._global_batch, self._curriculum = global_batch, curriculum
         self._cached_chunk = lru_cache(maxsize=16)(self._chunk)
         self._start_steps = [stage.start_step for stage in stages]
@@ -125,6 +125,7 @@ class MixtureSampler:
     def counts(self, step: int) -> list[int]:
         """Returns how many samples of each source are read before a step; raises as `sample_ids`."""
         counts_before, source_M, skipped = self._blocks(step, 1)
+        # The batch starts inside the first block; the samples of the block before it were read, too.
         return _add(counts_before, np.bincount(source_M[:skipped], minlength=len(counts_before)).tolist())
 
     def _chunk(self, first_step: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +140,7 @@ class MixtureSampler:
         return source_N.reshape(steps, -1), sample_N.reshape(steps, -1)
 
     def _stage(self, step: int) -> int:
+        """Returns the index of the stage that a step is in."""
         if step < 0:
             raise ValueError(f"step={step}: expected 0 or more")
         return bisect_right(self._start_steps, step) - 1
@@ -187,20 +189,17 @@ class OrderedDataset:
     ):
         """`lengths` are the training samples of each source; the other arguments are those of `MixtureSampler`."""
         self._names, self._lengths, self._first_ids = names, lengths, np.cumsum([0, *lengths])
-
-        def make_sampler(global_batch: int) -> MixtureSampler:
-            return MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
-
-        self._sampler = lru_cache(maxsize=1)(make_sampler)  # a sampler caches chunks of steps
+        make_sampler = partial(MixtureSampler, lengths, stages, seed=seed, curriculum=curriculum)
+        self._sampler = lru_cache(maxsize=1)(make_sampler)  # keeps one, because a sampler caches chunks of steps
 
     def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
         """Returns the training samples of the global batch of a step, int64[global_batch]."""
-        source_B, sample_B = self._sampler(global_batch).sample_ids(step)
+        source_B, sample_B = self._sampler(global_batch=global_batch).sample_ids(step)
         return self._first_ids[source_B] + sample_B
 
     def epochs_at(self, step: int, global_batch: int) -> Iterator[str]:
         """Yields a line for each source, with the number of its epochs that were read before a step."""
-        counts = self._sampler(global_batch).counts(step)
+        counts = self._sampler(global_batch=global_batch).counts(step)
         for name, length, count in zip(self._names, self._lengths, counts, strict=True):
             yield f"{name}: {count / length:.3f} epochs before"
 
@@ -223,6 +222,7 @@ class _ExactShares:
     """Splits any number of samples by weight, in whole numbers (see the module's docstring)."""
 
     def __init__(self, weights: Sequence[float]):
+        """Builds Huffman's tree over the sources with a weight above 0."""
         exact = [Fraction(str(weight)) for weight in weights]  # of the decimal text, so that 0.1 is one tenth
         scale = lcm(*(weight.denominator for weight in exact))
         # A leaf has the number of its source; inner nodes are numbered from `len(weights)` on.

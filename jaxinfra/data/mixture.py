@@ -1,4 +1,7 @@
-"""Text from several token stores at once, in exact shares that may change at given steps (see `mixing`)."""
+"""Text from several token stores at once, in exact shares that may change at given steps (see `mixing`).
+
+Shape suffix: B samples of a batch.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,7 +168,8 @@ class MixtureDataset(OrderedDataset):
         if limit is None:
             return MixtureSamples([part.validation() for part in self._parts])
         share, extra = divmod(limit, len(self._parts))  # 4 samples of 3 stores: 2, 1 and 1; at least 1 of each
-        return MixtureSamples([part.validation(max(1, share + (i < extra))) for i, part in enumerate(self._parts)])
+        limits = [max(1, share + 1 if i < extra else share) for i in range(len(self._parts))]
+        return MixtureSamples([part.validation(own) for part, own in zip(self._parts, limits, strict=True)])
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Yields the store of each training sample, and the sample as text, cut to `chars`."""

@@ -9,7 +9,7 @@ The permutation is an alternating Feistel network over the bits of n - 1 (Luby a
 halves of unequal width), repeated until the result is below n (cycle walking: Black and Rogaway 2002, section 3). For
 tiny n it sorts n hashes. It is good for shuffling, not for cryptography.
 
-Shape suffixes: N samples, R rounds of the network, S indices of a tiny source.
+Shape suffixes: N samples, R rounds of the network, S indices of a tiny source, 1 a dimension of size one.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from jaxinfra.config.limits import PositiveInt
 _ROUNDS = 8  # even, so that the halves, which swap in each round, end with the widths that they began with
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
 _TINY = 64  # up to this size hashes are sorted, because cycle walking would take too many repetitions
-_MAX_BUCKETS = 2**14
+_MAX_BUCKETS = 2**14  # with up to 2**48 samples, `index * buckets` fits 63 bits
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
 _STREAM = 0xD1342543DE82EF95  # an odd multiplier of good spectral quality (Steele and Vigna 2021, table 6)
 

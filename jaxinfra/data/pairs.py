@@ -1,4 +1,8 @@
-"""Preference data: pairs of a chosen and a rejected answer, one document per row, from a store of pairs."""
+"""Preference data: pairs of a chosen and a rejected answer, one document per row, from a store of pairs.
+
+Shape suffixes: B pairs, P = 2B documents in the order chosen, rejected, chosen, ..., N tokens of all documents,
+3 offsets of a pair.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -50,8 +54,9 @@ class PairData(StoreData, TokenRows):
     def open(self, *, hint: str = PREPARE) -> "PairDataset":
         """Opens the store like `DataConfig.open`, and warns how many pairs are truncated."""
         lenient = self.on_damage == "skip"
-        store = TokenStore.open(self.store, self.version, hint=hint, blocks_may_lack=lenient, kind="pairs")
+        store = TokenStore.open(self.store, self.version, hint=hint, allow_missing_blocks=lenient, kind="pairs")
         dataset = PairDataset(store, self.seed, partial(PairSamples, self, store))
+        # Targets of the longer document of each pair, one less than its tokens.
         targets_B = store.read_all("train", LENGTHS).reshape(-1, len(SIDES)).max(axis=1) - 1
         if truncated := int((targets_B > self.seq_len).sum()):
             _log.warning(

@@ -18,7 +18,7 @@ CLOSE_S = 2.0
 """Longest wait for a read when a prefetcher is closed; one that hangs is left alone."""
 DEPTH = 2
 """Number of batches that wait on the devices."""
-_PUT_S = 0.1
+_PUT_S = 0.1  # how often a thread that waits for room looks whether it should stop
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
@@ -98,6 +98,7 @@ class Prefetcher[T]:
         self.close()
 
     def _fill(self, batches: Iterator[tuple[int, Batch]], transfer: Callable[[Batch], T]) -> None:
+        """Runs in the thread: moves batches to the devices and queues them, and at the end queues an exception."""
         last: BaseException = StopIteration()
         try:
             with ExitStack() as at_end:
@@ -113,6 +114,7 @@ class Prefetcher[T]:
         self._put(last)  # the consumer waits for a last item
 
     def _put(self, item: tuple[int, T] | BaseException) -> None:
+        """Queues an item as soon as there is room, unless the prefetcher is closed before."""
         while not self._stop.is_set():
             with suppress(queue.Full):
                 self._queue.put(item, timeout=_PUT_S)

@@ -55,7 +55,7 @@ def split_inputs_targets(
             batch["weights"] = buffers.empty(shape, np.float32)
             batch["weights"][:] = mask_BW[:, 1:] != 0
         return batch
-    is_start_BT = np.empty(shape, bool)  # where a document starts, or the part of it in this row
+    is_start_BT = np.empty(shape, bool)  # where a segment starts: a document, or the part of it in this row
     is_start_BT[:, 0] = True
     np.equal(tokens_BW[:, :-2], eot_id, out=is_start_BT[:, 1:])
     start_S = np.flatnonzero(is_start_BT)  # few, so that all further work on them is cheap
@@ -83,7 +83,7 @@ def packed_batch(
         tokens_N: concatenated token ids of the segments of all rows.
         length_P: number of targets of each segment, which has one token more.
         segments_B: number of segments of each row, which have at most `seq_len` targets together.
-        seq_len: T.
+        seq_len: T, the number of positions of a row.
         mask_N: nonzero for tokens that count as targets in the loss; None counts all.
     """
     shape = B, T = len(segments_B), seq_len

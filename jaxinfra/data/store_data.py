@@ -87,7 +87,7 @@ class StoreDataset[T: Store, S: StoreSamples](OrderedDataset):
         self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
         self.train = open_split("train", None)
-        self.train_units = len(self.train)
+        self.train_units = len(self.train)  # for text, `TokenData.open` sets the number of tokens instead
         super().__init__([self.name], [len(self.train)], seed=seed, curriculum=curriculum)
 
     def validation(self, limit: int | None = None) -> S:

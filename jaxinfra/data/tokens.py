@@ -1,4 +1,8 @@
-"""Text for language models, from a token store: sequences of consecutive tokens, or rows of packed documents."""
+"""Text for language models, from a token store: sequences of consecutive tokens, or rows of packed documents.
+
+Shape suffixes: B rows of a batch, W = seq_len + 1 tokens of a row, P packed segments of all rows, N tokens of all rows,
+V ids of the vocabulary, 2 a first element and a second one.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -92,7 +96,7 @@ class TokenData(StoreData, TokenRows):
         """Opens the store like `DataConfig.open`; `section` is the path of this config in the run, for messages."""
         lenient = self.on_damage == "skip"
         store = TokenStore.open(
-            self.store, self.version, section=section, hint=hint, blocks_may_lack=lenient, kind="text"
+            self.store, self.version, section=section, hint=hint, allow_missing_blocks=lenient, kind="text"
         )
         if store.manifest.masked and not self.mask_documents:
             raise ConfigError(

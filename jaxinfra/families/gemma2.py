@@ -1,25 +1,15 @@
 """Gemma 2 (Gemma Team 2024): norms before and after, and a sliding window in every other layer."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    decoder,
-    dense_layers,
-    read_activation,
-    read_attention,
-    read_model,
-    read_rope,
-    write_model,
-)
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_mlp, read_model, write_model
 from jaxinfra.families.windows import read_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 
 geglu = partial(MLP, activation="geglu")
 gemma_shape = partial(
@@ -51,36 +41,25 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Gemma 2."""
-    keys.default(
-        head_dim=256,
-        num_key_value_heads=4,
-        sliding_window=4096,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-    )
-    mixer = read_gemma_attention(keys, rope=read_rope(keys), softcap=keys.optional("attn_logit_softcapping", float))
-    windows = read_windows(keys, lambda index: index % 2 == 0)
-    return read_gemma(keys, [replace(mixer, window=window) for window in windows])
+    keys.default(head_dim=256, num_key_value_heads=4, sliding_window=4096)
+    keys.default(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    mixer = read_gemma_attention(keys, softcap=keys.optional("attn_logit_softcapping", float))
+    return read_gemma(keys, read_windows(keys, mixer, lambda index: index % 2 == 0))
 
 
 def read_gemma_attention(keys: ModelJson, **options: Any) -> Attention:
     """Reads the attention of a Gemma 2 or 3; `options` are of `Attention`."""
-    bias, scale = keys.take("attention_bias", bool, False), keys.take("query_pre_attn_scalar", float, 256.0) ** -0.5
-    return read_attention(keys, query_scale=scale, qkv_bias=bias, out_bias=bias, **options)
+    scale = keys.take("query_pre_attn_scalar", float, 256.0) ** -0.5
+    return read_attention(keys, bias=False, query_scale=scale, **options)
 
 
 def read_gemma(keys: ModelJson, mixers: Sequence[Attention]) -> TransformerConfig:
     """Reads the sizes of a Gemma 2 or 3 whose layers have these mixers."""
     keys.default(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
     keys.ignore("hidden_act", "cache_implementation")  # hidden_activation counts
-    mlp = MLP(dim=keys.take("intermediate_size", int), activation=read_activation(keys, "hidden_activation"))
-    return read_model(
-        keys,
-        [Layer(mixer=mixer, mlp=mlp, norms="both") for mixer in mixers],
-        norm=NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6), offset=1.0),
-        scale_embeddings=True,
-        logit_softcap=keys.optional("final_logit_softcapping", float),
-    )
+    mlp, softcap = read_mlp(keys, "hidden_activation"), keys.optional("final_logit_softcapping", float)
+    options: dict[str, Any] = {"scale_embeddings": True, "logit_softcap": softcap}
+    return read_model(keys, mixers, mlp, norms="both", norm_offset=1.0, **options)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

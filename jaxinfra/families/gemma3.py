@@ -3,13 +3,12 @@
 Of the models with images the text part is read.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import Family, dense_layers
 from jaxinfra.families.gemma2 import geglu, gemma_shape, read_gemma, read_gemma_attention, write_gemma
-from jaxinfra.families.windows import FULL, SLIDING, read_two_ropes, read_windows
+from jaxinfra.families.windows import read_two_ropes, read_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Rope
@@ -64,12 +63,10 @@ def read(keys: ModelJson) -> TransformerConfig:
     keys.require("attn_logit_softcapping", None)
     pattern = keys.take_between("_sliding_window_pattern", 1, default=6)
     pattern = keys.take_between("sliding_window_pattern", 1, default=pattern)
-    windows = read_windows(keys, lambda index: (index + 1) % pattern)
     local = Rope(theta=keys.take("rope_local_base_freq", float, 10000.0))
-    ropes = read_two_ropes(keys, 1e6, lambda full: local)
-    mixer = read_gemma_attention(keys, qk_norm="head")
-    kinds = [(window, ropes[FULL if window is None else SLIDING]) for window in windows]
-    return read_gemma(keys, [replace(mixer, window=window, rope=rope) for window, rope in kinds])
+    rope, sliding_rope = read_two_ropes(keys, 1e6, lambda full: local)
+    mixer = read_gemma_attention(keys, rope=rope, qk_norm="head")
+    return read_gemma(keys, read_windows(keys, mixer, lambda index: (index + 1) % pattern > 0, sliding_rope))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

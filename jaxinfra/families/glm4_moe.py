@@ -6,22 +6,12 @@ Layers for the prediction of several tokens are not read.
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    layer_rules,
-    mlp_or_experts_rules,
-    of_kind,
-    read_attention,
-    read_model,
-    read_rope,
-    write_model,
-)
-from jaxinfra.families.routed import BALANCE, read_layers, write_layers
+from jaxinfra.families.common import Family, attention_of, mlp_or_experts_rules, read_attention, read_model, write_model
+from jaxinfra.families.experts import read_routed, routed_experts, routed_shape, write_routed
+from jaxinfra.families.rotary import read_rope
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP
-from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 
 
@@ -35,14 +25,14 @@ def read(keys: ModelJson) -> TransformerConfig:
         qkv_bias=keys.take("attention_bias", bool, False),
         qk_norm="head" if keys.take("use_qk_norm", bool, False) else None,
     )
-    return read_model(keys, read_layers(keys, mixer))
+    return read_model(keys, mixer, read_routed(keys))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a GLM-4.5."""
-    mixer = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer")
+    mixer = attention_of(model)[0]
     keys = {"attention_bias": mixer.qkv_bias, "use_qk_norm": mixer.qk_norm == "head"}
-    return {"partial_rotary_factor": 1.0} | write_model(model) | write_layers(model) | keys
+    return {"partial_rotary_factor": 1.0} | write_model(model) | write_routed(model) | keys
 
 
 FAMILY = Family(
@@ -50,31 +40,15 @@ FAMILY = Family(
     architecture="Glm4MoeForCausalLM",
     read=read,
     write=write,
-    layer_rules=partial(layer_rules, feed_forward=partial(mlp_or_experts_rules, shared="mlp.shared_experts")),
+    mlp_rules=partial(mlp_or_experts_rules, shared="mlp.shared_experts"),
     unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
 )
 
 
-def _shape(
-    num_layers: int, hidden_size: int, num_dense: int, mlp_dim: int, qk_norm: bool, **options: Any
-) -> TransformerConfig:
-    mixer = Attention(
-        num_heads=96,
-        num_kv_heads=8,
-        head_dim=128,
-        qkv_bias=True,
-        qk_norm="head" if qk_norm else None,
-        rope=Rope(theta=1e6, fraction=0.5),
-    )
-    experts = MixtureOfExperts(top_k=8, num_shared_experts=1, score_function="sigmoid", **BALANCE, **options)
-    return TransformerConfig(
-        vocab_size=151552,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        first_layers=(Layer(mixer=mixer, mlp=MLP(dim=mlp_dim)),) * num_dense,
-        layers=(Layer(mixer=mixer, mlp=experts),),
-    )
-
+_attention = partial(
+    Attention, num_heads=96, num_kv_heads=8, head_dim=128, qkv_bias=True, rope=Rope(theta=1e6, fraction=0.5)
+)
+_shape = partial(routed_shape, vocab_size=151552)
 
 SHAPES = {
     "glm-4.5": _shape(
@@ -82,13 +56,16 @@ SHAPES = {
         hidden_size=5120,
         num_dense=3,
         mlp_dim=12288,
-        qk_norm=True,
-        dim=1536,
-        num_experts=160,
-        routed_scaling_factor=2.5,
+        mixer=_attention(qk_norm="head"),
+        experts=routed_experts(dim=1536, num_experts=160, routed_scaling_factor=2.5),
     ),
     "glm-4.5-air": _shape(
-        num_layers=46, hidden_size=4096, num_dense=1, mlp_dim=10944, qk_norm=False, dim=1408, num_experts=128
+        num_layers=46,
+        hidden_size=4096,
+        num_dense=1,
+        mlp_dim=10944,
+        mixer=_attention(),
+        experts=routed_experts(dim=1408, num_experts=128),
     ),
 }
 """zai-org/GLM-4.5 and GLM-4.5-Air, without layers for the prediction of several tokens."""

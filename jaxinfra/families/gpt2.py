@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import ACTIVATION_NAMES, Family, decoder, dense_layers, fused
+from jaxinfra.families.common import ACTIVATION_NAMES, Family, decoder, dense_layers
 from jaxinfra.interop.config_json import MAX_LAYERS, ModelJson
-from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.interop.rules import Rule, fused, rule
+from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP, NormConfig
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 
 _decoder = partial(decoder, rope=None, qkv_bias=True, out_bias=True)
 
@@ -86,14 +87,18 @@ def model_rules(model: TransformerConfig) -> Iterator[Rule]:
         yield rule("lm_head.weight", "unembedding", "v d -> d v")
 
 
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
+def attention_rules(mixer: Attention) -> Iterator[Rule]:
+    """Yields the rules of attention and of the norm before it."""
     parts = [f"attention.{name}" for name in ("query", "key", "value")]
     yield from _norm_rules("ln_1", "attention_norm")
     yield fused("attn.c_attn.weight", *((f"{part}.weight", "d ({h k}) -> d h k") for part in parts))
     yield fused("attn.c_attn.bias", *((f"{part}.bias", "({h k}) -> h k") for part in parts))
     yield rule("attn.c_proj.weight", "attention.out.weight", "(h k) d -> h k d")
     yield rule("attn.c_proj.bias", "attention.out.bias", "d -> d")
+
+
+def mlp_rules(mlp: MLP) -> Iterator[Rule]:
+    """Yields the rules of an MLP and of the norm before it."""
     yield from _norm_rules("ln_2", "mlp_norm")
     for theirs, ours in (("c_fc", "up"), ("c_proj", "down")):
         yield rule(f"mlp.{theirs}.weight", f"mlp.{ours}.weight", "i o -> i o")
@@ -109,8 +114,10 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     read=read,
     write=write,
-    layer_rules=layer_rules,
     model_rules=model_rules,
+    norm_rules=lambda layer: (),  # written before what follows them, by the next two
+    mixer_rules=attention_rules,
+    mlp_rules=mlp_rules,
     layer_prefix="transformer.h.{layer}.",
     unused=("*lm_head.weight", "*.attn.bias", "*.attn.masked_bias"),  # the last two are masks
     other_prefix=("transformer.", ""),  # published files have none

@@ -5,9 +5,8 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.families import llama
-from jaxinfra.families.common import Family, decoder, dense_layers, of_kind
+from jaxinfra.families.common import Family, attention_of, decoder, dense_layers
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 
@@ -40,7 +39,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Granite."""
     scale = keys.take("attention_multiplier", float, 1.0)
     model = llama.read(keys)
-    mixer = replace(of_kind(model.layers[0].mixer, Attention, "layers.0.mixer"), query_scale=scale)
+    mixer = replace(attention_of(model)[0], query_scale=scale)
     layers = (replace(model.layers[0], mixer=mixer),)
     return replace(model, layers=layers, **{name: keys.take(name, float, 1.0) for name in MULTIPLIERS})
 

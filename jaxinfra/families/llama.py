@@ -6,18 +6,9 @@ The rotated features of published weights are in two halves, as here.
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    decoder,
-    dense_layers,
-    read_attention,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_model,
-)
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_mlp, read_model, write_model
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Llama3Scaling, Rope
 
 _llama = partial(decoder, num_kv_heads=8)
@@ -53,10 +44,8 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Llama."""
     keys.require("rope_interleaved", False, default=False)
     keys.ignore("is_llama_config", "transformers.js_config")  # of SmolLM2
-    bias = keys.take("attention_bias", bool, False)
-    mixer = read_attention(keys, rope=read_rope(keys), qkv_bias=bias, out_bias=bias)
     mlp = read_mlp(keys, bias=keys.take("mlp_bias", bool, False))
-    return read_model(keys, [Layer(mixer=mixer, mlp=mlp)])
+    return read_model(keys, read_attention(keys, bias=False), mlp)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

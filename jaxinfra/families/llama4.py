@@ -9,25 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from jaxinfra.families.common import (
-    EXPERT_FIELDS,
     Family,
-    Fields,
+    attention_of,
     attention_rules,
-    experts_of,
-    fused,
     mlp_rules,
-    norm_rules,
-    of_kind,
-    read_activation,
     read_attention,
-    read_fields,
     read_model,
-    read_rope,
-    write_fields,
     write_model,
 )
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.families.experts import EXPERT_FIELDS, experts_of, read_experts
+from jaxinfra.families.rotary import read_rope
+from jaxinfra.interop.config_json import Fields, ModelJson, write_fields
+from jaxinfra.interop.rules import Rule, fused, rule
 from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
@@ -47,33 +40,29 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Llama 4."""
     layers = range(keys.num_layers)
     keys.default(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, attention_chunk_size=8192)
-    keys.default(rms_norm_eps=1e-5, hidden_act="silu", head_dim=128, num_experts_per_tok=1)
+    keys.default(rms_norm_eps=1e-5, head_dim=128, num_experts_per_tok=1)
     keys.ignore("router_jitter_noise", "router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
     interval = keys.take_between("no_rope_layer_interval", 1, default=4)
     step = keys.take_between("interleave_moe_layer_step", 1, default=1)
     rotates = keys.take_kinds("no_rope_layers", (0, 1), len(layers), [int((i + 1) % interval > 0) for i in layers])
     sparse = keys.take_indices("moe_layers", len(layers), layers[step - 1 :: step])
-    bias, chunk = keys.take("attention_bias", bool, False), keys.optional("attention_chunk_size", int)
-    norm, rope = "l2" if keys.take("use_qk_norm", bool, True) else None, read_rope(keys, theta=500000.0)
-    rotated = read_attention(keys, rope=rope, chunk=chunk, qk_norm=norm, qkv_bias=bias, out_bias=bias)
-    temperature = AttentionTemperature(**read_fields(keys, TEMPERATURE))
+    chunk, rope = keys.optional("attention_chunk_size", int), read_rope(keys, theta=500000.0)
+    norm = "l2" if keys.take("use_qk_norm", bool, True) else None
+    rotated = read_attention(keys, rope=rope, bias=False, chunk=chunk, qk_norm=norm)
+    temperature = AttentionTemperature(**keys.take_fields(TEMPERATURE))
     tuned = keys.take("attn_temperature_tuning", object)  # true, or 4
     still = replace(rotated, rope=None, chunk=None, qk_norm=None, temperature=temperature if tuned else None)
     kinds = ["chunked_attention" if chunk and rotates[i] else "full_attention" for i in layers]
     keys.require("layer_types", kinds, default=kinds)
-    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, EXPERT_FIELDS), **TOP_1)
+    experts = read_experts(keys, **TOP_1)
     dense = MLP(dim=keys.take("intermediate_size_mlp", int), activation=experts.activation)
-    mixers, mlps = (
-        [rotated if rotates[i] else still for i in layers],
-        [experts if i in sparse else dense for i in layers],
-    )
-    return read_model(keys, [Layer(mixer=mixers[i], mlp=mlps[i]) for i in layers])
+    mixers = [rotated if rotates[i] else still for i in layers]
+    return read_model(keys, mixers, [experts if i in sparse else dense for i in layers])
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Llama 4."""
-    mixers = [of_kind(layer.mixer, Attention, "layers.mixer") for layer in model.all_layers]
-    mlps, experts = [layer.mlp for layer in model.all_layers], experts_of(model)
+    mixers, experts, mlps = attention_of(model), experts_of(model), [layer.mlp for layer in model.all_layers]
     rotated = next((mixer for mixer in mixers if mixer.rope is not None), mixers[0])
     temperature = next((mixer.temperature for mixer in mixers if mixer.temperature is not None), None)
     keys = write_fields(experts, EXPERT_FIELDS) | {
@@ -90,25 +79,26 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     return write_model(model) | keys
 
 
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
-    yield from norm_rules(layer)
-    mixer = of_kind(layer.mixer, Attention, "layers.mixer")
-    yield from attention_rules(mixer, pairs=mixer.rope is not None)
-    if isinstance(layer.mlp, MLP):
-        yield from mlp_rules(layer.mlp, "feed_forward")
+def feed_forward_rules(mlp: MLP | MixtureOfExperts) -> Iterator[Rule]:
+    """Yields the rules of an MLP, or of a router, of experts and of a shared one."""
+    if isinstance(mlp, MLP):
+        yield from mlp_rules(mlp, "feed_forward")
         return
     yield rule("feed_forward.router.weight", "mlp.router", "e d -> d e")
     yield fused(
         "feed_forward.experts.gate_up_proj", *((f"mlp.{name}", "e d ({f}) -> e d f") for name in ("gate", "up"))
     )
     yield rule("feed_forward.experts.down_proj", "mlp.down", "e f d -> e f d")
-    experts = of_kind(layer.mlp, MixtureOfExperts, "layers.mlp")
-    yield from mlp_rules(MLP(dim=experts.dim), "feed_forward.shared_expert", "mlp.shared")
+    yield from mlp_rules(MLP(dim=mlp.dim), "feed_forward.shared_expert", "mlp.shared")
 
 
 FAMILY = Family(
-    model_type="llama4_text", architecture="Llama4ForCausalLM", read=read, write=write, layer_rules=layer_rules
+    model_type="llama4_text",
+    architecture="Llama4ForCausalLM",
+    read=read,
+    write=write,
+    mixer_rules=lambda mixer: attention_rules(mixer, pairs=mixer.rope is not None),
+    mlp_rules=feed_forward_rules,
 )
 
 WITH_IMAGES = FAMILY.with_images("llama4", "vision_model")

@@ -3,18 +3,9 @@
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    decoder,
-    dense_layers,
-    read_attention,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_model,
-)
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_model, write_model
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 
 # mistralai/Mistral-7B-{v0.1,v0.3}, Mixtral-8x7B-v0.1 and others
@@ -34,8 +25,7 @@ SHAPES: dict[str, TransformerConfig] = {
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Mistral."""
     keys.default(num_key_value_heads=8, sliding_window=4096)
-    mixer = read_attention(keys, rope=read_rope(keys), window=keys.optional("sliding_window", int))
-    return read_model(keys, [Layer(mixer=mixer, mlp=read_mlp(keys))])
+    return read_model(keys, read_attention(keys, window=keys.optional("sliding_window", int)))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

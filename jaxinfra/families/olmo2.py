@@ -3,20 +3,10 @@
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    decoder,
-    dense_layers,
-    read_attention,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_model,
-)
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_model, write_model
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import NormConfig
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 
 olmo_shape = partial(decoder, qk_norm="all", norms="after", norm=NormConfig(eps=1e-6), rope=Rope(theta=500000.0))
@@ -33,21 +23,8 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of an OLMo 2."""
-    mixer = read_olmo_attention(keys, rope=read_rope(keys))
-    return read_olmo(keys, [mixer])
-
-
-def read_olmo_attention(keys: ModelJson, **options: Any) -> Attention:
-    """Reads the attention of an OLMo 2 or 3; `options` are of `Attention`."""
-    bias = keys.take("attention_bias", bool, False)
-    return read_attention(keys, qk_norm="all", qkv_bias=bias, out_bias=bias, **options)
-
-
-def read_olmo(keys: ModelJson, mixers: list[Attention]) -> TransformerConfig:
-    """Reads the sizes of an OLMo 2 or 3 whose layers have these mixers."""
     keys.default(rms_norm_eps=1e-5)
-    mlp = read_mlp(keys)
-    return read_model(keys, [Layer(mixer=mixer, mlp=mlp, norms="after") for mixer in mixers])
+    return read_model(keys, read_attention(keys, bias=False, qk_norm="all"), norms="after")
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

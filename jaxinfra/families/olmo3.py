@@ -1,12 +1,11 @@
 """OLMo 3 (OLMo Team 2025): OLMo 2 with a window in three of four layers; the fourth has scaled rotary positions."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from jaxinfra.families import olmo2
-from jaxinfra.families.common import Family, dense_layers
-from jaxinfra.families.windows import FULL, SLIDING, read_two_ropes, read_windows, write_windows
+from jaxinfra.families.common import Family, dense_layers, read_attention, read_model
+from jaxinfra.families.windows import read_two_ropes, read_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
@@ -24,12 +23,11 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of an OLMo 3."""
-    keys.default(sliding_window=4096)
-    windows = read_windows(keys, lambda index: (index + 1) % 4)
-    ropes = read_two_ropes(keys, 500000.0, lambda full: Rope(theta=full.theta))
-    mixer = olmo2.read_olmo_attention(keys)
-    kinds = [(window, ropes[FULL if window is None else SLIDING]) for window in windows]
-    return olmo2.read_olmo(keys, [replace(mixer, window=window, rope=rope) for window, rope in kinds])
+    keys.default(sliding_window=4096, rms_norm_eps=1e-5)
+    rope, sliding_rope = read_two_ropes(keys, 500000.0, lambda full: Rope(theta=full.theta))
+    mixer = read_attention(keys, rope=rope, bias=False, qk_norm="all")
+    mixers = read_windows(keys, mixer, lambda index: (index + 1) % 4 > 0, sliding_rope)
+    return read_model(keys, mixers, norms="after")
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

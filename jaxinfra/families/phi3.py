@@ -5,21 +5,13 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.families.common import (
-    Family,
-    decoder,
-    dense_layers,
-    fused,
-    norm_rules,
-    read_attention,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_model,
-)
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_model, write_model
+from jaxinfra.families.rotary import read_rope
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule, rule
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.interop.rules import Rule, fused, rule
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.layers import MLP
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import LongRopeScaling, Rope
 
 # microsoft/Phi-3-{mini,medium}-4k-instruct, phi-4 and, below, Phi-4-mini-instruct
@@ -62,7 +54,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     if not isinstance(rope.scaling, LongRopeScaling | None):
         raise ConfigError(f"{keys.where}: {type(rope.scaling).__name__} is not supported for a phi3, only LongRoPE")
     mixer = read_attention(keys, rope=rope, window=keys.optional("sliding_window", int))
-    return read_model(keys, [Layer(mixer=mixer, mlp=read_mlp(keys))])
+    return read_model(keys, mixer)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
@@ -74,15 +66,25 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     return keys
 
 
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
-    yield from norm_rules(layer)
+def attention_rules(mixer: Attention) -> Iterator[Rule]:
+    """Yields the rules of attention, which has no biases."""
     parts = [f"attention.{name}.weight" for name in ("query", "key", "value")]
     yield fused("self_attn.qkv_proj.weight", *((part, "({h k}) d -> d h k") for part in parts))
     yield rule("self_attn.o_proj.weight", "attention.out.weight", "d (h k) -> h k d")
+
+
+def mlp_rules(mlp: MLP) -> Iterator[Rule]:
+    """Yields the rules of an MLP."""
     parts = [f"mlp.{name}.weight" for name in ("gate", "up")]
     yield fused("mlp.gate_up_proj.weight", *((part, "({o}) i -> i o") for part in parts))
     yield rule("mlp.down_proj.weight", "mlp.down.weight", "o i -> i o")
 
 
-FAMILY = Family(model_type="phi3", architecture="Phi3ForCausalLM", read=read, write=write, layer_rules=layer_rules)
+FAMILY = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    read=read,
+    write=write,
+    mixer_rules=attention_rules,
+    mlp_rules=mlp_rules,
+)

@@ -1,24 +1,14 @@
 """Qwen2 (Yang et al. 2024) and Qwen2.5 (Qwen Team 2024): biases on queries, keys and values."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    decoder,
-    dense_layers,
-    read_attention,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_model,
-)
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_model, write_model
 from jaxinfra.families.windows import read_optional_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import NormConfig
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 
 # Qwen/Qwen2-{0.5B,1.5B,7B} and Qwen2.5-{0.5B,...,72B}, the base models; the instruct models of 14B and up have an eps
@@ -46,14 +36,13 @@ SHAPES: dict[str, TransformerConfig] = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen2."""
-    return read_qwen(keys, read_attention(keys, rope=read_rope(keys), qkv_bias=True))
+    return read_qwen(keys, read_attention(keys, qkv_bias=True))
 
 
 def read_qwen(keys: ModelJson, mixer: Attention) -> TransformerConfig:
-    """Reads windows, MLP and sizes."""
+    """Reads windows, MLP and sizes of a Qwen2 or Qwen3; `mixer` is that of layers without a window."""
     first = keys.take("max_window_layers", int, 28)
-    windows, mlp = read_optional_windows(keys, lambda index: index >= first), read_mlp(keys)
-    return read_model(keys, [Layer(mixer=replace(mixer, window=window), mlp=mlp) for window in windows])
+    return read_model(keys, read_optional_windows(keys, mixer, lambda index: index >= first))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

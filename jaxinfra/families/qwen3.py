@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.families import qwen2
-from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_rope
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.layers import NormConfig
 from jaxinfra.models.transformer import TransformerConfig
@@ -29,9 +29,7 @@ SHAPES: dict[str, TransformerConfig] = {
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3."""
     keys.default(head_dim=128)
-    bias = keys.take("attention_bias", bool, False)
-    mixer = read_attention(keys, rope=read_rope(keys), qk_norm="head", qkv_bias=bias, out_bias=bias)
-    return qwen2.read_qwen(keys, mixer)
+    return qwen2.read_qwen(keys, read_attention(keys, bias=False, qk_norm="head"))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

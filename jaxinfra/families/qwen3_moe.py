@@ -1,29 +1,15 @@
 """Qwen3-30B-A3B and Qwen3-235B-A22B (Qwen team 2025): Qwen3's attention, and experts in place of MLPs."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    Fields,
-    experts_of,
-    of_kind,
-    read_activation,
-    read_attention,
-    read_fields,
-    read_mlp,
-    read_model,
-    read_rope,
-    write_fields,
-    write_model,
-)
+from jaxinfra.families.common import Family, attention_of, read_attention, read_mlp, read_model, write_model
+from jaxinfra.families.experts import experts_of, read_experts
 from jaxinfra.families.qwen3 import qwen3_shape
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
+from jaxinfra.interop.config_json import Fields, ModelJson, write_fields
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 
 FIELDS: Fields = {
     "dim": ("moe_intermediate_size", int),
@@ -37,34 +23,31 @@ FIELDS: Fields = {
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3 with experts."""
     keys.default(norm_topk_prob=False, num_key_value_heads=4)
-    bias, window = keys.take("attention_bias", bool, False), keys.optional("sliding_window", int)
+    window = keys.optional("sliding_window", int)
     window = window if keys.take("use_sliding_window", bool, False) else None
     keys.ignore("max_window_layers")
-    mixer = read_attention(keys, rope=read_rope(keys), window=window, qkv_bias=bias, out_bias=bias, qk_norm="head")
-    return read_model(keys, read_layers(keys, [mixer] * keys.num_layers))
+    return read_model(keys, read_attention(keys, bias=False, window=window, qk_norm="head"), read_mlps(keys))
 
 
-def read_layers(keys: ModelJson, mixers: Sequence[Attention], **options: Any) -> list[Layer]:
-    """Reads MLPs and experts; `options` are of `MixtureOfExperts`."""
-    keys.default(router_aux_loss_coef=0.001, hidden_act="silu")
+def read_mlps(keys: ModelJson, **options: Any) -> list[MLP | MixtureOfExperts]:
+    """Reads the MLP or the experts of each layer; `options` are of `MixtureOfExperts`."""
+    keys.default(router_aux_loss_coef=0.001)
     if "num_local_experts" in keys:  # from transformers 5
         keys.default(num_experts=keys.take("num_local_experts", int))
     step = keys.take_between("decoder_sparse_step", 1, default=1)
-    only_dense = keys.take_indices("mlp_only_layers", len(mixers))
-    experts = MixtureOfExperts(activation=read_activation(keys), **read_fields(keys, FIELDS), **options)
-    dense = read_mlp(keys)
-    mlps = [dense if i in only_dense or (i + 1) % step else experts for i in range(len(mixers))]
-    return [Layer(mixer=mixer, mlp=mlp) for mixer, mlp in zip(mixers, mlps, strict=True)]
+    only_dense = keys.take_indices("mlp_only_layers", keys.num_layers)
+    experts, dense = read_experts(keys, FIELDS, **options), read_mlp(keys)
+    return [dense if i in only_dense or (i + 1) % step else experts for i in range(keys.num_layers)]
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Qwen3 with experts."""
-    mixer = of_kind(model.layers[0].mixer, Attention, "layers.0.mixer")
+    mixer = attention_of(model)[0]
     keys = {"attention_bias": mixer.qkv_bias, "use_sliding_window": mixer.window is not None}
-    return write_model(model) | keys | {"sliding_window": mixer.window} | write_layers(model)
+    return write_model(model) | keys | {"sliding_window": mixer.window} | write_mlps(model)
 
 
-def write_layers(model: TransformerConfig) -> dict[str, Any]:
+def write_mlps(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of MLPs and experts."""
     experts, mlps = experts_of(model), [layer.mlp for layer in model.all_layers]
     return write_fields(experts, FIELDS) | {

@@ -7,25 +7,12 @@ share it. Layers for the prediction of several tokens are not read.
 from collections.abc import Iterator
 from typing import Any
 
-from jaxinfra.families.common import (
-    Family,
-    Fields,
-    attention_rules,
-    experts_of,
-    fused,
-    mlp_or_experts_rules,
-    norm_rules,
-    of_kind,
-    read_attention,
-    read_fields,
-    read_model,
-    read_rope,
-    write_fields,
-    write_model,
-)
-from jaxinfra.families.qwen3_moe import read_layers, write_layers
-from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.rules import Rule, rule
+from jaxinfra.families.common import Family, attention_rules, of_kind, read_attention, read_model, write_model
+from jaxinfra.families.experts import experts_of
+from jaxinfra.families.qwen3_moe import read_mlps, write_mlps
+from jaxinfra.families.rotary import read_rope
+from jaxinfra.interop.config_json import Fields, ModelJson, write_fields
+from jaxinfra.interop.rules import Rule, fused, rule
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.layers import NormConfig
@@ -47,19 +34,16 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3-Next."""
     keys.default(partial_rotary_factor=0.25, num_key_value_heads=2, head_dim=256)
     keys.default(norm_topk_prob=True, router_aux_loss_coef=0.001)
-    bias = keys.take("attention_bias", bool, False)
     interval = keys.take_between("full_attention_interval", 1, default=4)
-    rope = read_rope(keys, partial=True)
-    full = read_attention(keys, rope=rope, gate=True, qk_norm="head", qkv_bias=bias, out_bias=bias)
-    count = keys.num_layers
-    default = [LINEAR if (i + 1) % interval else FULL for i in range(count)]
-    mixers = {LINEAR: GatedDeltaNet(**read_fields(keys, FIELDS)), FULL: full}
-    shared = keys.take("shared_expert_intermediate_size", int) / keys.take("moe_intermediate_size", int)
-    keys.require("shared_expert_intermediate_size", round(shared) * keys.take("moe_intermediate_size", int))
-    kinds = [mixers[kind] for kind in keys.take_kinds("layer_types", mixers, count, default)]
-    layers = read_layers(keys, kinds, num_shared_experts=round(shared), shared_gate=True)
-    norm = NormConfig(eps=keys.take("rms_norm_eps", float, 1e-6), offset=1.0)
-    return read_model(keys, layers, norm=norm)
+    full = read_attention(keys, rope=read_rope(keys, partial=True), bias=False, gate=True, qk_norm="head")
+    mixers = {LINEAR: GatedDeltaNet(**keys.take_fields(FIELDS)), FULL: full}
+    default = [LINEAR if (i + 1) % interval else FULL for i in range(keys.num_layers)]
+    kinds = keys.take_kinds("layer_types", mixers, len(default), default)
+    width = keys.take("moe_intermediate_size", int)
+    shared = round(keys.take("shared_expert_intermediate_size", int) / width)
+    keys.require("shared_expert_intermediate_size", shared * width)
+    mlps = read_mlps(keys, num_shared_experts=shared, shared_gate=True)
+    return read_model(keys, [mixers[kind] for kind in kinds], mlps, norm_offset=1.0)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
@@ -72,21 +56,20 @@ def write(model: TransformerConfig) -> dict[str, Any]:
         "layer_types": [FULL if isinstance(mixer, Attention) else LINEAR for mixer in mixers],
         "shared_expert_intermediate_size": experts.num_shared_experts * experts.dim,
     }
-    return {"partial_rotary_factor": 1.0} | write_model(model) | keys | write_layers(model)
+    return {"partial_rotary_factor": 1.0} | write_model(model) | keys | write_mlps(model)
 
 
-def layer_rules(layer: Layer, model: TransformerConfig) -> Iterator[Rule]:
-    """Yields the rules of a layer."""
-    yield from norm_rules(layer)
-    if isinstance(layer.mixer, Attention):
-        for each in attention_rules(layer.mixer):
-            yield _with_gate(each) if "q_proj" in each.theirs else each
-    else:
-        yield from delta_net_rules(of_kind(layer.mixer, GatedDeltaNet, "layers.mixer"))
-    yield from mlp_or_experts_rules(layer.mlp)
+def mixer_rules(mixer: Attention | GatedDeltaNet) -> Iterator[Rule]:
+    """Yields the rules of gated attention, or of a gated delta net."""
+    if isinstance(mixer, GatedDeltaNet):
+        yield from delta_net_rules(mixer)
+        return
+    for each in attention_rules(mixer):
+        yield _with_gate(each) if "q_proj" in each.theirs else each
 
 
 def _with_gate(query: Rule) -> Rule:
+    """Returns the rule of a tensor that holds queries and gates, head by head."""
     part, pattern = query.parts[0], query.parts[0].pattern.replace("(h k)", "(h {k})")
     return fused(query.theirs, (part.ours, pattern), (part.ours.replace("query", "gate"), pattern))
 
@@ -113,7 +96,7 @@ FAMILY = Family(
     architecture="Qwen3NextForCausalLM",
     read=read,
     write=write,
-    layer_rules=layer_rules,
+    mixer_rules=mixer_rules,
     unused=("*rotary_emb.inv_freq", "*lm_head.weight", "mtp.*"),
 )
 

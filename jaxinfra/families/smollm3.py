@@ -3,23 +3,25 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxinfra.families.common import Family, dense_layers, read_attention, read_mlp, read_model, read_rope, write_model
+from jaxinfra.families.common import Family, decoder, dense_layers, read_attention, read_mlp, read_model, write_model
+from jaxinfra.families.rotary import read_rope
 from jaxinfra.families.windows import read_optional_windows, write_windows
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.models.attention import Attention
-from jaxinfra.models.layers import MLP, NormConfig
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.layers import NormConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
-
-_MIXER = Attention(num_heads=16, num_kv_heads=4, rope=Rope(theta=5e6))
 
 SHAPES: dict[str, TransformerConfig] = {
     # HuggingFaceTB/SmolLM3-3B
-    "smollm3-3b": TransformerConfig(
+    "smollm3-3b": decoder(
         vocab_size=128256,
         num_layers=36,
         hidden_size=2048,
-        layers=tuple(Layer(mixer=mixer, mlp=MLP(dim=11008)) for mixer in (*[_MIXER] * 3, replace(_MIXER, rope=None))),
+        num_heads=16,
+        num_kv_heads=4,
+        mlp=11008,
+        rope=Rope(theta=5e6),
+        kinds=({}, {}, {}, {"rope": None}),
         norm=NormConfig(eps=1e-6),
         tie_embeddings=True,
     ),
@@ -29,17 +31,13 @@ SHAPES: dict[str, TransformerConfig] = {
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a SmolLM3."""
     keys.default(tie_word_embeddings=True, num_attention_heads=16, num_key_value_heads=4)
-    bias, interval = keys.take("attention_bias", bool, False), keys.take_between("no_rope_layer_interval", 1, default=4)
-    default = [int((index + 1) % interval != 0) for index in range(keys.num_layers)]
+    interval = keys.take_between("no_rope_layer_interval", 1, default=4)
+    default = [int((index + 1) % interval > 0) for index in range(keys.num_layers)]
     has_rope = keys.take_kinds("no_rope_layers", (0, 1), len(default), default)
-    windows = read_optional_windows(keys, lambda index: not has_rope[index])
-    mixer = read_attention(keys, rope=read_rope(keys, theta=2e6), qkv_bias=bias, out_bias=bias)
-    mlp = read_mlp(keys, bias=keys.take("mlp_bias", bool, False))
-    mixers = [
-        replace(mixer, rope=mixer.rope if rotated else None, window=window)
-        for rotated, window in zip(has_rope, windows, strict=True)
-    ]
-    return read_model(keys, [Layer(mixer=mixer, mlp=mlp) for mixer in mixers])
+    mixer = read_attention(keys, rope=read_rope(keys, theta=2e6), bias=False)
+    mixers = read_optional_windows(keys, mixer, lambda index: not has_rope[index])
+    mixers = [each if has_rope[index] else replace(each, rope=None) for index, each in enumerate(mixers)]
+    return read_model(keys, mixers, read_mlp(keys, bias=keys.take("mlp_bias", bool, False)))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Layers with and without a sliding window in `config.json`."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.families.common import read_rope
+from jaxinfra.families.rotary import read_rope
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.attention import Attention
 from jaxinfra.ops.rope import Rope, YarnScaling
@@ -13,22 +14,32 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers: without a window, and with one."""
 
 
-def read_windows(keys: ModelJson, has_window: Callable[[int], object]) -> list[int | None]:
-    """Reads the window of each layer; without `layer_types`, `has_window` tells it from the index of the layer."""
+def read_windows(
+    keys: ModelJson, full: Attention, has_window: Callable[[int], bool], sliding_rope: Rope | None = None
+) -> list[Attention]:
+    """Reads which layers have a window; returns the attention of each layer.
+
+    Args:
+        keys: the keys of the model.
+        full: attention of layers without a window.
+        has_window: tells from the index of a layer whether it has a window, if there is no `layer_types`.
+        sliding_rope: rotary positions of layers with a window; None are those of `full`.
+    """
     count, window = keys.num_layers, keys.optional("sliding_window", int)
     default = [SLIDING if window is not None and has_window(index) else FULL for index in range(count)]
     kinds = keys.take_kinds("layer_types", (FULL, SLIDING), count, default)
     if SLIDING in kinds and window is None:
         raise ConfigError(f"{keys.where}: layer_types has {SLIDING}, but there is no sliding_window")
-    return [window if kind == SLIDING else None for kind in kinds]
+    rope = full.rope if sliding_rope is None else sliding_rope
+    return [replace(full, window=window, rope=rope) if kind == SLIDING else full for kind in kinds]
 
 
-def read_optional_windows(keys: ModelJson, has_window: Callable[[int], object]) -> list[int | None]:
-    """Reads the window of each layer, where `use_sliding_window` says whether any has one."""
+def read_optional_windows(keys: ModelJson, full: Attention, has_window: Callable[[int], bool]) -> list[Attention]:
+    """Reads like `read_windows`, where `use_sliding_window` says whether any layer has a window."""
     if keys.take("use_sliding_window", bool, False):
-        return read_windows(keys, has_window)
+        return read_windows(keys, full, has_window)
     keys.ignore("sliding_window", "layer_types", "max_window_layers")
-    return [None] * keys.num_layers
+    return [full] * keys.num_layers
 
 
 def write_windows(mixers: Iterable[Attention]) -> dict[str, Any]:
@@ -40,16 +51,16 @@ def write_windows(mixers: Iterable[Attention]) -> dict[str, Any]:
     }
 
 
-def read_two_ropes(keys: ModelJson, theta: float, sliding: Callable[[Rope], Rope]) -> dict[str, Rope]:
-    """Reads rotary positions of layers without and with a window.
+def read_two_ropes(keys: ModelJson, theta: float, sliding: Callable[[Rope], Rope]) -> tuple[Rope, Rope]:
+    """Reads rotary positions: those of layers without a window, and those of layers with one.
 
-    Published files scale only the former; `sliding` returns the latter. `rope_parameters` have both. What transformers
-    does not see where there are two is refused.
+    Published files have only the former, and `sliding` returns the latter from them; `rope_parameters` have both. Keys
+    that transformers does not look at where there are two are refused.
     """
     keys.require("original_max_position_embeddings", None)
     full = read_rope(keys, FULL, theta)
-    unscaled = sliding(full)
-    ropes = {FULL: full, SLIDING: read_rope(keys, SLIDING, unscaled.theta) if "rope_parameters" in keys else unscaled}
-    if any(isinstance(rope.scaling, YarnScaling) and not rope.scaling.truncate for rope in ropes.values()):
+    local = sliding(full)
+    local = read_rope(keys, SLIDING, local.theta) if "rope_parameters" in keys else local
+    if any(isinstance(rope.scaling, YarnScaling) and not rope.scaling.truncate for rope in (full, local)):
         raise ConfigError(f"{keys.where}: truncate=False is not supported for two kinds of layers, only True")
-    return ropes
+    return full, local

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.families import family_modules
 from jaxinfra.families.common import decoder
+from jaxinfra.families.registry import family_modules
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 

@@ -11,7 +11,8 @@ from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError
-from jaxinfra.families import Family, all_families, family
+from jaxinfra.families.common import Family
+from jaxinfra.families.registry import all_families, family
 from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, differences, param_specs
 from jaxinfra.interop.config_json import CONFIG, ModelJson
 from jaxinfra.interop.folder import ModelFolder

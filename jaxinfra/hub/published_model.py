@@ -10,8 +10,9 @@ from jaxinfra.config import diff, validate
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError, DataError, quoted
-from jaxinfra.families import Family, family
 from jaxinfra.families.canonical import canonical, stated
+from jaxinfra.families.common import Family
+from jaxinfra.families.registry import family
 from jaxinfra.interop.config_json import CONFIG, ModelJson, parse_json, read_json
 from jaxinfra.interop.folder import ModelFolder, open_folder
 from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization

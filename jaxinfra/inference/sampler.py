@@ -3,7 +3,7 @@
 Prompts of a batch may have unlike lengths: each row is padded at its end, and its cache has a length of its own. All
 processes make the same calls and get the same texts.
 
-Shape suffixes: B rows, T length, V vocabulary.
+Shape suffixes: B rows, T length, D width of the residual stream, V vocabulary, 1 a dimension of size one.
 """
 
 import math
@@ -31,6 +31,7 @@ from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params
 from jaxinfra.processes.devices import all_devices
+from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 
@@ -126,7 +127,7 @@ class Sampler:
         """Loads the parameters of a source whose model was opened with these overrides."""
         strict = any(override.startswith("mesh.") for override in overrides)
         program = sampling_program(model.run, all_devices(), strict=strict)
-        loaded = load_params(source, program)
+        loaded = load_params(source, program, current_peers())
         return cls(model, program, loaded.params), loaded
 
     @classmethod

@@ -9,7 +9,7 @@ from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError
 from jaxinfra.hub.params import check_init, load_published
 from jaxinfra.interop.folder import is_published
-from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.peers import Peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
@@ -32,7 +32,7 @@ class TrainedParams(NamedTuple):
     digest: str
 
 
-def load_params(source: str | Path, program: Program) -> TrainedParams:
+def load_params(source: str | Path, program: Program, peers: Peers) -> TrainedParams:
     """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
 
     `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500; or a
@@ -45,15 +45,14 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
             params, fingerprint = load_published(str(source), program.run.model, program.params)
         return TrainedParams(params, 0, fingerprint, fingerprint)
     location, step = parse_source(source)
-    directory = RunDirectory(location)
+    directory = RunDirectory(location, peers)
     record = directory.existing_record()
     if not record:
         raise no_run_error(location)
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
     if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
-    gather = current_peers().gather
-    with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True, gather=gather) as checkpoints:
+    with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True, gather=peers.gather) as checkpoints:
 
         def read(step: int) -> tuple[Any, str]:
             digest = checkpoints.manifest(step).digest
@@ -63,7 +62,7 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
             return checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params"), digest
 
         # That run may still be training: all processes take the checkpoint that process 0 sees.
-        existing = gather(checkpoints.all_steps())[0]
+        existing = peers.gather(checkpoints.all_steps())[0]
         if not existing or step not in (None, *existing):
             available = ", ".join(map(str, existing)) or "none"
             raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")

@@ -34,6 +34,9 @@ HARMLESS = frozenset({
 MAX_LAYERS = 10_000
 """The most layers of a model that is read."""
 
+type Fields = Mapping[str, tuple[str, type]]
+"""Fields of a config class: for each the key in `config.json` and its type."""
+
 
 class ModelJson:
     """The keys of a `config.json`, each to be taken once.
@@ -83,6 +86,10 @@ class ModelJson:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f"{self.where}: {name} is {quoted(repr(value))}, expected {kind.__name__}")
         return value
+
+    def take_fields(self, fields: Fields, **defaults: Any) -> dict[str, Any]:
+        """Returns the values of fields; raises ConfigError if a key is missing whose field is not in `defaults`."""
+        return {field: self.take(key, kind, defaults.get(field)) for field, (key, kind) in fields.items()}
 
     def optional[T](self, name: str, kind: type[T]) -> T | None:
         """Returns the value of a key, None if it is missing or null."""
@@ -143,6 +150,11 @@ class ModelJson:
                     "of the model, so remove it only if it does not"
                 )
             self.require(name, stated[name])
+
+
+def write_fields(config: object, fields: Fields) -> dict[str, Any]:
+    """Returns the keys of fields, the inverse of `ModelJson.take_fields`."""
+    return {key: getattr(config, field) for field, (key, _) in fields.items()}
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:

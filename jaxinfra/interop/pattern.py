@@ -138,8 +138,8 @@ class Layout:
         dim = self.pattern.theirs[0]
         consecutive = dim.own is not None and not dim.outer
         shift = self.offset * self._size(dim.inner) if consecutive else 0
-        below = self._size(dim.factors[1:]) if consecutive else math.prod(self._axes(dim)[1:])
-        return shift + start * below, shift + stop * below
+        rows_each = self._size(dim.factors[1:]) if consecutive else math.prod(self._axes(dim)[1:])
+        return shift + start * rows_each, shift + stop * rows_each
 
     def to_ours[A: (np.ndarray, jax.Array)](self, rows: A) -> A:
         """Returns the parameter, or a part of it, from rows of the tensor, `[..., *rows]`."""

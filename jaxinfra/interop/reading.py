@@ -101,7 +101,7 @@ def _read_rows(
 ) -> np.ndarray:
     """Reads rows of the tensors of some layers and experts."""
     ranges = [range(*each) for each in lead]
-    names = [_name(binding, index) for index in itertools.product(*ranges)]
+    names = [*map(binding.name, itertools.product(*ranges))]
     out = _aligned((len(names), rows[1] - rows[0], *binding.shape[1:]), dtype)
 
     def read(name: str, own: np.ndarray) -> None:
@@ -122,11 +122,6 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     buffer = np.empty(nbytes + 64, np.uint8)
     first = -buffer.ctypes.data % 64
     return buffer[first : first + nbytes].view(dtype).reshape(shape)
-
-
-def _name(binding: Binding, index: Sequence[int]) -> str:
-    layer = index[0] if binding.layers is not None else 0
-    return binding.name(layer, index[-1] if binding.experts is not None else 0)
 
 
 class FileOrder(NamedTuple):

@@ -44,9 +44,14 @@ class Rule:
     parts: tuple[Part, ...]
 
 
-def rule(theirs: str, ours: str, pattern: str) -> Rule:
-    """Returns the rule of a tensor that holds one parameter."""
-    return Rule(theirs=theirs, parts=(Part(ours=ours, pattern=pattern),))
+def rule(theirs: str, ours: str, pattern: str, **order: tuple[int, ...]) -> Rule:
+    """Returns the rule of a tensor that holds one parameter; `order` is that of `Part`."""
+    return Rule(theirs=theirs, parts=(Part(ours=ours, pattern=pattern, order=order),))
+
+
+def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
+    """Returns the rule of a tensor that holds several parameters: `(path, pattern)` of each."""
+    return Rule(theirs=theirs, parts=tuple(Part(ours=ours, pattern=pattern, sizes=sizes) for ours, pattern in parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +83,16 @@ class Binding:
     parts: tuple[BoundPart, ...]
     experts: int | None
 
-    def name(self, layer: int = 0, expert: int = 0) -> str:
-        """Returns the name of a tensor; `layer` counts the stacked layers."""
-        index = self.layers[layer] if self.layers is not None else 0
-        return self.theirs.replace("{layer}", str(index)).replace("{e}", str(expert))
+    def name(self, index: Sequence[int]) -> str:
+        """Returns the name of the tensor that holds an index of the dimensions `lead`."""
+        layer = 0 if self.layers is None else self.layers[index[0]]
+        expert = 0 if self.experts is None else index[-1]
+        return self.theirs.replace("{layer}", str(layer)).replace("{e}", str(expert))
 
     @property
     def names(self) -> Iterator[str]:
-        """The names of all tensors."""
-        layers = range(1 if self.layers is None else len(self.layers))
-        for layer, expert in itertools.product(layers, range(self.experts or 1)):
-            yield self.name(layer, expert)
+        """The names of all tensors, those of a layer together."""
+        return map(self.name, itertools.product(*map(range, self.lead)))
 
     @property
     def lead(self) -> tuple[int, ...]:

@@ -16,12 +16,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import batched
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -288,28 +289,25 @@ def _write_file(
                 created.write(file.header)
                 os.posix_fallocate(created.fileno(), 0, file.nbytes)
         writer.gather(None)
-        descriptor = os.open(path, os.O_WRONLY) if writes else -1
-    try:
+        opened = path.open("r+b") if writes else nullcontext()
+    with opened as out:
         for binding in bindings:
-            for layer in range(1 if binding.layers is None else len(binding.layers)):
-                names = [binding.name(layer, expert) for expert in range(binding.experts or 1)]
+            for layer, names in enumerate(batched(binding.names, binding.experts or 1)):  # one tensor, or all experts
                 if any(name in file.offsets for name in names):
                     offsets = [file.offsets.get(name) for name in names]
                     for start, rows in _rows(binding, layer, params, dtypes, whole=not writer.is_shared):
-                        if writes:
-                            _write_rows(path, descriptor, binding, offsets, start, np.asarray(rows))
-        if writes:
+                        if out is not None:
+                            _write_rows(out, binding, offsets, start, np.asarray(rows))
+        if out is not None:
             with storage_errors(path):
                 failpoint("export", number)
-                os.fsync(descriptor)
-    finally:
-        if writes:
-            os.close(descriptor)
+                out.flush()
+                os.fsync(out.fileno())
     writer.gather(None)
 
 
 def _write_rows(
-    path: Path, descriptor: int, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: np.ndarray
+    out: BinaryIO, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: np.ndarray
 ) -> None:
     """Writes rows of the tensors of one layer; those of experts `[experts, *rows]`, from expert `start[0]` on."""
     rows = rows if binding.experts is not None else rows[None]
@@ -317,10 +315,9 @@ def _write_rows(
     for expert, own in enumerate(rows, first):
         if (offset := offsets[expert]) is not None:
             row_bytes = own.nbytes // max(own.shape[0], 1) if own.ndim else 0
-            content, position = memoryview(np.ascontiguousarray(own).view(np.uint8).reshape(-1)), 0
-            with storage_errors(path):
-                while position < len(content):
-                    position += os.pwrite(descriptor, content[position:], offset + start[-1] * row_bytes + position)
+            with storage_errors(out.name):
+                out.seek(offset + start[-1] * row_bytes)
+                out.write(np.ascontiguousarray(own).view(np.uint8))
 
 
 def _rows(

@@ -23,20 +23,11 @@ from jaxinfra.launchers.restart_policy import CRASHES
 from jaxinfra.machine import COMPILE_ANEW
 from jaxinfra.processes.signal_router import STOPPING, routed
 
+LEAVE_S = 15.0
+"""Time from the failure of a process until SIGTERM: one that notices the loss of a peer leaves by itself."""
+TERMINATE_S = 5.0
+"""Time from that SIGTERM until SIGKILL."""
 _POLL_S = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """The time that the other processes get when one has failed.
-
-    Attributes:
-        leave_s: seconds until SIGTERM; a process that notices the loss of a peer leaves by itself.
-        terminate_s: seconds from SIGTERM until SIGKILL.
-    """
-
-    leave_s: float = 15.0
-    terminate_s: float = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +84,7 @@ def find_cause(ends: Sequence[ProcessExit]) -> ProcessExit | None:
     return next((end for end in ends if end.is_cause), None)
 
 
-def launch(
-    command: Sequence[str],
-    environments: Sequence[Mapping[str, str]],
-    logs: Path | None,
-    *,
-    patience: Patience = Patience(),
-) -> int:
+def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Path | None) -> int:
     """Runs the command once for each environment, and returns the exit code of the whole.
 
     Ctrl-C, SIGTERM and SIGHUP send SIGTERM to every process; a second Ctrl-C kills them, and raises KeyboardInterrupt
@@ -109,9 +94,8 @@ def launch(
         command: the same for all processes.
         environments: for each rank, the variables to add to those of this process.
         logs: a folder for `rank-N.log`, StorageError if it is not writable; None keeps no logs.
-        patience: for the others when one has failed.
     """
-    launcher = Launcher(patience)
+    launcher = Launcher()
     with Output(logs, len(environments)) as output, launcher.handling_signals():
         ends = launcher.run(command, environments, output)
     killed = show_errors(ends, output)
@@ -179,9 +163,8 @@ class Launcher:
         interrupted: whether Ctrl-C came after that.
     """
 
-    def __init__(self, patience: Patience = Patience()) -> None:
+    def __init__(self) -> None:
         self.stop_requested = self.interrupted = False
-        self._patience = patience
         self._output: Output | None = None
         self._running: list[_Child] = []
 
@@ -230,9 +213,9 @@ class Launcher:
     def _urge(self, since_failure_s: float) -> None:
         """Sends the signals that are due; a signal of the user may have come while a process was being started."""
         for child in self._running:
-            if self.interrupted or since_failure_s > self._patience.leave_s + self._patience.terminate_s:
+            if self.interrupted or since_failure_s > LEAVE_S + TERMINATE_S:
                 child.kill()
-            elif self.stop_requested or since_failure_s > self._patience.leave_s:
+            elif self.stop_requested or since_failure_s > LEAVE_S:
                 child.terminate()
 
     def handling_signals(self) -> contextlib.AbstractContextManager[None]:

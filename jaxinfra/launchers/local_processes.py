@@ -75,7 +75,7 @@ def _gpu_shares(num_processes: int) -> list[Mapping[str, str]]:
 
 def _indivisible(source: str, num_processes: int, count: int, other_fix: str) -> ConfigError:
     fitting = max(number for number in range(1, num_processes + 1) if count % number == 0)
-    devices = f"{count} device{'s' * (count > 1)}"
+    devices = f"{count} devices" if count > 1 else f"{count} device"
     return ConfigError(
         f"{source}: {devices} cannot be shared equally by --processes {num_processes}; use {other_fix}"
         f"--processes {fitting}"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageError
-from jaxinfra.launchers.launcher import Launcher, Patience, ProcessExit, exit_code, find_cause, show_errors
+from jaxinfra.launchers.launcher import Launcher, ProcessExit, exit_code, find_cause, show_errors
 from jaxinfra.launchers.rank_output import Output
 from jaxinfra.launchers.restart_policy import CRASHES, RULES, RestartLimits, Rule
 from jaxinfra.machine import COMPILE_ANEW
@@ -87,7 +87,6 @@ class Supervised:
         logs: a folder for `rank-N.log`.
         logs_location: its path or URL, for people.
         first_rank: rank of the first process in the run.
-        patience: for the other processes when one has failed.
     """
 
     command: Sequence[str]
@@ -95,7 +94,6 @@ class Supervised:
     logs: Path
     logs_location: str
     first_rank: int = 0
-    patience: Patience = Patience()
 
 
 def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt], None]) -> int:
@@ -103,7 +101,7 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
 
     `record` is told of each attempt.
     """
-    launcher, best_step, number = Launcher(what.patience), 0, 0
+    launcher, best_step, number = Launcher(), 0, 0
     anew, was_anew = dict[str, str](), False  # at the next start, and at one since the last progress
     with launcher.handling_signals(), tempfile.TemporaryDirectory(prefix="jaxinfra-steps-") as folder:
         while True:

@@ -42,13 +42,9 @@ def _installed() -> list[str]:
 
 
 def _has_hardware(platform: str) -> bool:
-    if platform == "cuda":
-        return _any_exists(_GPU_PATHS)
-    return _any_exists(_TPU_PATHS) or has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ
-
-
-def _any_exists(patterns: tuple[str, ...]) -> bool:
-    return any(glob.glob(pattern) for pattern in patterns)
+    if any(map(glob.glob, _GPU_PATHS if platform == "cuda" else _TPU_PATHS)):
+        return True
+    return platform == "tpu" and (has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ)
 
 
 def has_tpu_on_pci() -> bool:

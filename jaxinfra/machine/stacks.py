@@ -34,7 +34,7 @@ def threads_that_hang(*, with_main: bool = True) -> list[str]:
     while frame is not None and joined is None:
         joined = frame.f_locals.get("self") if frame.f_code is threading.Thread.join.__code__ else None
         frame = frame.f_back
-    threads = [main] * with_main
+    threads = [main] if with_main else []
     threads += [each for each in threading.enumerate() if each is not main and (each is joined or not each.daemon)]
     return [f"{each.name} in {_place(frames[each.ident or 0])}" for each in threads if each.ident in frames]
 

@@ -1,1 +1,1 @@
-"""What is computed: layers, the transformer, and the zoo of published shapes."""
+"""Configs of models, and the modules that they build: decoders, the vision transformer, any plain Flax module."""

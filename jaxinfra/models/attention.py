@@ -1,8 +1,10 @@
 """Multi-head attention with grouped keys, rotary positions, query and key norms, and a cache for decoding.
 
-Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G key/value heads, K head dim.
+Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G key/value heads, K head dim, V head dim
+of values (K here, but not in `models.latent`), L layers.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +16,7 @@ from flax import nnx
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveFloat, PositiveInt
-from jaxinfra.models.layers import SEQUENCE, HeadsNorm, Linear, Norm, NormConfig, ParamFactory
+from jaxinfra.models.layers import SEQUENCE, HeadsNorm, Linear, Norm, ParamFactory
 from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
@@ -33,7 +35,7 @@ class KVCache(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTemperature:
-    """Multiplies the queries at position p by `1 + scale ln(1 + floor((p + 1) / floor))` (Llama 4).
+    """Multiplies the queries at position p by `1 + scale * ln(1 + (p + 1) // floor)` (Llama 4).
 
     Attributes:
         scale: weight of the logarithm.
@@ -91,18 +93,20 @@ class Attention(Mixer):
         return hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     def problems(self) -> Iterable[Problem]:
-        """Yields key/value heads that cannot share the query heads, and a window in a chunk."""
+        """Yields a number of key/value heads that does not divide the query heads, and a window in a chunk."""
         if self.window is not None and self.chunk is not None:
             yield Problem(fields=("window", "chunk"), message="a layer has one of them", fix="use window=none")
         if self.num_heads % self.kv_head_count:
-            fix = f"use num_kv_heads={max(n for n in range(1, self.kv_head_count + 1) if self.num_heads % n == 0)}"
+            divisors = [n for n in range(1, self.kv_head_count + 1) if self.num_heads % n == 0]
+            fix = f"use num_kv_heads={max(divisors)}"
             yield Problem(fields=("num_heads", "num_kv_heads"), message="num_kv_heads must divide num_heads", fix=fix)
 
     @override
     def problems_in_model(self, hidden_size: int, prefix: str) -> Iterable[Problem]:
         if self.head_dim is None and hidden_size % self.num_heads:
-            even_heads = 2 * self.num_heads  # rotary positions pair features
-            fix = f"use hidden_size={-(-hidden_size // even_heads) * even_heads} or set {prefix}head_dim"
+            even_heads = 2 * self.num_heads  # a head of even width, since rotary positions pair features
+            rounded_up = math.ceil(hidden_size / even_heads) * even_heads
+            fix = f"use hidden_size={rounded_up} or set {prefix}head_dim"
             fields = ("hidden_size", f"{prefix}num_heads")
             yield Problem(fields=fields, message="num_heads must divide hidden_size", fix=fix)
         yield from rope_problems(self.rope, self.head_width(hidden_size), prefix, "head_dim")
@@ -133,6 +137,7 @@ class Attention(Mixer):
     def visible_keys(self, hidden_size: int, length: int) -> float:
         if self.chunk is None:
             return super().visible_keys(hidden_size, length)
+        # The queries of a whole chunk attend to 1, 2, ..., `chunk` keys; the last chunk may have only `rest` positions.
         rest = length % self.chunk
         return ((length - rest) * (self.chunk + 1) / 2 + rest * (rest + 1) / 2) / length
 
@@ -147,26 +152,26 @@ class AttentionModule(nnx.Module):
     def __init__(self, config: Attention, options: MixerOptions, params: ParamFactory):
         self.config, self.options, self.partitioner = config, options, params.partitioner
         hidden = (options.hidden_size,)
-        spec, (_, num_kv_heads, head_dim, _) = config.attention(options.hidden_size)
+        spec, (num_heads, num_kv_heads, head_dim, _) = config.attention(options.hidden_size)
         self.spec = replace(spec, causal=options.causal)
         linear = partial(Linear, params=params)
         project = partial(linear, hidden, parallelism="column", bias=config.qkv_bias)
-        self.query = project((config.num_heads, head_dim), ("embed", "heads", None))
-        self.gate = project((config.num_heads, head_dim), ("embed", "heads", None)) if config.gate else None
+        self.query = project((num_heads, head_dim), ("embed", "heads", None))
+        self.gate = project((num_heads, head_dim), ("embed", "heads", None)) if config.gate else None
         self.key = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.value = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
-        self.out = linear(
-            (config.num_heads, head_dim),
-            hidden,
-            ("heads", None, "embed"),
-            parallelism="row",
-            bias=config.out_bias,
-            scale=options.out_scale,
-        )
-        self.sinks = params.param((config.num_heads,), ("heads",), constant(0.0), "bias") if config.sinks else None
-        norm = partial(_qk_norm, config.qk_norm, head_dim, replace(options.norm, type="rmsnorm"), params)
-        self.query_norm = norm(config.num_heads, "heads")
-        self.key_norm = norm(num_kv_heads, "kv_heads")
+        out = partial(linear, (num_heads, head_dim), hidden, ("heads", None, "embed"), parallelism="row")
+        self.out = out(bias=config.out_bias, scale=options.out_scale)
+        self.sinks = params.param((num_heads,), ("heads",), constant(0.0), "bias") if config.sinks else None
+
+        def qk_norm(heads: int, axis: str) -> Norm | HeadsNorm | None:
+            norm_config = replace(options.norm, type="rmsnorm")
+            if config.qk_norm == "all":
+                return HeadsNorm(heads, head_dim, axis, norm_config, params=params)
+            # "l2" has no weights, so it has no module.
+            return Norm(head_dim, norm_config, params=params) if config.qk_norm == "head" else None
+
+        self.query_norm, self.key_norm = qk_norm(num_heads, "heads"), qk_norm(num_kv_heads, "kv_heads")
 
     def __call__(self, x_BTD: jax.Array, tokens: TokenInfo, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
@@ -191,28 +196,22 @@ class AttentionModule(nnx.Module):
                 q_BTHK, k_BTGK, v_BTGK, self.spec, segments_BT, self.options, self.partitioner, self._sinks()
             )
             return self.out(self._gated(y_BTHK, x_BTD)), None
-        start = tokens.start
+        start, chunk = tokens.start, self.config.chunk
         assert start is not None
         cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
         positions = cached_positions(start, q_BTHK, cache.keys)
-        segments = None
-        if self.config.chunk is not None:
-            segments = (positions[0] // self.config.chunk, positions[1] // self.config.chunk)
-        y_BTHK = dot_product_attention(
-            q_BTHK,
-            *cache,
-            self.spec,
-            platform=self.partitioner.platform,
-            segments=segments,
-            positions=positions,
-            sinks_H=self._sinks(),
-        )
+        # A row of a cache is one document, so its chunks are its only segments.
+        segments = None if chunk is None else (positions[0] // chunk, positions[1] // chunk)
+        attend = partial(dot_product_attention, platform=self.partitioner.platform, sinks_H=self._sinks())
+        y_BTHK = attend(q_BTHK, *cache, self.spec, segments=segments, positions=positions)
         return self.out(self._gated(y_BTHK, x_BTD)), cache
 
     def _gated(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """Multiplies the output of each head by its gate, if there is one."""
         return y_BTHK if self.gate is None else y_BTHK * jax.nn.sigmoid(self.gate(x_BTD))
 
     def _sinks(self) -> jax.Array | None:
+        """Returns the sinks `[H]`, sharded like the heads; None without sinks."""
         if self.sinks is None:
             return None
         return self.partitioner.gather_weight(self.sinks[...], ("heads",), dtype=jnp.dtype("float32"))
@@ -226,7 +225,8 @@ class AttentionModule(nnx.Module):
         if tokens.segments is None:
             spec = self.partitioner.spec("batch", "sequence")
             return jax.reshard(jnp.broadcast_to(chunks_BT, (rows, length)), spec)
-        return tokens.segments * (length // self.config.chunk + 1) + chunks_BT
+        max_chunks = length // self.config.chunk + 1  # of a document, so that no two chunks of a row have the same id
+        return tokens.segments * max_chunks + chunks_BT
 
     def empty_cache(self, num_layers: int, batch: int, length: int) -> KVCache:
         """Returns a cache of all layers for `length` tokens of `batch` rows."""
@@ -235,19 +235,6 @@ class AttentionModule(nnx.Module):
         spec = self.partitioner.spec(None, "batch", None, "kv_heads", None)
         zeros = jnp.zeros(shape, self.partitioner.compute_dtype, out_sharding=spec)
         return KVCache(zeros, jnp.zeros_like(zeros))
-
-
-def _qk_norm(
-    kind: Literal["head", "all", "l2"] | None,
-    head_dim: int,
-    config: NormConfig,
-    params: ParamFactory,
-    num_heads: int,
-    axis: str,
-) -> Norm | HeadsNorm | None:
-    if kind == "all":
-        return HeadsNorm(num_heads, head_dim, axis, config, params=params)
-    return Norm(head_dim, config, params=params) if kind == "head" else None
 
 
 def _temperature(temperature: AttentionTemperature, positions_BT: jax.Array) -> jax.Array:
@@ -268,7 +255,7 @@ def self_attention(
 ) -> jax.Array:
     """Computes attention without a cache, `[B, T, H, V]`; V is the head dim of the values, T may be sharded."""
     sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, options.kernel
-    if sharding.num_shards > 1 or sinks_H is not None:
+    if sharding.num_shards > 1 or sinks_H is not None:  # it also knows how to add sinks to any kernel
         return context_parallel_attention(
             q_BTHK,
             k_BTGK,

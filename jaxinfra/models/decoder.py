@@ -1,9 +1,10 @@
 """The decoder-only transformer of a `TransformerConfig`.
 
 The layers are a repeated period. Parameters are stacked by position in the period, and a scan applies a period in each
-step: few arrays and short compiles, whatever the number of layers.
+step: few arrays and short compiles, whatever the number of layers. There may be other layers before the first period
+("prefix") and a last period that is cut short ("tail"): each is a `Stack` with a scan of its own.
 
-Shape suffixes: B batch, T length, S pipeline stages, D residual width.
+Shape suffixes: B batch, T length, S pipeline stages, D residual width; 1 is a dimension that is broadcast.
 """
 
 import math
@@ -38,7 +39,10 @@ type LayerCache = Any
 
 
 class Block(nnx.Module):
-    """One layer: mixer and MLP with their norms; their outputs are added to the residual stream."""
+    """One layer: mixer and MLP with their norms; their outputs are added to the residual stream.
+
+    The parameters of any mixer are named "attention", as in checkpoints.
+    """
 
     def __init__(self, layer: Layer, config: TransformerConfig, params: ParamFactory):
         self.config, self.partitioner, self.dropout = layer, params.partitioner, config.dropout
@@ -84,6 +88,7 @@ class Block(nnx.Module):
         return self.partitioner.row_major(x_BTD), cache, stats
 
     def _scaled(self, y_BTD: jax.Array) -> jax.Array:
+        """Multiplies what is added to the residual stream; most models add it as it is."""
         return y_BTD if self.multiplier == 1 else y_BTD * self.multiplier
 
 
@@ -101,6 +106,7 @@ def _names(count: int) -> tuple[str, ...]:
 
 
 def _build(stack: Stack, config: TransformerConfig, params: ParamFactory) -> Block | Period:
+    """Builds one period, whose parameters are those of all periods, stacked."""
     params = replace(params, num_layers=stack.times)
     blocks = [Block(layer, config, params) for layer in stack.layers]
     return blocks[0] if len(blocks) == 1 else Period(blocks)
@@ -123,14 +129,14 @@ class PeriodContext:
     Attributes:
         stack: the configs of the layers.
         tokens: the tokens, without rotary positions.
-        tables: `TokenInfo.rope` for each kind of rotary positions.
-        policies: a remat policy for each layer; () has no rematerialization.
-        alone: whether one step of a scan applies one layer only.
+        tables: `TokenInfo.rope` for each value of `Mixer.rotary` in the period.
+        policies: a remat policy for each layer of the period; () for no rematerialization.
+        alone: whether one step of a scan applies one layer only (see `models.remat.remat`).
     """
 
     stack: Stack
     tokens: TokenInfo
-    tables: Mapping[Any, Any]
+    tables: Mapping[tuple[Rope, int] | None, Any]
     policies: tuple[Remat, ...] = ()
     alone: bool = True
 
@@ -141,14 +147,14 @@ class PeriodContext:
 
         Returns the activations, the new caches and the statistics.
         """
-        count, new, all_stats = len(self.stack.layers), [], {}
-        first = self.stack.first + count * index
+        count, new_caches, all_stats = len(self.stack.layers), [], {}
+        first = self.stack.first + count * index  # index of the first layer of the period in the model
         for position, (name, block) in enumerate(zip(_names(count), _blocks(period, self.stack), strict=True)):
             layer = remat(self._layer, self.policies[position] if self.policies else "none", alone=self.alone)
             x_BTD, cache, stats = layer(block, x_BTD, first + position, caches[position] if caches else None)
-            new.append(cache)
+            new_caches.append(cache)
             all_stats |= _prefixed(stats, name)
-        return x_BTD, tuple(new), all_stats
+        return x_BTD, tuple(new_caches), all_stats
 
     def _layer(
         self, block: Block, x_BTD: jax.Array, index: jax.Array, cache: LayerCache
@@ -194,7 +200,8 @@ class Transformer(LayeredModule):
         params, init = ParamFactory(partitioner=partitioner), normal(hidden**-0.5)
         param, tied = params.param, config.tie_embeddings
         self.embedding = param((vocab, hidden), ("vocab", "embed"), init, "embedding")
-        self.positions = param((learned, hidden), (None, "embed"), normal(0.01), "embedding") if learned else None
+        table_init = normal(0.01)  # the scale of GPT-2's learned positions
+        self.positions = param((learned, hidden), (None, "embed"), table_init, "embedding") if learned else None
         build = partial(_build, config=config, params=params)
         self.prefix = None if config.prefix is None else build(config.prefix)
         self.blocks = build(config.blocks)
@@ -236,10 +243,7 @@ class Transformer(LayeredModule):
         else:
             head = self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
         return FactoredLogits(
-            hidden=hidden_BTD,
-            head=head,
-            softcap=self.config.logit_softcap,
-            unroll_loops=self.partitioner.unroll_loops,
+            hidden=hidden_BTD, head=head, softcap=self.config.logit_softcap, unroll_loops=self.partitioner.unroll_loops
         )
 
     # Decoding
@@ -279,7 +283,7 @@ class Transformer(LayeredModule):
             x_BTD, caches[name] = jax.lax.scan(step, x_BTD, xs, unroll=self.partitioner.unroll_loops)
         return self.output(x_BTD), Cache(caches, cache.lengths + new_B)
 
-    # What is known about the model
+    # What is known about the model without arrays
 
     @override
     def uniform(self, layers: np.ndarray) -> bool:
@@ -330,8 +334,8 @@ class Transformer(LayeredModule):
         for name, stack, period in self._stacks():
             for position, block in zip(_names(len(stack.layers)), _blocks(period, stack), strict=True):
                 if isinstance(block.mlp, MoE) and block.mlp.bias is not None:
-                    path = [*(["tail"] if name == "tail" else []), *([position] if position else [])]
-                    load = stats[".".join([*path, moe.LOAD])]
+                    path = ("tail", position) if name == "tail" else (position,)  # as `apply_layers` names statistics
+                    load = stats[".".join(filter(None, (*path, moe.LOAD)))]
                     bias = moe.updated_bias(block.mlp.bias[...], load, block.mlp.config.bias_update_rate)
                     new = {"mlp": {"bias": bias}}
                     buffers.setdefault(name, {}).update({position: new} if position else new)
@@ -340,6 +344,7 @@ class Transformer(LayeredModule):
     # Embedding
 
     def _positions(self, batch: Inputs) -> jax.Array:
+        """Returns the position of each token in its document, `[B or 1, T]`."""
         if "positions" in batch:
             return batch["positions"]
         positions_1T = self.partitioner.sequence_sharding.positions(batch["inputs"].shape[1])[None]
@@ -367,6 +372,7 @@ class Transformer(LayeredModule):
         return [(name, stack, period) for name, stack, period in named if stack is not None]
 
     def _context(self, stack: Stack, positions_BT: jax.Array, tokens: TokenInfo) -> PeriodContext:
+        """Computes the rotary positions once for all layers of a stack, which share what has the same config."""
         tables: dict[tuple[Rope, int] | None, Any] = {None: None}
         for rotary in {layer.mixer.rotary(self.config.hidden_size): None for layer in stack.layers}:
             if rotary is not None:
@@ -376,9 +382,9 @@ class Transformer(LayeredModule):
         return PeriodContext(stack=stack, tokens=tokens._replace(positions=positions_BT), tables=tables)
 
     def _is_long(self, length: int, positions_BT: jax.Array, tokens: TokenInfo) -> jax.Array:
-        """Returns which tokens are of documents longer than `length`, `[B or 1, T or 1]`.
+        """Returns which tokens are in documents longer than `length`, `[B or 1, T or 1]`.
 
-        A document has the length that it has in its row; with a cache, the length with the new tokens.
+        What counts is the length of the document in its row; with a cache, it includes the new tokens.
         """
         if tokens.start is not None:
             assert tokens.counts is not None
@@ -401,21 +407,22 @@ class Transformer(LayeredModule):
         stack, policies = getattr(self.config, name), self.config.remat_policies
         tokens = TokenInfo(segments=batch.get("segments"), dropout_bits=batch.get(DROPOUT_FIELD))
         context, period = self._context(stack, self._positions(batch), tokens), len(stack.layers)
-        num_layers = math.lcm(period, len(policies))  # after which the policies of a period repeat
+        pattern_layers = math.lcm(period, len(policies))  # after these layers both configs and policies repeat
 
         def make_step(first: int) -> Step:
             own = tuple(policies[(first + position) % len(policies)] for position in range(period))
-            apply = replace(context, policies=own, alone=num_layers == 1).apply
+            apply = replace(context, policies=own, alone=pattern_layers == 1).apply
 
             def step(x: jax.Array, xs: tuple[Block | Period, jax.Array]) -> tuple[jax.Array, LayerStats]:
-                y, _, stats = apply(xs[0], x, xs[1])
+                layers, index = xs
+                y, _, stats = apply(layers, x, index)
                 if stage_layers is None or stage_layers.uniform:
                     return y, stats
-                return _keep_on_idle_stages(x, y, stats, xs[1])
+                return _keep_on_idle_stages(x, y, stats, index)
 
             return step
 
         indices = jnp.arange(stack.times) if stage_layers is None else stage_layers.indices
-        steps = [make_step(first) for first in range(0, num_layers, period)]
+        steps = [make_step(first) for first in range(0, pattern_layers, period)]
         unroll = self.partitioner.unroll_loops
         return scan_pattern(steps, x_BTD, (getattr(self, name), indices), unroll=unroll)

@@ -7,9 +7,10 @@ normalized and multiplied by a gate.
 Decoding keeps the state and the last inputs of the convolution, whatever the number of tokens before.
 
 Shape suffixes: B batch, T length, D residual width, G key heads, H value heads, K key head dim, V value head dim,
-W width of the convolution.
+W width of the convolution, L layers.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,22 +54,19 @@ class GatedDeltaNet(Mixer):
     def problems(self) -> Iterable[Problem]:
         """Yields value heads that cannot share the key heads."""
         if self.num_value_heads % self.num_key_heads:
-            fix = f"use num_value_heads={-(-self.num_value_heads // self.num_key_heads) * self.num_key_heads}"
-            message = "num_key_heads must divide num_value_heads"
+            rounded_up = math.ceil(self.num_value_heads / self.num_key_heads) * self.num_key_heads
+            message, fix = "num_key_heads must divide num_value_heads", f"use num_value_heads={rounded_up}"
             yield Problem(fields=("num_value_heads", "num_key_heads"), message=message, fix=fix)
 
     @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        return {
-            "num_key_heads": (self.num_key_heads, "kv_heads"),
-            "num_value_heads": (self.num_value_heads, "heads"),
-        }
+        return {"num_key_heads": (self.num_key_heads, "kv_heads"), "num_value_heads": (self.num_value_heads, "heads")}
 
     @override
     def matmul_params(self, hidden_size: int) -> int:
-        # Queries and keys; values, gate and output; rate and decay.
-        keys, values = self.num_key_heads * self.key_head_dim, self.num_value_heads * self.value_head_dim
-        return hidden_size * (2 * keys + 3 * values + 2 * self.num_value_heads)
+        key_width, value_width = self.num_key_heads * self.key_head_dim, self.num_value_heads * self.value_head_dim
+        # Queries and keys; values, gate and output; rate (beta) and decay, one number a head.
+        return hidden_size * (2 * key_width + 3 * value_width + 2 * self.num_value_heads)
 
     @override
     def pair_features(self, hidden_size: int, length: int) -> float:
@@ -108,7 +106,7 @@ class _Projected(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """The weights of a layer that no matmul uses."""
+    """The weights of a layer that no matmul uses; `a_log` and `dt_bias` make the decay, as in Mamba 2."""
 
     query_conv: jax.Array
     key_conv: jax.Array
@@ -158,14 +156,8 @@ class GatedDeltaNetModule(nnx.Module):
     ) -> tuple[jax.Array, DeltaCache | None]:
         """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
-        projected = _Projected(
-            query=self.query(x_BTD),
-            key=self.key(x_BTD),
-            value=self.value(x_BTD),
-            gate=self.gate(x_BTD),
-            decay=self.decay(x_BTD),
-            beta=self.beta(x_BTD),
-        )
+        projections = (self.query, self.key, self.value, self.gate, self.decay, self.beta)  # the fields in their order
+        projected = _Projected(*(project(x_BTD) for project in projections))
         weights = self._weights()
         arrays = (projected, weights, tokens.segments, tokens.counts, cache)
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
@@ -207,7 +199,7 @@ class GatedDeltaNetModule(nnx.Module):
         cache: DeltaCache | None,
     ) -> tuple[jax.Array, DeltaCache | None]:
         """Applies the layer between its projections on a device: `[B, T, H, V]`, and the new cache."""
-        before = (None,) * 3 if cache is None else cache[1:]
+        before = (None,) * 3 if cache is None else cache[1:]  # the last inputs of the three convolutions
 
         # Only the projections are saved for the backward pass.
         @jax.checkpoint
@@ -232,6 +224,7 @@ class GatedDeltaNetModule(nnx.Module):
         if cache is None:
             return y_BTHV, None
         assert counts_B is not None
+        # The padding of a row comes after its `counts_B` tokens, so these end there, and not at the end of the row.
         last = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=self.config.conv_width - 1))
         kept = (
             last(jnp.concatenate([x_before, x], axis=1), counts_B)
@@ -243,15 +236,12 @@ class GatedDeltaNetModule(nnx.Module):
         """Returns a cache of all layers for `batch` rows of any length."""
         spec, dtype = self.partitioner.spec, self.partitioner.compute_dtype
         (key_heads, key_dim), (heads, value_dim) = self.key_shape, self.value_shape
-        state = jnp.zeros(
-            (num_layers, batch, heads, key_dim, value_dim),
-            jnp.float32,
-            out_sharding=spec(None, "batch", "heads", None, None),
-        )
+        shape, state_spec = (num_layers, batch, heads, key_dim, value_dim), spec(None, "batch", "heads", None, None)
+        state = jnp.zeros(shape, jnp.float32, out_sharding=state_spec)
 
         def inputs(axis: str, *shape: int) -> jax.Array:
             shape = (num_layers, batch, self.config.conv_width - 1, *shape)
             return jnp.zeros(shape, dtype, out_sharding=spec(None, "batch", None, axis, None))
 
-        keys = inputs("kv_heads", key_heads, key_dim)
+        keys = inputs("kv_heads", key_heads, key_dim)  # queries have the same shape
         return DeltaCache(state, keys, jnp.zeros_like(keys), inputs("heads", heads, value_dim))

@@ -97,6 +97,7 @@ class FlaxModule(Module):
         self.structure = _structure(config, partitioner)
         shardings = [partitioner.stored_spec(_param_name(path), spec) for path, spec in self.structure.specs.items()]
         uses_tensor = any("tensor" in str(sharding) for sharding in shardings)
+        # With `alone` (canonical mode) the mesh shards stored parameters only, so no device repeats work.
         if partitioner.mesh.tensor > 1 and not uses_tensor and not partitioner.alone:
             raise ConfigError(
                 f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices "
@@ -137,8 +138,10 @@ class FlaxModule(Module):
             )
 
     def _gather(self, values: Mapping[PathParts, jax.Array]) -> dict[PathParts, jax.Array]:
-        """Casts parameters to the compute dtype and all-gathers them over the axes that shard the batch."""
-        # Otherwise JAX's partitioner moves activations to the shards of the parameters: several times the bytes.
+        """Casts parameters to the compute dtype and all-gathers them over the axes that shard the batch.
+
+        Otherwise JAX's partitioner moves activations to the shards of the parameters: several times the bytes.
+        """
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
             dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
@@ -176,6 +179,7 @@ class FlaxModule(Module):
 
     @property
     def _buffers(self) -> dict[PathParts, ParamSpec]:
+        """The variables that the module updates itself."""
         return {path: spec for path, spec in self.structure.specs.items() if spec.state == "buffer"}
 
     def _buffer_stats(
@@ -212,6 +216,7 @@ class FlaxModule(Module):
 
 
 def _make_module(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
+    """Makes the module of the user; ConfigError if it is none."""
     with nnx.use_eager_sharding(False):  # annotations may name logical axes that are not in the mesh
         module = config.make_module(rngs)
     if not isinstance(module, nnx.Module):
@@ -223,6 +228,7 @@ def _make_module(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
+    """Traces the creation of the module, without arrays; ConfigError if it has nothing to train."""
     abstract = nnx.eval_shape(lambda: _make_module(config, nnx.Rngs(0)))
     nodes, name = dict(nnx.iter_graph(abstract)), type(config).__qualname__
     specs = {
@@ -320,10 +326,12 @@ def _unflatten(values: Mapping[PathParts, Any]) -> dict[str, Any]:
 
 
 def _at(tree: Any, path: PathParts) -> Any:
+    """Returns what is at a path of a nested dict that `_unflatten` has built."""
     for key in path:
         tree = tree[str(key)]
     return tree
 
 
 def _param_name(path: PathParts) -> str:
+    """Returns the name of a variable among the parameters of the run."""
     return ".".join(map(str, ("module", *path)))

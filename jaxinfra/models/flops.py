@@ -20,8 +20,8 @@ def matmul_params(config: TransformerConfig) -> int:
 def flops_per_token(config: TransformerConfig, length: int) -> float:
     """Returns the training FLOPs of one token, in sequences of `length`.
 
-    A weight costs 2 FLOPs, three times as many with the backward pass. So do a feature of a query and of an attention
-    output for each visible key, and a multiplication with a recurrent state.
+    A weight costs 2 FLOPs, and three times as many with the backward pass: 6. So do a feature of a query or of an
+    attention output for each visible key, and a multiplication with a recurrent state (`Mixer.pair_features`).
     """
     pairs = sum(layer.mixer.pair_features(config.hidden_size, length) for layer in config.all_layers)
     return 6 * matmul_params(config) + 6 * pairs

@@ -10,7 +10,7 @@ the same way that of values to the output. All heads then attend to one key and 
 With sequence parallelism the latents are all-gathered over positions, as they are narrower than the residual stream.
 
 Shape suffixes: B batch, T queries, S cached tokens, D residual width, H heads, K head dim of queries and keys (N
-features without positions, P rotated features), V head dim of values, R latent rank.
+features without positions, P rotated features), V head dim of values, R latent rank, L layers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -90,7 +90,7 @@ class LatentAttention(Mixer):
 
     @override
     def attention(self, hidden_size: int) -> tuple[AttentionSpec, HeadSizes]:
-        # None would scale by the width of the queries; those of a decoding step are wider than a head.
+        # None would scale by the width of the queries, but in a decoding step these are wider than a head.
         scale = self.qk_head_dim**-0.5 if self.query_scale is None else self.query_scale
         spec = AttentionSpec(window=self.window, softcap=self.softcap, scale=self.rope.score_scale * scale)
         return spec, HeadSizes(self.num_heads, self.num_heads, self.qk_head_dim, self.v_head_dim)
@@ -161,7 +161,7 @@ class LatentAttentionModule(nnx.Module):
         return self.query(self.partitioner.gather_sequence(x_BTD, "heads"))
 
     def _keys(self, k_BTHN: jax.Array, rotated_BTP: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Rotates the shared key and puts it before the other features of each head."""
+        """Rotates the shared key and puts it before the other features of each head: `[B, T, H, K]`."""
         arrays = (k_BTHN, rotated_BTP, *rope)
         specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
 

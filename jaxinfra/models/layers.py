@@ -2,7 +2,7 @@
 
 A module is built without arrays: its parameters hold `ParamSpec`s (see `models.module`).
 
-Shape suffixes: B batch, T length, V vocabulary, D residual width, F MLP width.
+Shape suffixes: B batch, T length, V vocabulary, D residual width, F MLP width, H heads, K head dim.
 """
 
 import math
@@ -41,7 +41,7 @@ class ParamFactory:
 
     Attributes:
         partitioner: passed on to the layers.
-        num_layers: number of stacked layers; 0 does not stack.
+        num_layers: number of stacked layers; 0 declares parameters without a dimension for layers.
     """
 
     partitioner: Partitioner
@@ -99,6 +99,7 @@ class Norm(nnx.Module):
 
     def __init__(self, features: int, config: NormConfig, *, params: ParamFactory):
         self.eps, self.offset, self.partitioner = config.eps, config.offset, params.partitioner
+        # `rms_norm` multiplies by the scale plus the offset, so both begin as one.
         self.scale = params.param((features,), (None,), constant(1.0 - self.offset), "norm")
         self.bias = params.param((features,), (None,), constant(0.0), "bias") if config.type == "layernorm" else None
 
@@ -137,9 +138,9 @@ class Linear(nnx.Module):
     """A matmul with optional bias.
 
     Args:
-        in_shape: contracted dimensions.
-        out_shape: output dimensions.
-        axes: logical axes of the weight.
+        in_shape: sizes of the contracted dimensions.
+        out_shape: sizes of the output dimensions.
+        axes: logical axes of the weight, `[*in_shape, *out_shape]`.
         parallelism: how tensor parallelism splits the matmul. "column" takes gathered positions and returns sharded
             features. "row" contracts sharded features and reduce-scatters over the positions of the residual stream.
             "sequence" takes the sharded positions of the residual stream and returns unsharded features.
@@ -166,6 +167,7 @@ class Linear(nnx.Module):
         init = normal(scale * math.prod(in_shape) ** -0.5)
         self.weight = params.param((*in_shape, *out_shape), axes, init, "matrix", in_dims=self.in_dims)
         out_axes = axes[self.in_dims :]
+        # The output of "row" has whole features, to which every device adds a whole bias.
         self.bias_axes = (None,) * len(out_axes) if parallelism == "row" else out_axes
         self.bias = params.param(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
 
@@ -179,7 +181,7 @@ class Linear(nnx.Module):
             partitioner.gather_weight(self.weight[...], self.axes, x_axes),
             in_dims=self.in_dims,
             unreduced=frozenset(contracted_axes if row_parallel else ()),
-            flatten=partitioner.platform != "tpu",
+            flatten=partitioner.platform != "tpu",  # see `ops.dot`
             quantize=partitioner.quantize,
         )
         if row_parallel:
@@ -262,7 +264,7 @@ class MLP(FeedForward):
 
 
 def num_matrices(activation: Activation) -> int:
-    """Returns the number of matrices of an MLP."""
+    """Returns the number of matrices of an MLP: up and down, and a gate unless the activation is "gelu"."""
     return 2 if activation == "gelu" else 3
 
 

@@ -1,6 +1,8 @@
 """Defines the interface of mixers: a mixer is the part of a layer that moves information between positions.
 
 A layer of a `TransformerConfig` names the config of its mixer, such as `attention.Attention`, which builds the module.
+
+Shape suffixes: B batch, T length, D residual width.
 """
 
 from abc import ABC, abstractmethod
@@ -46,8 +48,8 @@ class MixerOptions:
         norm: the norms of the model.
         out_scale: factor on the initial weights of the output projection.
         causal: whether a position sees no later one.
-        kernel: forces a kernel of attention.
-        context_method: method of attention over sharded sequences.
+        kernel: forces a kernel of attention; None takes the fastest one that can run.
+        context_method: method of attention over sharded sequences (see `ops.context_cost`).
     """
 
     hidden_size: int
@@ -98,7 +100,7 @@ class Mixer(Extensible, ABC):
         return {}
 
     def problems_in_model(self, hidden_size: int, prefix: str) -> Iterable[Problem]:
-        """Yields conflicts with the model; `prefix` comes before the names of own fields."""
+        """Yields conflicts with the model; `prefix` comes before the names of the mixer's own fields."""
         return ()
 
     def rotary(self, hidden_size: int) -> tuple[Rope, int] | None:
@@ -106,13 +108,14 @@ class Mixer(Extensible, ABC):
         return None
 
     def attention(self, hidden_size: int) -> tuple[AttentionSpec, HeadSizes] | None:
-        """Returns the mask and the scale, and the heads; None if no position attends to another."""
+        """Returns the mask and scale of attention, and its heads; None for a mixer that is no attention."""
         return None
 
     def pair_features(self, hidden_size: int, length: int) -> float:
-        """Counts the features of queries and outputs of a token, once for each visible key.
+        """Counts the multiplications of a token in attention, for `models.flops`.
 
-        A mixer without attention counts the multiplications with its state.
+        Each visible key takes one for each feature of a query, and one for each feature of an output. A mixer without
+        attention counts the multiplications with its state.
         """
         attention = self.attention(hidden_size)
         if attention is None:
@@ -134,9 +137,9 @@ def visible_keys(length: int, window: int | None) -> float:
 
 
 def rope_problems(rope: Rope | None, head_dim: int, prefix: str, field: str) -> Iterable[Problem]:
-    """Yields a rotated part of a head that is odd, and another number of divisors than of its pairs.
+    """Yields an odd number of features to rotate in pairs, and another number of LongRoPE divisors than of pairs.
 
-    `field` is the one that has the width of a head.
+    `field` is the field that has the width of a head, and `prefix` comes before the names of the fields.
     """
     if rope is not None and int(head_dim * rope.fraction) % 2:
         fix = f"{prefix}{field}={head_dim + 1}" if head_dim % 2 else f"{prefix}rope.fraction=1.0"

@@ -37,12 +37,12 @@ class ModelConfig(Extensible):
         return pkgutil.resolve_name(self.implementation)(self, partitioner)
 
     @property
-    def pipeline_layers(self) -> int:
-        """Number of layers, or of periods of layers, that stages split; 0 for a model that cannot be split."""
+    def pipeline_periods(self) -> int:
+        """Number of periods, each of one or more layers, that stages split; 0 for a model that cannot be split."""
         return 0
 
     def problems_of_stages(self, chunks: int) -> Iterable[Problem]:
-        """Yields conflicts with a pipeline of so many chunks on all stages; fields are named as in `mesh.stage`."""
+        """Yields conflicts with a pipeline of this number of chunks on all stages; fields are as in `mesh.stage`."""
         return ()
 
     @property
@@ -75,7 +75,7 @@ class LayeredModelConfig(ModelConfig):
 
     @property
     @override
-    def pipeline_layers(self) -> int:
+    def pipeline_periods(self) -> int:
         return self.num_layers
 
     @property

@@ -5,6 +5,8 @@ merges arrays in when it traces a step. A module is never changed.
 
 Methods that a subclass must define raise NotImplementedError, since Flax modules cannot be abstract base classes: they
 have a metaclass of their own.
+
+Shape suffixes: B batch, T positions, D residual width, L layers, S pipeline stages.
 """
 
 from collections.abc import Mapping
@@ -103,7 +105,10 @@ class LayeredModule(Module):
     def apply_layers(
         self, x: jax.Array, batch: Inputs, stage_layers: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
-        """Returns the activations after the layers in `blocks`, and their statistics, one row per layer."""
+        """Returns the activations after the layers in `blocks`, and their statistics, one row per layer.
+
+        `stage_layers` is given in a pipeline, where `blocks` are those of one chunk of each stage.
+        """
         raise NotImplementedError
 
     def output(self, x: jax.Array, /) -> Any:

@@ -22,16 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from jaxinfra.models.layers import (
-    MLP,
-    RESIDUAL,
-    Activation,
-    FeedForward,
-    MLPModule,
-    ParamFactory,
-    activate,
-    num_matrices,
-)
+from jaxinfra.models.layers import MLP, RESIDUAL, Activation, FeedForward, ParamFactory, activate, num_matrices
 from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops import routing
@@ -96,7 +87,7 @@ class MixtureOfExperts(FeedForward):
     z_loss: NonNegativeFloat = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """Yields a `top_k` or `top_k_groups` that is too large, and groups of unequal size."""
+        """Yields a gate without shared experts, a `top_k` or `top_k_groups` that is too large, and unequal groups."""
         if self.shared_gate and not self.num_shared_experts:
             fix = "use num_shared_experts=1"
             yield Problem(fields=("shared_gate", "num_shared_experts"), message="there is no shared expert", fix=fix)
@@ -108,12 +99,12 @@ class MixtureOfExperts(FeedForward):
             message, fix = f"there are {groups} groups", f"use top_k_groups={groups}"
             yield Problem(fields=("top_k_groups", "num_groups"), message=message, fix=fix)
         elif groups > 1 and (experts % groups or group_size < 2):
-            fitting = max(n for n in range(1, groups + 1) if n == 1 or (experts % n == 0 and experts // n > 1))
+            fitting = max(n for n in range(1, groups + 1) if n == 1 or (experts % n == 0 and experts // n >= 2))
             message = "groups must have the same size, at least two experts"
             yield Problem(fields=("num_groups", "num_experts"), message=message, fix=f"use num_groups={fitting}")
         elif self.top_k > self.top_k_groups * group_size:
             message = f"{self.top_k_groups} groups have {self.top_k_groups * group_size} experts"
-            fix = f"use top_k_groups={-(-self.top_k // group_size)}"
+            fix = f"use top_k_groups={math.ceil(self.top_k / group_size)}"
             yield Problem(fields=("top_k", "top_k_groups"), message=message, fix=fix)
 
     @override
@@ -122,9 +113,10 @@ class MixtureOfExperts(FeedForward):
 
     @override
     def matmul_params(self, hidden_size: int) -> int:
-        # Those of the router and of the experts that process the token.
+        # Those of the router, of the experts that process the token, and of the gate of shared experts.
         experts = num_matrices(self.activation) * self.dim * (self.top_k + self.num_shared_experts)
-        return hidden_size * (self.num_experts + experts + self.shared_gate)
+        gate = 1 if self.shared_gate else 0
+        return hidden_size * (self.num_experts + experts + gate)
 
     @override
     def build(self, hidden_size: int, out_scale: float, params: ParamFactory) -> "MoE":
@@ -201,14 +193,15 @@ class MoE(nnx.Module):
         out_specs = (P(*x_spec.partitions, unreduced=frozenset(mlp_axes)), P(*stage, unreduced=token_axes))
         y_BTD, stats = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
         y_BTD = save_dot(partitioner.shard(y_BTD, *RESIDUAL, None))
-        return y_BTD if self.shared is None else y_BTD + self._apply_shared(self.shared, x_BTD), stats
+        if self.shared is None:
+            return y_BTD, stats
+        shared_BTD = self.shared(x_BTD)
+        if self.shared_gate is not None:
+            shared_BTD *= self._apply_shared_gate(self.shared_gate, x_BTD)
+        return y_BTD + shared_BTD, stats
 
-    def _apply_shared(self, shared: MLPModule, x_BTD: jax.Array) -> jax.Array:
-        y_BTD = shared(x_BTD)
-        return y_BTD if self.shared_gate is None else y_BTD * self._shared_gate(self.shared_gate, x_BTD)
-
-    def _shared_gate(self, gate: nnx.Param, x_BTD: jax.Array) -> jax.Array:
-        """Takes gathered positions; returns `[B, T, 1]`, with positions sharded like the residual stream."""
+    def _apply_shared_gate(self, gate: nnx.Param, x_BTD: jax.Array) -> jax.Array:
+        """Takes gathered positions; returns factors `[B, T, 1]`, with positions sharded like the residual stream."""
         axes = self.partitioner.mesh_axes("block_sequence")
         weight = self.partitioner.gather_weight(gate[...], ("embed", None), RESIDUAL)
         specs = tuple(jax.typeof(a).sharding.spec for a in (x_BTD, weight))
@@ -225,6 +218,7 @@ class MoE(nnx.Module):
         return jax.shard_map(on_device, in_specs=specs, out_specs=out_specs)(x_BTD, weight)
 
     def _gather_weights(self) -> dict[str, jax.Array]:
+        """Gathers the weights for `_apply_local`; the names are those of the parameters."""
         gather, everywhere = self.partitioner.gather_weight, ("batch", "sequence", "mlp")
         weights = {
             "router": gather(self.router[...], ("embed", None), everywhere, FLOAT32),
@@ -266,7 +260,8 @@ class MoE(nnx.Module):
         plan = plan_dispatch(self._placement(B, T, rule), served_BTK.reshape(B * T, -1))
         x_ND, weights_NK1 = x_BTD.reshape(B * T, D), choice.weights.reshape(B * T, -1, 1)
         if self.config.scale_inputs:
-            x_MD, weights_NK1 = plan.dispatch_choices((x_ND[:, None] * weights_NK1).astype(x_ND.dtype)), 1
+            x_MD = plan.dispatch_choices((x_ND[:, None] * weights_NK1).astype(x_ND.dtype))
+            weights_NK1 = 1  # the outputs are summed as they are
         else:
             x_MD = plan.dispatch(x_ND)
         y_NKD = save_dot(plan.combine(self._apply_experts(x_MD, weights, plan.group_sizes))).astype(FLOAT32)
@@ -275,6 +270,7 @@ class MoE(nnx.Module):
         return y_ND.astype(x_BTD.dtype).reshape(B, T, D), stats
 
     def _placement(self, batch: int, length: int, rule: RoutingRule) -> ExpertPlacement:
+        """Returns where the experts are, and how many rows a device may get from `batch` sequences of this length."""
         num_experts, num_shards = self.config.num_experts, self.partitioner.num_shards("experts")
         own_experts = num_experts // num_shards
         # A row is one choice of a token, and a token chooses each expert of a shard at most once.
@@ -290,6 +286,8 @@ class MoE(nnx.Module):
         )
 
     def _apply_experts(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
+        """Applies the device's own experts to rows that are grouped by expert; `sizes_E` are the groups' sizes."""
+
         def multiply(x: jax.Array, name: str) -> jax.Array:
             y = grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
             if (bias := weights.get(f"{name}_bias")) is None:

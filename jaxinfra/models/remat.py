@@ -13,6 +13,7 @@ from jaxinfra.parallel.sharding import GATHERED_WEIGHT
 type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"]
 
 DOT = "dot"
+"""The name under which policies save the output of a matmul with a weight."""
 
 
 def save_dot(y: jax.Array) -> jax.Array:
@@ -23,6 +24,7 @@ def save_dot(y: jax.Array) -> jax.Array:
 
 
 def _all_but_gathered_weights(primitive: Primitive, *_: Any, **params: Any) -> bool:
+    """The policy "weights": whether to save the output of a primitive."""
     # Resharded activations are saved by their own checkpoint name; a reshape costs nothing.
     return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED_WEIGHT
 

@@ -19,7 +19,8 @@ type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
 def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree, *, unroll: bool = False) -> tuple[jax.Array, Tree]:
     """Computes `jax.lax.scan` with `steps[i % len(steps)]` as step i: returns the last `x`, and all `y` stacked.
 
-    Steps are `(x, layer) -> (x, y)`. The arrays in `xs` are `[L, ...]`; L is not sharded. `unroll` makes no loop.
+    Steps are `(x, layer) -> (x, y)`. The arrays in `xs` are `[L, ...]` for L layers, a dimension that is not sharded.
+    `unroll` makes no loop.
     """
     if len(steps) == 1:
         return jax.lax.scan(steps[0], x, xs, unroll=unroll)

@@ -116,7 +116,7 @@ class TransformerConfig(LayeredModelConfig):
 
     @property
     def prefix(self) -> Stack | None:
-        """The layers before the first period; equal ones are stacked."""
+        """The layers before the first period, as repetitions of the shortest period that makes them up."""
         layers, count = self.first_layers, len(self.first_layers)
         if not layers:
             return None
@@ -133,7 +133,7 @@ class TransformerConfig(LayeredModelConfig):
     def tail(self) -> Stack | None:
         """The last period, if it is cut short."""
         rest = (self.num_layers - len(self.first_layers)) % len(self.layers)
-        return Stack(layers=self.layers[:rest], times=1, first=self.num_layers - rest) if rest else None
+        return None if rest == 0 else Stack(layers=self.layers[:rest], times=1, first=self.num_layers - rest)
 
     @property
     def remat_policies(self) -> tuple[Remat, ...]:
@@ -181,7 +181,7 @@ class TransformerConfig(LayeredModelConfig):
 
     @property
     @override
-    def pipeline_layers(self) -> int:
+    def pipeline_periods(self) -> int:
         return self.blocks.times
 
     @override

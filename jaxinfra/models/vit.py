@@ -6,9 +6,11 @@ embedding. Layers are pre-norm and bidirectional. The head reads the class token
 Positions are few and, with a class token, odd in number: 14 x 14 patches and the token are 197. Attention never shards
 them, and the residual stream only if the shards divide their number.
 
-Shape suffixes: B batch, N patches, T positions, P features of a patch, D width, C classes, L layers, S stages.
+Shape suffixes: B batch, H and W height and width of an image, N patches, T positions, P features of a patch, D width,
+C classes; 1 is a dimension of size 1.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,16 +87,16 @@ class VisionTransformerConfig(LayeredModelConfig):
     @property
     def length(self) -> int:
         """Number of positions: the patches, and the class token if there is one."""
-        return self.num_patches + (self.pool == "class")
+        return self.num_patches + 1 if self.pool == "class" else self.num_patches
 
     def problems(self) -> Iterable[Problem]:
         """Yields sizes that are not divisible."""
         if self.image_size % self.patch_size:
-            fix = f"use patch_size={max(n for n in range(1, self.patch_size) if self.image_size % n == 0)}"
-            message = "patch_size must divide image_size"
+            divisors = [n for n in range(1, self.patch_size) if self.image_size % n == 0]
+            message, fix = "patch_size must divide image_size", f"use patch_size={max(divisors)}"
             yield Problem(fields=("image_size", "patch_size"), message=message, fix=fix)
         if self.hidden_size % self.num_heads:
-            fix = f"use hidden_size={-(-self.hidden_size // self.num_heads) * self.num_heads}"
+            fix = f"use hidden_size={math.ceil(self.hidden_size / self.num_heads) * self.num_heads}"
             yield Problem(fields=("hidden_size", "num_heads"), message="num_heads must divide hidden_size", fix=fix)
 
     @property
@@ -120,6 +122,7 @@ class VisionTransformerConfig(LayeredModelConfig):
 
     @override
     def build(self, partitioner: Partitioner) -> "VisionTransformer":
+        # The number of positions is mostly odd, so they are sharded where that is possible only (see the module).
         partitioner = replace(partitioner, rules=replace(partitioner.rules, sequence=()))
         if self.length % partitioner.num_shards("positions"):
             partitioner = replace(partitioner, rules=replace(partitioner.rules, block_sequence=()))
@@ -160,11 +163,11 @@ class VisionTransformer(LayeredModule):
         self.config, self.partitioner = config, partitioner
         hidden, classes, features = config.hidden_size, config.num_classes, config.patch_size**2 * config.channels
         params = ParamFactory(partitioner=partitioner)
-        param = params.param
+        param, learned_init = params.param, normal(0.02)  # the scale of positions in the published code
         self.patches = param((features, hidden), (None, "embed"), normal(features**-0.5), "embedding", in_dims=1)
         self.patches_bias = param((hidden,), (None,), constant(0.0), "bias")
-        self.token = param((hidden,), (None,), normal(0.02), "embedding") if config.pool == "class" else None
-        self.positions = param((config.length, hidden), (None, "embed"), normal(0.02), "embedding")
+        self.token = param((hidden,), (None,), learned_init, "embedding") if config.pool == "class" else None
+        self.positions = param((config.length, hidden), (None, "embed"), learned_init, "embedding")
         self.blocks = EncoderBlock(config, replace(params, num_layers=config.num_layers))
         self.norm = Norm(hidden, NormConfig(type="layernorm", eps=config.norm_eps), params=params)
         self.classes = param((hidden, classes), ("embed", None), normal(hidden**-0.5), "head", in_dims=1)

@@ -19,7 +19,7 @@ from jaxinfra.objectives.objective import Apply, Batch, Objective
 
 @runtime_checkable
 class TextSamples(Protocol):
-    """Validation samples of text: the targets that count have `n_bytes` UTF-8 bytes."""
+    """Validation samples of text; `n_bytes` is the length in UTF-8 of the text that the weighted targets stand for."""
 
     n_bytes: int
 
@@ -70,6 +70,6 @@ class CausalLM(Objective):
     def _problems_with_chunks(self, length: int, message: str, *other_fields: str) -> Iterable[Problem]:
         chunks = self.loss_chunks
         if chunks is not None and length % chunks:
-            fitting = max(n for n in range(1, min(chunks, length) + 1) if length % n == 0)
-            fix = f"use objective.loss_chunks={fitting}"
+            divisors = [n for n in range(1, min(chunks, length) + 1) if length % n == 0]
+            fix = f"use objective.loss_chunks={max(divisors)}"
             yield Problem(fields=("objective.loss_chunks", *other_fields), message=message, fix=fix)

@@ -27,7 +27,7 @@ class Classification(Objective):
     """
 
     batch_fields: ClassVar[tuple[str, ...]] = ("labels",)
-    partial_sums: ClassVar[bool] = True
+    partial_sums: ClassVar[bool] = True  # each device may return the sum over its own samples
     label_smoothing: DecayRate = 0.0  # at least 0, below 1
 
     @override
@@ -48,7 +48,7 @@ class Classification(Objective):
             out = PartitionSpec(unreduced=frozenset(batch_axes))
             return jnp.einsum("b,b->", values_B, weights_B, out_sharding=out)
 
-        # The target probability of every class is `smoothing / C`, that of the label `1 - smoothing` more.
+        # With smoothing, each class has the target probability `smoothing / C`, and the label `1 - smoothing` more.
         smooth_B = (1 - self.label_smoothing) * entropy_B - self.label_smoothing * jnp.mean(log_probs_BC, axis=-1)
         values = {"loss": entropy_B, "accuracy": correct_B, "weight": jnp.ones_like(entropy_B)}
         return losses.reduce_partial_sums(apply, weighted_sum(smooth_B), jax.tree.map(weighted_sum, values))

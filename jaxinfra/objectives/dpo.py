@@ -1,6 +1,6 @@
 """Direct preference optimization (Rafailov et al. 2023, "Direct preference optimization", equation 7).
 
-Shape suffixes: B pairs, 2 answers of a pair (chosen, rejected), R rows (2 * B), T positions.
+Shape suffixes: B pairs, 2 answers of a pair (chosen, rejected), R = 2 * B rows of the model's batch, T positions.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class DPO(Objective):
     """
 
     batch_fields: ClassVar[tuple[str, ...]] = tuple(f"{side}_{name}" for side in SIDES for name in MODEL_FIELDS)
-    by_position: ClassVar[bool] = True
+    by_position: ClassVar[bool] = True  # an answer's log-probability is a sum over positions
     uses_reference: ClassVar[bool] = True
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
@@ -61,7 +61,7 @@ class DPO(Objective):
 
     @override
     def flops(self, model_flops: float) -> float:
-        # A pair has two sequences. Training costs three forward passes of each, the reference one more.
+        # A pair has two sequences. Training on one costs three forward passes (`model_flops`), the reference a fourth.
         return 2 * model_flops * 4 / 3
 
 

@@ -1,4 +1,4 @@
-"""Token losses for objectives to build on, from logits or from `FactoredLogits`.
+"""Token losses for objectives to build on, from logits or from `FactoredLogits`, which are computed in chunks.
 
 In JAX's explicit sharding, *unreduced* means that each device holds a partial sum.
 
@@ -28,6 +28,7 @@ CHUNK_TOKENS = 1024
 a vocabulary of 128k."""
 
 type Sums = dict[str, jax.Array]
+"""Sums over a batch by name, such as "loss" and "weight"."""
 
 
 def cross_entropy(
@@ -78,6 +79,7 @@ def token_scores(logits: FactoredLogits, targets_BT: jax.Array) -> tuple[jax.Arr
 
 
 def _chunked(logits: FactoredLogits, num_chunks: int | None = None, *, z_loss: float = 0.0) -> CrossEntropyConfig:
+    """Returns how to compute the loss in chunks of the sequence."""
     return CrossEntropyConfig(
         num_chunks=num_chunks or _default_num_chunks(logits.hidden),
         z_loss=z_loss,

@@ -86,7 +86,10 @@ class Objective(Extensible, ABC):
         return ()
 
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
-        """Yields conflicts with the number of positions of a sequence on one device; fields as in `problems_with`."""
+        """Yields conflicts with the number of positions of a sequence that one device has, if they are sharded.
+
+        Fields are named as in `problems_with`.
+        """
         return ()
 
     def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ V head dim of values.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ type Positions = tuple[jax.Array, jax.Array]
 """Positions of queries `[B or 1, T]` and of keys `[B or 1, S]`."""
 
 ATTENTION_RESIDUALS = "attention_residuals"
-"""The checkpoint name of the splash kernel's output and log-sum-exp."""
+"""The checkpoint name of the splash kernel's output and log-sum-exp, by which `models.remat` saves them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,8 @@ def reference(
 ) -> jax.Array:
     """Computes attention by its definition, with scores and softmax in float32. Memory grows with `T * S`.
 
-    A sink is the score of another key of its head, whose value is zero. If all keys of a query are masked, its output
-    is the mean of all values.
+    A sink is the score of an additional key of its head, whose value is zero. If all keys of a query are masked, its
+    output is the mean of all values.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
@@ -104,6 +104,7 @@ def reference(
     if positions is None:
         positions = jnp.arange(T)[None], jnp.arange(k_BSGK.shape[1])[None]
     mask_BTS = attention_mask(spec, positions, segments)
+    # Finite, so that a query without visible keys gets no NaN.
     scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -1e30)
     if sinks_H is None:
         weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGV.dtype)
@@ -178,11 +179,12 @@ def _splash(
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     if spec.window is not None:
-        mask = splash_mask.LocalMask((T, S), (spec.window - 1, 0 if spec.causal else S), 0)
+        mask = splash_mask.LocalMask((T, S), (spec.window - 1, 0 if spec.causal else S), offset=0)
     else:
         mask = splash_mask.CausalMask((T, S)) if spec.causal else splash_mask.FullMask((T, S))
     bq, bk = splash_block(T), splash_block(S)
-    # The query heads of one key/value head; `vmap` adds key/value heads and the batch.
+    # The query heads of one key/value head; `vmap` adds key/value heads and the batch. There is one shard, as this runs
+    # on each device in a `shard_map`.
     kernel = splash.make_splash_mqa(
         splash_mask.MultiHeadMask([mask] * (H // G)),
         block_sizes=splash.BlockSizes(
@@ -274,7 +276,8 @@ def dot_product_attention(
         segments: document ids, for packed sequences.
         positions: None is `0..T-1` and `0..S-1`; decoding from a cache needs explicit positions.
         kernel: forces a kernel; raises ConfigError if it cannot run.
-        sinks_H: a sink for each head, for decoding, which uses the reference (see `ops.context_attention` for others).
+        sinks_H: a sink for each head; only the reference takes them here, for decoding. `ops.context_attention` adds
+            them to the other kernels.
     """
     inputs = KernelInputs(
         q_len=q_BTHK.shape[1],
@@ -285,23 +288,15 @@ def dot_product_attention(
         dtype=q_BTHK.dtype,
     )
     name = choose_kernel(spec, inputs, platform, kernel)
+    # Most kernels lack these parameters.
+    given = {key: value for key, value in (("positions", positions), ("sinks_H", sinks_H)) if value is not None}
 
-    def local(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        segments: Segments | None,
-        positions: Positions | None,
-        sinks: jax.Array | None,
-    ) -> jax.Array:
-        # Most kernels lack these parameters.
-        explicit = {} if positions is None else {"positions": positions}
-        explicit |= {} if sinks is None else {"sinks_H": sinks}
-        return KERNELS[name].attend(q, k, v, spec, segments, **explicit)
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, given: dict[str, Any]) -> jax.Array:
+        return KERNELS[name].attend(q, k, v, spec, segments, **given)
 
-    arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions, sinks_H)
+    arrays = (q_BTHK, k_BSGK, v_BSGV, segments, given)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
-    # JAX cannot track over which mesh axes a value varies through kernels that are not written in JAX. For the others
+    # JAX cannot check over which mesh axes a value varies (vma) in kernels that are not written in JAX. For the others
     # the check stays on: without it, JAX sums gradients over all unnamed axes, a copy and a wait even on one device.
     check_vma = name in ("xla", "reference")
     return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=check_vma)(*arrays)

@@ -160,6 +160,7 @@ def _chunk_forward(block: QKVBlock, spec: AttentionSpec) -> SoftmaxPartial:
 
 
 def _chunk_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient) -> Gradients:
+    # As in FlashAttention, p are the weights of the softmax, and d before a name is the gradient of what it names.
     k, v, _ = block.kv
     f32, kv_heads = jnp.float32, k.shape[1]
     q_BGRTK = _split_heads(block.q, kv_heads)
@@ -180,14 +181,14 @@ def _chunk_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradie
 
 
 type Chunk = tuple[jax.Array, KV]
-"""The index of a chunk's first key in its block, and the keys and values of the chunk.
+"""The index of a chunk's first key in its block, and the chunk's keys and values.
 
-For a scan, all chunks of a block are stacked in a new first dimension of the arrays.
+`_split_keys` stacks all chunks of a block in a new first dimension, for a scan.
 """
 
 
 def _split_keys(kv: KV) -> Chunk:
-    """Splits a block into stacked chunks of at most `KEY_CHUNK` keys."""
+    """Splits a block into stacked chunks of equal size, of at most `KEY_CHUNK` keys."""
     num_keys = kv.k.shape[2]
     chunk_len = next(n for n in range(min(KEY_CHUNK, num_keys), 0, -1) if num_keys % n == 0)
 
@@ -237,3 +238,4 @@ def _backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient) ->
 
 
 JAX_BLOCKS = BlockAttention(_forward, _backward)
+"""The implementation in JAX, for all platforms."""

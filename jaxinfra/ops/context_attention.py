@@ -1,6 +1,6 @@
-"""Self-attention from the log-sum-exp of its scores: over sequences that are sharded over devices, and with sinks.
+"""Self-attention over sequences that are sharded over devices (context parallelism), and self-attention with sinks.
 
-Sequences are sharded (context parallelism) as a ring or by all-gather.
+Both need kernels that return the log-sum-exp of the scores. There are two methods for sharded sequences.
 
 Ring (Liu et al. 2023, Ring Attention): keys and values are sent from shard to shard, and every shard accumulates its
 softmax (see `ops.block_attention`). The backward pass sends them again, together with their float32 gradients. Steps in
@@ -9,14 +9,15 @@ which the mask hides all keys are skipped: with a sliding window a shard receive
 All-gather: every shard holds the keys and values of the whole sequence for one layer at a time. The backward pass
 gathers them again and scatters their gradients.
 
-A sink is the score of another key of its head, whose value is zero (GPT-OSS; Xiao et al. 2023, "Efficient streaming
-language models with attention sinks"). It multiplies the output by `sigmoid(lse - sink)`, and the backward pass is that
-of the other keys with `logaddexp(lse, sink)`, so any kernel that returns the log-sum-exp can have sinks.
+A sink is the score of an additional key of its head, whose value is zero (GPT-OSS; Xiao et al. 2023, "Efficient
+streaming language models with attention sinks"). It multiplies the output by `sigmoid(lse - sink)`. The backward pass
+is that of the other keys with `logaddexp(lse, sink)`, so any kernel that returns the log-sum-exp can have sinks.
 
 No array grows with the square of a length.
 
 Shape suffixes: B batch, T positions of a shard, H query heads, G key/value heads, K head dim of queries and keys,
-V head dim of values. Inside the `shard_map` heads come before positions (`[B, H, T, K]`), as kernels want them.
+V head dim of values. Inside the `shard_map` arrays have no suffixes, and heads come before positions, as kernels want
+them: queries are `[B, H, T, K]`, keys `[B, G, T, K]`, values `[B, G, T, V]`.
 """
 
 import functools
@@ -27,7 +28,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import AttentionSpec, Kernel, KernelInputs, choose_kernel
@@ -45,17 +45,20 @@ from jaxinfra.ops.block_attention import (
 )
 from jaxinfra.ops.context_cost import AttentionSizes, ContextMethod, RingStep, choose_method, ring_steps
 from jaxinfra.parallel.context import SequenceSharding
-from jaxinfra.parallel.sharding import local_weight
+from jaxinfra.parallel.sharding import local_shape, local_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextSpec:
-    """The static parameters of context-parallel attention; `block_len` counts the positions of a block."""
+    """The static parameters of context-parallel attention.
+
+    A shard has one block of `block_len` consecutive positions, or two; `implementation` computes one block of keys.
+    """
 
     sharding: SequenceSharding
     spec: AttentionSpec
     method: ContextMethod
-    blocks: BlockAttention
+    implementation: BlockAttention
     block_len: int
 
     def split[T](self, shard: T) -> list[T]:
@@ -76,6 +79,9 @@ def _join[T](blocks: Sequence[T]) -> T:
 
 # Ring
 
+type RingState[QSum, KVSum] = tuple[list[QSum], KVSum, KV, jax.Array]
+"""The sums of `_ring`, the keys and values that a shard holds now, and the shard that they come from."""
+
 
 def _ring[QSum, KVSum](
     context: ContextSpec,
@@ -85,7 +91,7 @@ def _ring[QSum, KVSum](
     q_sums: list[QSum],
     kv_sums: KVSum,
 ) -> tuple[list[QSum], KVSum]:
-    """Sums over the keys of all shards, for each block of the shard's queries, and for its keys over all queries.
+    """Sums over the keys of all shards, for each block of the shard's queries, and over all queries, for its keys.
 
     Args:
         context: the static parameters.
@@ -99,10 +105,8 @@ def _ring[QSum, KVSum](
     sharding, own_shard = context.sharding, jax.lax.axis_index(context.sharding.axes)
     queries = context.split((q, kv.ids))
 
-    def run_step(
-        state: tuple[list[QSum], KVSum, KV, jax.Array], _: None, step: RingStep
-    ) -> tuple[tuple[list[QSum], KVSum, KV, jax.Array], None]:
-        q_sums, kv_sums, kv, source = state  # `source` is the shard that the keys come from
+    def run_step(state: RingState[QSum, KVSum], _: None, step: RingStep) -> tuple[RingState[QSum, KVSum], None]:
+        q_sums, kv_sums, kv, source = state
         # Both transfers overlap with the computation of this step, which needs neither result.
         next_kv, kv_sums = sharding.rotate(kv, step.shift_out), sharding.rotate(kv_sums, step.shift_in)
         q_sums, keys = list(q_sums), context.split(kv)
@@ -121,9 +125,8 @@ def _ring[QSum, KVSum](
         return (q_sums, kv_sums, next_kv, (source - step.shift_out) % sharding.num_shards), None
 
     state, steps = (q_sums, kv_sums, kv, own_shard), ring_steps(sharding, context.spec, context.block_len)
-    for step, equal_steps in itertools.groupby(steps):
+    for step, equal_steps in itertools.groupby(steps):  # a loop compiles equal steps only once
         body, length = functools.partial(run_step, step=step), len(list(equal_steps))
-        # A loop compiles equal steps only once.
         if length == 1:
             state, _ = body(state, None)
         else:
@@ -134,7 +137,7 @@ def _ring[QSum, KVSum](
 
 def _ring_forward(context: ContextSpec, q: jax.Array, kv: KV) -> SoftmaxPartial:
     def add(_: int, block: QKVBlock, total: SoftmaxPartial, kv_sum: None) -> tuple[SoftmaxPartial, None]:
-        return merge_partials(total, context.blocks.forward(block, context.spec)), kv_sum
+        return merge_partials(total, context.implementation.forward(block, context.spec)), kv_sum
 
     empty = [empty_partial(block, kv.v.shape[-1]) for block in context.split(q)]
     return _join(_ring(context, add, q, kv, empty, None)[0])
@@ -148,7 +151,7 @@ def _ring_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: OutputG
     gradients = context.split(gradient)
 
     def add(i: int, block: QKVBlock, dq: jax.Array, dkv: KVGradients) -> tuple[jax.Array, KVGradients]:
-        block_dq, *block_dkv = context.blocks.backward(block, context.spec, gradients[i])
+        block_dq, *block_dkv = context.implementation.backward(block, context.spec, gradients[i])
         new = (block_dq, tuple(block_dkv))
         return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), (dq, dkv), new)
 
@@ -177,13 +180,13 @@ def _gather(context: ContextSpec, q: jax.Array, kv: KV) -> Iterator[QKVBlock]:
 
 
 def _gather_forward(context: ContextSpec, q: jax.Array, kv: KV) -> SoftmaxPartial:
-    return _join([context.blocks.forward(block, context.spec) for block in _gather(context, q, kv)])
+    return _join([context.implementation.forward(block, context.spec) for block in _gather(context, q, kv)])
 
 
 def _gather_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: OutputGradient) -> Gradients:
-    sharding = context.sharding
+    sharding, backward = context.sharding, context.implementation.backward
     blocks = zip(_gather(context, q, kv), context.split(gradient), strict=True)
-    dq, dk, dv = zip(*(context.blocks.backward(block, context.spec, part) for block, part in blocks), strict=True)
+    dq, dk, dv = zip(*(backward(block, context.spec, part) for block, part in blocks), strict=True)
 
     def scatter(parts: tuple[jax.Array, ...]) -> jax.Array:
         if sharding.num_shards == 1:
@@ -193,6 +196,8 @@ def _gather_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: Outpu
 
     return _join(dq), scatter(dk), scatter(dv)
 
+
+# Both methods, with sinks
 
 type Saved = tuple[jax.Array, KV, jax.Array | None, jax.Array, jax.Array]
 """Queries, keys and values, sinks, the output, and the log-sum-exp of scores and sinks."""
@@ -206,7 +211,7 @@ def _attention(context: ContextSpec, q_BHTK: jax.Array, kv: KV, sinks_BHT: jax.A
 def _forward(context: ContextSpec, q: jax.Array, kv: KV, sinks: jax.Array | None) -> tuple[jax.Array, Saved]:
     forward = _ring_forward if context.method == "ring" else _gather_forward
     out, lse = forward(context, q, kv)
-    if sinks is not None:
+    if sinks is not None:  # see the module
         out, lse = out * jax.nn.sigmoid(lse - sinks)[..., None], jnp.logaddexp(lse, sinks)
     out = out.astype(q.dtype)
     return out, (q, kv, sinks, out, lse)
@@ -235,7 +240,7 @@ def context_parallel_attention(
     ids_BT: jax.Array | None = None,
     kernel: Kernel | None = None,
     method: ContextMethod | Literal["auto"] = "auto",
-    blocks: BlockAttention | None = None,
+    implementation: BlockAttention | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Computes self-attention, also over sharded sequences: `[B, T, H, V]`, sharded like `q_BTHK`.
@@ -250,57 +255,81 @@ def context_parallel_attention(
         ids_BT: document ids, for packed sequences.
         kernel: forces a kernel; raises ConfigError if it cannot run.
         method: "auto" takes the cheaper one (see `ops.context_cost`).
-        blocks: overrides the implementation, for tests.
+        implementation: overrides the choice by platform and kernel, for tests.
         sinks_H: the sink of each head, sharded like the heads.
     """
-    q_sharding = jax.typeof(q_BTHK).sharding
-    batch, _, num_heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)
-    seq_len, value_dim = q_BTHK.shape[1], v_BTGV.shape[-1]
-    block_len = seq_len // (sharding.num_shards * sharding.blocks_per_shard)
+    sizes = _local_sizes(q_BTHK, k_BTGK, v_BTGV)
+    block_len = sizes.seq_len // (sharding.num_shards * sharding.blocks_per_shard)
     if sharding.num_shards == 1:
         method = "gather"
     elif method == "auto":
-        sizes = AttentionSizes(
-            batch=batch,
-            seq_len=seq_len,
-            num_heads=num_heads,
-            num_kv_heads=jax.typeof(k_BTGK).sharding.shard_shape(k_BTGK.shape)[2],
-            head_dim=head_dim,
-            value_dim=value_dim,
-            itemsize=q_BTHK.dtype.itemsize,
-        )
         method = choose_method(sharding, spec, sizes)
-    if blocks is None:
-        if kernel == "cudnn":
-            raise ConfigError(
-                "model.attention_kernel=cudnn: it does not support sinks, or sequences that are sharded over devices "
-                "(mesh.context above 1); use model.attention_kernel=none for the fastest that can run"
-            )
+    if implementation is None:
         inputs = KernelInputs(
             q_len=block_len,
-            kv_len=seq_len if method == "gather" else block_len,
-            head_dim=head_dim,
-            value_dim=value_dim,
+            kv_len=sizes.seq_len if method == "gather" else block_len,
+            head_dim=sizes.head_dim,
+            value_dim=sizes.value_dim,
             explicit_positions=False,
             dtype=q_BTHK.dtype,
         )
-        blocks = JAX_BLOCKS
-        if choose_kernel(spec, inputs, platform, kernel) == "splash":
-            from jaxinfra.ops.splash_blocks import SPLASH_BLOCKS
+        implementation = _choose_implementation(spec, inputs, platform, kernel)
+    context = ContextSpec(
+        sharding=sharding, spec=spec, method=method, implementation=implementation, block_len=block_len
+    )
+    return _on_shards(context, q_BTHK, k_BTGK, v_BTGV, ids_BT, sinks_H)
 
-            blocks = SPLASH_BLOCKS
-    context = ContextSpec(sharding=sharding, spec=spec, method=method, blocks=blocks, block_len=block_len)
+
+def _local_sizes(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array) -> AttentionSizes:
+    """Returns the sizes of a device's part, but with the length of the whole sequence."""
+    batch, _, num_heads, head_dim = local_shape(q_BTHK)
+    return AttentionSizes(
+        batch=batch,
+        seq_len=q_BTHK.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=local_shape(k_BTGK)[2],
+        head_dim=head_dim,
+        value_dim=v_BTGV.shape[-1],
+        itemsize=q_BTHK.dtype.itemsize,
+    )
+
+
+def _choose_implementation(
+    spec: AttentionSpec, inputs: KernelInputs, platform: str, kernel: Kernel | None
+) -> BlockAttention:
+    """Returns the splash kernels where `choose_kernel` takes them, else JAX's; ConfigError if `kernel` cannot run."""
+    if kernel == "cudnn":
+        raise ConfigError(
+            "model.attention_kernel=cudnn: it does not support sinks, or sequences that are sharded over devices "
+            "(mesh.context above 1); use model.attention_kernel=none for the fastest that can run"
+        )
+    if choose_kernel(spec, inputs, platform, kernel) != "splash":
+        return JAX_BLOCKS
+    from jaxinfra.ops.splash_blocks import SPLASH_BLOCKS
+
+    return SPLASH_BLOCKS
+
+
+def _on_shards(
+    context: ContextSpec,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGV: jax.Array,
+    ids_BT: jax.Array | None,
+    sinks_H: jax.Array | None,
+) -> jax.Array:
+    """Computes attention on each device from its shards of queries, keys, values, document ids and sinks."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, sinks: jax.Array | None) -> jax.Array:
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * spec.qk_scale(head_dim), k, v))
+        scale = context.spec.qk_scale(q.shape[-1])
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * scale, k, v))
         if sinks is not None:
             # A sink for each query, which varies over the same mesh axes: JAX adds up the gradients of devices.
-            sinks = jnp.zeros_like(q[..., 0], jnp.float32) + local_weight(sinks, sinks_spec)[:, None]
+            sinks = jnp.zeros_like(q[..., 0], jnp.float32) + local_weight(sinks, specs[-1])[:, None]
         return _attention(context, q.astype(k.dtype), KV(k, v, ids), sinks).transpose(0, 2, 1, 3)
 
     arrays = (q_BTHK, k_BTGK, v_BTGV, ids_BT, sinks_H)
-    sinks_spec = P() if sinks_H is None else jax.typeof(sinks_H).sharding.spec
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
     # JAX cannot check kernels that are not written in JAX (see `dot_product_attention`).
-    sharded = jax.shard_map(local, in_specs=specs, out_specs=q_sharding.spec, check_vma=blocks is JAX_BLOCKS)
-    return sharded(*arrays)
+    check_vma = context.implementation is JAX_BLOCKS
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=check_vma)(*arrays)

@@ -50,7 +50,8 @@ def ring_steps(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) 
 
     If a window reaches back by one shard, there are two steps: with a shard's own keys and with those before them.
     """
-    pairs = {n: _visible_block_pairs(sharding, spec, block_len, n) for n in range(sharding.num_shards)}
+    # By how many shards keys have moved, from the shard that they belong to.
+    pairs = {moved: _visible_block_pairs(sharding, spec, block_len, moved) for moved in range(sharding.num_shards)}
     distances = [distance for distance, visible in pairs.items() if visible]
     shifts = [after - before for before, after in itertools.pairwise(distances)]
     steps = zip([0, *shifts], [*shifts, 0], distances, strict=True)
@@ -147,11 +148,12 @@ def context_costs(
     `s kv` and `s + 1` times the float32 gradients.
     """
     elements = sizes.head_elements(sharding.num_shards) * sizes.num_kv_heads
-    kv, gradients = elements * sizes.itemsize, elements * 4
+    kv, gradients = elements * sizes.itemsize, elements * 4  # gradients are float32
     block_len = sizes.seq_len // (sharding.num_shards * sharding.blocks_per_shard)
     least_pairs = visible_pairs_by_step(sharding, spec, block_len).min(axis=1)
+    # A multiplication and an addition for each feature of a key and of a value.
     flops_per_pair = 2 * sizes.batch * sizes.num_heads * (sizes.head_dim + sizes.value_dim)
-    # Transfers overlap with all steps but the last.
+    # Transfers overlap with all steps but the last: the bytes that each of these steps hides.
     hidden = flops_per_pair * least_pairs[:-1] / FLOPS_PER_BYTE
     transfers = len(hidden)
     forward = np.maximum(kv - hidden, 0).sum()

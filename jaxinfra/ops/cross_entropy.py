@@ -4,16 +4,13 @@ Float32 logits are the largest array of a language model: 64 sequences of 8,192 
 250 GiB. Here tokens are processed in chunks. The forward pass computes the logits of a chunk, its loss and its part of
 both gradients, then frees the logits: three head matmuls (logits, dx, dw) where rematerialization needs four.
 
-In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient.
+In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
 
 Shape suffixes: B batch, T length, C = T / num_chunks, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +36,6 @@ class CrossEntropyConfig:
     z_loss: float = 0.0
     softcap: float | None = None
     unroll_loops: bool = False
-
-    def scan[C, Y](self, body: Callable[[C, Any], tuple[C, Y]], init: C, chunks: tuple[jax.Array, ...]) -> tuple[C, Y]:
-        """Computes `jax.lax.scan` over the chunks."""
-        return jax.lax.scan(body, init, chunks, unroll=self.unroll_loops)
 
 
 type Sums = tuple[jax.Array, tuple[jax.Array, jax.Array]]
@@ -91,7 +84,7 @@ def _loss_axes(w_DV: jax.Array) -> frozenset[str]:
 def _chunk_sums(
     x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, config: CrossEntropyConfig
 ) -> Sums:
-    # `jnp.sum` has no `out_sharding`, so einsum makes the partial sums.
+    # Einsum makes the partial sums, as `jnp.sum` has no `out_sharding`.
     out = PartitionSpec(unreduced=_loss_axes(w_DV))
     entropy_BC, z_BC = token_losses(dot(x_BCD, w_DV).astype(jnp.float32), targets_BC, config)
     entropy = jnp.einsum("bc,bc->", entropy_BC, weights_BC, out_sharding=out)
@@ -119,7 +112,9 @@ def chunked_token_cross_entropy(
     if config.num_chunks == 1:
         return chunk_losses(x_BTD, w_DV, targets_BT)
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
-    losses = config.scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks)[1]
+    _, losses = jax.lax.scan(
+        lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks, unroll=config.unroll_loops
+    )
     return _join_chunks(losses)
 
 
@@ -131,17 +126,17 @@ def chunked_token_scores(
     Of equal logits the first is the likeliest, as in `argmax`. Only the logits of one chunk exist at a time.
     """
 
-    def scores(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def scores(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC = chunk
         logits_BCV = dot(x_BCD, w_DV).astype(jnp.float32)
-        # `argmax` of a sharded vocabulary.
+        # This is `argmax`, also for a sharded vocabulary.
         is_largest_BCV = logits_BCV == jnp.max(logits_BCV, axis=-1, keepdims=True)
         vocab = logits_BCV.shape[-1]
         first_BC = jnp.min(jnp.where(is_largest_BCV, jnp.arange(vocab), vocab), axis=-1)
         return None, (-token_losses(logits_BCV, targets_BC, config)[0], first_BC == targets_BC)
 
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
-    return jax.tree.map(_join_chunks, config.scan(scores, None, chunks)[1])
+    return jax.tree.map(_join_chunks, jax.lax.scan(scores, None, chunks, unroll=config.unroll_loops)[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -167,7 +162,7 @@ def fused_cross_entropy(
         return jax.tree.map(jnp.add, sums, _chunk_sums(x, w_DV, targets, weights, config)), None
 
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    return config.scan(body, _zero_sums(w_DV), chunks)[0]
+    return jax.lax.scan(body, _zero_sums(w_DV), chunks, unroll=config.unroll_loops)[0]
 
 
 type Gradients = tuple[jax.Array, jax.Array]
@@ -200,7 +195,7 @@ def _forward(
     dw_spec = PartitionSpec(*w_spec.partitions, unreduced=loss_axes)
     start = (_zero_sums(w_DV), jnp.zeros(w_DV.shape, jnp.float32, out_sharding=dw_spec))
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    (sums, dw_DV), dx_chunks = config.scan(body, start, chunks)
+    (sums, dw_DV), dx_chunks = jax.lax.scan(body, start, chunks, unroll=config.unroll_loops)
     return sums, (_join_chunks(dx_chunks), dw_DV.astype(w_DV.dtype))
 
 

@@ -5,8 +5,10 @@ a slow loop (a step takes 2 to 6 times longer); on GPUs the reshapes are free. O
 features: this would change the tiling and copy attention's queries and outputs. Weights of several pipeline stages have
 a leading dimension, sharded over the mesh axis `stage`, which is a batch dimension of the matmul.
 
-In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient.
+In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
+
+Shape suffixes: M rows, K contracted dimensions, N output dimensions. In examples: S pipeline stages, B batch, T length,
+H heads, K head dim, D hidden size.
 """
 
 import functools
@@ -25,7 +27,7 @@ from jaxinfra.parallel.sharding import axis_names, has_stage_dim
 
 
 class DotSpec(NamedTuple):
-    """The options of `dot`, and `stage_dims`: 1 if both operands have a dimension of pipeline stages, else 0."""
+    """The options of `dot`; `stage_dims` is 1 if both operands have a dimension of pipeline stages, else 0."""
 
     unreduced: frozenset[str]
     in_dims: int
@@ -42,7 +44,7 @@ def dot(
     flatten: bool = True,
     quantize: Quantize = "none",
 ) -> jax.Array:
-    """Contracts the last dimensions of `x` with the first of `w`: `[..., *N]` in the dtype of `x`.
+    """Contracts the last dimensions of `x` with the first of `w`; returns `[..., *N]` in the dtype of `x`.
 
     Args:
         x: activations `[..., *K]`.
@@ -56,7 +58,7 @@ def dot(
     stage_dims = 1 if has_stage_dim(jax.typeof(w).sharding.spec) else 0
     spec = DotSpec(unreduced, in_dims, stage_dims, quantize)
     out = _out_sharding(x, w, spec)
-    lead, out_shape = x.shape[: x.ndim - in_dims], w.shape[stage_dims + in_dims :]
+    lead, out_shape = x.shape[: x.ndim - in_dims], w.shape[stage_dims + in_dims :]  # "..." and N of the result
     assert x.shape[x.ndim - in_dims :] == w.shape[stage_dims : stage_dims + in_dims], (x.shape, w.shape)
     if stage_dims:
         x = _split_stages(x, len(w))
@@ -68,7 +70,7 @@ def dot(
         w = _merge(w, [*stage_groups, in_dims, len(out_shape)])
         y = _dot(x, w, spec._replace(in_dims=1))
     elif quantize == "none":
-        y = _dot_general(x, w, spec)  # with JAX's own gradient
+        y = _dot_general(x, w, spec)  # JAX's own gradient is fast where operands are not flattened
     else:
         y = _dot(x, w, spec)
     return y.reshape(*lead, *out_shape, out_sharding=out) if flatten or stage_dims else y
@@ -137,7 +139,7 @@ def _backward(spec: DotSpec, operands: tuple[jax.Array, jax.Array], g: jax.Array
         (dx,) = jax.vjp(lambda x: _dot_general(x, w, spec), x)[1](g)
     else:
         dx = quantized.input_gradient(x, w, g, _dimension_numbers(x, spec), spec.quantize)
-    if x.ndim > 2 or w.ndim > 2:
+    if x.ndim > 2 or w.ndim > 2:  # `_transpose` is for matrices
         (dw,) = jax.vjp(lambda w: _dot_general(x, w, spec), w)[1](g)
         return dx, dw
     w_spec = jax.typeof(w).sharding.spec

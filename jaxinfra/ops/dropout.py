@@ -7,7 +7,7 @@ They are a field of the batch. The mask of an activation is a hash of these bits
 The hash is Threefry 2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), as in `jax.random`. One
 call returns 64 bits. A feature needs 16 bits, so one call is enough for four features.
 
-Shape suffixes: B batch, T length, D features.
+Shape suffixes: B batch, T length, D features. In a pipeline B counts the rows of all S stages.
 """
 
 import jax

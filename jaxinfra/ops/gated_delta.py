@@ -1,13 +1,13 @@
 """The gated delta rule (Yang et al. 2024, "Gated delta networks"), and the short convolution that comes before it.
 
-A head has a matrix S as its state, `[K, V]`. A token lets it decay, and moves what it holds for the token's key towards
-the token's value: with a decay `a = exp(g)` and a rate `beta`,
+The state of a head is a matrix S, `[K, V]`. At each token it decays by `a = exp(g)`, and what it holds for the token's
+key moves towards the token's value at the rate `beta`:
 
     S_t = a_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T        y_t = S_t^T q_t
 
-Tokens are processed in chunks. In a chunk that begins with the state S, the token i writes `k_i u_i^T` with
+Tokens are processed in chunks. In a chunk that begins with the state S, token i writes `k_i u_i^T` into the state, with
 `u_i = beta_i (v_i - k_i^T (state before it, decayed))`. These u solve a triangular system, so a chunk is a few matmuls
-(section 3.3; the WY representation). The new state is `A S + B`, with A and B from the chunk alone.
+(section 3.3; the WY representation). The state after the chunk is `A S + B`, with A and B from the chunk alone.
 
 Over sharded sequences each block of consecutive positions (see `parallel.context`) computes its own A and B. All shards
 gather them, apply them in the order of the sequence, and take the states in which their blocks begin. The convolution
@@ -15,8 +15,9 @@ gathers the last inputs of each block in the same way.
 
 All functions are for use inside a `shard_map`, and compute in float32.
 
-Shape suffixes: B rows, T positions, L blocks of a shard, M rows of blocks (L x B), N chunks, C positions of a chunk,
-G key heads, R value heads of a key head, K key head dim, V value head dim.
+Shape suffixes: B rows, T positions of a shard (of a block in arrays with L or M), L blocks of a shard, M = L * B rows
+of blocks, N chunks, C positions of a chunk, G key heads, R value heads of a key head, H = G * R value heads, K key head
+dim, V value head dim, W taps of the convolution. A suffix may leave out the last dimensions: `x_BT` is `[B, T, ...]`.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ CHUNK = 64
 """Positions of a chunk, as in the published implementation."""
 
 _FORGET = -1e4
-"""A logarithm of a decay that leaves nothing: its exponential is zero in float32."""
+"""The logarithm of a decay that empties the state: its exponential is zero in float32."""
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -65,10 +66,15 @@ class Blocks:
         count, rows, length, *rest = x_LBT.shape
         return x_LBT.swapaxes(0, 1).reshape(rows, count * length, *rest)
 
-    def with_inputs_before(self, x_BT: jax.Array, count: int, before: jax.Array | None = None) -> jax.Array:
-        """Returns blocks with the `count` inputs before them, `[L, B, count + T / L, ...]`.
+    def to_rows(self, x_BT: jax.Array, *head_dims: int) -> jax.Array:
+        """Splits `[B, T, heads, ...]` into rows of blocks, float32 `[M, T / L, *head_dims, ...]`."""
+        x_LBT = self.split(x_BT.astype(jnp.float32))
+        return x_LBT.reshape(-1, x_LBT.shape[2], *head_dims, *x_BT.shape[3:])
 
-        Those before the sequence are `before` `[B, count, ...]`, or zeros.
+    def with_inputs_before(self, x_BT: jax.Array, count: int, before: jax.Array | None = None) -> jax.Array:
+        """Returns each block with the `count` inputs before it, `[L, B, count + T / L, ...]`.
+
+        The inputs before the sequence are `before`, `[B, count, ...]`; None is zeros.
         """
         x_LBT = self.split(x_BT)
         if before is None:
@@ -101,7 +107,7 @@ def short_convolution(
 ) -> jax.Array:
     """Computes `silu(sum_w weight_w x_(t - W + 1 + w))` for each feature alone, over inputs of the same document.
 
-    `before` has the `W - 1` inputs before the sequence, `[B, W - 1, G, K]`; None is none.
+    `before` has the `W - 1` inputs before the sequence, `[B, W - 1, G, K]`; None is zeros.
     """
     width = len(weight_WGK)
     x_LBT = blocks.with_inputs_before(x_BTGK, width - 1, before).astype(jnp.float32)
@@ -118,15 +124,15 @@ def short_convolution(
 
 
 class _Chunks(NamedTuple):
-    """Holds the inputs of a chunk, without the state in which it begins; each `[N, M, G, R, C, ...]`.
+    """What is known of chunks without the states in which they begin: `[N, M, G, R, C, ...]`, for scans over N.
 
     Attributes:
-        read: queries, decayed from the begin of the chunk, `[..., K]`.
-        write: keys, decayed to the end of the chunk, `[..., K]`.
-        erase: what to subtract from `values` for the state, `[..., K]`.
+        read: queries, multiplied by the decay since the start of the chunk, `[..., K]`.
+        write: keys, multiplied by the decay until the end of the chunk, `[..., K]`.
+        erase: the u of a chunk are `values - erase S` with the state S before it, `[..., K]`.
         values: the u of a chunk that begins with an empty state, `[..., V]`.
-        scores: of queries and keys of the chunk, decayed and causal, `[..., C]`.
-        decay: of the whole chunk, `[N, M, G, R]`.
+        scores: products of queries and keys of the chunk, decayed and causal, `[..., C]`.
+        decay: the decay over the whole chunk, `[N, M, G, R]`.
     """
 
     read: jax.Array
@@ -137,7 +143,7 @@ class _Chunks(NamedTuple):
     decay: jax.Array
 
     def final_states(self, state: jax.Array) -> jax.Array:
-        """Returns the states after the last chunk, without outputs; `state` may be wider than V."""
+        """Returns the states after the last chunk, without outputs; `state` may have more columns than V."""
 
         def step(state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, None]:
             return chunk.apply(state)[1], None
@@ -145,7 +151,10 @@ class _Chunks(NamedTuple):
         return jax.lax.scan(step, state, self)[0]
 
     def apply(self, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the u of one chunk that begins with a state `[M, G, R, K, V]`, and the state after it."""
+        """Returns the u of one chunk that begins with a state `[M, G, R, K, V]`, and the state after it.
+
+        Further columns of the state get the u of values of zero.
+        """
         wider = state.shape[-1] - self.values.shape[-1]
         u = jnp.pad(self.values, [(0, 0)] * (self.values.ndim - 1) + [(0, wider)]) - _einsum(
             "...ck,...kv->...cv", self.erase, state
@@ -168,7 +177,7 @@ def _pair_decays(g: jax.Array) -> jax.Array:
     return jnp.tril(jnp.exp(jnp.cumsum(steps, axis=-2)))
 
 
-def _prepare(
+def _make_chunks(
     q_MTGK: jax.Array, k_MTGK: jax.Array, v_MTGRV: jax.Array, g_MTGR: jax.Array, beta_MTGR: jax.Array
 ) -> _Chunks:
     q, k, v = (jnp.moveaxis(_split_chunks(x), 2, -2) for x in (q_MTGK, k_MTGK, v_MTGRV))
@@ -176,7 +185,8 @@ def _prepare(
     q, k = q[:, :, :, None], k[:, :, :, None]  # [N, M, G, 1, C, K]
     pairs = _pair_decays(g)
     from_start = jnp.exp(g[..., :1]) * pairs[..., 0]
-    # (I + L) u = beta (v - decayed k S), where L has the scores of each key with the keys before it.
+    # (I + L) u = beta (v - decayed k S), where L has the scores of each key with the keys before it, times their decay
+    # and beta. The right side is linear in S, so it is solved for v and for k: then u is `values - erase S`.
     lower = beta[..., None] * _einsum("...ik,...jk->...ij", k, k) * pairs
     right = beta[..., None] * jnp.concatenate([v, from_start[..., None] * k], axis=-1)
     solved = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True, unit_diagonal=True)
@@ -191,10 +201,12 @@ def _prepare(
 
 
 def _first_states(chunks: _Chunks, empty: jax.Array, sharding: SequenceSharding) -> jax.Array:
-    """Returns the states in which the shard's blocks begin, `[M, G, R, K, V]`; that of the sequence is `empty`."""
+    """Returns the states in which the shard's blocks begin, `[M, G, R, K, V]`; the sequence begins with `empty`."""
+    if sharding.num_shards == 1:
+        return empty
     blocks, (rows, *rest) = sharding.blocks_per_shard, empty.shape
     *_, key_dim, value_dim = rest
-    # The columns of the identity follow those of an empty state: `A S + B` of a block is [B | A].
+    # A block maps a state S to `A S + B`, and further columns to A times them: so [empty | identity] to [B | A].
     identity = jnp.zeros_like(empty[..., :1]) + jnp.eye(key_dim, dtype=empty.dtype)
     local = chunks.final_states(jnp.concatenate([empty, identity], axis=-1))
     gathered = sharding.gather_blocks(local.reshape(blocks, rows // blocks, *local.shape[1:]))
@@ -229,35 +241,30 @@ def gated_delta_rule(
         state_BHKV: the state before the first token of an unsharded sequence; None is empty.
 
     Returns:
-        The outputs, float32 `[B, T, H, V]`, and the state after the last token of each block, `[L B, H, K, V]`.
+        The outputs, float32 `[B, T, H, V]`, and the state after the last token of each block, `[M, H, K, V]`.
     """
     assert state_BHKV is None or blocks.sharding.num_shards == 1
     heads, groups = v_BTHV.shape[2], q_BTGK.shape[2]
     starts_BT = blocks.starts()
     if starts_BT is not None:
         g_BTH = jnp.where(starts_BT[..., None], _FORGET, g_BTH)
-
-    def rows(x_BT: jax.Array, *head_dims: int) -> jax.Array:
-        x_LBT = blocks.split(x_BT.astype(jnp.float32))
-        return x_LBT.reshape(-1, x_LBT.shape[2], *head_dims, *x_BT.shape[3:])
-
     by_group = (groups, heads // groups)
-    q, k = rows(q_BTGK, groups), rows(k_BTGK, groups)
-    v, g, beta = (rows(x, *by_group) for x in (v_BTHV, g_BTH, beta_BTH))
-    chunks = _prepare(q, k, v, g, beta)
+    q, k = blocks.to_rows(q_BTGK, groups), blocks.to_rows(k_BTGK, groups)
+    v, g, beta = (blocks.to_rows(x, *by_group) for x in (v_BTHV, g_BTH, beta_BTH))
+    chunks = _make_chunks(q, k, v, g, beta)
     if state_BHKV is not None:
         state = state_BHKV.reshape(len(state_BHKV), *by_group, *state_BHKV.shape[2:])
     else:
-        state = jnp.zeros_like(k[:, 0, :, None, :, None] * v[:, 0, :, :, None])
-        if blocks.sharding.num_shards > 1:
-            state = _first_states(chunks, state, blocks.sharding)
+        # Computed from keys and values, so that in the `shard_map` its type varies over the same mesh axes.
+        empty = jnp.zeros_like(k[:, 0, :, None, :, None] * v[:, 0, :, :, None])
+        state = _first_states(chunks, empty, blocks.sharding)
 
     def step(state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, jax.Array]:
         u, after = chunk.apply(state)
         from_state = _einsum("...ck,...kv->...cv", chunk.read, state)
         return after, from_state + _einsum("...ij,...jv->...iv", chunk.scores, u)
 
-    state, y = jax.lax.scan(step, state, chunks)  # [N, M, G, R, C, V]
+    state, y = jax.lax.scan(step, state, chunks)  # y is [N, M, G, R, C, V]
     y_MTHV = jnp.moveaxis(y, (0, 4), (1, 2)).reshape(len(v), -1, heads, v.shape[-1])[:, : v.shape[1]]
     y_LBT = y_MTHV.reshape(blocks.sharding.blocks_per_shard, -1, *y_MTHV.shape[1:])
     return blocks.join(y_LBT), state.reshape(-1, heads, *state.shape[3:])

@@ -31,7 +31,7 @@ def grouped_dot(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, platfo
     return multiply(x_MK, w_EKN, sizes_E)
 
 
-class Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """Blocks of consecutive rows, each within one group.
 
     Groups of 3, 0 and 6 rows have three blocks of at most 4 rows: `group=[0, 2, 2]`, `start=[0, 3, 7]`,
@@ -50,30 +50,30 @@ class Blocks(NamedTuple):
     num_blocks: jax.Array
 
 
-def _split_blocks(sizes_E: jax.Array, rows: int, block_rows: int) -> Blocks:
-    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // block_rows)
+def _split_blocks(sizes_E: jax.Array, rows: int, block_rows: int) -> RowBlocks:
+    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // block_rows)  # rounded up
     block_ends_E = jnp.cumsum(blocks_E)
     index = jnp.arange(len(sizes_E) + -(-rows // block_rows), dtype=sizes_E.dtype)
     group = jnp.minimum(jnp.searchsorted(block_ends_E, index, side="right"), len(sizes_E) - 1)
     index_in_group = index - (block_ends_E - blocks_E)[group]
     start = (ends_E - sizes_E)[group] + index_in_group * block_rows
-    return Blocks(group, start, ends_E[group], block_ends_E[-1])
+    return RowBlocks(group, start, ends_E[group], block_ends_E[-1])
 
 
 def _multiply(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, in_dim: int) -> jax.Array:
-    """Contracts rows with dimension `in_dim` of the matrices: 1 for K, 2 for N."""
-    rows, block_rows = len(x_MK), min(BLOCK_ROWS, len(x_MK))
+    """Contracts rows with dimension `in_dim` of `w_EKN`: 1 for K, 2 for N, where `x_MK` is `[M, N]`."""
+    rows, block_rows, out_dim = len(x_MK), min(BLOCK_ROWS, len(x_MK)), 3 - in_dim  # `out_dim` is the other of 1 and 2
     blocks = _split_blocks(sizes_E, rows, block_rows)
     padded = jnp.pad(x_MK, ((0, block_rows), (0, 0)))  # so that a block may begin at any row
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(w_EKN, blocks.group[i], keepdims=False)
         x = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], block_rows)
-        product = jax.lax.dot_general(x, w, (((1,), (in_dim - 1,)), ((), ())))
+        product = jax.lax.dot_general(x, w, (((1,), (in_dim - 1,)), ((), ())))  # w has no dimension E
         # A block may extend into the next group, whose own blocks overwrite these rows later.
         return jax.lax.dynamic_update_slice_in_dim(y, product, blocks.start[i], 0)
 
-    empty = jnp.zeros_like(padded, shape=(rows + block_rows, w_EKN.shape[3 - in_dim]))
+    empty = jnp.zeros_like(padded, shape=(rows + block_rows, w_EKN.shape[out_dim]))
     y = jax.lax.fori_loop(0, blocks.num_blocks, body, empty)[:rows]
     return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes_E), y, 0)
 

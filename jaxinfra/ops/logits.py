@@ -1,4 +1,4 @@
-"""Logits that are not multiplied out: with a large vocabulary they are the largest array of a language model.
+"""Logits as a pair of factors, hidden states and head: multiplied, they are the largest array of a language model.
 
 Shape suffixes: B batch, T length, D hidden size, V vocabulary.
 """

@@ -8,8 +8,7 @@ Two of the three matmuls of a training step are quantized: the forward pass and 
 gradient of the weight is not: it contracts rows, so its scales would depend on the whole batch. It uses the
 unquantized activations.
 
-In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient.
+In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
 """
 
 from collections.abc import Sequence

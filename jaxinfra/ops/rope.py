@@ -1,6 +1,8 @@
 """Rotary position embedding (Su et al. 2021), with partial rotation and frequency scaling for longer contexts.
 
 Feature i of the first half of the rotated part is paired with feature i of the second, as in published Llama weights.
+
+Shape suffixes: B batch, T length, H heads, K head dim.
 """
 
 import math
@@ -51,8 +53,8 @@ class Llama3Scaling:
 
     def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
         """Returns the scaled frequencies."""
-        turns = self.original_length * freqs / (2 * math.pi)
-        ramp = max(self.high_freq_factor - self.low_freq_factor, 1e-9)
+        turns = self.original_length * freqs / (2 * math.pi)  # of each pair, within the original length
+        ramp = max(self.high_freq_factor - self.low_freq_factor, 1e-9)  # the bound avoids a division by zero
         keep = np.clip((turns - self.low_freq_factor) / ramp, 0, 1)
         return freqs * (keep + (1 - keep) / self.factor)
 
@@ -105,7 +107,7 @@ class YarnScaling:
         first, last = pair_with(self.beta_fast), pair_with(self.beta_slow)
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * pairs - 1)
+        first, last = max(first, 0), min(last, 2 * pairs - 1)  # bounds as published, 1e-3 against a division by zero
         divide = np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
         return freqs * (1 - divide + divide / self.factor)
 
@@ -216,13 +218,14 @@ def rope_tables(
 
 
 def in_long_documents(positions_BT: jax.Array, segments_BT: jax.Array, length: int) -> jax.Array:
-    """Returns whether each token is of a document that has a position from `length` on, bool `[B, T]`.
+    """Returns whether each token is of a document that has a position of `length` or above, bool `[B, T]`.
 
-    The tokens of a document are neighbors, with positions that grow; no dimension of positions is sharded.
+    The tokens of a document are neighbors, with positions that grow; T is not sharded.
     """
     size = segments_BT.shape[1]
     is_last_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    # The next last token has the smallest index of those that are not before: with what is asked in the lowest bit.
+    # The last token of a document has the largest position. Each token finds it as the smallest index of a last token
+    # from its own place on; the lowest bit carries the answer along.
     coded_BT = 2 * jnp.arange(size) + (positions_BT >= length)
     return jax.lax.cummin(jnp.where(is_last_BT, coded_BT, 2 * size), axis=1, reverse=True) % 2 == 1
 

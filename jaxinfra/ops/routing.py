@@ -5,7 +5,7 @@ a step. If scores are equal, the expert with the lower index is chosen.
 
 The functions run inside a `shard_map`. `parallel.expert` sends tokens to their experts.
 
-Shape suffixes: B sequences and T positions of a device, E experts, K choices of a token, G groups.
+Shape suffixes: B sequences and T positions of a device, E experts, K choices of a token.
 """
 
 from dataclasses import dataclass
@@ -89,12 +89,12 @@ def within_capacity(
     """
     blocks = range(sharding.blocks_per_shard)
     chosen = jnp.stack(jnp.split(mask_BTE.astype(jnp.int32), len(blocks), axis=1), axis=1)  # [B, blocks, T / blocks, E]
-    earlier = jnp.cumsum(chosen, axis=2) - chosen  # in the same block
+    earlier = jnp.cumsum(chosen, axis=2) - chosen  # choices of each expert by earlier tokens of the same block
     if sharding.num_shards > 1:
-        me, shards = jax.lax.axis_index(sharding.axes), jnp.arange(sharding.num_shards)
+        own_shard, shards = jax.lax.axis_index(sharding.axes), jnp.arange(sharding.num_shards)
         counts = jax.lax.all_gather(jnp.sum(chosen, axis=2), sharding.axes, axis=1)  # [B, shards, blocks, E]
         block_of = jnp.stack([sharding.block_index(shards, block) for block in blocks], axis=1)  # [shards, blocks]
-        own_block = jnp.stack([sharding.block_index(me, block) for block in blocks])
+        own_block = jnp.stack([sharding.block_index(own_shard, block) for block in blocks])
         precedes = block_of[None] < own_block[:, None, None]  # [own blocks, shards, blocks]
         # Adds the counts of all blocks p on all shards s that precede the own block q.
         earlier += jnp.einsum("bspe,qsp->bqe", counts, precedes.astype(jnp.int32))[:, :, None]

@@ -36,13 +36,13 @@ def mask_info(spec: AttentionSpec, offset: jax.Array, q_len: int, kv_len: int, *
     tile_q, tile_k = splash_block(q_len), splash_block(kv_len)
     first_q, first_k = jnp.arange(0, q_len, tile_q)[:, None], jnp.arange(0, kv_len, tile_k)[None]
     visible = jnp.asarray(block_is_visible(spec, offset + first_q - first_k, tile_q, tile_k))
-    inner = 0 if by_key else 1
+    inner = 0 if by_key else 1  # the dimension of `visible` that the kernel's inner loop runs over
     # The visible tiles of a row or column are contiguous. For a skipped tile the kernel fetches the nearest visible
     # one, which it already has or needs next: for visible tiles [0, 1, 1, 0] it fetches [1, 1, 2, 2].
     begin = jnp.argmax(visible, axis=inner, keepdims=True)
     end = visible.shape[inner] - 1 - jnp.argmax(jnp.flip(visible, inner), axis=inner, keepdims=True)
     index = jax.lax.broadcasted_iota(begin.dtype, visible.shape, inner)
-    q_positions: Any = (offset + jnp.arange(q_len)).astype(jnp.int32)  # annotated as NumPy arrays there
+    q_positions: Any = (offset + jnp.arange(q_len)).astype(jnp.int32)  # `MaskInfo` declares a NumPy array
     return MaskInfo(
         data_next=jnp.clip(index, begin, end).astype(jnp.int16)[None],
         mask_next=None,
@@ -91,7 +91,7 @@ def _forward(block: QKVBlock, spec: AttentionSpec, *, interpret: bool) -> Softma
             k,
             v,
             _segment_ids(segments),
-            None,
+            None,  # sinks: `ops.context_attention` applies them
             block_sizes=splash.BlockSizes(block_q=splash_block(q_len), block_kv=splash_block(kv_len)),
             residual_checkpoint_name=None,
             save_residuals=True,
@@ -114,7 +114,7 @@ def _backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient, *,
         q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, gradient: OutputGradient
     ) -> Gradients:
         lse, di, do = gradient
-        arrays = (q, k, v, _segment_ids(segments), None, lse, do, di)
+        arrays = (q, k, v, _segment_ids(segments), None, lse, do, di)  # None: no sinks
         _, dk, dv = splash._splash_attention_bwd_dkv(
             *arrays, mask_info=dkv_mask, bkv_compute=splash_block(kv_len), use_fused_bwd_kernel=False, **options
         )

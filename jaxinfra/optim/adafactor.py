@@ -74,12 +74,13 @@ def scale_by_param_rms(specs: PyTree, *, min_rms: float) -> optax.GradientTransf
 
 
 def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
+    """Returns whether the second moment of a parameter is stored as `Factored`."""
     return spec.role not in ("norm", "bias") and min(matrix_dims(spec).matrix_shape(spec.shape)) >= min_factored_dim
 
 
 def _moment(grad: jax.Array, old: Factored | jax.Array, dims: MatrixDims, decay: jax.Array) -> Factored | jax.Array:
-    # The paper's epsilon_1: keeps the root finite for gradients that were always zero.
-    square = jnp.square(grad) + 1e-30
+    """Returns the second moment after one more gradient."""
+    square = jnp.square(grad) + 1e-30  # the paper's epsilon_1 keeps the root finite for gradients that were always zero
     if isinstance(old, Factored):
         return Factored(
             decay * old.row + (1 - decay) * square.mean(dims.cols),
@@ -89,7 +90,9 @@ def _moment(grad: jax.Array, old: Factored | jax.Array, dims: MatrixDims, decay:
 
 
 def _scale(grad: jax.Array, second: Factored | jax.Array, dims: MatrixDims, clip_rms: float | None) -> jax.Array:
+    """Divides a gradient by the root of its second moment, and limits the root mean square of each matrix."""
     if isinstance(second, Factored):
+        # Their outer product, divided by the mean of the rows, stands for the second moment of each element.
         row = jnp.expand_dims(second.row, dims.cols)
         col = jnp.expand_dims(second.col, dims.rows)
         update = grad * jax.lax.rsqrt(row / row.mean(dims.rows, keepdims=True)) * jax.lax.rsqrt(col)

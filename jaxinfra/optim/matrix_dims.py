@@ -51,5 +51,5 @@ def matrix_dims(spec: ParamSpec) -> MatrixDims:
 
 
 def is_hidden_matrix(spec: ParamSpec) -> bool:
-    """Returns whether Muon updates this parameter."""
+    """Returns whether Muon updates this parameter: a matrix of a layer that multiplies activations."""
     return spec.role == "matrix" and bool(spec.in_dims) and bool(spec.out_dims)

@@ -6,6 +6,8 @@ device gets whole matrices of some layers (one all-to-all per mesh axis), orthog
 back. An unstacked matrix is all-gathered, and every device does the same work.
 
 Every matrix is orthogonalized on one device, so results do not depend on the mesh.
+
+Shape suffixes: B any number of stacked dimensions, M rows, N columns.
 """
 
 import itertools
@@ -30,7 +32,7 @@ Source: Jordan et al. 2024.
 
 
 def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
-    """Moves the singular values of every matrix towards 1; B stands for any number of leading dimensions.
+    """Moves the singular values of every matrix towards 1.
 
     One iteration is `X <- aX + (bA + cA^2)X` with `A = X X^T`: the odd polynomial `as + bs^3 + cs^5` of each singular
     value. Computes in the dtype of `x_BMN`; an all-zero matrix stays zero.
@@ -41,7 +43,7 @@ def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
     norm = jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True))
     x = (x / (norm + 1e-12)).astype(x_BMN.dtype)  # zero stays zero, instead of 0 / 0
     for _ in range(iterations):
-        gram = x @ x.mT
+        gram = x @ x.mT  # A
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x if is_wide else x.mT
 
@@ -90,7 +92,7 @@ def _map_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, n
     if not axes:
         return solve(x)
 
-    # An unstacked matrix is one layer.
+    # An unstacked matrix is treated as a stack of one layer.
     batch, batch_shape = tuple(sharding.spec[:num_batch]) or (None,), x.shape[:num_batch] or (1,)
     shards = [_num_shards(axis_names(entry), sizes) for entry in batch]
     local_shape = [length // count for length, count in zip(batch_shape, shards, strict=True)]
@@ -134,15 +136,13 @@ def assign_shards(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str,
 
 
 def _reshard_steps(
-    batch: Sequence[SpecEntry],
-    matrix: Sequence[SpecEntry],
-    axes: Sequence[str],
-    dim: int,
-    layer_axes: tuple[str, ...],
+    batch: Sequence[SpecEntry], matrix: Sequence[SpecEntry], axes: Sequence[str], dim: int, layer_axes: tuple[str, ...]
 ) -> list[PartitionSpec]:
     """Returns the sequence of shardings from sharded matrices to whole ones, one mesh axis per step.
 
-    If two axes move at once, XLA's partitioner copies the whole array to every device.
+    `batch` and `matrix` are how the stacked dimensions and those of the matrices are sharded by `axes`, and `dim` is
+    the stacked dimension that `layer_axes` will shard. If two axes move at once, XLA's partitioner copies the whole
+    array to every device.
     """
     # Axes that are only gathered come last, when a device has the least data.
     order = [*layer_axes, *(axis for axis in axes if axis not in layer_axes)]
@@ -154,4 +154,5 @@ def _reshard_steps(
 
 
 def _num_shards(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """Returns the number of shards over mesh axes of these sizes."""
     return math.prod(sizes[axis] for axis in axes)

@@ -53,7 +53,10 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
         others = [name for name in specs if name not in stacked]
         results = []
         if others:
-            results.append(_update_at_once(make(select(specs, others)), *(select(tree, others) for tree in trees)))
+            own_updates, own_state, own_params = (select(tree, others) for tree in trees)
+            tx = make(select(specs, others))
+            own_updates, own_state = tx.update(own_updates, _to_device(own_state), own_params)
+            results.append((own_updates, _to_host(own_state)))
         for name in stacked:  # one by one, since they can differ in their number of layers
             layer_specs = jax.tree.map(lambda spec: replace(spec, shape=(1, *spec.shape[1:])), select(specs, [name]))
             results.append(_update_by_layer(make(layer_specs), *(select(tree, [name]) for tree in trees)))
@@ -69,14 +72,8 @@ def _split(state: optax.OptState) -> tuple[optax.OptState, optax.OptState]:
 
 
 def _combine(arrays: optax.OptState, counters: optax.OptState) -> optax.OptState:
+    """Reverses `_split`."""
     return jax.tree.map(lambda a, c: c if a is None else a, arrays, counters, is_leaf=lambda x: x is None)
-
-
-def _update_at_once(
-    tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
-) -> tuple[PyTree, optax.OptState]:
-    updates, state = tx.update(updates, _to_device(state), params)
-    return updates, _to_host(state)
 
 
 def _update_by_layer(
@@ -106,6 +103,7 @@ def _update_by_layer(
 
 
 def _to_host(state: optax.OptState) -> optax.OptState:
+    """Moves the arrays of a state to host memory; `_to_device` moves them back."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, state)
 
 

@@ -221,22 +221,19 @@ def _checked(tx: optax.GradientTransformation, name: str) -> optax.GradientTrans
     Raises ConfigError if they are not like parameters, or an update changes the type of the optimizer state.
     """
 
+    def types(tree: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
+        return jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
+
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         new_updates, new_state = tx.update(updates, state, params)
-        _check_update(name, params, new_updates, state, new_state)
+        if jax.tree.structure(new_updates) != jax.tree.structure(params):
+            raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
+        if types(state) != types(new_state):
+            raise ConfigError(
+                f"{name}: an update changes the shapes or types of its state; keep those that init returns"
+            )
         return new_updates, new_state
 
     return optax.GradientTransformation(tx.init, update)
-
-
-def _check_update(name: str, params: PyTree, updates: PyTree, state: PyTree, new_state: PyTree) -> None:
-    if jax.tree.structure(updates) != jax.tree.structure(params):
-        raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
-
-    def types(tree: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
-        return jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
-
-    if types(state) != types(new_state):
-        raise ConfigError(f"{name}: an update changes the shapes or types of its state; keep those that init returns")

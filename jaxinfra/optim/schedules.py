@@ -23,6 +23,7 @@ from jaxinfra.optim.config import LRSchedule
 from jaxinfra.user_code import user_code_errors
 
 type Array = jax.Array | np.ndarray
+"""JAX arrays while a step is traced, NumPy arrays where a schedule is printed: `xp` is the module that fits."""
 
 
 @dataclass(frozen=True, kw_only=True)

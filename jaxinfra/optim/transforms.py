@@ -39,9 +39,9 @@ def _square_sum(x: jax.Array) -> jax.Array:
 def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int) -> PyTree:
     """Moves the exponential moving average, which starts as a copy of the parameters, toward the updated parameters.
 
-    `step` is the number of updates before this one. The decay is `min(decay, (1 + step) / (10 + step))`, so that the
-    initial values are soon forgotten. Computes in float32; the average should be float32 as well, as bfloat16 would
-    round away the changes of a large decay.
+    `step` is the number of updates before this one. The decay is `min(decay, (1 + step) / (10 + step))`, as in
+    TensorFlow's `ExponentialMovingAverage`, so that the initial values are soon forgotten. Computes in float32; the
+    average should be float32 as well, as bfloat16 would round away the changes of a large decay.
     """
     t = jnp.asarray(step).astype(jnp.float32)
     keep = jnp.minimum(decay, (1 + t) / (10 + t))

@@ -2,21 +2,22 @@
 
 The rows of a global batch are split into a fixed number of *virtual shards*, in order. The devices of all mesh axes
 share them: each applies the whole model to its virtual shards, one after another, so the shapes of all operations are
-the same on every mesh. What the virtual shards give is added along one binary tree, neighbors first:
+the same on every mesh. The sums and gradients of the virtual shards are added along one binary tree, neighbors first:
 
     ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
 
 A device has a subtree, which it adds by itself; an all-to-all brings each device its part of all the subtrees' sums,
 and it adds them in order. So an ordered sum sends no more bytes than a reduce-scatter.
 
-Sums of squares of sharded arrays, for the gradient's norm, go along a tree of a fixed partition as well. Every addition
-here is of whole arrays, elementwise: no reduction is left to the compiler, whose order depends on shapes.
+Sums of squares of sharded arrays, for the gradient's norm, are added along a tree that does not depend on the mesh
+either. Every addition here is of whole arrays, elementwise: no reduction is left to the compiler, whose order depends
+on shapes.
 
-In a `shard_map` over all mesh axes; devices are counted in the order of `AXES`.
+All of it runs in a `shard_map` over all mesh axes; devices are counted in the order of `AXES`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -26,10 +27,8 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.rounding import rounded, unknown_zero
-from jaxinfra.parallel.sharding import axis_names
-from jaxinfra.parallel.spec import PyTree
-
-type Batch = Mapping[str, jax.Array]
+from jaxinfra.parallel.sharding import axes_by_dim, axis_names
+from jaxinfra.parallel.spec import Batch, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +66,12 @@ class VirtualShards:
     def gradients(
         self, fun: Callable[..., tuple[PyTree, PyTree]], weights: PyTree, stored: PyTree, batch: Batch, out: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Adds what `fun(weights, batch) -> (sums, gradients)` gives for each virtual shard.
+        """Adds what `fun(weights, batch) -> (sums, gradients)` returns for each virtual shard.
 
         Args:
-            fun: computes a virtual shard on one device, without a mesh axis to use.
-            weights: sharded arrays, of which `fun` gets the whole ones.
-            stored: their `PartitionSpec`s.
+            fun: computes a virtual shard on one device; it cannot use mesh axes.
+            weights: sharded arrays; `fun` gets them all-gathered.
+            stored: the `PartitionSpec`s of the weights.
             batch: arrays with the sharding `rows`.
             out: the `PartitionSpec`s in which the gradients are returned.
         """
@@ -84,7 +83,7 @@ class VirtualShards:
         return self._map(on_device, (stored, self.rows), (PartitionSpec(), out))(weights, batch)
 
     def sums(self, fun: Callable[..., PyTree], weights: PyTree, stored: PyTree, batch: Batch) -> PyTree:
-        """Adds what `fun(weights, batch) -> sums` gives for each virtual shard; arguments as above."""
+        """Adds what `fun(weights, batch) -> sums` returns for each virtual shard; arguments as in `gradients`."""
         return self.gradients(lambda weights, batch: (fun(weights, batch), ()), weights, stored, batch, ())[0]
 
     def make(self, fun: Callable[[jax.Array], PyTree], key: jax.Array, out: PyTree) -> PyTree:
@@ -111,16 +110,17 @@ class VirtualShards:
         return self._map(on_device, tuple(specs), PartitionSpec())(*jax.tree.leaves(arrays))
 
     def _map[R](self, fun: Callable[..., R], in_specs: PyTree, out_specs: PyTree) -> Callable[..., R]:
-        # Without `check_vma` JAX does not ask what varies over mesh axes, of which models know nothing here.
+        # `check_vma` is off, as models here do not declare over which mesh axes their values vary.
         return jax.shard_map(fun, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     # On one device, in a `shard_map`
 
     def _sum_own(self, fun: Callable[[PyTree, Batch], PyTree], weights: PyTree, batch: Batch) -> PyTree:
-        """Adds what `fun` gives for each virtual shard of this device."""
+        """Adds what `fun` returns for each virtual shard of this device."""
         zero = _zero_of(weights)
 
         def add(batch: Batch, count: int) -> PyTree:
+            """Adds `count` virtual shards: the two halves of the batch, each of which is added in the same way."""
             if count == 1:
                 # The barriers keep the compiler from merging a virtual shard with what comes before and after it, which
                 # differs between meshes.
@@ -153,19 +153,22 @@ class VirtualShards:
         if not self.axes:
             return x
         shards = self.mesh.shards
-        entries = [axis_names(entry) for entry in (*spec.partitions, *(None,) * (x.ndim - len(spec.partitions)))]
+        entries = axes_by_dim(spec, x.ndim)
         local_shape = [size // shards(*axes) for size, axes in zip(x.shape, entries, strict=True)]
         sharded = [axis for axes in entries for axis in axes]
         replicas = [axis for axis in self.axes if axis not in sharded]
-        # First the dimensions of mesh axes, then those of a device's part.
-        split = [size for axes, n in zip(entries, local_shape, strict=True) for size in (*map(shards, axes), n)]
-        is_local = [flag for axes in entries for flag in (*(False for _ in axes), True)]
-        order = sorted(range(len(split)), key=lambda dim: is_local[dim])
+        # Splits each dimension into one for each of its mesh axes and one for a device's part: fsdp, D / fsdp, F. Then
+        # moves those of the mesh axes to the front.
+        split, local_dims = [], []
+        for axes, size in zip(entries, local_shape, strict=True):
+            split += [*map(shards, axes), size]
+            local_dims.append(len(split) - 1)
+        order = [*(dim for dim in range(len(split)) if dim not in local_dims), *local_dims]
         parts = x.reshape(split).transpose(order).reshape(*map(shards, sharded), -1)
         copies, length = shards(*replicas), math.prod(local_shape)
         parts = jnp.pad(parts, [(0, 0)] * len(sharded) + [(0, -length % copies)])
         parts = parts.reshape(*map(shards, sharded), *map(shards, replicas), -1)
-        by_axis = [[*sharded, *replicas].index(axis) for axis in self.axes]
+        by_axis = [[*sharded, *replicas].index(axis) for axis in self.axes]  # from mesh axes to the order of devices
         parts = parts.transpose(*by_axis, parts.ndim - 1).reshape(self.devices, -1)
         own = _sum_neighbors(jax.lax.all_to_all(parts, self.axes, split_axis=0, concat_axis=0, tiled=True))
         if replicas:
@@ -185,12 +188,13 @@ class VirtualShards:
 
         Each dimension is split into as many blocks as `count` allows, whatever its sharding is.
         """
-        entries = [axis_names(entry) for entry in (*spec.partitions, *(None,) * (x.ndim - len(spec.partitions)))]
+        entries = axes_by_dim(spec, x.ndim)
         shards = [self.mesh.shards(*axes) for axes in entries]
+        # The blocks along each dimension of the whole array, and of the device's part.
         blocks = [math.gcd(n * count, self.count) for n, count in zip(x.shape, shards, strict=True)]
         own = [count // shard for count, shard in zip(blocks, shards, strict=True)]
         split = [size for n, count in zip(x.shape, own, strict=True) for size in (count, n // count)]
-        order = (*range(0, len(split), 2), *range(1, len(split), 2))
+        order = (*range(0, len(split), 2), *range(1, len(split), 2))  # blocks first, then what is in a block
         inner = x.reshape(split).transpose(order).reshape(math.prod(own), -1)
         sums = _sum_halves(inner.T).reshape(own)
         replicas = tuple(axis for axis in self.axes if all(axis not in axes for axes in entries))

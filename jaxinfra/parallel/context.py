@@ -35,7 +35,7 @@ class SequenceSharding:
         return 2 if self.zigzag and self.num_shards > 1 else 1
 
     def block_index[I: (np.ndarray, jax.Array)](self, shard: I, block: int) -> I:
-        """Returns the index in the sequence of a shard's first (0) or second (1) block; `shard` may be an array."""
+        """Returns the index in the sequence of the first (0) or second (1) block of each shard in `shard`."""
         return 2 * self.num_shards - 1 - shard if block else shard
 
     def to_shard_order(self, x: jax.Array, dim: int) -> jax.Array:

@@ -26,7 +26,8 @@ class MeshFit:
         sharded_dims: sharded dimensions of the model and the data.
         positions: number of positions in the activations of one sample.
         by_position: whether the objective is a sum over positions.
-        pipeline_layers: number of layers, or of periods of layers, to split over stages.
+        pipeline_periods: number of periods (repeated groups of layers, often of one) that stages split; 0 if the model
+            cannot be split.
         modality: "token" or "image".
     """
 
@@ -38,7 +39,7 @@ class MeshFit:
     sharded_dims: ShardedDims
     positions: int
     by_position: bool
-    pipeline_layers: int
+    pipeline_periods: int
     modality: str
 
     def problems(self) -> Iterable[Problem]:
@@ -80,24 +81,16 @@ class MeshFit:
 
     def _unused_axis_problems(self) -> Iterable[Problem]:
         if self.mesh.replica > 1 and "replica" not in (*self.rules.batch, *self.rules.sequence):
-            yield Problem(
-                fields=("mesh.replica", "rules.batch"),
-                message="all replicas would do the same work",
-                fix=f"use rules.batch=(replica,{','.join(self.rules.batch)})",
-            )
+            fields, message = ("mesh.replica", "rules.batch"), "all replicas would do the same work"
+            yield Problem(fields=fields, message=message, fix=f"use rules.batch=(replica,{','.join(self.rules.batch)})")
         if any(axis == "positions" for _, axis in self.sharded_dims.values()):
             if self.mesh.context > 1 and "context" not in self.rules.sequence:
-                yield Problem(
-                    fields=("mesh.context", "rules.sequence"),
-                    message="mesh axis context may shard only sequences",
-                    fix="use rules.sequence=(context,)",
-                )
+                fields, message = ("mesh.context", "rules.sequence"), "mesh axis context may shard only sequences"
+                yield Problem(fields=fields, message=message, fix="use rules.sequence=(context,)")
         elif self.mesh.shards(*self.rules.sequence) > 1 or self.mesh.context > 1:
-            yield Problem(
-                fields=("rules.sequence", *self._mesh_fields(self.rules.sequence)),
-                message=f"this model cannot shard the positions of {self.modality}s",
-                fix="use rules.sequence=(context,) mesh.context=1",
-            )
+            fields = ("rules.sequence", *self._mesh_fields(self.rules.sequence))
+            message = f"this model cannot shard the positions of {self.modality}s"
+            yield Problem(fields=fields, message=message, fix="use rules.sequence=(context,) mesh.context=1")
 
     def _batch_problems(self) -> Iterable[Problem]:
         parts = self._batch_divisor()
@@ -114,19 +107,14 @@ class MeshFit:
         shards = self.mesh.shards(*self.rules.sequence)
         if shards > 1 and self.by_position and length % (2 * shards):
             fitting = math.lcm(2 * shards, self.mesh.shards(*self.rules.mesh_axes("positions")))
-            yield Problem(
-                fields=(path, *self._mesh_fields(self.rules.sequence)),
-                message=f"{length} positions are not divisible by {2 * shards}, two blocks for each of {shards} shards",
-                fix=f"use {path}={_rounded_up(length, fitting)}",
-            )
+            fields = (path, *self._mesh_fields(self.rules.sequence))
+            message = f"{length} positions are not divisible by {2 * shards}, two blocks for each of {shards} shards"
+            yield Problem(fields=fields, message=message, fix=f"use {path}={_rounded_up(length, fitting)}")
 
     def _stage_problems(self) -> Iterable[Problem]:
-        if not self.pipeline_layers:
-            yield Problem(
-                fields=("mesh.stage", "model"),
-                message="the model has no stacked layers for pipeline stages",
-                fix="use mesh.stage=1",
-            )
+        if not self.pipeline_periods:
+            message = "the model has no stacked layers for pipeline stages"
+            yield Problem(fields=("mesh.stage", "model"), message=message, fix="use mesh.stage=1")
             return
         if self.pipeline.schedule == "interleaved" and self.accumulate % self.mesh.stage:
             yield Problem(
@@ -156,10 +144,11 @@ class MeshFit:
 
         For 6 heads on `mesh.tensor=4 mesh.fsdp=2` they are `mesh.tensor=2 mesh.fsdp=4`.
         """
-        freed = getattr(self.mesh, axis) // size
+        freed = getattr(self.mesh, axis) // size  # by this factor another axis grows
         embed_sizes = [size for size, name in self.sharded_dims.values() if name == "embed"]
         fits_fsdp = axis != "fsdp" and all(size % (self.mesh.fsdp * freed) == 0 for size in embed_sizes)
         enlarged = "fsdp" if fits_fsdp else "replica"
+        # The freed devices shard the batch from now on, unless they did so before.
         parts = self._batch_divisor() * (1 if axis in self.rules.batch else freed)
         overrides = [f"mesh.{axis}={size}", f"mesh.{enlarged}={getattr(self.mesh, enlarged) * freed}"]
         if self.global_batch % parts:

@@ -1,16 +1,16 @@
 """Dispatches tokens to experts on other devices and combines the results, inside a `shard_map`.
 
-A *choice* is one of the experts that a token is routed to: with K choices per token, choice `n * K + k` is expert k of
-token n. Each device sorts its choices by expert and sends every shard of experts the rows for it (an all-to-all). The
-shard sorts the rows that it receives by expert. `combine` goes the same way back. Results return in the order of
-choices, so a token sums them in the same order on every mesh.
+A *choice* is one of the experts that a token is routed to: with K choices per token, choice `n * K + k` is the k-th
+expert of token n. Each device sorts its choices by expert and sends every shard of experts the rows for it (an
+all-to-all). The shard sorts the rows that it receives by expert. `combine` goes the same way back. Results return in
+the order of choices, so a token sums them in the same order on every mesh.
 
 TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad the rows for each shard to `max_rows`. The
 inverse of every gather is known, so its gradient is a gather too, not a slow scatter-add.
 
-Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, O experts of one
-shard, S rows sent, R rows received, in the order in which they arrive, M the same rows sorted by expert, D features.
-In gathers: I input rows, J output rows.
+Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, each on a device
+that also sends rows, O experts of one shard (so PPO is sender, shard, expert), S rows sent, R rows received, in the
+order in which they arrive, M the same rows sorted by expert, D features. In gathers: I input rows, J output rows.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class ExpertPlacement:
         num_experts: number of experts of the layer.
         axes: mesh axes that shard the experts; axes of size 1 are left out.
         num_shards: number of shards of the experts; with 1 nothing is sent.
-        max_rows: largest number of rows that one device can send to one shard.
+        max_rows: largest number of rows that one device can send to one shard; not used with one shard.
         ragged: whether the platform has `jax.lax.ragged_all_to_all`.
     """
 
@@ -142,8 +142,8 @@ def _gather_or_zero(x_ID: jax.Array, index_J: jax.Array) -> jax.Array:
 def gather_rows(x_ID: jax.Array, index_J: jax.Array, inverse: jax.Array, num_choices: int) -> jax.Array:
     """Returns `x_ID[index_J]`, with zeros for `NO_ROW`; a row appears at most `num_choices` times.
 
-    `inverse` `[I * num_choices]` has the places of each row in `index_J`. They make the gradient a gather, which is
-    summed over the places of a row in float32.
+    `inverse` `[I * num_choices]` has the places of each row in `index_J`, or `NO_ROW`. With them the gradient is a
+    gather too, summed in float32 over the places of a row.
     """
     return _gather_or_zero(x_ID, index_J)
 

@@ -50,6 +50,7 @@ def _arrange_devices(config: MeshConfig, devices: Sequence[Device]) -> np.ndarra
             f"mesh.replica={config.replica}: must be a multiple of the {slices} slices; use mesh.replica={slices}"
         )
     sizes_in_slice = (config.replica // slices, *config.sizes[1:])
+    # Of the six axes only `replica`, the first, crosses the data-center network (DCN).
     create = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1, 1, 1))
     return _tpu_grid(create, sizes_in_slice, devices)
 
@@ -71,6 +72,7 @@ def _tpu_grid(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: 
 
 
 def _network_position(device: Device) -> tuple[int, ...]:
+    """Returns the slice, the coordinates of the chip in it, and the core: the order of `sorted` is row by row."""
     return (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
 
 
@@ -81,7 +83,7 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 
 def needs_unrolled_loops(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether loops whose steps communicate must be unrolled on a mesh: on CPU devices of several processes.
+    """Returns whether loops whose steps communicate must be unrolled: on CPU devices of several processes.
 
     XLA starts what follows a loop on CPU devices before the loop has ended, collectives too. Gloo, which connects them,
     pairs the collectives of different processes by their order alone: those of the loop would meet those that follow

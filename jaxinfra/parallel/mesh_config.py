@@ -49,6 +49,7 @@ class MeshConfig:
 
     @property
     def _free(self) -> tuple[str, ...]:
+        """The axes of size -1."""
         return tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
 
     def resolve(self, devices: int) -> "MeshConfig":
@@ -66,3 +67,4 @@ class MeshConfig:
 
 
 AXES: tuple[str, ...] = tuple(field.name for field in fields(MeshConfig))
+"""The names of the mesh axes, from the slowest links to the fastest."""

@@ -14,14 +14,15 @@ JAX does not differentiate through the schedule. A forward pass saves the input 
 recomputes the chunk and its gradient. Weight gradients accumulate as partial sums over `replica` and, for embedding and
 head, over `stage`: they are reduced once, after the last tick.
 
-In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient.
+In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
 
-Shape suffixes: M microbatches, S stages, B rows of a microbatch, V chunks per stage, L layers of a chunk.
+Shape suffixes: M microbatches, S stages, B rows of a microbatch, V chunks per stage, L layers of a chunk, T length,
+D hidden size.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -32,10 +33,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule
 from jaxinfra.parallel.sharding import SpecEntry, axis_names, unit_cotangent, unreduced_zeros
-from jaxinfra.parallel.spec import PyTree
-
-type Batch = Mapping[str, jax.Array]
-type Sums = dict[str, jax.Array]
+from jaxinfra.parallel.spec import Batch, PyTree, Sums
 
 
 class PipelineModel(Protocol):
@@ -66,7 +64,10 @@ class PipelineModel(Protocol):
 
 
 class Tick(NamedTuple):
-    """One row of a `PassTable`: `[S]` arrays, sharded over the stages; `IDLE` for a stage without work."""
+    """What each stage does in one pass of a tick, a row of a `PassTable`: `[S]` arrays, sharded over the stages.
+
+    A stage without work has `IDLE`.
+    """
 
     microbatch: jax.Array
     chunk: jax.Array
@@ -132,7 +133,7 @@ def without_stage(entry: SpecEntry) -> tuple[str, ...]:
 
 
 def _select(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Selects the entry of this stage's index; the first one if the stage is idle."""
+    """Selects the entry of `x` at this stage's index; the first entry if the stage is idle."""
     return jax.lax.dynamic_index_in_dim(x, jnp.maximum(index[0], 0), keepdims=False)
 
 
@@ -217,7 +218,7 @@ def select_chunk(tree: PyTree, chunk_S: jax.Array) -> PyTree:
 
 
 def add_to_chunk(total: PyTree, value: PyTree, chunk_S: jax.Array) -> PyTree:
-    """Adds `value` `[L, S, ...]` to the chunk of each stage of `total` `[V, L, S, ...]`, in the dtype of `total`."""
+    """Adds `value` `[L, S, ...]` to each stage's chunk in `total` `[V, L, S, ...]`, in the dtype of `total`."""
 
     def add_own(total: jax.Array, value: jax.Array, chunk: jax.Array) -> jax.Array:
         return total.at[jnp.maximum(chunk[0], 0)].add(value)
@@ -240,29 +241,23 @@ def mask_idle[T](tree: T, microbatch_S: jax.Array) -> T:
     return jax.tree.map(lambda x: _per_device(mask, _spec(x), x, microbatch_S), tree)
 
 
+@dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A model on a schedule."""
+    """Runs a model on a schedule.
 
-    def __init__(
-        self,
-        model: PipelineModel,
-        schedule: PipelineSchedule,
-        loss_spec: PartitionSpec,
-        layers: np.ndarray,
-        *,
-        unroll_loops: bool = False,
-    ):
-        """Binds the static parts.
+    Attributes:
+        model: the parts of the model.
+        schedule: the passes of every stage in every tick.
+        loss_spec: the sharding of the `[B, T, D]` input of the head: rows or positions are sharded over `stage`.
+        layers: the layers' indices by chunk, `[V, L, S]`; -1 is padding.
+        unroll_loops: see `Partitioner`.
+    """
 
-        Args:
-            model: the parts of the model.
-            schedule: the passes of every stage in every tick.
-            loss_spec: the sharding of the `[B, T, D]` input of the head: rows or positions are sharded over `stage`.
-            layers: the layers' indices by chunk, `[V, L, S]`; -1 is padding.
-            unroll_loops: see `Partitioner`.
-        """
-        self.model, self.schedule, self.loss_spec, self.layers = model, schedule, loss_spec, layers
-        self._unroll_loops = unroll_loops
+    model: PipelineModel
+    schedule: PipelineSchedule
+    loss_spec: PartitionSpec
+    layers: np.ndarray
+    unroll_loops: bool = False
 
     def gradients(self, inputs: StepInputs) -> tuple[PyTree, PyTree, Sums, Sums]:
         """Computes the gradients of the summed loss of all microbatches.
@@ -293,7 +288,7 @@ class Pipeline:
                 continue
             run_tick = partial(self._run_tick, inputs, [function for _, function in active])
             ticks_of_passes = [_ticks(table, ticks) for table, _ in active]
-            carry, _ = jax.lax.scan(run_tick, carry, ticks_of_passes, unroll=self._unroll_loops)
+            carry, _ = jax.lax.scan(run_tick, carry, ticks_of_passes, unroll=self.unroll_loops)
         return carry
 
     def _run_tick(
@@ -409,9 +404,8 @@ def _ticks(table: PassTable, ticks: list[int]) -> Tick:
 
 def _zeros_like(like: jax.Array, *stacked: int) -> jax.Array:
     """Returns zeros of this type, with leading unsharded dimensions of these sizes."""
-    spec = jax.typeof(like).sharding.spec
-    partitions = (*(None for _ in stacked), *spec.partitions)
-    return unreduced_zeros((*stacked, *like.shape), like.dtype, spec.update(partitions=partitions))
+    partitions = (*(None for _ in stacked), *_spec(like).partitions)
+    return unreduced_zeros((*stacked, *like.shape), like.dtype, _spec(like).update(partitions=partitions))
 
 
 def _zero_gradient(weight: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Rounds every product of an elementwise update, so that its bits do not depend on the shapes of arrays.
 
 A compiler may compute `a * b + c` with one rounding (a fused multiply-add) or with two. XLA leaves the choice to the
-code generator of the platform, which decides otherwise for a small array than for a large one. A device's part of a
+code generator of the platform, which may decide differently for small and for large arrays. A device's part of a
 parameter has another size on another mesh, so such an update has other bits there.
 """
 
@@ -15,7 +15,7 @@ from jax.extend.core import Jaxpr, Literal
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.spec import PyTree
 
-_PRODUCTS = ("mul", "square", "integer_pow")
+_PRODUCTS = ("mul", "square", "integer_pow")  # an addition may be fused with these
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 """Primitives that call a function, and the parameter with its closed jaxpr."""
 
@@ -32,7 +32,7 @@ def rounded(x: jax.Array, zero: jax.Array) -> jax.Array:
 
 
 def unknown_zero(x: jax.Array) -> jax.Array:
-    """Returns the 0 that `rounded` needs: whether a scalar is NaN, which no compiler can know."""
+    """Returns the 0 that `rounded` needs: whether a scalar is NaN. No compiler can know it; with a NaN all is lost."""
     return (x != x).astype(jnp.int32)
 
 
@@ -52,6 +52,7 @@ def with_rounded_products(fun: Callable[..., PyTree], zero: jax.Array, name: str
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], zero: jax.Array, name: str) -> list[Any]:
+    """Computes a jaxpr equation by equation, with rounded products; arguments as in `with_rounded_products`."""
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(atom: Any) -> Any:

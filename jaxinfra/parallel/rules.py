@@ -12,6 +12,8 @@ type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 """The role of a parameter, which selects the optimizer's treatment."""
 
 type LogicalAxes = tuple[str | None, ...]
+"""The logical axis of each dimension; None is unsharded."""
+
 type Quantize = Literal["none", "int8", "fp8"]
 """The number format of matmuls with the layers' weights (see `ops.quantized`, which imports JAX)."""
 
@@ -65,24 +67,15 @@ class ShardingRules:
                 if axis in getattr(self, name) and name not in allowed:
                     yield Problem(fields=(name,), message=message, fix=f"remove {axis} from {name}")
         if self.heads != self.kv_heads:
-            yield Problem(
-                fields=("heads", "kv_heads"),
-                message="queries and keys of one head must be on one device",
-                fix="use the same mesh axes for both",
-            )
+            message = "queries and keys of one head must be on one device"
+            yield Problem(fields=("heads", "kv_heads"), message=message, fix="use the same mesh axes for both")
         if set(self.layers) - {"stage"}:  # the converse of what is reserved for stage above
-            yield Problem(
-                fields=("layers",),
-                message="only mesh axis stage may shard layers",
-                fix="use rules.layers=stage or rules.layers=()",
-            )
+            fix = "use rules.layers=stage or rules.layers=()"
+            yield Problem(fields=("layers",), message="only mesh axis stage may shard layers", fix=fix)
         if {*self.experts} - {*self.batch}:
             shared = "".join(f"{axis}," for axis in self.experts if axis in self.batch)  # `expert,` makes a tuple
-            yield Problem(
-                fields=("experts", "batch"),
-                message="experts must use mesh axes of batch, whose devices exchange tokens",
-                fix=f"use rules.experts=({shared})",
-            )
+            message = "experts must use mesh axes of batch, whose devices exchange tokens"
+            yield Problem(fields=("experts", "batch"), message=message, fix=f"use rules.experts=({shared})")
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
         """Returns the mesh axes of a logical axis; "positions" stands for positions between blocks.

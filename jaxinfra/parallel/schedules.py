@@ -12,15 +12,17 @@ A tick has up to three passes, in this order: a forward pass of one chunk, a bac
 if any stage runs it. A chunk is a run of consecutive layers (Megatron's model chunk, or virtual stage). A stage holds
 `chunks` of them: chunk c of stage s is number `c * stages + s` in the order of the model.
 
-`make_schedule` builds a table in NumPy; `parallel.pipeline` runs it. A stage uses what its neighbor sends in the next
-tick, so only the inputs of chunks are saved, for the backward pass that recomputes the chunk. Each is saved in a slot,
-which is free again after that pass. Except in GPipe, the number of slots does not grow with the microbatches.
+`PipelineConfig.make_schedule` builds the tables in NumPy; `parallel.pipeline` runs them. A stage uses what its neighbor
+sends in the next tick, so only the inputs of chunks are saved, for the backward pass that recomputes the chunk. Each is
+saved in a slot, which is free again after the chunk's last pass. Except in GPipe, the number of slots does not grow
+with the microbatches.
 
 Sources: GPipe (Huang et al. 2019); 1F1B (Narayanan et al. 2019, PipeDream; 2021, section 2.2), interleaved (same,
 section 2.2.2); zero bubble, which splits the backward pass (Qi et al. 2023).
 """
 
 import heapq
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,38 +34,13 @@ from jaxinfra.config import Problem
 type ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
 IDLE = -1
+"""In a `PassTable`: the stage does not run the pass in this tick."""
 
 # Costs, in forward passes. A backward pass recomputes the forward pass, then computes gradients of inputs and weights.
 FORWARD_COST, BACKWARD_COST = 1.0, 3.0
-# A split backward pass recomputes the forward pass twice, once for each half.
+# A split backward pass recomputes the forward pass in each half. The half for weights also computes the gradients of
+# inputs again, which connect the layers of a chunk.
 INPUT_GRAD_COST, WEIGHT_GRAD_COST = 2.0, 3.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
-    """The schedule of microbatches over pipeline stages; `train.accumulate` is the number of microbatches.
-
-    Attributes:
-        schedule: `gpipe`, `1f1b`, `interleaved` (several chunks per stage: a smaller bubble, more transfers), or
-            `zero_bubble` (separate weight gradients: faster only with very few microbatches).
-        chunks: number of chunks per stage (virtual stages), for `interleaved`.
-    """
-
-    schedule: ScheduleName = "1f1b"
-    chunks: int = 1
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields a number of chunks that does not fit the schedule."""
-        fields = ("schedule", "chunks")
-        if self.schedule == "interleaved" and self.chunks < 2:
-            yield Problem(fields=fields, message="needs at least 2 chunks per stage", fix="use pipeline.chunks=2")
-        if self.schedule != "interleaved" and self.chunks != 1:
-            fix = "use pipeline.schedule=interleaved, or pipeline.chunks=1"
-            yield Problem(fields=fields, message="takes one chunk per stage", fix=fix)
-
-    def make_schedule(self, stages: int, microbatches: int) -> "PipelineSchedule":
-        """Builds the schedule for this number of stages and microbatches."""
-        return make_schedule(self.schedule, stages=stages, microbatches=microbatches, chunks=self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,40 +129,63 @@ class PipelineSchedule:
         return 1.0 - sum(self.costs) * self.microbatches / self.total_cost
 
 
-def make_schedule(name: ScheduleName, *, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
-    """Builds the tables of a schedule; `chunks` is 1 except for `interleaved`.
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """The schedule of microbatches over pipeline stages; `train.accumulate` is the number of microbatches.
 
-    An interleaved schedule has idle ticks if the microbatches are not a multiple of the stages.
+    Attributes:
+        schedule: `gpipe`, `1f1b`, `interleaved` (several chunks per stage: a smaller bubble, more transfers), or
+            `zero_bubble` (separate weight gradients: faster only with very few microbatches).
+        chunks: number of chunks per stage (virtual stages), for `interleaved`.
     """
-    # The order in which a stage takes microbatches through its chunks: `stages` of them through the first chunk, then
-    # through the second, and so on. For 2 stages, 4 microbatches and chunks a, b: 0a 1a 0b 1b 2a 3a 2b 3b.
-    order = [
-        (first + i, chunk) for first in range(0, microbatches, stages) for chunk in range(chunks) for i in range(stages)
-    ]
-    # If the microbatches are not a multiple of the stages, some places in the order are empty.
-    work = [(place, m, chunk) for place, (m, chunk) in enumerate(order) if m < microbatches]
-    # The tick of the first backward pass, on the last stage: in GPipe after all forward passes, else in the tick of the
-    # first output of the model. Backward passes use the order of forward passes, with the chunks reversed.
-    first_backward = stages - 1 + (microbatches if name == "gpipe" else (chunks - 1) * stages)
-    num_ticks, is_split = first_backward + work[-1][0] + stages, name == "zero_bubble"
-    forward, backward, weight_grad = (_empty_table(num_ticks, stages) for _ in range(3))
-    for place, m, chunk in work:
-        last_backward = first_backward + place + stages - 1  # the tick in which the gradient reaches the first stage
-        for stage in range(stages):
-            _add_pass(forward, place + stage, stage, m, chunk)
-            _add_pass(backward, last_backward - stage, stage, m, chunks - 1 - chunk)
-            if is_split:  # on all stages in one tick, as a pass on one stage costs as much as on all
-                _add_pass(weight_grad, last_backward, stage, m, chunk)
-    _assign_slots([forward, backward, weight_grad] if is_split else [forward, backward])
-    return PipelineSchedule(
-        name=name,
-        stages=stages,
-        microbatches=microbatches,
-        chunks=chunks,
-        forward=forward,
-        backward=backward,
-        weight_grad=weight_grad if is_split else None,
-    )
+
+    schedule: ScheduleName = "1f1b"
+    chunks: int = 1
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields a number of chunks that does not fit the schedule."""
+        fields = ("schedule", "chunks")
+        if self.schedule == "interleaved" and self.chunks < 2:
+            yield Problem(fields=fields, message="needs at least 2 chunks per stage", fix="use pipeline.chunks=2")
+        if self.schedule != "interleaved" and self.chunks != 1:
+            fix = "use pipeline.schedule=interleaved, or pipeline.chunks=1"
+            yield Problem(fields=fields, message="takes one chunk per stage", fix=fix)
+
+    def make_schedule(self, stages: int, microbatches: int) -> PipelineSchedule:
+        """Builds the tables of the schedule.
+
+        An interleaved schedule has idle ticks if the microbatches are not a multiple of the stages.
+        """
+        name, chunks = self.schedule, self.chunks
+        # The order in which a stage takes microbatches through its chunks: `stages` of them through the first chunk,
+        # then through the second, and so on. For 2 stages, 4 microbatches and chunks a, b: 0a 1a 0b 1b 2a 3a 2b 3b.
+        rounds = range(0, microbatches, stages)
+        order = [(first + i, chunk) for first, chunk, i in itertools.product(rounds, range(chunks), range(stages))]
+        # If the microbatches are not a multiple of the stages, some places in the order are empty.
+        work = [(place, m, chunk) for place, (m, chunk) in enumerate(order) if m < microbatches]
+        # The tick of the first backward pass, on the last stage: in GPipe after all forward passes, else in the tick of
+        # the first output of the model. Backward passes use the order of forward passes, with the chunks reversed.
+        first_backward = stages - 1 + (microbatches if name == "gpipe" else (chunks - 1) * stages)
+        num_ticks, is_split = first_backward + work[-1][0] + stages, name == "zero_bubble"
+        forward, backward, weight_grad = (_empty_table(num_ticks, stages) for _ in range(3))
+        for place, m, chunk in work:
+            # The tick in which the gradient reaches the first stage.
+            last_backward = first_backward + place + stages - 1
+            for stage in range(stages):
+                _add_pass(forward, place + stage, stage, m, chunk)
+                _add_pass(backward, last_backward - stage, stage, m, chunks - 1 - chunk)
+                if is_split:  # on all stages in one tick, as a pass on one stage costs as much as on all
+                    _add_pass(weight_grad, last_backward, stage, m, chunk)
+        _assign_slots([forward, backward, weight_grad] if is_split else [forward, backward])
+        return PipelineSchedule(
+            name=name,
+            stages=stages,
+            microbatches=microbatches,
+            chunks=chunks,
+            forward=forward,
+            backward=backward,
+            weight_grad=weight_grad if is_split else None,
+        )
 
 
 def _empty_table(num_ticks: int, stages: int) -> PassTable:

@@ -4,10 +4,12 @@ A model names dimensions ("batch", "embed", "heads", ...). `ShardingRules` maps 
 `Partitioner` turns names into `PartitionSpec`s. To try another sharding, change one field of the rules.
 
 In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient. A weight is *stored* as `f32[D@fsdp, F@tensor]` and *used* as
-`f32[D, F@tensor]{R: replica, fsdp, context}`: all-gathered over `fsdp`, and reduced over every axis that shards the
+*unreduced* gradient. A weight is *stored* as `f32[D@fsdp, F@tensor]` (D sharded over the mesh axis `fsdp`) and *used*
+as `f32[D, F@tensor]{R: replica, fsdp, context}`: all-gathered over `fsdp`, and reduced over every axis that shards the
 activations. So its gradient is unreduced over these axes. It is reduce-scattered over `fsdp` immediately, and over
 `replica` once at the end of the step.
+
+Shape suffixes: B batch, T length, D hidden size, F hidden size of the MLP.
 """
 
 import itertools
@@ -34,7 +36,7 @@ GATHERED_WEIGHT = "gathered"
 """The checkpoint name of an all-gathered weight: remat policies gather it again instead of saving it."""
 
 RESHARDED = "resharded"
-"""The checkpoint name of an activation that was resharded."""
+"""The checkpoint name of a resharded activation, by which `models.remat` can save it in place of the `reshard`."""
 
 STAGES = "stages"
 """The logical axis over pipeline stages, of weights with one layer per stage."""
@@ -69,7 +71,7 @@ class Partitioner:
 
     @property
     def stored(self) -> "Partitioner":
-        """The partitioner of stored parameters."""
+        """The partitioner of stored parameters, which are sharded over the mesh also with `alone`."""
         return replace(self, alone=False) if self.alone else self
 
     @property
@@ -96,7 +98,7 @@ class Partitioner:
     def _param_axes(self, name: str | None, names: LogicalAxes) -> tuple[str, ...]:
         """Returns the mesh axes of the dimension `name` of a parameter with these `names`.
 
-        In a parameter of experts, "embed" does not use the axes of "experts".
+        In a parameter of experts, "embed" does not use the axes of "experts", which shard another dimension of it.
         """
         taken = self.mesh_axes("experts") if name == "embed" and "experts" in names else ()
         return tuple(axis for axis in self.mesh_axes(name) if axis not in taken)
@@ -145,7 +147,7 @@ class Partitioner:
         if names[:1] == (STAGES,):
             reduced -= {"stage"}  # each stage has its own rows and weights
         if "experts" in names:
-            reduced -= {*self.mesh_axes("experts")}  # tokens are sent to their experts
+            reduced -= {*self.mesh_axes("experts")}  # tokens are sent to their experts, on one shard each
         kept = (tuple(axis for axis in self._param_axes(name, names) if axis not in reduced) for name in names)
         return PartitionSpec(*(axes or None for axes in kept), reduced=frozenset(reduced))
 
@@ -244,12 +246,16 @@ def axis_names(entry: SpecEntry) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
+def axes_by_dim(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """Returns the mesh axes of each dimension; a `PartitionSpec` may leave out the last dimensions of an array."""
+    return [axis_names(entry) for entry in (*spec.partitions, *[None] * (ndim - len(spec.partitions)))]
+
+
 def local_shape(x: jax.Array) -> tuple[int, ...]:
     """Returns the shape of a device's part of an array; in a `shard_map` an array is the part."""
+    # Not `sharding.shard_shape`, which JAX refuses in a `shard_map`.
     sharding = jax.typeof(x).sharding
-    axes = [*map(axis_names, sharding.spec.partitions)]
-    axes += [()] * (x.ndim - len(axes))
-    shards = (math.prod(sharding.mesh.shape[name] for name in names) for names in axes)
+    shards = (math.prod(sharding.mesh.shape[name] for name in axes) for axes in axes_by_dim(sharding.spec, x.ndim))
     return tuple(size // count for size, count in zip(x.shape, shards, strict=True))
 
 
@@ -276,7 +282,7 @@ def has_stage_dim(spec: PartitionSpec) -> bool:
 
 
 def unit_cotangent(total: jax.Array) -> jax.Array:
-    """Returns the cotangent 1 of a scalar; that of an unreduced scalar is *reduced* over the same axes."""
+    """Returns 1 as the cotangent of a scalar: that of an unreduced scalar must be *reduced* over the same axes."""
     return jnp.ones((), total.dtype, out_sharding=PartitionSpec(reduced=jax.typeof(total).sharding.spec.unreduced))
 
 

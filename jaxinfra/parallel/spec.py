@@ -7,7 +7,7 @@ weight decay and the optimizer's treatment all follow from this declaration, so 
 import fnmatch
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,9 +21,14 @@ from jaxinfra.parallel.rules import Role
 type PyTree = Any
 """A nested structure that `jax.tree` maps over: of arrays, specs or shardings."""
 
+type Batch = Mapping[str, jax.Array]
+"""The arrays of a batch by name; the first dimension counts samples."""
+
+type Sums = dict[str, jax.Array]
+"""Sums over a batch by name."""
+
 type Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype, PartitionSpec | None], jax.Array]
 """`(key, shape, dtype, out_sharding) -> array`; the values do not depend on the sharding."""
-
 
 type ParamState = Literal["trained", "frozen", "buffer"]
 

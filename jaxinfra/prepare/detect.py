@@ -31,6 +31,9 @@ _VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 _TEXT_FIELDS = ("text", "content", "document", "body")
 _CHAT_FIELDS = ("messages", "conversations", "conversation")
 
+# What a place holds: source, format and validation split of a recipe, a description, and about the bytes of its text.
+type _Found = tuple[BoundedSource, AnyFormat, AnyValidation, str, int]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detected:
@@ -65,45 +68,8 @@ def detect(path: str, store: str) -> Detected:
     if not any(sizes.values()):
         raise ConfigError(f"{path}: has no files with text; name another folder")
     root = place if place.is_dir() else place.parent
-    names = {str(file.relative_to(root)) for file in files}
-    if names & {"dataset_dict.json", "state.json"}:
-        return _hugging_face(path, store, sizes)
-    by_kind: dict[str, list[Path]] = {}
-    for file in files:
-        by_kind.setdefault(_kind(file), []).append(file)
-    kind, chosen = max(by_kind.items(), key=lambda item: sum(sizes[file] for file in item[1]))
-    if kind in _IMAGES:
-        raise ConfigError(f"{path}: holds images; write a recipe with ImageFolders for them (docs/sources.md)")
-    suffix = f"{kind}*" if any(file.suffix in _COMPRESSED for file in chosen) else kind
-    pattern = f"**/*{suffix}" if place.is_dir() else place.name
-    found = f"{len(chosen)} {kind} file{'s' if len(chosen) > 1 else ''}".replace("  ", " ")
-    if left_out := len(files) - len(chosen):
-        found += f" (without {left_out} of other kinds)"
-    text_bytes = sum(sizes[file] for file in chosen)
-    if kind in _JSON_LINES:
-        source = Jsonl(root=str(root), pattern=pattern)
-        record = _first_record(source)
-        format, num_records = _format(record, path), text_bytes // len(json.dumps(record))
-    elif kind == ".parquet":
-        format = _format(_first_record(Parquet(root=str(root), pattern=pattern)), path)
-        source, num_records = Parquet(root=str(root), pattern=pattern, columns=(format.field,)), _MIN_RECORDS
-    else:
-        if binary := next((file for file in chosen if not _is_text(file)), None):
-            raise ConfigError(f"{binary}: is not text in UTF-8; name a folder of text, .jsonl or .parquet files")
-        source, format, num_records = TextFiles(root=str(root), pattern=pattern), Text(), len(chosen)
-    validation = ByKey() if num_records >= _MIN_RECORDS else Tail()
-    return _detected(path, store, source, format, validation, found, text_bytes)
-
-
-def _detected(
-    path: str,
-    store: str,
-    source: BoundedSource,
-    format: AnyFormat,
-    validation: AnyValidation,
-    found: str,
-    text_bytes: int,
-) -> Detected:
+    is_dataset = root / "dataset_dict.json" in sizes or root / "state.json" in sizes
+    source, format, validation, found, text_bytes = (_hugging_face if is_dataset else _files)(path, sizes)
     if text_bytes < MIN_BYTES:
         raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {MIN_BYTES:,} bytes of text")
     held_out = {Tail: "the last 5 % of the text", ByKey: "5 % of the documents"}
@@ -124,8 +90,38 @@ def _detected(
     return Detected(recipe=recipe, summary=summary, text_bytes=text_bytes)
 
 
-def _hugging_face(path: str, store: str, sizes: Mapping[Path, int]) -> Detected:
-    """Makes a recipe for a folder that `datasets.save_to_disk` wrote."""
+def _files(path: str, sizes: Mapping[Path, int]) -> _Found:
+    """Chooses the kind of file that has most of the bytes."""
+    place = Path(path)
+    root = place if place.is_dir() else place.parent
+    by_kind: dict[str, list[Path]] = {}
+    for file in sizes:
+        by_kind.setdefault(_kind(file), []).append(file)
+    kind, chosen = max(by_kind.items(), key=lambda item: sum(sizes[file] for file in item[1]))
+    if kind in _IMAGES:
+        raise ConfigError(f"{path}: holds images; write a recipe with ImageFolders for them (docs/sources.md)")
+    suffix = f"{kind}*" if any(file.suffix in _COMPRESSED for file in chosen) else kind
+    pattern = f"**/*{suffix}" if place.is_dir() else place.name
+    found = f"{len(chosen)} {kind} file{'s' if len(chosen) > 1 else ''}".replace("  ", " ")
+    if left_out := len(sizes) - len(chosen):
+        found += f" (without {left_out} of other kinds)"
+    text_bytes = sum(sizes[file] for file in chosen)
+    if kind in _JSON_LINES:
+        source = Jsonl(root=str(root), pattern=pattern)
+        record = _first_record(source)
+        format, num_records = _format(record, path), text_bytes // len(json.dumps(record))
+    elif kind == ".parquet":
+        format = _format(_first_record(Parquet(root=str(root), pattern=pattern)), path)
+        source, num_records = Parquet(root=str(root), pattern=pattern, columns=(format.field,)), _MIN_RECORDS
+    else:
+        if binary := next((file for file in chosen if not _is_text(file)), None):
+            raise ConfigError(f"{binary}: is not text in UTF-8; name a folder of text, .jsonl or .parquet files")
+        source, format, num_records = TextFiles(root=str(root), pattern=pattern), Text(), len(chosen)
+    return source, format, ByKey() if num_records >= _MIN_RECORDS else Tail(), found, text_bytes
+
+
+def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
+    """Chooses the splits of a folder that `datasets.save_to_disk` wrote."""
     folder, splits = Path(path), [None]
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
@@ -133,10 +129,9 @@ def _hugging_face(path: str, store: str, sizes: Mapping[Path, int]) -> Detected:
     source = HuggingFace(path=path, split=train)
     held_out = next((name for name in _VALIDATION_SPLITS if name in splits and name != train), None)
     validation = HuggingFace(path=path, split=held_out) if held_out else Tail()
-    format = _format(_first_record(source), path)
-    used = sum(size for file, size in sizes.items() if file.is_relative_to(folder / (train or "")))
+    text_bytes = sum(size for file, size in sizes.items() if file.is_relative_to(folder / (train or "")))
     found = f"a Hugging Face dataset, split {train}" if train else "a Hugging Face dataset"
-    return _detected(path, store, source, format, validation, found, used)
+    return source, _format(_first_record(source), path), validation, found, text_bytes
 
 
 def _format(record: Fields, path: str) -> Text | Chat:

@@ -21,12 +21,12 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.select import EmptySplitError
-from jaxinfra.prepare.builders.text import TextStoreBuilder
-from jaxinfra.prepare.parts import Part, PartMetadata
+from jaxinfra.prepare.builders.text import TextStoreBuilder, tokenize_batch
+from jaxinfra.prepare.parts import PartMetadata
 from jaxinfra.prepare.prepare import OnProgress, PreparedVersion, PrepareProgress, find_existing, output_fields
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.sources.stream import LINGER_S, Position, StreamSource, read_batches
+from jaxinfra.prepare.sources.stream import LINGER_S, Position, StreamBatch, StreamSource, read_batches
 from jaxinfra.prepare.workspace import make_empty_folder, open_workspace, require_store, stream_folder
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
@@ -68,18 +68,17 @@ def follow(
         stream = _StreamParts(store, builder, work, folder, on_progress)
         stream.report("tokens")
         with source.open(stream.position) as reader:
-            last_batch_s = time.monotonic()
             timeout_s = math.inf if idle_timeout_s is None else idle_timeout_s
             linger_s = min(LINGER_S, timeout_s)
+            last_batch_s = time.monotonic()
             for batch in read_batches(reader, recipe.shard_bytes, should_stop=should_stop, linger_s=linger_s):
                 if batch is not None:
-                    stream.commit(builder.part_of_batch(folder, batch))
+                    stream.commit(batch)
                     reader.on_commit(batch.position)
                     last_batch_s = time.monotonic()
                 elif time.monotonic() - last_batch_s >= timeout_s and reader.caught_up():
                     break
-                is_due = seal_every_tokens is not None and stream.unsealed_tokens >= seal_every_tokens
-                if is_due and (version := stream.try_seal()) is not None:
+                if (version := stream.seal_if_due(seal_every_tokens)) is not None:
                     yield version
         if stream.num_parts or not should_stop():  # stopping before anything arrived is no error, an empty stream is
             yield stream.seal()
@@ -94,7 +93,7 @@ class _StreamParts:
         self._store, self._builder, self._work, self._folder = store, builder, work, folder
         self._on_progress = on_progress
         self.position: Position = {}
-        self.num_parts = self.unsealed_tokens = self._read_bytes = self._new_tokens = self._num_parts_tried = 0
+        self.num_parts = self._unsealed_tokens = self._read_bytes = self._new_tokens = self._num_parts_tried = 0
         known = {version.made_of for version in versions.list_versions(store)}
         for number in parts.part_numbers(folder):
             if number != self.num_parts:
@@ -104,11 +103,11 @@ class _StreamParts:
                 )
             self._add(parts.read_metadata(folder, number))
             if self._made_of in known:  # the parts so far were sealed by an earlier call
-                self.unsealed_tokens = 0
+                self._unsealed_tokens = 0
 
-    def commit(self, part: Part) -> None:
-        """Writes the next part."""
-        metadata = parts.write_part(self._folder, self.num_parts, part)
+    def commit(self, batch: StreamBatch) -> None:
+        """Makes and writes the next part."""
+        metadata = tokenize_batch(self._builder.corpus, self._folder, self.num_parts, batch)
         self._add(metadata)
         self._new_tokens += metadata.tokens
         self.report("tokens")
@@ -128,12 +127,12 @@ class _StreamParts:
         build = make_empty_folder(self._work / "build")
         manifest = self._builder.assemble(self._folder, self.num_parts, build, digest_of(self.position))
         versions.publish_version(build, self._store, manifest, self._made_of)
-        self.unsealed_tokens = 0
+        self._unsealed_tokens = 0
         return PreparedVersion(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
-    def try_seal(self) -> PreparedVersion | None:
-        """As `seal`; returns None if a split of what has arrived is empty, until another part has arrived."""
-        if self._num_parts_tried == self.num_parts:
+    def seal_if_due(self, every_tokens: int | None) -> PreparedVersion | None:
+        """As `seal`, if that many tokens are in no version; None if a split is empty, until another part arrives."""
+        if every_tokens is None or self._unsealed_tokens < every_tokens or self._num_parts_tried == self.num_parts:
             return None
         self._num_parts_tried = self.num_parts
         try:
@@ -148,5 +147,5 @@ class _StreamParts:
 
     def _add(self, part: PartMetadata) -> None:
         self.num_parts, self.position = self.num_parts + 1, part.position
-        self.unsealed_tokens += part.tokens
+        self._unsealed_tokens += part.tokens
         self._read_bytes += part.read_bytes

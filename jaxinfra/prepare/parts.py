@@ -39,14 +39,6 @@ class PartMetadata:
     position: Mapping[str, Any] = field(default_factory=dict)  # in the stream, after the last record of the part
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Output of one job."""
-
-    metadata: PartMetadata
-    splits: Mapping[Split, Arrays]  # arrays by names that the builder chooses
-
-
 def part_path(folder: Path, number: int) -> Path:
     """Returns the path of a part."""
     return folder / f"{number:08d}{_SUFFIX}"
@@ -57,13 +49,16 @@ def part_numbers(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
 
 
-def write_part(folder: Path, number: int, part: Part) -> PartMetadata:
-    """Writes and commits a part, and returns its metadata; OSError, and no part, if it cannot be written."""
-    arrays = {f"{split}.{name}": array for split, named in part.splits.items() for name, array in named.items()}
+def write_part(folder: Path, number: int, metadata: PartMetadata, splits: Mapping[Split, Arrays]) -> PartMetadata:
+    """Writes and commits a part, and returns its metadata; OSError, and no part, if it cannot be written.
+
+    The builder chooses the names of the arrays.
+    """
+    arrays = {f"{split}.{name}": array for split, named in splits.items() for name, array in named.items()}
     with open_atomic(part_path(folder, number)) as file:
-        metadata = np.frombuffer(json.dumps(vars(part.metadata)).encode(), np.uint8)
-        np.savez(file, allow_pickle=False, **{_META: metadata}, **arrays)
-    return part.metadata
+        content = np.frombuffer(json.dumps(vars(metadata)).encode(), np.uint8)
+        np.savez(file, allow_pickle=False, **{_META: content}, **arrays)
+    return metadata
 
 
 @contextmanager

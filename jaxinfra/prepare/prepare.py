@@ -9,6 +9,8 @@ and any number of workers give the same bytes.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jaxinfra.config import encode
@@ -79,51 +81,72 @@ def prepare(
     """
     store = ObjectStore(recipe.store)
     require_store(store)
-    train_shards, validation_shards = _list_shards(recipe.source, recipe.shard_bytes), _list_validation_shards(recipe)
+    validation = validation_source(recipe.validation)
+    train_shards = _list_shards(recipe.source, recipe.shard_bytes)
+    # Messages of another store name its place in the recipe, those of a source its own fields.
+    with error_prefix("" if isinstance(validation, OtherStore) else "validation."):
+        validation_shards = _list_shards(validation, recipe.shard_bytes)
     _require_two_documents(recipe, train_shards)
-    builder: StoreBuilder[Any]
     builder = TextStoreBuilder(recipe) if isinstance(recipe, Corpus) else ImageStoreBuilder(recipe)
     source_digest = digest_of([vars(shard) for shard in (*train_shards, *validation_shards)])
     made_of = digest_of([output_fields(recipe), source_digest, builder.input_digest])
     if (existing := find_existing(store, made_of)) is not None:
         return existing
-    shards_of_jobs = [(group, False) for group in group_shards(train_shards, recipe.shard_bytes)]
-    shards_of_jobs += [(group, True) for group in group_shards(validation_shards, recipe.shard_bytes)]
+    jobs = _make_jobs(recipe, train_shards, validation_shards)
     # The digest includes the jobs, because parts of other jobs would lose or repeat records.
-    work_name = digest_of([made_of, *(len(group) for group, _ in shards_of_jobs)])
+    work_name = digest_of([made_of, *(len(job.shards) for job in jobs)])
     with open_workspace(store, work_name, recipe.work_dir) as work:
         folder = work / "parts"
         folder.mkdir(exist_ok=True)
-        jobs: list[PrepareJob[Any]] = [
-            PrepareJob(number=number, shards=group, recipe=recipe, folder=str(folder), validation=validation)
-            for number, (group, validation) in enumerate(shards_of_jobs)
-        ]
-        total = sum(job.read_bytes for job in jobs)
-        on_progress(PrepareProgress(stage="begin", done=0, total=total))
+        on_progress(PrepareProgress(stage="begin", done=0, total=sum(job.read_bytes for job in jobs)))
         # The tokenizer is always trained on shards of the default size, so that it does not depend on `shard_bytes`.
         has_default_shards = recipe.shard_bytes == SHARD_BYTES
         builder.setup(folder, train_shards if has_default_shards else _list_shards(recipe.source, SHARD_BYTES))
-        needed_bytes = builder.estimate_bytes(total)
-        check_space(folder, needed_bytes, purpose="preparing", fix="use work_dir=FOLDER on another disk")
-        finished = set(parts.part_numbers(folder))
-        todo = [job for job in jobs if job.number not in finished]
-        progress = PrepareProgress(stage=builder.stage, done=total - sum(job.read_bytes for job in todo), total=total)
-        on_progress(progress)
-
-        def on_result(part: PartMetadata) -> None:
-            nonlocal progress
-            progress = replace(progress, done=progress.done + part.read_bytes, tokens=progress.tokens + part.tokens)
-            on_progress(progress)
-
-        engines.run_jobs(engine, builder.make_part, todo, workers=workers, on_result=on_result)
+        progress = _make_parts(builder, folder, jobs, partial(engines.run_jobs, engine, workers=workers), on_progress)
         _check_unchanged(recipe.source, train_shards, recipe.shard_bytes)
-        _check_unchanged(validation_source(recipe.validation), validation_shards, recipe.shard_bytes)
+        _check_unchanged(validation, validation_shards, recipe.shard_bytes)
         on_progress(replace(progress, stage="store"))
         build = make_empty_folder(work / "build")
         manifest = builder.assemble(folder, len(jobs), build, source_digest)
         on_progress(replace(progress, stage="publish"))
         versions.publish_version(build, store, manifest, made_of)
     return PreparedVersion(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
+
+
+def _make_jobs(
+    recipe: Recipe, train_shards: Sequence[SourceShard], validation_shards: Sequence[SourceShard]
+) -> list[PrepareJob[Any]]:
+    groups = [(group, False) for group in group_shards(train_shards, recipe.shard_bytes)]
+    groups += [(group, True) for group in group_shards(validation_shards, recipe.shard_bytes)]
+    return [
+        PrepareJob(number=number, shards=group, recipe=recipe, validation=is_validation)
+        for number, (group, is_validation) in enumerate(groups)
+    ]
+
+
+def _make_parts(
+    builder: StoreBuilder[Any],
+    folder: Path,
+    jobs: Sequence[PrepareJob[Any]],
+    run_jobs: Callable[..., None],
+    on_progress: OnProgress,
+) -> PrepareProgress:
+    """Runs the jobs that have no part yet, and returns the progress at the end; `run_jobs` has engine and workers."""
+    total = sum(job.read_bytes for job in jobs)
+    needed_bytes = builder.estimate_bytes(total)
+    check_space(folder, needed_bytes, purpose="preparing", fix="use work_dir=FOLDER on another disk")
+    finished = set(parts.part_numbers(folder))
+    todo = [job for job in jobs if job.number not in finished]
+    progress = PrepareProgress(stage=builder.stage, done=total - sum(job.read_bytes for job in todo), total=total)
+    on_progress(progress)
+
+    def on_result(part: PartMetadata) -> None:
+        nonlocal progress
+        progress = replace(progress, done=progress.done + part.read_bytes, tokens=progress.tokens + part.tokens)
+        on_progress(progress)
+
+    run_jobs(partial(builder.make_part, folder), todo, on_result=on_result)
+    return progress
 
 
 def find_existing(store: ObjectStore, made_of: str) -> PreparedVersion | None:
@@ -173,21 +196,13 @@ def _job_bytes(shards: Sequence[SourceShard], shard_bytes: int) -> int:
     return min(shard_bytes, max(bytes_for_min_jobs, _MIN_SHARD_BYTES))
 
 
-def _list_shards(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[SourceShard]:
-    """Lists shards of about the bytes that a job should read."""
+def _list_shards(source: AnySource | OtherStore | None, shard_bytes: int) -> Sequence[SourceShard]:
+    """Lists shards of about the bytes that a job should read; () without a source."""
+    if source is None:
+        return ()
     shards = source.list_shards(shard_bytes)
     job_bytes = _job_bytes(shards, shard_bytes)
     return shards if job_bytes == shard_bytes else source.list_shards(job_bytes)
-
-
-def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
-    """Lists the validation source; () if the validation split is a fraction of the training source."""
-    source = validation_source(recipe.validation)
-    if source is None:
-        return ()
-    # Messages of another store name its place in the recipe, those of a source its own fields.
-    with error_prefix("" if isinstance(source, OtherStore) else "validation."):
-        return _list_shards(source, recipe.shard_bytes)
 
 
 def _require_two_documents(recipe: Recipe, shards: Sequence[SourceShard]) -> None:

@@ -35,16 +35,15 @@ from jaxinfra.errors import (
     StorageError,
     error_of_code,
 )
+from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.door import Json
-from jaxinfra.processes.peer_connection import AGAIN, BEAT_S, Connection, connect, listen
+from jaxinfra.processes.peer_connection import AGAIN, BEAT_S, JOIN_S, Connection, connect, listen
 from jaxinfra.processes.peer_hub import Hub
 from jaxinfra.processes.peers import GRACE_S, INTERRUPTED, Peers
 from jaxinfra.processes.progress import compare, hung_error
 from jaxinfra.processes.step_agreement import Action
 from jaxinfra.user_code import Ending, ending_of
 
-JOIN_S = 300.0
-"""Longest wait for all processes to join."""
 SILENCE_S = 30.0
 """Silence after which a process counts as lost."""
 GATHER_S = 600.0
@@ -63,39 +62,29 @@ class ConnectedPeers(Peers):
         addresses: of this process and of process 0, as their connection has them.
 
     Args:
-        address: HOST:PORT of process 0.
-        count: number of processes.
-        index: of this one.
+        processes: which there are, and which of them this one is.
         secret: of this start, which all processes know.
-        known_hosts: hosts that a scheduler named, for messages about processes that are missing.
         join_s: longest wait for all to join.
         silence_s: silence after which a process counts as lost.
     """
 
     def __init__(
-        self,
-        address: str,
-        count: int,
-        index: int,
-        *,
-        secret: str = "",
-        known_hosts: Sequence[str] = (),
-        join_s: float = JOIN_S,
-        silence_s: float = SILENCE_S,
+        self, processes: Processes, *, secret: str = "", join_s: float = JOIN_S, silence_s: float = SILENCE_S
     ) -> None:
         super().__init__()
-        self.count, self.index, self._address, self._silence_s = count, index, address, silence_s
+        self.count, self.index, address = processes.count, processes.index, processes.coordinator
+        self._address, self._silence_s = address, silence_s
         self._failure: JaxinfraError | None = None
         self._failed, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._own_error: BaseException | None = None  # for which this process has waited for one of another
         self._answers: dict[str, Future[list[Json]]] = {}
         self._rounds: Counter[str] = Counter()
         self._hub = None
-        if index == 0:
-            self._hub = Hub(listen(address), secret, count, known_hosts, join_s=join_s, silence_s=silence_s)
+        if self.index == 0:
+            self._hub = Hub(listen(address), secret, processes, join_s=join_s, silence_s=silence_s)
         deadline_s = time.monotonic() + join_s
-        own_name = f"process {index} ({self.hosts[0]})"
-        hello = {"index": index, "count": count, "host": self.hosts[0], "version": __version__}
+        own_name = f"process {self.index} ({self.hosts[0]})"
+        hello = {"index": self.index, "count": self.count, "host": self.hosts[0], "version": __version__}
         channel = connect(address, secret, hello, join_s, own_name)
         self.addresses = channel.getsockname()[0], channel.getpeername()[0]
         self._connection = Connection(channel, silence_s)
@@ -140,8 +129,7 @@ class ConnectedPeers(Peers):
         self.raise_if_lost()
         if self.has_left:
             raise ConfigError(f"{self.name_of(self.index)}: has left the others; do this before `with join()` ends")
-        with suppress(OSError):  # the receiving thread says so
-            self._connection.send(kind="value", round=key, value=content)
+        self._tell(kind="value", round=key, value=content)
         try:
             return answer.result(wait_s)
         except TimeoutError:
@@ -161,20 +149,17 @@ class ConnectedPeers(Peers):
             answer.add_done_callback(
                 lambda done: None if done.exception() else use([each.get("value") for each in done.result()])
             )
-        with suppress(OSError):  # the receiving thread says so
-            self._connection.send(kind="value", round=key, value={"value": value}, for_first=True)
+        self._tell(kind="value", round=key, value={"value": value}, for_first=True)
 
     @override
     def request_stacks(self, why: str) -> None:
-        with suppress(OSError):  # the receiving thread says so
-            self._connection.send(kind="stacks", why=f"{why} to {self.name_of(self.index)}")
+        self._tell(kind="stacks", why=f"{why} to {self.name_of(self.index)}")
 
     @override
     def end_hung(self, cause: str) -> None:
         if self.settled is not None:
             self._exit_settled(self.settled)
-        with suppress(OSError):  # process 0 has gone
-            self._connection.send(kind="hung", cause=cause)
+        self._tell(kind="hung", cause=cause)
         if not self._failed.wait(GRACE_S):  # process 0 is stopped, or cut off
             error = hung_error(f"{self.name_of(self.index)}: {cause}", f"{self.name_of(0)} does not answer")
             self._fail(error)
@@ -234,8 +219,7 @@ class ConnectedPeers(Peers):
         with self.exit_lock:  # as in `leave`
             self._leaving.set()
         is_failure = ending.code not in (0, Preempted.exit_code)
-        with suppress(OSError):  # process 0 has gone
-            self._connection.send(kind="leave", error=[*ending] if is_failure else None)
+        self._tell(kind="leave", error=[*ending] if is_failure else None)
         if self._hub is not None:
             # Process 0 leaves last: JAX's service ends with it, and aborts processes that are still connected to it.
             self._hub.all_left.wait(_LEAVE_S)
@@ -246,8 +230,12 @@ class ConnectedPeers(Peers):
     def request(self, action: Action, reason: str) -> None:
         if self._leaving.is_set():
             super()._act_without_steps(action, reason)
-        with suppress(OSError):  # process 0 has gone, and the receiving thread says so
-            self._connection.send(kind="ask", action=action, reason=reason)
+        self._tell(kind="ask", action=action, reason=reason)
+
+    def _tell(self, **message: Json) -> None:
+        """Sends a message to process 0; if that has gone, the thread that receives notices it."""
+        with suppress(OSError):
+            self._connection.send(**message)
 
     @override
     def _act_without_steps(self, action: Action, reason: str) -> None:

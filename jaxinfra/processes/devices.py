@@ -20,7 +20,7 @@ _PLATFORM_LOGGER = "jax._src.xla_bridge"  # JAX logs here about platforms and pl
 def all_devices() -> Sequence[Device]:
     """Returns the devices of all processes of the run.
 
-    Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if JAX was connected without `peers.join`.
+    Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if JAX was connected without `join.join`.
     """
     with _capture_logs(_PLATFORM_LOGGER) as records:
         try:

@@ -1,16 +1,38 @@
 """Finds out whether this process is one of several, and which: one table, with a row for each way to start them.
 
-It joins nothing: `peers.join` does, with the result. JAX is not imported here, since it reads its settings when it is
+It joins nothing: `join.join` does, with the result. JAX is not imported here, since it reads its settings when it is
 imported. The table agrees with JAX's detection of clusters, except where JAX would be wrong or hang: a Slurm task with
 several GPUs, Slurm's `--distribution=arbitrary`, and Open MPI 5 without mpi4py. So JAX's detection is turned off
 (`cluster_detection_method="deactivate"`): it would fill in what is None here.
+
+The first row that matches wins. A process inherits variables, so what is closest to it comes first:
+
+1. The flags --coordinator, --process-id and --of, typed for this process.
+2. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, set for a process of JAX inside any allocation: by a
+   Kubeflow TrainJob, by jaxinfra's local launcher, and by who starts Ray actors of their own, which have none. After
+   it come the schedulers that other packages add (`plugins.py`).
+3. A worker of Ray Train (JaxTrainer), which is asked, not the environment: its variables are those of `ray start`, such
+   as those of a Slurm step with one task a host.
+4. Open MPI, MPICH and Intel MPI: in a Slurm job, mpirun starts one Slurm task a host, not one a process.
+5. Slurm, by the variables of the step. Those of the job are also in a batch script, which is one process.
+6. Other schedulers with PMI, such as PALS; after Slurm, as `srun --mpi=pmi2` sets PMI_SIZE, too.
+7. Cloud TPU, by the variables that GKE sets or the metadata server of a TPU VM. They describe the machine, whatever
+   runs on it. If JAX_PLATFORMS leaves the TPU out, they do not count: one worker may run something on its CPU.
+8. Indexed Jobs of Kubernetes, alone or in a JobSet; after Cloud TPU, whose JobSets have one Job for each slice. Their
+   manifests must add JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS: JOB-0.SUBDOMAIN of the headless service, or the
+   label jobset.sigs.k8s.io/coordinator. A JobSet with several Jobs also needs JOBSET_JOB_INDEX and JOBSET_REPLICAS,
+   from the labels jobset.sigs.k8s.io/job-index and jobset.sigs.k8s.io/replicatedjob-replicas.
+
+In every row JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT and JAX_LOCAL_DEVICE_IDS come before what the scheduler
+tells. The processes of a host share its GPUs evenly, unless each sees only its own.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.plugins import load_plugin, plugins
 from jaxinfra.processes import ray_train, schedulers, tpu_metadata
 from jaxinfra.processes.schedulers import Environment
 
@@ -40,8 +62,10 @@ class Processes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """Says where a scheduler tells what: the name of a variable, or a function if it takes more.
+class Scheduler:
+    """Says where a scheduler tells what: the name of a variable, or a function of the environment if it takes more.
+
+    A package adds one as an entry point of the group `jaxinfra.schedulers`.
 
     Attributes:
         source: name of the scheduler.
@@ -67,13 +91,13 @@ class _Row:
 
 
 _SCHEDULERS = (
-    _Row(
+    Scheduler(
         source="JAX_PROCESS_ID",
         mark="JAX_PROCESS_ID",
         count="JAX_NUM_PROCESSES",
         index="JAX_PROCESS_ID",
     ),
-    _Row(
+    Scheduler(
         source=ray_train.SOURCE,
         mark=ray_train.on_worker,
         count=lambda environment: ray_train.context().get_world_size(),
@@ -82,7 +106,7 @@ _SCHEDULERS = (
         local_count=lambda environment: ray_train.context().get_local_world_size(),
         local_index=lambda environment: ray_train.context().get_local_rank(),
     ),
-    _Row(
+    Scheduler(
         source="Open MPI",
         mark="OMPI_COMM_WORLD_SIZE",
         count="OMPI_COMM_WORLD_SIZE",
@@ -92,7 +116,7 @@ _SCHEDULERS = (
         local_count="OMPI_COMM_WORLD_LOCAL_SIZE",
         local_index="OMPI_COMM_WORLD_LOCAL_RANK",
     ),
-    _Row(
+    Scheduler(
         source="MPICH",
         mark="MPI_LOCALRANKID",
         count="PMI_SIZE",
@@ -101,18 +125,18 @@ _SCHEDULERS = (
         local_count="MPI_LOCALNRANKS",
         local_index="MPI_LOCALRANKID",
     ),
-    _Row(
+    Scheduler(
         source="Slurm",
         mark="SLURM_STEP_NUM_TASKS",
         count="SLURM_STEP_NUM_TASKS",
         index="SLURM_PROCID",
         host=schedulers.slurm_host,
-        port=schedulers.slurm_port,
+        port=lambda environment: schedulers.port_of_job(schedulers.number(environment, "SLURM_JOB_ID")),
         hosts=schedulers.slurm_hosts,
         local_count=schedulers.slurm_local_count,
         local_index="SLURM_LOCALID",
     ),
-    _Row(
+    Scheduler(
         source="PMI",
         mark="PMI_SIZE",
         count="PMI_SIZE",
@@ -120,7 +144,7 @@ _SCHEDULERS = (
     ),
 )
 _MACHINES = (
-    _Row(
+    Scheduler(
         source="Cloud TPU",
         mark=schedulers.on_cloud_tpu,
         count=schedulers.tpu_count,
@@ -129,7 +153,7 @@ _MACHINES = (
         port=8482,  # as JAX
         hosts=schedulers.tpu_hosts,
     ),
-    _Row(
+    Scheduler(
         source="Kubernetes",
         mark="JOB_COMPLETION_INDEX",
         count=schedulers.kubernetes_count,
@@ -148,27 +172,7 @@ def find_processes(
     process_id: int | None = None,
     of: int | None = None,
 ) -> Processes | None:
-    """Returns the processes of this run, None for a single one.
-
-    The first row that matches wins. A process inherits variables, so what is closest to it comes first:
-
-    1. The flags --coordinator, --process-id and --of, typed for this process.
-    2. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, set for a process of JAX inside any allocation: by
-       a Kubeflow TrainJob, by jaxinfra's local launcher, and by who starts Ray actors of their own, which have none.
-    3. A worker of Ray Train (JaxTrainer), which is asked, not the environment: its variables are those of `ray start`,
-       such as those of a Slurm step with one task a host.
-    4. Open MPI, MPICH and Intel MPI: in a Slurm job, mpirun starts one Slurm task a host, not one a process.
-    5. Slurm, by the variables of the step. Those of the job are also in a batch script, which is one process.
-    6. Other schedulers with PMI, such as PALS; after Slurm, as `srun --mpi=pmi2` sets PMI_SIZE, too.
-    7. Cloud TPU, by the variables that GKE sets or the metadata server of a TPU VM. They describe the machine, whatever
-       runs on it. If JAX_PLATFORMS leaves the TPU out, they do not count: one worker may run something on its CPU.
-    8. Indexed Jobs of Kubernetes, alone or in a JobSet; after Cloud TPU, whose JobSets have one Job for each slice.
-       Their manifests must add JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS: JOB-0.SUBDOMAIN of the headless service,
-       or the label jobset.sigs.k8s.io/coordinator. A JobSet with several Jobs also needs JOBSET_JOB_INDEX and
-       JOBSET_REPLICAS, from the labels jobset.sigs.k8s.io/job-index and jobset.sigs.k8s.io/replicatedjob-replicas.
-
-    In every row JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT and JAX_LOCAL_DEVICE_IDS come before what the scheduler
-    tells. The processes of a host share its GPUs evenly, unless each sees only its own.
+    """Returns the processes of this run, by the first row that matches (see above); None for a single one.
 
     Args:
         environment: of this process, such as `os.environ`.
@@ -190,7 +194,7 @@ def find_processes(
         raise ConfigError(
             f"{given[0]} {flags[given[0]]}: {missing} missing; use all of --coordinator HOST:PORT --process-id N --of N"
         )
-    row = _first_match(_SCHEDULERS, environment)
+    row = _first_match(_schedulers(), environment)
     if row is None:
         environment = {**environment, **tpu_metadata.read_variables(environment)}
         row = _first_match(_MACHINES, environment)
@@ -200,7 +204,13 @@ def find_processes(
     return _read(row, environment)
 
 
-def _first_match(rows: tuple[_Row, ...], environment: Environment) -> _Row | None:
+def _schedulers() -> Iterator[Scheduler]:
+    yield _SCHEDULERS[0]
+    yield from (load_plugin("schedulers", name, Scheduler) for name in plugins("schedulers"))
+    yield from _SCHEDULERS[1:]
+
+
+def _first_match(rows: Iterable[Scheduler], environment: Environment) -> Scheduler | None:
     for row in rows:
         if row.mark(environment) if callable(row.mark) else row.mark in environment:
             return row
@@ -217,7 +227,7 @@ def _require_no_rest(environment: Environment) -> None:
         )
 
 
-def _read(row: _Row, environment: Environment) -> Processes | None:
+def _read(row: Scheduler, environment: Environment) -> Processes | None:
     count = row.count(environment) if callable(row.count) else schedulers.number(environment, row.count)
     index = row.index(environment) if callable(row.index) else schedulers.number(environment, row.index)
     if "JAX_NUM_PROCESSES" in environment and (stated := schedulers.number(environment, "JAX_NUM_PROCESSES")) != count:
@@ -273,7 +283,7 @@ def _listed_devices(environment: Environment) -> tuple[int, ...] | None:
     return tuple(map(int, listed.split(",")))
 
 
-def _own_devices(row: _Row, environment: Environment) -> tuple[int, ...] | None:
+def _own_devices(row: Scheduler, environment: Environment) -> tuple[int, ...] | None:
     """Returns the share of this process in the GPUs of its host; one GPU if their number is unknown, as JAX does.
 
     None if the process has the host for itself, or sees fewer GPUs than the host has or than processes share it: then

@@ -9,10 +9,10 @@ from types import TracebackType
 
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError
 from jaxinfra.processes import cpu_collectives, ray_train
-from jaxinfra.processes.connected_peers import JOIN_S, SILENCE_S, ConnectedPeers
+from jaxinfra.processes.connected_peers import SILENCE_S, ConnectedPeers
 from jaxinfra.processes.discovery import Processes, find_processes
 from jaxinfra.processes.door import SECRET, new_secret
-from jaxinfra.processes.peer_connection import AGAIN, free_port, is_loopback
+from jaxinfra.processes.peer_connection import AGAIN, JOIN_S, free_port, is_loopback
 from jaxinfra.processes.peers import Peers, current_peers, set_current_peers
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.storage.errors import cause_of
@@ -56,24 +56,8 @@ def join(
         return alone
     if processes is None and (processes := find_processes(os.environ)) is None:
         return alone
-    secret = os.environ.get(SECRET, "") if secret is None else secret
-    if not secret and processes.source == ray_train.SOURCE:
-        secret = ray_train.broadcast(new_secret())
-    if not (secret or processes.index):
-        _log.warning(
-            "%s: whoever reaches this port can take the place of a process; set %s to the same random text in all "
-            "processes, such as that of `openssl rand -hex 32`",
-            *(processes.coordinator, SECRET),
-        )
-    peers = ConnectedPeers(
-        processes.coordinator,
-        processes.count,
-        processes.index,
-        secret=secret,
-        known_hosts=processes.hosts,
-        join_s=join_s,
-        silence_s=silence_s,
-    )
+    secret = _secret_of_start(processes, secret)
+    peers = ConnectedPeers(processes, secret=secret, join_s=join_s, silence_s=silence_s)
     set_current_peers(peers)  # a signal must stop all of them from now on
     try:
         _connect_devices(peers, processes, join_s, silence_s)
@@ -87,6 +71,20 @@ def join(
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         RunSignals(interrupts=False).__enter__()  # for the life of the process
     return peers
+
+
+def _secret_of_start(processes: Processes, given: str | None) -> str:
+    """Returns the secret that all processes of this start know; process 0 warns if there is none."""
+    secret = os.environ.get(SECRET, "") if given is None else given
+    if not secret and processes.source == ray_train.SOURCE:
+        secret = ray_train.broadcast(new_secret())
+    if not (secret or processes.index):
+        _log.warning(
+            "%s: whoever reaches this port can take the place of a process; set %s to the same random text in all "
+            "processes, such as that of `openssl rand -hex 32`",
+            *(processes.coordinator, SECRET),
+        )
+    return secret
 
 
 def _connect_devices(peers: ConnectedPeers, processes: Processes, join_s: float, silence_s: float) -> None:

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _TRIES = 5  # without an answer, before a warning
 _FIRMWARE = Path("/sys/class/dmi/id")
 _LINK_LOCAL = "http://169.254.169.254"
 _AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # of the chassis of all its machines
+_AZURE_HEADERS = {"Metadata": "true"}
 _AZURE_ENDS = {"Preempt", "Terminate", "Redeploy", "Reboot"}  # "Freeze" is a pause of some seconds
 
 _log = logging.getLogger(__name__)
@@ -72,17 +74,13 @@ def _poll(
 
 def _question(environment: Mapping[str, str]) -> Callable[[], str | None] | None:
     """Returns what asks for a notice, None outside of clouds."""
-    clouds: dict[str, Callable[[Mapping[str, str]], Callable[[], str | None]]] = {
-        "google": _google,
-        "aws": _aws,
-        "azure": _azure,
-    }
+    clouds = {"google": _google, "aws": _aws, "azure": _azure}
     name = environment.get("JAXINFRA_METADATA") or _cloud_of_firmware()
     if name in (None, "off"):
         return None
     if name not in clouds:
         raise ConfigError(f"JAXINFRA_METADATA={name}: expected {', '.join(clouds)} or off; unset it")
-    return clouds[name](environment)
+    return partial(clouds[name], environment)
 
 
 def _cloud_of_firmware() -> str | None:
@@ -100,54 +98,45 @@ def _cloud_of_firmware() -> str | None:
     return "azure" if read("chassis_asset_tag") == _AZURE_TAG else None
 
 
-def _google(environment: Mapping[str, str]) -> Callable[[], str | None]:
+def _google(environment: Mapping[str, str]) -> str | None:
     """See https://docs.cloud.google.com/compute/docs/metadata/predefined-metadata-keys ."""
     host = environment.get("GCE_METADATA_HOST") or environment.get("GCE_METADATA_IP") or "metadata.google.internal"
     url, headers = f"http://{host}/computeMetadata/v1/instance", {"Metadata-Flavor": "Google"}
-
-    def ask() -> str | None:
-        if get(f"{url}/preempted", headers) == "TRUE":
-            return "the notice of Google Cloud that this spot machine ends"
-        # Machines without accelerators may migrate instead.
-        is_ending = get(f"{url}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE"
-        return "the notice of Google Cloud that maintenance of the host begins" if is_ending else None
-
-    return ask
+    if get(f"{url}/preempted", headers) == "TRUE":
+        return "the notice of Google Cloud that this spot machine ends"
+    # Machines without accelerators may migrate instead.
+    is_ending = get(f"{url}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE"
+    return "the notice of Google Cloud that maintenance of the host begins" if is_ending else None
 
 
-def _aws(environment: Mapping[str, str]) -> Callable[[], str | None]:
+def _aws(environment: Mapping[str, str]) -> str | None:
     """See https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html ."""
     url = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", _LINK_LOCAL).rstrip("/")
-
-    def ask() -> str | None:
-        lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-        token = get(f"{url}/latest/api/token", lifetime, method="PUT") or ""
-        answer = get(f"{url}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
-        if answer is None:
-            return None
-        action = json.loads(answer)
-        return f"the notice of Amazon EC2 that this spot machine is to {action['action']} at {action['time']}"
-
-    return ask
+    lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    token = get(f"{url}/latest/api/token", lifetime, method="PUT") or ""
+    answer = get(f"{url}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+    if answer is None:
+        return None
+    action = json.loads(answer)
+    return f"the notice of Amazon EC2 that this spot machine is to {action['action']} at {action['time']}"
 
 
-def _azure(environment: Mapping[str, str]) -> Callable[[], str | None]:
+def _azure(environment: Mapping[str, str]) -> str | None:
     """See https://learn.microsoft.com/en-us/azure/virtual-machines/linux/scheduled-events ."""
     url = environment.get("AZURE_METADATA_ENDPOINT", _LINK_LOCAL).rstrip("/") + "/metadata"
-    headers, machine = {"Metadata": "true"}, dict[str, str]()
+    machine = _azure_machine(url)
+    answer = json.loads(get(f"{url}/scheduledevents?api-version=2020-07-01", _AZURE_HEADERS) or "{}")
+    events: list[dict[str, Any]] = answer.get("Events", [])  # also those of other machines of the scale set
+    for event in events:
+        if event.get("EventType") in _AZURE_ENDS and machine in event.get("Resources", ()):
+            return f"the notice of Azure of the event {event['EventType']}, not before {event.get('NotBefore')}"
+    return None
 
-    def ask() -> str | None:
-        if not machine:
-            name = get(f"{url}/instance/compute/name?api-version=2021-02-01&format=text", headers)
-            machine["name"] = name or ""
-        answer = json.loads(get(f"{url}/scheduledevents?api-version=2020-07-01", headers) or "{}")
-        events: list[dict[str, Any]] = answer.get("Events", [])  # also those of other machines of the scale set
-        for event in events:
-            if event.get("EventType") in _AZURE_ENDS and machine["name"] in event.get("Resources", ()):
-                return f"the notice of Azure of the event {event['EventType']}, not before {event.get('NotBefore')}"
-        return None
 
-    return ask
+@cache
+def _azure_machine(url: str) -> str:
+    """Returns the name of this machine, which is asked for until there is an answer."""
+    return get(f"{url}/instance/compute/name?api-version=2021-02-01&format=text", _AZURE_HEADERS) or ""
 
 
 def get(url: str, headers: Mapping[str, str], method: str = "GET", timeout_s: float = _TIMEOUT_S) -> str | None:

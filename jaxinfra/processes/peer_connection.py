@@ -10,6 +10,8 @@ from contextlib import ExitStack, suppress
 from jaxinfra.errors import ConfigError, PeerLostError
 from jaxinfra.processes.door import HELLO_S, SECRET, Json, OtherSecretError, ProtocolError, knock
 
+JOIN_S = 300.0
+"""Longest wait for all processes to join."""
 BEAT_S = 1.0
 """Time between two messages that only say that a process works."""
 RETRY_S = 0.2

@@ -9,12 +9,13 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from queue import SimpleQueue
 
 from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, HungError, JaxinfraError, PeerLostError, error_of_code
+from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.door import SECRET, Json, OtherSecretError, ProtocolError, answer
 from jaxinfra.processes.peer_connection import AGAIN, BEAT_S, RETRY_S, Connection
 from jaxinfra.processes.peers import GRACE_S
@@ -29,16 +30,10 @@ class Hub:
     """Process 0's side: a connection to each process, itself included, and two threads for each."""
 
     def __init__(
-        self,
-        listener: socket.socket,
-        secret: str,
-        count: int,
-        known_hosts: Sequence[str],
-        *,
-        join_s: float,
-        silence_s: float,
+        self, listener: socket.socket, secret: str, processes: Processes, *, join_s: float, silence_s: float
     ) -> None:
-        self._listener, self._secret, self._count, self._known_hosts = listener, secret, count, known_hosts
+        self._listener, self._secret = listener, secret
+        self._count, self._known_hosts = processes.count, processes.hosts
         self._unknown: dict[socket.socket, None] = {}  # in the order in which they came
         self._other_secrets = set[str]()  # addresses of those with another one
         self._join_s, self._silence_s = join_s, silence_s

@@ -10,8 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from jaxinfra.errors import PeerLostError
-from jaxinfra.processes.connected_peers import JOIN_S
-from jaxinfra.processes.peer_connection import AGAIN, free_port
+from jaxinfra.processes.peer_connection import AGAIN, JOIN_S, free_port
 from jaxinfra.processes.schedulers import Environment
 
 SOURCE = "Ray Train"

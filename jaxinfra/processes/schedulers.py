@@ -131,11 +131,6 @@ def slurm_local_count(environment: Environment) -> int:
     return counts[node]
 
 
-def slurm_port(environment: Environment) -> int:
-    """Returns a port from the number of the job."""
-    return port_of_job(number(environment, "SLURM_JOB_ID"))
-
-
 def _slurm_distribution(environment: Environment) -> str:
     """Returns how tasks are distributed over the nodes: "block" of "block:cyclic", for example."""
     return re.split("[:,]", environment.get("SLURM_DISTRIBUTION", "block"))[0]

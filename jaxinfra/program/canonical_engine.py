@@ -15,14 +15,14 @@ from jaxinfra.program.engine import Function, GradientEngine, Gradients
 from jaxinfra.program.loss import Batch, ModelLoss, Sums
 
 type Weights = tuple[Params, Params | None]
-"""Parameters, and the reference of an objective that uses one."""
+"""Parameters, and the reference of an objective that uses one: frozen parameters, as in DPO."""
 
 
 class CanonicalEngine(GradientEngine):
-    """Each device computes virtual shards of a batch by itself; all are added up in one order.
+    """Each device computes virtual shards of a batch by itself; all are added up in an order that no mesh changes.
 
     Attributes:
-        virtual_shards: of the batch.
+        virtual_shards: how a batch is split, and the sums over its parts.
     """
 
     def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:

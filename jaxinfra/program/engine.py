@@ -1,12 +1,11 @@
 """`GradientEngine`: computes the gradients and the sums over a global batch. A `Program` has one, chosen by its config.
 
     config                       engine
-    (as it is)                   PlainEngine, here: all devices compute each microbatch together
+    neither of the below         PlainEngine, here: all devices compute each microbatch together
     mesh.stage above 1           PipelineEngine: stages pass microbatches on
     train.canonical=N            CanonicalEngine: each device computes virtual shards by itself, and adds them in order
 
-In JAX's explicit sharding, an *unreduced* array is a partial sum on each device. A *reduced* array is replicated, and
-its gradient is *unreduced*.
+In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
 """
 
 from abc import ABC, abstractmethod
@@ -30,8 +29,8 @@ class Gradients(NamedTuple):
     """Gradients over a batch.
 
     Attributes:
-        grads: of the trained parameters, float32, sharded like them.
-        sums: of the objective.
+        grads: gradients of the trained parameters, float32, sharded like them.
+        sums: sums of the objective.
         stats: statistics of the layers.
     """
 
@@ -41,12 +40,12 @@ class Gradients(NamedTuple):
 
 
 class GradientEngine(ABC):
-    """How a global batch is split, computed and added up. Where it is not overridden, rounding is the compiler's.
+    """How a global batch is split, computed and added up.
 
     Args:
-        loss: of the model.
+        loss: computes the loss of a part of a batch.
         partitioner: maps logical axes to shardings.
-        stored: `PartitionSpec` in which every parameter is stored.
+        stored: the `PartitionSpec` of every stored parameter, a nested dict.
     """
 
     def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
@@ -63,7 +62,7 @@ class GradientEngine(ABC):
         return self.partitioner.spec("batch", *names)
 
     def make_params(self, make: Callable[[jax.Array, PyTree], Params], key: jax.Array) -> Params:
-        """Returns `make(key, shardings)`: the first parameters, as they are stored."""
+        """Returns `make(key, shardings)`: the initial parameters, sharded as they are stored."""
         return make(key, self.stored)
 
     @abstractmethod
@@ -80,15 +79,15 @@ class GradientEngine(ABC):
         return jax.tree.map(lambda g: g * scale, grads)
 
     def with_exact_rounding(self, clip: Function, update: Function, grads: Params) -> tuple[Function, Function]:
-        """Returns the functions that clip gradients and update the state; an engine may fix how they round."""
+        """Returns the functions that clip gradients and update the state, unchanged unless an engine fixes rounding."""
         return clip, update
 
 
 class PlainEngine(GradientEngine):
     """All devices compute each microbatch together.
 
-    A microbatch all-gathers its weights over `fsdp` layer by layer, reduce-scatters their gradients, and adds them to a
-    buffer that is a partial sum over `replica`. After the last one, one all-reduce over `replica` completes the buffer.
+    For each microbatch, weights are all-gathered over `fsdp` layer by layer. Their gradients are reduce-scattered, and
+    added to a buffer that is a partial sum over `replica`. After the last microbatch one all-reduce completes it.
     """
 
     @override
@@ -99,7 +98,7 @@ class PlainEngine(GradientEngine):
             sums, stats, grads = self.loss.with_gradients(params, batch, reference)
         else:
             microbatches = split_microbatches(batch, self.run.train.accumulate)
-            # Traced once for both: jit remembers what it has traced, and `inline` leaves no call in the program.
+            # `eval_shape` and the scan share one trace, which jit remembers; `inline` leaves no call in the program.
             traced = jax.jit(self.loss.with_gradients, inline=True)
             step = partial(traced, params, reference=reference)
             shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))

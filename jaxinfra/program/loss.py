@@ -1,6 +1,5 @@
 """The loss of a run as a function of its parameters and a batch, traced on whatever part of a batch it gets."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,21 +12,17 @@ from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective, WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD
 from jaxinfra.parallel.sharding import unit_cotangent
-from jaxinfra.parallel.spec import Params, ParamSpecs, select_trainable
+from jaxinfra.parallel.spec import Batch, Params, ParamSpecs, Sums, select_trainable
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code_errors
 
-type Batch = Mapping[str, jax.Array]
-type Sums = dict[str, jax.Array]
-"""Sums over a batch by name, scalars."""
-
 
 class Forward:
-    """Applies the model for an objective (`objective.Apply`), and collects the statistics of the layers."""
+    """The `objective.Apply` that an objective gets: applies the model, and collects the layers' statistics."""
 
     def __init__(self, loss: "ModelLoss", *, train: bool):
         self._loss, self._train, self.unroll_loops = loss, train, loss.unroll_loops
-        # JAX can add partial sums, but not multiply them: only a loss that declares `partial_sums` itself gets them.
+        # JAX can add partial sums, but not multiply them: only a loss whose class declares `partial_sums` gets them.
         self.partial_sums = adds_partial_sums(loss.run.objective)
         self.stats: LayerStats = {}
 
@@ -75,9 +70,9 @@ class ModelLoss:
         """Returns sums, statistics and float32 gradients of a part of a batch, all partial sums over `replica`."""
         loss = partial(self, batch=batch, reference=reference, train=True)
         total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
-        # Not `value_and_grad`: the cotangent of an unreduced total must be *reduced*, which its 1 is not.
+        # Not `value_and_grad`, whose cotangent 1 is not *reduced*: that of an unreduced total must be.
         (grads,) = vjp(unit_cotangent(total))
-        # A buffer of integers has no gradient.
+        # Only of trainable parameters: a buffer of integers has no gradient.
         return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
 
 

@@ -7,8 +7,7 @@ stages. A step reshapes them to `[chunks, layers of a chunk, stages, ...]` befor
 back after its last one. This moves no data if every stage has the same number of consecutive layers; otherwise each
 weight and its gradient cross the mesh axis `stage` once a step.
 
-In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
-*unreduced* gradient.
+In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
 """
 
 from dataclasses import replace
@@ -48,7 +47,7 @@ def assign_layers(layers: int, stages: int, chunks: int) -> np.ndarray:
 
 
 class LastStage:
-    """Computes the model's output from the last stage's activations, for an objective: `objective.Apply`."""
+    """The `objective.Apply` that an objective gets: computes the model's output from the last stage's activations."""
 
     def __init__(self, module: LayeredModule, x: jax.Array, batch: Batch, objective: Objective, *, unroll_loops: bool):
         self._module, self._x, self._batch, self.unroll_loops = module, x, batch, unroll_loops
@@ -81,10 +80,13 @@ class ParamsPlaceholder:
 
 
 class PipelineEngine(GradientEngine, PipelineModel):
-    """Stages pass microbatches on, by a schedule."""
+    """Stages pass microbatches on, by a schedule.
+
+    A model binds the shardings of its activations when it is built, so it is built once for its layers, and once for
+    its output and the loss, whose rows or positions are sharded over stages.
+    """
 
     def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
-        """Builds the model twice: once for its layers, once with the sharding of its output and the loss."""
         super().__init__(loss, partitioner, stored)
         run = self.run
         rules, self.num_stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
@@ -104,8 +106,9 @@ class PipelineEngine(GradientEngine, PipelineModel):
             )
         self._layers_graph, _ = nnx.split(module)
         self._output_graph, _ = nnx.split(run.model.build(self.loss_partitioner))
-        layers = assign_layers(run.model.pipeline_layers, self.num_stages, self.chunks)
-        self.chunk_lengths = [int(length) for length in (layers >= 0).sum(axis=1).reshape(-1)]  # in the model's order
+        layers = assign_layers(run.model.pipeline_periods, self.num_stages, self.chunks)
+        # The number of layers of each chunk, in the model's order.
+        self.chunk_lengths = [int(length) for length in (layers >= 0).sum(axis=1).reshape(-1)]
         self._uniform = module.uniform(layers)
         schedule = run.pipeline.make_schedule(self.num_stages, run.train.accumulate)
         loss_spec = self.loss_partitioner.spec("batch", "sequence", None)
@@ -128,7 +131,7 @@ class PipelineEngine(GradientEngine, PipelineModel):
 
     @override
     def output_loss(self, shared: PyTree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        # A validation batch has all arrays of a training batch, and weights.
+        # The specs of a validation batch include those of a training batch.
         batch = {
             name: jax.reshard(batch[name], self.loss_partitioner.spec("batch", *spec.axes))
             for name, spec in self.run.data.batch_spec(validation=True).items()
@@ -194,7 +197,7 @@ class PipelineEngine(GradientEngine, PipelineModel):
         """Reshapes `[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, padded with zeros."""
         longest, spec = max(self.chunk_lengths), jax.typeof(stacked).sharding.spec.partitions
         if min(self.chunk_lengths) < longest:  # 5 layers on 2 chunks: layers 0 to 2; layers 3, 4 and zeros
-            assert spec[0] is None, spec
+            assert spec[0] is None, spec  # `Partitioner.stored_spec` shards only layers that divide evenly
             parts = jnp.split(stacked, np.cumsum(self.chunk_lengths)[:-1])
             rest = [(0, 0)] * (stacked.ndim - 1)
             stacked = jnp.concatenate([jnp.pad(part, [(0, longest - len(part)), *rest]) for part in parts])

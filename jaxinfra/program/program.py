@@ -75,8 +75,8 @@ class Program:
         run: the config.
         objective: the loss to minimize.
         mesh: the device mesh; on an `AbstractMesh` the functions can only be lowered.
-        loss: of the model.
-        engine: computes gradients.
+        loss: computes the loss of a part of a batch.
+        engine: splits a batch, and computes its gradients.
         partitioner: maps logical axes to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
         batch: name to `ShapeDtypeStruct` of the global batch.
@@ -116,15 +116,14 @@ class Program:
             raise ConfigError(
                 f"{type(run.model).__name__}.build: returned {type(self.module).__name__}; return a Module"
             )
-        # A built module has a `ParamSpec` in place of each array. The trees below have its path, its declaration, and
-        # the `PartitionSpec` that it is stored with.
+        # A built module has a `ParamSpec` in place of each array. The trees below have the path of each parameter, its
+        # declaration, and the `PartitionSpec` that it is stored with.
         self.graphdef, specs = nnx.split(self.module)
         declared: ParamSpecs = nnx.to_pure_dict(specs)
         self._paths = jax.tree.map_with_path(lambda path, _: leaf_name(path), declared)
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
-        unroll_loops = self.partitioner.unroll_loops
-        self.loss = ModelLoss(run, self.module, self.graphdef, self.specs, unroll_loops=unroll_loops)
+        self.loss = ModelLoss(run, self.module, self.graphdef, self.specs, unroll_loops=self.partitioner.unroll_loops)
         self.engine = _make_engine(self.loss, self.partitioner, self._stored)
         trainable_specs = select_trainable(self.specs, self.specs)
         self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable_specs)
@@ -188,7 +187,7 @@ class Program:
             shapes = jax.eval_shape(self._from_params, self.params)
 
         def with_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            # Counters of optax have no sharding.
+            # The counters in optax's state have no sharding.
             spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
             return self._sharded(leaf.shape, leaf.dtype, spec)
 
@@ -198,7 +197,7 @@ class Program:
             return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
 
         state = jax.tree.map(with_mesh, shapes)
-        if self.run.optim.offload:  # `eval_shape` drops the memory kind
+        if self.run.optim.offload:  # set here, as `eval_shape` drops the memory kind
             state = replace(state, opt_state=jax.tree.map(on_host, state.opt_state))
         return state
 
@@ -306,7 +305,7 @@ class Program:
         return {name: reorder(x, axes[name]) for name, x in batch.items()}
 
     def _gradients(self, params: Params, batch: Batch, reference: Params | None = None) -> Gradients:
-        """Returns gradients of the mean loss, sums and statistics."""
+        """Returns the gradients of the mean loss, and the sums and statistics of the batch."""
         found = self.engine.gradients(params, self._to_shard_order(batch), reference)
         return found._replace(grads=self.engine.mean(found.grads, found.sums["weight"]))
 
@@ -336,7 +335,7 @@ class Program:
         optim, trainable = self.run.optim, select_trainable(state.params, self.specs)
         with user_code_errors(type(optim.optimizer), "optim.optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
-        # In float32, also if parameters are stored in bfloat16.
+        # Added in float32, also if parameters are stored in bfloat16.
         trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
         params = merge_trees(merge_trees(state.params, trained), buffers)
         ema = state.ema

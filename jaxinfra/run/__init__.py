@@ -1,4 +1,4 @@
-"""`Run`: the config of a training run. Its parts are defined beside what they configure; those of no other in here."""
+"""`Run`: the config of a training run. Each part is defined in the package that it configures, or else in this one."""
 
 import math
 from collections.abc import Iterable
@@ -83,7 +83,7 @@ class Run:
     def mesh_fit(self) -> MeshFit:
         """The sizes that must be divisible by mesh axes."""
         dims = {f"model.{name}": dim for name, dim in self.model.sharded_dims.items()}
-        if self.model.supports_context:
+        if self.model.supports_context:  # else sequences are not sharded
             dims |= {f"data.{name}": dim for name, dim in self.data.sharded_dims.items()}
         return MeshFit(
             mesh=self.mesh,
@@ -94,7 +94,7 @@ class Run:
             sharded_dims=dims,
             positions=self.model.positions(self.data),
             by_position=self.objective.by_position,
-            pipeline_layers=self.model.pipeline_layers,
+            pipeline_periods=self.model.pipeline_periods,
             modality=self.data.modality,
         )
 
@@ -113,25 +113,21 @@ class Run:
         yield from self._canonical_problems()
         model, objective, data = self.model, self.objective, self.data
         if model.modality not in (None, data.modality):
-            yield Problem(
-                fields=("model", "data"),
-                message=f"the model reads {model.modality}s, the data has {data.modality}s",
-                fix=f"name a model of {data.modality}s or data of {model.modality}s",
-            )
+            message = f"the model reads {model.modality}s, the data has {data.modality}s"
+            fix = f"name a model of {data.modality}s or data of {model.modality}s"
+            yield Problem(fields=("model", "data"), message=message, fix=fix)
             return  # the checks below rely on a model, an objective and data that go together
         with user_code_errors(type(data), "data"):
             arrays = data.batch_spec(validation=False)
         if missing := [name for name in objective.batch_fields if name not in arrays]:
-            yield Problem(
-                fields=("objective", "data"),
-                message=f"the objective needs {' and '.join(missing)}, a batch of the data has {', '.join(arrays)}",
-                fix="name an objective and data that go together",
-            )
+            message = f"the objective needs {' and '.join(missing)}, a batch of the data has {', '.join(arrays)}"
+            fix = "name an objective and data that go together"
+            yield Problem(fields=("objective", "data"), message=message, fix=fix)
             return
         with user_code_errors(type(model), "model"), user_code_errors(type(data), "data"):
             conflicts = [*model.problems_with(data), *objective.problems_with(data)]
         yield from conflicts
-        if -1 in self.mesh.sizes:  # `with_mesh_size` sets it once the number of devices is known
+        if -1 in self.mesh.sizes:  # `with_mesh_size` replaces it once the number of devices is known
             return
         fit = self.mesh_fit
         yield from fit.problems()
@@ -140,55 +136,46 @@ class Run:
         if (positions := fit.loss_positions()) is not None:
             yield from objective.problems_of_shard(positions)
         if objective.uses_reference and self.init is None:
-            yield Problem(
-                fields=("init", "objective"),
-                message="the objective's reference is the run that this one starts from",
-                fix="use init=runs/NAME, a run with the same model",
-            )
+            message = "the objective's reference is the run that this one starts from"
+            fix = "use init=runs/NAME, a run with the same model"
+            yield Problem(fields=("init", "objective"), message=message, fix=fix)
         if objective.uses_reference and self.mesh.stage > 1:
-            yield Problem(
-                fields=("objective", "mesh.stage"),
-                message="the objective needs two forward passes, but pipeline stages make one",
-                fix="use mesh.stage=1",
-            )
+            message = "the objective needs two forward passes, but pipeline stages make one"
+            yield Problem(fields=("objective", "mesh.stage"), message=message, fix="use mesh.stage=1")
 
     def _canonical_problems(self) -> Iterable[Problem]:
         """Yields what cannot have the same bits on every mesh."""
         if (count := self.train.canonical) is None:
             return
-        if not vars(type(self.optim.optimizer)).get("elementwise", False):  # it is not inherited
-            yield Problem(
-                fields=("optim.optimizer", "train.canonical"),
-                message="its update adds up elements that the mesh spreads over devices",
-                fix="use optim.optimizer=adamw, lion or sgd",
-            )
+        # Read from the class itself: a subclass of an elementwise optimizer may add up elements.
+        if not vars(type(self.optim.optimizer)).get("elementwise", False):
+            message = "its update adds up elements that the mesh spreads over devices"
+            fix = "use optim.optimizer=adamw, lion or sgd"
+            yield Problem(fields=("optim.optimizer", "train.canonical"), message=message, fix=fix)
         if self.optim.offload:
-            yield Problem(
-                fields=("optim.offload", "train.canonical"),
-                message="an offloaded state is updated in a loop, whose products are rounded as the compiler likes",
-                fix="use optim.offload=false",
-            )
+            message = "an offloaded state is updated in a loop, whose products are rounded as the compiler likes"
+            yield Problem(fields=("optim.offload", "train.canonical"), message=message, fix="use optim.offload=false")
         axes, devices = asdict(self.mesh), math.prod(self.mesh.sizes)
         if -1 not in self.mesh.sizes and count % devices:
-            # `n & -n` is the largest power of two that divides n.
+            # `n & -n` is the largest power of two that divides n, and `n & (n - 1)` is 0 for a power of two.
             smaller = [f"mesh.{axis}={size & -size}" for axis, size in axes.items() if size & (size - 1)]
-            yield Problem(
-                fields=(*(f"mesh.{axis}" for axis, size in axes.items() if size > 1), "train.canonical"),
-                message=f"{devices} devices cannot share {count} virtual shards evenly",
-                fix=f"use {' '.join(smaller or [f'train.canonical={devices}'])}",
-            )
+            fields = (*(f"mesh.{axis}" for axis, size in axes.items() if size > 1), "train.canonical")
+            message = f"{devices} devices cannot share {count} virtual shards evenly"
+            fix = f"use {' '.join(smaller or [f'train.canonical={devices}'])}"
+            yield Problem(fields=fields, message=message, fix=fix)
 
 
 def with_fingerprint_name(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
     """Appends the fingerprint to the run's name if overrides on the command line change the fingerprint.
 
     So `python -m launch CONFIG` and `python -m launch CONFIG optim.peak_lr=1e-3` have different directories. A name
-    given on the command line is kept. `file` is the config without the overrides.
+    given on the command line is kept. `file` is the config without the overrides. `name` has an origin in any case,
+    because it has no default.
     """
     digest = fingerprint(loaded.run)
     if digest == fingerprint(file) or loaded.origins["name"] == COMMAND_LINE:
         return loaded
-    name = f"{loaded.run.name}-{digest[:6]}"
+    name = f"{loaded.run.name}-{digest[:6]}"  # the first 6 of 16 digits
     return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": COMMAND_LINE})
 
 

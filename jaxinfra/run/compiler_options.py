@@ -14,7 +14,7 @@ type Options = dict[str, str | int | bool]
 type OptionSet = Literal["default", "large_blocks", "overlap"]
 
 OPTION_SETS: Mapping[OptionSet, Mapping[str, Options]] = {
-    # The compiler's own defaults.
+    # Each set has an entry for every platform that it is for. These are the compiler's own defaults.
     "default": {"gpu": {}, "tpu": {}},
     # An operation may use 64 MiB of vector memory for its blocks, four times the default: large matmuls get closer to
     # the peak FLOPS, and take longer to compile.
@@ -36,6 +36,6 @@ def compiler_options(name: OptionSet, platform: str) -> Options:
         available = [other for other, platforms in OPTION_SETS.items() if platform in platforms]
         raise ConfigError(
             f"train.compiler={name}: only for {' and '.join(by_platform)}, not for {platform}; "
-            f"use train.compiler={available[-1]}"
+            f"use train.compiler={available[-1]}"  # "default" only if no other set is for the platform
         )
     return dict(by_platform[platform])

@@ -28,8 +28,5 @@ class Precision:
     def problems(self) -> Iterable[Problem]:
         """Yields a problem if `quantize` is set without its package."""
         if self.quantize != "none" and find_spec("qwix") is None:
-            yield Problem(
-                fields=("quantize",),
-                message="quantized matmuls need the package qwix, which is not installed",
-                fix=f"run {install_command('jaxinfra[quantized]')}",
-            )
+            message = "quantized matmuls need the package qwix, which is not installed"
+            yield Problem(fields=("quantize",), message=message, fix=f"run {install_command('jaxinfra[quantized]')}")

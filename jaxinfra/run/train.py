@@ -51,7 +51,10 @@ class TrainConfig:
         return at_interval or completed_steps == self.steps
 
     def batch_of_step(self, step: int) -> int:
-        """Returns which batch of the order of the data a step reads; both are counted from 0."""
+        """Returns which batch of the order of the data a step reads; both are counted from 0.
+
+        With `skip_batches=((120, 140),)`, step 119 reads batch 119, and step 120 reads batch 140.
+        """
         for start, stop in sorted(self.skip_batches):
             if start <= step:
                 step += stop - start
@@ -61,9 +64,8 @@ class TrainConfig:
         """Yields ranges of `skip_batches` that overlap, and conflicts with the virtual shards of `canonical`."""
         yield from self._canonical_problems()
         ranges = sorted(self.skip_batches)
-        if any(not 0 <= start < stop for start, stop in ranges) or any(
-            following[0] < stop for (_, stop), following in pairwise(ranges)
-        ):
+        are_ranges = all(0 <= start < stop for start, stop in ranges)
+        if not are_ranges or any(next_start < stop for (_, stop), (next_start, _) in pairwise(ranges)):
             message = "must be ranges (FIRST, END) of batches, which do not overlap"
             yield Problem(fields=("skip_batches",), message=message, fix="use train.skip_batches=((120, 140),)")
 
@@ -72,18 +74,14 @@ class TrainConfig:
         if self.canonical is None:
             return
         if self.canonical & (self.canonical - 1):
-            power = 2 ** self.canonical.bit_length()
+            power = 2 ** self.canonical.bit_length()  # the next one above
             message = "must be a power of two, as it is halved until each device has its virtual shards"
             yield Problem(fields=("canonical",), message=message, fix=f"use canonical={power}")
         if self.accumulate > 1:
-            yield Problem(
-                fields=("canonical", "accumulate"),
-                message="virtual shards take the place of microbatches: each device computes its own one by one",
-                fix=f"use accumulate=1 canonical={self.canonical * self.accumulate}",
-            )
+            message = "virtual shards take the place of microbatches: each device computes its own one by one"
+            fix = f"use accumulate=1 canonical={self.canonical * self.accumulate}"
+            yield Problem(fields=("canonical", "accumulate"), message=message, fix=fix)
         if self.global_batch % self.canonical:
-            yield Problem(
-                fields=("global_batch", "canonical"),
-                message="each virtual shard has as many samples",
-                fix=f"use global_batch={-(-self.global_batch // self.canonical) * self.canonical}",
-            )
+            samples = -(-self.global_batch // self.canonical)  # of a shard, rounded up
+            message, fix = "each virtual shard has as many samples", f"use global_batch={samples * self.canonical}"
+            yield Problem(fields=("global_batch", "canonical"), message=message, fix=fix)

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
 from jaxinfra.storage.atomic import create_file, delete_temporaries, write_bytes_atomic
@@ -245,24 +245,10 @@ def _process_identity(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot}/{namespace}/{fields[19]}"
 
 
-class _Objects(Protocol):
-    """What `ObjectStore` does in a bucket, and `_Folder` on a disk."""
-
-    def list_names(self) -> Sequence[str]: ...
-
-    def read_or_none(self, name: str) -> bytes | None: ...
-
-    def create(self, name: str, content: bytes) -> bool: ...
-
-    def write(self, name: str, content: bytes) -> None: ...
-
-    def delete(self, name: str) -> None: ...
-
-
 class _Files:
     """The files of a lease, named by their tokens."""
 
-    def __init__(self, objects: _Objects) -> None:
+    def __init__(self, objects: "ObjectStore | _Folder") -> None:
         self._objects = objects
 
     def newest(self) -> tuple[int, Owner] | None:
@@ -297,6 +283,8 @@ class _Files:
 
 
 class _Folder:
+    """What `_Files` asks of an `ObjectStore`, on a disk: TensorStore locks files there, which fails on NFS."""
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 

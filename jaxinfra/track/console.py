@@ -111,59 +111,22 @@ def titled_table(title: str, *columns: str | Column) -> Table:
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
 
 
-class RunProgress:
-    """Keeps the newest value of each metric and the completed steps, and estimates the remaining time."""
-
-    def __init__(self, start_step: int, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self.completed_steps = start_step
-        self.metrics: dict[str, float] = {}
-        self._start_s = self._now_s = time.monotonic()
-        self._first: tuple[int, float] | None = None  # completed steps and time at the end of the first step
-
-    def finish_step(self, step: int) -> None:
-        """Counts a step that ends now."""
-        self.completed_steps = max(self.completed_steps, step)
-        self._now_s = time.monotonic()
-        if self._first is None:
-            self._first = (self.completed_steps, self._now_s)  # after compilation, which is not part of the speed
-
-    def update(self, metrics: Mapping[str, float]) -> None:
-        """Stores metrics."""
-        self.metrics = {**self.metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
-
-    @property
-    def is_compiling(self) -> bool:
-        """Whether no step has ended yet; the first step is compiled."""
-        return self._first is None
-
-    def elapsed_s(self) -> float:
-        """Returns the seconds since the start."""
-        return time.monotonic() - self._start_s
-
-    def eta_s(self) -> float:
-        """Returns the remaining seconds at the mean speed since the first step; NaN until the second."""
-        if self._first is None or self.completed_steps == self._first[0]:
-            return math.nan
-        s_per_step = (self._now_s - self._first[1]) / (self.completed_steps - self._first[0])
-        return s_per_step * (self.total_steps - self.completed_steps)
-
-    def steps(self) -> str:
-        """Returns "120/400", padded to a constant width."""
-        total = str(self.total_steps)
-        return f"{self.completed_steps:>{len(total)}}/{total}"
-
-
 class ConsoleTracker(Tracker):
-    """Prints the run and its statistics at the start, evaluations and saves as lines, and the summary at the end."""
+    """Prints the run and its statistics at the start, evaluations and saves as lines, and the summary at the end.
+
+    It keeps what the lines of a subclass show: the newest value of each metric, and the progress.
+    """
 
     def __init__(self, console: Console, run_dir: str | Path) -> None:
         self._console, self._run_dir = console, run_dir
-        self._progress = RunProgress(0, 0)
+        self._metrics: Mapping[str, float] = {}
+        self._completed_steps = self._total_steps = 0
+        self._start_s = self._now_s = time.monotonic()
+        self._first: tuple[int, float] | None = None  # completed steps and time at the end of the first step
 
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
-        self._progress = RunProgress(start_step, total_steps)
+        self._completed_steps, self._total_steps, self._start_s = start_step, total_steps, time.monotonic()
         text = Text(announcement(self._run_dir, record, start_step, total_steps), style="bold")
         self._console.print(text, soft_wrap=True)
         self._console.print(headline_table(statistics))
@@ -171,14 +134,23 @@ class ConsoleTracker(Tracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._progress.update(metrics)
+        self._metrics = {**self._metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
         if evaluation := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
             cells = [f"{metric_label(name.removeprefix('eval/'))} {value:.4f}" for name, value in evaluation.items()]
             self._line(step, ["validation", *cells], style="green")
 
     @override
     def finish_step(self, step: int) -> None:
-        self._progress.finish_step(step)
+        self._completed_steps, self._now_s = max(self._completed_steps, step), time.monotonic()
+        if self._first is None:
+            self._first = (self._completed_steps, self._now_s)  # after compilation, which is not part of the speed
+
+    def eta_s(self) -> float:
+        """Returns the remaining seconds at the mean speed since the first step; NaN until the second."""
+        if self._first is None or self._completed_steps == self._first[0]:
+            return math.nan
+        s_per_step = (self._now_s - self._first[1]) / (self._completed_steps - self._first[0])
+        return s_per_step * (self._total_steps - self._completed_steps)
 
     @override
     def log_save(self, step: int) -> None:
@@ -198,9 +170,13 @@ class ConsoleTracker(Tracker):
         self.close()
 
     def _line(self, completed_steps: int, cells: Iterable[str], style: str = "") -> None:
-        total = str(self._progress.total_steps)
-        text = "  ".join([f"step {completed_steps:>{len(total)}}/{total}", *cells])
+        text = "  ".join([f"step {self._steps(completed_steps)}", *cells])
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _steps(self, completed_steps: int) -> str:
+        """Returns "120/400", padded to a constant width."""
+        total = str(self._total_steps)
+        return f"{completed_steps:>{len(total)}}/{total}"
 
 
 def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
@@ -230,19 +206,19 @@ class PlainTextTracker(ConsoleTracker):
             self._line(step, self._columns())
 
     def _due(self, completed: int) -> bool:
-        if self._printed is None or completed == self._progress.total_steps:
+        if self._printed is None or completed == self._total_steps:
             return True
         # A run that logs at other steps than multiples of `log_every` prints after as many steps.
         return completed % self._log_every == 0 or completed - self._printed >= self._log_every
 
     def _columns(self) -> list[str]:
-        metrics = self._progress.metrics
+        metrics = self._metrics
         cells = []
         for key, (formatter, width) in _COLUMNS.items():
             for name, value in metrics.items():
                 if name == key or (key == "_per_s" and name.endswith(key)):  # tokens_per_s, images_per_s
                     cells.append(f"{_LABELS.get(name, metric_label(name))} {formatter(value):>{width}}")
-        return [*cells, f"eta {format_duration(self._progress.eta_s()):>7}"]
+        return [*cells, f"eta {format_duration(self.eta_s()):>7}"]
 
 
 class ProgressBarTracker(ConsoleTracker):
@@ -265,26 +241,25 @@ class ProgressBarTracker(ConsoleTracker):
             live.stop()  # restores the cursor
 
     def _draw(self) -> RenderableType:
-        progress = self._progress
-        if progress.is_compiling:
-            text = Text(f"compiling the train step  {format_duration(progress.elapsed_s())}")
+        if self._first is None:  # the first step is compiled
+            text = Text(f"compiling the train step  {format_duration(time.monotonic() - self._start_s)}")
             return Spinner("dots", text)
-        cells = [progress.steps(), *self._cells()]
+        cells = [self._steps(self._completed_steps), *self._cells()]
         available = self._console.width - _MIN_BAR_WIDTH
         while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > available:
             del cells[-1]
         used = sum(len(cell) + 2 for cell in cells)
         grid = Table.grid(padding=(0, 2, 0, 0))
         width = min(_BAR_WIDTH, self._console.width - used - 2)
-        bar = ProgressBar(total=max(progress.total_steps, 1), completed=progress.completed_steps, width=width)
+        bar = ProgressBar(total=max(self._total_steps, 1), completed=self._completed_steps, width=width)
         grid.add_row(bar, *(Text(cell, no_wrap=True) for cell in cells))
         return grid
 
     def _cells(self) -> list[str]:
         """Returns the cells after the bar; a narrow terminal drops the last ones."""
-        metrics = self._progress.metrics
+        metrics = self._metrics
         cells = [f"loss {metrics['loss_mean']:.4f}"] if "loss_mean" in metrics else []
-        cells.append(f"eta {format_duration(self._progress.eta_s())}")
+        cells.append(f"eta {format_duration(self.eta_s())}")
         cells += [
             f"{format_count(value)} {metric_label(name)}" for name, value in metrics.items() if name.endswith("_per_s")
         ]

@@ -61,7 +61,7 @@ def format_bytes(n_bytes: float) -> str:
 
 def format_files(count: int) -> str:
     """Formats a number of files: "1 file", "1,200 files"."""
-    return f"{count:,} file{'s' * (count != 1)}"
+    return "1 file" if count == 1 else f"{count:,} files"
 
 
 def format_duration(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""The `Trainer`, its step timer, and the statistics of a run."""
+"""How a run is trained: the `Trainer`, the loop over the steps, and what is done and recorded around it."""

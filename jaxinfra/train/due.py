@@ -6,32 +6,38 @@ from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.train.profiler import Profiler
 
+type Save = Literal["asked", "checkpoint", "copy"]
+"""What is saved: a checkpoint that somebody has asked for or that is due, or a copy of the state on the hosts."""
+
 
 class Due(NamedTuple):
     """What follows a step, in this order.
 
     Attributes:
-        log: its metrics are logged, once the devices have computed it.
-        profile: a profile ends.
-        evaluation: the parameters are evaluated.
-        replicas: the copies of the state on several devices are compared.
-        save: what is saved: a checkpoint that somebody has asked for or that is due, or a copy on the hosts.
+        log: whether its metrics are logged, once the devices have computed it.
+        profile: whether a profile ends.
+        evaluation: whether the parameters are evaluated.
+        replicas: whether the copies of the state on several devices are compared.
+        save: what is saved, if anything.
     """
 
     log: bool = False
     profile: bool = False
     evaluation: bool = False
     replicas: bool = False
-    save: Literal["asked", "checkpoint", "copy"] | None = None
+    save: Save | None = None
 
     @property
     def waits(self) -> bool:
-        """Whether the step must be reported before: a checkpoint has all metrics up to its step beside it."""
+        """Whether the loop waits for the step and reports it first, so that a checkpoint has all metrics beside it."""
         return self.profile or self.evaluation or self.save is not None
 
 
 def due_after(step: int, run: Run, profiler: Profiler, requests: RunSignals) -> Due:
-    """Returns what is due after a step, counted from 1. All processes must call it after each step."""
+    """Returns what is due after a step, counted from 1.
+
+    All processes must call it after each step, since `requests` may wait for them to agree.
+    """
     every = run.guard.compare_replicas_every
     return Due(
         log=run.track.due(step, run.train.steps),

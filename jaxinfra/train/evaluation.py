@@ -14,27 +14,22 @@ from jaxinfra.user_code import user_code_errors
 
 
 def evaluated_params(state: TrainState) -> Params:
-    """Returns the averaged parameters if the run keeps them."""
+    """Returns the parameters to evaluate: the averaged ones (EMA) if the run keeps them."""
     return state.params if state.ema is None else state.ema
 
 
 def evaluate(
-    job: Job,
-    state: TrainState,
-    completed_steps: int,
-    phases: Phases,
-    *,
-    stops: Callable[[], bool] = lambda: False,
+    job: Job, state: TrainState, completed_steps: int, phases: Phases, *, stops: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
     """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".
 
-    Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end; the host waits for
-    the batch before the last one, and returns None once `stops` returns True, in all processes after the same batch.
+    Evaluates `evaluated_params`. Sums stay on the devices until the end, and the host runs at most two batches ahead
+    of them. Returns None once `stops` returns True, which it must do in all processes after the same batch.
     """
     params, total, last = evaluated_params(state), None, None
     with job.program.on_mesh:
         for _, batch in job.data.validation:
-            jax.block_until_ready(last)  # of the batch before the last one: the devices work meanwhile
+            jax.block_until_ready(last)  # the sums up to the batch before the last one, which the devices compute now
             if stops():
                 return None
             last = total

@@ -1,7 +1,8 @@
-"""Watches the losses of a run: skipped steps, spikes, and the decision to go back to a checkpoint.
+"""Watches the losses of a run for steps that were skipped and for spikes, and says when to go back to a checkpoint.
 
-All processes see the same losses, so they decide the same. What was decided is in the run record: the batches that are
-left out become `train.skip_batches`, so a resumed run and a replay leave out the same ones.
+The train step skips the update if its loss or gradient is not finite (`GuardConfig.skip_nonfinite`). All processes see
+the same losses, so they decide the same. Decisions are in the run record: the batches that are left out become
+`train.skip_batches`, so a resumed run and a replay leave out the same ones.
 """
 
 import logging
@@ -25,13 +26,12 @@ class Rewind(NonFiniteError):
 
     Attributes:
         step: number of steps that were completed, the bad ones included.
-        first_bad: number of the first bad step, counted from 1.
         cause: what was bad, for people.
     """
 
-    def __init__(self, step: int, first_bad: int, cause: str) -> None:
+    def __init__(self, step: int, cause: str) -> None:
         super().__init__(f"step {step}: {cause}")
-        self.step, self.first_bad, self.cause = step, first_bad, cause
+        self.step, self.cause = step, cause
 
 
 class Decision(NamedTuple):
@@ -40,7 +40,7 @@ class Decision(NamedTuple):
     Attributes:
         step: number of steps that were completed then.
         to: number of completed steps of the checkpoint that the run goes back to; 0 for its start.
-        skip: range of batches that are left out from now on.
+        skip: the range of batches, from the first to one past the last, that are left out from now on.
         cause: what was bad.
     """
 
@@ -73,15 +73,14 @@ class Guard:
             if self.skipped == 1:
                 _log.warning("step %d: the loss (%s) or the gradient is not finite; its update is skipped", step, loss)
             if self.skipped >= self._config.max_nonfinite:
-                first = step - self.skipped + 1
-                raise Rewind(step, first, f"the loss or the gradient was not finite in {self.skipped} steps in a row")
+                raise Rewind(step, f"the loss or the gradient was not finite in {self.skipped} steps in a row")
         elif (cause := self._spike(loss)) is not None:
-            raise Rewind(step, step, cause)
+            raise Rewind(step, cause)
         else:
             self._losses.append(loss)
 
     def _spike(self, loss: float) -> str | None:
-        """Returns what is wrong with a loss."""
+        """Returns what is wrong with a loss; None if it is no spike (`GuardConfig.spike`)."""
         if self._config.spike is None or len(self._losses) < self._config.window:
             return None
         middle = median(self._losses)

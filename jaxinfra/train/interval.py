@@ -3,7 +3,6 @@
 Steps are timed by when they finish: JAX dispatches a step long before it runs.
 """
 
-import math
 import time
 
 import numpy as np
@@ -21,7 +20,7 @@ class Interval:
         self._num_timed, self._timed_s = 0, 0.0
         self._losses: list[float] = []
         self._num_skipped = 0
-        self._waited_s = 0.0  # up to the last log
+        self._waited_s = 0.0  # `waited_s` at the last log
 
     def finish_step(self) -> None:
         """Times a step that ends now, unless it is the first one after a pause, whose start is unknown."""
@@ -32,9 +31,10 @@ class Interval:
         self._since_s = now_s
 
     def add(self, loss: float, *, skipped: bool) -> None:
-        """Adds the loss of that step."""
-        self._num_skipped += skipped
-        if not skipped:
+        """Adds the loss of the step that was finished last; that of a skipped step may not be finite."""
+        if skipped:
+            self._num_skipped += 1
+        else:
             self._losses.append(loss)
 
     def pause(self) -> None:
@@ -42,11 +42,9 @@ class Interval:
         self._since_s = None
 
     def read(self, *, waited_s: float, peak_flops: float) -> dict[str, float]:
-        """Returns the metrics of the interval, which ends.
+        """Returns the metrics of the interval, and begins the next one.
 
-        Args:
-            waited_s: seconds for which the run has waited for data.
-            peak_flops: FLOP/s of one device.
+        `waited_s` are the seconds for which this start has waited for data so far, `peak_flops` FLOP/s of one device.
         """
         values = {"data_wait_s": waited_s - self._waited_s}
         self._waited_s = waited_s
@@ -59,6 +57,5 @@ class Interval:
             values["step_time_s"] = step_time_s = self._timed_s / self._num_timed
             self._num_timed, self._timed_s = 0, 0.0
             values[f"{self._program.run.data.modality}s_per_s"] = units_per_step(self._program) / step_time_s
-            devices = math.prod(dict(self._program.mesh.shape).values())
-            values["mfu"] = step_flops(self._program) / step_time_s / (peak_flops * devices)
+            values["mfu"] = step_flops(self._program) / step_time_s / (peak_flops * self._program.mesh.size)
         return values

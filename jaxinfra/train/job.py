@@ -1,4 +1,4 @@
-"""What is trained, before anything of it is opened."""
+"""`Job`: what the functions of a training need to know of the run. Nothing of it is open yet."""
 
 from dataclasses import dataclass, field
 
@@ -18,10 +18,10 @@ class Job:
 
     Attributes:
         loaded: the config as it was loaded, with the origin of each field.
-        program: its compiled functions, for the devices of all processes.
+        program: the compiled functions of the run, for the devices of all processes.
         run_dir: the directory of the run.
-        data: its data, as this process reads it.
-        texts: what is sampled and scored at each evaluation.
+        data: the data of the run, as this process reads it.
+        texts: samples and scores texts at each evaluation.
         peers: the processes of the run.
         command: the command line, for the run record.
         accept_change: whether a run that has begun may go on with a config that changes its numbers.

@@ -1,7 +1,8 @@
-"""Writes goodput.jsonl, the ledger of the time of a run; `track.goodput` reads it, and has its format."""
+"""Writes goodput.jsonl, the ledger of how a run spends its time; `track.goodput` reads it, and defines its rows."""
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -24,25 +25,30 @@ _log = logging.getLogger(__name__)
 class Ledger:
     """Appends the state of `phases` to a file; a kill loses at most what came after the last row.
 
-    A full disk does not end the run: rows wait in memory, and the first failure is reported.
+    Writes nothing before `open` and after `close`. A full disk does not end the run: rows wait in memory, and the first
+    failure is reported.
     """
 
-    def __init__(self, path: Path, phases: Phases) -> None:
-        """Opens the file and writes the first row; raises StorageError if that fails."""
+    def __init__(self, phases: Phases) -> None:
         self._phases, self._lock = phases, threading.Lock()
-        self._saves, self._written_s, self._failed, self._closed = 0, 0.0, False, False
+        self._attempt, self._saves, self._failed = 0, 0, False
+        self._written_s = math.inf  # the watchdog calls `beat`, which writes no row before the first one
+        self._file: Appender | None = None
+
+    def open(self, path: Path) -> None:
+        """Opens the file and writes the first row; raises StorageError if that fails."""
         with storage_errors(path):
             rows = truncate_json_lines(path, ledger_row, lambda row: True)
             self._attempt = max((row["attempt"] for row in rows), default=0) + 1
             self._file = Appender(path)
-        start_s = time.time() - (time.monotonic() - phases.start_s)
+        start_s = time.time() - (time.monotonic() - self._phases.start_s)
         self.write(start=start_s, host=socket.gethostname(), pid=os.getpid())
-        phases.on_leave = self._left
+        self._phases.on_leave = self._left
 
     def write(self, **more: object) -> None:
-        """Appends a row, from any thread."""
+        """Appends a row with the fields `more`; any thread may call it."""
         with self._lock:
-            if self._closed:
+            if self._file is None:
                 return
             phases = self._phases
             rounded = {name: round(value, 4) for name, value in phases.seconds().items()}
@@ -51,7 +57,7 @@ class Ledger:
             row = {
                 "attempt": self._attempt,
                 "t": round(sum(seconds.values()), 4),
-                "phase": phases.progress().phase,
+                "phase": phases.current,
                 "step": phases.done,
                 "saves": self._saves,
                 "from": phases.start_step,
@@ -71,16 +77,19 @@ class Ledger:
             self.write()
 
     def _left(self, phase: str) -> None:
-        self._saves += phase == "save"
+        """Appends a row, since a phase has ended."""
+        if phase == "save":
+            self._saves += 1
         self.write()
 
     def close(self) -> None:
-        """Appends the last row; a full disk that has cost rows is reported."""
+        """Appends the last row, and reports a full disk if it has cost rows."""
         self._phases.on_leave = lambda phase: None
         self.write()
-        with self._lock:
-            self._closed = True  # the watchdog may still look
+        with self._lock:  # the thread of the watchdog may still call `write`
+            file, self._file = self._file, None
         try:
-            self._file.close()
+            if file is not None:
+                file.close()
         except StorageError as error:
             _log.error("%s", error)

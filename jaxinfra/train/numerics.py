@@ -20,8 +20,8 @@ class Numerics:
     """Checks the numbers of a run, and keeps the decisions to leave out batches.
 
     Attributes:
-        guard: looks at each step.
-        decisions: to go back to a checkpoint, so far.
+        guard: looks at the loss of each step.
+        decisions: the decisions to go back to a checkpoint, so far.
     """
 
     def __init__(self, program: Program, phases: Phases) -> None:
@@ -31,7 +31,7 @@ class Numerics:
 
     @property
     def train_config(self) -> TrainConfig:
-        """With the batches that have been left out so far."""
+        """The config of the training, with the batches to leave out that have been decided on so far."""
         train = self._program.run.train
         return replace(train, skip_batches=with_decisions(train.skip_batches, self.decisions))
 
@@ -43,11 +43,14 @@ class Numerics:
         ]
 
     def resume(self, record: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint with this record; {} is the start of the run."""
+        """Goes on from a checkpoint that was saved with this record; {} is the start of the run."""
         self.guard = Guard(self._config, record.get("guard"))
 
     def go_back(self, rewind: Rewind, to: int) -> Decision:
-        """Decides to go back to a checkpoint, of `to` completed steps; NonFiniteError if the run has done so before."""
+        """Decides to go back to the checkpoint of `to` completed steps, without the batches since then.
+
+        Raises NonFiniteError if the run has gone back to it before.
+        """
         if any(each.to == to for each in self.decisions):
             raise NonFiniteError(
                 f"step {rewind.step}: {rewind.cause}, again after the run has gone back to step {to} and left out "
@@ -55,6 +58,7 @@ class Numerics:
                 "peek"
             )
         train = self.train_config
+        # From the first batch after the checkpoint to that of the last bad step, and as many more as the config says.
         skip = train.batch_of_step(to), train.batch_of_step(rewind.step - 1) + 1 + self._config.skip_batches
         decision = Decision(rewind.step, to, skip, rewind.cause)
         self.decisions.append(decision)
@@ -71,7 +75,10 @@ class Numerics:
         return float(loss), bool(skipped)
 
     def require_finite(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Copies the metrics of a step to the host; NonFiniteError if one is not finite that no step may skip."""
+        """Copies the metrics of a step to the host.
+
+        Raises NonFiniteError if a metric is not finite. If bad steps are skipped, only the learning rate must be.
+        """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         for name in ("lr",) if self._config.skip_nonfinite else ("loss", "grad_norm", "lr"):
             if not math.isfinite(values.get(name, 0.0)):
@@ -84,11 +91,7 @@ class Numerics:
     def check_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raises Rewind if the validation loss is not finite."""
         if not math.isfinite(loss := metrics.get("eval/loss", 0.0)):
-            raise Rewind(step, step, f"the validation loss is {loss}")
-
-    def compare_replicas(self, step: int, state: TrainState) -> None:
-        """Compares the copies of a state on several devices; raises CorruptionError."""
-        self._replicas.check(step, state)
+            raise Rewind(step, f"the validation loss is {loss}")
 
     def check_before_save(self, step: int, state: TrainState) -> None:
         """Raises Rewind if a parameter is not finite, and CorruptionError if copies differ."""
@@ -97,11 +100,12 @@ class Numerics:
             is_finite = jax.device_get(self._program.all_finite(state))
         if not is_finite:
             cause = "its update made a parameter NaN or infinite: check optim.peak_lr and optim.optimizer"
-            raise Rewind(step, step, cause)
+            raise Rewind(step, cause)
         if self._config.compare_replicas_every is not None:
-            self._replicas.check(step, state)
+            self.replicas.check(step, state)
 
     @cached_property
-    def _replicas(self) -> ReplicaCheck:
+    def replicas(self) -> ReplicaCheck:
+        """Compares the copies of the state on several devices."""
         assert isinstance(self._program.mesh, jax.sharding.Mesh)
         return ReplicaCheck(self._program.mesh, self._program.state)

@@ -3,8 +3,8 @@
 The `Trainer` declares its phases, `with phases("restore"):`. What else the process does is "init" before the first one
 and "step" in the training loop. The goodput ledger sums the phases, and the watchdog has a deadline for each.
 
-A phase costs the loop less than a microsecond, and no lock: only one thread enters phases, and what others read is
-exact because the time of the current phase is what the other ones leave of the whole.
+A phase costs the loop less than a microsecond, and no lock: only one thread enters phases. What other threads read is
+exact all the same: the time of the current phase is the time since the start less that of all other phases.
 """
 
 import os
@@ -14,42 +14,16 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, Self
+from typing import Self
 
 PHASES: tuple[str, ...] = (
-    "init",
-    "compile",
-    "restore",
-    "step",
-    "device",
-    "data",
-    "save",
-    "evaluation",
-    "sample",
-    "profile",
-    "end",
+    *("init", "compile", "restore", "step", "device", "data", "save", "evaluation", "sample", "profile", "end"),
 )
 """The phases; "device" is the part of "step" in which the loop waits for the devices."""
 LOOP_PHASES = frozenset({"step", "device", "data"})
 """The phases that alternate in each step."""
-_TIMED_STEPS = 100  # whose median is known
+_TIMED_STEPS = 100  # the last ones, of which `median_step_s` is the median
 _STAT, _UPTIME = Path("/proc/self/stat"), Path("/proc/uptime")
-
-
-class Progress(NamedTuple):
-    """How far a process is.
-
-    Attributes:
-        phase: the current one.
-        begun: number of the last step that was dispatched.
-        done: number of the last step that has ended.
-        idle_s: seconds since the phase began or a step ended.
-    """
-
-    phase: str
-    begun: int
-    done: int
-    idle_s: float
 
 
 class Phases:
@@ -57,11 +31,11 @@ class Phases:
 
     Attributes:
         start_s: when this start began, by `time.monotonic`.
-        start_step: number of steps from which the training goes on; None before that is known.
-        resumes: how often it has been told.
+        start_step: number of completed steps from which the training goes on; None before that is known.
+        resumes: number of calls of `resume`: one at the start, and one each time the run goes back.
         begun: number of the last step that was dispatched.
         done: number of the last step that has ended.
-        on_leave: is called with a phase that has ended, if it is not one of each step.
+        on_leave: is called with the name of a phase that has ended, if it is not one of `LOOP_PHASES`.
     """
 
     def __init__(self) -> None:
@@ -75,10 +49,10 @@ class Phases:
         self.resumes = 0
         self._name, self._since_s = "init", start_s
         self._totals_s = dict.fromkeys(PHASES, 0.0)
-        self._outer: list[str] = []
-        self._next = "init"
+        self._outer: list[str] = []  # the phases around the current one
+        self._next = "init"  # the phase that the next `with` enters
         self._compiled = set[str]()
-        self._progress_s = start_s
+        self._progress_s = start_s  # the end of the last step
         self._step_end_s: float | None = None  # of the step before, if nothing but steps came after it
         self._steps_s: deque[float] = deque(maxlen=_TIMED_STEPS)
 
@@ -136,13 +110,17 @@ class Phases:
         totals_s[name] = max(0.0, elapsed_s - sum(totals_s.values()))
         return totals_s
 
-    def progress(self) -> Progress:
-        """Returns how far the process is."""
-        idle_s = time.monotonic() - max(self._since_s, self._progress_s)
-        return Progress(self._name, self.begun, self.done, idle_s)
+    @property
+    def current(self) -> str:
+        """The current phase."""
+        return self._name
+
+    def idle_s(self) -> float:
+        """Returns the seconds since the current phase began or the last step ended."""
+        return time.monotonic() - max(self._since_s, self._progress_s)
 
     def median_step_s(self) -> float | None:
-        """Returns the median of the last steps, None before the second."""
+        """Returns the median time of the last steps; None before the second step has ended."""
         return median(list(self._steps_s)) if self._steps_s else None
 
 
@@ -150,10 +128,10 @@ _process_has_trained = False
 
 
 def attempt_start_s() -> float:
-    """Returns when a start that begins now has begun, by `time.monotonic`.
+    """Returns the time at which the start of a training counts as begun, by `time.monotonic`.
 
-    The first one of a process began with the process, so that imports count. A later one, and one in a notebook or at
-    a prompt, begins now.
+    The first start in a process began with the process, so that imports count. A later one, and one in a notebook or
+    at a prompt, begins now.
     """
     global _process_has_trained
     now_s = time.monotonic()

@@ -19,7 +19,9 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 _log = logging.getLogger(__name__)
 
 TOP_OPERATIONS = 10
+"""Number of operations in the text of a profile."""
 TEXT_FILE = "operations.txt"
+"""The file beside the trace that has the text."""
 
 
 class Profiler:
@@ -32,7 +34,7 @@ class Profiler:
         """Without `is_active` it profiles nothing."""
         self._config, self._folder, self._is_active = config, folder, is_active
         self._requested = self._has_compiled = False
-        self._begin: tuple[int, float] | None = None  # completed steps and time at the begin of the profile
+        self._begin: tuple[int, float] | None = None  # completed steps and time when the profile began
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +51,9 @@ class Profiler:
 
     def begin_step(self, completed_steps: int, state: Any) -> None:
         """Begins a profile before this step if one is due; waits for `state` then, and at no other time."""
-        self._requested |= completed_steps == self._config.at
+        if completed_steps == self._config.at:
+            self._requested = True
+        # The first step of a start compiles, which a profile must not show.
         if self._requested and self._is_active and self._has_compiled and self._begin is None:
             self._requested = False
             jax.block_until_ready(state)  # so that the trace has no operations of earlier steps

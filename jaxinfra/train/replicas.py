@@ -18,16 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinfra.errors import CorruptionError
 from jaxinfra.parallel.spec import PyTree, leaf_name
 
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 _ODD = np.uint32(2654435761)  # 2**32 / golden ratio; odd, so that no weight is 0 modulo 2**32
 
 
 class ReplicaCheck:
-    """Compares the copies of a state's shards on a mesh.
+    """Compares the copies of a state's shards on a mesh, but for those in host memory.
 
-    Args:
-        mesh: of the devices.
-        state: the state as `ShapeDtypeStruct`s; what is in host memory is left out.
+    `state` is the train state as `ShapeDtypeStruct`s.
     """
 
     def __init__(self, mesh: Mesh, state: PyTree) -> None:
@@ -44,7 +42,7 @@ class ReplicaCheck:
         devices = self._mesh.devices.reshape(-1)
         column = {device: index for index, device in enumerate(devices)}
         for (name, leaf), row in zip(self._leaves, sums, strict=True):
-            groups: dict[str, list[Any]] = defaultdict(list)
+            groups: dict[str, list[Any]] = defaultdict(list)  # part of the array -> devices that hold a copy of it
             for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
                 groups[str(index)].append(device)
             for copies in groups.values():
@@ -53,7 +51,7 @@ class ReplicaCheck:
 
     @cached_property
     def _sums(self) -> Any:
-        """`sums(leaves) -> uint32[leaves, devices]`, compiled; every device has the result."""
+        """The compiled function `sums(leaves) -> uint32[leaves, devices]`; every device has the result."""
         axes = self._mesh.axis_names
 
         def of_device(*leaves: jax.Array) -> jax.Array:
@@ -68,11 +66,13 @@ class ReplicaCheck:
 
 
 def _is_on_device(leaf: jax.ShapeDtypeStruct) -> bool:
+    """Whether a part of the state is in device memory, and of a type whose bits can be summed."""
     kind = leaf.sharding.memory_kind if leaf.sharding is not None else None
     return leaf.dtype.itemsize in _UNSIGNED and kind not in ("pinned_host", "unpinned_host")
 
 
 def _weighted_sum(values: jax.Array) -> jax.Array:
+    """Returns the sum of the bits of each value times a weight that depends on its position, modulo 2**32."""
     if values.dtype == jnp.bool_:
         values = values.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(values, _UNSIGNED[values.dtype.itemsize]).astype(jnp.uint32).reshape(-1)

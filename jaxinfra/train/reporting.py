@@ -18,17 +18,12 @@ class Reporting:
     """The steps of a training after their dispatch.
 
     Attributes:
-        phases: of the training.
+        phases: the phases of the training.
         interval: the steps since the last log.
         data_wait_s: seconds for which the loop has waited for batches while the devices had nothing to do.
 
-    Args:
-        job: what is trained.
-        watch: hears of each step.
-        numerics: checks the numbers of each step.
-        trackers: get the metrics.
-        peak_flops: FLOP/s of one device.
-        skipped: returns a metric of the samples that were left out up to a step, if any may be.
+    `peak_flops` are FLOP/s of one device. `skipped` returns the number of samples that were left out up to a step, as a
+    metric; {} if the run leaves out none.
     """
 
     def __init__(
@@ -52,7 +47,7 @@ class Reporting:
         return self._pending is not None and is_busy(self._pending[1]["loss"])
 
     def dispatched(self, step: int, metrics: Metrics, *, log: bool) -> None:
-        """Takes the metrics of a step, counted from 1, that the devices compute now."""
+        """Keeps the metrics of a step, counted from 1, which the devices compute now, for `report_pending`."""
         self._pending = step, metrics, log
 
     def report_pending(self) -> None:
@@ -87,5 +82,6 @@ class Reporting:
         values = self._numerics.require_finite(step, metrics)
         values.pop("skipped", None)  # the interval counts them
         values |= self.interval.read(waited_s=self.data_wait_s, peak_flops=self._peak_flops)
-        values |= process_metrics() | device_memory() | self._watch.log() | self._skipped(step)
+        self._watch.ledger.write()
+        values |= process_metrics() | device_memory() | self._watch.stragglers.metrics | self._skipped(step)
         self._trackers.log(step, values)

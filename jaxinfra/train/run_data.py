@@ -1,4 +1,4 @@
-"""The data of a run as its processes read it."""
+"""The data of a run as this process reads it: the dataset, its batches, and their place on the devices."""
 
 import math
 from functools import cached_property
@@ -13,9 +13,9 @@ from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import DEPTH, process_rows, to_global
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.trained_params import check_source
-from jaxinfra.processes.peers import current_peers
+from jaxinfra.processes.peers import Peers
 from jaxinfra.program import Program
-from jaxinfra.run import Run
+from jaxinfra.run import Run, TrainConfig
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.track.formatting import format_bytes
 from jaxinfra.track.memory import available_bytes
@@ -25,15 +25,14 @@ from jaxinfra.user_code import user_code_errors
 class RunData:
     """The dataset of a run, and the rows of its batches that this process has.
 
-    Args:
-        program: of the run.
-        config: the run as it was loaded, to find the versions of the data that it has started with.
-        run_dir: its directory.
-        prepare_command: the command that prepares the data, for the error message if the data is missing.
+    `config` is the run as it was loaded, to find the versions of the data that it has started with. `prepare_command`
+    prepares the data, for the error message if the data is missing.
     """
 
-    def __init__(self, program: Program, config: Run, run_dir: RunDirectory, prepare_command: str | None) -> None:
-        self._program, self._run = program, program.run
+    def __init__(
+        self, program: Program, config: Run, run_dir: RunDirectory, peers: Peers, prepare_command: str | None
+    ) -> None:
+        self._program, self._run, self._peers = program, program.run, peers
         self._config, self._run_dir, self._prepare_command = config, run_dir, prepare_command
 
     @cached_property
@@ -53,17 +52,16 @@ class RunData:
     def check_host_memory(self) -> None:
         """Raises ConfigError, in all processes, if a host has too little memory for the batches of its processes.
 
-        On CPUs the batches on the devices and the train state are there, too.
+        On CPUs the memory of the devices is that of the host: batches on devices and the train state count, too.
         """
-        batch_bytes = sum(map(_process_bytes, self._program.batch.values()))
+        batch_bytes = sum(_local_bytes(array, copies=False) for array in self._program.batch.values())
         ahead, state_bytes = batches_ahead(self._run.data, batch_bytes), 0
         if self._program.partitioner.platform == "cpu":
             ahead += DEPTH
-            state_bytes = sum(map(_device_bytes, jax.tree.leaves(self._program.state)))
-        peers = current_peers()
-        needs = peers.gather(((ahead + 1) * batch_bytes, state_bytes, available_bytes()))
-        for host in dict.fromkeys(peers.hosts):
-            of_host = [need for need, each in zip(needs, peers.hosts, strict=True) if each == host]
+            state_bytes = sum(_local_bytes(array, copies=True) for array in jax.tree.leaves(self._program.state))
+        needs = self._peers.gather(((ahead + 1) * batch_bytes, state_bytes, available_bytes()))
+        for host in dict.fromkeys(self._peers.hosts):
+            of_host = [need for need, each in zip(needs, self._peers.hosts, strict=True) if each == host]
             batches, state = (sum(need[part] for need in of_host) for part in (0, 1))
             available = of_host[0][2]
             if batches + state > available:
@@ -74,6 +72,21 @@ class RunData:
         """The rows of a global batch that this process loads."""
         array = next(iter(self._program.batch.values()))  # all arrays of a batch have the same rows
         return process_rows(array.sharding, array.shape)
+
+    def training_batches(self, config: TrainConfig, first_step: int) -> BatchLoader:
+        """Returns the training batches of this process, from the step after `first_step` on.
+
+        `config` has the batches to leave out, also those that the guard has decided on (`Numerics.train_config`).
+        """
+        return BatchLoader(
+            self._run.data,
+            self.dataset.train,
+            global_batch=config.global_batch,
+            rows=self.rows,
+            start_step=first_step,
+            steps=config.steps - first_step,
+            sample_ids=lambda step, rows: self.dataset.sample_ids(config.batch_of_step(step), rows),
+        )
 
     @cached_property
     def validation(self) -> BatchLoader:
@@ -104,15 +117,12 @@ def _too_large(global_batch: int, batches: int, state: int, available: int, host
     return f"train.global_batch={global_batch}: {where}; use a smaller train.global_batch, or more hosts"
 
 
-def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes that the devices of this process hold of a global array, copies included."""
-    assert isinstance(array.sharding, Sharding)
-    devices = len(array.sharding.addressable_devices_indices_map(array.shape))
-    return devices * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+def _local_bytes(array: jax.ShapeDtypeStruct, *, copies: bool) -> int:
+    """Returns the bytes of the parts of a global array that the devices of this process hold.
 
-
-def _process_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of the parts of a global array that the devices of this process hold, each part once."""
+    A part of which several devices have a copy counts once, or with `copies` as often as there are copies.
+    """
     assert isinstance(array.sharding, Sharding)
-    parts = {str(part) for part in array.sharding.addressable_devices_indices_map(array.shape).values()}
-    return len(parts) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    parts = [str(part) for part in array.sharding.addressable_devices_indices_map(array.shape).values()]
+    num_parts = len(parts) if copies else len({*parts})
+    return num_parts * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -19,10 +19,10 @@ from jaxinfra.machine.environment import code_digest, git_state, host_state, mod
 from jaxinfra.machine.peak_flops import peak_flops
 from jaxinfra.processes.devices import device_memory
 from jaxinfra.processes.peers import Peers
-from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.track.base import RunStatistics
 from jaxinfra.track.formatting import flatten
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
@@ -41,10 +41,7 @@ def find_peak(run_dir: RunDirectory, compute: str) -> dict[str, Any]:
     """Returns the peak FLOP/s of a device of this process, its source and what it holds for.
 
     The peak of a CPU is measured, which varies; a resumed run keeps the first one, so that its MFU does not jump.
-
-    Args:
-        run_dir: the directory of the run, with the peak of its first start.
-        compute: dtype of the matrix multiplications.
+    `compute` is the dtype of the matrix multiplications.
     """
     device, dtype, count = jax.local_devices()[0], jnp.dtype(compute), len(jax.local_devices())
     holds_for = {"device_kind": device.device_kind, "local_devices": count, "dtype": dtype.name}
@@ -56,15 +53,23 @@ def find_peak(run_dir: RunDirectory, compute: str) -> dict[str, Any]:
 
 
 def start_record(
-    loaded: Loaded[Run], program: Program, dataset: Dataset, *, command: Sequence[str], decisions: Sequence[Decision]
+    job: Job,
+    decisions: Sequence[Decision],
+    peak: Mapping[str, Any],
+    statistics: RunStatistics,
+    changes: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Returns what decides the numbers of a run: config, data, versions, decisions to go back, devices and host."""
+    """Returns the contents of run.json, except for where the state came from.
+
+    `decisions` are to go back to a checkpoint, `peak` is as of `find_peak`, `changes` are of the config between starts.
+    """
+    loaded, dataset = job.loaded, job.data.dataset
     devices = {
         "count": len(jax.devices()),
         "kind": jax.devices()[0].device_kind,
         "platform": jax.devices()[0].platform,
         "processes": jax.process_count(),
-        "mesh": dict(program.mesh.shape),
+        "mesh": dict(job.program.mesh.shape),
         **device_memory({"memory_bytes": "bytes_limit"}),
     }
     # The run record names the data's versions and what was left out, so that a replay, or sampling, does the same.
@@ -77,13 +82,17 @@ def start_record(
     with_versions = replace(loaded, run=run, origins=loaded.origins | origins)
     versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
     return {
-        **record(with_versions, command=command, versions=versions, git=git, devices=devices),
+        **record(with_versions, command=job.command, versions=versions, git=git, devices=devices),
         "fingerprint": fingerprint(loaded.run),
         "data": dataset.fingerprint,
         "data_versions": [*dataset.versions],
         "skip_batches": loaded.run.train.skip_batches,  # without those of the decisions
         "decisions": [each._asdict() for each in decisions],
         "host": host_state(),
+        "peak": peak,
+        "derived": {name: list(value) for name, value in statistics.items()},
+        "baselines": job.data.baselines,
+        "changes": changes,
     }
 
 
@@ -128,13 +137,8 @@ def make_summary(
 ) -> dict[str, Any]:
     """Returns the contents of summary.json.
 
-    Args:
-        job: what was trained.
-        completed_steps: so far.
-        reason: to stop before the last step; None if it was made.
-        wall_s: seconds of this start; `time_s` of a row counts from the first start of the run.
-        eval_metrics: of the last evaluation, as "eval/NAME".
-        peak: FLOP/s of one device, and where that is from.
+    `reason` is why the run has stopped before its last step, None if it has made that step. `wall_s` are the seconds of
+    this start. `eval_metrics` are those of the last evaluation, as "eval/NAME", and `peak` is as of `find_peak`.
     """
     rows, modality = existing_metrics(job.run_dir), job.run.data.modality
     losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
@@ -142,7 +146,7 @@ def make_summary(
         "status": "finished" if reason is None else "stopped",
         "steps": completed_steps,
         "modality": modality,
-        "wall_s": max([wall_s, *(row.get("time_s", 0.0) for row in rows[-1:])]),
+        "wall_s": max([wall_s, *(row.get("time_s", 0.0) for row in rows[-1:])]),  # `time_s` counts all starts
         "final_loss": losses[-1] if losses else None,
         f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
         "mfu_median": _median(rows, "mfu"),

@@ -26,7 +26,7 @@ from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.location import is_remote
 
-_SAVE_S = 3600.0  # longest wait for another process to save its part of a checkpoint
+_SAVE_S = 3600.0  # longest wait for another process to write its part of a checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -44,18 +44,13 @@ class Saving(ClosedOnExit):
     """The checkpoints of a run that this process trains, and its copies.
 
     Attributes:
-        checkpoints: in the run directory.
-        record: for run.json, to know the copies again; {} without copies.
-
-    Args:
-        program: of the run.
-        run_dir: its directory.
-        peers: the processes of the run.
-        owned: the directory, in process 0.
+        checkpoints: the checkpoints in the run directory.
+        owned: the run directory, in process 0; None in the other processes.
+        record: what run.json must have so that the next start knows the copies again; {} without copies.
     """
 
     def __init__(self, program: Program, run_dir: RunDirectory, peers: Peers, owned: Owned | None) -> None:
-        self._program, self._run_dir, self._peers, self._owned = program, run_dir, peers, owned
+        self._program, self._run_dir, self._peers, self.owned = program, run_dir, peers, owned
         self._config = program.run.checkpoint
         self._copies: LocalCopies[TrainState] | None = None
         self._start = ""  # identifies this start of the run in the names of copies
@@ -82,17 +77,18 @@ class Saving(ClosedOnExit):
         """Restores the newest state: a copy, if one is newer than the newest checkpoint; None if there is neither.
 
         Args:
-            newest: step of the newest checkpoint, 0 without one.
+            newest: the step of the newest checkpoint; 0 without one.
             identity: what decides the state after a step, and must not have changed since a copy was saved.
-            record: run.json of the last start.
+            record: the contents of run.json, as the last start has written it.
         """
         self._identity = identity
         if self._copies is not None:
             last = record.get("copies") or {}
-            used = {last.get("from")}
-            copy = self._copies.restore(
-                newest, identity, lambda name: name in used or name.partition(".")[2] == last.get("start")
-            )
+
+            def is_of_last_start(name: str) -> bool:  # or the copy that the last start itself was restored from
+                return name == last.get("from") or name.partition(".")[2] == last.get("start")
+
+            copy = self._copies.restore(newest, identity, is_of_last_start)
             self.record = {"copies": {"start": self._start, "from": copy and copy.name}}
             if copy is not None:
                 source = f"from copies on the hosts; the newest checkpoint is {newest or 'none'}"
@@ -106,15 +102,15 @@ class Saving(ClosedOnExit):
     def save(self, step: int, state: TrainState, record: Mapping[str, Any], *, metrics: Metrics, force: bool) -> bool:
         """Saves what is due after a step, or with `force` a checkpoint; returns whether it saved a checkpoint.
 
-        Without `force` a failed save is only logged, and the next one tries again; not if several processes save on a
-        disk.
+        Without `force` a failed save is only logged, and the next one tries again. If several processes save on a disk,
+        a failure is always raised.
         """
         save_checkpoint = partial(self.checkpoints.save, step, state, record, metrics=metrics, force=force)
-        is_last = step == self._program.run.train.steps  # a checkpoint follows
+        is_last = step == self._program.run.train.steps  # no copy then: the run ends with a checkpoint
         if self._copies is not None and self._config.due_after(step) == "copy" and not (force or is_last):
             self._copies.save(step, state, {"guard": record["guard"]}, self._identity)
         if force or self._config.due_after(step) == "checkpoint":
-            try:  # the save before, whose failure must not keep this one from starting
+            try:  # waits for the save before this one; if that has failed, this one starts all the same
                 self.checkpoints.wait_until_finished()
             except StorageError as error:
                 self._go_on_after(error)
@@ -154,9 +150,9 @@ class Saving(ClosedOnExit):
         """
         if self._config.local is None:
             return
-        peers, owned = self._peers, self._owned
+        peers, owned = self._peers, self.owned
         self._start = peers.broadcast(uuid.uuid4().hex)
-        swap: Swap = _alone
+        swap: Swap = _alone  # exchanges copies between neighboring processes
         if isinstance(peers, ConnectedPeers):
             swap = self._opened.enter_context(Exchange(peers)).swap
         number = peers.hosts[: peers.index].count(peers.hosts[peers.index])  # of the processes on this host

@@ -19,19 +19,19 @@ from jaxinfra.track.jsonl import SKIPPED_FILE
 class SkippedSamples:
     """Collects the samples that all processes leave out; all of them must call its methods, process 0 writes the file.
 
-    Does nothing in a run that leaves out no samples.
+    Does nothing unless `is_on`, which is whether the run may leave out samples.
     """
 
     def __init__(self, run_dir: Path, peers: Peers, batches: BatchLoader, *, start_step: int, is_on: bool):
         """Reads what the run has left out up to the step that it starts at, and drops the rest."""
         self._path, self._peers, self._batches, self._is_on = run_dir / SKIPPED_FILE, peers, batches, is_on
-        self._count = 0  # of training samples; only process 0 knows those of earlier starts
+        self._count = 0  # training samples left out so far; only process 0 counts those of earlier starts
         if is_on and peers.index == 0:
             rows = truncate_json_lines(self._path, _row, lambda row: row["step"] <= start_step)
             self._count = sum(len(row["samples"]) for row in rows if row["split"] == "train")
 
     def collect(self, completed_steps: int) -> None:
-        """Adds what the training batches of the completed steps have left out."""
+        """Adds what the training batches of the completed steps have left out to the file, unless it is there."""
         if not self._is_on:
             return
         for step, samples in self._gather(self._batches, completed_steps).items():
@@ -53,7 +53,7 @@ class SkippedSamples:
         return {"eval/skipped": len(samples)}
 
     def _gather(self, loader: BatchLoader, end_step: int) -> dict[int, list[int]]:
-        """Returns what all processes have left out before a step of the loader, by step; each step once."""
+        """Returns what all processes have left out before a step of the loader, by step; each step in one call only."""
         total: dict[int, list[int]] = {}
         for own in self._peers.gather([*loader.take_skipped(end_step).items()]):
             for step, samples in own:
@@ -63,13 +63,10 @@ class SkippedSamples:
     def _append(self, step: int, split: str, samples: list[int]) -> None:
         if self._peers.index == 0:
             with storage_errors(self._path), self._path.open("ab") as file:
-                file.write(_line({"step": step, "split": split, "samples": samples}))
+                file.write(json.dumps({"step": step, "split": split, "samples": samples}).encode() + b"\n")
 
 
 def _row(row: Any) -> dict[str, Any] | None:
+    """Returns a row of the file; None if it is damaged."""
     is_right = isinstance(row, dict) and is_integer(row.get("step")) and isinstance(row.get("samples"), list)
     return row if is_right and "split" in row else None
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"

@@ -1,4 +1,7 @@
-"""Statistics that follow from a config; `show` and the start of a run print them. Uses no device."""
+"""Computes numbers that follow from a config, such as FLOPs and bytes; `show` and the start of a run print them.
+
+Uses no device: the program may be on an abstract mesh.
+"""
 
 import math
 from typing import Any
@@ -15,7 +18,7 @@ from jaxinfra.program.pipeline_engine import PipelineEngine
 from jaxinfra.track.base import RunStatistics
 
 ASSUMED_MFU = 0.4
-"""Model FLOPs utilization that large dense models reach, to estimate chip-hours before a run."""
+"""Model FLOPs utilization (MFU) that large dense models reach, to estimate chip-hours before a run."""
 
 
 def per_device_bytes(tree: Any) -> int:
@@ -44,7 +47,7 @@ def step_flops(program: Program) -> float:
 
 
 def _canonical_costs(shards: VirtualShards, params: Any, gradients: Any) -> RunStatistics:
-    """Returns what canonical mode holds and receives."""
+    """Returns what a device holds and receives in canonical mode, in which it has whole gradients."""
     weights, grads = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (params, gradients))
     held = shards.per_device.bit_length()  # a gradient, and a sum for each halving of the virtual shards of a device
     # Of each gradient a device adds one part of as many as there are devices; replicas then exchange their parts.
@@ -66,7 +69,6 @@ def _canonical_costs(shards: VirtualShards, params: Any, gradients: Any) -> RunS
 def run_statistics(program: Program, train_units: int | None = None) -> RunStatistics:
     """Computes the statistics; `train_units` is the number of tokens or images in the training data, if known."""
     run, state, batch = program.run, program.state, program.run.train.global_batch
-    devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     modality, units = run.data.modality, units_per_step(program) * run.train.steps
     a_modality = f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
@@ -78,7 +80,7 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         note = "20 is compute-optimal (Hoffmann et al. 2022)"
         tokens_per_parameter = {"tokens a parameter": (units / program.num_params, note)}
     numbers: dict[str, tuple[int | float | str, str]] = {
-        "devices": (devices, mesh),
+        "devices": (program.mesh.size, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
         "samples a device": (program.rows_per_device, f"global batch {batch}"),

@@ -12,11 +12,11 @@ from jaxinfra.tasks.harness import Tasks, is_standard_error
 
 
 class Texts:
-    """Samples and tasks of a run; all processes must make the same calls."""
+    """Samples texts and runs tasks with the model of a run; all processes must make the same calls."""
 
     def __init__(self, run: Run):
         """Raises ConfigError if a run that asks for texts trains no language model."""
-        self._run = run
+        self._run, self._names = run, run.train.eval_tasks
         self._sampler: Sampler | None = None
         self._tasks: Tasks | None = None
         for field, wanted in (("track.sample_prompt", run.track.sample_prompt), ("train.eval_tasks", self._names)):
@@ -24,12 +24,8 @@ class Texts:
                 with error_prefix(f"{field}: "):
                     require_text(run)
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return self._run.train.eval_tasks
-
     def load(self) -> None:
-        """Loads the tasks, before anything is compiled; raises the errors of `Tasks`."""
+        """Loads the tasks before anything is compiled, so that a wrong name is an error now (see `Tasks`)."""
         if self._names:
             self._tasks = Tasks(self._names, needed_by="train.eval_tasks")
             self._tasks.check_room(language_model(self._run).max_length)
@@ -56,7 +52,10 @@ class Texts:
 
     @contextmanager
     def _sampler_of(self, params: Params) -> Iterator[Sampler]:
-        """Yields a sampler with parameters, which it does not keep: with stages they are a second copy."""
+        """Yields a sampler that holds the parameters within this context only.
+
+        With pipeline stages they are a second copy, sharded anew for sampling.
+        """
         if self._sampler is None:
             self._sampler = Sampler.from_params(self._run, params)
         else:

@@ -69,15 +69,16 @@ class Trainer:
         validate(self.run)
         texts = Texts(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
-        self.run_dir = RunDirectory(join_location(self.run.root, self.run.name))
+        peers = current_peers()
+        self.run_dir = RunDirectory(join_location(self.run.root, self.run.name), peers)
         self.completed_steps = 0
         self.job = Job(
             loaded=loaded,
             program=self.program,
             run_dir=self.run_dir,
-            data=RunData(self.program, loaded.run, self.run_dir, prepare_command),
+            data=RunData(self.program, loaded.run, self.run_dir, peers, prepare_command),
             texts=texts,
-            peers=current_peers(),
+            peers=peers,
             command=tuple(command),
             accept_change=accept_change,
         )
@@ -94,7 +95,7 @@ class Trainer:
         job.data.check_host_memory()
         self.require_equal_processes()
         job.texts.load()
-        vars(self).pop("state", None)  # else it would be on the devices twice
+        vars(self).pop("state", None)  # the cached property: else the state would be on the devices twice
         ended = train(job)
         self.completed_steps = ended.step
         if ended.state is not None:
@@ -111,7 +112,7 @@ class Trainer:
         if self.state is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
         metrics = evaluate(self.job, self.state, self.completed_steps, Phases())
-        assert metrics is not None, "nothing stops it"
+        assert metrics is not None, "without `stops`, nothing ends an evaluation early"
         return metrics
 
     @cached_property

@@ -10,15 +10,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxinfra.config import Difference, fingerprint, write_record
-from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.data.stopwatch import DATA_REMEDIES, input_bound_warning
+from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import NonFiniteError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.inference.trained_params import load_params
@@ -26,12 +24,11 @@ from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes import maintenance
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
-from jaxinfra.run_dir import Owned
 from jaxinfra.storage.credentials import mask_credentials
-from jaxinfra.track.base import RunStatistics
+from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
-from jaxinfra.train.due import Due
+from jaxinfra.train.due import Due, Save
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.guard import Rewind
 from jaxinfra.train.job import Job
@@ -40,7 +37,7 @@ from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.run_record import existing_metrics, find_peak, finished_before, make_summary, start_record
-from jaxinfra.train.saving import Saving
+from jaxinfra.train.saving import Restored, Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import run_statistics
 from jaxinfra.train.watch import Watch
@@ -52,10 +49,10 @@ class Ended(NamedTuple):
     """How a training has ended.
 
     Attributes:
-        summary: as in summary.json.
+        summary: the contents of summary.json.
         step: number of completed steps.
-        state: after them; None if an earlier start has made all steps.
-        reason: to stop before the last step; None if that was made.
+        state: the train state after them; None if an earlier start has made all steps.
+        reason: why the training has stopped before the last step; None if it has made that step.
     """
 
     summary: dict[str, Any]
@@ -64,29 +61,24 @@ class Ended(NamedTuple):
     reason: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """What lasts from the first step of a start to its last one, also if the run goes back.
+class Opened(NamedTuple):
+    """What lasts from the first step of a start to its last one, also if the run goes back to a checkpoint.
 
     Attributes:
-        requests: to stop, or to save and go on.
+        requests: says when to stop, or to save and go on.
         watch: ends the training if it hangs.
-        profiler: of some steps.
-        owned: the run directory, in process 0.
-        saving: checkpoints and copies.
+        profiler: profiles some of the steps.
+        saving: saves and restores checkpoints and copies of the state.
         numerics: checks losses and parameters, and keeps the decisions to go back.
-        statistics: that follow from the config.
-        peak: FLOP/s of one device, and where that is from.
-        changes: of the config, between the starts of the run.
+        peak: FLOP/s of one device, and where that number is from.
+        changes: the changes of the config between the starts of the run, for the run record.
     """
 
     requests: RunSignals
     watch: Watch
     profiler: Profiler
-    owned: Owned | None
     saving: Saving
     numerics: Numerics
-    statistics: RunStatistics
     peak: Mapping[str, Any]
     changes: Sequence[Mapping[str, Any]]
 
@@ -96,7 +88,7 @@ def train(job: Job) -> Ended:
 
     On a request to stop it saves the state, and the reason is in what it returns.
     """
-    run, run_dir, peers, dataset = job.run, job.run_dir, job.peers, job.data.dataset
+    run, run_dir, peers = job.run, job.run_dir, job.peers
     with (
         Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main) as profiler,
         RunSignals(peers, profile=profiler.request) as requests,
@@ -104,41 +96,34 @@ def train(job: Job) -> Ended:
         maintenance.listen(os.environ, lambda notice: peers.request("stop", notice)),
         compile_cache(run.train.compile_cache, exact_lines=run.profile.at is not None),
         run_dir.owned() if job.is_main else nullcontext() as owned,
-        ExitStack() as before_owned_ends,
+        ExitStack() as before_owned_ends,  # closes the ledger while this process still owns the directory
         Saving(job.program, run_dir, peers, owned) as saving,
     ):
-        run_dir.require_shared(peers)
+        run_dir.require_shared()
         changed: Sequence[Difference] = ()
         if peers.broadcast(saving.checkpoints.all_steps()):
-            changed = run_dir.check(job.loaded.run, dataset, accept_change=job.accept_change)
+            changed = run_dir.check(job.loaded.run, job.data.dataset, accept_change=job.accept_change)
         newest = saving.checkpoints.newest(saving.checkpoints.manifest)
         step, record = (0, {}) if newest is None else (newest[0], newest[1].record)
         if step > run.train.steps or (step == run.train.steps and not lacks_evaluation(job, step, record)):
             return Ended(peers.broadcast(finished_before(job, step) if job.is_main else None), step)
         if job.is_main:
             saving.check_space()
-            before_owned_ends.callback(watch.close_ledger)
-            watch.open_ledger()
+            before_owned_ends.callback(watch.ledger.close)
+            watch.ledger.open(run_dir.path / GOODPUT_FILE)
         peak = peers.broadcast(find_peak(run_dir, run.precision.compute) if job.is_main else None)
         before = peers.broadcast(run_dir.existing_record() if job.is_main else None)
         numerics = Numerics(job.program, watch.phases)
         numerics.read_decisions(before)
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
-        opened = Opened(
-            requests=requests,
-            watch=watch,
-            profiler=profiler,
-            owned=owned,
-            saving=saving,
-            numerics=numerics,
-            statistics=run_statistics(job.program, dataset.train_units),
-            peak=peak,
-            changes=changes,
-        )
+        opened = Opened(requests, watch, profiler, saving, numerics, peak, changes)
         with peers.naming_causes(), job.program.on_mesh:
             while True:
-                with _make_trackers(job, owned) as trackers:
+                trackers = MultiTracker()  # logs nothing: only process 0 does
+                if owned is not None:
+                    trackers = make_trackers(run.track, run_dir.path, run_dir.location, owned.check)
+                with trackers:
                     training = Training(job, opened, trackers, step)
                     try:
                         return training.run()
@@ -147,7 +132,10 @@ def train(job: Job) -> Ended:
 
 
 def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
-    """Decides to which checkpoint the run goes back, and returns its step; NonFiniteError if it has been there."""
+    """Decides to which checkpoint the run goes back, and returns its step.
+
+    Raises NonFiniteError if the run has gone back to that checkpoint before.
+    """
     checkpoints = opened.saving.checkpoints
     checkpoints.wait_until_finished()
     opened.saving.forget_copies()
@@ -161,12 +149,9 @@ def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
 
 
 def lacks_evaluation(job: Job, step: int, record: Mapping[str, Any]) -> bool:
-    """Whether a request has stopped the evaluation after a step, and none was made since.
+    """Whether a request to stop has cut off the evaluation after a step, and no later start has made it.
 
-    Args:
-        job: what is trained.
-        step: of the newest checkpoint.
-        record: that was saved with it.
+    `step` is that of the newest checkpoint, with which `record` was saved.
     """
     if record.get("evaluated", True):
         return False
@@ -176,10 +161,8 @@ def lacks_evaluation(job: Job, step: int, record: Mapping[str, Any]) -> bool:
 
 def preempted(job: Job, reason: str, step: int) -> Preempted:
     """Returns the error of a training that was asked to stop."""
-    steps = f"step {step} of {job.run.train.steps}"
-    return Preempted(
-        f"{job.run_dir.location}: stopped by {reason} after {steps}, saved; start the same command to go on"
-    )
+    where, steps = job.run_dir.location, f"step {step} of {job.run.train.steps}"
+    return Preempted(f"{where}: stopped by {reason} after {steps}, saved; start the same command to go on")
 
 
 def _accepted(job: Job, changed: Sequence[Difference], step: int) -> Mapping[str, Any]:
@@ -191,62 +174,50 @@ def _accepted(job: Job, changed: Sequence[Difference], step: int) -> Mapping[str
     return {"step": step, "fields": fields}
 
 
-def _make_trackers(job: Job, owned: Owned | None) -> MultiTracker:
-    if owned is None:
-        return MultiTracker()
-    return make_trackers(job.run.track, job.run_dir.path, job.run_dir.location, owned.check)
-
-
 class Training:
     """The steps from a checkpoint, or from the start of the run, to the last one.
 
-    Attributes:
-        loop: over the steps, with the state.
+    `newest_step` is the step of the newest checkpoint, 0 without one.
 
-    Args:
-        job: what is trained.
-        opened: what lasts longer.
-        trackers: get the metrics.
-        newest_step: of the newest checkpoint; 0 without one.
+    Attributes:
+        loop: makes the steps, and has the train state.
     """
 
     def __init__(self, job: Job, opened: Opened, trackers: MultiTracker, newest_step: int) -> None:
         self._job, self._opened, self._trackers = job, opened, trackers
         self._saving, self._numerics, self._phases = opened.saving, opened.numerics, opened.watch.phases
+        owned, statistics = opened.saving.owned, run_statistics(job.program, job.data.dataset.train_units)
         with self._phases("restore" if newest_step or job.run.init else "init"):
-            state, step, saved, init_source, source = self._restore_or_init(newest_step)
+            restored, init_source = self._restore_or_init(newest_step)
+        step = restored.step
         self._phases.resume(step)
-        self._is_evaluated = not lacks_evaluation(job, step, saved)
+        self._is_evaluated = not lacks_evaluation(job, step, restored.record)
         self._eval_metrics: Mapping[str, float] = {}
         self._eval_step = -1  # completed steps at the last evaluation
-        self._record = {"init": init_source, **self._saving.record, **self._start_record()}
-        if opened.owned is not None:
-            opened.owned.check()
+        started = start_record(job, opened.numerics.decisions, opened.peak, statistics, opened.changes)
+        self._record = {"init": init_source, **self._saving.record, **started}
+        if owned is not None:
+            owned.check()
             write_record(job.run_dir.record, self._record)
-        record = self._record | ({"resumed_from": source} if source else {})
-        trackers.start(record, opened.statistics, start_step=step, total_steps=job.run.train.steps)
-        self._batches = self._make_batches(step)
+        record = self._record | ({"resumed_from": restored.source} if restored.source else {})
+        trackers.start(record, statistics, start_step=step, total_steps=job.run.train.steps)
+        self._batches = job.data.training_batches(self._numerics.train_config, step)
         self._skipped = SkippedSamples(
             job.run_dir.path, job.peers, self._batches, start_step=step, is_on=job.run.data.on_damage == "skip"
         )
         self._reporting = Reporting(
-            job,
-            opened.watch,
-            opened.numerics,
-            trackers,
-            peak_flops=opened.peak["flops"],
-            skipped=self._skipped.metrics,
+            job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
         self.loop = Loop(
             job,
-            state,
+            restored.state,
             step,
             self._reporting,
             opened.profiler,
             opened.requests,
-            check_owner=opened.owned.lease.check if opened.owned is not None else lambda: None,
+            check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
-            save=lambda: self._save(None, is_asked=True),
+            save=lambda: self._save(None, "asked"),
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
 
@@ -274,42 +245,43 @@ class Training:
         loop, reporting, last_step = self.loop, self._reporting, self._job.run.train.steps
         with Prefetcher(self._batches, self._job.data.place) as on_devices:
             start_s = time.monotonic()
-            reason = loop.run(on_devices, last_step)
+            reason = loop.run(on_devices.poll, last_step)
             reporting.finish()
             self._finish_profile()
             if loop.completed_steps == last_step and self._is_evaluated:
                 reason = None
-            wait_s, total_s = reporting.data_wait_s - loop.first_wait_s, time.monotonic() - start_s
+            wait_s, total_s = reporting.data_wait_s - loop.waiting.first_s, time.monotonic() - start_s
             with self._phases("save"):
-                self._save(None, is_asked=True)  # before the prefetcher is closed: a read of it may hang
+                self._save(None, "asked")  # before the prefetcher is closed: a read of it may hang
                 self._saving.checkpoints.wait_until_finished()
                 self._saving.forget_copies()
             stages_s = {**self._batches.stage_times_s, "transfer": on_devices.transfer_time.total_s}
-        if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
+        if (warning := input_bound_warning(wait_s, total_s, stages_s)) is not None:
             _log.warning("%s", warning)
         return reason
 
     # After a step
 
     def _after_step(self, due: Due, metrics: Metrics) -> None:
+        """Does what is due after the last step but to log it, which is one step late (`Reporting`)."""
         if due.profile:
             self._finish_profile()
         self._is_evaluated = not due.evaluation or self._evaluate()
         if due.replicas:
-            self._numerics.compare_replicas(self.loop.completed_steps, self.loop.state)
+            self._numerics.replicas.check(self.loop.completed_steps, self.loop.state)
         with self._phases("step" if due.save is None else "save"):
-            self._save(metrics, is_due=due.save is not None, is_asked=due.save == "asked")
+            self._save(metrics, due.save)
 
-    def _save(self, metrics: Metrics | None, *, is_due: bool = True, is_asked: bool = False) -> None:
-        """Saves the state if a checkpoint or a copy of it is due, or always a checkpoint if that was asked for.
+    def _save(self, metrics: Metrics | None, what: Save | None) -> None:
+        """Saves a checkpoint or a copy of the state; with None, only reports a save that has failed meanwhile.
 
-        A failed save is only logged, see `Saving`. Given the metrics of the last step, it raises NonFiniteError instead
-        of saving a state that is not finite.
+        A failed save is only logged unless somebody has asked for it (see `Saving`). Given the metrics of the last
+        step, it raises NonFiniteError instead of saving a state that is not finite.
         """
         step, state = self.loop.completed_steps, self.loop.state
-        if is_due or is_asked:
-            if self._numerics.guard.skipped and not is_asked:
-                return  # if the run goes back, then to a checkpoint from before
+        if what is not None:
+            if self._numerics.guard.skipped and what != "asked":
+                return  # if the run goes back, it must be to a checkpoint from before the skipped steps
             self._skipped.collect(step)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
                 self._numerics.require_finite(step, metrics)
@@ -317,7 +289,7 @@ class Training:
         record = self._record | {"guard": self._numerics.guard.history, "evaluated": self._is_evaluated}
         new = self._eval_metrics if self._eval_step == step else {}
         new = {name.removeprefix("eval/"): value for name, value in new.items()}
-        if self._saving.save(step, state, record, metrics=new, force=is_asked):
+        if self._saving.save(step, state, record, metrics=new, force=what == "asked"):
             self._trackers.log_save(step)
 
     def _stops(self) -> bool:
@@ -325,7 +297,7 @@ class Training:
         return all(self._job.peers.gather(self._opened.requests.stop_is_due(self.loop.completed_steps)))
 
     def _evaluate(self) -> bool:
-        """Evaluates, and logs it; returns False if a request to stop came first: the next start evaluates."""
+        """Evaluates and logs the metrics; returns False if a request to stop came first: the next start evaluates."""
         job, step, state = self._job, self.loop.completed_steps, self.loop.state
         with self._phases("evaluation"):
             metrics = evaluate(job, state, step, self._phases, stops=self._stops)
@@ -360,13 +332,10 @@ class Training:
 
     # At the start
 
-    def _restore_or_init(
-        self, newest_step: int
-    ) -> tuple[TrainState, int, Mapping[str, Any], dict[str, Any] | None, str]:
+    def _restore_or_init(self, newest_step: int) -> tuple[Restored, dict[str, Any] | None]:
         """Restores the newest state, else loads the parameters of `run.init`, else initializes them.
 
-        Returns the state, its completed steps, and the record saved with it; for the run record, the run and step that
-        the first parameters came from; and for people where it was restored from.
+        Also returns, for the run record, the run and step of `run.init` that the first parameters came from.
         """
         job, numerics = self._job, self._numerics
         before = job.peers.broadcast(job.run_dir.existing_record() if job.is_main else None)
@@ -377,37 +346,12 @@ class Training:
         }
         if restored := self._saving.restore(newest_step, identity, before):
             numerics.resume(restored.record)
-            return restored.state, restored.step, restored.record, before.get("init"), restored.source
+            return restored, before.get("init")
         numerics.resume({})
         failpoint("init", 0)
         if job.run.init is None:
-            return job.program.init(jax.random.key(job.run.seed)), 0, {}, None, ""
-        loaded = load_params(job.run.init, job.program)
+            return Restored(0, job.program.init(jax.random.key(job.run.seed)), {}, ""), None
+        loaded = load_params(job.run.init, job.program, job.peers)
         path, _ = parse_source(job.run.init)
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
-        return job.program.init_from(loaded.params), 0, {}, init_source, ""
-
-    def _make_batches(self, first_step: int) -> BatchLoader:
-        """Returns the batches of this process, from the step after `first_step` on."""
-        config, dataset = self._numerics.train_config, self._job.data.dataset
-        return BatchLoader(
-            self._job.run.data,
-            dataset.train,
-            global_batch=config.global_batch,
-            rows=self._job.data.rows,
-            start_step=first_step,
-            steps=config.steps - first_step,
-            sample_ids=lambda step, rows: dataset.sample_ids(config.batch_of_step(step), rows),
-        )
-
-    def _start_record(self) -> dict[str, Any]:
-        job, opened = self._job, self._opened
-        return {
-            **start_record(
-                job.loaded, job.program, job.data.dataset, command=job.command, decisions=opened.numerics.decisions
-            ),
-            "peak": opened.peak,
-            "derived": {name: list(value) for name, value in opened.statistics.items()},
-            "baselines": job.data.baselines,
-            "changes": opened.changes,
-        }
+        return Restored(0, job.program.init_from(loaded.params), {}, ""), init_source

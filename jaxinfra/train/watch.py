@@ -4,7 +4,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
 from statistics import median
 from typing import Any, Self
 
@@ -13,14 +12,13 @@ from jaxinfra.machine.stacks import StackFiles
 from jaxinfra.processes.config import WatchdogConfig
 from jaxinfra.processes.peers import Peers
 from jaxinfra.run_dir import RunDirectory
-from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.train.ledger import Ledger
-from jaxinfra.train.phases import Phases, Progress, attempt_start_s
+from jaxinfra.train.phases import Phases, attempt_start_s
 
 _LOOK_S = 1.0
 """Time between two looks at the progress."""
 _STOPPED_S = 5.0
-"""A look that comes so late was held up by a stop of the whole process."""
+"""A look that comes this much too late was held up by a stop of the whole process."""
 
 _log = logging.getLogger(__name__)
 
@@ -29,20 +27,20 @@ class Watch:
     """A context manager around a training: a thread that ends it if it hangs, and in process 0 its ledger.
 
     Attributes:
-        phases: which the training declares.
-        stragglers: which processes hold up the others.
+        phases: the phases that the training declares.
+        ledger: the ledger of the phases, which is opened in process 0 while it owns the directory of the run.
+        stragglers: finds the processes that hold up the others.
     """
 
     def __init__(self, config: WatchdogConfig, run_dir: RunDirectory, peers: Peers) -> None:
         self.phases, self._config, self._run_dir, self._peers = Phases(), config, run_dir, peers
-        self.stragglers = Stragglers(self.phases, peers)
-        self._ledger: Ledger | None = None
+        self.ledger, self.stragglers = Ledger(self.phases), Stragglers(self.phases, peers)
         self._ended, self._thread = threading.Event(), threading.Thread()
 
     def __enter__(self) -> Self:
         self.phases.restart(attempt_start_s())
         self._peers.stacks = StackFiles(self._run_dir.location, self._peers.index)
-        self._peers.progress = self._progress
+        self._peers.progress = lambda: {"step": self.phases.begun, "phase": _in_words(self.phases.current)}
         self._ended.clear()
         self._thread = threading.Thread(target=self._look_regularly, name="watchdog", daemon=True)
         self._thread.start()
@@ -53,33 +51,16 @@ class Watch:
         self._thread.join()
         self._peers.stacks, self._peers.progress, self._peers.settled = None, dict, None
 
-    def open_ledger(self) -> None:
-        """Opens the ledger in the directory of the run, whose owner this process is; raises StorageError."""
-        self._ledger = Ledger(self._run_dir.path / GOODPUT_FILE, self.phases)
-
-    def close_ledger(self) -> None:
-        """Closes the ledger, if it is open: while this process owns the directory."""
-        ledger, self._ledger = self._ledger, None
-        if ledger is not None:
-            ledger.close()
-
     def settle(self, reason: str, ending: Preempted) -> None:
-        """Records why the training has stopped, and that it is saved: what hangs from now on does not change that."""
+        """Records why the training has stopped, and that it is saved.
+
+        If something hangs from now on, the process ends with `ending` all the same.
+        """
         self._peers.settled = ending
-        if self._ledger is not None:
-            self._ledger.write(stopped=reason)
-
-    def log(self) -> dict[str, float]:
-        """Adds a row to the ledger, and returns metrics of the processes."""
-        if self._ledger is not None:
-            self._ledger.write()
-        return self.stragglers.metrics
-
-    def _progress(self) -> Mapping[str, Any]:
-        progress = self.phases.progress()
-        return {"step": progress.begun, "phase": _in_words(progress.phase)}
+        self.ledger.write(stopped=reason)
 
     def _look_regularly(self) -> None:
+        """Ends all processes once a phase has made no progress for longer than its deadline; runs in a thread."""
         deadlines_s = [each for name, each in vars(self._config).items() if name.endswith("_s") and each is not None]
         look_s = min(_LOOK_S, *(each / 4 for each in deadlines_s))
         looked_s, woke_s = time.monotonic(), -math.inf
@@ -87,29 +68,24 @@ class Watch:
             looked_before_s, looked_s = looked_s, time.monotonic()
             if looked_s - looked_before_s > look_s + _STOPPED_S:
                 woke_s = looked_s  # this process was stopped, as by Ctrl-Z
-            progress = self.phases.progress()
-            idle_s = min(progress.idle_s, looked_s - woke_s)
-            limit_s = deadline_s(self._config, self.phases, progress)
+            phase = self.phases.current
+            limit_s = deadline_s(self._config, self.phases, phase)
             if self._peers.settled is not None:
                 limit_s = self._config.end_s
-            ledger = self._ledger  # the main thread may close it meanwhile
+            idle_s = min(self.phases.idle_s(), looked_s - woke_s)  # read last: it is short if a phase has just begun
             if limit_s is not None and idle_s > limit_s:
-                if ledger is not None:
-                    ledger.write()
-                self._peers.end_hung(f"no progress in {_in_words(progress.phase)} for {idle_s:.0f} s")
+                self.ledger.write()
+                self._peers.end_hung(f"no progress in {_in_words(phase)} for {idle_s:.0f} s")
                 return
-            if ledger is not None:
-                ledger.beat()
+            self.ledger.beat()
 
 
-def deadline_s(config: WatchdogConfig, phases: Phases, progress: Progress) -> float | None:
-    """Returns the seconds without progress after which the current phase counts as hung; None without a limit."""
-    phase = progress.phase
+def deadline_s(config: WatchdogConfig, phases: Phases, phase: str) -> float | None:
+    """Returns the seconds without progress after which a phase counts as hung; None without a limit."""
     if phase in ("step", "device"):
-        step_s = phases.median_step_s()
-        if progress.done == (phases.start_step or 0):
+        if phases.done == (phases.start_step or 0):  # the first step may still compile
             return config.compile_s
-        return config.step_s and max(config.step_s, config.step_factor * (step_s or 0.0))
+        return config.step_s and max(config.step_s, config.step_factor * (phases.median_step_s() or 0.0))
     named = {"compile": config.compile_s, "restore": config.restore_s, "data": config.data_s, "save": config.save_s}
     named |= {"evaluation": config.evaluation_s, "sample": config.evaluation_s}
     return named.get(phase, config.other_s)
@@ -121,6 +97,7 @@ def is_busy(array: Any) -> bool:
 
 
 def _in_words(phase: str) -> str:
+    """Returns how messages name a phase."""
     return {"device": "step", "data": "waiting for data"}.get(phase, phase)
 
 
@@ -135,25 +112,25 @@ class Stragglers:
     WINDOW = 5
     """Steps of a measurement; two in a row must agree."""
     SHARE = 0.15
-    """Of the step time, beyond the median of all processes."""
+    """A process is slow if its time exceeds the median of the others by more than this share of the step time."""
     LEAST_S = 0.005
-    """The smallest time that counts: process 0 also logs."""
+    """Smaller excesses do not count, since process 0 also logs."""
 
     def __init__(self, phases: Phases, peers: Peers) -> None:
         self._phases, self._peers = phases, peers
         self.metrics: dict[str, float] = {}
         self._steps, self._own_s, self._loop_s, self._since_s = 0, 0.0, 0.0, self._seconds()
-        self._suspect: int | None = None
-        self._named = set[int]()
+        self._suspect: int | None = None  # the slow process of the last measurement
+        self._named = set[int]()  # the processes that a warning has named
 
     def _seconds(self) -> tuple[float, float]:
-        """Returns the time of the loop outside of waiting for the devices, and with it."""
+        """Returns the time of the loop so far, first without and then with the waits for the devices."""
         seconds = self._phases.seconds()
         own_s = seconds["step"] + seconds["data"]
         return own_s, own_s + seconds["device"]
 
     def finish_step(self, step: int, *, was_ready: bool) -> None:
-        """Counts a step that has ended; `was_ready` says that it had before the loop came to wait for it."""
+        """Counts a step that has ended; `was_ready` says whether it had ended before the loop came to wait for it."""
         if self._peers.count == 1:
             return
         own_s, loop_s = self._seconds()
@@ -170,7 +147,7 @@ class Stragglers:
         """Compares the own time and the step time of all processes; warns once of each that holds up the others."""
         own_s = [value[0] for value in values if value is not None]
         step_s = median(value[1] for value in values if value is not None)
-        if len(own_s) < len(values):  # one has ended
+        if len(own_s) < len(values):  # a process has ended
             return
         slowest = max(range(len(own_s)), key=own_s.__getitem__)
         excess_s = own_s[slowest] - median(own_s[:slowest] + own_s[slowest + 1 :])

@@ -8,16 +8,16 @@ import pytest
 from jaxinfra.bench import data
 from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, first_batch_s, memory_growth_bytes
 from jaxinfra.bench.subprocesses import call_in_process, call_without_jax
-from jaxinfra.bench.token_files import write_token_files
+from jaxinfra.cli.arguments import MIN_TOKENS
 from jaxinfra.data.tokens import TokenData
 from tests.tiny_run import launch
 
-NUM_TOKENS = data.MIN_TOKENS
+NUM_TOKENS = MIN_TOKENS
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> TokenFiles:
-    return write_token_files(tmp_path_factory.mktemp("bench"), NUM_TOKENS)
+    return data.write_token_files(tmp_path_factory.mktemp("bench"), NUM_TOKENS)
 
 
 def test_all_loaders_read_windows_of_the_same_tokens(files: TokenFiles) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.bench import llama, parallel, slices
-from jaxinfra.bench.startup import first_step_s
-from jaxinfra.bench.step import CASES, COLUMNS, comparison_row
+from jaxinfra.bench.step import CASES, COLUMNS, first_step_s
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, call_in_process, run_command
-from jaxinfra.bench.table import format_table
+from jaxinfra.bench.table import format_table, ratio_row
 from jaxinfra.cli.arguments import BENCHES
 from tests.refusals import names, refused
 from tests.tiny_run import launch
@@ -79,8 +78,10 @@ def test_table_is_markdown() -> None:
 
 
 def test_a_row_has_the_medians_and_the_median_of_the_ratios() -> None:
-    row = comparison_row("a", [0.002, 0.004, 0.009], [0.002, 0.002, 0.003], "<= 2", digits=2, notes=("", " (naive)"))
-    assert row == {"case": "a", "jaxinfra": "4.00 ms", "baseline": "2.00 ms (naive)", "ratio": 2.0, "goal": "<= 2"}
+    first_s, second_s = [0.002, 0.004, 0.009], [0.002, 0.002, 0.003]
+    row = ratio_row("a", {"jaxinfra": first_s, "baseline": second_s}, digits=2)
+    assert row == {"case": "a", "jaxinfra": "4.00 ms", "baseline": "2.00 ms", "ratio": 2.0}
+    assert ratio_row("a", {"several": first_s}, unit="s", digits=3) == {"case": "a", "several": "0.004 s"}
 
 
 def test_failed_process_is_an_error_with_its_reason() -> None:

@@ -59,7 +59,7 @@ def test_a_root_that_cannot_be_written(begun: Tiny) -> None:
 
 
 def test_quantized_products_need_qwix(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.run.find_spec", lambda name: None)
+    monkeypatch.setattr("jaxinfra.run.precision.find_spec", lambda name: None)
     refused(tiny.launch("precision.quantize=int8"), "precision.quantize=int8 qwix quantized")
 
 

@@ -10,6 +10,7 @@ import pytest
 from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
+from jaxinfra.processes.peers import Peers
 from jaxinfra.track.jsonl import read_metrics
 from tests.tiny_run import Tiny
 
@@ -44,7 +45,7 @@ def check_greedy(directory: Path) -> None:
     prompts = [sampler.model.encode(prompt) for prompt in ("w1 w7 w50", "w3")]
     steps = [*sampler.tokens(prompts, max_tokens=12, sampling=SamplingParams(temperature=0.0))]
     program = sampling_program(sampler.model.run, jax.devices()[:1])
-    params = load_params(directory, program).params
+    params = load_params(directory, program, Peers()).params
     with program.on_mesh:
         model = program.model(params)
         logits = jax.jit(lambda ids: model({"inputs": ids}).materialize())

@@ -1,6 +1,5 @@
 """`--processes N`: what is refused before anything starts, and what each process is started with."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -32,9 +31,9 @@ def test_more_processes_than_devices(tiny: Tiny) -> None:
 @pytest.mark.parametrize("option", ["coordinator", "process_id"])
 def test_options_of_one_process(tiny: Tiny, option: str) -> None:
     options = parse_command_line([str(tiny.config), "--processes", "2"])
-    options = argparse.Namespace(**{**vars(options), option: "1"})
+    setattr(options, option, "1")
     with raises(ConfigError, f"--{option.replace('_', '-')} 1 --processes leave out"):
-        processes.run(options, [])
+        processes.run(options)
 
 
 def test_logs_that_cannot_be_written(tiny: Tiny) -> None:

@@ -15,6 +15,7 @@ from jaxinfra.inference.language_model import language_model, open_language_mode
 from jaxinfra.inference.sampler import Sampler, SamplingParams, filter_top_k_top_p
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
+from jaxinfra.processes.peers import Peers
 from jaxinfra.track.jsonl import read_samples
 from tests.refusals import refused, suggested
 from tests.tiny_run import Tiny, contents, launch
@@ -48,7 +49,7 @@ def on_devices(trained: Path, count: int) -> Sampler:
     """A sampler on the first devices, on which nothing is sharded if there is one."""
     model = open_language_model(trained)
     program = sampling_program(model.run, jax.devices()[:count])
-    return Sampler(model, program, load_params(trained, program).params)
+    return Sampler(model, program, load_params(trained, program, Peers()).params)
 
 
 def greedy(sampler: Sampler, ids: list[int], count: int, sampling: SamplingParams = GREEDY) -> list[int]:

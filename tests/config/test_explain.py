@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 
 from jaxinfra.config.aliases import _PATHS
-from jaxinfra.config.explain import all_fields, find
+from jaxinfra.config.explain import find
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.recipes import Corpus, ImageSet
 from jaxinfra.run import Run
+from tests.golden.pages import all_fields
 from tests.refusals import raises
 
 

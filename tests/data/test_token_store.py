@@ -11,7 +11,7 @@ from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.prepare.builders.writers import SplitWriter
+from jaxinfra.prepare.builders.writers import write_split
 from jaxinfra.prepare.recipes.validation import hash_to_unit
 from tests.refusals import raises
 
@@ -71,12 +71,11 @@ def test_many_shards_hold_what_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "SHARD", 64)
     rng = np.random.default_rng(0)
     lengths = np.array([1, 2, 63, 64, 65, 201, 6])
-    writer = SplitWriter(tmp_path / "train", np.dtype(np.uint32), masked=True)
     tokens = [rng.integers(0, 100_000, length).astype(np.uint32) for length in lengths]
     masks = [rng.integers(0, 2, length).astype(np.uint8) for length in lengths]
-    for length, own, mask in zip(lengths, tokens, masks, strict=True):
-        writer.add(own, np.array([length]), mask, 7)
-    info = writer.close()
+    documents = ((np.array([len(own)]), np.array([7]), own, mask) for own, mask in zip(tokens, masks, strict=True))
+    info, written = write_split(tmp_path / "train", np.dtype(np.uint32), documents, masked=True)
+    assert np.array_equal(written, lengths)
     for name, expected in (("tokens", np.concatenate(tokens)), ("mask", np.concatenate(masks))):
         path = str(tmp_path / "train" / name)
         array = arrays.open_array(path)

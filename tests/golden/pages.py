@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxinfra.config.explain import Field, all_fields, fields_below
+from jaxinfra.config.explain import Field, fields_below
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_choice
 from jaxinfra.families.catalog import CatalogEntry, catalog
@@ -214,6 +214,14 @@ def configs_page() -> str:
     for recipe in (Corpus, ImageSet):
         recipes += _tables(recipe, done=done)  # the classes of both are described once
     return "\n".join([CONFIGS_INTRODUCTION, *_tables(Run), "", RECIPES_INTRODUCTION, *recipes]) + "\n"
+
+
+def all_fields(root: type, parent: Field | None = None) -> Iterator[Field]:
+    """Yields every field below a config class, depth first; imports all classes of open bases."""
+    for field in fields_below(root, parent):
+        yield field
+        for cls in field.options.values():
+            yield from all_fields(cls, field)
 
 
 def _default(field: Field) -> str:

@@ -1,6 +1,5 @@
 """Reference models of transformers, made once for all workers by another Python that has torch."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,9 +12,11 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from jaxinfra.families import MODULES, Family, family
+from jaxinfra.families.common import Family
+from jaxinfra.families.registry import family, family_modules
 from jaxinfra.interop.config_json import ModelJson
-from jaxinfra.interop.safetensors import Weights
+from jaxinfra.interop.folder import open_folder
+from jaxinfra.interop.safetensors import WEIGHTS, Weights, header_of
 from jaxinfra.models.transformer import TransformerConfig
 from tests.interop.references import TINY
 from tests.interop.torch_python import TORCH_PYTHON
@@ -25,8 +26,7 @@ from tests.tiny_run import tiny_data as tiny_data
 
 def published() -> Iterator[tuple[str, Family, TransformerConfig]]:
     """Yields the name, the family and the shape of every published model that has a family."""
-    for name in dict.fromkeys(MODULES.values()):
-        module = importlib.import_module(f"jaxinfra.families.{name}")
+    for module in family_modules():
         for shape_name, shape in module.SHAPES.items():
             yield shape_name, module.FAMILY, shape
 
@@ -53,7 +53,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "torch-models"
     with FileLock(f"{folder}.lock"):
         if not (folder / "tensors.json").exists():
-            _make(folder)
+            make_references(folder, TINY, {name: write(of, shape) for name, of, shape in published()})
     return References(folder)
 
 
@@ -73,8 +73,22 @@ def read_tensor(weights: Weights, name: str) -> np.ndarray:
     return out
 
 
-def _make(folder: Path) -> None:
-    make_references(folder, TINY, {name: write(of, shape) for name, of, shape in published()})
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a folder."""
+    weights = Weights(open_folder(str(folder)))
+    return {name: read_tensor(weights, name) for name in weights.tensors}
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray], file: str = WEIGHTS) -> None:
+    """Writes a file of weights."""
+    header, _ = header_of((name, array.dtype, array.shape) for name, array in tensors.items())
+    (folder / file).write_bytes(header + b"".join(array.tobytes() for array in tensors.values()))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Returns the dtype, the shape and the bytes of each tensor of a folder."""
+    tensors = read_tensors(folder)
+    return {name: repr((array.dtype, array.shape)).encode() + array.tobytes() for name, array in tensors.items()}
 
 
 def write(of: Family, shape: TransformerConfig) -> dict[str, Any]:

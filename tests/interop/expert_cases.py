@@ -5,6 +5,8 @@ Sequences have 24 tokens, more than any window or chunk.
 
 from typing import Any
 
+from tests.interop.config_keys import LLAMA3, sizes
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 5000.0,
@@ -14,39 +16,21 @@ YARN = {
     "beta_slow": 1.0,
 }
 
-_MIXTRAL = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+_MIXTRAL = sizes(vocab=97, hidden=48, mlp=40, layers=2, heads=6, key_heads=2) | {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
 }
 
-_QWEN3_MOE = {
-    "vocab_size": 61,
-    "hidden_size": 40,
-    "intermediate_size": 72,
+_QWEN3_MOE = sizes(vocab=61, hidden=40, mlp=72, layers=3, heads=6, key_heads=3) | {
     "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
     "head_dim": 10,
     "num_experts": 6,
     "num_experts_per_tok": 3,
     "norm_topk_prob": True,
 }
 
-_DEEPSEEK = {
-    "vocab_size": 83,
-    "hidden_size": 36,
-    "intermediate_size": 56,
+_DEEPSEEK = sizes(vocab=83, hidden=36, mlp=56, layers=3, heads=3, key_heads=3) | {
     "moe_intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_group": 4,
@@ -60,13 +44,7 @@ _DEEPSEEK = {
     "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
 }
 
-_GPT_OSS = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+_GPT_OSS = sizes(vocab=101, hidden=48, mlp=40, layers=3, heads=6, key_heads=2) | {
     "head_dim": 10,
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
@@ -74,14 +52,8 @@ _GPT_OSS = {
     "rope_parameters": YARN | {"truncate": False},
 }
 
-_LLAMA4 = {
-    "vocab_size": 73,
-    "hidden_size": 48,
-    "intermediate_size": 40,
+_LLAMA4 = sizes(vocab=73, hidden=48, mlp=40, layers=5, heads=6, key_heads=2) | {
     "intermediate_size_mlp": 56,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "head_dim": 12,
     "num_local_experts": 4,
     "attention_chunk_size": 7,
@@ -101,14 +73,8 @@ _VISION = {
     "projector_output_dim": 16,
 }
 
-_GLM4_MOE = {
-    "vocab_size": 89,
-    "hidden_size": 40,
-    "intermediate_size": 64,
+_GLM4_MOE = sizes(vocab=89, hidden=40, mlp=64, layers=3, heads=6, key_heads=2) | {
     "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "head_dim": 12,
     "n_routed_experts": 6,
     "num_experts_per_tok": 2,
@@ -118,15 +84,9 @@ _GLM4_MOE = {
     "use_qk_norm": True,
 }
 
-_QWEN3_NEXT = {
-    "vocab_size": 71,
-    "hidden_size": 40,
-    "intermediate_size": 64,
+_QWEN3_NEXT = sizes(vocab=71, hidden=40, mlp=64, layers=4, heads=6, key_heads=2) | {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "head_dim": 16,
     "linear_num_key_heads": 3,
     "linear_num_value_heads": 6,
@@ -192,14 +152,8 @@ _CASES: dict[str, list[dict[str, Any]]] = {
             "attention_chunk_size": None,
             "attention_bias": True,
             "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 1.0,
-                "original_max_position_embeddings": 16,
-            },
+            "rope_parameters": LLAMA3
+            | {"rope_theta": 500.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 16},
         },
     ],
     "qwen3_next": [

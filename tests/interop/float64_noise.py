@@ -11,7 +11,7 @@ import pytest
 
 from tests.interop.conftest import References, make_references
 from tests.interop.references import TINY
-from tests.interop.test_families import read_tiny, read_weights
+from tests.interop.test_families import logits_of
 from tests.interop.torch_python import needs_torch
 from tests.models import numpy_reference
 from tests.models.harness import relative_error
@@ -34,11 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> References:
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_float64(models: References, name: str) -> None:
     expected, folder = models.arrays(name), models.folder / name
-    found, built = read_tiny(folder)
-    with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
-        params = read_weights(folder, found, built)
-        tokens = built.put_rows(expected["tokens"].astype("int32"))
-        logits = jax.jit(lambda params, tokens: built.model(params)({"inputs": tokens}).materialize())(params, tokens)
+    logits, built, params = logits_of(folder, inputs=expected["tokens"])
     exact = numpy_reference.logits(jax.tree.map(np.asarray, params), built.config, expected["tokens"])
     here, there = relative_error(logits, exact), relative_error(expected["logits"], exact)
     print(f"\n{name}: {here:.1e} here, {there:.1e} in transformers")

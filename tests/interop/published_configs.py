@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from tests.interop.config_keys import LLAMA3, sizes
 from tests.interop.published_experts import EXPERT_CONFIGS
 
 
-def _config(model_type: str, sizes: tuple[int, int, int, int, int, int], eps: float, **keys: Any) -> dict[str, Any]:
-    """Sizes are those of vocabulary, residual stream, MLP, layers, heads and key heads."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+def _config(model_type: str, of: tuple[int, int, int, int, int, int], eps: float, **keys: Any) -> dict[str, Any]:
+    """Returns keys; `of` are the arguments of `sizes`."""
     return {
-        **dict(zip((*names, "num_key_value_heads"), sizes, strict=True)),
+        **sizes(*of),
         "model_type": model_type,
         "rms_norm_eps": eps,
         "hidden_act": "silu",
@@ -22,13 +22,6 @@ def _config(model_type: str, sizes: tuple[int, int, int, int, int, int], eps: fl
     }
 
 
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
 OLMO3_KINDS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8
 OLMO3_YARN = {
     "attention_factor": 1.2079441541679836,

@@ -6,6 +6,7 @@ shorter than the sequences of 24 tokens, and periods of layers that are cut shor
 
 from typing import Any
 
+from tests.interop import config_keys
 from tests.interop.expert_cases import EXPERTS
 
 WINDOW, FULL = "sliding_attention", "full_attention"
@@ -37,13 +38,7 @@ def _phi(**keys: Any) -> dict[str, Any]:
     return _tiny("phi3", **{"num_attention_heads": 4, "num_key_value_heads": 2, **keys})
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+LLAMA3 = config_keys.LLAMA3 | {"original_max_position_embeddings": 16}
 VISION = {
     "model_type": "siglip_vision_model",
     "hidden_size": 16,
@@ -53,15 +48,7 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-PIXTRAL = {
-    "model_type": "pixtral",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "image_size": 28,
-    "patch_size": 14,
-}
+PIXTRAL = VISION | {"model_type": "pixtral"}
 
 TINY: dict[str, dict[str, Any]] = {
     "llama-grouped": _tiny("llama", rope_theta=500000.0, rope_scaling=LLAMA3, gradients=True, **GROUPED),

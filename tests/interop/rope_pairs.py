@@ -7,15 +7,14 @@ A pair that is refused is skipped with the reason. CI runs one case of each type
 
 from typing import Any
 
-import jax
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.families import MODULES, family
+from jaxinfra.families.registry import MODULES, family
 from jaxinfra.interop.config_json import ModelJson
 from tests.interop.conftest import References, make_references
 from tests.interop.references import LLAMA3, TINY, YARN
-from tests.interop.test_families import read_tiny, read_weights
+from tests.interop.test_families import logits_of
 from tests.interop.torch_python import needs_torch
 from tests.models.harness import relative_error
 
@@ -83,10 +82,6 @@ def test_logits_are_those_of_transformers(pairs: References, pair: str) -> None:
     if (reason := refusal(PAIRS[pair])) is not None:
         pytest.skip(reason)
     expected = pairs.arrays(pair)
-    found, built = read_tiny(pairs.folder / pair)
-    with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
-        params = read_weights(pairs.folder / pair, found, built)
-        tokens = built.put_rows(expected["tokens"].astype("int32"))
-        logits = jax.jit(lambda params, tokens: built.model(params)({"inputs": tokens}).materialize())(params, tokens)
+    logits, _, _ = logits_of(pairs.folder / pair, inputs=expected["tokens"])
     assert relative_error(logits, expected["logits"]) < 1e-5
     assert relative_error(expected["rewritten"], expected["logits"]) < 1e-6

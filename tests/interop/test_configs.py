@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.families import family
 from jaxinfra.families.canonical import stated
+from jaxinfra.families.registry import family
 from jaxinfra.families.zoo import shape
 from jaxinfra.hub.published_model import differences, open_published
 from jaxinfra.interop.config_json import ModelJson

@@ -7,21 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxinfra.families import Family
+from jaxinfra.families.common import Family
 from jaxinfra.hub.export import Export, export_model
-from jaxinfra.hub.published_model import open_published
+from jaxinfra.hub.published_model import open_published, param_shapes
 from jaxinfra.interop.config_json import CONFIG, read_json
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
 from jaxinfra.interop.reading import read_params
-from jaxinfra.interop.safetensors import Weights
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.sharding import Partitioner
-from tests.interop.conftest import References, published, read_tensor
+from jaxinfra.parallel.spec import leaves_by_name
+from tests.interop.conftest import References, content, published
 from tests.interop.references import TINY
 from tests.interop.torch_python import needs_torch
 from tests.models.harness import BuiltDecoder, build, relative_error
@@ -41,26 +40,31 @@ def read_weights(folder: Path, found: Family, built: BuiltDecoder) -> dict[str, 
     opened = open_folder(str(folder))
     is_model = opened.exists(CONFIG)
     weights = open_weights(opened, read_quantization(read_json(opened)) if is_model else None)
-    flat, tree = jax.tree.flatten_with_path(built.specs)
-    specs = {".".join(str(key.key) for key in path): spec for path, spec in flat}
+    specs = leaves_by_name(built.specs)
     bindings = found.bindings(built.config, {path: spec.shape for path, spec in specs.items()}, weights.tensors)
     params = {}
     for path, spec in specs.items():
         sharding = NamedSharding(built.mesh, built.partitioner.stored_spec("", spec))
         params[path] = jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding)
     arrays = read_params(weights, bindings, params)
-    return jax.tree.unflatten(tree, [arrays[path] for path in specs])
+    return jax.tree.unflatten(jax.tree.structure(built.specs), [arrays[path] for path in specs])
+
+
+def logits_of(folder: Path, **batch: np.ndarray) -> tuple[jax.Array, BuiltDecoder, Any]:
+    """Reads a model; returns its logits of a batch, `[B, T, V]`, the model and its parameters."""
+    found, built = read_tiny(folder)
+    with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
+        params = read_weights(folder, found, built)
+        placed = {name: built.put_rows(array.astype("int32")) for name, array in batch.items()}
+        logits = jax.jit(lambda params, batch: built.model(params)(batch).materialize())(params, placed)
+    return logits, built, params
 
 
 def stored(folder: Path) -> dict[str, bytes]:
     """Dtype, shape and bytes of each tensor, but for those of images."""
-    weights = Weights(open_folder(str(folder)))
-    return {
-        name.removeprefix("language_model."): repr((tensor.dtype, tensor.shape)).encode()
-        + read_tensor(weights, name).tobytes()
-        for name, tensor in weights.tensors.items()
-        if not name.startswith(("vision_tower.", "vision_model.", "multi_modal_projector."))
-    }
+    images = ("vision_tower.", "vision_model.", "multi_modal_projector.")
+    found = content(folder).items()
+    return {name.removeprefix("language_model."): each for name, each in found if not name.startswith(images)}
 
 
 @needs_torch
@@ -107,7 +111,5 @@ def test_names_and_shapes_of_published_models_are_those_of_transformers(referenc
 
 def tensors(of: Family, shape: TransformerConfig, stored: Container[str] = ()) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the checkpoint of a model; `stored` are names that it has."""
-    _, specs = nnx.split(shape.build(Partitioner()))
-    flat = jax.tree.leaves_with_path(nnx.to_pure_dict(specs))
-    shapes = {".".join(str(key.key) for key in path): spec.shape for path, spec in flat}
-    return {name: binding.shape for binding in of.bindings(shape, shapes, stored) for name in binding.names}
+    bindings = of.bindings(shape, param_shapes(shape), stored)
+    return {name: binding.shape for binding in bindings for name in binding.names}

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer as Backend
 from jaxinfra.hub.published_model import open_published, param_shapes
 from jaxinfra.interop import safetensors
 from jaxinfra.interop.folder import open_folder
-from jaxinfra.interop.safetensors import Weights, header_of
-from tests.interop.conftest import read_tensor
+from jaxinfra.interop.safetensors import Weights
+from tests.interop.conftest import read_tensors, write_tensors
 from tests.refusals import names, refused
 from tests.servers.hub import REPOSITORY, HubServer
 from tests.tiny_run import Ended, launch
@@ -59,22 +59,12 @@ def write_config(folder: Path, **keys: Any) -> None:
     (folder / "config.json").write_text(json.dumps(found))
 
 
-def write_tensors(folder: Path, tensors: dict[str, np.ndarray], file: str = "model.safetensors") -> None:
-    header, _ = header_of((name, array.dtype, array.shape) for name, array in tensors.items())
-    (folder / file).write_bytes(header + b"".join(array.tobytes() for array in tensors.values()))
-
-
 def write_tokenizer(folder: Path, end: str) -> None:
     words = [end, *(f"w{index}" for index in range(1, VOCAB))]
     backend = Backend(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken(end, special=True)])
     (folder / "tokenizer.json").write_text(backend.to_str())
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    weights = Weights(open_folder(str(folder)))
-    return {name: read_tensor(weights, name) for name in weights.tensors}
 
 
 def check(folder: Path) -> Ended:
@@ -85,7 +75,7 @@ def check(folder: Path) -> Ended:
 
 
 def test_head_beside_its_embedding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = tensors(folder)
+    arrays = read_tensors(folder)
     for head in (arrays[EMBEDDING], arrays[EMBEDDING].astype("f8")):
         write_tensors(folder, arrays | {HEAD: head})
         assert check(folder).code == 0
@@ -283,7 +273,7 @@ def test_pieces_of_files_are_escaped_and_short(folder: Path, odd: str) -> None:
         write_config(folder, **keys)
         quotes(check(folder), "config.json", start, code=81)
     write_config(folder)
-    arrays = tensors(folder)
+    arrays = read_tensors(folder)
     write_tensors(folder, arrays | {odd: arrays[EMBEDDING]})
     quotes(check(folder), "model.safetensors", start, code=78)
     index = {"weight_map": dict.fromkeys([*arrays, odd], "model.safetensors")}
@@ -311,7 +301,7 @@ def header(text: str) -> bytes:
 
 
 def test_tensor_that_is_there_twice(folder: Path) -> None:
-    arrays, path = tensors(folder), folder / "model.safetensors"
+    arrays, path = read_tensors(folder), folder / "model.safetensors"
     size = arrays[EMBEDDING].nbytes
     twice = ",".join(
         f'"x.norm":{{"dtype":"F32","shape":[{VOCAB},16],"data_offsets":[{start},{start + size}]}}'

@@ -28,13 +28,14 @@ from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop import writing
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.reading import file_order
-from jaxinfra.interop.safetensors import Weights, header_of
+from jaxinfra.interop.safetensors import Weights
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import leaves_by_name
-from tests.interop.conftest import read_tensor
+from jaxinfra.processes.peers import Peers
+from tests.interop.conftest import content, read_tensors, write_tensors
 from tests.refusals import refused
 from tests.servers.fixtures import Server
 from tests.servers.hub import REPOSITORY, HubServer
@@ -58,15 +59,6 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = launch("hub", "export", str(trained), str(out))
     assert ended.code == 0, ended
     return out
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Dtype, shape and bytes of each tensor."""
-    weights = Weights(open_folder(str(folder)))
-    return {
-        name: repr((tensor.dtype, tensor.shape)).encode() + read_tensor(weights, name).tobytes()
-        for name, tensor in weights.tensors.items()
-    }
 
 
 def test_export_is_checked_and_sampled(trained: Path, exported: Path) -> None:
@@ -154,7 +146,7 @@ def test_two_processes_sample_published_weights(exported: Path, tmp_path: Path) 
 def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_published(f"hf:{exported}")
     program = sampling_program(open_language_model(f"hf:{exported}").run, jax.devices())
-    params = load_params(f"hf:{exported}", program).params
+    params = load_params(f"hf:{exported}", program, Peers()).params
     leaves = leaves_by_name(params)
     bindings = model.bindings({path: leaf.shape for path, leaf in leaves.items()}, model.weights())
     out = tmp_path / "out"
@@ -224,11 +216,9 @@ def edit_config(folder: Path, **keys: Any) -> None:
 
 def rewrite(folder: Path, change: Any) -> None:
     """Rewrites the tensors, `{name: array}`, as `change` leaves them."""
-    weights = Weights(open_folder(str(folder)))
-    arrays = {name: read_tensor(weights, name) for name in weights.tensors}
+    arrays = read_tensors(folder)
     change(arrays)
-    header, _ = header_of((name, array.dtype, array.shape) for name, array in arrays.items())
-    (folder / "model.safetensors").write_bytes(header + b"".join(array.tobytes() for array in arrays.values()))
+    write_tensors(folder, arrays)
 
 
 def test_damaged_files(copy: Path) -> None:

@@ -4,27 +4,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxinfra.families import family
+from jaxinfra.families.registry import family
+from jaxinfra.hub.published_model import param_shapes
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Binding
-from jaxinfra.parallel.sharding import Partitioner
 from tests.interop.references import TINY
 
 
 def bindings_of(keys: dict[str, Any]) -> list[Binding]:
     of = family(keys["model_type"], "")
     model = of.read(ModelJson(keys))
-    specs = nnx.to_pure_dict(nnx.split(model.build(Partitioner()))[1])
-    return of.bindings(model, shapes_by_path(specs))
-
-
-def shapes_by_path(specs: dict[str, Any], before: str = "") -> dict[str, tuple[int, ...]]:
-    found = dict[str, tuple[int, ...]]()
-    for name, spec in specs.items():
-        found |= shapes_by_path(spec, f"{before}{name}.") if isinstance(spec, dict) else {f"{before}{name}": spec.shape}
-    return found
+    return of.bindings(model, param_shapes(model))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.families import family
+from jaxinfra.families.registry import family
 from jaxinfra.hub.export import Export, export_model
 from jaxinfra.hub.params import load_published
 from jaxinfra.hub.published_model import open_published

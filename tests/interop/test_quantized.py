@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.quantized import open_weights, read_quantization
-from jaxinfra.interop.safetensors import Weights, header_of
-from tests.interop.conftest import read_tensor
-from tests.interop.test_families import read_tiny, read_weights
+from jaxinfra.interop.safetensors import Weights
+from tests.interop.conftest import read_tensor, write_tensors
+from tests.interop.test_families import logits_of
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.models.harness import relative_error
 from tests.refusals import raises
@@ -76,22 +75,15 @@ def test_mxfp4_is_that_of_transformers_for_every_scale(packed: Path) -> None:
 @needs_torch
 @pytest.mark.slow(5)
 def test_a_model_with_mxfp4_has_the_logits_of_transformers(packed: Path) -> None:
-    found, built = read_tiny(packed / "model")
     expected = np.load(packed / "model.npz")
-    with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
-        params = read_weights(packed / "model", found, built)
-        tokens = built.put_rows(expected["tokens"].astype("int32"))
-        logits = jax.jit(lambda params, tokens: built.model(params)({"inputs": tokens}).materialize())(params, tokens)
+    logits, _, _ = logits_of(packed / "model", inputs=expected["tokens"])
     assert relative_error(logits, expected["logits"]) < 1e-5
     assert (logits.argmax(-1) == expected["logits"].argmax(-1)).all()
 
 
 def write(folder: Path, **tensors: np.ndarray) -> Path:
     """Writes a checkpoint; `__` in names stands for a dot."""
-    named = {name.replace("__", "."): array for name, array in tensors.items()}
-    header, _ = header_of((name, array.dtype, array.shape) for name, array in named.items())
-    content = header + b"".join(array.tobytes() for array in named.values())
-    (folder / "model.safetensors").write_bytes(content)
+    write_tensors(folder, {name.replace("__", "."): array for name, array in tensors.items()})
     return folder
 
 

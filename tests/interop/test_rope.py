@@ -12,10 +12,11 @@ from jaxinfra.inference.language_model import LanguageModel
 from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
+from jaxinfra.processes.peers import Peers
 from jaxinfra.run import Precision, Run
 from tests.interop.conftest import References
 from tests.interop.references import DOCUMENTS, PROMPTS
-from tests.interop.test_families import read_tiny, read_weights
+from tests.interop.test_families import logits_of, read_tiny
 from tests.interop.torch_python import needs_torch
 from tests.models.harness import relative_error
 from tests.tiny_run import launch
@@ -28,15 +29,11 @@ NAME = "phi3-long"
 def test_packed_documents_are_those_of_each_alone_in_transformers(references: References) -> None:
     """Packs documents of 17 tokens, more than the original length, and of 7, without padding."""
     expected = references.arrays(NAME)
-    found, built = read_tiny(references.folder / NAME)
     rows = len(expected["tokens"])
     positions = np.tile(np.concatenate([np.arange(length) for length in DOCUMENTS]), (rows, 1))
     segments = np.tile(np.repeat([1, 2], DOCUMENTS), (rows, 1))
-    with jax.set_mesh(built.mesh), jax.default_matmul_precision("highest"):
-        params = read_weights(references.folder / NAME, found, built)
-        batch = {"inputs": expected["tokens"], "positions": positions, "segments": segments}
-        placed = {name: built.put_rows(array.astype("int32")) for name, array in batch.items()}
-        logits = jax.jit(lambda params, batch: built.model(params)(batch).materialize())(params, placed)
+    batch = {"inputs": expected["tokens"], "positions": positions, "segments": segments}
+    logits, _, _ = logits_of(references.folder / NAME, **batch)
     assert relative_error(logits, expected["documents"]) < 1e-5
 
 
@@ -47,7 +44,7 @@ def sampler_of(folder: Path) -> Sampler:
     run = Run(name="published", model=built.config, data=data, precision=Precision(compute="float32"))
     model = LanguageModel(run=run, tokenizer=ByteTokenizer("<|end|>"), first_tokens=(), max_length=64, end_ids=())
     program = sampling_program(run, jax.devices())
-    return Sampler(model, program, load_params(f"hf:{folder}", program).params)
+    return Sampler(model, program, load_params(f"hf:{folder}", program, Peers()).params)
 
 
 @needs_torch

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import StorageError
-from jaxinfra.launchers.launcher import Patience, ProcessExit, exit_code, launch
+from jaxinfra.launchers import launcher
+from jaxinfra.launchers.launcher import ProcessExit, exit_code, launch
 from jaxinfra.machine import COMPILE_ANEW
 from tests.refusals import raises
 from tests.tiny_run import is_running
 from tests.track import demo
 
-DEFAULT = Patience()
 HEAD = """\
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -47,11 +47,11 @@ except KeyboardInterrupt:
 """
 
 
-def run(folder: Path, code: str, ranks: int = 3, patience: Patience = DEFAULT) -> int:
+def run(folder: Path, code: str, ranks: int = 3) -> int:
     """Launches a script in this process."""
     (folder / "stub.py").write_text(HEAD + code)
     environments = [{"RANK": str(rank), "FOLDER": str(folder)} for rank in range(ranks)]
-    return launch([sys.executable, str(folder / "stub.py")], environments, folder / "logs", patience=patience)
+    return launch([sys.executable, str(folder / "stub.py")], environments, folder / "logs")
 
 
 @pytest.fixture
@@ -180,10 +180,12 @@ def test_the_others_leave_by_themselves(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().err == ""
 
 
-def test_those_that_hang_are_told_then_killed(tmp_path: Path) -> None:
+def test_those_that_hang_are_told_then_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "LEAVE_S", 0.2)
+    monkeypatch.setattr(launcher, "TERMINATE_S", 0.5)
     code = TOLD + "while rank == 1 and not (folder / 'up-0').exists(): time.sleep(0.01)\n"
     code += "if rank == 1: sys.exit(81)\nwhile True: time.sleep(1)"
-    assert run(tmp_path, code, ranks=2, patience=Patience(leave_s=0.2, terminate_s=0.5)) == 81
+    assert run(tmp_path, code, ranks=2) == 81
     assert (tmp_path / "told-0").read_text() == "x"
     assert "SIGKILL" in (tmp_path / "logs/rank-0.log").read_text()
 

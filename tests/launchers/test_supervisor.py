@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.cli.main import EXIT_CODES
-from jaxinfra.launchers.launcher import Patience
+from jaxinfra.launchers import launcher
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
 from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
 from tests.conftest import ROOT
@@ -32,7 +32,13 @@ def die(number):
     time.sleep(60)
 """
 """Counts its starts in the files start-RANK-N; `number` is that of earlier ones."""
-QUICK = Patience(leave_s=1.0, terminate_s=1.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other processes get little time when one has failed."""
+    monkeypatch.setattr(launcher, "LEAVE_S", 1.0)
+    monkeypatch.setattr(launcher, "TERMINATE_S", 1.0)
 
 
 def run(
@@ -47,7 +53,6 @@ def run(
         logs=folder / "logs",
         logs_location="LOGS",
         first_rank=first_rank,
-        patience=QUICK,
     )
     return supervise(what, limits or RestartLimits(scale=0.01), attempts.append), attempts
 

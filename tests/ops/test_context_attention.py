@@ -38,7 +38,7 @@ class Case:
     num_kv_heads: int = 2
     head_dim: int = 8
     value_dim: int = 8
-    blocks: BlockAttention | None = None
+    implementation: BlockAttention | None = None
 
     @property
     def sharding(self) -> SequenceSharding:
@@ -73,17 +73,8 @@ def sharded_values_and_gradients(case: Case) -> list[np.ndarray]:
         noise = put(np.random.default_rng(1).normal(size=shape).astype(np.float32), *axes, None)
 
         def loss(q, k, v, noise, ids):
-            y = context_parallel_attention(
-                q,
-                k,
-                v,
-                case.spec,
-                sharding=case.sharding,
-                platform="cpu",
-                ids_BT=ids,
-                method=case.method,
-                blocks=case.blocks,
-            )
+            options = {"platform": "cpu", "ids_BT": ids, "method": case.method, "implementation": case.implementation}
+            y = context_parallel_attention(q, k, v, case.spec, sharding=case.sharding, **options)
             return jnp.sum(y * noise), y
 
         ids = case.ids()
@@ -141,8 +132,8 @@ def test_keys_pass_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def splash_case(**changes: Any) -> Case:
-    sizes = {"batch": 1, "seq_len": 512, "head_dim": 64, "value_dim": 64}
-    return Case(**{"mesh": MeshConfig(fsdp=1, context=2), **sizes, "blocks": SPLASH_BLOCKS_INTERPRETED, **changes})
+    sizes = {"batch": 1, "seq_len": 512, "head_dim": 64, "value_dim": 64, "mesh": MeshConfig(fsdp=1, context=2)}
+    return Case(**{**sizes, "implementation": SPLASH_BLOCKS_INTERPRETED, **changes})
 
 
 SPLASH = {

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 
-from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule, format_schedule, make_schedule
+from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineConfig, PipelineSchedule, format_schedule
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("interleaved", 3)]
 SIZES = [(1, 1), (1, 3), (2, 1), (2, 2), (2, 8), (3, 6), (4, 4), (4, 12), (8, 16)]
 
 SCHEDULES = [
-    make_schedule(name, stages=stages, microbatches=microbatches, chunks=chunks)
+    PipelineConfig(schedule=name, chunks=chunks).make_schedule(stages, microbatches)
     for (name, chunks), (stages, microbatches) in itertools.product(KINDS, SIZES)
     if chunks == 1 or microbatches % stages == 0
 ]
@@ -89,7 +89,7 @@ def test_the_bubble_is_that_of_the_formula(schedule: PipelineSchedule) -> None:
 def test_zero_bubble_is_faster_only_with_few_microbatches() -> None:
     """Separate weight gradients cost another forward pass each: faster than 1F1B if 2 M < S - 1."""
     for stages, microbatches in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
-        split, whole = (make_schedule(n, stages=stages, microbatches=microbatches) for n in ("zero_bubble", "1f1b"))
+        split, whole = (PipelineConfig(schedule=n).make_schedule(stages, microbatches) for n in ("zero_bubble", "1f1b"))
         assert (split.total_cost < whole.total_cost) == (2 * microbatches < stages - 1)
 
 
@@ -97,26 +97,26 @@ def test_zero_bubble_is_faster_only_with_few_microbatches() -> None:
 def test_1f1b_saves_a_bounded_number_of_inputs(stages: int) -> None:
     """Stage s saves 2 (S - 1 - s) + 1: a microbatch goes to the end and back. GPipe saves them all."""
     for microbatches in (2 * stages, 32, 128):
-        schedule = make_schedule("1f1b", stages=stages, microbatches=microbatches)
+        schedule = PipelineConfig(schedule="1f1b").make_schedule(stages, microbatches)
         assert schedule.in_flight == tuple(2 * (stages - 1 - s) + 1 for s in range(stages))
         assert schedule.num_slots == 2 * stages - 1
-        assert make_schedule("gpipe", stages=stages, microbatches=microbatches).num_slots == microbatches
+        assert PipelineConfig(schedule="gpipe").make_schedule(stages, microbatches).num_slots == microbatches
 
 
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_interleaved_saves_a_bounded_number_of_inputs(chunks: int) -> None:
     """(V + 1) S - 1 inputs of chunks."""
     for microbatches in (16, 32, 128):
-        schedule = make_schedule("interleaved", stages=4, microbatches=microbatches, chunks=chunks)
+        schedule = PipelineConfig(schedule="interleaved", chunks=chunks).make_schedule(4, microbatches)
         assert schedule.num_slots == (chunks + 1) * 4 - 1
 
 
 def test_zero_bubble_saves_a_bounded_number_of_inputs() -> None:
-    assert {make_schedule("zero_bubble", stages=4, microbatches=m).num_slots for m in (8, 32, 128)} == {7}
+    assert {PipelineConfig(schedule="zero_bubble").make_schedule(4, m).num_slots for m in (8, 32, 128)} == {7}
 
 
 def test_format_schedule() -> None:
-    assert format_schedule(make_schedule("1f1b", stages=3, microbatches=3)) == [
+    assert format_schedule(PipelineConfig(schedule="1f1b").make_schedule(3, 3)) == [
         "stage 0  F0  F1  F2     .      B0     B1  B2",
         "stage 1  .   F0  F1     F2 B0  B1     B2  .",
         "stage 2  .   .   F0 B0  F1 B1  F2 B2  .   .",
@@ -124,11 +124,11 @@ def test_format_schedule() -> None:
 
 
 def test_format_schedule_leaves_out_the_middle_of_a_long_table() -> None:
-    rows = format_schedule(make_schedule("1f1b", stages=2, microbatches=64), width=6)
+    rows = format_schedule(PipelineConfig(schedule="1f1b").make_schedule(2, 64), width=6)
     assert all(row.count("...") == 1 for row in rows)
     assert rows[0].startswith("stage 0  F0") and rows[0].endswith("B63")
 
 
 def test_format_schedule_names_chunks_by_letters() -> None:
-    first = format_schedule(make_schedule("interleaved", stages=2, microbatches=2, chunks=2))[0]
+    first = format_schedule(PipelineConfig(schedule="interleaved", chunks=2).make_schedule(2, 2))[0]
     assert first.split()[2:6] == ["F0a", "F1a", "F0b", "F1b"]

@@ -63,7 +63,7 @@ def kind(run: Run) -> str:
 
 def allowed(case: Case) -> bool:
     """Returns whether the run fits the mesh, in the dimensions in which these runs differ."""
-    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.pipeline_layers
+    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.pipeline_periods
     if mesh.context > 1 and isinstance(case.run.data, ImageData):
         return False
     if pipeline.schedule == "interleaved":

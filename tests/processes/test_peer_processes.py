@@ -21,10 +21,12 @@ from jaxinfra.errors import JaxinfraError
 from jaxinfra.processes import join
 from jaxinfra.processes import connected_peers
 from jaxinfra.processes.connected_peers import ConnectedPeers
+from jaxinfra.processes.discovery import Processes
 connected_peers.GRACE_S = 0.5
 address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 try:
-    peers = ConnectedPeers(address, count, index, join_s=20.0, silence_s=3.0)
+    found = Processes(coordinator=address, count=count, index=index, local_devices=None, source="test")
+    peers = ConnectedPeers(found, join_s=20.0, silence_s=3.0)
 except JaxinfraError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(error.exit_code)

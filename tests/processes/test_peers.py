@@ -21,7 +21,7 @@ from jaxinfra.storage.errors import is_storage_error
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.tracker import MultiTracker
 from tests.refusals import names, raises
-from tests.several import free_address
+from tests.several import free_address, one_of
 
 STRANGERS = 200
 
@@ -34,7 +34,7 @@ def connect(
 
     def join(member: tuple[int, int]) -> Peers | JaxinfraError:
         try:
-            return ConnectedPeers(address, member[1], member[0], join_s=join_s, silence_s=60.0, known_hosts=hosts)
+            return ConnectedPeers(one_of(address, member[1], member[0], hosts), join_s=join_s, silence_s=60.0)
         except JaxinfraError as error:
             return error
 
@@ -95,7 +95,7 @@ def test_missing_processes_are_named() -> None:
 def test_a_process_with_another_secret_is_named_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
     address, hello = free_address(), {"index": 1, "count": 2, "host": "x", "version": __version__}
     with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=5.0)
+        first = threads.submit(ConnectedPeers, one_of(address, 2, 0), secret="known", join_s=5.0)
         with raises(ConfigError, f"process 0 {address} another secret JAXINFRA_SECRET"):
             peer_connection.connect(address, "old", hello, 60.0, "x")
         with raises(PeerLostError, "process 1 of 2: joined 127.0.0.1 another secret JAXINFRA_SECRET"):
@@ -218,7 +218,9 @@ def test_a_stopped_process_holds_up_no_others() -> None:
     """The values of a round are more than the connection to it holds."""
     address = free_address()
     with ThreadPoolExecutor(2) as threads:
-        joining = [threads.submit(ConnectedPeers, address, 3, index, join_s=60.0, silence_s=20.0) for index in (0, 2)]
+        joining = [
+            threads.submit(ConnectedPeers, one_of(address, 3, index), join_s=60.0, silence_s=20.0) for index in (0, 2)
+        ]
         with member(address, 1, 3, {"kind": "value", "round": "main 1", "value": {"value": 0}}):
             peers = [each.result() for each in joining]
             values = [*threads.map(lambda each: each.gather("x" * 10**7), peers)]
@@ -233,7 +235,7 @@ def test_a_stopped_process_holds_up_no_others() -> None:
 def test_a_member_that_leaves_out_a_field() -> None:
     address = free_address()
     with ThreadPoolExecutor(1) as threads:
-        joining = threads.submit(ConnectedPeers, address, 2, 0, join_s=60.0)
+        joining = threads.submit(ConnectedPeers, one_of(address, 2, 0), join_s=60.0)
         with (
             member(address, 1, 2, {"kind": "leave"}),
             raises(PeerLostError, "process 1 protocol"),
@@ -245,7 +247,7 @@ def test_a_member_that_leaves_out_a_field() -> None:
 def test_another_program_at_the_address_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        joining = threads.submit(ConnectedPeers, address, 2, 1, join_s=60.0)
+        joining = threads.submit(ConnectedPeers, one_of(address, 2, 1), join_s=60.0)
         channel, _ = server.accept()
         with channel:
             channel.sendall(b"HTTP/1.1 400 Bad Request\r\n")
@@ -255,7 +257,7 @@ def test_another_program_at_the_address_is_named() -> None:
 
 def test_a_host_whose_name_is_impossible() -> None:
     with raises(ConfigError, "node1..cluster:8476 --coordinator"):
-        ConnectedPeers("node1..cluster:8476", 2, 1, join_s=1.0)
+        ConnectedPeers(one_of("node1..cluster:8476", 2, 1), join_s=1.0)
 
 
 def test_a_value_that_is_too_long(three: list[Peers]) -> None:
@@ -271,14 +273,14 @@ def test_strangers_change_nothing() -> None:
     old = b'{"kind": "hello", "index": 1, "count": 2, "host": "x"}\n'
     garbage = b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"[" * 5000, os.urandom(5000), b"", old
     with ThreadPoolExecutor(2) as threads, ExitStack() as open_until_the_end:
-        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=60.0)
+        first = threads.submit(ConnectedPeers, one_of(address, 2, 0), secret="known", join_s=60.0)
         for secret in "", "guessed":
             with raises(ConfigError, f"process 0 {address} another secret JAXINFRA_SECRET root="):
                 peer_connection.connect(address, secret, hello, 60.0, "x")
         for sent in *garbage, json.dumps(proof).encode() + b"\n":
             stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=60)
             open_until_the_end.enter_context(stranger).sendall(sent)
-        second = threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=60.0)
+        second = threads.submit(ConnectedPeers, one_of(address, 2, 1), secret="known", join_s=60.0)
         peers = [first.result(), second.result()]
         assert together(peers, lambda each: each.gather(each.index)) == [[0, 1], [0, 1]]
         together(peers, lambda each: each.leave())
@@ -289,10 +291,10 @@ def test_an_odd_hello_without_a_secret_is_no_process() -> None:
     address, hello = free_address(), {"index": 1, "count": 2, "host": "x", "version": __version__}
     odd = None, [], {}, {**hello, "index": 2}, {**hello, "index": "1"}, {**hello, "host": None}, {**hello, "index": -1}
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(ConnectedPeers, address, 2, 0, join_s=60.0)
+        first = threads.submit(ConnectedPeers, one_of(address, 2, 0), join_s=60.0)
         for each in odd:
             peer_connection.connect(address, "", each, 60.0, "x").close()
-        peers = [threads.submit(ConnectedPeers, address, 2, 1, join_s=60.0).result(), first.result()]
+        peers = [threads.submit(ConnectedPeers, one_of(address, 2, 1), join_s=60.0).result(), first.result()]
         together(peers, lambda each: each.leave())
 
 
@@ -300,7 +302,7 @@ def test_many_strangers_hold_up_nobody() -> None:
     """They stay, and send nothing or a part; process 0 keeps only so many of them open."""
     address = free_address()
     with ThreadPoolExecutor(2) as threads, ExitStack() as stay:
-        first = threads.submit(ConnectedPeers, address, 2, 0, secret="known", join_s=60.0)
+        first = threads.submit(ConnectedPeers, one_of(address, 2, 0), secret="known", join_s=60.0)
         before = len(os.listdir("/proc/self/fd"))
         hello = {"index": 1, "count": 2, "host": "x", "version": __version__}
         with raises(ConfigError, "another secret"):  # it listens
@@ -308,7 +310,10 @@ def test_many_strangers_hold_up_nobody() -> None:
         for number in range(STRANGERS):
             stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=60)
             stay.enter_context(stranger).sendall(b"{" * (number % 2))
-        peers = [threads.submit(ConnectedPeers, address, 2, 1, secret="known", join_s=60.0).result(), first.result()]
+        peers = [
+            threads.submit(ConnectedPeers, one_of(address, 2, 1), secret="known", join_s=60.0).result(),
+            first.result(),
+        ]
         deadline_s = time.monotonic() + 600
         while len(os.listdir("/proc/self/fd")) >= before + STRANGERS + 90:  # a thread closes each that is turned away
             assert time.monotonic() < deadline_s

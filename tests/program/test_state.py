@@ -70,12 +70,6 @@ def test_first_values_are_the_same_to_the_last_bit_on_every_mesh() -> None:
         assert {path for path, one in wanted.items() if not np.array_equal(one, found[path])} == set(), mesh
 
 
-def test_first_values_know_no_mesh_as_optimized() -> None:
-    """As a run compiles them, on one device and on a mesh of three axes."""
-    wanted, found = first_values(MeshConfig(fsdp=1)), first_values(CUBE)
-    assert {path for path, one in wanted.items() if not np.array_equal(one, found[path])} == set()
-
-
 def test_a_step_gives_the_state_up_and_another_of_the_same_kind_back() -> None:
     """Shapes, dtypes and shardings of init, of the declared state and of a step are one: nothing compiles twice."""
     program = Case(run=DOCUMENTS, mesh=CUBE, accumulate=2).program()

@@ -15,6 +15,7 @@ from jaxinfra.inference.language_model import open_language_model
 from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
+from jaxinfra.processes.peers import Peers
 from jaxinfra.tasks.harness import Tasks
 from jaxinfra.track.jsonl import read_metrics
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
@@ -43,7 +44,7 @@ class Reference:
     def __init__(self, trained: Path):
         self.model = open_language_model(trained)
         program = sampling_program(self.model.run, jax.devices()[:1])
-        params = load_params(trained, program).params
+        params = load_params(trained, program, Peers()).params
         self.sampler = Sampler(self.model, program, params)
         self._logits = jax.jit(lambda ids: program.model(params)({"inputs": ids}).materialize())
 

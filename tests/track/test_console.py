@@ -10,7 +10,7 @@ import time
 
 from rich.console import Console
 
-from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, RunProgress
+from jaxinfra.track.console import ConsoleTracker, PlainTextTracker, ProgressBarTracker
 from tests.track import demo
 
 
@@ -108,13 +108,13 @@ def test_plain_prints_once_every_log_every_steps_however_often_it_is_told(tmp_pa
 
 
 def test_eta_counts_from_the_first_log_after_a_resume():
-    progress = RunProgress(100, 200)
-    assert math.isnan(progress.eta_s())
-    assert progress.is_compiling
-    progress.finish_step(101)
-    assert not progress.is_compiling
-    assert math.isnan(progress.eta_s())
+    tracker = ConsoleTracker(Console(file=(out := io.StringIO())), "runs/x")
+    tracker.start({}, {}, start_step=100, total_steps=200)
+    assert math.isnan(tracker.eta_s())
+    tracker.finish_step(101)  # it is compiled
+    assert math.isnan(tracker.eta_s())
     time.sleep(0.02)
-    progress.finish_step(102)
-    assert 0.02 * 98 <= progress.eta_s() < 20 * 98
-    assert progress.steps() == "102/200"
+    tracker.finish_step(102)
+    assert 0.02 * 98 <= tracker.eta_s() < 20 * 98
+    tracker.log_save(102)
+    assert "step 102/200" in out.getvalue()

@@ -36,7 +36,8 @@ def write_run(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(record(root="Run")))
     for start in (0, 6):
         phases = Phases()
-        ledger = Ledger(folder / GOODPUT_FILE, phases)
+        ledger = Ledger(phases)
+        ledger.open(folder / GOODPUT_FILE)
         tracker = JsonlTracker(folder)
         tracker.start({}, {}, start_step=start, total_steps=12)
         phases.resume(start)
@@ -117,7 +118,8 @@ def resume(folder: Path) -> None:
     """Opens the files as the next start of the run does."""
     RunDirectory(folder).summary()
     SkippedSamples(folder, Peers(), NO_BATCHES, start_step=6, is_on=True)
-    ledger = Ledger(folder / GOODPUT_FILE, Phases())
+    ledger = Ledger(Phases())
+    ledger.open(folder / GOODPUT_FILE)
     tracker = JsonlTracker(folder)
     tracker.start({}, {}, start_step=6, total_steps=12)
     tracker.log(7, {"loss": 1.0})

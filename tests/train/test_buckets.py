@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from tests.refusals import names, refused
 from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, ended, launch
+from tests.train.until import until
 
 
 def losses(url: str) -> dict[int, str]:
@@ -114,13 +114,7 @@ def newest_step(url: str) -> int:
 
 
 def wait_for_saves(url: str, count: int, children: list[subprocess.Popen]) -> None:
-    deadline_s = time.monotonic() + 600
-    while True:
-        if newest_step(url) >= 5 * count:
-            return
-        assert all(child.poll() is None for child in children), [child.communicate() for child in children]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    until(lambda: newest_step(url) >= 5 * count, *children)
 
 
 def test_two_starts_of_one_run(server: Server, tiny: Tiny) -> None:

@@ -140,9 +140,8 @@ def test_the_guard_goes_on_where_the_last_start_has_stopped() -> None:
     for step, loss in enumerate(losses[:9], 1):
         guard.look(step, loss, skipped=False)
     for each in (guard, Guard(config, json.loads(json.dumps(guard.history)))):
-        with pytest.raises(Rewind, match="10: the loss 3.5000 is 1") as caught:
+        with pytest.raises(Rewind, match="10: the loss 3.5000 is 1"):
             each.look(10, losses[9], skipped=False)
-        assert caught.value.first_bad == 10
 
 
 def test_ranges_that_touch_are_joined(tiny: Tiny) -> None:

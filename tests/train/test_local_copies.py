@@ -15,6 +15,7 @@ from jaxinfra.config import load
 from jaxinfra.errors import PeerLostError, StorageError
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.processes.peers import Peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
@@ -28,7 +29,8 @@ from tests.tiny_run import Ended, Tiny, ended
 def parameters(tiny: Tiny, name: str) -> list[np.ndarray]:
     run = with_mesh_size(load(tiny.directory(name) / "run.json", ["mesh.fsdp=1"], Run).run, 1)
     program = Program(run, make_mesh(run.mesh, jax.devices()[:1]))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_params(tiny.directory(name), program).params)]
+    loaded = load_params(tiny.directory(name), program, Peers())
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(loaded.params)]
 
 
 _usage = shutil.disk_usage

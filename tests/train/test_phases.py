@@ -18,6 +18,7 @@ from jaxinfra.train.watch import deadline_s
 from tests.refusals import names
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, ended, launch
+from tests.train.until import until
 
 
 def test_phases_sum_to_the_time_whoever_reads() -> None:
@@ -45,33 +46,30 @@ def test_an_inner_phase_takes_its_time_from_the_outer_one() -> None:
     phases.enter("step")
     with pytest.raises(ValueError, match="late"), phases("save"):
         with phases.first("f"):
-            assert phases.progress().phase == "compile"
+            assert phases.current == "compile"
         with phases.first("f"):
-            assert phases.progress().phase == "save"
+            assert phases.current == "save"
         raise ValueError("late")
-    assert phases.progress().phase == "step" and left == ["init", "compile", "save"]
+    assert phases.current == "step" and left == ["init", "compile", "save"]
 
 
 def test_the_deadline_of_a_step_follows_its_median() -> None:
     phases, config = Phases(), WatchdogConfig(step_s=1.0, step_factor=10.0, compile_s=99.0, data_s=7.0, other_s=None)
-    assert deadline_s(config, phases, phases.progress()) is None
+    assert deadline_s(config, phases, phases.current) is None
     phases.resume(20)
     phases.enter("step")
-    assert deadline_s(config, phases, phases.progress()) == 99.0, "the first step may compile more"
+    assert deadline_s(config, phases, phases.current) == 99.0, "the first step may compile more"
     for step in range(21, 24):
         time.sleep(0.25)
         phases.finish_step(step)
-    assert 2.5 <= (deadline_s(config, phases, phases.progress()) or 0) < 10
+    assert 2.5 <= (deadline_s(config, phases, phases.current) or 0) < 10
     with phases("data"):
-        assert deadline_s(config, phases, phases.progress()) == 7.0
+        assert deadline_s(config, phases, phases.current) == 7.0
 
 
 def wait_for_steps(tiny: Tiny, name: str, least: int, children: list[subprocess.Popen]) -> None:
-    metrics, deadline_s = tiny.directory(name) / "metrics.jsonl", time.monotonic() + 600
-    while not metrics.exists() or max((row["step"] for row in read_metrics(metrics)), default=0) < least:
-        assert all(child.poll() is None for child in children), [child.communicate() for child in children]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    metrics = tiny.directory(name) / "metrics.jsonl"
+    until(lambda: metrics.exists() and any(row["step"] >= least for row in read_metrics(metrics)), *children)
 
 
 @pytest.mark.slow(25)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,23 +11,16 @@ from jaxinfra.errors import ConfigError, HungError, Preempted
 from tests.refusals import names
 from tests.several import all_ended, free_address, several
 from tests.tiny_run import Tiny, ended, start
+from tests.train.until import until
 
 MESH = ("mesh.replica=2", "mesh.fsdp=2")
 
 
-def wait_for_step(tiny: Tiny, name: str, step: int, children: list[subprocess.Popen]) -> None:
-    metrics = tiny.directory(name) / "metrics.jsonl"
-    deadline_s = time.monotonic() + 600
-    while not (metrics.exists() and metrics.read_text().count('"loss"') >= step):
-        assert all(child.poll() is None for child in children), [child.communicate() for child in children]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-
-
 @pytest.mark.slow(15)
 def test_the_others_say_that_the_first_process_is_silent(tiny: Tiny) -> None:
+    metrics = tiny.directory("long") / "metrics.jsonl"
     with several(str(tiny.config), *MESH, "name=long", "train.steps=100000") as children:
-        wait_for_step(tiny, "long", 3, children)
+        until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, *children)
         children[0].send_signal(signal.SIGSTOP)
         survivor = ended(children[1])
         assert survivor.code == HungError.exit_code, survivor

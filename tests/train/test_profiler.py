@@ -2,8 +2,6 @@
 
 import re
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ from jaxinfra.train import profiler as profiler_module
 from jaxinfra.train.profiler import TEXT_FILE, Profiler
 from tests.refusals import mend, refused
 from tests.tiny_run import Tiny, ended
+from tests.train.until import until
 
 
 def profiled(folder: Path) -> str:
@@ -103,18 +102,10 @@ def test_a_signal_to_a_process(tiny: Tiny) -> None:
     long = ("train.steps=100000", "train.eval_every=none", "checkpoint.save_every=100000", "track.log_every=50")
     process = tiny.start("name=tiny", *long)
     metrics, folder = tiny.directory() / "metrics.jsonl", tiny.directory() / "profile"
-
-    def wait_until(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 600
-        while not condition():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n"))
+    until(lambda: metrics.exists() and metrics.read_text().count("\n"), process)
     for count in (1, 2):
         process.send_signal(signal.SIGUSR2)
-        wait_until(lambda count=count: len(list(folder.glob(f"*/{TEXT_FILE}"))) == count)
+        until(lambda count=count: len(list(folder.glob(f"*/{TEXT_FILE}"))) == count, process)
     process.send_signal(signal.SIGTERM)
     stopped = ended(process)
     assert stopped.code == 75, stopped

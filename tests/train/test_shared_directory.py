@@ -13,7 +13,7 @@ from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.processes.connected_peers import ConnectedPeers
 from jaxinfra.run_dir import RunDirectory
 from tests.refusals import names
-from tests.several import free_address
+from tests.several import free_address, one_of
 
 
 def results(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> list[JaxinfraError | None]:
@@ -23,8 +23,8 @@ def results(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> list[Ja
 
     def check(index: int) -> JaxinfraError | None:
         try:
-            with ConnectedPeers(address, len(folders), index, join_s=20.0) as peers:
-                RunDirectory(folders[index]).require_shared(peers)
+            with ConnectedPeers(one_of(address, len(folders), index), join_s=20.0) as peers:
+                RunDirectory(folders[index], peers).require_shared()
         except JaxinfraError as error:
             return error
         return None

@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 from tests.refusals import names, preempted
 from tests.several import free_address
 from tests.tiny_run import Tiny, ended, summary
+from tests.train.until import until
 
 SCRIPT = """\
 import sys, time
@@ -63,14 +64,6 @@ def start(tiny: Tiny, tmp_path: Path) -> Iterator[Start]:
     for child in started:
         child.kill()
         child.communicate()
-
-
-def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def saved(tiny: Tiny) -> list[int]:

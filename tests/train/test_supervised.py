@@ -3,32 +3,23 @@
 import json
 import os
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli import supervise
+from jaxinfra.cli import processes
 from jaxinfra.errors import PeerLostError, RunInUseError
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
 from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, ended
+from tests.train.until import until
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def until(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    deadline_s = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 def attempts(lines: bytes) -> list[dict]:
@@ -70,10 +61,10 @@ echo '{{"location": "runs/tiny"}}'
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
     if kills == 2:
-        assert supervise.run_location([]) == "runs/tiny"
+        assert processes.ask_location([]) == "runs/tiny"
     else:
         with raises(PeerLostError, "killed by SIGKILL"):
-            supervise.run_location([])
+            processes.ask_location([])
     for line in capsys.readouterr().err.splitlines():
         names(line, "warning: the run's directory killed by SIGKILL again")
 

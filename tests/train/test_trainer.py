@@ -93,7 +93,7 @@ def recorded(tiny: Tiny, *, done: int = 0, log_every: int = 1, **train: Any) -> 
 
 
 def fit(made: Recorded, late: Mapping[int, int] = MappingProxyType({})) -> str | None:
-    reason = made.loop.run(Batches(made.loop.completed_steps, late), made.job.run.train.steps)
+    reason = made.loop.run(Batches(made.loop.completed_steps, late).poll, made.job.run.train.steps)
     made.reporting.finish()
     return reason
 

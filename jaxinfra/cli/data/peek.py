@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from jaxinfra.run import Run, with_mesh_size
 _MAX_SAMPLES, _MAX_BATCH = 2**62, 2**24
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints the rows of the global batch that the process reads; ConfigError if there is no such process."""
     if options.rank >= options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
@@ -34,7 +33,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     print("\n".join(opened.epochs_at(before, global_batch)))
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
         print("\n".join(opened.format_rows(sample[None], int(row), options.chars)))
-    return 0
 
 
 def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str, int]:

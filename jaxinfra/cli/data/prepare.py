@@ -25,11 +25,12 @@ from jaxinfra.processes.requests import StopRequest
 _MEASURED_STAGES = ("tokens", "images")  # stages that run jobs, whose progress is known in bytes
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Makes a version of each store and prints what it holds; raises as `load_recipes` and `prepare`."""
     _check_options(options)
     if options.follow:
-        return _follow(options)
+        _follow(options)
+        return
     engine = options.engine or ENGINES[0]
     for recipe in load_recipes(options):
         validate(recipe)
@@ -37,7 +38,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             version = prepare(recipe, engine=engine, workers=options.workers, on_progress=on_progress)
         _print_version(version, "made")
         print("\n".join(describe_manifest(version.manifest)))
-    return 0
 
 
 def load_recipes(options: argparse.Namespace) -> list[Recipe]:
@@ -92,7 +92,7 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: {why}")
 
 
-def _follow(options: argparse.Namespace) -> int:
+def _follow(options: argparse.Namespace) -> None:
     """Follows a stream and prints each sealed version; raises as `follow`, and Preempted on Ctrl-C or SIGTERM."""
     (recipe, *others) = load_recipes(options)
     if others:
@@ -121,7 +121,6 @@ def _follow(options: argparse.Namespace) -> int:
         print("\n".join(describe_manifest(version.manifest)))
     if stop.reason is not None:
         raise Preempted(f"{stop.reason}: all that has arrived is kept; start the same command to go on")
-    return 0
 
 
 @contextmanager

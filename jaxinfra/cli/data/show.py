@@ -1,7 +1,6 @@
 """`python -m launch data show STORE`: shows what a store holds."""
 
 import argparse
-from collections.abc import Sequence
 
 from jaxinfra.cli.data.location import store_location
 from jaxinfra.data.inspect import describe_manifest, label_histogram, length_histogram, sample_documents
@@ -10,7 +9,7 @@ from jaxinfra.data.store.versions import list_versions
 from jaxinfra.storage.objects import ObjectStore
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints versions, counts, lengths and samples; ConfigError for a config file that names no store, or several."""
     location = store_location(options.store)
     store = Store.open(location, options.version)
@@ -20,7 +19,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"version      {version.fingerprint}  {version.created}")
     if store.manifest.kind == "images":
         print("\n".join(label_histogram(store)))
-        return 0
+        return
     text = TokenStore(store.storage, store.manifest)
     print("\n".join([*length_histogram(text), *sample_documents(text, options.samples, options.chars)]))
-    return 0

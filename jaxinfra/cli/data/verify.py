@@ -1,7 +1,6 @@
 """`python -m launch data verify STORE`: reads all of a store and compares it with its hashes."""
 
 import argparse
-from collections.abc import Sequence
 
 from jaxinfra.cli.data.location import store_location
 from jaxinfra.data.store.store import Store
@@ -11,7 +10,7 @@ from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 _MAX_LISTED = 100
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints each damaged block and the amount that was checked; DataError if something is damaged."""
     store = Store.open(store_location(options.store), options.version)
     count = num_bytes = 0
@@ -28,4 +27,3 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             f"{DAMAGED_VERSION_FIX}"
         )
     print(f"{store}: {count} files and blocks, {num_bytes:,} bytes, every hash fits")
-    return 0

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
 
 import numpy as np
 from rich.table import Column, Table
@@ -20,7 +19,7 @@ from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Prints the model, its tensors and the memory that it takes; raises if a tensor has no place in the model."""
     model = open_published(options.source)
     weights = model.check()
@@ -39,7 +38,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         soft_wrap=True,
     )
     outputs.write_json(options.json, facts)
-    return 0
 
 
 def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:

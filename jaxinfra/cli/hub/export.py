@@ -3,7 +3,6 @@
 import argparse
 import logging
 import time
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -26,7 +25,7 @@ from jaxinfra.track.runs import parse_source
 _log = logging.getLogger(__name__)
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Writes the folder in all processes; process 0 prints what it has written."""
     source = _with_step(options.run_dir, options.step)
     model = open_language_model(source, options.overrides, options.imports)
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     peers, start_s = current_peers(), time.monotonic()
     origin = _origin(source, model)
     with compile_cache(model.run.train.compile_cache):
-        loaded = load_params(source, program)
+        loaded = load_params(source, program, peers)
         with program.on_mesh:
             export = Export(
                 config=require_text(model.run)[0],
@@ -52,9 +51,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 model_type=options.family,
                 origin=origin,
             )
-            progress = ByteProgress() if peers.index == 0 else lambda done, total: None
+            progress = ByteProgress() if options.prints else lambda done, total: None
             receipt = export_model(options.out, export, gather=peers.gather, progress=progress)
-    if peers.index == 0:
+    if options.prints:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
         console, files = stdout_console(), format_files(len(receipt["files"]))
@@ -64,7 +63,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             markup=False,
             soft_wrap=True,
         )
-    return 0
 
 
 def _with_step(source: str, step: int | None) -> str:

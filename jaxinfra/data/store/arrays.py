@@ -1,6 +1,8 @@
-"""Arrays on disk that grow along their first dimension: zarr 3 through TensorStore, with this package's error classes.
+"""Arrays on disk or in a bucket that grow along their first dimension: zarr 3 through TensorStore.
 
-Every chunk carries a CRC-32C that each read checks, and a missing chunk is an error, never zeros.
+A *chunk* is what is read and checked as a whole; a *shard* is a file with many chunks and their index. Every chunk
+carries a CRC-32C that each read checks, and a missing chunk is an error, never zeros. Failures are raised as DataError
+or StorageError.
 
 Chunk size was measured with batches of 64 random reads of 1,025 tokens, on two cores and with chunks outside the cache.
 The CPU time of reading whole chunks and hashing them (see `blocks`) is 19 ns a token with chunks of 2 Ki and 4 Ki
@@ -9,23 +11,21 @@ with 64 Ki. One read of all ranges takes a third less than separate reads. Zstan
 costs a third to two thirds of the speed, so chunks are not compressed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.errors import DataError
 from jaxinfra.storage import connection
 from jaxinfra.storage.errors import call_storage
 
 CHUNK = 4 * 1024
 SHARD = 16 * 1024 * 1024
+"""Default elements of a chunk and of a shard."""
 SMALL_CHUNK, SMALL_SHARD = 512, 1024 * 1024
 """Chunk and shard of arrays that are read a few elements at a time, such as offsets."""
 CACHE_BYTES = 32 * 1024 * 1024
 """Caches the indices of shards. Chunks are read at random and seldom again, so a larger cache would not help."""
-
-type Array = ts.TensorStore
 
 
 def create(
@@ -44,7 +44,7 @@ def create(
     plain = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {"chunk_shape": [chunk, *shape], "codecs": [plain, crc], "index_codecs": [plain, crc]}
     spec = _spec(path) | {
-        "store_data_equal_to_fill_value": True,
+        "store_data_equal_to_fill_value": True,  # because a chunk that is not stored is an error
         "metadata": {
             "shape": [0, *shape],
             "data_type": dtype.name,
@@ -84,7 +84,8 @@ def shard_of(array: ts.TensorStore, element: int) -> str:
     """Returns the name of the file that holds an element, such as `c/3`."""
     shape = array.chunk_layout.write_chunk.shape
     assert shape is not None and shape[0] is not None, "a stored array has chunks"
-    return "/".join(map(str, ("c", element // shape[0], *[0] * (array.ndim - 1))))
+    indices = [element // shape[0]] + [0] * (array.ndim - 1)  # shards are split along the first dimension only
+    return "/".join(map(str, ["c", *indices]))
 
 
 def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
@@ -106,18 +107,8 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
     return call_storage(path, read)
 
 
-def read_each(
-    array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]
-) -> Iterator[np.ndarray | DataError]:
-    """Reads all ranges concurrently, and yields each one, or the error if it is damaged."""
-    for future in [array[start : start + n].read() for start, n in zip(starts, lengths, strict=True)]:
-        try:
-            yield call_storage(path, future.result)
-        except DataError as error:
-            yield error
-
-
 def _spec(path: str) -> dict[str, object]:
+    """Returns the part of a TensorStore spec that creating and opening share."""
     return {
         "driver": "zarr3",
         "kvstore": connection.kvstore_spec(connection.normalize_url(path)),

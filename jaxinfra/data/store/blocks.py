@@ -6,6 +6,8 @@ beside its array, each file of the table one in the manifest, and the fingerprin
 
 A block is a chunk of the array, which is read whole anyway. A block that does not fit its hash is read once more, past
 all caches, since a bucket or a cache may fail once.
+
+Shape suffixes: N ranges, K blocks that are read together.
 """
 
 import logging
@@ -19,7 +21,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import DESCRIPTION, TABLE_HASHES, table_name
 from jaxinfra.data.store.manifest import Manifest
 from jaxinfra.errors import DataError
-from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
+from jaxinfra.storage.errors import DAMAGED_VERSION_FIX, call_storage
 from jaxinfra.storage.objects import ObjectStore
 
 _SHOWN = 8  # digits of a hash in messages
@@ -40,7 +42,7 @@ def hash_blocks(values: np.ndarray, block: int) -> np.ndarray:
 def read_file(storage: ObjectStore, manifest: Manifest, name: str) -> bytes:
     """Reads a file whose hash is in the manifest; DataError if it is missing or does not fit, twice."""
     url, expected, found = storage.url_of(name), manifest.files[name].digest, ""
-    for read in (storage.read, storage.read_or_none):
+    for read in (storage.read, storage.read_or_none):  # the second one does not raise, so that `found` is reported
         content = read(name)
         if content is None:
             break
@@ -53,19 +55,15 @@ def read_file(storage: ObjectStore, manifest: Manifest, name: str) -> bytes:
 
 
 class CheckedArray:
-    """An array of a version, open for reading; safe to use from many threads.
-
-    Attributes:
-        name: of the array in the version, such as `train/tokens`.
-        info: its elements and blocks.
-    """
+    """An array of a version, open for reading; safe to use from many threads."""
 
     def __init__(self, storage: ObjectStore, manifest: Manifest, name: str, locate: Callable[[int, int], str]):
-        """Opens the array; DataError if its description is damaged or missing.
+        """Opens the array with this name in the version, such as `train/tokens`.
 
         `locate(first, end)` describes a range of elements for messages, such as the documents that it is part of.
+        Raises DataError if the description of the array is damaged or missing.
         """
-        self.name, self.info, self._locate = name, manifest.arrays[name], locate
+        self.info, self._name, self._locate = manifest.arrays[name], name, locate
         self._storage, self._manifest, self._path = storage, manifest, storage.url_of(name)
         self._hashes = np.empty(self.info.blocks, np.uint64)  # takes memory only where it is filled
         self._tables: set[int] = set()  # files of hashes that were read
@@ -93,8 +91,10 @@ class CheckedArray:
                 )
         # Ranges in the blocks 2 to 3 and 3 to 5 need the blocks 2, 3, 4 and 5, each once. For a batch of some dozen
         # ranges, this is faster in Python than in NumPy.
-        blocks_of = (range(at // block, -(-(at + n) // block)) for at, n in zip(starts, lengths, strict=True))
-        numbers = sorted({number for own in blocks_of for number in own})
+        needed: set[int] = set()
+        for start, length in zip(starts, lengths, strict=True):
+            needed.update(range(start // block, -(-(start + length) // block)))  # the end is rounded up
+        numbers = sorted(needed)
         values = self._read_blocks(numbers)
         # Only the last block of an array is shorter, so block number k of those read starts at k * block.
         offset = {number: (k - number) * block for k, number in enumerate(numbers)}
@@ -109,18 +109,14 @@ class CheckedArray:
         """Reads the whole array; raises as `read`."""
         return self._read_blocks(range(self.info.blocks))
 
-    def check(self, numbers: Sequence[int]) -> Iterator[tuple[int, str | None]]:
-        """Reads blocks; yields the bytes of each, and what is wrong with it."""
-        for content, cause in self._judge(self._array, numbers):
-            yield content.nbytes, cause
-
     def _read_blocks(self, numbers: Sequence[int]) -> np.ndarray:
         """Reads blocks, in ascending order, concatenated."""
         block, elements = self.info.block, self.info.elements
         # Consecutive blocks are read as one range: 2, 3 and 5 are the ranges 2 to 3 and 5.
-        starts = [block * n for n, before in zip(numbers, (-2, *numbers), strict=False) if n != before + 1]
-        ends = [block * (n + 1) for n, after in zip(numbers, (*numbers[1:], -2), strict=False) if n != after - 1]
-        lengths = [min(end, elements) - start for start, end in zip(starts, ends, strict=True)]
+        wanted = set(numbers)
+        starts = [block * number for number in numbers if number - 1 not in wanted]
+        ends = [min(block * (number + 1), elements) for number in numbers if number + 1 not in wanted]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         try:
             values = arrays.read_ranges(self._array, self._path, starts, lengths)
         except DataError:  # all are read again, to find out which ones
@@ -134,8 +130,7 @@ class CheckedArray:
     def _read_again(self, numbers: Sequence[int]) -> np.ndarray:
         """Reads blocks that were damaged, one by one and not from a cache; DataError if one still is."""
         contents = []
-        uncached = arrays.open_array(self._path, cached=False)
-        for number, (content, cause) in zip(numbers, self._judge(uncached, numbers), strict=True):
+        for number, (content, cause) in zip(numbers, self.check(numbers, cached=False), strict=True):
             if cause is not None:
                 raise DataError(f"{self._place(number)} {cause}, twice; {DAMAGED_VERSION_FIX}")
             contents.append(content)
@@ -144,14 +139,17 @@ class CheckedArray:
         _log.warning("%s: damaged when it was first read, whole now: block %s", self._path, named)
         return np.concatenate(contents)
 
-    def _judge(self, array: arrays.Array, numbers: Sequence[int]) -> Iterator[tuple[np.ndarray, str | None]]:
-        """Reads blocks of the array; yields each one, empty if it cannot be read, and what is wrong with it."""
-        block, elements = self.info.block, self.info.elements
+    def check(self, numbers: Sequence[int], *, cached: bool = True) -> Iterator[tuple[np.ndarray, str | None]]:
+        """Reads blocks; yields each one, empty if it cannot be read, and what is wrong with it."""
+        array = self._array if cached else arrays.open_array(self._path, cached=False)
+        block, expected_hashes = self.info.block, self._hashes_of(numbers).tolist()
         starts = [block * number for number in numbers]
-        contents = arrays.read_each(array, self._path, starts, [min(block, elements - start) for start in starts])
-        for content, expected in zip(contents, self._hashes_of(numbers).tolist(), strict=True):
-            if isinstance(content, DataError):
-                fault = "is missing" if "NOT_FOUND" in str(content) else "cannot be decoded"
+        futures = [array[start : min(start + block, self.info.elements)].read() for start in starts]
+        for future, expected in zip(futures, expected_hashes, strict=True):
+            try:
+                content = call_storage(self._path, future.result)
+            except DataError as error:
+                fault = "is missing" if "NOT_FOUND" in str(error) else "cannot be decoded"
                 yield np.empty(0), f"{fault}, expected the hash {_short(expected)}"
                 continue
             (found,) = hash_blocks(content, block).tolist()
@@ -160,8 +158,9 @@ class CheckedArray:
 
     def _hashes_of(self, numbers: Sequence[int]) -> np.ndarray:
         """Returns the hashes of blocks, uint64; reads the files of the table that are needed for the first time."""
+        # The k-th file has the hashes of the blocks from k * TABLE_HASHES on.
         for table in {number // TABLE_HASHES for number in numbers} - self._tables:
-            content = read_file(self._storage, self._manifest, table_name(self.name, table))
+            content = read_file(self._storage, self._manifest, table_name(self._name, table))
             hashes = np.frombuffer(content, "<u8")
             self._hashes[table * TABLE_HASHES :][: len(hashes)] = hashes
             self._tables.add(table)
@@ -175,4 +174,5 @@ class CheckedArray:
 
 
 def _short(digest: int) -> str:
+    """Returns the start of a 64-bit hash, for messages."""
     return f"{digest:016x}"[:_SHOWN]

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
-IMAGES, LABELS = "images", "labels"
-PACKS, ROWS, SEGMENTS = "packs", "rows", "segments"
-DESCRIPTION = "zarr.json"
+TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"  # arrays of a split of text
+IMAGES, LABELS = "images", "labels"  # arrays of a split of images
+PACKS, ROWS, SEGMENTS = "packs", "rows", "segments"  # of a packing: its folder is `packs/NAME`
+DESCRIPTION = "zarr.json"  # in the folder of each array
 TABLE_HASHES = 128 * 1024
 """Hashes in one file of the table of an array: 1 MiB for 1 GiB of tokens of two bytes."""
-HASH_BYTES = 8
+HASH_BYTES = 8  # of an XXH3-64
 _TABLE = ".blocks"
 
 

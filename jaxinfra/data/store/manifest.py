@@ -11,25 +11,13 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from jaxinfra.data.store.layout import (
-    DESCRIPTION,
-    IMAGES,
-    LABELS,
-    LENGTHS,
-    MASK,
-    OFFSETS,
-    PACKS,
-    ROWS,
-    SEGMENTS,
-    TOKENS,
-    ArrayInfo,
-    table_sizes,
-)
+from jaxinfra.data.store import layout
+from jaxinfra.data.store.layout import ArrayInfo, table_sizes
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 
-FORMAT = 4
+FORMAT = 4  # the only format that is read and written
 FILE_NAME = "manifest.json"
 
 Split = Literal["train", "validation"]
@@ -140,16 +128,17 @@ class Manifest:
         """The arrays by name, such as `train/tokens`."""
         found = {}
         for split, info in self.splits.items():
-            index = {OFFSETS: info.documents + 1, LENGTHS: info.documents}
-            data = {TOKENS: info.tokens, MASK: info.tokens} if self.masked else {TOKENS: info.tokens}
             if self.kind == "images":
-                data, index = {IMAGES: info.documents}, {LABELS: info.documents}
+                data, index = {layout.IMAGES: info.documents}, {layout.LABELS: info.documents}
+            else:
+                data = {layout.TOKENS: info.tokens} | ({layout.MASK: info.tokens} if self.masked else {})
+                index = {layout.OFFSETS: info.documents + 1, layout.LENGTHS: info.documents}
             found |= {f"{split}/{name}": ArrayInfo(elements=count, block=self.block) for name, count in data.items()}
             found |= {f"{split}/{name}": self._index_info(count) for name, count in index.items()}
         for key, pack in self.packs.items():
             split, _, name = key.partition("/")
-            found[f"{split}/{PACKS}/{name}/{ROWS}"] = self._index_info(pack.rows + 1)
-            found[f"{split}/{PACKS}/{name}/{SEGMENTS}"] = self._index_info(pack.segments)
+            found[f"{split}/{layout.PACKS}/{name}/{layout.ROWS}"] = self._index_info(pack.rows + 1)
+            found[f"{split}/{layout.PACKS}/{name}/{layout.SEGMENTS}"] = self._index_info(pack.segments)
         return found
 
     def _index_info(self, elements: int) -> ArrayInfo:
@@ -214,7 +203,7 @@ def _check(manifest: Manifest, fingerprint: str) -> None:
         raise ValueError(f"{manifest.kind} {'without' if manifest.tokenizer is None else 'with'} a tokenizer")
     if not all(type(count) is int and count >= 0 for count in counts):  # isinstance would accept true and false
         raise ValueError("a count is not a whole number from 0")
-    hashed = {f"{name}/{DESCRIPTION}" for name in manifest.arrays}
+    hashed = {f"{name}/{layout.DESCRIPTION}" for name in manifest.arrays}
     hashed |= {manifest.tokenizer.file} if manifest.tokenizer is not None else set()
     for name in sorted(hashed):
         if name not in manifest.files or manifest.files[name].digest is None:

@@ -3,6 +3,8 @@
 A version has `manifest.json`, the tokenizer, and zarr 3 arrays for each split. A folder without a manifest is not a
 version. All that is read is compared with its hash (see `blocks`): what is damaged, stale, of another store, short or
 missing is an error that names it.
+
+Shape suffixes: P ranges, N tokens of all ranges.
 """
 
 import hashlib
@@ -33,7 +35,7 @@ _WRONG_HASH = "does not match its hash"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest type for the vocabulary and one more value, the fill value of the arrays."""
+    """Returns the smallest type for all ids and the fill value of the arrays, which is the largest of the type."""
     return np.dtype(np.uint16 if vocab_size < 2**16 else np.uint32)
 
 
@@ -69,7 +71,7 @@ class Store:
         *,
         section: str = "data",
         hint: str = PREPARE,
-        blocks_may_lack: bool = False,
+        allow_missing_blocks: bool = False,
         kind: Kind | None = None,
     ) -> Self:
         """Opens a version and checks its manifest and the length of every file.
@@ -79,7 +81,7 @@ class Store:
             version: fingerprint of the version, or the start of it; None is the newest.
             section: section of the config that names the store, for messages.
             hint: command that prepares the store, for the message if it is missing.
-            blocks_may_lack: whether a file of blocks that is missing or short is an error only when it is read.
+            allow_missing_blocks: a file of blocks that is missing or short is an error only when it is read.
             kind: what the store must hold; None allows everything.
 
         Raises:
@@ -102,9 +104,8 @@ class Store:
             )
         if kind not in (None, manifest.kind):
             raise ConfigError(f"{section}.store={path}: holds {manifest.kind}, expected {kind}; name a store of {kind}")
-        storage.check_sizes(
-            {name: info.bytes for name, info in manifest.files.items() if not (blocks_may_lack and holds_blocks(name))}
-        )
+        checked = [name for name in manifest.files if not (allow_missing_blocks and holds_blocks(name))]
+        storage.check_sizes({name: manifest.files[name].bytes for name in checked})
         return cls(storage, manifest)
 
     def __str__(self) -> str:
@@ -125,15 +126,15 @@ class Store:
                 array = self._open(name)
                 for first in range(0, info.blocks, _VERIFY_BATCH):
                     numbers = range(first, min(first + _VERIFY_BATCH, info.blocks))
-                    for block, (size_bytes, cause) in enumerate(array.check(numbers), first):
-                        yield size_bytes, None if cause is None else Damage(file=name, block=block, cause=cause)
+                    for block, (content, cause) in enumerate(array.check(numbers), first):
+                        yield content.nbytes, None if cause is None else Damage(file=name, block=block, cause=cause)
             except DataError as error:
                 yield 0, Damage(file=name, cause=str(error))
 
     def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ranges of an array of a split, such as `tokens` or `offsets`, concatenated.
 
-        `starts` and `lengths` are int64[N]. DataError if a range is outside the array, or damaged.
+        `starts` and `lengths` are int64[P]. DataError if a range is outside the array, or damaged.
         """
         return self._open(f"{split}/{name}").read(starts, lengths)
 
@@ -148,7 +149,7 @@ class Store:
         return self._arrays[name]
 
     def _locate(self, name: str, first: int, end: int) -> str:
-        """Describes a range of elements of an array, for messages."""
+        """Describes a range of elements of an array, for messages; for tokens, it names their documents."""
         split, _, array = name.partition("/")
         if array not in (TOKENS, MASK):
             return f"{IMAGES if array == IMAGES else 'elements'} {first} to {end - 1}"
@@ -186,14 +187,14 @@ class TokenStore(Store):
         return load_tokenizer(info.kind, self._tokenizer_content, info.end_of_document, name=f"{self}/{info.file}")
 
     def read(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """Reads `length` consecutive tokens from each of `starts`, [N]: [N, length] of the store's type.
+        """Reads `length` consecutive tokens from each of `starts`, [P]; returns [P, length] of the store's type.
 
         DataError if tokens are outside the split, damaged, or not in the vocabulary.
         """
-        starts_N, lengths_N = np.asarray(starts, np.int64), np.full(len(starts), length)
-        tokens = self.read_ranges(split, TOKENS, starts_N, lengths_N)
-        self._check_ids(split, tokens, starts_N, lengths_N)
-        return tokens.reshape(-1, length)
+        starts_P, lengths_P = np.asarray(starts, np.int64), np.full(len(starts), length)
+        tokens_N = self.read_ranges(split, TOKENS, starts_P, lengths_P)
+        self._check_ids(split, tokens_N, starts_P, lengths_P)
+        return tokens_N.reshape(-1, length)
 
     def read_with_mask(
         self, split: Split, starts: np.ndarray, lengths: np.ndarray
@@ -216,6 +217,7 @@ class TokenStore(Store):
         return self.read(split, starts, arrays.CHUNK).reshape(-1)
 
     def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
+        """Raises DataError, which names the range, if an id is not in the vocabulary."""
         vocab_size = self.manifest.tokenizer_info.vocab_size
         if tokens_N.size and int(tokens_N.max()) >= vocab_size:
             first_bad = int((tokens_N >= vocab_size).argmax())

@@ -53,7 +53,7 @@ def find_version(store: ObjectStore, version: str | None, *, section: str, hint:
     matching = [entry for entry in known if version is None or entry.fingerprint.startswith(version)]
     if version is not None and len({entry.fingerprint for entry in matching}) != 1:
         cause = "matches several of" if matching else "is not among"
-        choices = ", ".join(entry.fingerprint for entry in (matching or known)[-3:])
+        choices = ", ".join(entry.fingerprint for entry in (matching or known)[-3:])  # the newest three
         raise ConfigError(
             f"{section}.version={version}: {cause} the {len(known)} versions of {store.url}; "
             f"use {section}.version=none or one of {choices}, and another name=... if a run has started on it"
@@ -85,6 +85,8 @@ def make_newest(store: ObjectStore, version: Version) -> bool:
 
 
 def _append_to_index(store: ObjectStore, version: Version) -> None:
+    """Lists a version as the newest, in place of one that was made of the same recipe and files."""
+
     def change(content: bytes | None) -> bytes:
         known = [] if content is None else _parse_index(content, store.url_of(INDEX))
         kept = [asdict(entry) for entry in known if entry.made_of != version.made_of]

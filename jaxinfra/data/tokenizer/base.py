@@ -1,4 +1,7 @@
-"""The interface of tokenizers, with the hash, pickling and file that all kinds share."""
+"""The interface of tokenizers, with the hash and the pickling that all kinds share.
+
+Shape suffixes: N tokens of a text, V ids of the vocabulary.
+"""
 
 import hashlib
 import re
@@ -118,5 +121,5 @@ def byte_offsets(text: str) -> np.ndarray:
     """Returns the byte offset of each character in UTF-8, and the size of the text: int64[characters + 1]."""
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     # UTF-8 takes 2 bytes from U+0080, 3 from U+0800 and 4 from U+10000.
-    sizes = 1 + (code_points > 0x7F).astype(np.int64) + (code_points > 0x7FF) + (code_points > 0xFFFF)
+    sizes = 1 + np.digitize(code_points, [0x80, 0x800, 0x10000])
     return np.concatenate([[0], np.cumsum(sizes)])

@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as tokens; id 256 ends documents."""
+    """UTF-8 bytes as tokens: the ids below `eot_id` are the bytes, and the special tokens have the ids from it on."""
 
     kind = "bytes"
     file_name = "bytes.json"
@@ -19,8 +19,9 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, end_of_document: str, special_tokens: Sequence[str] = ()):
         self.end_of_document = end_of_document
-        self.special_tokens = {text: 256 + number for number, text in enumerate((end_of_document, *special_tokens))}
-        self.vocab_size = 256 + len(self.special_tokens)
+        special = enumerate((end_of_document, *special_tokens), start=self.eot_id)
+        self.special_tokens = {text: index for index, text in special}
+        self.vocab_size = self.eot_id + len(self.special_tokens)
         self.content = json.dumps({"vocabulary": "bytes", "special_tokens": list(special_tokens)}).encode()
 
     @classmethod
@@ -40,8 +41,8 @@ class ByteTokenizer(Tokenizer):
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(index for index in ids if index < 256).decode(errors="replace")
+        return bytes(index for index in ids if index < self.eot_id).decode(errors="replace")
 
     @override
     def byte_lengths(self) -> np.ndarray:
-        return (np.arange(self.vocab_size) < 256).astype(np.int32)
+        return (np.arange(self.vocab_size) < self.eot_id).astype(np.int32)

@@ -20,8 +20,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._context: list[int] = []
-        self._pending: list[int] = []
+        self._context: list[int] = []  # ids whose text was returned, as the left context of the pending ones
+        self._pending: list[int] = []  # ids after them, whose text may end in an unfinished character
         self._emitted = 0  # characters of the pending text that were returned
 
     def push(self, token_id: int) -> str:
@@ -59,7 +59,7 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]):
         self.found = False
-        self._strings, self._held = strings, ""
+        self._strings, self._held = strings, ""  # `_held` is text that may be the beginning of a string
 
     def push(self, piece: str) -> str:
         """Returns the text that this piece completes."""
@@ -68,6 +68,7 @@ class StopStrings:
         if starts:
             self.found = True
             return text[: min(starts)]
+        # The sizes of all beginnings of strings that the text ends with.
         sizes = (size for string in self._strings for size in range(1, len(string)) if text.endswith(string[:size]))
         end = len(text) - max(sizes, default=0)
         self._held = text[end:]

@@ -175,12 +175,14 @@ def read_backend(content: bytes, name: str) -> Backend:
 
 
 def _load_tree(tree: dict[str, object]) -> Backend:
+    """Loads a backend from the parsed JSON of a tokenizer.json; special tokens in texts are ordinary text to it."""
     backend = Backend.from_str(json.dumps(tree))
     backend.encode_special_tokens = True
     return backend
 
 
 def _end_of_document_id(backend: Backend, end_of_document: str, name: str) -> int:
+    """Returns the id of the token that ends documents; ConfigError if the backend lacks it."""
     index = backend.token_to_id(end_of_document)
     if index is None:
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]

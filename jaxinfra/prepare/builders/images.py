@@ -1,4 +1,7 @@
-"""Builds a store of images of one shape with labels: parses them in parallel, then writes them in order."""
+"""Builds a store of images of one shape with labels: parses them in parallel, then writes them in order.
+
+Shape suffixes: D images of a part, 2 halves of a 128-bit hash.
+"""
 
 import operator
 from collections.abc import Iterable
@@ -18,7 +21,7 @@ from jaxinfra.prepare.builders.select import select_documents
 from jaxinfra.prepare.builders.writers import HashedArrayWriter, common_fields, write_array
 from jaxinfra.prepare.documents.document import RecordError, get_field
 from jaxinfra.prepare.documents.shingles import hash128
-from jaxinfra.prepare.parts import Part, PartMetadata, PartSplits
+from jaxinfra.prepare.parts import PartMetadata, PartSplits
 from jaxinfra.prepare.recipes.corpus import ImageSet
 from jaxinfra.prepare.sources.record import Fields
 from jaxinfra.storage.credentials import mask_tree
@@ -28,7 +31,7 @@ _MAX_BASELINE_IMAGES = 20_000  # of training; the baseline computes the distance
 type _Batches = Iterable[tuple[np.ndarray, ...]]  # images and labels of each part
 
 
-def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
+def collect_images(folder: Path, job: PrepareJob[ImageSet]) -> PartMetadata:
     """Makes and commits the part of a job; raises as `tokenize_job`."""
     parse, skipped = partial(_parse_image, job.recipe), []
     rows_of: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
@@ -36,7 +39,7 @@ def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
     for split, location, (image, label) in records:
         rows_of[split].append((location, image, label))
     _require_one_shape({image.shape for rows in rows_of.values() for _, image, _ in rows}, job.shards[0].name)
-    splits: dict[Split, dict[str, np.ndarray]] = {
+    splits: dict[Split, parts.Arrays] = {
         split: {
             "images": np.array([image for _, image, _ in rows], np.uint8),
             "labels": np.array([label for _, _, label in rows], np.int32),
@@ -47,7 +50,7 @@ def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
     }
     count = len(skipped) + sum(map(len, rows_of.values()))
     metadata = PartMetadata(records=count, read_bytes=job.read_bytes, skipped=tuple(skipped))
-    return parts.write_part(Path(job.folder), job.number, Part(metadata=metadata, splits=splits))
+    return parts.write_part(folder, job.number, metadata, splits)
 
 
 def _parse_image(recipe: ImageSet, record: Fields) -> tuple[np.ndarray, int]:

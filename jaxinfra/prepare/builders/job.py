@@ -21,7 +21,6 @@ class PrepareJob[R: Recipe]:
     number: int  # number of the job and of its part
     shards: tuple[SourceShard, ...]
     recipe: R
-    folder: str  # folder of the parts
     validation: bool = False  # whether the shards belong to the validation source of the recipe
 
     @property
@@ -70,7 +69,7 @@ class StoreBuilder[R: Recipe](ABC):
     """Builds a version of a store."""
 
     stage: str  # name of the stage that runs the jobs, for progress
-    make_part: Callable[[PrepareJob[R]], PartMetadata]  # makes and commits the part of a job; workers import it
+    make_part: Callable[[Path, PrepareJob[R]], PartMetadata]  # makes and commits the part of a job; workers import it
     input_digest: str | None  # digest of the files that the recipe names, such as a tokenizer; None without such files
 
     def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:

@@ -1,9 +1,11 @@
 """Writes the arrays of a version: tokens, images, offsets and packings, with their hashes.
 
-Holds one shard of tokens or images in memory, and 24 bytes per document for its offset and length.
+Holds one shard of tokens or images in memory, and 24 bytes per document for its offset and length. Shape suffixes: N
+tokens and D documents.
 """
 
 import platform
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -99,41 +101,29 @@ class HashedArrayWriter:
         self._waiting, self._num_waiting = [values[end:]], len(values) - end
 
 
-class SplitWriter:
-    """Writes the documents of a split to an empty folder; holds about one shard of tokens in memory."""
+def write_split(
+    folder: Path, dtype: np.dtype, documents: Iterable[Sequence[np.ndarray]], *, masked: bool
+) -> tuple[SplitInfo, np.ndarray]:
+    """Writes the documents of a split to an empty folder; returns what it holds, and the length of each: int64[D].
 
-    def __init__(self, folder: Path, dtype: np.dtype, *, masked: bool):
-        self._folder, self._lengths, self._bytes = folder, [np.empty(0, np.int64)], 0
-        size = {"block": arrays.CHUNK, "shard": arrays.SHARD}
-        self._tokens = HashedArrayWriter(folder / TOKENS, dtype, shape=(), **size)
-        self._mask = HashedArrayWriter(folder / MASK, np.dtype(np.uint8), shape=(), **size) if masked else None
-
-    def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, num_bytes: int) -> None:
-        """Appends documents with their ends; `mask_N` is 1 for tokens in the loss, `num_bytes` is the text's size."""
-        self._tokens.add(tokens_N)
-        if self._mask is not None:
-            assert mask_N is not None
-            self._mask.add(mask_N)
-        self._lengths.append(lengths_D)
-        self._bytes += num_bytes
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document so far: int64[D]."""
-        return np.concatenate(self._lengths)
-
-    def close(self) -> SplitInfo:
-        """Writes the rest, and returns what the split holds."""
-        lengths_D = self.lengths
-        offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
-        self._tokens.close()
-        if self._mask is not None:
-            self._mask.close()
-        write_array(self._folder / OFFSETS, offsets)
-        write_array(self._folder / LENGTHS, lengths_D)
-        return SplitInfo(
-            documents=len(lengths_D),
-            tokens=int(offsets[-1]),
-            bytes=self._bytes,
-            longest=int(lengths_D.max(initial=0)),
-        )
+    `documents` yields arrays for some documents at a time: lengths_D in tokens, with the end of each; bytes_D of their
+    texts; tokens_N; and, if masked, mask_N, which is 1 for tokens in the loss.
+    """
+    size = {"block": arrays.CHUNK, "shard": arrays.SHARD}
+    writers = [HashedArrayWriter(folder / TOKENS, dtype, shape=(), **size)]
+    if masked:
+        writers.append(HashedArrayWriter(folder / MASK, np.dtype(np.uint8), shape=(), **size))
+    length_parts, num_bytes = [np.empty(0, np.int64)], 0
+    for lengths_D, bytes_D, *columns in documents:
+        for writer, values_N in zip(writers, columns, strict=True):
+            writer.add(values_N)
+        length_parts.append(lengths_D)
+        num_bytes += int(bytes_D.sum())
+    for writer in writers:
+        writer.close()
+    lengths_D = np.concatenate(length_parts)
+    offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
+    write_array(folder / OFFSETS, offsets)
+    write_array(folder / LENGTHS, lengths_D)
+    longest = int(lengths_D.max(initial=0))
+    return SplitInfo(documents=len(lengths_D), tokens=int(offsets[-1]), bytes=num_bytes, longest=longest), lengths_D

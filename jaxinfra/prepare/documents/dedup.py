@@ -3,6 +3,8 @@
 A signature is a function of one text, and the result is a function of the signatures in order, so threads, processes
 and shards do not matter. Memory of a document: 16 bytes for the exact signature, 4 bytes per permutation for the near
 one (512 by default), and about 100 bytes in `find_duplicates`.
+
+Shape suffixes: N documents, 2 halves of a 128-bit hash, P permutations of a MinHash signature.
 """
 
 import itertools

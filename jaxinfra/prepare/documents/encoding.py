@@ -1,7 +1,7 @@
 """Encodes documents to token ids, and marks the tokens that count in the loss.
 
 The text between two special tokens is encoded as a whole, as when the model is used. So a token may reach across spans;
-it counts in the loss if any of its text does.
+it counts in the loss if any of its text does. Shape suffixes: N tokens of a text or document, 2 its start and end.
 """
 
 from collections.abc import Sequence

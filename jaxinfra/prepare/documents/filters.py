@@ -1,4 +1,7 @@
-"""Quality filters of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1)."""
+"""Quality filters of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1).
+
+Shape suffix: N words of a text.
+"""
 
 import itertools
 import re

@@ -1,6 +1,6 @@
 """Hashes of texts, words and word n-grams, to find texts that repeat themselves or each other.
 
-A hash depends only on what is hashed, not on the process.
+A hash depends only on what is hashed, not on the process. Shape suffix: N words of a text.
 """
 
 from collections.abc import Sequence

@@ -17,14 +17,11 @@ def start_dask(workers: int | None) -> Iterator[Engine]:
     """Connects to a scheduler or starts one, and disconnects or ends it with the context."""
     distributed = import_optional("distributed", needed_by="engine=dask", install="jaxinfra[dask]")
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    with nullcontext(address) if address else _start_cluster(distributed, workers) as scheduler:
-        client = distributed.Client(scheduler)
+    found = nullcontext(address) if address else _start_cluster(distributed, workers)
+    with found as scheduler, distributed.Client(scheduler) as client:
         executor = client.get_executor(pure=False)  # otherwise Dask reuses the result of an equal job
-        try:
-            cores = sum(client.nthreads().values())
-            yield Engine(submit=partial(executor.submit, run_job), workers=workers or max(1, cores))
-        finally:
-            client.close()
+        cores = sum(client.nthreads().values())
+        yield Engine(submit=partial(executor.submit, run_job), workers=workers or max(1, cores))
 
 
 @contextmanager

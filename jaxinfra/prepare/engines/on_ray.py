@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 from jaxinfra.packages import import_optional
@@ -22,7 +22,7 @@ def start_ray(workers: int | None) -> Iterator[Engine]:
     variables = {} if os.environ.get("RAY_ADDRESS") else _LOCAL | {"PYTHONPATH": driver_python_path()}
     with _environment(variables):
         ray = import_optional("ray", needed_by="engine=ray", install="jaxinfra[ray]")
-        with _connect(ray, workers):
+        with nullcontext() if ray.is_initialized() else _start(ray, workers):
             task = ray.remote(num_cpus=1, max_retries=1)(run_job)
             running: dict[Future[JobResult], object] = {}  # references, to cancel the tasks
 
@@ -41,10 +41,7 @@ def start_ray(workers: int | None) -> Iterator[Engine]:
 
 
 @contextmanager
-def _connect(ray: ModuleType, workers: int | None) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
+def _start(ray: ModuleType, workers: int | None) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         options = {}
         if not os.environ.get("RAY_ADDRESS"):
