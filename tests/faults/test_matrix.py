@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from jaxinfra import failpoints
+from jaxinfra.cli.arguments import COMMANDS
+from launch.__main__ import add_commands
+from tests.faults import matrix
 from tests.faults.harness import Harness, NotSurvived, NotTried
 from tests.faults.matrix import Row, all_rows
 from tests.refusals import names, refused
@@ -30,6 +33,13 @@ def test_a_run_survives(each: Row, harness: Harness) -> None:
     except NotTried as reason:
         assert "CI" not in os.environ, f"row {each.label} must be tried where all is installed: {reason}"
         pytest.skip(str(reason))
+
+
+@pytest.fixture(autouse=True)
+def faults_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adds the command for the time of a test."""
+    monkeypatch.setitem(COMMANDS, "faults", COMMANDS["train"])
+    add_commands()
 
 
 def test_the_matrix_is_complete() -> None:
@@ -67,6 +77,17 @@ def test_a_row_that_is_not_survived_fails_the_command(monkeypatch: pytest.Monkey
         (("--write", str(tmp_path / "kept.md")), "kept.md", 82),
     ):
         refused(launch("faults", *words), named, code=code)
+
+
+def test_a_row_that_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "_rows", [])
+
+    @matrix.row(47, fault="nothing", must="have a new folder")
+    def inject(harness: Harness) -> str:
+        return f"found {sorted(harness.folder.iterdir())}"
+
+    ended = launch("faults", "--only", "47")
+    assert ended.code == 0 and "47  survived" in ended.out and "nothing: found []" in ended.out, ended
 
 
 def test_a_row_that_is_not_tried_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

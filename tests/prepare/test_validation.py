@@ -8,8 +8,8 @@ from typing import override
 import numpy as np
 import pytest
 
+from jaxinfra.cli.data.describe import describe_manifest
 from jaxinfra.config import apply, validate
-from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.data.store.layout import LABELS
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError

@@ -12,10 +12,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxinfra.cli.arguments import ENGINES
+from jaxinfra.cli.data.describe import describe_manifest
 from jaxinfra.config import load, load_file, validate
 from jaxinfra.config.overrides import read_overrides
 from jaxinfra.config.schema import fields_of
-from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare

@@ -2,8 +2,9 @@
 
 import argparse
 
+from jaxinfra.cli.data.describe import describe_manifest, label_histogram, length_histogram
 from jaxinfra.cli.data.location import store_location
-from jaxinfra.data.inspect import describe_manifest, label_histogram, length_histogram, sample_documents
+from jaxinfra.data.inspect import sample_documents
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.store.versions import list_versions
 from jaxinfra.storage.objects import ObjectStore
