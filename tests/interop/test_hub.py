@@ -36,6 +36,7 @@ from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import leaves_by_name
 from jaxinfra.processes.peers import Peers
 from tests.interop.conftest import content, read_tensors, write_tensors
+from tests.plugins import extras as extras
 from tests.refusals import refused
 from tests.servers.fixtures import Server
 from tests.servers.hub import REPOSITORY, HubServer
@@ -274,6 +275,12 @@ def test_other_tensors_than_the_model_has(copy: Path) -> None:
 def test_keys_that_are_not_understood(copy: Path, keys: dict[str, Any], named: str) -> None:
     edit_config(copy, **keys)
     refused(launch("hub", "check", str(copy)), f"config.json {named}", code=81)
+
+
+def test_a_family_of_another_package(extras: Path, copy: Path) -> None:
+    edit_config(copy, model_type="acme")
+    ended = launch("hub", "check", str(copy))
+    assert ended.code == 0 and "acme (AcmeForCausalLM)" in ended.out and "each has its place" in ended.out, ended
 
 
 def test_other_model_or_vocabulary_than_the_run(copy: Path, tiny_data: Path, tmp_path: Path) -> None:
