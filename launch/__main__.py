@@ -1,10 +1,12 @@
 """Runs the command line: in a clone, `python -m launch CONFIG` is `jaxinfra CONFIG`."""
 
-import argparse
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxinfra.cli.entry import main
+
+if TYPE_CHECKING:  # `main` imports it when signals are handled
+    import argparse
 
 
 def add_commands() -> None:
@@ -15,8 +17,10 @@ def add_commands() -> None:
     COMMANDS["faults"] = Command(add_faults, summary, "launch.faults")
 
 
-def add_faults(parser: argparse.ArgumentParser) -> None:
+def add_faults(parser: "argparse.ArgumentParser") -> None:
     """Adds the arguments of `faults`."""
+    from pathlib import Path
+
     from jaxinfra.cli.arguments import add_int
 
     parser.set_defaults(devices="cpu:8")  # to restore on other meshes

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -20,9 +21,10 @@ def run(options: argparse.Namespace) -> None:
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: compile uses no devices; name the hardware with --on")
     topology = parse_topology(options.on)
-    for path in (options.dump, options.json):
+    paths = [path for path in (options.dump, options.json) if path is not None]
+    for path in paths:
         outputs.check_writable(path)
-    if options.json is not None and options.json == options.dump:
+    if len({os.path.abspath(path) for path in paths}) < len(paths):
         raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two files")
     loaded = config_argument.load_config(options)
     dump = None if options.dump is None else functools.partial(outputs.write_text, options.dump)

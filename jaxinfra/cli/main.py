@@ -105,7 +105,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         print(f"jaxinfra {__version__}, Python {platform.python_version()}, JAX {version('jax')}")
         raise SystemExit(0)
     if not argv or argv[0] in ("-h", "--help"):
-        _add_plugins()
+        _add_plugins(argv)
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     if not _command_words(argv) and not os.path.exists(argv[0]):
@@ -130,11 +130,15 @@ def _command_words(argv: Sequence[str]) -> int:
     return next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
 
 
-def _add_plugins(argv: Sequence[str] | None = None) -> None:
-    """Adds the commands of other packages to `COMMANDS`: the one that a command line begins with, or all."""
-    for name in plugins("commands").keys() - COMMANDS:
-        if argv is None or " ".join([*argv, ""]).startswith(f"{name} "):
+def _add_plugins(argv: Sequence[str]) -> None:
+    """Adds the commands of other packages to `COMMANDS`; raises ConfigError if `argv` has one that cannot be used."""
+    for name in sorted(plugins("commands").keys() - COMMANDS):
+        try:
             COMMANDS[name] = load_plugin("commands", name, Command)
+        except ConfigError as error:
+            if " ".join([*argv, ""]).startswith(f"{name} "):
+                raise
+            print(f"warning: {error}", file=sys.stderr)
 
 
 def _check_subcommand(argv: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Writes a config as the Python source of a config file."""
 
 import json
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class _Writer:
         They start a line after `indent` spaces. An expression that is too long, or has a comment inside, takes several.
         """
         if is_config(type(value)):
-            self.imports.setdefault(type(value).__module__, set()).add(type(value).__name__)
+            self.imports.setdefault(_module_of(type(value)), set()).add(type(value).__name__)
             opening = f"{type(value).__name__}("
         elif isinstance(value, tuple) and any(is_config(type(item)) for item in value):
             opening = "("
@@ -73,3 +74,10 @@ class _Writer:
             is_default = part == default if is_config(type(part)) else same(part, default)
             if not is_default or part_path in self.always:
                 yield f"{each.name}=", part_path, part
+
+
+def _module_of(cls: type) -> str:
+    """Returns the module to import a class from: the package around its own one, if that has imported it."""
+    package = cls.__module__.rpartition(".")[0]
+    is_there = "." in package and vars(sys.modules[package]).get(cls.__name__) is cls
+    return package if is_there else cls.__module__

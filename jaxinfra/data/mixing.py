@@ -130,10 +130,16 @@ class MixtureSampler:
 
     def _chunk(self, first_step: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns sources and samples of consecutive steps of one stage: int64[steps, global_batch] both."""
-        counts_before, source_M, skipped = self._blocks(first_step, steps)
-        read_M = np.array(counts_before)[source_M] + _count_equal_before(source_M)  # earlier reads of the same source
-        in_batches = slice(skipped, skipped + steps * self._global_batch)
-        source_N, read_N = source_M[in_batches], read_M[in_batches]
+        num_samples = steps * self._global_batch
+        if len(self._length_S) == 1:  # all samples are of the only source, in whatever order the blocks put them
+            source_N = np.zeros(num_samples, np.int64)
+            read_N = self._first_sample(first_step, steps) + np.arange(num_samples)
+        else:
+            counts_before, source_M, skipped = self._blocks(first_step, steps)
+            # Earlier reads of the same source, those in earlier blocks included.
+            read_M = np.array(counts_before)[source_M] + _count_equal_before(source_M)
+            in_batches = slice(skipped, skipped + num_samples)
+            source_N, read_N = source_M[in_batches], read_M[in_batches]
         size_N, seed_N = self._length_S[source_N], self._seed_S[source_N]
         sample_N = shuffled_ids(read_N, size=size_N, seed=seed_N, curriculum=self._curriculum)
         source_N.flags.writeable = sample_N.flags.writeable = False  # the cache shares them
@@ -145,6 +151,12 @@ class MixtureSampler:
             raise ValueError(f"step={step}: expected 0 or more")
         return bisect_right(self._start_steps, step) - 1
 
+    def _first_sample(self, first_step: int, steps: int) -> int:
+        """Returns how many samples come before a step; ValueError if those of `steps` from there cannot be numbered."""
+        if (first_step + steps) * self._global_batch >= 2**63 - BLOCK:
+            raise ValueError(f"step={first_step}: expected samples that can be numbered in 63 bits")
+        return first_step * self._global_batch
+
     def _blocks(self, first_step: int, steps: int) -> tuple[list[int], np.ndarray, int]:
         """Returns the shuffled blocks that hold the batches of consecutive steps of one stage.
 
@@ -152,14 +164,11 @@ class MixtureSampler:
             The samples of each source before the blocks, the source of each sample in them, and the number of their
             samples that come before the first batch.
         """
-        num_samples = steps * self._global_batch
-        if first_step * self._global_batch + num_samples >= 2**63 - BLOCK:
-            raise ValueError(f"step={first_step}: expected samples that can be numbered in 63 bits")
-        stage = self._stage(first_step)
+        num_samples, stage = steps * self._global_batch, self._stage(first_step)
         # Blocks are counted from the start of the stage. A batch of 100 samples from 100 to 199 lies in the blocks with
         # the edges 64, 128, 192 and 256, of which 36 samples come before it.
         stage_start = self._start_steps[stage] * self._global_batch
-        first = first_step * self._global_batch - stage_start
+        first = self._first_sample(first_step, steps) - stage_start
         skipped = first % BLOCK
         edges = list(range(first - skipped, first + num_samples + BLOCK, BLOCK))
         if stage + 1 < len(self._start_steps):  # the last block of a stage ends with it

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 from jaxinfra.errors import ConfigError, quoted
@@ -46,9 +47,9 @@ def family(model_type: str, where: str) -> Family:
     return _load(model_type)
 
 
-def all_families() -> list[Family]:
-    """Returns all families."""
-    return [_load(model_type) for model_type in _model_types()]
+def all_families() -> Iterator[Family]:
+    """Yields all families, those of other packages last."""
+    return map(_load, _model_types())
 
 
 def family_modules() -> list[ModuleType]:

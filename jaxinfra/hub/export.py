@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def family_of(
     that none can say, of the family that comes nearest.
     """
     tried = list[tuple[int, Family, str]]()
-    for each in [*first, *all_families()] if model_type is None else [family(model_type, "--family")]:
+    for each in chain(first, all_families()) if model_type is None else [family(model_type, "--family")]:
         try:
             keys = each.write(config)
             again = each.read(ModelJson({"model_type": each.model_type} | keys))

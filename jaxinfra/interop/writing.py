@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from itertools import batched
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -289,7 +290,8 @@ def _write_file(
                 created.write(file.header)
                 os.posix_fallocate(created.fileno(), 0, file.nbytes)
         writer.gather(None)
-        opened = path.open("r+b") if writes else nullcontext()
+        # Without a buffer: what it holds after an error would be written again when the file is closed.
+        opened = path.open("r+b", buffering=0) if writes else nullcontext()
     with opened as out:
         for binding in bindings:
             for layer, names in enumerate(batched(binding.names, binding.experts or 1)):  # one tensor, or all experts
@@ -301,13 +303,12 @@ def _write_file(
         if out is not None:
             with storage_errors(path):
                 failpoint("export", number)
-                out.flush()
                 os.fsync(out.fileno())
     writer.gather(None)
 
 
 def _write_rows(
-    out: BinaryIO, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: np.ndarray
+    out: FileIO, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: np.ndarray
 ) -> None:
     """Writes rows of the tensors of one layer; those of experts `[experts, *rows]`, from expert `start[0]` on."""
     rows = rows if binding.experts is not None else rows[None]
@@ -317,7 +318,9 @@ def _write_rows(
             row_bytes = own.nbytes // max(own.shape[0], 1) if own.ndim else 0
             with storage_errors(out.name):
                 out.seek(offset + start[-1] * row_bytes)
-                out.write(np.ascontiguousarray(own).view(np.uint8))
+                rest = memoryview(np.ascontiguousarray(own).reshape(-1).view(np.uint8))
+                while rest:  # one call may write a part, and writes at most 2 GiB
+                    rest = rest[out.write(rest) :]
 
 
 def _rows(

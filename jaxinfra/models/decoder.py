@@ -242,9 +242,7 @@ class Transformer(LayeredModule):
             head = self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
         else:
             head = self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
-        return FactoredLogits(
-            hidden=hidden_BTD, head=head, softcap=self.config.logit_softcap, unroll_loops=self.partitioner.unroll_loops
-        )
+        return FactoredLogits(hidden=hidden_BTD, head=head, softcap=self.config.logit_softcap)
 
     # Decoding
 

@@ -3,7 +3,8 @@
 Shape suffixes: B batch, T length, D hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ class FactoredLogits:
         hidden: `[B, T, D]`, after the final norm, in the compute dtype.
         head: `[D, V]`, ready for use (see `Partitioner.gather_weight`).
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); None leaves them.
-        unroll_loops: whether loops over chunks of them are unrolled (see `mesh.needs_unrolled_loops`).
+        unroll_loops: whether loops over chunks of them are unrolled (see `mesh.needs_unrolled_loops`); a `Program` sets
+            it in what a model returns.
     """
 
     hidden: jax.Array
@@ -31,6 +33,11 @@ class FactoredLogits:
     def materialize(self) -> jax.Array:
         """Returns the logits, float32 `[B, T, V]`."""
         return softcapped(dot(self.hidden, self.head).astype(jnp.float32), self.softcap)
+
+
+def with_unrolled_loops(output: Any, unroll_loops: bool) -> Any:
+    """Returns the output of a model, which says how to loop over its chunks if it is `FactoredLogits`."""
+    return replace(output, unroll_loops=unroll_loops) if isinstance(output, FactoredLogits) else output
 
 
 def softcapped(logits: jax.Array, softcap: float | None) -> jax.Array:

@@ -20,7 +20,7 @@ SOURCE = "Ray Train"
 def on_worker(environment: Environment) -> bool:
     """Returns whether this is a process in which Ray Train calls a training function."""
     try:
-        return "ray.train" in sys.modules and context().get_world_size() > 0
+        return sys.modules.get("ray.train") is not None and context().get_world_size() > 0
     except RuntimeError:  # Ray Train is imported, but this is no worker
         return False
 

@@ -62,7 +62,7 @@ def routed(actions: Actions) -> Iterator[None]:
 
 def route_start() -> None:
     """Lets a signal to stop end the process with the code of Preempted, until a command has its own routes."""
-    route({**dict.fromkeys(STOPPING, _leave), signal.SIGUSR1: ignore})
+    route({**dict.fromkeys(_not_ignored(), _leave), signal.SIGUSR1: _save_nothing})
 
 
 def leave_start(*, interrupts: bool, all_signals: bool) -> None:
@@ -75,13 +75,19 @@ def leave_start(*, interrupts: bool, all_signals: bool) -> None:
     defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler} if interrupts else {}
     if all_signals:
         defaults |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
-    is_ours = {number: isinstance(signal.getsignal(number), _Handler) for number in defaults}
-    set_handlers({number: handler for number, handler in defaults.items() if is_ours[number]})
+    found = {number: signal.getsignal(number) for number in defaults}
+    ours = [number for number, each in found.items() if isinstance(each, _Handler) and each.is_of_start]
+    set_handlers({number: defaults[number] for number in ours})
 
 
 def route_end(code: int) -> None:
     """Makes a signal end the process with the exit code of the command, which has ended."""
-    route({**dict.fromkeys(STOPPING, lambda number: os._exit(code)), signal.SIGUSR1: ignore})
+    route({**dict.fromkeys(_not_ignored(), lambda number: os._exit(code)), signal.SIGUSR1: ignore})
+
+
+def _not_ignored() -> list[int]:
+    """Returns the signals to stop that this process was not started to ignore: a shell ignores SIGINT for `... &`."""
+    return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class _Handler:
@@ -89,6 +95,11 @@ class _Handler:
 
     def __init__(self, action: Callable[[signal.Signals], object]) -> None:
         self.action = action
+
+    @property
+    def is_of_start(self) -> bool:
+        """Whether `route_start` has set it."""
+        return self.action in (_leave, _save_nothing)
 
     def __call__(self, number: int, frame: object) -> None:
         self.action(signal.Signals(number))
@@ -100,6 +111,10 @@ def _leave(number: signal.Signals) -> NoReturn:
         os.write(2, text.encode())
     finally:
         os._exit(Preempted.exit_code)
+
+
+def _save_nothing(number: signal.Signals) -> None:
+    """Does nothing: there is no state yet."""
 
 
 def ignore(number: signal.Signals) -> None:

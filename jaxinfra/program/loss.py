@@ -11,6 +11,7 @@ from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective, WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD
+from jaxinfra.ops.logits import with_unrolled_loops
 from jaxinfra.parallel.sharding import unit_cotangent
 from jaxinfra.parallel.spec import Batch, Params, ParamSpecs, Sums, select_trainable
 from jaxinfra.run import Run
@@ -33,6 +34,7 @@ class Forward:
             batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
         with user_code_errors(type(self._loss.run.model), "model"):
             output, stats = self._loss.model(params).forward(batch)
+        output = with_unrolled_loops(output, self.unroll_loops)
         if train:  # an objective may call the model several times
             self.stats = jax.tree.map(jnp.add, self.stats, stats) if self.stats else stats
         return output

@@ -23,6 +23,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayeredModule, StageLayers
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective
+from jaxinfra.ops.logits import with_unrolled_loops
 from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params, PyTree, select_trainable
@@ -66,7 +67,7 @@ class LastStage:
         if self._called or changed or not train or params is not self.params:
             raise self._error
         self._called = True
-        return self._module.output(self._x)
+        return with_unrolled_loops(self._module.output(self._x), self.unroll_loops)
 
 
 class ParamsPlaceholder:

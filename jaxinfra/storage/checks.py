@@ -23,7 +23,9 @@ def check_space(folder: str | os.PathLike[str], needed_bytes: int, *, purpose: s
         return
     path = Path(os.path.abspath(folder))
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if (free := shutil.disk_usage(existing).free) < needed_bytes:
+    with storage_errors(existing):
+        free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
         raise StorageError(
             f"{folder}: {decimal(free)} free, {purpose} needs about {decimal(needed_bytes)}; free some space, or {fix}"
         )

@@ -13,7 +13,7 @@ from jaxinfra.train.due import Due, due_after
 from jaxinfra.train.job import Job
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
-from jaxinfra.train.waiting import NextBatch, Waiting
+from jaxinfra.train.waiting import Poll, Waiting
 
 
 @dataclass(eq=False)
@@ -49,17 +49,13 @@ class Loop:
     def __post_init__(self) -> None:
         self.waiting = Waiting(self.reporting)
 
-    def run(self, poll: Callable[[float], NextBatch], last_step: int) -> str | None:
-        """Makes all steps up to the last one; returns the reason to stop before it, or None.
-
-        `poll` waits at most a number of seconds for the batch of the next step.
-        """
+    def run(self, poll: Poll, last_step: int) -> str | None:
+        """Makes all steps, with the batches of `poll`; returns the reason to stop before the last one, or None."""
         failpoint("compile", self.completed_steps)
         while self.completed_steps < last_step:
-            if (found := self.waiting.next_batch(poll, is_first=not self._has_stepped)) is None:
-                if self._has_stepped and (reason := self._act_on_requests()) is not None:
-                    return reason
-                continue
+            found = self.waiting.next_batch(poll, self._act_on_requests, is_first=not self._has_stepped)
+            if isinstance(found, str):
+                return found
             step, batch = found[0] + 1, found[1]  # steps are counted from 1
             if not self.job.peers.agreement.begins(step):  # all processes stop before it
                 return self.requests.stops_after(self.completed_steps)
@@ -82,8 +78,14 @@ class Loop:
         return None
 
     def _act_on_requests(self) -> str | None:
-        """Saves if that was asked for while a batch is late; returns the reason to stop, or None."""
+        """Saves if that was asked for while a batch is late; returns the reason to stop, or None.
+
+        Before the first step there is nothing to save, and a request ends the process at once.
+        """
+        if not self._has_stepped:
+            return None
         self.reporting.report_pending()
         if self.requests.saves_after(self.completed_steps) is not None:
-            self.save()
+            with self.reporting.phases("save"):
+                self.save()
         return self.requests.stops_after(self.completed_steps)

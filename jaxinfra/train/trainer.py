@@ -124,9 +124,7 @@ class Trainer:
             if checkpoints.all_steps():
                 self.run_dir.check(self.job.loaded.run, self.dataset)
             newest = checkpoints.newest(lambda step: checkpoints.restore(step, self.program.state))
-        if newest is None:
-            return None
-        self.completed_steps, state = newest
+        self.completed_steps, state = newest or (0, None)
         return state
 
     @property

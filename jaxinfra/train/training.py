@@ -89,11 +89,12 @@ def train(job: Job) -> Ended:
     On a request to stop it saves the state, and the reason is in what it returns.
     """
     run, run_dir, peers = job.run, job.run_dir, job.peers
+    profiler = Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main)
     with (
-        Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main) as profiler,
         RunSignals(peers, profile=profiler.request) as requests,
         Watch(run.watchdog, run_dir, peers) as watch,
         maintenance.listen(os.environ, lambda notice: peers.request("stop", notice)),
+        profiler,
         compile_cache(run.train.compile_cache, exact_lines=run.profile.at is not None),
         run_dir.owned() if job.is_main else nullcontext() as owned,
         ExitStack() as before_owned_ends,  # closes the ledger while this process still owns the directory

@@ -2,6 +2,7 @@ import signal
 
 import pytest
 
+from jaxinfra.processes import signal_router
 from jaxinfra.processes.requests import StopRequest
 
 
@@ -51,3 +52,23 @@ def test_under_nohup_a_closed_terminal_changes_nothing() -> None:
             assert stop.reason is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_shell_ignores_for_its_background_stays_ignored() -> None:
+    before = {number: signal.getsignal(number) for number in (*signal_router.STOPPING, signal.SIGUSR1)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal_router.route_start()
+        signal_router.leave_start(interrupts=True, all_signals=True)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (signal.SIG_IGN, signal.SIG_DFL)
+        signal_router.route_end(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal_router.set_handlers(before)
+
+
+def test_the_end_of_a_start_leaves_the_signals_of_a_run() -> None:
+    with StopRequest() as stop:
+        signal_router.leave_start(interrupts=True, all_signals=True)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
