@@ -1,43 +1,58 @@
-"""Waits for batches: the phase that the watchdog sees, the seconds that count, and requests meanwhile."""
+"""Waits for batches: the phase that the watchdog sees, and the seconds that count."""
 
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from jaxinfra.train.loop import Loop
 from jaxinfra.train.phases import Phases
 from jaxinfra.train.waiting import Waiting
 
 
-def reporting() -> Any:
-    return SimpleNamespace(phases=Phases(), devices_are_busy=False, data_wait_s=0.0)
+def reporting(*, devices_are_busy: bool = False) -> Any:
+    return SimpleNamespace(phases=Phases(), devices_are_busy=devices_are_busy, data_wait_s=0.0)
 
 
-def test_a_batch_that_is_late_is_one_wait_for_the_watchdog() -> None:
-    """The idle time grows from poll to poll: otherwise no deadline would ever pass."""
-    made, seen, late = reporting(), [], iter([None, None, None, (3, {})])
+class EnoughError(Exception):
+    """Ends a loop whose batch never comes."""
+
+
+def test_a_late_batch_is_one_wait_for_the_watchdog() -> None:
+    """The idle time grows from poll to poll: otherwise its deadline would never pass."""
+    made, seen, unused = reporting(), list[tuple[str, float]](), Any
     made.phases.enter("step")
 
-    def poll(timeout_s: float) -> Any:
+    def poll(timeout_s: float) -> None:
         time.sleep(0.01)
         seen.append((made.phases.current, made.phases.idle_s()))
-        return next(late)
+        if len(seen) == 4:
+            raise EnoughError
 
-    waiting = Waiting(made)
-    assert waiting.next_batch(poll, lambda: None, is_first=True) == (3, {})
+    def no_call(*arguments: object) -> None:
+        raise AssertionError("nothing is due without a batch")
+
+    loop = Loop(unused, unused, 0, made, unused, unused, check_owner=no_call, after_step=no_call, save=no_call)
+    with pytest.raises(EnoughError):
+        loop.run(poll, 5)
     assert [phase for phase, _ in seen] == ["step", "data", "data", "data"]
     assert seen[1][1] < seen[2][1] < seen[3][1]
-    assert waiting.first_s == made.data_wait_s >= 0.03
-    assert made.phases.current == "step"
+    assert (loop.waiting.first_s, made.data_wait_s, made.phases.current) == (0.0, 0.0, "step")
 
 
-def test_a_request_ends_the_wait_and_counts_no_seconds() -> None:
-    made, reasons = reporting(), iter([None, "SIGTERM"])
-    found = Waiting(made).next_batch(lambda timeout_s: None, lambda: next(reasons), is_first=False)
-    assert (found, made.data_wait_s) == ("SIGTERM", 0.0)
+def test_the_seconds_of_a_batch_that_has_come_count() -> None:
+    made = reporting()
+    waiting = Waiting(made)
+    for is_first in (True, False):
+        with waiting.late():
+            time.sleep(0.01)
+            waiting.has_come(is_first=is_first)
+    assert waiting.first_s >= 0.01 and made.data_wait_s >= waiting.first_s + 0.01
 
 
 def test_while_the_devices_are_busy_nothing_is_late() -> None:
-    made, late = reporting(), iter([None, None, (1, {})])
-    made.devices_are_busy = True
-    found = Waiting(made).next_batch(lambda timeout_s: next(late), lambda: "never", is_first=False)
-    assert (found, made.data_wait_s) == ((1, {}), 0.0)
+    made, late = reporting(devices_are_busy=True), iter([None, None, (1, {})])
+    assert Waiting(made).while_busy(lambda timeout_s: next(late)) == (1, {})
+    assert made.data_wait_s == 0.0
+    assert Waiting(reporting()).while_busy(lambda timeout_s: None) is None
