@@ -109,9 +109,9 @@ class Trainer:
 
         Evaluates the averaged parameters if the run keeps them.
         """
-        if self.state is None:
+        if (state := self._look_again()) is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
-        metrics = evaluate(self.job, self.state, self.completed_steps, Phases())
+        metrics = evaluate(self.job, state, self.completed_steps, Phases())
         assert metrics is not None, "without `stops`, nothing ends an evaluation early"
         return metrics
 
@@ -126,6 +126,12 @@ class Trainer:
             newest = checkpoints.newest(lambda step: checkpoints.restore(step, self.program.state))
         self.completed_steps, state = newest or (0, None)
         return state
+
+    def _look_again(self) -> TrainState | None:
+        """Returns the state; if there was none, another process may have saved one since."""
+        if self.state is None:
+            del self.state
+        return self.state
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -144,9 +150,9 @@ class Trainer:
 
     def sampler(self) -> Sampler:
         """Returns a sampler of the trained language model, with the averaged parameters if the run keeps them."""
-        if self.state is None:
+        if (state := self._look_again()) is None:
             return Sampler.from_run(self.run_dir.location, ClassFinder.from_config(self.run))
-        return Sampler.from_params(self.run, evaluated_params(self.state))
+        return Sampler.from_params(self.run, evaluated_params(state))
 
     def require_equal_processes(self) -> None:
         """Raises ConfigError if the processes of the run differ in what decides its numbers."""

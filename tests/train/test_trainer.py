@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.errors import Preempted
+from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.track.tracker import MultiTracker
@@ -26,6 +26,7 @@ from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.statistics import step_flops
 from jaxinfra.train.trainer import Trainer
 from jaxinfra.train.watch import Watch
+from tests.refusals import raises
 from tests.tiny_run import Tiny
 
 
@@ -225,3 +226,11 @@ def test_a_resumed_run_keeps_its_peak(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     first = json.loads(stopping.run_dir.record.read_text())["peak"]
     assert Trainer(tiny.loaded("track.console=off")).train()["peak_flops_per_device"] == first["flops"]
+
+
+def test_what_another_trainer_has_saved_is_found(tiny: Tiny) -> None:
+    looking = Trainer(tiny.loaded("track.console=off"))
+    with raises(ConfigError, f"{looking.run_dir.location} call train() first"):
+        looking.evaluate()
+    summary = Trainer(tiny.loaded("track.console=off")).train()
+    assert looking.evaluate()["eval/loss"] == summary["validation"]["loss"]
