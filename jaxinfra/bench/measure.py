@@ -83,7 +83,7 @@ class TimedStep:
     output: object = None  # of the last call
 
     def time(self, number: int = 0, *, dispatch_only: bool = False) -> float:
-        """Makes one step, whatever the round, and returns its seconds, or those of its dispatch."""
+        """Makes one step and returns its seconds, or those of its dispatch. The number of the round changes nothing."""
         with self.context():
             start_s = time.perf_counter()
             *self.state, self.output = self.step(*self.state, self.batch)
@@ -97,7 +97,7 @@ type Makers = Mapping[str, Callable[[Run], TimedStep]]
 
 
 def jaxinfra_step(run: Run) -> TimedStep:
-    """Returns the train step of a run on random tokens without weights or document masks."""
+    """Returns the train step of a run on random tokens, without loss weights or document masks."""
     program, tokens = make_program(run), random_batch(run)
     specs = {name: program.batch[name] for name in ("inputs", "targets")}
     with program.on_mesh:
@@ -120,7 +120,7 @@ def time_alternately(steps: Mapping[str, TimedStep], num_rounds: int, *, dispatc
 
 def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     """Returns the seconds per iteration of the training loop, without waits for devices, logging and saving."""
-    assert run.train.steps > num_steps, "the last step is evaluated"
+    assert run.train.steps > 1 + num_steps, "after its last step the loop would also evaluate"
     track = TrackConfig(log_every=num_steps + 2, console="off")  # nothing is logged
     job = Trainer(replace(run, track=track)).job
     (state,), batch = step.state, step.batch
@@ -128,7 +128,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     jax.block_until_ready(step.state)
     watch = Watch(run.watchdog, job.run_dir, job.peers)
     numerics = Numerics(job.program, watch.phases)
-    reporting = Reporting(job, watch, numerics, MultiTracker(), peak_flops=1.0, skipped=lambda step: {})
+    reporting = Reporting(job, watch, numerics, MultiTracker(), peak_flops=1.0, skipped=lambda step: {})  # no samples
     profiler = Profiler(run.profile, Path())
     with job.program.on_mesh, RunSignals(job.peers) as requests:
         loop = Loop(
@@ -142,7 +142,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
             after_step=lambda due, metrics: None,
             save=lambda: None,
         )
-        batches = enumerate(itertools.repeat(batch))  # the same for each step, without waits
+        batches = enumerate(itertools.repeat(batch))  # pairs of completed steps and a batch, without waits
         loop.run(lambda timeout_s: next(batches), 1)  # compiles
         jax.block_until_ready(loop.state)
         start_s, waited_s = time.perf_counter(), watch.phases.seconds()["device"]
@@ -153,7 +153,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
 
 
 def time_sides(makers: Makers, config: str, overrides: Sequence[str], num_rounds: int) -> Times:
-    """Times the steps that functions make of one run."""
+    """Loads one run, makes the step of each side, and times them in turn."""
     run = load_run(config, overrides)
     return time_alternately({side: make(run) for side, make in makers.items()}, num_rounds)
 

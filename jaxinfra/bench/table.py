@@ -1,4 +1,4 @@
-"""Times what a benchmark compares in turns, and formats its result: a table, a line about the machine, and JSON."""
+"""Times the sides of a benchmark in turn, and formats its result: a table, a line about the machine, and JSON."""
 
 import argparse
 import importlib.metadata
@@ -99,7 +99,7 @@ def time_rounds[K, V](
             if number >= warmup:
                 found[side].append(value)
         if shows:
-            print(f"round {number} of {num_rounds}", file=sys.stderr, flush=True)
+            print(f"round {max(0, number + 1 - warmup)} of {num_rounds}", file=sys.stderr, flush=True)
     return found
 
 

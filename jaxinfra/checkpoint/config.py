@@ -61,6 +61,7 @@ class CheckpointConfig:
             kept |= {step for step in ordered if step % self.keep_every == 0}
         if self.keep_best is not None:
             sign = 1 if self.best_is == "lowest" else -1
+            # Of equal values the newer step is better: the steps are negative.
             ranked = sorted((sign * steps[step][name], -step) for step in ordered if name in steps[step])
             kept |= {-step for _, step in ranked[: self.keep_best]}
         return [step for step in ordered if step not in kept]

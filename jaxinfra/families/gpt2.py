@@ -91,6 +91,7 @@ def attention_rules(mixer: Attention) -> Iterator[Rule]:
     """Yields the rules of attention and of the norm before it."""
     parts = [f"attention.{name}" for name in ("query", "key", "value")]
     yield from _norm_rules("ln_1", "attention_norm")
+    # The braces are around what the fused tensor has three times, one after another.
     yield fused("attn.c_attn.weight", *((f"{part}.weight", "d ({h k}) -> d h k") for part in parts))
     yield fused("attn.c_attn.bias", *((f"{part}.bias", "({h k}) -> h k") for part in parts))
     yield rule("attn.c_proj.weight", "attention.out.weight", "(h k) d -> h k d")
@@ -115,10 +116,10 @@ FAMILY = Family(
     read=read,
     write=write,
     model_rules=model_rules,
-    norm_rules=lambda layer: (),  # written before what follows them, by the next two
+    norm_rules=lambda layer: (),  # `mixer_rules` and `mlp_rules` yield each norm before what it is for
     mixer_rules=attention_rules,
     mlp_rules=mlp_rules,
     layer_prefix="transformer.h.{layer}.",
-    unused=("*lm_head.weight", "*.attn.bias", "*.attn.masked_bias"),  # the last two are masks
-    other_prefix=("transformer.", ""),  # published files have none
+    unused=("*lm_head.weight", "*.attn.bias", "*.attn.masked_bias"),  # a copy of tied embeddings, and masks
+    other_prefix=("transformer.", ""),  # published files leave it out
 )

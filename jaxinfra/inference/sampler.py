@@ -35,7 +35,7 @@ from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 
-_PROMPT_TOKENS = 100  # that follow `track.sample_prompt`
+_CONTINUATION_TOKENS = 100  # that follow `track.sample_prompt`
 _SCORED_TOKENS = 4096  # that a device scores at once, of several rows
 
 
@@ -132,7 +132,7 @@ class Sampler:
 
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
-        """Takes parameters that are on the mesh of a run; where it has stages, they are sharded anew."""
+        """Takes parameters that are on the mesh of a run. If it has pipeline stages, they are resharded: sampling has none."""
         sharding = jax.tree.leaves(params)[0].sharding
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
         sampler = cls(language_model(run), sampling_program(run, sharding.mesh), params)
@@ -188,12 +188,12 @@ class Sampler:
     def continue_prompt(self, prompt: str) -> str:
         """Returns a prompt of `track.sample_prompt` with 100 tokens after it; ConfigError if they do not fit."""
         room = (self.model.max_positions or math.inf) - len(self.model.encode(prompt))
-        if room < _PROMPT_TOKENS:
+        if room < _CONTINUATION_TOKENS:
             raise ConfigError(
-                f"{_PROMPT_TOKENS} tokens must fit after the prompt, but learned positions leave {max(0, room)}; "
+                f"{_CONTINUATION_TOKENS} tokens must fit after the prompt, but learned positions leave {max(0, room)}; "
                 "use track.sample_prompt=none, or a shorter prompt"
             )
-        return prompt + "".join(self.stream(prompt, max_tokens=_PROMPT_TOKENS, sampling=SamplingParams()))
+        return prompt + "".join(self.stream(prompt, max_tokens=_CONTINUATION_TOKENS, sampling=SamplingParams()))
 
     # Tokens
 
@@ -209,9 +209,9 @@ class Sampler:
         self._require_room(longest, max_tokens)
         slots, rows, cache = self._slots(longest), [[*prompt] for prompt in prompts], None
         tokens, counts = self._padded(rows, slots)
-        distribution = replace(sampling, seed=0, stop=())
+        distribution = replace(sampling, seed=0, stop=())  # one compiled program serves all seeds and stops
         cache_slots = padded_length(max(slots, longest + max_tokens))
-        # A row that becomes this long gets other rotary positions, from its first token on.
+        # With LongRoPE a row that becomes this long gets other rotary positions, from its first token on.
         switches = {length + 1 for length in self._short_lengths}
         with self.program.on_mesh:
             key = jax.random.key(sampling.seed)
@@ -230,20 +230,20 @@ class Sampler:
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Scores the tokens of rows, in the order of the rows; rows of similar length are computed together."""
-        by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         found: dict[int, TokenScores] = {}
         while by_length:
             length = self._slots(len(rows[by_length[0]]) - 1)
             batch = by_length[: self.rows * max(1, _SCORED_TOKENS // length)]
             by_length = by_length[len(batch) :]
-            inputs_BT, counts_B = self._padded([rows[row][:-1] for row in batch], length)
-            targets_BT, _ = self._padded([rows[row][1:] for row in batch], length)
+            inputs_BT, counts_B = self._padded([rows[index][:-1] for index in batch], length)
+            targets_BT, _ = self._padded([rows[index][1:] for index in batch], length)
             with self.program.on_mesh:
                 scores = map(np.asarray, self._score(self._params, inputs_BT, targets_BT, counts_B))
-            for row, log_probs, likeliest in zip(batch, *scores, strict=False):
-                count = len(rows[row]) - 1
-                found[row] = TokenScores(log_probs[:count], likeliest[:count])
-        return [found[row] for row in range(len(rows))]
+            for index, log_probs, likeliest in zip(batch, *scores, strict=False):
+                count = len(rows[index]) - 1
+                found[index] = TokenScores(log_probs[:count], likeliest[:count])
+        return [found[index] for index in range(len(rows))]
 
     def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns tokens `[B, T]` of as many rows as the mesh needs, and the number of tokens of each row `[B]`."""
@@ -269,7 +269,9 @@ class Sampler:
 
     @property
     def _short_lengths(self) -> tuple[int, ...]:
-        return require_text(self.model.run)[0].short_lengths
+        """The lengths up to which LongRoPE has the factors of short texts; () without it."""
+        model, _ = require_text(self.model.run)
+        return model.short_lengths
 
     def _decoder(self, params: Params) -> Transformer:
         model = self.program.model(params)
@@ -290,6 +292,7 @@ class Sampler:
         partitioner = self.program.partitioner
         counts_B = jax.reshard(counts_B, partitioner.spec("batch"))
         logits, cache = self._decoder(params).decode(tokens_BT, cache, counts_B)
+        # The last hidden state of each row is cut out before it is multiplied with the head.
         last = jax.vmap(lambda x_TD, count: jax.lax.dynamic_slice_in_dim(x_TD, count - 1, 1))
         logits = replace(logits, hidden=partitioner.map_local(last, logits.hidden, counts_B))
         return _sample_tokens(logits, key, sampling, partitioner), cache
@@ -327,7 +330,7 @@ class _Text:
         return text
 
     def flush(self) -> str:
-        """Returns the rest of the text after the last token."""
+        """Returns the rest of the text after the last token; "" if it is called again."""
         return "" if self._stop.found else self._stop.push(self._decoder.flush()) + self._stop.flush()
 
 

@@ -59,7 +59,7 @@ class FlaxModel(ModelConfig, ABC):
     @property
     @override
     def uses_dropout(self) -> bool:
-        return True  # any module may use dropout; random bits in the batch also mark training (see `FlaxModule._run`)
+        return True  # any module may; and `FlaxModule._run` knows by the random bits in the batch that it trains
 
     @override
     def build(self, partitioner: Partitioner) -> "FlaxModule":
@@ -84,7 +84,7 @@ class ModuleStructure:
 class FlaxModule(Module):
     """Runs the module of a `FlaxModel` on a mesh."""
 
-    partial_gradients: ClassVar[bool] = False  # JAX's partitioner all-reduces gradients over the whole mesh
+    partial_gradients: ClassVar[bool] = False  # they come out summed over the mesh, by JAX's partitioner
 
     def __init__(self, config: FlaxModel, partitioner: Partitioner):
         self.config, self.partitioner = config, partitioner
@@ -97,7 +97,7 @@ class FlaxModule(Module):
         self.structure = _structure(config, partitioner)
         shardings = [partitioner.stored_spec(_param_name(path), spec) for path, spec in self.structure.specs.items()]
         uses_tensor = any("tensor" in str(sharding) for sharding in shardings)
-        # With `alone` (canonical mode) the mesh shards stored parameters only, so no device repeats work.
+        # In canonical mode (`alone`) each device computes rows of its own, and the mesh shards only what is stored.
         if partitioner.mesh.tensor > 1 and not uses_tensor and not partitioner.alone:
             raise ConfigError(
                 f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices "
@@ -122,6 +122,7 @@ class FlaxModule(Module):
         inputs = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
         bits = batch.get(DROPOUT_FIELD)
         values = {path: _at(self.module, path)[...] for path in self.structure.specs}
+        # Checked first: another output could not have the sharding below, and the error would not say why.
         shapes, _ = jax.eval_shape(self._auto_sharded(self._run, PartitionSpec()), values, inputs, bits)
         self._check_output(shapes, rows=next(iter(inputs.values())).shape[0])
         run = self._auto_sharded(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
@@ -166,7 +167,7 @@ class FlaxModule(Module):
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Returns the result of the call and, in training (with `bits`), the statistics of the buffers."""
         structure, train, compute = self.structure, bits is not None, self.partitioner.compute_dtype
-        key = jax.random.key(0 if bits is None else bits[0, 0])  # the bits of a token depend on seed and step
+        key = jax.random.key(0 if bits is None else bits[0, 0])  # those of a token, from seed and step
         rngs = {path: _restart_rng(key, path, shape) for path, shape in structure.rngs.items()}
         module = nnx.merge(structure.graphdef, nnx.State(nnx.traversals.unflatten_mapping({**values, **rngs})))
         if train:
@@ -196,7 +197,7 @@ class FlaxModule(Module):
                 )
             if _is_floating(value):
                 stats[name] = value.astype(jnp.float32)
-            else:  # the change, as the sum of large integers over microbatches would overflow
+            else:  # the change, because the sum of large integers over microbatches would overflow
                 stats[name] = value.astype(jnp.int32) - before[path].astype(jnp.int32)
         return {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
@@ -260,7 +261,7 @@ def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, parti
         raise ConfigError(f"{where}: is {dtype}; a variable may be floating point, integer or bool")
     axes = _annotated_axes(where, variable)
     if not (isinstance(variable, nnx.Param) and _is_floating(variable)):
-        axes = axes or (None,) * len(shape)
+        axes = axes or (None,) * len(shape)  # a buffer is not trained, so its role does not matter
         return ParamSpec(shape=shape, axes=axes, init=init, role="bias", state="buffer", dtype=dtype)
     role: Role = "matrix"
     if "bias" in name or len(shape) < 2:
@@ -273,6 +274,7 @@ def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, parti
     # A kernel is `[*in_features, *out_features]`; nnx.LinearGeneral may have several of both.
     features = getattr(owner, "out_features", None)
     first_out = len(shape) - (len(features) if isinstance(features, tuple) else 1)
+    # Stacked layers, which a module may have, are no input.
     in_dims = tuple(dim for dim in range(first_out) if axes[dim] != "layers")
     out_dims = tuple(range(first_out, len(shape)))
     return ParamSpec(shape=shape, axes=axes, init=init, role=role, in_dims=in_dims, out_dims=out_dims)

@@ -13,7 +13,7 @@ def clip_by_global_norm(
     """Scales gradients down to a global norm of at most `max_norm`; returns them and the norm before.
 
     Sums in float32, whatever the gradients' dtype, and keeps that dtype. Gradients within the limit, or with
-    `max_norm=None`, are returned bit for bit. If the norm is not finite, neither are the scaled gradients.
+    `max_norm=None`, are returned bit for bit. Callers must test the norm: one that overflows makes gradients zero.
 
     `square_sum` is the sum of the squares of all elements, if it is known.
     """

@@ -82,19 +82,19 @@ class Owner:
 
     @classmethod
     def of_damaged(cls, content: bytes) -> Self:
-        """Returns what stands for the owner whose file is damaged; other content is another beat."""
+        """Returns what stands for the owner whose file is damaged; a change of the content counts as a sign of life."""
         return cls(id="", host="", pid=0, identity="", since="", renewed="", beat=zlib.crc32(content))
 
     @property
     def state(self) -> Literal["holds", "ended", "unknown"]:
         """Whether it holds the lease still; "unknown" if it may run on another host."""
-        boot, _, start = self.identity.rpartition("/")
+        system, _, start = self.identity.rpartition("/")  # the system is its boot and its process namespace
         own = _process_identity(os.getpid())
         if self.released:
             return "ended"
-        if not start or boot != own.rpartition("/")[0]:
+        if not start or system != own.rpartition("/")[0]:
             return "unknown"
-        if self.pid == os.getpid() and self.identity == own:  # it may have failed to release an earlier lease
+        if self.pid == os.getpid() and self.identity == own:  # maybe by an earlier lease, which it could not release
             return "holds" if self.id in _held else "ended"
         return "holds" if _process_identity(self.pid) == self.identity else "ended"
 
@@ -137,7 +137,7 @@ class Lease:
                 "leave the run to it"
             )
         elif (newest is None or newest[0] < self.token) and not self._files.exists(self.token):
-            # Another process may have begun anew, with a smaller token.
+            # Another process may have begun anew, with a smaller token. A listing alone may lack our file for a moment.
             self._lost = RunInUseError(
                 f"{self._where}: the file of this run's lease, {_FOLDER}/{_file_name(self.token)}, was deleted, so "
                 "another process may train the run; start the same command again if none does"
@@ -151,7 +151,7 @@ class Lease:
         if self._lost is not None:
             return
         try:
-            with suppress(StorageError):  # the write tells whether the storage is back
+            with suppress(StorageError):  # then the write is tried, and its failure is logged
                 self.check_now()
             self._files.rewrite(self.token, replace(self._owner, released=True))
         except JaxinfraError as error:
@@ -163,7 +163,7 @@ class Lease:
                 self.check_now()
                 self._owner = replace(self._owner, beat=self._owner.beat + 1, renewed=_utc_now())
                 self._files.rewrite(self.token, self._owner)
-            except StorageError:  # nobody can take the lease while its storage is away
+            except StorageError:  # away, for this host at least: the next beat finds out what has happened
                 continue
             except Exception as error:  # `check` raises it in the main thread
                 self._lost = error
@@ -236,7 +236,7 @@ def _utc_now() -> str:
 def _process_identity(pid: int) -> str:
     """Returns boot, process namespace and start time of a running process; "" if there is none, or no /proc."""
     try:
-        # The name in parentheses may contain spaces; then the state is the first and the start time the 20th field.
+        # After the name, in parentheses, the state is the first field and the start time the 20th.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -256,9 +256,9 @@ class _Files:
         missing = 0
         while token := max(map(_token, self._objects.list_names()), default=0):
             content = self._objects.read_or_none(_file_name(token))
-            if content is not None or token == missing:  # a listing may have a deleted one for a minute
+            if content is not None or token == missing:  # a listing may have a deleted file for a minute: it is damaged
                 return token, _parse(content or b"")
-            missing = token  # a newer one has come
+            missing = token  # probably deleted by a newer owner since it was listed: list again
         return None
 
     def exists(self, token: int) -> bool:
@@ -298,7 +298,7 @@ class _Folder:
         with storage_errors(path, action="read"), suppress(FileNotFoundError):
             if path.is_file():
                 return path.read_bytes()
-            path.lstat()  # raises FileNotFoundError
+            path.lstat()  # raises FileNotFoundError if there is nothing; else it is a folder or a pipe
             return b""
         return None
 
@@ -317,7 +317,7 @@ class _Folder:
 
     def delete_temporaries(self, token: int) -> None:
         with storage_errors(self._folder):
-            delete_temporaries(self._folder, lambda name: 0 < _token(name) < token)
+            delete_temporaries(self._folder, lambda target: 0 < _token(target) < token)
 
 
 def _files(where: str) -> _Files:
@@ -344,8 +344,9 @@ def _parse(content: bytes) -> Owner:
         values = json.loads(content)
         owner = Owner(**{name: values[name] for name in kinds})  # a later version may write more
         datetime.fromisoformat(owner.renewed).timestamp()
-        texts = [str(values[name]) for name, kind in kinds.items() if type(values[name]) is kind]
+        has_types = all(type(values[name]) is kind for name, kind in kinds.items())
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Owner.of_damaged(content)
-    is_sound = len(texts) == len(kinds) and all(len(each) <= _MAX_CHARS and each.isprintable() for each in texts)
+    texts = [str(values[name]) for name in kinds]
+    is_sound = has_types and all(len(each) <= _MAX_CHARS and each.isprintable() for each in texts)
     return owner if is_sound else Owner.of_damaged(content)

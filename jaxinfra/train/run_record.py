@@ -61,7 +61,8 @@ def start_record(
 ) -> dict[str, Any]:
     """Returns the contents of run.json, except for where the state came from.
 
-    `decisions` are to go back to a checkpoint, `peak` is as of `find_peak`, `changes` are of the config between starts.
+    `decisions` are those of the guard to go back to a checkpoint, `changes` those of the config between starts, `peak`
+    is as of `find_peak`.
     """
     loaded, dataset = job.loaded, job.data.dataset
     devices = {
@@ -72,17 +73,17 @@ def start_record(
         "mesh": dict(job.program.mesh.shape),
         **device_memory({"memory_bytes": "bytes_limit"}),
     }
-    # The run record names the data's versions and what was left out, so that a replay, or sampling, does the same.
+    # The record names the data's versions and the skipped batches, so that a replay, or sampling, takes the same ones.
     run = replace(loaded.run, data=loaded.run.data.with_versions(dataset.versions))
     origins = {change.path: "newest at the start" for change in diff(loaded.run, run)}
     if decisions:
         skip_batches = with_decisions(run.train.skip_batches, decisions)
         run = replace(run, train=replace(run.train, skip_batches=skip_batches))
         origins["train.skip_batches"] = "decided by the guard"
-    with_versions = replace(loaded, run=run, origins=loaded.origins | origins)
+    resolved = replace(loaded, run=run, origins=loaded.origins | origins)
     versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
     return {
-        **record(with_versions, command=job.command, versions=versions, git=git, devices=devices),
+        **record(resolved, command=job.command, versions=versions, git=git, devices=devices),
         "fingerprint": fingerprint(loaded.run),
         "data": dataset.fingerprint,
         "data_versions": [*dataset.versions],
@@ -140,13 +141,14 @@ def make_summary(
     `reason` is why the run has stopped before its last step, None if it has made that step. `wall_s` are the seconds of
     this start. `eval_metrics` are those of the last evaluation, as "eval/NAME", and `peak` is as of `find_peak`.
     """
-    rows, modality = existing_metrics(job.run_dir), job.run.data.modality
-    losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]
+    rows, modality = existing_metrics(job.run_dir), job.run.data.modality  # such as "token"
+    losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]  # means since the row before
+    logged_s = rows[-1].get("time_s", 0.0) if rows else 0.0  # of all starts, unlike `wall_s`
     return {
         "status": "finished" if reason is None else "stopped",
         "steps": completed_steps,
         "modality": modality,
-        "wall_s": max([wall_s, *(row.get("time_s", 0.0) for row in rows[-1:])]),  # `time_s` counts all starts
+        "wall_s": max(wall_s, logged_s),
         "final_loss": losses[-1] if losses else None,
         f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
         "mfu_median": _median(rows, "mfu"),
@@ -165,7 +167,7 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
     """Returns the summary of a run that is finished; writes it, and run.json, if they are not there."""
     run_dir = job.run_dir
     record = run_dir.existing_record()
-    if not run_dir.record.exists() and record:
+    if not run_dir.record.exists() and record:  # the newest checkpoint has it, too
         write_record(run_dir.record, record)
     if run_dir.record.exists() and run_dir.summary().get("status") != "finished":
         rows = existing_metrics(run_dir)
