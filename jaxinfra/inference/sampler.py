@@ -132,7 +132,7 @@ class Sampler:
 
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
-        """Takes parameters that are on the mesh of a run; those of pipeline stages are resharded, as sampling has none."""
+        """Takes parameters on the mesh of a run; those of pipeline stages are resharded, as sampling has none."""
         sharding = jax.tree.leaves(params)[0].sharding
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
         sampler = cls(language_model(run), sampling_program(run, sharding.mesh), params)
