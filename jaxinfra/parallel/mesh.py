@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -83,16 +84,15 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 
 def needs_unrolled_loops(mesh: Mesh | AbstractMesh) -> bool:
-    """Returns whether loops whose steps communicate must be unrolled: on CPU devices of several processes.
+    """Returns whether loops whose steps communicate must be unrolled: on CPU devices that Gloo connects.
 
-    XLA starts what follows a loop on CPU devices before the loop has ended, collectives too. Gloo, which connects them,
-    pairs the collectives of different processes by their order alone: those of the loop would meet those that follow
-    it, and Gloo would end the process. Without a loop XLA keeps the order of all collectives.
+    It connects those of processes that have joined. XLA starts what follows a loop on CPU devices before the loop has
+    ended, collectives too. Gloo pairs the collectives of different processes by their order alone: those of the loop
+    would meet those that follow it, and Gloo would end the process. Without a loop XLA keeps the order of all.
     """
     if isinstance(mesh, AbstractMesh):
         return False
-    devices: list[Device] = list(np.asarray(mesh.devices).flat)
-    return devices[0].platform == "cpu" and len({device.process_index for device in devices}) > 1
+    return np.asarray(mesh.devices).flat[0].platform == "cpu" and jax.distributed.is_initialized()
 
 
 def reshape_mesh(mesh: Mesh, config: MeshConfig) -> Mesh:

@@ -34,6 +34,8 @@ from tests.faults.config import BATCH, READS, STEPS
 from tests.servers.bucket import Bucket, emulated_bucket
 
 TIMEOUT_S = 900.0  # of a command on a slow and busy machine
+CONFIG_MODULE = "tests.faults.config"
+"""The module of the classes in the configs of the runs, which a replay of a record must name."""
 _CLONE = str(Path(__file__).parents[2])
 _MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _CONFIG = """\

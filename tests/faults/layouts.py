@@ -15,7 +15,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
-from tests.faults.harness import Harness, named, require
+from tests.faults.harness import CONFIG_MODULE, Harness, named, require
 from tests.faults.matrix import row
 
 _CLOSE, _STEPS = 1e-6, 20
@@ -90,7 +90,7 @@ def other_layouts(harness: Harness) -> str:
 
 def _restores_bits(path: Path, step: int, overrides: Sequence[str]) -> None:
     """Restores a checkpoint on a mesh of this process's devices, and compares each array with what is stored."""
-    run = with_mesh_size(load(path / "run.json", overrides, root=Run).run, 8)
+    run = with_mesh_size(load(path / "run.json", overrides, Run, [CONFIG_MODULE]).run, 8)
     program = Program(run, make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)]))
     with program.on_mesh, CheckpointManager(path / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(step, program.state)

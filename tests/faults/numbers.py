@@ -9,7 +9,7 @@ import numpy as np
 from jaxinfra.checkpoint.disk_steps import DiskSteps
 from jaxinfra.errors import CorruptionError, NonFiniteError
 from tests.faults.config import BATCH, RecordedTokens, checksum
-from tests.faults.harness import Harness, Run, named, require
+from tests.faults.harness import CONFIG_MODULE, Harness, Run, named, require
 from tests.faults.matrix import row
 
 
@@ -93,7 +93,7 @@ def spike(harness: Harness) -> str:
     run = harness.run("spike")
     record = json.loads((run.path / "run.json").read_text())
     ((start, stop),) = (decision["skip"] for decision in record["decisions"])
-    replay = harness.train("spike-again", config=run.path / "run.json")
+    replay = harness.train("spike-again", f"--import={CONFIG_MODULE}", config=run.path / "run.json")
     require(replay.code == 0 and "going back" not in replay.err, replay)
     again = harness.run("spike-again")
     require(again.losses() == run.losses(), "the replay has other losses")
