@@ -20,7 +20,8 @@ def extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "site"
     (folder / "extras").mkdir(parents=True)
     for path, content in FILES.items():
-        (folder / path).write_text(content)
+        installed = folder / path.removeprefix("extras/")
+        installed.write_text(content)
     project = tomllib.loads(FILES["extras/pyproject.toml"])["project"]
     metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()

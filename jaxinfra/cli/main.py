@@ -108,11 +108,14 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         _add_plugins(argv)
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    if not _command_words(argv) and not os.path.exists(argv[0]):
+    is_name = _is_name(argv[0])
+    if is_name and not _command_words(argv):
         _add_plugins(argv)
     num_words = _command_words(argv)  # 0: CONFIG, which means train
     if not num_words:
         _check_subcommand(argv)
+        if is_name:
+            _check_config_word(argv[0])
     command = " ".join(argv[:num_words]) or "train"
     parser = command_parser(command)
     options, unknown = parser.parse_known_intermixed_args(argv[num_words:])
@@ -120,9 +123,12 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         if "overrides" in options:
             _check_dashes(command, unknown, argv)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if not num_words:
-        _check_config_word(options.config)
     return argparse.Namespace(command=command, **vars(options))
+
+
+def _is_name(word: str) -> bool:
+    """Whether a word may be the name of a command: it is no option, and has neither a folder nor a suffix."""
+    return not word.startswith("-") and os.path.basename(word) == word and not os.path.splitext(word)[1]
 
 
 def _command_words(argv: Sequence[str]) -> int:
@@ -169,11 +175,13 @@ def _check_dashes(command: str, unknown: Sequence[str], argv: Sequence[str]) -> 
 
 
 def _check_config_word(word: str) -> None:
-    """Raises ConfigError for a word that may be a misspelled command: no folder, no suffix, and no such file."""
-    if os.path.exists(word) or os.path.basename(word) != word or os.path.splitext(word)[1]:
+    """Raises ConfigError for a name that is no config either: it may be a misspelled command."""
+    if os.path.exists(word):
         return
     similar = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"did you mean {similar[0]}?" if similar else "a config is a file, such as configs/quickstart.py"
+    if word == "faults":
+        hint = "a clone has it: python -m launch faults"
     raise ConfigError(f"{word}: no such command or config; the commands are {', '.join(COMMANDS)}; {hint}")
 
 
@@ -264,7 +272,8 @@ def _run_command(argv: Sequence[str]) -> int:
             raise
         if "--debug" in argv:
             print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
-        failures_to_close = getattr(error, "__notes__", ()) if is_for_users else ()
+        notes = getattr(error, "__notes__", ()) if is_for_users else ()
+        failures_to_close = (note for note in notes if "JAX_TRACEBACK_FILTERING" not in note)  # JAX adds that one
         line = " ".join("; then ".join((line, *failures_to_close)).split())
         print(f"error: {quoted(mask_credentials(line), 10_000)}", file=sys.stderr)  # nothing that a terminal acts on
         return code

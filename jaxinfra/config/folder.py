@@ -145,6 +145,8 @@ def import_module(module: str) -> ModuleType:
 def _failure(default_place: str, error: Exception) -> str:
     """Returns the message of an exception: its innermost line in the user's files, or `default_place`, and its text."""
     place, text = innermost_place(error), " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("jaxinfra."):
+        text += "; docs/changelog.md says which modules have moved, and where"
     if place is None and isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}:{error.lineno}"
     if place is None and isinstance(error, ConfigError):

@@ -132,6 +132,8 @@ def test_errors_in_a_sibling_name_its_line(write: Write) -> None:
         load("configs/mine.py")
     with raises(ConfigError, "mine.py:1: ModuleNotFoundError: absent"):
         load(write("configs/mine.py", "import absent"))
+    with raises(ConfigError, "mine.py:1: jaxinfra.models.zoo docs/changelog.md"):
+        load(write("configs/mine.py", "from jaxinfra.models.zoo import shape"))
     with raises(ConfigError, "mine.py:1: ImportError"):
         load(write("configs/mine.py", "from . import opt"))
 

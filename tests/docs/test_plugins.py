@@ -40,6 +40,21 @@ def test_a_command_is_listed_runs_and_fails_on_one_line(extras: Path, tmp_path: 
     assert (ended.code, ended.out) == (0, "{'step': 2, 'loss': 2.25}\n"), ended
 
 
+def test_a_folder_of_its_name_does_not_hide_a_command(
+    extras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "last").mkdir()
+    refused(launch("last", "nothing"), "nothing/metrics.jsonl: no such file", code=81)
+
+
+def test_a_command_that_cannot_be_used_is_named_where_it_is_asked_for(extras: Path) -> None:
+    (extras / "extras" / "last.py").write_text("LAST = missing")
+    refused(launch("last", "runs/x"), "'last' jaxinfra.commands jaxinfra-extras NameError uninstall", code=81)
+    listed = launch("--help")
+    assert "train CONFIG" in listed.out and listed.err.startswith("warning: entry point 'last'"), listed.err
+
+
 def test_without_the_package_the_command_is_unknown() -> None:
     refused(launch("last", "runs/x"), "last: no such command or config", code=81)
 
