@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
+from jaxinfra.config.classes import user_classes
 from jaxinfra.run import Run
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
@@ -31,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
         root = "" if loaded.run.root == Run.root else f" {loaded.run.root}"
         print(f"next:\n  {COMMAND} runs{root}")
         if loaded.run.data.modality == "token":
-            print(f'  {COMMAND} sample {run_dir} "PROMPT"')
+            has_own_classes = bool(user_classes(loaded.run)) and options.config.endswith(".py")
+            print(f'  {COMMAND} sample {run_dir} "PROMPT"{f" --import {options.config}" if has_own_classes else ""}')
         print(f"  open {summary.get('report', f'{run_dir}/report.html')}")
 
 

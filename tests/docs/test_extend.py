@@ -88,6 +88,7 @@ def test_examples_train_and_replay(path: str) -> None:
     name = Path(path).stem
     ended = launch(path, *shrunk, *words, f"name={name}")
     assert ended.code == 0, ended
+    assert ended.out.count("launch sample ") == ended.out.count(f'"PROMPT" --import {path}'), ended.out
     record = json.loads(Path(f"runs/{name}/run.json").read_text())
 
     classes = re.findall(r"^@dataclass.*\nclass (\w+)", content, re.MULTILINE)
