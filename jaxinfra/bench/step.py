@@ -109,11 +109,11 @@ def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
 
 
 def first_step_s(command: Sequence[str], env: Mapping[str, str], log: Path) -> float:
-    """Starts a command, kills it when it prints a line that begins with "step", and returns the seconds until then."""
+    """Starts a command, kills it when it prints the loss of its first step, and returns the seconds until then."""
     start_s = time.perf_counter()
     with started(command, env, log) as process:
         for line in process.stdout or ():
-            if line.startswith("step"):
+            if line.startswith("step ") and " loss " in line:
                 return time.perf_counter() - start_s
     raise command_error(command, log.read_text())
 

@@ -103,8 +103,10 @@ def test_process_is_killed_after_its_first_step(tmp_path: Path) -> None:
 from pathlib import Path
 import time
 alive = Path({str(tmp_path / "alive")!r})
+print("steps  100", flush=True)
+time.sleep(0.1)
 alive.write_text("until the step")
-print("step 1", flush=True)
+print("step 1/100  loss 2.5", flush=True)
 time.sleep(600)
 alive.write_text("after it")
 """
