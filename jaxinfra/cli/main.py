@@ -181,8 +181,8 @@ def _check_config_word(word: str) -> None:
     similar = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"did you mean {similar[0]}?" if similar else "a config is a file, such as configs/quickstart.py"
     if word == "faults":
-        hint = "a clone has it: python -m launch faults"
-    raise ConfigError(f"{word}: no such command or config; the commands are {', '.join(COMMANDS)}; {hint}")
+        hint = "it runs tests, so it is a command of python -m launch alone"
+    raise ConfigError(f"{word}: no such command or config; {hint}; the commands are {', '.join(COMMANDS)}")
 
 
 def choose_devices(devices: str | None) -> None:

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         if loaded.run.data.modality == "token":
             has_own_classes = bool(user_classes(loaded.run)) and options.config.endswith(".py")
             print(f'  {COMMAND} sample {run_dir} "PROMPT"{f" --import {options.config}" if has_own_classes else ""}')
-        print(f"  open {summary.get('report', f'{run_dir}/report.html')}")
+        print(f"  and in a browser {summary.get('report', f'{run_dir}/report.html')}")
 
 
 def _plot_loss(metrics: Sequence[Mapping[str, float]]) -> None:

@@ -1,11 +1,13 @@
 """The rows of the fault matrix: what is injected, and what a run must do then."""
 
 import importlib
+import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import tests.faults
 from tests.faults.harness import Harness, NotTried
 
 
@@ -42,17 +44,14 @@ class Outcome:
     seconds: float
 
 
-_MODULES = (
-    *("kills", "stops", "hangs", "damage", "numbers", "layouts", "buckets", "formats", "soak"),
-    *("programs", "network"),
-)
 _rows: list[Row] = []  # the modules add theirs when they are imported
 
 
 def all_rows() -> list[Row]:
     """Returns the rows in the order of their numbers."""
-    for name in _MODULES:
-        importlib.import_module(f"tests.faults.{name}")
+    for module in pkgutil.iter_modules(tests.faults.__path__):
+        if not module.name.startswith("test_"):
+            importlib.import_module(f"tests.faults.{module.name}")
     return sorted(_rows, key=lambda row: row.numbers[0])
 
 
