@@ -124,7 +124,7 @@ def short_convolution(
 
 
 class _Chunks(NamedTuple):
-    """What is known of chunks without the states in which they begin: `[N, M, G, R, C, ...]`, for scans over N.
+    """The part of chunks that does not depend on the states before them: `[N, M, G, R, C, ...]`, for scans over N.
 
     Attributes:
         read: queries, multiplied by the decay since the start of the chunk, `[..., K]`.

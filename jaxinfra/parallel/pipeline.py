@@ -64,7 +64,7 @@ class PipelineModel(Protocol):
 
 
 class Tick(NamedTuple):
-    """What each stage does in one pass of a tick, a row of a `PassTable`: `[S]` arrays, sharded over the stages.
+    """The work of each stage in one pass of a tick, a row of a `PassTable`: `[S]` arrays, sharded over the stages.
 
     A stage without work has `IDLE`.
     """

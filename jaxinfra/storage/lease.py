@@ -283,7 +283,7 @@ class _Files:
 
 
 class _Folder:
-    """What `_Files` asks of an `ObjectStore`, on a disk: TensorStore locks files there, which fails on NFS."""
+    """Stands in for an `ObjectStore` on a disk, where TensorStore locks files, which fails on NFS."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -7,7 +7,7 @@ from jaxinfra.run import Run
 from jaxinfra.train.profiler import Profiler
 
 type Save = Literal["asked", "checkpoint", "copy"]
-"""What is saved: a checkpoint that somebody has asked for or that is due, or a copy of the state on the hosts."""
+"""Kinds of saves: a checkpoint on request, a checkpoint that is due, or a copy of the state on the hosts."""
 
 
 class Due(NamedTuple):

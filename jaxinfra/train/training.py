@@ -62,7 +62,7 @@ class Ended(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What lasts from the first step of a start to its last one, also if the run goes back to a checkpoint.
+    """Holds the parts that stay open from the first step of a start to its last one, also if the run goes back.
 
     Attributes:
         requests: says when to stop, or to save and go on.

@@ -31,7 +31,7 @@ def test_every_side_is_timed(tmp_path: Path) -> None:
     refused(launch("bench", "hub", "--megabytes", "0"), "--megabytes 0")
 
 
-@pytest.mark.skipif(not knows_peak(), reason="the system does not tell")
+@pytest.mark.skipif(not knows_peak(), reason="the system does not tell the peak memory of a process")
 @pytest.mark.slow(30)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """A gigabyte, while a process may hold twice its largest parameter and 300 MB besides its arrays."""

@@ -1,4 +1,4 @@
-"""What an objective gets as `apply`."""
+"""Calls `apply` as an objective does."""
 
 from types import SimpleNamespace
 from typing import Any
