@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # `main` imports it when signals are handled
 def add_commands() -> None:
     """Adds to the commands of the package those that only a clone has, since they run its tests."""
     from jaxinfra.cli.arguments import COMMANDS, Command  # imported when signals are handled
+    from launch.benches import add_benches
+
+    add_benches()
 
     summary = "inject the fault matrix into small real runs on this machine, and show what happens"
     COMMANDS["faults"] = Command(add_faults, summary, "launch.faults")

@@ -32,11 +32,12 @@ MIN_TOKENS = 4 * 64 * 1024  # of `bench data`: four of its batches
 
 
 class BenchmarkSpec(NamedTuple):
-    """A benchmark: its summary, its parts in table order, and its options besides --only and --json."""
+    """A benchmark: its summary, its parts in table order, its options besides --only and --json, and its package."""
 
     summary: str
     parts: tuple[str, ...]
     options: tuple[str, ...] = ("config", "pairs")
+    package: str = "jaxinfra.bench"
 
 
 BENCHES = {
@@ -45,49 +46,8 @@ BENCHES = {
         parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
         options=("config", "pairs", "against", "processes"),
     ),
-    "parallel": BenchmarkSpec(
-        summary="the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
-        parts=("axes", "experts", "schedules"),
-    ),
-    "canonical": BenchmarkSpec(
-        summary="the train step with train.canonical=8 against plain training on the same mesh: time, memory, bytes",
-        parts=("fsdp", "replica"),
-    ),
-    "processes": BenchmarkSpec(
-        summary="2 processes with a device each against 1 process with 2: step, start, a killed process, restart",
-        parts=("step", "start", "kill"),
-    ),
-    "slices": BenchmarkSpec(
-        summary="the train step on two slices with a slow link between them: bytes over the link, with and without "
-        "mesh.replica",
-        parts=("replica", "fsdp"),
-    ),
-    "llama": BenchmarkSpec(
-        summary="the step of Llama 3.1 8B compiled for 64 TPU v5p chips: memory and cycles, beside other results",
-        parts=("full", "dots", "best"),
-        options=(),
-    ),
-    "data": BenchmarkSpec(
-        summary="batches of random sequences by jaxinfra, TensorStore, Grain and PyTorch; first batch; memory",
-        parts=("speed", "first", "memory"),
-        options=("pairs", "tokens"),
-    ),
-    "checkpoint": BenchmarkSpec(
-        summary="saving and restoring a state of 1 GB by jaxinfra, plain Orbax, TensorStore and raw writes",
-        parts=("jaxinfra", "compress", "copy", "orbax", "tensorstore", "raw"),
-        options=("pairs", "megabytes"),
-    ),
-    "hub": BenchmarkSpec(
-        summary="published weights of 1 GB read onto a device and written, against raw reads and writes",
-        parts=("read", "write"),
-        options=("pairs", "megabytes"),
-    ),
-    "prepare": BenchmarkSpec(
-        summary="tokenization by data prepare and by datasets.map, with one worker and two",
-        parts=("prepare", "map"),
-        options=("pairs", "text"),
-    ),
 }
+"""Benchmarks by name. A clone has more (`launch.benches`), which compare parts of this package with other libraries."""
 
 
 class Command(NamedTuple):

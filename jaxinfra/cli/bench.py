@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
     check_options(options)
     options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
     options.megabytes = options.megabytes or DEFAULT_MEGABYTES
-    bench = importlib.import_module(f"jaxinfra.bench.{options.name}")
+    bench = importlib.import_module(f"{BENCHES[options.name].package}.{options.name}")
     if "jax" in sys.modules:  # not yet when this command began
         importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
     if hasattr(bench, "run"):

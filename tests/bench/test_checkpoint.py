@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench.checkpoint import SIDES, make_rows
 from jaxinfra.cli.arguments import BENCHES
+from tests.bench.checkpoint import SIDES, make_rows
 from tests.refusals import refused
 from tests.tiny_run import launch
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.bench import data
-from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, first_batch_s, memory_growth_bytes
 from jaxinfra.bench.subprocesses import call_in_process, call_without_jax
 from jaxinfra.cli.arguments import MIN_TOKENS
 from jaxinfra.data.tokens import TokenData
+from tests.bench import data
+from tests.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, first_batch_s, memory_growth_bytes
 from tests.tiny_run import launch
 
 NUM_TOKENS = MIN_TOKENS
@@ -56,7 +56,7 @@ def test_first_batch_and_memory_growth_without_jax(files: TokenFiles) -> None:
     first_s = call_without_jax(first_batch_s, files, start_s)
     assert late_s < first_s < time.time() - start_s, "from the given start to the first batch"
     assert abs(call_without_jax(memory_growth_bytes, files, 5)) < 2**30
-    call_without_jax(exec, "import sys, jaxinfra.bench.loader; assert 'jax' not in sys.modules")
+    call_without_jax(exec, "import sys, tests.bench.loader; assert 'jax' not in sys.modules")
     with pytest.raises(AssertionError):
         call_in_process(exec, {}, "import sys; assert 'jax' not in sys.modules")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench.hub import PARTS, SIDES, knows_peak
 from jaxinfra.cli.arguments import BENCHES
+from tests.bench.hub import PARTS, SIDES, knows_peak
 from tests.refusals import refused
 from tests.tiny_run import launch
 

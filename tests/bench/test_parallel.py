@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import parallel
+from tests.bench import parallel
 from tests.tiny_run import launch
 
 TINY = [

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench.prepare import MAP, PREPARE, TITLES, TokenizeCase, make_cases, make_rows
 from jaxinfra.cli.arguments import BENCHES
+from tests.bench.prepare import MAP, PREPARE, TITLES, TokenizeCase, make_cases, make_rows
 from tests.refusals import refused
 from tests.tiny_run import launch
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench.processes import CASES
 from jaxinfra.cli.arguments import BENCHES
+from tests.bench.processes import CASES
 from tests.tiny_run import ended, start
 
 TINY = ("model.num_layers=1", "model.hidden_size=32", "model.layers.mixer.num_heads=2", "model.layers.mlp.dim=64")

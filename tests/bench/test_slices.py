@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import slices, slow_link
 from jaxinfra.errors import ConfigError
+from tests.bench import slices, slow_link
 from tests.refusals import names
 from tests.tiny_run import launch
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import llama, parallel, slices
 from jaxinfra.bench.step import CASES, COLUMNS, first_step_s
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, call_in_process, run_command
 from jaxinfra.bench.table import format_table, ratio_row
 from jaxinfra.cli.arguments import BENCHES
+from tests.bench import llama, parallel, slices
 from tests.refusals import names, refused
 from tests.tiny_run import launch
 

@@ -8,10 +8,10 @@ import time
 from contextlib import ExitStack, suppress
 
 from jaxinfra import __version__
-from jaxinfra.bench.slow_link import SlowLink, address_of
 from jaxinfra.errors import ConfigError, HungError, PeerLostError
 from jaxinfra.processes.door import SECRET, new_secret
 from jaxinfra.processes.peer_connection import connect, free_port
+from tests.bench.slow_link import SlowLink, address_of
 from tests.faults.harness import Harness, NotSurvived, NotTried, require, until, wait
 from tests.faults.matrix import row
 

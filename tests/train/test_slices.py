@@ -13,7 +13,7 @@ from tests.tiny_run import Tiny
 SCRIPT = """
 import json, math, sys
 import jax, jaxinfra
-from jaxinfra.bench.slices import crossing_collectives
+from tests.bench.slices import crossing_collectives
 from jaxinfra.program import Program
 from jaxinfra.parallel.mesh import make_mesh
 

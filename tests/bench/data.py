@@ -29,16 +29,6 @@ from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from jaxinfra.bench.loader import (
-    BATCH_SIZE,
-    SEQ_LEN,
-    TOKEN_DTYPE,
-    TokenFiles,
-    WindowDataset,
-    first_batch_s,
-    jaxinfra_batches,
-    memory_growth_bytes,
-)
 from jaxinfra.bench.subprocesses import call_without_jax
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.config import load
@@ -52,6 +42,16 @@ from jaxinfra.models.flops import flops_per_token
 from jaxinfra.prepare.builders.writers import common_fields, write_pack, write_split
 from jaxinfra.prepare.tokenizers import Bytes, convert_tokenizer
 from jaxinfra.run import Run
+from tests.bench.loader import (
+    BATCH_SIZE,
+    SEQ_LEN,
+    TOKEN_DTYPE,
+    TokenFiles,
+    WindowDataset,
+    first_batch_s,
+    jaxinfra_batches,
+    memory_growth_bytes,
+)
 
 DEFAULT_TOKENS = 200_000_000
 MEAN_DOCUMENT_TOKENS = 500

@@ -3,7 +3,7 @@
 Each slice is a process with two emulated CPU devices in a network namespace of its own (`slow_link`). With
 `mesh.replica=2` only the gradients cross the link, once a step; with `mesh.fsdp=4` every gather of parameters does.
 
-`python -m jaxinfra.bench.slices TASK` is the process of a slice: it trains a few steps and prints JSON with the time of
+`python -m tests.bench.slices TASK` is the process of a slice: it trains a few steps and prints JSON with the time of
 one, the bytes and the loss. The bytes that are expected are those of the collectives in its compiled program.
 """
 
@@ -22,7 +22,6 @@ import numpy as np
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.measure import jaxinfra_step, load_run
 from jaxinfra.bench.parity import make_program
-from jaxinfra.bench.slow_link import SlowLink, address_of, bytes_on_link
 from jaxinfra.bench.subprocesses import BenchmarkProcessError, emulated_env, require_success
 from jaxinfra.bench.table import Cases, Columns, TableRow
 from jaxinfra.machine.checked_programs import use_cache
@@ -32,8 +31,9 @@ from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.join import join
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run
+from tests.bench.slow_link import SlowLink, address_of, bytes_on_link
 
-WORKER = (sys.executable, "-m", "jaxinfra.bench.slices")
+WORKER = (sys.executable, "-m", "tests.bench.slices")
 SLICES, DEVICES = 2, 2  # slices, and devices of each
 DELAY_S, BITS_PER_S = 0.025, 100e6  # in each direction, so 50 ms there and back
 MODEL = ("data.seq_len=128", "model.vocab_size=2048", "model.num_layers=2")  # 3 million parameters
