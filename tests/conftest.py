@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.machine import emulation
-from launch.benches import add_benches
+from launch.arguments import add_commands
 
 pytest_plugins = ["tests.compile_cache", "tests.servers.fixtures", "tests.stores"]
 
@@ -37,7 +37,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # As under nohup. Processes that tests start would ignore it, too; a handler is not passed on.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
-add_benches()  # tests call `python -m launch bench` in this process, too
+add_commands()  # tests call those of a clone in this process, too
 
 SLOW_S = 10
 """Of a slow test that does not say how long it takes."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
+from jaxinfra.parity import PARITY_CONFIGS
 
 CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
 RUN_HELP = "directory or URL of a run, such as runs/quickstart"
@@ -26,40 +26,20 @@ CHECKPOINT_ACTIONS = {
     "copy-to": "copy-to DIR",
 }
 """How each action of `checkpoints` is used."""
-DEFAULT_PAIRS = 15  # timed rounds of a benchmark
-DEFAULT_MEGABYTES = 1000  # of what a benchmark saves, or reads and writes
-MIN_TOKENS = 4 * 64 * 1024  # of `bench data`: four of its batches
-
-
-class BenchmarkSpec(NamedTuple):
-    """A benchmark: its summary, its parts in table order, its options besides --only and --json, and its package."""
-
-    summary: str
-    parts: tuple[str, ...]
-    options: tuple[str, ...] = ("config", "pairs")
-    package: str = "jaxinfra.bench"
-
-
-BENCHES = {
-    "step": BenchmarkSpec(
-        summary="the train step, dispatch and startup against a hand-written step of the same model",
-        parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
-        options=("config", "pairs", "against", "processes"),
-    ),
-}
-"""Benchmarks by name. A clone has more (`launch.benches`), which compare parts of this package with other libraries."""
 
 
 class Command(NamedTuple):
     """A command, which the `run(options)` of its module does.
 
     Besides the arguments, `options` has `argv`, the words of the command line, and `prints`: whether this process
-    prints and writes the results, as one does of several that run a command together.
+    prints and writes the results, as one does of several that run a command together. A command that has the options of
+    `add_processes` joins such others before it runs.
     """
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
     summary: str  # for --help
     module: str = ""  # by default the one of the command's name in this package
+    check: Callable[[argparse.Namespace], None] = lambda options: None  # before `--processes` starts others
 
 
 def add_int(
@@ -121,11 +101,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     supervised.add_argument("--supervise", action="store_true", help=what)
     what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
     add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
-    _add_processes(parser)
+    add_processes(parser)
 
 
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the `JOINING_COMMANDS`."""
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a command that several processes run together."""
     several = parser.add_argument_group("several processes")
     what = "start N processes on this machine, which share its devices (default %(default)s)"
     add_int(several, "--processes", 1, default=1, metavar="N", help=what)
@@ -196,7 +176,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     what = "end a text before this string; repeatable"
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
     _add_imports(parser)
-    _add_processes(parser)
+    add_processes(parser)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +190,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_int(tasks, "--limit", 1, metavar="N", help="maximum of samples of each task (default: all)")
     add_int(tasks, "--num-fewshot", 0, metavar="N", help="examples in the prompts (default: what a task says)")
     _add_imports(parser)
-    _add_processes(parser)
+    add_processes(parser)
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -250,7 +230,7 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     what = "model_type of the export, such as llama (default: one that can say what the model has)"
     parser.add_argument("--family", metavar="TYPE", help=what)
     _add_imports(parser)
-    _add_processes(parser)
+    add_processes(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -304,25 +284,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
     add_int(parser, "--jobs", 1, default=os.cpu_count(), help="number of parallel processes (default: one per core)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="insert the tables into this Markdown page")
-    _add_processes(parser)
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides of the config, before options")
-    parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
-    add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
-    add_int(parser, "--tokens", MIN_TOKENS, help="data: tokens in the store (default 200 million)")
-    what = f"checkpoint, hub: size of the state or weights (default {DEFAULT_MEGABYTES})"
-    add_int(parser, "--megabytes", 1, help=what)
-    parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
-    parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
-    parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; repeatable ({parts})")
-    parser.add_argument("--json", metavar="OUT", help="also write the table as JSON, to a file or URL")
-    script = "step: also time this script of a hand-written step; it takes --devices, --fsdp and --dtype, "
-    script += "and prints JSON with median_step_ms"
-    parser.add_argument("--against", type=Path, metavar="SCRIPT", help=script)
-    _add_processes(parser)
+    add_processes(parser)
 
 
 COMMANDS = {
@@ -347,10 +309,7 @@ COMMANDS = {
     "report": Command(_add_report, "write the page of a run in any state, or one that compares several"),
     "diff": Command(_add_diff, "compare two configs or run records"),
     "parity": Command(_add_parity, "compare loss and gradients on each mesh to those of one device, and in processes"),
-    "bench": Command(_add_bench, "time the framework against hand-written code"),
 }
-JOINING_COMMANDS = ("train", "sample", "evaluate", "hub export", "parity", "bench")
-"""The commands that compute on devices, in several processes together; they have the options of `_add_processes`."""
 DEVICE_OPTIONS = (
     *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
     *("supervise", "max-restarts-per-hour", "accept-change"),

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
-from jaxinfra.cli.arguments import COMMANDS, JOINING_COMMANDS, Command
+from jaxinfra.cli.arguments import COMMANDS, Command
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
 from jaxinfra.launchers.restart_policy import RULES
@@ -58,7 +58,6 @@ examples:
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
   {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs
-  {COMMAND} bench processes
   {COMMAND} runs/quickstart/run.json
 
 {EXIT_CODES}
@@ -180,8 +179,8 @@ def _check_config_word(word: str) -> None:
         return
     similar = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"did you mean {similar[0]}?" if similar else "a config is a file, such as configs/quickstart.py"
-    if word == "faults":
-        hint = "it runs tests, so it is a command of python -m launch alone"
+    if word in ("bench", "faults"):
+        hint = "it needs the tests, so it is a command of python -m launch alone"
     raise ConfigError(f"{word}: no such command or config; {hint}; the commands are {', '.join(COMMANDS)}")
 
 
@@ -246,7 +245,7 @@ def _run_command(argv: Sequence[str]) -> int:
         options = parse_command_line(argv)
         options.argv = argv
         failpoints.check_environment(os.environ)
-        joins, trains = options.command in JOINING_COMMANDS, options.command == "train"
+        joins, trains = "processes" in options, options.command == "train"
         signal_router.leave_start(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)

@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxinfra.bench import PARITY_CONFIGS, process_parity
-from jaxinfra.bench.parity import TOLERANCE, MeshDifference, compare_in_processes, compare_joined, load_text_run
 from jaxinfra.cli.markdown import insert_table
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine import emulation, platforms
+from jaxinfra.parity import PARITY_CONFIGS, processes
+from jaxinfra.parity.meshes import TOLERANCE, MeshDifference, compare_in_processes, compare_joined, load_text_run
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
 
@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace, configs: Sequence[str], overrides: Sequ
     if platforms.default_platform() == "tpu":
         print("one process drives all TPU chips of a host: no rows of several processes", file=sys.stderr)
     else:
-        yield from process_parity.compare_layouts(configs, overrides, options.devices)
+        yield from processes.compare_layouts(configs, overrides, options.devices)
 
 
 def is_too_large(row: MeshDifference) -> bool:
@@ -50,7 +50,7 @@ def is_too_large(row: MeshDifference) -> bool:
 
 def _tolerance(row: MeshDifference) -> float:
     """Returns the largest difference of loss and gradients; several processes ("fsdp=8, 2 x 4") may differ less."""
-    return process_parity.TOLERANCE if " x " in row.mesh else TOLERANCE
+    return processes.TOLERANCE if " x " in row.mesh else TOLERANCE
 
 
 def run(options: argparse.Namespace) -> None:

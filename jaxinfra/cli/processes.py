@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from jaxinfra.cli.arguments import COMMANDS
 from jaxinfra.errors import ConfigError, PeerLostError, StorageError, error_of_code
 from jaxinfra.launchers.launcher import ProcessExit, launch
 from jaxinfra.launchers.local_processes import process_environments
@@ -40,10 +41,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_once(options: argparse.Namespace) -> int:
-    from jaxinfra.cli import bench, run_location  # these import JAX, which the supervisor must not
+    from jaxinfra.cli import run_location  # imports JAX, which the supervisor must not
 
-    if options.command == "bench":
-        bench.check_options(options)
+    COMMANDS[options.command].check(options)
     environments = process_environments(options.processes, options.devices)
     command = child_command(options.argv, share_of_devices(options.devices, environments))
     location = run_location.run_location(options)

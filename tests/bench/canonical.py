@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 
-from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import load_run, time_runs
-from jaxinfra.bench.parity import make_program
-from jaxinfra.bench.subprocesses import Times, call_in_process
-from jaxinfra.bench.table import Cases, Columns, TableRow, median_ratio
 from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.parity.meshes import make_program
 from jaxinfra.plan.aot import memory_usage
 from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
 from jaxinfra.plan.hlo import HloModule
+from tests.bench import merge_overrides
+from tests.bench.commands import Times, call_in_process
+from tests.bench.measure import load_run, time_runs
+from tests.bench.table import Cases, Columns, TableRow, median_ratio
 
 NUM_DEVICES = 8
 MESHES = {"fsdp": "mesh.fsdp=8", "replica": "mesh.replica=2 mesh.fsdp=4"}

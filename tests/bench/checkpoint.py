@@ -22,8 +22,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from jaxinfra.bench.subprocesses import call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.local_copies import LocalCopies
 from jaxinfra.checkpoint.manager import CheckpointManager
@@ -32,6 +30,8 @@ from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.parallel.spec import leaves_by_name
 from jaxinfra.processes.peers import Peers
 from jaxinfra.storage.checks import check_space
+from tests.bench.commands import call_in_process
+from tests.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 
 MAX_ROUNDS = 15
 NUM_LEAVES = 30  # a third are parameters, the others moments of an optimizer

@@ -29,8 +29,6 @@ from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from jaxinfra.bench.subprocesses import call_without_jax
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.config import load
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
@@ -42,6 +40,7 @@ from jaxinfra.models.flops import flops_per_token
 from jaxinfra.prepare.builders.writers import common_fields, write_pack, write_split
 from jaxinfra.prepare.tokenizers import Bytes, convert_tokenizer
 from jaxinfra.run import Run
+from tests.bench.commands import call_without_jax
 from tests.bench.loader import (
     BATCH_SIZE,
     SEQ_LEN,
@@ -52,6 +51,7 @@ from tests.bench.loader import (
     jaxinfra_batches,
     memory_growth_bytes,
 )
+from tests.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 
 DEFAULT_TOKENS = 200_000_000
 MEAN_DOCUMENT_TOKENS = 500

@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra.bench.subprocesses import Times, call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.hub.export import Export, export_model, family_of
 from jaxinfra.hub.params import load_published
@@ -40,6 +38,8 @@ from jaxinfra.ops.rope import Rope
 from jaxinfra.run import Precision, Run
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.memory import rss_bytes
+from tests.bench.commands import Times, call_in_process
+from tests.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio, time_rounds
 
 MAX_ROUNDS = 5
 NUM_LAYERS, VOCAB_SIZE, HEAD_DIM = 16, 4096, 64

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
-from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.aot import CompiledStep, compile_step
@@ -17,6 +15,8 @@ from jaxinfra.plan.chips import GIB
 from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run
+from tests.bench import merge_overrides
+from tests.bench.table import BenchmarkResult, Columns, TableRow, format_table
 
 TOPOLOGY = parse_topology("v5p:4x4x4")
 CONFIG = "configs/llama3_8b.py"

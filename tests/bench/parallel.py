@@ -8,12 +8,12 @@ import argparse
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import time_runs
-from jaxinfra.bench.subprocesses import call_in_process
-from jaxinfra.bench.table import Cases, Columns, TableRow, median_ratio
 from jaxinfra.machine.emulation import emulation_env
 from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineConfig
+from tests.bench import merge_overrides
+from tests.bench.commands import call_in_process
+from tests.bench.measure import time_runs
+from tests.bench.table import Cases, Columns, TableRow, median_ratio
 
 NUM_DEVICES = 8
 MICROBATCHES = 8

@@ -17,13 +17,13 @@ from statistics import median
 
 from tokenizers import Tokenizer
 
-from jaxinfra.bench.subprocesses import call_in_process
-from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Record
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TokenizerFile, train_bpe
+from tests.bench.commands import call_in_process
+from tests.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 
 PREPARE, MAP = "prepare", "map"
 TITLES = {PREPARE: "data prepare", MAP: "datasets.map"}

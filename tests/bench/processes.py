@@ -17,21 +17,21 @@ from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
-from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import WARMUP_STEPS, TimedStep, jaxinfra_step, load_run
-from jaxinfra.bench.process_parity import processes
-from jaxinfra.bench.subprocesses import (
-    BenchmarkProcessError,
+from jaxinfra.errors import PeerLostError
+from jaxinfra.launchers.local_processes import process_environments
+from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.parity.processes import processes
+from tests.bench import merge_overrides
+from tests.bench.commands import (
+    WorkerError,
     call_in_all,
     command_error,
     emulated_env,
     prepared_store,
     started,
 )
-from jaxinfra.bench.table import Cases, Columns, TableRow, ratio_row, time_rounds
-from jaxinfra.errors import PeerLostError
-from jaxinfra.launchers.local_processes import process_environments
-from jaxinfra.machine.emulation import emulation_env
+from tests.bench.measure import WARMUP_STEPS, TimedStep, jaxinfra_step, load_run
+from tests.bench.table import Cases, Columns, TableRow, ratio_row, time_rounds
 
 NUM_DEVICES = 2
 DEVICES = f"cpu:{NUM_DEVICES}"
@@ -163,7 +163,7 @@ def _time_kill(training: _Training, index: int) -> float:
         code = children[1 - index].wait()
         elapsed_s = time.perf_counter() - killed_s
     if code != PeerLostError.exit_code:
-        raise BenchmarkProcessError(
+        raise WorkerError(
             f"process {1 - index} ended with code {code} after a SIGKILL of process {index}, not with "
             f"{PeerLostError.exit_code}; see docs/exit-codes.md"
         )

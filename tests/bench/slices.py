@@ -19,19 +19,19 @@ from statistics import median
 
 import numpy as np
 
-from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import jaxinfra_step, load_run
-from jaxinfra.bench.parity import make_program
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, emulated_env, require_success
-from jaxinfra.bench.table import Cases, Columns, TableRow
 from jaxinfra.machine.checked_programs import use_cache
+from jaxinfra.parity.meshes import make_program
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.processes.discovery import Processes
 from jaxinfra.processes.join import join
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run
+from tests.bench import merge_overrides
+from tests.bench.commands import WorkerError, emulated_env, require_success
+from tests.bench.measure import jaxinfra_step, load_run
 from tests.bench.slow_link import SlowLink, address_of, bytes_on_link
+from tests.bench.table import Cases, Columns, TableRow
 
 WORKER = (sys.executable, "-m", "tests.bench.slices")
 SLICES, DEVICES = 2, 2  # slices, and devices of each
@@ -83,7 +83,7 @@ def _output(process: subprocess.Popen[str]) -> tuple[str, str]:
         return process.communicate(timeout=_LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise BenchmarkProcessError(f"a slice did not end within {_LIMIT_S} s; use fewer --pairs") from None
+        raise WorkerError(f"a slice did not end within {_LIMIT_S} s; use fewer --pairs") from None
 
 
 CASES: Cases = {name: partial(rows, mesh=mesh) for name, mesh in MESHES.items()}

@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from jaxinfra.bench.subprocesses import command_error
 from jaxinfra.errors import ConfigError
+from tests.bench.commands import command_error
 
 DEVICE = "slow0"
 """Name of the network device of each host."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.arguments import BENCHES
+from launch.arguments import BENCHES
 from tests.bench.checkpoint import SIDES, make_rows
 from tests.refusals import refused
 from tests.tiny_run import launch
@@ -27,7 +27,7 @@ def test_every_side_is_timed(tmp_path: Path) -> None:
 def test_ratios_are_medians_over_rounds() -> None:
     ours = [{"blocked": blocked, "total": 4.0, "restore": 1.0} for blocked in (1.0, 2.0, 3.0)]
     rounds = ((2.0, 2.0, 1.0), (2.0, 4.0, 2.0), (1.0, 8.0, 2.0))
-    orbax = [dict(zip(("blocked", "total", "restore"), seconds, strict=True)) for seconds in rounds]
+    orbax = [{"blocked": blocked, "total": total, "restore": restore} for blocked, total, restore in rounds]
     found, other = make_rows({"jaxinfra": ours, "orbax": orbax}, {"jaxinfra": 10**9, "orbax": 10**9})
     assert (found["blocked_vs_orbax"], found["total_vs_orbax"], found["restore_vs_orbax"]) == (1.0, 1.0, 0.5)
     assert other["total_vs_orbax"] is None and found["total_vs_raw"] is None

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.bench.subprocesses import call_in_process, call_without_jax
-from jaxinfra.cli.arguments import MIN_TOKENS
 from jaxinfra.data.tokens import TokenData
+from launch.arguments import MIN_TOKENS
 from tests.bench import data
+from tests.bench.commands import call_in_process, call_without_jax
 from tests.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, first_batch_s, memory_growth_bytes
 from tests.tiny_run import launch
 
@@ -27,7 +27,7 @@ def test_all_loaders_read_windows_of_the_same_tokens(files: TokenFiles) -> None:
         for _ in range(2):
             batch = next(batches)
             if "packed" in name:
-                assert batch["inputs"].shape == (BATCH_SIZE, SEQ_LEN)
+                assert isinstance(batch, dict) and batch["inputs"].shape == (BATCH_SIZE, SEQ_LEN)
                 continue
             rows = _windows(batch) if isinstance(batch, dict) else np.asarray(batch)
             assert rows.shape == (BATCH_SIZE, SEQ_LEN + 1)

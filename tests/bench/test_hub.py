@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.arguments import BENCHES
+from launch.arguments import BENCHES
 from tests.bench.hub import PARTS, SIDES, knows_peak
 from tests.refusals import refused
 from tests.tiny_run import launch

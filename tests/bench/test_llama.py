@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import merge_overrides
 from jaxinfra.config import load
 from jaxinfra.run import Run
-from tests.bench import llama
+from tests.bench import llama, merge_overrides
 from tests.golden.proofs import compiled_once
 from tests.tiny_run import launch
 

@@ -1,5 +1,6 @@
 """`bench parallel`: one mesh is timed once; the ratios that it expects of schedules."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_a_mesh_is_timed(repo_root: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_expected_ratios_of_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward pass costs two forward passes; GPipe and 1F1B have 3 of 11 idle slots on four stages."""
     monkeypatch.setattr(parallel, "_row", lambda *given, expected: (given[1], expected))
-    found = {case.rpartition(", ")[2]: expected for case, expected in parallel.schedules(None)}
+    found = {case.rpartition(", ")[2]: expected for case, expected in parallel.schedules(argparse.Namespace())}
     assert found["gpipe"] == found["1f1b"] == pytest.approx((8 + 3) / 8)
     assert found["interleaved"] == pytest.approx((2 * 8 + 3) / (2 * 8))
     assert found["zero_bubble"] == pytest.approx(1.781, abs=1e-3)

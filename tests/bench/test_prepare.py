@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.arguments import BENCHES
+from launch.arguments import BENCHES
 from tests.bench.prepare import MAP, PREPARE, TITLES, TokenizeCase, make_cases, make_rows
 from tests.refusals import refused
 from tests.tiny_run import launch

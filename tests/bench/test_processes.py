@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.arguments import BENCHES
+from launch.arguments import BENCHES
 from tests.bench.processes import CASES
 from tests.tiny_run import ended, start
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench.step import CASES, COLUMNS, first_step_s
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, call_in_process, run_command
-from jaxinfra.bench.table import format_table, ratio_row
-from jaxinfra.cli.arguments import BENCHES
+from launch.arguments import BENCHES
 from tests.bench import llama, parallel, slices
+from tests.bench.commands import WorkerError, call_in_process, run_command
+from tests.bench.step import CASES, COLUMNS, first_step_s
+from tests.bench.table import format_table, ratio_row
 from tests.refusals import names, refused
 from tests.tiny_run import launch
 
@@ -86,7 +86,7 @@ def test_a_row_has_the_medians_and_the_median_of_the_ratios() -> None:
 
 def test_failed_process_is_an_error_with_its_reason() -> None:
     command = [sys.executable, "-c", "raise SystemExit('it broke')"]
-    with pytest.raises(BenchmarkProcessError, match="it broke"):
+    with pytest.raises(WorkerError, match="it broke"):
         run_command(command, os.environ)
 
 
@@ -94,7 +94,7 @@ def test_function_is_called_in_a_process_with_its_environment() -> None:
     assert call_in_process(os.getenv, {"JAXINFRA_TEST": "set"}, "JAXINFRA_TEST") == "set"
     with pytest.raises(ValueError, match="'x'"):
         call_in_process(int, {}, "x")
-    with pytest.raises(BenchmarkProcessError, match="_exit died"):
+    with pytest.raises(WorkerError, match="_exit died"):
         call_in_process(os._exit, {}, 1)
 
 
@@ -112,7 +112,7 @@ alive.write_text("after it")
 """
     first_step_s([sys.executable, "-c", script], dict(os.environ), tmp_path / "log")
     assert (tmp_path / "alive").read_text() == "until the step"
-    with pytest.raises(BenchmarkProcessError):
+    with pytest.raises(WorkerError):
         first_step_s([sys.executable, "-c", ""], dict(os.environ), tmp_path / "log")
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench import PARITY_CONFIGS
 from jaxinfra.cli import processes
-from jaxinfra.cli.arguments import COMMANDS, JOINING_COMMANDS
+from jaxinfra.cli.arguments import COMMANDS
+from jaxinfra.parity import PARITY_CONFIGS
 from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import names, refused
 from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, contents, ended, launch, start, summary
 
+JOINING = {"train", "sample", "evaluate", "hub export", "parity", "bench"}
 MESH = ("mesh.fsdp=2", "mesh.tensor=2")
 
 
@@ -32,7 +33,7 @@ def without_gloo(printed: str) -> str:
     return "".join(line for line in printed.splitlines(keepends=True) if "[Gloo]" not in line and line.strip())
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {*JOINING_COMMANDS}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - JOINING))
 def test_commands_of_one_process_refuse_the_options(command: str) -> None:
     shown = launch(*command.split(), "--help").out
     assert not any(option in shown for option in ("--processes", "--coordinator", "--process-id"))

@@ -19,8 +19,8 @@ import jax
 import pytest
 from filelock import FileLock
 
-from jaxinfra.bench import parity
 from jaxinfra.machine.compile_cache import cpu_features
+from jaxinfra.parity import meshes as parity
 from jaxinfra.program import Program
 from tests.golden.compiled import no_source_lines, write_json
 

@@ -14,7 +14,6 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_like
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
@@ -27,6 +26,7 @@ from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec
+from jaxinfra.parity.meshes import Arrays, loss_and_gradients, make_program, put_like
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.parity.cases import on_host, too_different

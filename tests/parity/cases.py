@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_like, random_batch, relative_differences
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.tokens import TokenData
@@ -30,6 +29,14 @@ from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
+from jaxinfra.parity.meshes import (
+    Arrays,
+    loss_and_gradients,
+    make_program,
+    put_like,
+    random_batch,
+    relative_differences,
+)
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.decoders import changed, decoder

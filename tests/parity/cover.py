@@ -20,7 +20,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 
-from jaxinfra.bench.parity import all_meshes
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.moe import MixtureOfExperts
@@ -28,6 +27,7 @@ from jaxinfra.models.remat import Remat
 from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.parity.meshes import all_meshes
 from jaxinfra.run import Run
 from tests.parity.cases import DEEP, RUNS, Case
 

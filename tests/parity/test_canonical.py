@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.bench import merge_overrides
 from jaxinfra.config import validate
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Run
+from tests.bench import merge_overrides
 from tests.parity.cases import DOCUMENTS, MEAN, TIGHT, batch_on_host, make_program, put_like
 from tests.parity.conftest import Unless
 from tests.refusals import mended, problem

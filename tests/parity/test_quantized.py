@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxinfra.bench.parity import Arrays
 from jaxinfra.models.remat import Remat
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize
+from jaxinfra.parity.meshes import Arrays
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from tests.parity.cases import (

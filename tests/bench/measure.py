@@ -14,17 +14,13 @@ from pathlib import Path
 
 import jax
 
-from jaxinfra.bench import DEFAULT_CONFIG
-from jaxinfra.bench.baseline import BaselineConfig, make_train_step
-from jaxinfra.bench.parity import make_program, put_like, random_batch
-from jaxinfra.bench.subprocesses import Times
-from jaxinfra.bench.table import time_rounds
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import require_text
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.optim.optimizers import AdamW
+from jaxinfra.parity.meshes import make_program, put_like, random_batch
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import TrainState
 from jaxinfra.run import Run, with_mesh_size
@@ -36,6 +32,10 @@ from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.trainer import Trainer
 from jaxinfra.train.watch import Watch
+from tests.bench import DEFAULT_CONFIG
+from tests.bench.baseline import BaselineConfig, make_train_step
+from tests.bench.commands import Times
+from tests.bench.table import time_rounds
 
 WARMUP_STEPS = 3  # for compilation and first use of memory
 

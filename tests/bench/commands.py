@@ -1,30 +1,24 @@
-"""Runs measurements in new processes.
+"""Runs the commands and functions that a benchmark times, each in a new process.
 
 The number of emulated CPU devices is fixed when JAX starts, so each measurement needs a process of its own.
 """
 
-import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.errors import ConfigError
 from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.parity.workers import WorkerError, call_in_all, worker_pool
 
 type Times = dict[str, list[float]]
 """Seconds of each timed round, by side: "jaxinfra", "baseline" or another thing that is compared."""
-
-
-class BenchmarkProcessError(JaxinfraError):
-    """A process that measures, or compares meshes, failed."""
 
 
 def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -35,42 +29,8 @@ def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *a
 
 def call_without_jax[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a function that needs no JAX in a new process, which imports none; exceptions reach the caller."""
-    with worker_pool(1, {}, has_jax=False) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return call_in_all([pool], function, *args, **kwargs)[0]
-
-
-def call_in_all[**P, R](
-    pools: Sequence[ProcessPoolExecutor], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-) -> list[R]:
-    """Calls a function at once in the processes of pools of one, and returns the results in their order."""
-    try:
-        tasks = [pool.submit(function, *args, **kwargs) for pool in pools]
-        return [task.result() for task in tasks]
-    except BrokenProcessPool:
-        name = f"{function.__module__}.{function.__name__}"
-        raise BenchmarkProcessError(
-            f"the process of {name} died: see its last message above; without one, memory was probably too small"
-        ) from None
-
-
-def worker_pool(num_workers: int, env: Mapping[str, str], *, has_jax: bool = True) -> ProcessPoolExecutor:
-    """Returns a pool of new processes that have these environment variables, too, and end when this process ends."""
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(env, has_jax))
-
-
-def _start_worker(env: Mapping[str, str], has_jax: bool) -> None:
-    os.environ.update(env)  # before JAX is imported
-    if has_jax:
-        importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def emulated_env(num_devices: int) -> dict[str, str]:
@@ -79,7 +39,7 @@ def emulated_env(num_devices: int) -> dict[str, str]:
 
 
 def run_command(command: Sequence[str], env: Mapping[str, str]) -> str:
-    """Runs a command and returns its stdout; raises the command's ConfigError, or BenchmarkProcessError."""
+    """Runs a command and returns its stdout; raises the command's ConfigError, or WorkerError."""
     process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     require_success(command, process.returncode, process.stderr)
     if not process.stdout.strip():
@@ -88,17 +48,17 @@ def run_command(command: Sequence[str], env: Mapping[str, str]) -> str:
 
 
 def require_success(command: Sequence[str], code: int, stderr: str) -> None:
-    """Raises the ConfigError that a command has ended with, or BenchmarkProcessError if it has failed otherwise."""
+    """Raises the ConfigError that a command has ended with, or WorkerError if it has failed otherwise."""
     if code == ConfigError.exit_code:
         raise ConfigError(stderr.strip().splitlines()[-1].removeprefix("error: "))
     if code:
         raise command_error(command, stderr)
 
 
-def command_error(command: Sequence[str], stderr: str) -> BenchmarkProcessError:
+def command_error(command: Sequence[str], stderr: str) -> WorkerError:
     """Returns an error with the last line that the command printed."""
     reason = (stderr.strip().splitlines() or ["no error message"])[-1]
-    return BenchmarkProcessError(f"{' '.join(command)} failed: {reason}; run this command alone to see all its output")
+    return WorkerError(f"{' '.join(command)} failed: {reason}; run this command alone to see all its output")
 
 
 @contextmanager

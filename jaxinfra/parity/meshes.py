@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import require_text
 from jaxinfra.parallel.mesh import Device, make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
+from jaxinfra.parity.workers import WorkerError, worker_pool
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 
@@ -175,7 +175,7 @@ def compare_in_processes(
         for task in as_completed([pool.submit(compare_mesh, *case) for case in cases]):
             yield task.result()
     except BrokenProcessPool:
-        raise BenchmarkProcessError(
+        raise WorkerError(
             "a parity worker died: see its last message above; without one, memory was probably too small: use --jobs 1"
         ) from None
     finally:

@@ -2,7 +2,7 @@
 
 It imports nothing of jaxinfra, but uses the same tricks for XLA's CPU backend (`matmul` and `tensordot_as_matmul`).
 
-`python -m jaxinfra.bench.baseline CONFIG`, with a `BaselineConfig` in JSON, runs one step in a new process.
+`python -m tests.bench.baseline CONFIG`, with a `BaselineConfig` in JSON, runs one step in a new process.
 
 Shape suffixes: B batch, T sequence length, W = T + 1, D hidden size, H heads, K head dim, F MLP dim, V vocabulary; in a
 matmul M and N are the dimensions that stay, and K is the one that is contracted.

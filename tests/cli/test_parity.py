@@ -7,11 +7,11 @@ import numpy as np
 import psutil
 import pytest
 
-from jaxinfra.bench import PARITY_CONFIGS as CONFIGS
-from jaxinfra.bench.parity import TOLERANCE, MeshDifference, all_meshes, relative_differences
-from jaxinfra.bench.process_parity import COUNTS, layout_meshes
 from jaxinfra.cli.markdown import insert_table
 from jaxinfra.cli.parity import is_too_large, markdown_table
+from jaxinfra.parity import PARITY_CONFIGS as CONFIGS
+from jaxinfra.parity.meshes import TOLERANCE, MeshDifference, all_meshes, relative_differences
+from jaxinfra.parity.processes import COUNTS, layout_meshes
 from tests.refusals import names, refused
 from tests.tiny_run import ended, is_running, launch, start
 

@@ -13,7 +13,9 @@ from contextlib import ExitStack, contextmanager
 
 import jax
 
-from jaxinfra.bench.parity import (
+from jaxinfra.launchers.local_processes import process_environments
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parity.meshes import (
     Arrays,
     MeshDifference,
     all_meshes,
@@ -24,9 +26,7 @@ from jaxinfra.bench.parity import (
     mesh_name,
     relative_differences,
 )
-from jaxinfra.bench.subprocesses import call_in_all, worker_pool
-from jaxinfra.launchers.local_processes import process_environments
-from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parity.workers import call_in_all, worker_pool
 from jaxinfra.processes.join import join
 
 TOLERANCE = 1e-6

@@ -16,9 +16,13 @@ from statistics import median
 
 import jax
 
-from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.measure import Makers, baseline_config, baseline_step, jaxinfra_step, time_dispatch, time_sides
-from jaxinfra.bench.subprocesses import (
+from jaxinfra.config import load
+from jaxinfra.errors import ConfigError
+from jaxinfra.machine.emulation import emulation_env
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.run import Run
+from tests.bench import merge_overrides
+from tests.bench.commands import (
     Times,
     call_in_process,
     command_error,
@@ -27,12 +31,8 @@ from jaxinfra.bench.subprocesses import (
     run_command,
     started,
 )
-from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, ratio_row, run_cases, time_rounds
-from jaxinfra.config import load
-from jaxinfra.errors import ConfigError
-from jaxinfra.machine.emulation import emulation_env
-from jaxinfra.processes.peers import current_peers
-from jaxinfra.run import Run
+from tests.bench.measure import Makers, baseline_config, baseline_step, jaxinfra_step, time_dispatch, time_sides
+from tests.bench.table import BenchmarkResult, Cases, Columns, TableRow, ratio_row, run_cases, time_rounds
 
 # So small that the host's work dominates the step.
 DISPATCH_MODEL = (
@@ -132,7 +132,7 @@ def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
             # A new run directory each time, else the second start would resume the first run.
             places = [f"root={folder / str(number)}", f"data.store={folder}/store"]
             train = ["launch", options.config, *overrides, *places, "track.log_every=1"]
-            module = train if side == "jaxinfra" else ["jaxinfra.bench.baseline", baseline]
+            module = train if side == "jaxinfra" else ["tests.bench.baseline", baseline]
             env = emulated_env(1) | {"JAX_COMPILATION_CACHE_DIR": str(folder / f"compiled-{side}")}
             return first_step_s([sys.executable, "-m", *module], env, folder / "log")
 
