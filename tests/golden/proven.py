@@ -20,14 +20,14 @@ import pytest
 from filelock import FileLock
 
 from jaxinfra.machine.compile_cache import cpu_features
-from jaxinfra.parity import meshes as parity
+from jaxinfra.parity import meshes
 from jaxinfra.program import Program
 from tests.golden.compiled import no_source_lines, write_json
 
 TESTS = Path(__file__).parents[1]
 PROOFS = Path(__file__).with_name("numbers.json")
 CODE: dict[str, list[Path]] = {
-    "parity": [TESTS / "parity/cases.py", Path(parity.__file__)],
+    "parity": [TESTS / "parity/cases.py", Path(meshes.__file__)],
     "models": [TESTS / "models" / name for name in ("harness.py", "numpy_reference.py", "numpy_experts.py")],
 }
 """Files whose code the tests of a folder run, too: a test is computed again when one of them changes."""
