@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.cli.arguments import COMMANDS
 from jaxinfra.config import Loaded, record
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import Owner, hold
@@ -214,6 +215,13 @@ def test_command_word() -> None:
     refused(launch("xyzzy"), "xyzzy: train, configs/quickstart.py")
     assert launch("show").code == 2
     assert launch().code == 2
+
+
+@pytest.mark.parametrize("command", ["bench", "faults"])
+def test_a_command_of_the_clone_alone(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed wheel does not have it, and says how to get it."""
+    monkeypatch.delitem(COMMANDS, command)
+    refused(launch(command, "step"), f"{command}: python -m launch")
 
 
 def test_debug_shows_the_traceback(tiny: Tiny) -> None:
