@@ -4,8 +4,8 @@ Steps are timed by when they finish: JAX dispatches a step long before it runs.
 """
 
 import time
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops, units_per_step
@@ -14,13 +14,21 @@ from jaxinfra.train.statistics import step_flops, units_per_step
 class Interval:
     """The steps since the last log: their losses, their time, and how long they waited for data."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, history: Mapping[str, Any] | None = None) -> None:
+        """Goes on from a `history`, which is saved with each checkpoint; one of an older version has none."""
+        history = history or {"loss_sum": 0.0, "losses": 0, "skipped": 0}
         self._program = program
         self._since_s: float | None = None  # the end of the last step; None after a pause
         self._num_timed, self._timed_s = 0, 0.0
-        self._losses: list[float] = []
-        self._num_skipped = 0
+        self._loss_sum: float = history["loss_sum"]
+        self._num_losses: int = history["losses"]
+        self._num_skipped: int = history["skipped"]
         self._waited_s = 0.0  # `waited_s` at the last log
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """The sum and the counts from which the next start logs the same mean loss, as JSON."""
+        return {"loss_sum": self._loss_sum, "losses": self._num_losses, "skipped": self._num_skipped}
 
     def finish_step(self) -> None:
         """Times a step that ends now, unless it is the first one after a pause, whose start is unknown."""
@@ -35,7 +43,8 @@ class Interval:
         if skipped:
             self._num_skipped += 1
         else:
-            self._losses.append(loss)
+            self._loss_sum += loss  # one after the other, so that the sum of a restart has the same bits
+            self._num_losses += 1
 
     def pause(self) -> None:
         """Leaves out the time until the next step ends, for evaluation and compilation."""
@@ -48,11 +57,11 @@ class Interval:
         """
         values = {"data_wait_s": waited_s - self._waited_s}
         self._waited_s = waited_s
-        if self._losses:
-            values["loss_mean"] = float(np.mean(self._losses))
+        if self._num_losses:
+            values["loss_mean"] = self._loss_sum / self._num_losses
         if self._num_skipped:
             values["skipped_steps"] = self._num_skipped
-        self._losses, self._num_skipped = [], 0
+        self._loss_sum, self._num_losses, self._num_skipped = 0.0, 0, 0
         if self._num_timed:
             values["step_time_s"] = step_time_s = self._timed_s / self._num_timed
             self._num_timed, self._timed_s = 0, 0.0

@@ -24,6 +24,12 @@ function formatValue(value) {
   return String(Number(value.toPrecision(5)));
 }
 
+// Prints a loss or another metric as tables do: `format_metric` has rounded it already.
+function formatMetric(value) {
+  if (value == null) return "-";
+  return Math.abs(value) >= 0.1 ? value.toFixed(4) : String(value);
+}
+
 function formatTick(value) {
   const size = Math.abs(value);
   for (const [unit, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]]) {
@@ -179,7 +185,7 @@ function linesOf(chart) {
 }
 
 function options(chart, figure, lines, table) {
-  const isFirst = figure.classList.contains("first");
+  const isFirst = figure.classList.contains("first"), format = chart.isMetric ? formatMetric : formatValue;
   const values = lines.flatMap((line) => line.y.filter((value) => value != null));
   const isLogX = control("log-x").checked && wholeRange()[0] > 0;
   const isLogY = control("log-y").checked && !chart.zero && values.length > 0 && Math.min(...values) > 0;
@@ -194,7 +200,7 @@ function options(chart, figure, lines, table) {
       ...lines.map((line, i) => ({
         ...(line.level ? { ...level, label: line.label } : seriesOf(line)),
         // Without a pointer the legend shows the last values.
-        value: (plot, value, _, index) => formatValue(index == null ? line.y.findLast((each) => each != null) : value),
+        value: (plot, value, _, index) => format(index == null ? line.y.findLast((each) => each != null) : value),
       })),
     ],
     scales: {
