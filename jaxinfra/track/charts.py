@@ -4,7 +4,7 @@ Steps are completed steps here, counted from 1, as in the console. `assets/repor
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -67,16 +67,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart.
-
-    Attributes:
-        title: above it.
-        unit: of the values.
-        zero: whether the vertical axis starts at 0.
-        is_metric: whether the values are losses or metrics of an evaluation, which are rounded as everywhere.
-        lines: the lines over steps.
-        levels: horizontal lines by label.
-    """
+    """One chart: its lines, horizontal lines by label, whether its axis starts at 0, and whether it is of a metric."""
 
     title: str
     unit: str = ""
@@ -84,11 +75,6 @@ class Chart:
     is_metric: bool = False
     lines: Sequence[Line]
     levels: Mapping[str, float]
-
-    @property
-    def rounded(self) -> Callable[[float], str]:
-        """Rounds a value; the script of the page only prints what it gets."""
-        return format_metric if self.is_metric else "{:.6g}".format
 
     @property
     def not_finite(self) -> str:
@@ -157,15 +143,9 @@ def make_charts(runs: Sequence[RunCurves]) -> Charts:
     used = {*_KNOWN, *memory, *speeds, *evaluated, *evaluated.values()}
     others = sorted(metric for metric in metrics if metric not in used)
     charts = [
-        _chart(runs, "Loss", {"loss": "training", "eval/loss": "validation"}, unit="nats", mean=True, is_metric=True),
+        _chart(runs, "Loss", {"loss": "training", "eval/loss": "validation"}, unit="nats", mean=True),
         *(
-            _chart(
-                runs,
-                metric_label(name).capitalize(),
-                {name: "training", metric: "validation"},
-                mean=True,
-                is_metric=True,
-            )
+            _chart(runs, metric_label(name).capitalize(), {name: "training", metric: "validation"}, mean=True)
             for metric, name in evaluated.items()
             if name != "loss"
         ),
@@ -200,8 +180,8 @@ def page_data(runs: Sequence[RunCurves], charts: Sequence[Chart]) -> dict[str, A
                 "title": chart.title,
                 "zero": chart.zero,
                 "isMetric": chart.is_metric,
-                "levels": [[label, _json_number(value, chart.rounded)] for label, value in chart.levels.items()],
-                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100), chart.rounded) for line in chart.lines],
+                "levels": [[label, _json_number(value, chart.is_metric)] for label, value in chart.levels.items()],
+                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100), chart.is_metric) for line in chart.lines],
             }
             for chart in charts
         ],
@@ -247,7 +227,6 @@ def _chart(
     *,
     unit: str = "",
     zero: bool = False,
-    is_metric: bool = False,
     divisor: float = 1.0,
     mean: bool = False,
 ) -> Chart:
@@ -274,6 +253,7 @@ def _chart(
                 lines.append(replace(line, style="mean", label=f"{label}, mean of {covered:,} logged", curve=means))
             else:
                 lines.append(line)
+    is_metric = any(metric == "loss" or metric.startswith("eval/") for metric in labels)
     return Chart(title=title, unit=unit, zero=zero, is_metric=is_metric, lines=lines, levels=levels)
 
 
@@ -315,17 +295,17 @@ def _evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.array([], int)
 
 
-def _line_data(line: Line, buckets: int, rounded: Callable[[float], str]) -> dict[str, Any]:
-    steps, values = _points(line.curve, downsample(line.curve.values, buckets), rounded)
+def _line_data(line: Line, buckets: int, is_metric: bool) -> dict[str, Any]:
+    steps, values = _points(line.curve, downsample(line.curve.values, buckets), is_metric)
     style = {"label": line.label, "run": line.run, "color": line.color, "dash": line.dash, "style": line.style}
     return {**style, "steps": steps, "values": values}
 
 
-def _points(
-    curve: Curve, indices: np.ndarray, rounded: Callable[[float], str] = "{:.6g}".format
-) -> tuple[list[int], list[float | str]]:
-    return curve.steps[indices].tolist(), [_json_number(value, rounded) for value in curve.values[indices].tolist()]
+def _points(curve: Curve, indices: np.ndarray, is_metric: bool = False) -> tuple[list[int], list[float | str]]:
+    return curve.steps[indices].tolist(), [_json_number(value, is_metric) for value in curve.values[indices].tolist()]
 
 
-def _json_number(value: float, rounded: Callable[[float], str]) -> float | str:
-    return float(rounded(value)) if math.isfinite(value) else str(value)
+def _json_number(value: float, is_metric: bool) -> float | str:
+    if not math.isfinite(value):
+        return str(value)
+    return float(format_metric(value) if is_metric else f"{value:.6g}")

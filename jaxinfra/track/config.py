@@ -73,8 +73,7 @@ class TrackConfig:
     """How often metrics are logged, and where they go.
 
     Attributes:
-        log_every: steps between two logs; the first and the last step are logged, too. Other steps' metrics stay on the
-            device.
+        log_every: steps between two logs, besides the first and the last step; other steps' metrics stay on the device.
         jsonl: writes metrics.jsonl and summary.json; the report is made from them.
         tensorboard: writes TensorBoard event files.
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a

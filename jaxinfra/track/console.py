@@ -136,12 +136,11 @@ class ConsoleTracker(Tracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._metrics = {
-            **self._metrics,
-            **shown_metrics(metrics),
-        }  # a new dict: the drawing thread may be reading the old one
-        if evaluation := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
-            cells = [f"{metric_label(name[5:])} {format_metric(value)}" for name, value in evaluation.items()]
+        shown = shown_metrics(metrics)
+        self._metrics = {**self._metrics, **shown}  # a new dict: the drawing thread may be reading the old one
+        scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        if scores:
+            cells = [f"{metric_label(name)} {format_metric(value)}" for name, value in scores.items()]
             self._line(step, ["validation", *cells], style="green")
 
     @override

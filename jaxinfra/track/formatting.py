@@ -92,10 +92,7 @@ def metric_label(name: str) -> str:
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns metrics as pages and tables show them: `loss` is the mean since the last logged step.
-
-    In the files of a run `loss` is that of the logged step alone, and has the mean beside it as `loss_mean`.
-    """
+    """Returns metrics as pages and tables show them: as `loss` the mean since the last logged step, `loss_mean`."""
     shown = dict(metrics)
     if "loss_mean" in shown:  # it is missing if all steps were skipped
         shown["loss"] = shown.pop("loss_mean")

@@ -46,6 +46,7 @@ MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "peak", "baselines", "classes")
+_OF_CHECKPOINTS = ("guard", "interval", "evaluated")  # parts of a record that was lost, and written again from one
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
 _SCRIPTS = ("uPlot.iife.min.js", "report.js")
@@ -113,11 +114,11 @@ def _last_values(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Returns what a summary would say now, of a run that goes on or was killed."""
     last: dict[str, float] = {}
     for row in rows:
-        last.update(row)
+        last.update(shown_metrics(row))
     if not last:
         return {}
     validation = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
-    steps, loss = int(last["step"]), shown_metrics(last).get("loss")
+    steps, loss = int(last["step"]), last.get("loss")
     return {"steps": steps, "wall_s": last.get("time_s"), "final_loss": loss, "validation": validation}
 
 
@@ -183,8 +184,7 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
             values = [each for each in [("this run", own), *others.items()] if math.isfinite(each[1])]
             largest = max((value for _, value in values), default=0.0) or 1.0
             values.sort(key=lambda each: each[1])
-            rows = [(name, format_metric(value), 100 * value / largest) for name, value in values]
-            yield metric_label(metric), rows
+            yield metric_label(metric), [(name, format_metric(each), 100 * each / largest) for name, each in values]
 
 
 def _own_tables(run: RunFiles) -> Iterator[Table]:
@@ -253,7 +253,7 @@ def _hardware(run: RunFiles) -> dict[str, Any]:
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
+    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS + _OF_CHECKPOINTS})
 
 
 def _texts(leaves: Mapping[str, Any]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Waits for the steps that the loop has dispatched, and logs those that are due: one step late."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 
@@ -24,8 +23,7 @@ class Reporting:
         data_wait_s: seconds for which the loop has waited for batches while the devices had nothing to do.
 
     `peak_flops` are FLOP/s of one device. `skipped` returns the number of samples that were left out up to a step, as a
-    metric; {} if the run leaves out none. `history` is that of the interval in the checkpoint that the run goes on
-    from.
+    metric; {} if the run leaves out none.
     """
 
     def __init__(
@@ -37,11 +35,10 @@ class Reporting:
         *,
         peak_flops: float,
         skipped: Callable[[int], dict[str, float]],
-        history: Mapping[str, Any] | None = None,
     ) -> None:
         self._job, self._watch, self._numerics, self._trackers = job, watch, numerics, trackers
         self._peak_flops, self._skipped = peak_flops, skipped
-        self.phases, self.interval, self.data_wait_s = watch.phases, Interval(job.program, history), 0.0
+        self.phases, self.interval, self.data_wait_s = watch.phases, Interval(job.program), 0.0
         self._pending: tuple[int, Metrics, bool] | None = None  # step, metrics, whether they are logged
 
     @property

@@ -207,14 +207,9 @@ class Training:
             job.run_dir.path, job.peers, self._batches, start_step=step, is_on=job.run.data.on_damage == "skip"
         )
         self._reporting = Reporting(
-            job,
-            opened.watch,
-            opened.numerics,
-            trackers,
-            peak_flops=opened.peak["flops"],
-            skipped=self._skipped.metrics,
-            history=restored.record.get("interval"),
+            job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
+        self._reporting.interval.resume(restored.record)
         self.loop = Loop(
             job,
             restored.state,

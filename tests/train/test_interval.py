@@ -1,5 +1,6 @@
 """What is logged of the steps since the last log does not depend on restarts; see also tests/cli/test_resume.py."""
 
+import json
 import random
 
 from jaxinfra.train.interval import Interval
@@ -12,14 +13,16 @@ def test_a_sum_goes_on_with_the_same_bits(tiny: Tiny) -> None:
     losses = [numbers.uniform(0, 10) for _ in range(100)]
 
     def mean(*starts: list[float]) -> float:
-        history = None
+        record = {}
         for start in starts:
-            interval = Interval(program, history)
+            interval = Interval(program)
+            interval.resume(record)
             for loss in start:
                 interval.add(loss, skipped=False)
             interval.add(float("nan"), skipped=True)
-            history = interval.history
-        values = Interval(program, history).read(waited_s=0.0, peak_flops=1.0)
+            record = json.loads(json.dumps({"interval": interval.history}))
+        interval.resume(record)
+        values = interval.read(waited_s=0.0, peak_flops=1.0)
         assert values["skipped_steps"] == len(starts)
         return values["loss_mean"]
 

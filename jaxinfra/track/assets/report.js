@@ -16,18 +16,13 @@ function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-function formatValue(value) {
+function formatValue(value, isMetric = false) {
   if (value == null) return "-";
   const size = Math.abs(value);
+  if (isMetric) return size >= 0.1 ? value.toFixed(4) : String(value);  // rounded already, as in tables
   if (size >= 1e4 && size < 1e15) return Math.round(value).toLocaleString("en");
   if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2);
   return String(Number(value.toPrecision(5)));
-}
-
-// Prints a loss or another metric as tables do: `format_metric` has rounded it already.
-function formatMetric(value) {
-  if (value == null) return "-";
-  return Math.abs(value) >= 0.1 ? value.toFixed(4) : String(value);
 }
 
 function formatTick(value) {
@@ -185,7 +180,7 @@ function linesOf(chart) {
 }
 
 function options(chart, figure, lines, table) {
-  const isFirst = figure.classList.contains("first"), format = chart.isMetric ? formatMetric : formatValue;
+  const isFirst = figure.classList.contains("first");
   const values = lines.flatMap((line) => line.y.filter((value) => value != null));
   const isLogX = control("log-x").checked && wholeRange()[0] > 0;
   const isLogY = control("log-y").checked && !chart.zero && values.length > 0 && Math.min(...values) > 0;
@@ -200,7 +195,7 @@ function options(chart, figure, lines, table) {
       ...lines.map((line, i) => ({
         ...(line.level ? { ...level, label: line.label } : seriesOf(line)),
         // Without a pointer the legend shows the last values.
-        value: (plot, value, _, index) => format(index == null ? line.y.findLast((each) => each != null) : value),
+        value: (plot, value, _, index) => formatValue(index == null ? line.y.findLast((each) => each != null) : value, chart.isMetric),
       })),
     ],
     scales: {
