@@ -13,9 +13,8 @@ def test_a_sum_goes_on_with_the_same_bits(tiny: Tiny) -> None:
     losses = [numbers.uniform(0, 10) for _ in range(100)]
 
     def mean(*starts: list[float]) -> float:
-        record = {}
+        interval, record = Interval(program), {}
         for start in starts:
-            interval = Interval(program)
             interval.resume(record)
             for loss in start:
                 interval.add(loss, skipped=False)
