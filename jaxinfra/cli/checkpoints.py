@@ -38,7 +38,7 @@ from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner, hold
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import stdout_console, titled_table
-from jaxinfra.track.formatting import flatten, format_age, format_bytes
+from jaxinfra.track.formatting import flatten, format_age, format_bytes, format_metric
 from jaxinfra.track.runs import local_files, no_run_error, parse_source
 
 _WORST = 20  # leaves that diff shows without --all
@@ -119,7 +119,7 @@ def _cells(each: StepOverview) -> list[str]:
     if len(each.problems) > 1:
         health += f" and {len(each.problems) - 1} more"
     age = "" if each.age_s is None else format_age(each.age_s)
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
+    metrics = ", ".join(f"{name} {format_metric(value)}" for name, value in each.metrics.items())
     kept = "" if each.problems else "yes" if each.is_kept else "no"
     return [str(each.step), _size(each.num_bytes), age, health, metrics, kept]
 

@@ -26,7 +26,7 @@ from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage import outputs
 from jaxinfra.tasks.harness import Tasks, is_standard_error
 from jaxinfra.track.console import stdout_console, titled_table
-from jaxinfra.track.formatting import summary_rows
+from jaxinfra.track.formatting import format_metric, summary_rows
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.train.trainer import Trainer
 
@@ -128,7 +128,7 @@ def _print_tasks(result: Mapping[str, Any]) -> None:
         first = [task, f"{metrics['samples']:,}" if "samples" in metrics else ""]
         for name, value in values.items():
             error = metrics.get(_error_of(name))
-            table.add_row(*first, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+            table.add_row(*first, name, format_metric(value), "" if error is None else format_metric(error))
             first = ["", ""]
     _print(result, "tasks of lm-eval", table)
 

@@ -6,7 +6,7 @@ from rich.table import Column
 
 from jaxinfra.command import COMMAND
 from jaxinfra.track.console import stdout_console, titled_table
-from jaxinfra.track.formatting import format_age, format_count
+from jaxinfra.track.formatting import format_age, format_count, format_metric
 from jaxinfra.track.runs import RunOverview, list_runs
 
 _NUMBERS = ("step", "loss", "best validation", "units/s", "goodput", "age")
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _cells(run: RunOverview) -> list[str]:
     steps = f"{run.completed_steps:,}" if run.total_steps is None else f"{run.completed_steps:,}/{run.total_steps:,}"
-    losses = ["" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.best_validation)]
+    losses = ["" if loss is None else format_metric(loss) for loss in (run.loss, run.best_validation)]
     speed = "" if run.units_per_s is None else format_count(run.units_per_s)
     goodput = "" if run.goodput is None else f"{run.goodput:.0%}"
     return [run.path, run.state, steps, *losses, speed, goodput, format_age(run.age_s)]

@@ -8,6 +8,7 @@ from jaxinfra.cli import config_argument
 from jaxinfra.command import COMMAND
 from jaxinfra.config.classes import user_classes
 from jaxinfra.run import Run
+from jaxinfra.track.formatting import shown_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _plot_loss(metrics: Sequence[Mapping[str, float]]) -> None:
     """Plots the training loss, the mean over each logged interval; in ASCII where the terminal has no more."""
-    losses = [(int(row["step"]), row.get("loss_mean", row["loss"])) for row in metrics if "loss" in row]
+    losses = [(int(row["step"]), shown_metrics(row)["loss"]) for row in metrics if "loss" in row]
     if losses:
         is_ascii = "utf" not in (sys.stdout.encoding or "").lower()
         print(f"Training loss\n{plot_curve(losses, ascii=is_ascii)}")

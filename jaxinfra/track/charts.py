@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfra.track.formatting import bytes_unit, format_number, metric_label
+from jaxinfra.track.formatting import bytes_unit, format_metric, format_number, metric_label, shown_metrics
 
 _BUCKETS = 600  # of a line; a bucket keeps up to four points
 _MEAN_POINTS = 300  # of a line of means, which is smooth
@@ -19,7 +19,7 @@ _MEAN_SHARE = 100  # a mean covers this part of the values on both sides
 _MEAN_MIN_VALUES = 20  # fewer values are drawn without their mean
 _MAX_DEVICE_LINES = 3
 _MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
-_NOT_CHARTED = ("step", "time_s", "loss_mean")  # the page computes its own mean of the loss
+_NOT_CHARTED = ("step", "time_s")
 # Metrics with a chart of their own, or in one with others; any other metric has a chart after these.
 _KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes", "open_files", "threads")
 
@@ -67,11 +67,12 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart: its lines, horizontal lines by label, and whether the vertical axis starts at 0."""
+    """One chart: its lines, horizontal lines by label, whether its axis starts at 0, and whether it is of a metric."""
 
     title: str
     unit: str = ""
     zero: bool = False
+    is_metric: bool = False
     lines: Sequence[Line]
     levels: Mapping[str, float]
 
@@ -108,7 +109,7 @@ def run_curves(
 ) -> RunCurves:
     """Collects the curves of a run from the contents of metrics.jsonl, run.json and summary.json."""
     points: dict[str, tuple[list[int], list[float]]] = {}
-    for row in rows:
+    for row in map(shown_metrics, rows):
         for metric, value in row.items():
             steps, values = points.setdefault(metric, ([], []))
             steps.append(int(row["step"]))
@@ -178,8 +179,9 @@ def page_data(runs: Sequence[RunCurves], charts: Sequence[Chart]) -> dict[str, A
             {
                 "title": chart.title,
                 "zero": chart.zero,
-                "levels": [[label, _json_number(value)] for label, value in chart.levels.items()],
-                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100)) for line in chart.lines],
+                "isMetric": chart.is_metric,
+                "levels": [[label, _json_number(value, chart.is_metric)] for label, value in chart.levels.items()],
+                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100), chart.is_metric) for line in chart.lines],
             }
             for chart in charts
         ],
@@ -251,7 +253,8 @@ def _chart(
                 lines.append(replace(line, style="mean", label=f"{label}, mean of {covered:,} logged", curve=means))
             else:
                 lines.append(line)
-    return Chart(title=title, unit=unit, zero=zero, lines=lines, levels=levels)
+    is_metric = any(metric == "loss" or metric.startswith("eval/") for metric in labels)
+    return Chart(title=title, unit=unit, zero=zero, is_metric=is_metric, lines=lines, levels=levels)
 
 
 def _levels(run: RunCurves, metric: str) -> dict[str, float]:
@@ -275,7 +278,8 @@ def _is_constant(line: Line) -> bool:
 
 def _constant_texts(chart: Chart) -> list[tuple[str, str]]:
     """Returns label and value of each line of a chart in which nothing changes; one if all are equal."""
-    texts = {line.label: f"{format_number(float(line.curve.values[-1]))} {chart.unit}".rstrip() for line in chart.lines}
+    formatted = format_metric if chart.is_metric else format_number
+    texts = {line.label: f"{formatted(float(line.curve.values[-1]))} {chart.unit}".rstrip() for line in chart.lines}
     if len({*texts.values()}) == 1:
         return [(chart.title, next(iter(texts.values())))]
     return [(f"{chart.title}: {label}", text) for label, text in texts.items()]
@@ -291,15 +295,17 @@ def _evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.array([], int)
 
 
-def _line_data(line: Line, buckets: int) -> dict[str, Any]:
-    steps, values = _points(line.curve, downsample(line.curve.values, buckets))
+def _line_data(line: Line, buckets: int, is_metric: bool) -> dict[str, Any]:
+    steps, values = _points(line.curve, downsample(line.curve.values, buckets), is_metric)
     style = {"label": line.label, "run": line.run, "color": line.color, "dash": line.dash, "style": line.style}
     return {**style, "steps": steps, "values": values}
 
 
-def _points(curve: Curve, indices: np.ndarray) -> tuple[list[int], list[float | str]]:
-    return curve.steps[indices].tolist(), [_json_number(value) for value in curve.values[indices].tolist()]
+def _points(curve: Curve, indices: np.ndarray, is_metric: bool = False) -> tuple[list[int], list[float | str]]:
+    return curve.steps[indices].tolist(), [_json_number(value, is_metric) for value in curve.values[indices].tolist()]
 
 
-def _json_number(value: float) -> float | str:
-    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+def _json_number(value: float, is_metric: bool) -> float | str:
+    if not math.isfinite(value):
+        return str(value)
+    return float(format_metric(value) if is_metric else f"{value:.6g}")

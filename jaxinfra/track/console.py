@@ -28,10 +28,12 @@ from jaxinfra.track.formatting import (
     format_bytes,
     format_count,
     format_duration,
+    format_metric,
     format_number,
     format_percent,
     format_short,
     metric_label,
+    shown_metrics,
     summary_rows,
 )
 
@@ -44,7 +46,7 @@ _HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "
 
 # Format and column width of each metric; "_per_s" is the suffix of several.
 _COLUMNS = {
-    "loss_mean": ("{:.4f}".format, 7),
+    "loss": (format_metric, 7),
     "lr": ("{:.1e}".format, 7),
     "grad_norm": ("{:.2f}".format, 5),
     "_per_s": (format_count, 9),
@@ -52,7 +54,7 @@ _COLUMNS = {
     "device_in_use_bytes": (format_bytes, 10),
     "rss_bytes": (format_bytes, 10),
 }
-_LABELS = {"loss_mean": "loss", "device_in_use_bytes": "memory", "rss_bytes": "host memory"}
+_LABELS = {"device_in_use_bytes": "memory", "rss_bytes": "host memory"}
 
 
 class _TrainingConsole(Console):
@@ -134,9 +136,11 @@ class ConsoleTracker(Tracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._metrics = {**self._metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
-        if evaluation := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
-            cells = [f"{metric_label(name.removeprefix('eval/'))} {value:.4f}" for name, value in evaluation.items()]
+        shown = shown_metrics(metrics)
+        self._metrics = {**self._metrics, **shown}  # a new dict: the drawing thread may be reading the old one
+        scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        if scores:
+            cells = [f"{metric_label(name)} {format_metric(value)}" for name, value in scores.items()]
             self._line(step, ["validation", *cells], style="green")
 
     @override
@@ -258,7 +262,7 @@ class ProgressBarTracker(ConsoleTracker):
     def _cells(self) -> list[str]:
         """Returns the cells after the bar; a narrow terminal drops the last ones."""
         metrics = self._metrics
-        cells = [f"loss {metrics['loss_mean']:.4f}"] if "loss_mean" in metrics else []
+        cells = [f"loss {format_metric(metrics['loss'])}"] if "loss" in metrics else []
         cells.append(f"eta {format_duration(self.eta_s())}")
         cells += [
             f"{format_count(value)} {metric_label(name)}" for name, value in metrics.items() if name.endswith("_per_s")

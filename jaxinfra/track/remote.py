@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, override
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import cause_of, storage_errors
 from jaxinfra.track.base import RunStatistics, Tracker
-from jaxinfra.track.formatting import grouped_name
+from jaxinfra.track.formatting import grouped_name, shown_metrics
 from jaxinfra.track.jsonl import read_json_object
 
 _MAX_ROWS = 10_000  # about 10 MB of host memory
@@ -88,7 +88,7 @@ class RemoteTracker(Tracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._add(step, metrics={grouped_name(name): value for name, value in metrics.items()})
+        self._add(step, metrics={grouped_name(name): value for name, value in shown_metrics(metrics).items()})
 
     @override
     def log_sample(self, step: int, text: str) -> None:

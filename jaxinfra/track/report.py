@@ -27,7 +27,16 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
-from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
+from jaxinfra.track.formatting import (
+    flatten,
+    format_bytes,
+    format_metric,
+    format_number,
+    format_short,
+    metric_label,
+    shown_metrics,
+    summary_rows,
+)
 from jaxinfra.track.goodput import GOODPUT_FILE, Attempt, account, read_ledger
 from jaxinfra.track.runs import no_run_error
 from jaxinfra.track.timeline import COLUMNS, HEIGHT, timeline
@@ -37,6 +46,7 @@ MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "peak", "baselines", "classes")
+_OF_CHECKPOINTS = ("guard", "interval", "evaluated")  # parts of a record that was lost, and written again from one
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
 _SCRIPTS = ("uPlot.iife.min.js", "report.js")
@@ -104,12 +114,12 @@ def _last_values(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Returns what a summary would say now, of a run that goes on or was killed."""
     last: dict[str, float] = {}
     for row in rows:
-        last.update(row)
+        last.update(shown_metrics(row))
     if not last:
         return {}
     validation = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
-    loss = last.get("loss_mean", last.get("loss"))
-    return {"steps": int(last["step"]), "wall_s": last.get("time_s"), "final_loss": loss, "validation": validation}
+    steps, loss = int(last["step"]), last.get("loss")
+    return {"steps": steps, "wall_s": last.get("time_s"), "final_loss": loss, "validation": validation}
 
 
 def render_report(runs: Sequence[RunFiles]) -> str:
@@ -167,14 +177,14 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     return summary_rows({key: value for key, value in run.summary.items() if key not in left_out})
 
 
-def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, float, float]]]]:
+def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, float]]]]:
     """Yields each validation metric with baselines: label, then (name, value, percentage of the largest), ascending."""
     for metric, own in (summary.get("validation") or {}).items():
         if others := (summary.get("baselines") or {}).get(metric):
             values = [each for each in [("this run", own), *others.items()] if math.isfinite(each[1])]
             largest = max((value for _, value in values), default=0.0) or 1.0
             values.sort(key=lambda each: each[1])
-            yield metric_label(metric), [(name, value, 100 * value / largest) for name, value in values]
+            yield metric_label(metric), [(name, format_metric(each), 100 * each / largest) for name, each in values]
 
 
 def _own_tables(run: RunFiles) -> Iterator[Table]:
@@ -243,7 +253,7 @@ def _hardware(run: RunFiles) -> dict[str, Any]:
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
+    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS + _OF_CHECKPOINTS})
 
 
 def _texts(leaves: Mapping[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.formatting import shown_metrics
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, metrics_row, read_summary
 
@@ -48,7 +49,7 @@ class RunOverview:
             (a process of it was killed), or what is wrong with its files.
         completed_steps: number of steps up to the last logged one.
         total_steps: `train.steps` of its config.
-        loss: training loss at the last logged step, in nats, or None.
+        loss: training loss at the last logged step, the mean since the one before, in nats, or None.
         best_validation: smallest validation loss, in nats, or None.
         units_per_s: throughput at the last logged step, in tokens or images, or None.
         goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
@@ -115,7 +116,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         state=state,
         completed_steps=completed,
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
-        loss=last.get("loss_mean", last.get("loss")),
+        loss=shown_metrics(last).get("loss"),
         best_validation=min(validations, default=None),
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,

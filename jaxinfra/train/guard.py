@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxinfra.errors import NonFiniteError
 from jaxinfra.run import GuardConfig
+from jaxinfra.track.formatting import format_metric
 
 _log = logging.getLogger(__name__)
 _TO_STANDARD = 1.4826
@@ -88,7 +89,8 @@ class Guard:
         deviation = max(deviation, _LEAST_DEVIATION * abs(middle))
         if loss <= middle + self._config.spike * deviation:
             return None
-        return f"the loss {loss:.4f} is {(loss - middle) / deviation:.1f} deviations above its median {middle:.4f}"
+        above = f"{(loss - middle) / deviation:.1f} deviations above its median {format_metric(middle)}"
+        return f"the loss {format_metric(loss)} is {above}"
 
 
 def with_decisions(

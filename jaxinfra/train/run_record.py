@@ -23,7 +23,7 @@ from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.base import RunStatistics
-from jaxinfra.track.formatting import flatten
+from jaxinfra.track.formatting import flatten, shown_metrics
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
 from jaxinfra.train.guard import Decision, with_decisions
@@ -142,7 +142,7 @@ def make_summary(
     this start. `eval_metrics` are those of the last evaluation, as "eval/NAME", and `peak` is as of `find_peak`.
     """
     rows, modality = existing_metrics(job.run_dir), job.run.data.modality  # such as "token"
-    losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]  # means since the row before
+    losses = [shown_metrics(row)["loss"] for row in rows if "loss" in row]
     logged_s = rows[-1].get("time_s", 0.0) if rows else 0.0  # of all starts, unlike `wall_s`
     return {
         "status": "finished" if reason is None else "stopped",

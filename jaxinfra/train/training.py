@@ -209,6 +209,7 @@ class Training:
         self._reporting = Reporting(
             job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
+        self._reporting.interval.resume(restored.record)
         self.loop = Loop(
             job,
             restored.state,
@@ -287,7 +288,8 @@ class Training:
             if metrics is not None:
                 self._numerics.require_finite(step, metrics)
             self._numerics.check_before_save(step, state)
-        record = self._record | {"guard": self._numerics.guard.history, "evaluated": self._is_evaluated}
+        history = {"guard": self._numerics.guard.history, "interval": self._reporting.interval.history}
+        record = self._record | history | {"evaluated": self._is_evaluated}
         new = self._eval_metrics if self._eval_step == step else {}
         new = {name.removeprefix("eval/"): value for name, value in new.items()}
         if self._saving.save(step, state, record, metrics=new, force=what == "asked"):

@@ -48,21 +48,21 @@ def test_legends_by_keyboard_on_each_axis(tmp_path, page):
     """The arrows move through the values, in all charts; Enter hides a line."""
     make(tmp_path, 100, value=lambda step: 5.0 - step / 100)
     page.open(tmp_path / "report.html")
-    assert page.evaluate(LEGEND)[:2] == ["steps last", "training 4.01"]
+    assert page.evaluate(LEGEND)[:2] == ["steps last", "training 4.0100"]
     page.evaluate("document.getElementById('chart-0').focus()")
     page.press("End")
     page.press("ArrowLeft")
     page.press("ArrowLeft")
     assert page.evaluate(LEGEND) == [
         "steps 98",
-        "training 4.03",
-        "training, mean of 5 logged 4.03",
-        "validation 2",
-        "unigram 7.2",
+        "training 4.0300",
+        "training, mean of 5 logged 4.0300",
+        "validation 2.0000",
+        "unigram 7.2000",
     ]
     assert "98" in page.evaluate("document.querySelector('#chart-2 .u-legend').innerText")
     page.press("Home")
-    assert page.evaluate(LEGEND)[:2] == ["steps 1", "training 5"]
+    assert page.evaluate(LEGEND)[:2] == ["steps 1", "training 5.0000"]
     page.press("Escape")
     assert page.evaluate(LEGEND)[0] == "steps last"
     page.press("Tab")

@@ -10,6 +10,7 @@ import numpy as np
 from jaxinfra.data.store.layout import LABELS, LENGTHS
 from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import Store, TokenStore
+from jaxinfra.track.formatting import format_metric
 
 _BAR_WIDTH = 40  # characters of the longest bar
 
@@ -37,7 +38,8 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
     for name, pack in manifest.packs.items():
         yield f"packed       {name}: {pack.rows:,} rows, {pack.efficiency:.1%} full, {pack.truncated:,} documents cut"
     for metric, values in manifest.baselines.items():
-        yield f"to beat      {', '.join(f'{value:.4f} by {name}' for name, value in values.items())} ({metric})"
+        listed = ", ".join(f"{format_metric(value)} by {name}" for name, value in values.items())
+        yield f"to beat      {listed} ({metric})"
 
 
 def _overlap(manifest: Manifest, samples: str) -> str:

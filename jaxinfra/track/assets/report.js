@@ -16,9 +16,10 @@ function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-function formatValue(value) {
+function formatValue(value, isMetric = false) {
   if (value == null) return "-";
   const size = Math.abs(value);
+  if (isMetric) return size >= 0.1 ? value.toFixed(4) : String(value);  // rounded already, as in tables
   if (size >= 1e4 && size < 1e15) return Math.round(value).toLocaleString("en");
   if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2);
   return String(Number(value.toPrecision(5)));
@@ -194,7 +195,7 @@ function options(chart, figure, lines, table) {
       ...lines.map((line, i) => ({
         ...(line.level ? { ...level, label: line.label } : seriesOf(line)),
         // Without a pointer the legend shows the last values.
-        value: (plot, value, _, index) => formatValue(index == null ? line.y.findLast((each) => each != null) : value),
+        value: (plot, value, _, index) => formatValue(index == null ? line.y.findLast((each) => each != null) : value, chart.isMetric),
       })),
     ],
     scales: {
