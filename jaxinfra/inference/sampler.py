@@ -353,8 +353,7 @@ def _sample_tokens(
     def sample(logits_BV: jax.Array, row_B: jax.Array, key: jax.Array) -> jax.Array:
         if sampling.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
-        filtered_BV = filter_logits(logits_BV / sampling.temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        filtered_BV = filter_logits(logits_BV / sampling.temperature, sampling)
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
         return jax.vmap(jax.random.categorical)(keys_B, filtered_BV).astype(jnp.int32)
 
@@ -363,22 +362,19 @@ def _sample_tokens(
     return jax.reshard(tokens_B, P())[:, None]
 
 
-def filter_logits(logits_BV: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.Array:
-    """Sets the logits of tokens outside the `top_k` (0: all), the `top_p` and the `min_p` likeliest ones to `-inf`.
-
-    As in transformers, `top_p` is a part of what `top_k` has left.
-    """
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+def filter_logits(logits_BV: jax.Array, limits: SamplingParams) -> jax.Array:
+    """Sets the logits of tokens outside the `top_k` (0: all), then the `top_p` and `min_p` likeliest ones to `-inf`."""
+    sorted_BV, top_k = jnp.sort(logits_BV, axis=-1, descending=True), limits.top_k
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = jnp.where(logits_BV < sorted_BV[:, top_k - 1 : top_k], -jnp.inf, logits_BV)
         sorted_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
-    if top_p < 1:
+    if limits.top_p < 1:
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         # Keeps a token if all likelier ones together have less than `top_p`: the one that reaches it is kept, too.
         likelier_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        num_kept_B1 = jnp.sum(likelier_BV < top_p, axis=-1, keepdims=True)
+        num_kept_B1 = jnp.sum(likelier_BV < limits.top_p, axis=-1, keepdims=True)
         smallest_B1 = jnp.take_along_axis(sorted_BV, num_kept_B1 - 1, axis=-1)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    if min_p > 0:
-        logits_BV = jnp.where(logits_BV < sorted_BV[:, :1] + math.log(min_p), -jnp.inf, logits_BV)
+    if limits.min_p > 0:
+        logits_BV = jnp.where(logits_BV < sorted_BV[:, :1] + math.log(limits.min_p), -jnp.inf, logits_BV)
     return logits_BV

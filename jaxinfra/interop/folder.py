@@ -11,7 +11,7 @@ from typing import Protocol, cast, override
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError, DataError, JaxinfraError, StorageError
+from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage.connection import retry_waits_s
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import file_system
@@ -21,9 +21,7 @@ _STORES = ("s3://", "gs://")
 PREFIX = "hf:"
 """Begins the source of published weights, in place of the directory of a run."""
 
-FIX = "download or export it again"
-"""What to do with a folder that is damaged."""
-
+FIX = "download or export it again"  # a folder that is damaged
 _ANSWER_S, _SLOWEST = 60.0, 100_000  # an answer has this time, and a second more for each so many bytes
 _PIECE_BYTES, _MAX_BYTES = 1 << 18, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
 
@@ -166,8 +164,9 @@ class UrlFolder(ModelFolder):
     def read_or_none(self, name: str) -> bytes | None:
         def read() -> bytes:
             content, begin_s = bytearray(), time.monotonic()
-            options = {"mode": "rb", "block_size": 0, "size": 1}  # streams, and does not ask for the size before
-            with _answer(lambda: self._files.open(f"{self._path}/{name}", **options), self.url) as file:
+            # These two stream with block_size=0, and with a size they do not ask for it before.
+            options = {"block_size": 0, "size": 1} if self.url.startswith(("http", "hf:")) else {}
+            with _answer(lambda: self._files.open(f"{self._path}/{name}", "rb", **options), self.url) as file:
                 while piece := _answer(lambda: file.read(_PIECE_BYTES), self.url, len(content), begin_s):
                     content += cast(bytes, piece)
                     if len(content) > _MAX_BYTES:
@@ -199,8 +198,6 @@ class UrlFolder(ModelFolder):
                 found = _answer(ask, self.url, nbytes)
                 self._is_open = True
                 return found
-            except JaxinfraError:
-                raise
             except Exception as error:
                 first = root = error  # clients say "no such file" for most failures: the cause is what happened
             while (status := _status(root)) is None and root.__cause__ is not None:

@@ -31,11 +31,8 @@ class ObjectStore:
     """
 
     def __init__(self, url: str | Path, *, fix: str = DAMAGED_VERSION_FIX):
-        """Parses the URL without accessing storage; raises ConfigError if it is invalid or contains credentials.
-
-        `fix` is what messages say to do if an object is missing or damaged.
-        """
-        self.url, self._fix = normalize_url(str(url)), fix
+        """Parses the URL without accessing storage; raises ConfigError if it is invalid or contains credentials."""
+        self.url, self._fix = normalize_url(str(url)), fix  # what to do if an object is missing or damaged
         spec = kvstore_spec(self.url)
         try:
             self._objects = ts.KvStore.open(spec, context=tensorstore_context()).result()
