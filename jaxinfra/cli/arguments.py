@@ -6,6 +6,7 @@ when it runs.
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -172,6 +173,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="least part of the likeliest one's probability")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
     what = "end a text before this string; repeatable"
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
@@ -225,10 +227,12 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
     add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
-    what = "dtype of the tensors (default: that of the parameters)"
+    what = "dtype of the tensors (default: that of the parameters, or of the published weights)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     what = "model_type of the export, such as llama (default: one that can say what the model has)"
     parser.add_argument("--family", metavar="TYPE", help=what)
+    what = "maximum size of a file of weights, such as 500MB or 2GiB; one tensor may be longer (default %(default)s)"
+    parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE", help=what)
     _add_imports(parser)
     add_processes(parser)
 
@@ -277,6 +281,16 @@ def _duration_s(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"--mtbf {text}: expected a time such as 3.1h, 90m, 2d or 600s; use --mtbf 3.1h")
     return value
+
+
+def _size_bytes(text: str) -> int:
+    """Parses a size as transformers writes it, such as 5GB; ConfigError if it is none, or zero."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I?)B)?", text.strip().upper())
+    number, unit, binary = found.groups() if found else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text}: expected a size such as 500MB or 2GiB; use --max-shard-size 5GB")
+    return size
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxinfra.errors import ConfigError, DataError, quoted
-from jaxinfra.interop.folder import ModelFolder
+from jaxinfra.interop.folder import FIX, ModelFolder
 
 CONFIG = "config.json"
 
@@ -169,9 +169,9 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(content, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({quoted(str(error), 200)}); download it again") from None
+        raise DataError(f"{where}: is not JSON ({quoted(str(error), 200)}); {FIX}") from None
     if not isinstance(found, dict):
-        raise DataError(f"{where}: is no JSON object; download it again")
+        raise DataError(f"{where}: is no JSON object; {FIX}")
     return found
 
 

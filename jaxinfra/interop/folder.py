@@ -1,14 +1,17 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Protocol, cast, override
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage.connection import retry_waits_s
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import file_system
@@ -17,6 +20,10 @@ from jaxinfra.storage.objects import ObjectStore
 _STORES = ("s3://", "gs://")
 PREFIX = "hf:"
 """Begins the source of published weights, in place of the directory of a run."""
+
+FIX = "download or export it again"  # a folder that is damaged
+_ANSWER_S, _SLOWEST = 60.0, 100_000  # an answer has this time, and a second more for each so many bytes
+_PIECE_BYTES, _MAX_BYTES = 1 << 18, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
 
 
 class ModelFolder(Protocol):
@@ -69,9 +76,9 @@ def open_folder(source: str) -> ModelFolder:
     """
     source = source.removeprefix(PREFIX)
     if "://" in source:
-        return StoredFolder(ObjectStore(source)) if source.startswith(_STORES) else UrlFolder(source)
+        return StoredFolder(ObjectStore(source, fix=FIX)) if source.startswith(_STORES) else UrlFolder(source)
     if Path(source).expanduser().is_dir():
-        return StoredFolder(ObjectStore(source))
+        return StoredFolder(ObjectStore(source, fix=FIX))
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return UrlFolder(f"hf://{source}")
     raise ConfigError(f"{source}: no such folder; name the folder of a model, or ORG/NAME of the Hugging Face Hub")
@@ -128,6 +135,7 @@ class UrlFolder(ModelFolder):
         self.url = url.rstrip("/")
         self._files, self._path = file_system(self.url, field=PREFIX)
         self._is_open = False  # whether the server has answered
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the client warns of each request that it repeats
 
     @override
     def url_of(self, name: str) -> str:
@@ -154,7 +162,18 @@ class UrlFolder(ModelFolder):
 
     @override
     def read_or_none(self, name: str) -> bytes | None:
-        return self._ask(lambda: cast(bytes, self._files.cat_file(f"{self._path}/{name}")))
+        def read() -> bytes:
+            content, begin_s = bytearray(), time.monotonic()
+            # These two stream with block_size=0, and with a size they do not ask for it before.
+            options = {"block_size": 0, "size": 1} if self.url.startswith(("http", "hf:")) else {}
+            with _answer(lambda: self._files.open(f"{self._path}/{name}", "rb", **options), self.url) as file:
+                while piece := _answer(lambda: file.read(_PIECE_BYTES), self.url, len(content), begin_s):
+                    content += cast(bytes, piece)
+                    if len(content) > _MAX_BYTES:
+                        raise DataError(f"{self.url_of(name)}: has more than {_MAX_BYTES:,} bytes; {FIX}")
+            return bytes(content)
+
+        return self._ask(read, _MAX_BYTES)
 
     @override
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
@@ -164,19 +183,19 @@ class UrlFolder(ModelFolder):
                 file.seek(start)
                 return cast(bytes, file.read(len(out)))
 
-        content = self._ask(read) or b""
+        content = self._ask(read, len(out)) or b""
         if len(content) != len(out):
             raise DataError(
                 f"{self.url_of(name)}: {len(content)} bytes from {start} on instead of {len(out)}; try again"
             )
         out[:] = np.frombuffer(content, np.uint8)
 
-    def _ask[T](self, ask: Callable[[], T]) -> T | None:
+    def _ask[T](self, ask: Callable[[], T], nbytes: int = 0) -> T | None:
         """Asks the server, again while it is busy or fails; None if it has no such file, ConfigError for a login."""
-        waits_s = iter(retry_waits_s())
+        waits_s, until_s = iter(retry_waits_s()), time.monotonic() + sum(retry_waits_s())  # clients wait, too
         while True:
             try:
-                found = ask()
+                found = _answer(ask, self.url, nbytes)
                 self._is_open = True
                 return found
             except Exception as error:
@@ -192,12 +211,32 @@ class UrlFolder(ModelFolder):
                 raise ConfigError(f"{self.url}: {cause}; set HF_TOKEN, which only the Hub gets") from root
             is_lost = isinstance(root, TimeoutError | ConnectionResetError)
             is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
-            if not is_busy or (wait_s := next(waits_s, None)) is None:
+            if not is_busy or time.monotonic() > until_s or (wait_s := next(waits_s, None)) is None:
                 path = self.url.removeprefix("hf://")
                 here = f" (there is no folder {path} here)" if path != self.url else ""
                 with storage_errors(f"{self.url}{here}", action="read"):
                     raise root
             time.sleep(wait_s)
+
+
+def _answer[T](ask: Callable[[], T], url: str, nbytes: int = 0, begin_s: float | None = None) -> T:
+    """Asks in a thread, since clients may wait without an end; StorageError if it takes longer than `nbytes` may."""
+    answer, limit_s, now_s = Future[T](), _ANSWER_S + nbytes / _SLOWEST, time.monotonic()
+
+    def call() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=call, name="answer", daemon=True).start()
+    try:
+        return answer.result((begin_s or now_s) + limit_s - now_s)
+    except TimeoutError:
+        if answer.done():  # it is that of the client, which has given up
+            raise
+        cause = f"no whole answer within {limit_s:.0f} s"
+        raise StorageError(f"{url}: cannot be read: {cause}; start again when the server responds") from None
 
 
 def _status(error: BaseException) -> int | None:

@@ -71,6 +71,19 @@ class PlannedFile:
     nbytes: int
 
 
+def check_destination(destination: str) -> None:
+    """Raises ConfigError unless a folder is new, empty or that of an unfinished export; StorageError if none can be."""
+    objects = ObjectStore(destination)
+    if (folder := objects.folder) is not None:
+        with storage_errors(folder, fix="name a folder on a disk, which you may write to"):
+            there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            if not there.is_dir():
+                raise ConfigError(f"{there}: is a file; name a new folder")
+            tempfile.TemporaryDirectory(prefix=".jaxinfra-", dir=there).cleanup()  # permissions do not show all
+    if not objects.exists(EXPORT_PLAN) and (names := objects.list_names()):
+        raise ConfigError(f"{objects.url}: has {names[0]} already; name a new folder")
+
+
 def plan_files(
     bindings: Iterable[Binding], dtypes: Mapping[str, np.dtype], max_bytes: int = MAX_FILE_BYTES
 ) -> list[PlannedFile]:

@@ -30,9 +30,9 @@ class ObjectStore:
     Every method that accesses storage raises StorageError if it cannot be read or written.
     """
 
-    def __init__(self, url: str | Path):
+    def __init__(self, url: str | Path, *, fix: str = DAMAGED_VERSION_FIX):
         """Parses the URL without accessing storage; raises ConfigError if it is invalid or contains credentials."""
-        self.url = normalize_url(str(url))
+        self.url, self._fix = normalize_url(str(url)), fix  # what to do if an object is missing or damaged
         spec = kvstore_spec(self.url)
         try:
             self._objects = ts.KvStore.open(spec, context=tensorstore_context()).result()
@@ -50,7 +50,7 @@ class ObjectStore:
 
     def child(self, name: str) -> Self:
         """Returns the store of the objects below `name`."""
-        return type(self)(self.url_of(name))
+        return type(self)(self.url_of(name), fix=self._fix)
 
     def read(self, name: str) -> bytes:
         """Reads an object; raises DataError if it is missing."""
@@ -60,12 +60,12 @@ class ObjectStore:
         result = call_storage(self.url_of(name), self._objects.read(name).result)
         if result.state != "value":
             self._is_listed(name)  # raises StorageError if the whole bucket is missing
-            raise DataError(f"{self.url_of(name)}: missing; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{self.url_of(name)}: missing; {self._fix}")
         return result.value
 
     def read_or_none(self, name: str) -> bytes | None:
         """Reads an object; returns None if it is missing."""
-        result = call_storage(self.url_of(name), self._objects.read(name).result)
+        result = call_storage(self.url_of(name), self._objects.read(name).result, fix=self._fix)
         return result.value if result.state == "value" else None
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
@@ -75,14 +75,14 @@ class ObjectStore:
         """
         url, folder = self.url_of(name), self.folder
         if folder is not None:
-            found = call_storage(url, lambda: _read_file_into(folder / name, start, out))
+            found = call_storage(url, lambda: _read_file_into(folder / name, start, out), fix=self._fix)
         else:
             read = self._objects.read(name, byte_range=slice(start, start + len(out)))
-            content = call_storage(url, read.result).value if len(out) else b""
+            content = call_storage(url, read.result, fix=self._fix).value if len(out) else b""
             out[: len(content)] = np.frombuffer(content, np.uint8)
             found = len(content)
         if found != len(out):
-            raise DataError(f"{url}: missing, or fewer than {start + len(out)} bytes; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{url}: missing, or fewer than {start + len(out)} bytes; {self._fix}")
 
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
@@ -226,12 +226,12 @@ class ObjectStore:
             result = self._objects.read(name, byte_range=byte_range).result()
         except ValueError as error:
             if str(error).startswith("OUT_OF_RANGE"):
-                raise DataError(f"{url}: fewer than {size_bytes} bytes; {DAMAGED_VERSION_FIX}") from None
-            raise classify_error(url, error) from None
+                raise DataError(f"{url}: fewer than {size_bytes} bytes; {self._fix}") from None
+            raise classify_error(url, error, fix=self._fix) from None
         if result.state != "value":
-            raise DataError(f"{url}: missing; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{url}: missing; {self._fix}")
         if (n_bytes := start + len(result.value)) != size_bytes:
-            raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {self._fix}")
         return result.value
 
 

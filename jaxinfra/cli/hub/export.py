@@ -10,11 +10,12 @@ from jaxinfra.cli.progress import ByteProgress
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.hub.export import Export, export_model
-from jaxinfra.hub.published_model import PublishedModel, open_published
+from jaxinfra.hub.published_model import PublishedModel, open_published, param_specs
 from jaxinfra.inference.language_model import LanguageModel, open_language_model, require_text
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop.folder import is_published
+from jaxinfra.interop.writing import check_destination
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
@@ -28,7 +29,13 @@ _log = logging.getLogger(__name__)
 def run(options: argparse.Namespace) -> None:
     """Writes the folder in all processes; process 0 prints what it has written."""
     source = _with_step(options.run_dir, options.step)
-    model = open_language_model(source, options.overrides, options.imports)
+    check_destination(options.out)
+    dtypes = open_published(source).stored_dtypes() if is_published(source) else {}
+    exact = ["precision.params=float32"] if {*map(str, dtypes.values())} - {"bfloat16"} else []  # holds float16, too
+    model = open_language_model(source, [*options.overrides, *exact], options.imports)
+    if options.dtype is not None:  # buffers, such as biases of routers, keep theirs
+        specs = param_specs(require_text(model.run)[0])
+        dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}
     program = sampling_program(model.run, all_devices(), strict=bool(options.overrides))
     peers, start_s = current_peers(), time.monotonic()
     origin = _origin(source, model)
@@ -47,12 +54,13 @@ def run(options: argparse.Namespace) -> None:
                 tokenizer=model.tokenizer,
                 max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
                 first_tokens=model.first_tokens,
-                dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+                dtypes=dtypes,
                 model_type=options.family,
                 origin=origin,
             )
             progress = ByteProgress() if options.prints else lambda done, total: None
-            receipt = export_model(options.out, export, gather=peers.gather, progress=progress)
+            size = options.max_shard_size
+            receipt = export_model(options.out, export, max_file_bytes=size, gather=peers.gather, progress=progress)
     if options.prints:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
