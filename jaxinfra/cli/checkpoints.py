@@ -37,13 +37,22 @@ from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner, hold
 from jaxinfra.storage.location import is_remote
-from jaxinfra.track.console import stdout_console, titled_table
+from jaxinfra.track.console import fitted_table, print_table, stdout_console, titled_table
 from jaxinfra.track.formatting import flatten, format_age, format_bytes
 from jaxinfra.track.runs import local_files, no_run_error, parse_source
 
 _WORST = 20  # leaves that diff shows without --all
 _RECORDED = ("config", "versions", "data")  # parts of a manifest's record that diff compares
 _RETENTION = ("keep_last", "keep_every", "keep_best")  # fields of CheckpointConfig, and options of prune
+_COLUMNS = (
+    Column("step", justify="right"),
+    Column("health"),
+    Column("metrics"),
+    Column("config keeps it"),
+    Column("size", justify="right"),
+    Column("age", justify="right"),
+)
+"""The most important first: a terminal that is too narrow for all leaves out the last ones."""
 _OPTIONS = {"diff": ("all",), "prune": (*_RETENTION, "damaged", "dry_run"), "copy-to": ("step",)}  # of each action
 
 
@@ -101,13 +110,11 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
     steps, leftovers = list_checkpoints(stored, config), stored.leftovers()
     is_trained = current_owner(location) is not None
     if steps or leftovers:
-        numbers = (Column(name, justify="right") for name in ("step", "size", "age"))
-        table = titled_table("", *numbers, Column("health", overflow="fold"), "metrics", "config keeps it")
-        for each in steps:
-            table.add_row(*_cells(each))
-        for each in leftovers:
-            table.add_row(each.name, _size(each.num_bytes), "", _describe(each, is_trained), "", "")
-        stdout_console().print(table)
+        rows = [*map(_cells, steps), *(_leftover_cells(each, is_trained) for each in leftovers)]
+        console = stdout_console()
+        print_table(console, fitted_table(console, [*zip(_COLUMNS, zip(*rows, strict=True), strict=True)]))
+        for step, (problem, *more) in ((each.step, each.problems) for each in steps if each.problems):
+            print(f"step {step}: damaged: {problem}{f' and {len(more)} more' if more else ''}")
     else:
         print(f"{stored.location}: no checkpoints yet")
     print(f"next: {_next(opened, steps, leftovers, is_trained)}")
@@ -115,13 +122,15 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
 
 
 def _cells(each: StepOverview) -> list[str]:
-    health = f"damaged: {each.problems[0]}" if each.problems else "files are there"
-    if len(each.problems) > 1:
-        health += f" and {len(each.problems) - 1} more"
+    health = "damaged" if each.problems else "files are there"
     age = "" if each.age_s is None else format_age(each.age_s)
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
+    metrics = "\n".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
     kept = "" if each.problems else "yes" if each.is_kept else "no"
-    return [str(each.step), _size(each.num_bytes), age, health, metrics, kept]
+    return [str(each.step), health, metrics, kept, _size(each.num_bytes), age]
+
+
+def _leftover_cells(each: Leftover, is_trained: bool) -> list[str]:
+    return [each.name, _describe(each, is_trained), "", "", _size(each.num_bytes), ""]
 
 
 def _describe(each: Leftover, is_trained: bool) -> str:
@@ -239,7 +248,7 @@ def _print_groups(found: Sequence[LeafDifference]) -> None:
         relative = f"{norms[0] / norms[1]:.2e}" if norms[1] else ""
         equal = sum(each.is_equal for each in leaves)
         table.add_row(name, f"{len(leaves):,}", f"{equal:,}", f"{largest:.2e}", relative)
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
 
 
 def _group(name: str) -> str:
@@ -253,10 +262,10 @@ def _group(name: str) -> str:
 def _print_leaves(values: Sequence[LeafDifference], total: int) -> None:
     title = "" if len(values) == total else f"the worst {len(values)} of {total:,} leaves; --all shows all"
     numbers = (Column(name, justify="right") for name in ("largest |A - B|", "|A - B| / |A|"))
-    table = titled_table(title, Column("leaf", overflow="fold"), "type", *numbers)
+    table = titled_table(title, "leaf", "type", *numbers)
     for each in values:
         table.add_row(each.name, each.left, f"{each.largest:.2e}", f"{each.relative:.2e}")
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
 
 
 def _prune(opened: _Run, options: argparse.Namespace) -> Any:

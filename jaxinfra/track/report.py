@@ -27,7 +27,15 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
-from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
+from jaxinfra.track.formatting import (
+    config_leaves,
+    flatten,
+    format_bytes,
+    format_number,
+    format_short,
+    metric_label,
+    summary_rows,
+)
 from jaxinfra.track.goodput import GOODPUT_FILE, Attempt, account, read_ledger
 from jaxinfra.track.runs import no_run_error
 from jaxinfra.track.timeline import COLUMNS, HEIGHT, timeline
@@ -257,20 +265,3 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return format_value(value) if value is None or isinstance(value, bool) else format_number(value)
-
-
-def config_leaves(value: Any, path: str = "") -> dict[str, str]:
-    """Flattens the config of a run record to the lines that `show` prints: path and value, as in an override.
-
-    A config object that was chosen among classes has a line of its own: the name of its class.
-    """
-    if isinstance(value, Mapping):
-        own = {path: str(value["kind"])} if path and "kind" in value else {}
-        parts = [(str(key), part) for key, part in value.items() if not (own and key == "kind")]
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        own, parts = {}, [(str(index), part) for index, part in enumerate(value)]
-    else:
-        return {path: format_value(tuple(value) if isinstance(value, list) else value)}
-    return own | {
-        key: text for name, part in parts for key, text in config_leaves(part, f"{path}.{name}".lstrip(".")).items()
-    }

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.formatting import config_leaves
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, metrics_row, read_summary
 
@@ -53,6 +54,8 @@ class RunOverview:
         units_per_s: throughput at the last logged step, in tokens or images, or None.
         goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
         age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
+        source: the config file or record that it was started with.
+        config: the text of each field by its path.
     """
 
     path: str
@@ -64,6 +67,8 @@ class RunOverview:
     units_per_s: float | None = None
     goodput: float | None = None
     age_s: float = 0.0
+    source: str = ""
+    config: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_runs(root: str | Path) -> list[RunOverview]:
@@ -120,6 +125,8 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
+        source=str(record.get("source", location)),
+        config=config_leaves(record["config"]),
     )
 
 
