@@ -44,15 +44,6 @@ from jaxinfra.track.runs import local_files, no_run_error, parse_source
 _WORST = 20  # leaves that diff shows without --all
 _RECORDED = ("config", "versions", "data")  # parts of a manifest's record that diff compares
 _RETENTION = ("keep_last", "keep_every", "keep_best")  # fields of CheckpointConfig, and options of prune
-_COLUMNS = (
-    Column("step", justify="right"),
-    Column("health"),
-    Column("metrics"),
-    Column("config keeps it"),
-    Column("size", justify="right"),
-    Column("age", justify="right"),
-)
-"""The most important first: a terminal that is too narrow for all leaves out the last ones."""
 _OPTIONS = {"diff": ("all",), "prune": (*_RETENTION, "damaged", "dry_run"), "copy-to": ("step",)}  # of each action
 
 
@@ -110,9 +101,10 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
     steps, leftovers = list_checkpoints(stored, config), stored.leftovers()
     is_trained = current_owner(location) is not None
     if steps or leftovers:
-        rows = [*map(_cells, steps), *(_leftover_cells(each, is_trained) for each in leftovers)]
-        console = stdout_console()
-        print_table(console, fitted_table(console, [*zip(_COLUMNS, zip(*rows, strict=True), strict=True)]))
+        rows = [_cells(each) for each in steps]
+        rows += [[e.name, _describe(e, is_trained), "", "", _size(e.num_bytes), ""] for e in leftovers]
+        texts, console = ("health", "metrics", "config keeps it"), stdout_console()
+        print_table(console, fitted_table(console, ("step", *texts, "size", "age"), rows, texts=texts))
         for step, (problem, *more) in ((each.step, each.problems) for each in steps if each.problems):
             print(f"step {step}: damaged: {problem}{f' and {len(more)} more' if more else ''}")
     else:
@@ -127,10 +119,6 @@ def _cells(each: StepOverview) -> list[str]:
     metrics = "\n".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
     kept = "" if each.problems else "yes" if each.is_kept else "no"
     return [str(each.step), health, metrics, kept, _size(each.num_bytes), age]
-
-
-def _leftover_cells(each: Leftover, is_trained: bool) -> list[str]:
-    return [each.name, _describe(each, is_trained), "", "", _size(each.num_bytes), ""]
 
 
 def _describe(each: Leftover, is_trained: bool) -> str:

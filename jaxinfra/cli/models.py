@@ -2,18 +2,15 @@
 
 import argparse
 
-from rich.table import Column
-
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.catalog import BYTES_PER_PARAM, CatalogEntry, catalog
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_short
 
-COLUMNS = ("name", "layers", "hidden", "heads/KV", "vocab", "params", "active")
-COLUMNS += (*BYTES_PER_PARAM, "context")  # the keys are "weights" and "training": GiB of memory
-_IMPORTANCE = ("name", "params", *BYTES_PER_PARAM, "context", "layers", "hidden", "active", "vocab", "heads/KV")
-"""The most important columns first: a terminal that is too narrow for all leaves out the last ones."""
+COLUMNS = ("name", "params", "active", *BYTES_PER_PARAM)  # the keys are "weights" and "training": GiB of memory
+COLUMNS += ("context", "layers", "hidden", "heads/KV", "vocab")
+"""The most important first: a terminal that is too narrow for all leaves out the last ones."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -22,9 +19,7 @@ def run(options: argparse.Namespace) -> None:
     if not entries:
         raise ConfigError(f"{options.word}: no model has this in its name; {COMMAND} models lists all")
     console = stdout_console()
-    texts = dict(zip(COLUMNS, zip(*map(cells, entries), strict=True), strict=True))
-    columns = [(Column(name, justify="left" if name == "name" else "right"), texts[name]) for name in _IMPORTANCE]
-    print_table(console, fitted_table(console, columns))
+    print_table(console, fitted_table(console, COLUMNS, [*map(cells, entries)], texts=("name",)))
     example = entries[-1]  # its function in the zoo is `shape` or `vision_shape`
     console.print(
         f'In a config: model={example.function}("{example.name}"), imported from jaxinfra.families.zoo. '
@@ -39,12 +34,12 @@ def cells(entry: CatalogEntry) -> list[str]:
     active = entry.active_parameters
     return [
         entry.name,
-        str(entry.num_layers),
-        f"{entry.hidden_size:,}",
-        heads,
-        "" if entry.vocab_size is None else f"{entry.vocab_size:,}",
         format_short(entry.parameters),
         "" if active == entry.parameters else format_short(active),
         *(f"{entry.parameters * n_bytes / 2**30:,.4g}" for n_bytes in BYTES_PER_PARAM.values()),
         "" if entry.context is None else f"{entry.context:,}",
+        str(entry.num_layers),
+        f"{entry.hidden_size:,}",
+        heads,
+        "" if entry.vocab_size is None else f"{entry.vocab_size:,}",
     ]

@@ -6,7 +6,7 @@ import math
 import jax
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from jaxinfra.cli import config_argument
 from jaxinfra.config import dump, validate
@@ -60,11 +60,7 @@ def _parameter_table(console: Console, program: Program) -> Table:
         name = leaf_name(path)
         axes = ", ".join(f"{dim}:{axis}" for dim, axis in enumerate(array.sharding.spec) if axis) or "-"
         rows.append((name, " x ".join(map(str, spec.shape)), f"{spec.size:,}", axes.replace("'", ""), spec.role))
-    headers = (
-        Column("name"),
-        Column("shape"),
-        Column("elements", justify="right"),
-        Column("sharded over"),
-        Column("role"),
-    )
-    return fitted_table(console, [*zip(headers, zip(*rows, strict=True), strict=True)], title="Parameters")
+    texts = "name", "shape", "sharded over", "role"
+    table = fitted_table(console, ("name", "shape", "elements", *texts[2:]), rows, texts=texts)
+    table.title = "Parameters"
+    return table

@@ -7,8 +7,7 @@ Lines for evaluations and saves stay above the bar.
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, override
 
@@ -22,9 +21,9 @@ from rich.text import Text
 
 from jaxinfra.command import COMMAND
 from jaxinfra.config.source import COMMAND_LINE
+from jaxinfra.config.text import config_leaves
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.formatting import (
-    config_leaves,
     format_bytes,
     format_count,
     format_duration,
@@ -112,29 +111,36 @@ def titled_table(title: str, *columns: str | Column) -> Table:
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
 
 
-def fitted_table(console: Console, columns: Sequence[tuple[Column, Sequence[str]]], title: str = "") -> Table:
+def fitted_table(
+    console: Console,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    texts: Collection[str],
+    wrapped: str = "",
+) -> Table:
     """Makes a table of the columns that fit beside those before them, most important first; a caption names the rest.
 
-    A pipe or a file gets all columns, with one line a row.
+    A pipe or a file gets all, with one line for a row. `texts` begin on the left; `wrapped` wraps on a terminal.
     """
-    shown, left_out = list[tuple[Column, Sequence[str]]](), list[str]()
-    for column, cells in columns:
-        if not console.is_terminal:
-            shown.append((replace(column, overflow="ellipsis"), cells))
-        elif not shown or _needed_width(console, _filled_table(title, [*shown, (column, cells)])) <= console.width:
-            shown.append((column, cells))
-        else:
-            left_out.append(str(column.header))
-    table = _filled_table(title, shown)
+
+    def table_of(shown: Iterable[str]) -> Table:
+        table = titled_table("")
+        for name in shown:
+            overflow = "fold" if name == wrapped and console.is_terminal else "ellipsis"
+            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow)
+        for row in (dict(zip(headers, row, strict=True)) for row in rows):
+            table.add_row(*(Text(row[name]) for name in shown))
+        return table
+
+    shown, left_out = list[str](), list[str]()
+    for name, *cells in zip(headers, *rows, strict=True):
+        fits = not (shown and console.is_terminal) or _needed_width(console, table_of([*shown, name])) <= console.width
+        if any(cells):
+            (shown if fits else left_out).append(name)
+    table = table_of(shown)
     if left_out:
         table.caption, table.caption_justify = f"a wider terminal also shows {', '.join(left_out)}", "left"
-    return table
-
-
-def _filled_table(title: str, columns: Sequence[tuple[Column, Sequence[str]]]) -> Table:
-    table = titled_table(title, *(column.copy() for column, _ in columns))
-    for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*map(Text, row))
     return table
 
 

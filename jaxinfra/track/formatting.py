@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxinfra.config.text import format_value
-
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _PERF_METRICS = ("step_time_s", "data_wait_s", "mfu", "slowest_process", "slowest_process_s")
 _HOST_METRICS = ("open_files", "threads")
@@ -148,20 +146,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
-
-
-def config_leaves(value: Any, path: str = "") -> dict[str, str]:
-    """Flattens the config of a run record to the lines that `show` prints: path and value, as in an override.
-
-    A config object that was chosen among classes has a line of its own: the name of its class.
-    """
-    if isinstance(value, Mapping):
-        own = {path: str(value["kind"])} if path and "kind" in value else {}
-        parts = [(str(key), part) for key, part in value.items() if not (own and key == "kind")]
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        own, parts = {}, [(str(index), part) for index, part in enumerate(value)]
-    else:
-        return {path: format_value(tuple(value) if isinstance(value, list) else value)}
-    return own | {
-        key: text for name, part in parts for key, text in config_leaves(part, f"{path}.{name}".lstrip(".")).items()
-    }

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,29 +23,24 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxinfra.config.text import format_value
+from jaxinfra.config.text import config_leaves, format_value
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
-from jaxinfra.track.formatting import (
-    config_leaves,
-    flatten,
-    format_bytes,
-    format_number,
-    format_short,
-    metric_label,
-    summary_rows,
-)
+from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
 from jaxinfra.track.goodput import GOODPUT_FILE, Attempt, account, read_ledger
 from jaxinfra.track.runs import no_run_error
 from jaxinfra.track.timeline import COLUMNS, HEIGHT, timeline
 
 REPORT_FILE = "report.html"
+EVERY_S = 15.0
+"""Seconds between two pages of a run that goes on, and after which such a page loads itself again."""
 MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "peak", "baselines", "classes")
+_MAX_AGE_S = 3600.0  # of a page that loads itself again: the run may have been killed
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
 _SCRIPTS = ("uPlot.iife.min.js", "report.js")
@@ -135,12 +131,14 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
     charts = make_charts(curves)
     only = runs[0] if len(runs) == 1 else None
+    reload = {"everyMs": 1e3 * EVERY_S, "untilMs": 1e3 * (time.time() + _MAX_AGE_S)}
+    data = page_data(curves, charts.drawn) | {"reload": reload if only and only.state == "running" else None}
     return environment.get_template("report.html.jinja").render(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
         style=assets["uPlot.min.css"] + assets["report.css"],
         license=assets["uPlot.LICENSE"],
         scripts=scripts,
-        data=json.dumps(page_data(curves, charts.drawn), separators=(",", ":")).replace("<", "\\u003c"),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         title=", ".join(run.name for run in runs),
         runs=[
             {

@@ -1,8 +1,10 @@
 """Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +14,7 @@ from typing import Any
 
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, similar_run
+from jaxinfra.config.text import config_leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
 from jaxinfra.storage.errors import storage_errors
@@ -21,7 +24,6 @@ from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
-from jaxinfra.track.formatting import config_leaves
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, metrics_row, read_summary
 
@@ -37,6 +39,7 @@ RUN_FILES = (
 )
 """The files that a resumed run goes on with; event files of TensorBoard are new ones at each start."""
 _STEPS = "checkpoints/[0-9]*"
+_NOT_COMPARED = ("name", "root", "track", "profile", "watchdog")  # say where a run writes, not what it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,34 @@ def list_runs(root: str | Path) -> list[RunOverview]:
     return sorted((run_overview(folder, str(folder)) for folder in folders), key=lambda run: run.age_s)
 
 
+def differences(runs: Sequence[RunOverview]) -> list[str]:
+    """Returns what differs in each run from the others of its config file: "peak_lr=0.003 train.steps=60".
+
+    A field is shown if the runs that have it have different values, but not in those that have the most common value.
+    """
+    counts = defaultdict[tuple[str, str], Counter[str]](Counter)  # of values, by config file and field
+    for run in runs:
+        for path, text in run.config.items():
+            counts[run.source, path][text] += 1
+
+    def differs(run: RunOverview, path: str) -> bool:
+        (most_common, count), *others = counts[run.source, path].most_common(2)
+        is_usual = run.config[path] == most_common and others and count > others[0][1]
+        return bool(others) and not is_usual and path.partition(".")[0] not in _NOT_COMPARED
+
+    return [
+        " ".join(f"{_short_name(path, run.config)}={text}" for path, text in run.config.items() if differs(run, path))
+        for run in runs
+    ]
+
+
+def _short_name(path: str, paths: Iterable[str]) -> str:
+    """Returns the shortest end of a path that no other path has, and that does not begin with an index."""
+    parts = path.split(".")
+    ends = (".".join(parts[start:]) for start in reversed(range(len(parts))) if not parts[start].isdigit())
+    return next((end for end in ends if sum(f".{each}".endswith(f".{end}") for each in paths) == 1), path)
+
+
 @contextmanager
 def local_files(location: str) -> Iterator[Path]:
     """Yields a folder with the small files of a run; it is a temporary copy of those in a bucket."""
@@ -125,7 +156,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
-        source=str(record.get("source", location)),
+        source=os.path.normpath(record.get("source", location)),
         config=config_leaves(record["config"]),
     )
 
