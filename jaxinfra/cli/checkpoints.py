@@ -37,7 +37,7 @@ from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner, hold
 from jaxinfra.storage.location import is_remote
-from jaxinfra.track.console import stdout_console, titled_table
+from jaxinfra.track.console import fitted_table, print_table, stdout_console, titled_table
 from jaxinfra.track.formatting import flatten, format_age, format_bytes, format_metric
 from jaxinfra.track.runs import local_files, no_run_error, parse_source
 
@@ -101,13 +101,12 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
     steps, leftovers = list_checkpoints(stored, config), stored.leftovers()
     is_trained = current_owner(location) is not None
     if steps or leftovers:
-        numbers = (Column(name, justify="right") for name in ("step", "size", "age"))
-        table = titled_table("", *numbers, Column("health", overflow="fold"), "metrics", "config keeps it")
-        for each in steps:
-            table.add_row(*_cells(each))
-        for each in leftovers:
-            table.add_row(each.name, _size(each.num_bytes), "", _describe(each, is_trained), "", "")
-        stdout_console().print(table)
+        rows = [_cells(each) for each in steps]
+        rows += [[e.name, _describe(e, is_trained), "", "", _size(e.num_bytes), ""] for e in leftovers]
+        texts, console = ("health", "metrics", "config keeps it"), stdout_console()
+        print_table(console, fitted_table(console, ("step", *texts, "size", "age"), rows, texts=texts))
+        for step, (problem, *more) in ((each.step, each.problems) for each in steps if each.problems):
+            print(f"step {step}: damaged: {problem}{f' and {len(more)} more' if more else ''}")
     else:
         print(f"{stored.location}: no checkpoints yet")
     print(f"next: {_next(opened, steps, leftovers, is_trained)}")
@@ -115,13 +114,11 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
 
 
 def _cells(each: StepOverview) -> list[str]:
-    health = f"damaged: {each.problems[0]}" if each.problems else "files are there"
-    if len(each.problems) > 1:
-        health += f" and {len(each.problems) - 1} more"
+    health = "damaged" if each.problems else "files are there"
     age = "" if each.age_s is None else format_age(each.age_s)
-    metrics = ", ".join(f"{name} {format_metric(value)}" for name, value in each.metrics.items())
+    metrics = "\n".join(f"{name} {format_metric(value)}" for name, value in each.metrics.items())
     kept = "" if each.problems else "yes" if each.is_kept else "no"
-    return [str(each.step), _size(each.num_bytes), age, health, metrics, kept]
+    return [str(each.step), health, metrics, kept, _size(each.num_bytes), age]
 
 
 def _describe(each: Leftover, is_trained: bool) -> str:
@@ -239,7 +236,7 @@ def _print_groups(found: Sequence[LeafDifference]) -> None:
         relative = f"{norms[0] / norms[1]:.2e}" if norms[1] else ""
         equal = sum(each.is_equal for each in leaves)
         table.add_row(name, f"{len(leaves):,}", f"{equal:,}", f"{largest:.2e}", relative)
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
 
 
 def _group(name: str) -> str:
@@ -253,10 +250,10 @@ def _group(name: str) -> str:
 def _print_leaves(values: Sequence[LeafDifference], total: int) -> None:
     title = "" if len(values) == total else f"the worst {len(values)} of {total:,} leaves; --all shows all"
     numbers = (Column(name, justify="right") for name in ("largest |A - B|", "|A - B| / |A|"))
-    table = titled_table(title, Column("leaf", overflow="fold"), "type", *numbers)
+    table = titled_table(title, "leaf", "type", *numbers)
     for each in values:
         table.add_row(each.name, each.left, f"{each.largest:.2e}", f"{each.relative:.2e}")
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
 
 
 def _prune(opened: _Run, options: argparse.Namespace) -> Any:

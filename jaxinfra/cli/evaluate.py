@@ -25,7 +25,7 @@ from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage import outputs
 from jaxinfra.tasks.harness import Tasks, is_standard_error
-from jaxinfra.track.console import stdout_console, titled_table
+from jaxinfra.track.console import print_table, stdout_console, titled_table
 from jaxinfra.track.formatting import format_metric, summary_rows
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.train.trainer import Trainer
@@ -143,4 +143,4 @@ def _print(result: Mapping[str, Any], what: str, table: Table) -> None:
     sizes = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
     console, title = stdout_console(), f"{result['run']}, step {result['step']}: {what}, {sizes}"
     console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
+    print_table(console, table)

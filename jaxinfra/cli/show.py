@@ -4,8 +4,9 @@ import argparse
 import math
 
 import jax
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from jaxinfra.cli import config_argument
 from jaxinfra.config import dump, validate
@@ -15,7 +16,7 @@ from jaxinfra.parallel.schedules import format_schedule
 from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
-from jaxinfra.track.console import statistics_table, stdout_console, titled_table
+from jaxinfra.track.console import fitted_table, print_table, statistics_table, stdout_console
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.statistics import run_statistics
 
@@ -38,12 +39,12 @@ def run(options: argparse.Namespace) -> None:
         console.print(escape(line) + origin, soft_wrap=True)
     if options.changed:
         return
-    console.print(statistics_table(run_statistics(program)))
+    print_table(console, statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
         for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):
             console.print(row, markup=False, soft_wrap=True)
-    console.print(_parameter_table(program))
+    print_table(console, _parameter_table(console, program))
     optim, steps = run.optim, run.train.steps
     console.print(f"Learning rate over {steps:,} steps", style="bold")
     for step, rate in lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps):
@@ -51,14 +52,15 @@ def run(options: argparse.Namespace) -> None:
     console.print(plot_curve(lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps, rows=200)), markup=False)
 
 
-def _parameter_table(program: Program) -> Table:
+def _parameter_table(console: Console, program: Program) -> Table:
     """Lists the name, shape, sharding, role and size of every parameter."""
-    name_column = Column("name", overflow="fold")  # a narrow terminal breaks long names, but shows them in full
-    table = titled_table("Parameters", name_column, "shape", "sharded over", "role")
-    table.add_column("elements", justify="right")
+    rows = list[tuple[str, ...]]()
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):
         name = leaf_name(path)
         axes = ", ".join(f"{dim}:{axis}" for dim, axis in enumerate(array.sharding.spec) if axis) or "-"
-        table.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
+        rows.append((name, " x ".join(map(str, spec.shape)), f"{spec.size:,}", axes.replace("'", ""), spec.role))
+    texts = "name", "shape", "sharded over", "role"
+    table = fitted_table(console, ("name", "shape", "elements", *texts[2:]), rows, texts=texts)
+    table.title = "Parameters"
     return table

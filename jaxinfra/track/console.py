@@ -7,7 +7,7 @@ Lines for evaluations and saves stay above the bar.
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, override
 
@@ -21,10 +21,9 @@ from rich.text import Text
 
 from jaxinfra.command import COMMAND
 from jaxinfra.config.source import COMMAND_LINE
-from jaxinfra.config.text import format_value
+from jaxinfra.config.text import config_leaves
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.formatting import (
-    flatten,
     format_bytes,
     format_count,
     format_duration,
@@ -39,6 +38,7 @@ from jaxinfra.track.formatting import (
 
 _REFRESH_PER_S = 4
 _LOG_WIDTH = 110  # characters of a table in a log file
+_ANY_WIDTH = 100_000  # characters
 _BAR_WIDTH = 40  # characters, if the terminal is wide enough
 _MIN_BAR_WIDTH = 12  # characters
 _HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device")
@@ -73,23 +73,23 @@ def stdout_console() -> Console:
     return console
 
 
-def statistics_table(statistics: RunStatistics) -> RenderableType:
+def statistics_table(statistics: RunStatistics) -> Table:
     """Makes the table of all statistics, for `show`."""
     table = titled_table("Run statistics", "statistic")
     table.add_column("value", justify="right")
-    table.add_column("unit or formula", style="dim")
+    table.add_column("unit or formula", style="dim", overflow="fold")
     for name, (value, unit) in statistics.items():
         table.add_row(Text(name), Text(format_number(value)), Text(unit))
     return table
 
 
-def headline_table(statistics: RunStatistics) -> RenderableType:
+def headline_table(statistics: RunStatistics) -> Table:
     """Makes the table that is printed before the first step: at most 8 rows of rounded numbers."""
     modality = next((name.removesuffix("s a step") for name in statistics if name.endswith("s a step")), "token")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right", style="bold")
-    table.add_column(style="dim", overflow="ellipsis", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
     for name in (headline.format(modality) for headline in _HEADLINES):
         if name in statistics:
             value, note = statistics[name]
@@ -98,11 +98,11 @@ def headline_table(statistics: RunStatistics) -> RenderableType:
     return table
 
 
-def summary_table(values: Mapping[str, Any]) -> RenderableType:
+def summary_table(values: Mapping[str, Any]) -> Table:
     """Makes the table that is printed after the last step."""
     table = titled_table("Summary", "")
     table.show_header = False
-    table.add_column(overflow="fold")
+    table.add_column()
     for label, value in summary_rows(values):
         table.add_row(Text(label), Text(value))
     return table
@@ -111,6 +111,60 @@ def summary_table(values: Mapping[str, Any]) -> RenderableType:
 def titled_table(title: str, *columns: str | Column) -> Table:
     """Makes an empty table in the style of all tables."""
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+
+
+def fitted_table(
+    console: Console,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    texts: Collection[str],
+    wrapped: str = "",
+) -> Table:
+    """Makes a table of the columns that fit beside those before them, most important first; a caption names the rest.
+
+    A pipe or a file gets all, with one line for a row. `texts` begin on the left; `wrapped` wraps on a terminal.
+    """
+
+    def table_of(shown: Iterable[str]) -> Table:
+        table = titled_table("")
+        for name in shown:
+            overflow = "fold" if name == wrapped and console.is_terminal else "ellipsis"
+            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow)
+        for row in (dict(zip(headers, row, strict=True)) for row in rows):
+            table.add_row(*(Text(row[name]) for name in shown))
+        return table
+
+    shown, left_out = list[str](), list[str]()
+    for name, *cells in zip(headers, *rows, strict=True):
+        fits = not (shown and console.is_terminal) or _needed_width(console, table_of([*shown, name])) <= console.width
+        if any(cells):
+            (shown if fits else left_out).append(name)
+    table = table_of(shown)
+    if left_out:
+        table.caption, table.caption_justify = f"a wider terminal also shows {', '.join(left_out)}", "left"
+    return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table without cutting anything: only columns with overflow="fold" wrap, between words.
+
+    If the others do not fit, the lines are longer than those of the terminal, which breaks them.
+    """
+    needed = _needed_width(console, table)
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
+
+
+def _needed_width(console: Console, table: Table) -> int:
+    """Gives each column the width that it needs at least; returns that of the table."""
+    options = console.options.update(width=_ANY_WIDTH)
+    for column in table.columns:
+        column.no_wrap = column.overflow != "fold"
+        sizes = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
+        column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+    return console.measure(table, options=options).minimum
 
 
 class ConsoleTracker(Tracker):
@@ -131,7 +185,7 @@ class ConsoleTracker(Tracker):
         self._completed_steps, self._total_steps, self._start_s = start_step, total_steps, time.monotonic()
         text = Text(announcement(self._run_dir, record, start_step, total_steps), style="bold")
         self._console.print(text, soft_wrap=True)
-        self._console.print(headline_table(statistics))
+        print_table(self._console, headline_table(statistics))
         self._console.print(Text(f"more numbers: {COMMAND} show {self._run_dir}", style="dim"), soft_wrap=True)
 
     @override
@@ -167,7 +221,7 @@ class ConsoleTracker(Tracker):
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self.close()
-        self._console.print(summary_table(values))
+        print_table(self._console, summary_table(values))
 
     @override
     def abandon(self) -> None:
@@ -184,14 +238,19 @@ class ConsoleTracker(Tracker):
 
 
 def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
-    """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ..."."""
-    if start_step:
-        source = record.get("resumed_from")
-        return f"resuming {run_dir} at step {start_step} of {total_steps}{f', {source}' if source else ''}"
-    config = flatten(record.get("config", {}))
-    changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE and path != "name"]
-    values = " ".join(f"{path}={format_value(config[path])}" for path in changed if path in config)
-    return f"new run {run_dir}{': ' if values else ''}{values}"
+    """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ...".
+
+    Both name the weights that the run began with: "init=runs/y@200".
+    """
+    config = config_leaves(record.get("config", {}))
+    changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE]
+    values = {path: config[path] for path in changed if path in config and path not in ("name", "init")}
+    if init := record.get("init"):
+        values["init"] = f"{init['run']}@{init['step']}" if init["step"] else init["run"]  # published weights have none
+    if not start_step:
+        return f"new run {run_dir}{':' * bool(values)}{''.join(f' {path}={text}' for path, text in values.items())}"
+    notes = [record.get("resumed_from"), f"which began with init={values['init']}" if init else None]
+    return ", ".join([f"resuming {run_dir} at step {start_step} of {total_steps}", *filter(None, notes)])
 
 
 class PlainTextTracker(ConsoleTracker):

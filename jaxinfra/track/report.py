@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxinfra.config.text import format_value
+from jaxinfra.config.text import config_leaves, format_value
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
@@ -42,11 +43,14 @@ from jaxinfra.track.runs import no_run_error
 from jaxinfra.track.timeline import COLUMNS, HEIGHT, timeline
 
 REPORT_FILE = "report.html"
+EVERY_S = 15.0
+"""Seconds between two pages of a run that goes on, and after which such a page loads itself again."""
 MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "peak", "baselines", "classes")
 _OF_CHECKPOINTS = ("guard", "interval", "evaluated")  # parts of a record that was lost, and written again from one
+_MAX_AGE_S = 3600.0  # of a page that loads itself again: the run may have been killed
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
 _SCRIPTS = ("uPlot.iife.min.js", "report.js")
@@ -137,12 +141,14 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
     charts = make_charts(curves)
     only = runs[0] if len(runs) == 1 else None
+    reload = {"everyMs": 1e3 * EVERY_S, "untilMs": 1e3 * (time.time() + _MAX_AGE_S)}
+    data = page_data(curves, charts.drawn) | {"reload": reload if only and only.state == "running" else None}
     return environment.get_template("report.html.jinja").render(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
         style=assets["uPlot.min.css"] + assets["report.css"],
         license=assets["uPlot.LICENSE"],
         scripts=scripts,
-        data=json.dumps(page_data(curves, charts.drawn), separators=(",", ":")).replace("<", "\\u003c"),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         title=", ".join(run.name for run in runs),
         runs=[
             {
@@ -267,20 +273,3 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return format_value(value) if value is None or isinstance(value, bool) else format_number(value)
-
-
-def config_leaves(value: Any, path: str = "") -> dict[str, str]:
-    """Flattens the config of a run record to the lines that `show` prints: path and value, as in an override.
-
-    A config object that was chosen among classes has a line of its own: the name of its class.
-    """
-    if isinstance(value, Mapping):
-        own = {path: str(value["kind"])} if path and "kind" in value else {}
-        parts = [(str(key), part) for key, part in value.items() if not (own and key == "kind")]
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        own, parts = {}, [(str(index), part) for index, part in enumerate(value)]
-    else:
-        return {path: format_value(tuple(value) if isinstance(value, list) else value)}
-    return own | {
-        key: text for name, part in parts for key, text in config_leaves(part, f"{path}.{name}".lstrip(".")).items()
-    }

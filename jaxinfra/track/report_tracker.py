@@ -9,9 +9,9 @@ from typing import Any, override
 
 from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
 from jaxinfra.track.base import RunStatistics, Tracker
-from jaxinfra.track.report import write_report
+from jaxinfra.track.report import EVERY_S, write_report
 
-_FIRST_S, _EVERY_S = 15.0, 240.0  # seconds to the first report of a start, and at most between two
+_FIRST_S = 5.0  # seconds to the first report of a start
 _MAX_SHARE = 0.01  # of the time; making the page of a long run takes seconds
 
 _log = logging.getLogger(__name__)
@@ -66,4 +66,4 @@ class ReportTracker(Tracker):
                 return
             except StorageError as error:  # of `_check`
                 _log.warning("%s", error)
-            wait_s = max(min(2 * wait_s, _EVERY_S), (time.monotonic() - start_s) / _MAX_SHARE)
+            wait_s = max(EVERY_S, (time.monotonic() - start_s) / _MAX_SHARE)

@@ -1,10 +1,12 @@
 """Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +14,7 @@ from typing import Any
 
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, similar_run
+from jaxinfra.config.text import config_leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
 from jaxinfra.storage.errors import storage_errors
@@ -37,6 +40,7 @@ RUN_FILES = (
 )
 """The files that a resumed run goes on with; event files of TensorBoard are new ones at each start."""
 _STEPS = "checkpoints/[0-9]*"
+_NOT_COMPARED = ("name", "root", "track", "profile", "watchdog")  # say where a run writes, not what it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class RunOverview:
         units_per_s: throughput at the last logged step, in tokens or images, or None.
         goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
         age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
+        source: the config file or record that it was started with.
+        config: the text of each field by its path.
     """
 
     path: str
@@ -65,6 +71,8 @@ class RunOverview:
     units_per_s: float | None = None
     goodput: float | None = None
     age_s: float = 0.0
+    source: str = ""
+    config: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_runs(root: str | Path) -> list[RunOverview]:
@@ -81,6 +89,34 @@ def list_runs(root: str | Path) -> list[RunOverview]:
     folders = {record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")}
     folders |= {step.parent.parent for step in Path(root).glob(f"**/{_STEPS}")}
     return sorted((run_overview(folder, str(folder)) for folder in folders), key=lambda run: run.age_s)
+
+
+def differences(runs: Sequence[RunOverview]) -> list[str]:
+    """Returns what differs in each run from the others of its config file: "peak_lr=0.003 train.steps=60".
+
+    A field is shown if the runs that have it have different values, but not in those that have the most common value.
+    """
+    counts = defaultdict[tuple[str, str], Counter[str]](Counter)  # of values, by config file and field
+    for run in runs:
+        for path, text in run.config.items():
+            counts[run.source, path][text] += 1
+
+    def differs(run: RunOverview, path: str) -> bool:
+        (most_common, count), *others = counts[run.source, path].most_common(2)
+        is_usual = run.config[path] == most_common and others and count > others[0][1]
+        return bool(others) and not is_usual and path.partition(".")[0] not in _NOT_COMPARED
+
+    return [
+        " ".join(f"{_short_name(path, run.config)}={text}" for path, text in run.config.items() if differs(run, path))
+        for run in runs
+    ]
+
+
+def _short_name(path: str, paths: Iterable[str]) -> str:
+    """Returns the shortest end of a path that no other path has, and that does not begin with an index."""
+    parts = path.split(".")
+    ends = (".".join(parts[start:]) for start in reversed(range(len(parts))) if not parts[start].isdigit())
+    return next((end for end in ends if sum(f".{each}".endswith(f".{end}") for each in paths) == 1), path)
 
 
 @contextmanager
@@ -121,6 +157,8 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
+        source=os.path.normpath(record.get("source", location)),
+        config=config_leaves(record["config"]),
     )
 
 

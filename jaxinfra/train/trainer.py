@@ -67,7 +67,7 @@ class Trainer:
         devices = all_devices()
         self.run = with_mesh_size(loaded.run, len(devices))
         validate(self.run)
-        texts = Texts(self.run)
+        texts = Texts(self.run, loaded)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
         peers = current_peers()
         self.run_dir = RunDirectory(join_location(self.run.root, self.run.name), peers)

@@ -320,7 +320,7 @@ class Training:
 
     def _sample(self) -> str | None:
         """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""
-        if self._job.run.track.sample_prompt is None:
+        if self._job.texts.prompt is None:
             return None
         with self._phases("sample"):
             return self._job.texts.sample(evaluated_params(self.loop.state))

@@ -130,6 +130,23 @@ def test_runs_shows_the_goodput_over_all_starts(begun: Tiny, capsys: pytest.Capt
     assert "60%" in capsys.readouterr().out
 
 
+def test_runs_shows_what_differs_between_runs_of_one_config(tmp_path: Path) -> None:
+    """Also inside of tuples, and one line for each run in a pipe; what is damaged has its line below."""
+    for name, peak_lr, window in (("base", 0.01, None), ("fast", 0.003, None), ("long-name-of-a-run", 0.01, 64)):
+        layers = [{"mixer": {"kind": "attention", "window": window}}]
+        config = {"name": name, "optim": {"peak_lr": peak_lr}, "model": {"layers": layers}}
+        (tmp_path / name).mkdir()
+        record = {"format": 1, "root": "", "source": "configs/x.py", "config": config}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    listed = launch("runs", str(tmp_path)).out.splitlines()
+    rows = {Path(line.split()[0]).name: line.split()[1:] for line in listed if line.startswith(f"  {tmp_path}")}
+    assert rows["long-name-of-a-run"][2] == "window=64" and rows["fast"][2] == "peak_lr=0.003"
+    assert rows["base"][0] == "interrupted" and not [word for word in rows["base"] if "=" in word]
+    assert rows["broken"][0] == "damaged" and any(line.startswith(f"{tmp_path}/broken: damaged: ") for line in listed)
+
+
 def test_runs_of_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 0
     assert "no runs yet" in capsys.readouterr().out

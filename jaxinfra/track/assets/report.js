@@ -299,7 +299,31 @@ function setPrinting(starts) {
   recolor();
 }
 
+const boxes = document.querySelectorAll(".controls input"), folds = document.querySelectorAll("details");
+
+// Loads the page of a run that goes on again, unless it is not looked at, or the pointer is busy.
+function reloadLater() {
+  setTimeout(() => {
+    if (document.hidden || document.documentElement.matches(":active") || getSelection().type === "Range") return reloadLater();
+    const [first, last] = wholeRange(), { min, max } = plots[0]?.plot.scales.x ?? {};
+    const zoomed = first < last && (min > first || max < last) ? { min, max } : null;
+    const checked = [...boxes].map((each) => each.checked), open = [...folds].map((each) => each.open);
+    history.replaceState({ axis: control("axis").value, checked, open, zoomed, top: scrollY }, "");
+    location.reload();
+  }, data.reload.everyMs);
+}
+
+const before = history.state;  // how the page looked before it has loaded itself again
+if (before) {
+  control("axis").value = before.axis;
+  boxes.forEach((each, i) => { each.checked = before.checked[i]; });
+  folds.forEach((each, i) => { each.open = before.open[i] ?? false; });
+}
 draw();
+if (before?.zoomed) for (const { plot } of plots) plot.setScale("x", before.zoomed);
+if (before) scrollTo(0, before.top);
+history.replaceState(null, "");
+if (Date.now() < data.reload?.untilMs) reloadLater();
 for (const { figure } of plots) figure.tabIndex = 0;
 document.addEventListener("keydown", onKey);
 document.querySelector(".controls").addEventListener("change", draw);
