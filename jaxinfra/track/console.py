@@ -114,12 +114,7 @@ def titled_table(title: str, *columns: str | Column) -> Table:
 
 
 def fitted_table(
-    console: Console,
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    texts: Collection[str],
-    wrapped: str = "",
+    console: Console, headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[str], wrapped: str = ""
 ) -> Table:
     """Makes a table of the columns that fit beside those before them, most important first; a caption names the rest.
 

@@ -102,9 +102,9 @@ def differences(runs: Sequence[RunOverview]) -> list[str]:
             counts[run.source, path][text] += 1
 
     def differs(run: RunOverview, path: str) -> bool:
-        (most_common, count), *others = counts[run.source, path].most_common(2)
-        is_usual = run.config[path] == most_common and others and count > others[0][1]
-        return bool(others) and not is_usual and path.partition(".")[0] not in _NOT_COMPARED
+        (usual, count), *others = counts[run.source, path].most_common(2)
+        is_usual = not others or (run.config[path] == usual and count > others[0][1])
+        return not is_usual and path.partition(".")[0] not in _NOT_COMPARED
 
     return [
         " ".join(f"{_short_name(path, run.config)}={text}" for path, text in run.config.items() if differs(run, path))
@@ -157,7 +157,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
-        source=os.path.normpath(record.get("source", location)),
+        source=os.path.normpath(str(record.get("source", location))),
         config=config_leaves(record["config"]),
     )
 
