@@ -1,6 +1,12 @@
-"""Names that other frameworks give to config fields, for hints to users who know those frameworks.
+"""Other names of config fields: those of other frameworks and of earlier versions, for hints.
 
 From the trainers and model configs of Hugging Face, and from the config files of MaxText, torchtitan and Levanter.
+"""
+
+FORMER: dict[str, dict[str, str]] = {}
+"""New by old names of the renamed fields of a class: `"TrainConfig": {"old": "new"}`.
+
+Records with the old names are read. `_ALIASES` has them, too, for hints on the command line and in config files.
 """
 
 _ALIASES = {

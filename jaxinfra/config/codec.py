@@ -2,7 +2,7 @@
 
 A config object becomes a dict, a tuple a list, an enum member its name, and a float that JSON lacks "nan", "inf" or
 "-inf". In a choice the dict also has "kind", the name of the class. If a key is missing, decoding takes the default of
-the field, so that new fields do not break old records.
+the field, and it knows the former names of fields (`aliases.FORMER`), so that old records stay readable.
 """
 
 import enum
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from jaxinfra.config import schema
+from jaxinfra.config.aliases import FORMER
 from jaxinfra.config.classes import ClassFinder, find_choice
 from jaxinfra.config.extensible import KIND
 from jaxinfra.config.schema import MISMATCH, MISSING
@@ -88,6 +89,8 @@ def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinde
 
 def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:
     fields = {field.name: field for field in schema.fields_of(cls)}
+    former = FORMER.get(cls.__name__, {})
+    coded = {former.get(name, name): part for name, part in coded.items()}
     for name in coded:
         if name not in fields:
             near = nearest(name, fields)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from jaxinfra.config.aliases import path_of_alias
 from jaxinfra.config.extensible import PACKAGE
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.errors import storage_errors
@@ -147,6 +149,9 @@ def _failure(default_place: str, error: Exception) -> str:
     place, text = innermost_place(error), " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("jaxinfra."):
         text += "; docs/changelog.md says which modules have moved, and where"
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if isinstance(error, TypeError) and unknown and (path := path_of_alias(unknown[1])):
+        text += f"; did you mean {path}?"
     if place is None and isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}:{error.lineno}"
     if place is None and isinstance(error, ConfigError):

@@ -21,6 +21,7 @@ from jaxinfra.config import (
     leaves,
     validate,
 )
+from jaxinfra.config.aliases import FORMER
 from jaxinfra.errors import ConfigError
 from tests.refusals import problem, raises
 
@@ -91,6 +92,11 @@ def test_decode_errors(tree, named):
 
 def test_decode_uses_the_defaults_of_missing_fields():
     assert decode(Run, {"name": "x", "train": {"steps": 3}}) == Run(name="x", train=Train(steps=3))
+
+
+def test_decode_reads_the_former_name_of_a_field(monkeypatch):
+    monkeypatch.setitem(FORMER, "Train", {"num_steps": "steps"})
+    assert decode(Run, {"name": "x", "train": {"num_steps": 3}}) == Run(name="x", train=Train(steps=3))
 
 
 def test_an_ambiguous_stored_form_is_refused():

@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
     "make test-all": "the command that runs this test",
     "make docs": "tests/docs/test_site.py",
+    "make release VERSION=0.2.0": "tests/test_release.py",
     "python -m launch bench step": "tests/bench",
     "python -m launch bench parallel": "tests/bench",
     "python -m launch bench slices": "tests/bench",

@@ -1,0 +1,1 @@
+../../../../configs/data/python_stdlib.py
