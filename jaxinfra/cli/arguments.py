@@ -263,6 +263,10 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help=what)
 
 
+def _add_sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+
+
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
     what = "also model the goodput for a mean time between failures, such as 3.1h, 90m or 2d"
@@ -318,6 +322,9 @@ COMMANDS = {
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     "models": Command(_add_models, "list the published models that a config can name"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),
+    "runs sync": Command(
+        _add_sync, "send MLflow what it lacks of a run: rows of metrics, and how it ended", "jaxinfra.cli.sync"
+    ),
     "goodput": Command(_add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps redone"),
     "checkpoints": Command(_add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
     "report": Command(_add_report, "write the page of a run in any state, or one that compares several"),

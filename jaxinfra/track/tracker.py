@@ -15,7 +15,7 @@ from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.packages import require_optional
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
-from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.config import Mlflow, TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.mlflow import MLflowRun
@@ -172,15 +172,20 @@ def make_trackers(
         setting = f"project={config.wandb.project}"
         trackers.append(RemoteTracker(WandbRun(config.wandb, run_dir), "track.wandb", setting, announce=announce))
     if config.mlflow.uri is not None:
-        require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
-        setting = f"uri={config.mlflow.uri}"
-        trackers.append(RemoteTracker(MLflowRun(config.mlflow, run_dir), "track.mlflow", setting, announce=announce))
+        trackers.append(mlflow_tracker(config.mlflow, run_dir, location or str(run_dir), announce=announce))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, location or run_dir))
     elif config.console != "off":
         trackers.append(PlainTextTracker(console, location or run_dir, config.log_every))
     return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)], check)
+
+
+def mlflow_tracker(config: Mlflow, run_dir: Path, location: str, *, announce: bool = True) -> RemoteTracker:
+    """Makes the tracker of MLflow, whose `sync` sends later what the server has not got."""
+    require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
+    remote, setting = MLflowRun(config, run_dir), f"uri={config.uri}"
+    return RemoteTracker(remote, "track.mlflow", setting, announce=announce, run_dir=run_dir, location=location)
 
 
 def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:

@@ -1,5 +1,6 @@
 """Collects what a run writes about itself: the contents of run.json, and the metrics of summary.json."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from jaxinfra.config.classes import source_of, user_classes
 from jaxinfra.config.codec import encode
 from jaxinfra.config.folder import loaded_files
 from jaxinfra.data.interfaces import Dataset
+from jaxinfra.errors import JaxinfraError
 from jaxinfra.machine.environment import code_digest, git_state, host_state, module_digests, package_versions
 from jaxinfra.machine.peak_flops import peak_flops
 from jaxinfra.processes.devices import device_memory
@@ -26,6 +28,7 @@ from jaxinfra.track.base import RunStatistics
 from jaxinfra.track.formatting import flatten, shown_metrics
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
+from jaxinfra.track.tracker import mlflow_tracker
 from jaxinfra.train.guard import Decision, with_decisions
 from jaxinfra.train.job import Job
 from jaxinfra.train.statistics import units_per_step
@@ -34,6 +37,7 @@ from jaxinfra.user_code import user_modules
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 """The packages whose versions decide the numbers of a run."""
 
+_log = logging.getLogger(__name__)
 _FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 
@@ -177,7 +181,13 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
         with storage_errors(run_dir.path):
             JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
         write_report(run_dir.path)
-    return run_dir.finished_summary(completed_steps)
+    summary = run_dir.finished_summary(completed_steps)
+    if (config := job.run.track.mlflow).uri is not None:
+        try:
+            mlflow_tracker(config, run_dir.path, run_dir.location).sync(record, {**summary, "status": "finished"})
+        except JaxinfraError as error:
+            _log.warning("%s", error)
+    return summary
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

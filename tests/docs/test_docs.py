@@ -45,6 +45,7 @@ RUN_ELSEWHERE = {
     "python -m launch bench hub": "tests/bench",
     "python -m launch faults --only 19,20": "tests/faults",
     "python -m launch parity --write docs/parallelism.md": "tests/cli/test_parity.py",
+    "python -m launch runs sync runs/quickstart": "tests/track/test_mlflow.py",
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_aot.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_aot.py",
 }
