@@ -11,6 +11,7 @@ from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.train.due import Due, due_after
 from jaxinfra.train.job import Job
+from jaxinfra.train.memory_check import check_step
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.waiting import LATE_S, NextBatch, Poll, Waiting
@@ -61,6 +62,8 @@ class Loop:
                 return self.requests.stops_after(self.completed_steps)
             self.profiler.begin_step(step - 1, self.state)
             with self.reporting.phases.first("train_step"):
+                if not self._has_stepped:
+                    check_step(self.job, self.state, batch)
                 self.state, metrics = self.job.program.train_step(self.state, batch)
             self.reporting.phases.begun = step
             self.job.peers.agreement.dispatches(step)
