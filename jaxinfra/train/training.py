@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,7 @@ from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.guard import Rewind
 from jaxinfra.train.job import Job
 from jaxinfra.train.loop import Loop
-from jaxinfra.train.memory_check import out_of_memory_errors
+from jaxinfra.train.memory_check import check_step, out_of_memory_errors
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
@@ -229,6 +230,7 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
+            check_memory=partial(check_step, job),
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
 

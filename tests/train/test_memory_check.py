@@ -27,7 +27,7 @@ def test_no_memory_while_it_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, er
     def no_memory(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("jaxinfra.train.loop.check_step", no_memory)
+    monkeypatch.setattr("jaxinfra.train.training.check_step", no_memory)
     refused(tiny.launch(), "train.global_batch=8: use train.global_batch=")
     assert ending_of(error).code == 81 and "use a smaller batch" in ending_of(error).line, "of all other commands"
 
