@@ -211,8 +211,8 @@ class Training:
             owned.check()
             write_record(job.run_dir.record, self._record)
         record = self._record | ({"resumed_from": restored.source} if restored.source else {})
-        time = time_statistic(job.program, job.run.train.steps - step) if job.is_main else {}
-        trackers.start(record, {**statistics, **time}, start_step=step, total_steps=job.run.train.steps)
+        time_left = time_statistic(job.program, job.run.train.steps - step) if job.is_main else {}
+        trackers.start(record, {**statistics, **time_left}, start_step=step, total_steps=job.run.train.steps)
         self._batches = job.data.training_batches(self._numerics.train_config, step)
         self._skipped = SkippedSamples(
             job.run_dir.path, job.peers, self._batches, start_step=step, is_on=job.run.data.on_damage == "skip"

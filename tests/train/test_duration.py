@@ -18,7 +18,7 @@ def test_the_time_of_a_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monke
     names(line(before), "time 12 steps of estimated 30% of the peak")
     trained = tiny.launch().out
     assert line(trained).split()[:3] == line(before).split()[:3]
-    after = tiny.launch(command="show", config=tiny.directory()).out
+    after = tiny.launch("mesh.fsdp=8", command="show", config=tiny.directory()).out
     names(line(after), "time 1 min 12 steps of as in the last run of this shape")
 
 

@@ -10,12 +10,12 @@ from tests.tiny_run import Tiny, launch
 
 
 def test_a_batch_that_does_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suggested number of microbatches fits, and the run keeps its batch."""
+    """The suggested value fits."""
     monkeypatch.setattr(memory_check, "rss_bytes", lambda: 0)
     monkeypatch.setattr(memory_check, "available_bytes", lambda: 24 * 2.0**20)
     monkeypatch.setattr(memory_check, "return_freed_memory", lambda: None)  # of the process of all tests
-    overrides = ["train.global_batch=256", "train.steps=3", "train.eval_every=3"]
-    line = refused(tiny.launch(*overrides), "train.global_batch=256: train step MiB train.accumulate= model.remat=full")
+    overrides = ["train.global_batch=1024", "train.steps=3", "train.eval_every=3"]
+    line = refused(tiny.launch(*overrides), "train.global_batch=1024: train step MiB use model.remat=full")
     assert tiny.losses() == {}
     fixed = tiny.launch(*mended(overrides, line))
     assert fixed.code == 0 and "may be killed" not in fixed.err, fixed
