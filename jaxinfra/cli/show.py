@@ -1,4 +1,4 @@
-"""`python -m launch show CONFIG`: prints the resolved config and its statistics; uses no devices."""
+"""`python -m launch show CONFIG`: prints the resolved config and its statistics; uses no devices but the CPU."""
 
 import argparse
 import math
@@ -18,6 +18,7 @@ from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.console import fitted_table, print_table, statistics_table, stdout_console
 from jaxinfra.track.terminal_plot import plot_curve
+from jaxinfra.train.duration import time_statistic
 from jaxinfra.train.statistics import run_statistics
 
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         console.print(escape(line) + origin, soft_wrap=True)
     if options.changed:
         return
-    print_table(console, statistics_table(run_statistics(program)))
+    print_table(console, statistics_table({**run_statistics(program), **time_statistic(program, run.train.steps)}))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
         for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):

@@ -41,7 +41,7 @@ _LOG_WIDTH = 110  # characters of a table in a log file
 _ANY_WIDTH = 100_000  # characters
 _BAR_WIDTH = 40  # characters, if the terminal is wide enough
 _MIN_BAR_WIDTH = 12  # characters
-_HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device")
+_HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device", "time")
 """Statistics that are printed at the start of a run; {} is the modality. `show` prints all."""
 
 # Format and column width of each metric; "_per_s" is the suffix of several.
@@ -84,7 +84,7 @@ def statistics_table(statistics: RunStatistics) -> Table:
 
 
 def headline_table(statistics: RunStatistics) -> Table:
-    """Makes the table that is printed before the first step: at most 8 rows of rounded numbers."""
+    """Makes the table that is printed before the first step: at most 9 rows of rounded numbers."""
     modality = next((name.removesuffix("s a step") for name in statistics if name.endswith("s a step")), "token")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()

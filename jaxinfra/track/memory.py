@@ -21,12 +21,21 @@ def rss_bytes() -> int:
 
 
 def available_bytes() -> float:
-    """Returns the host memory that this process can still get, at most its container's; infinite where none tells."""
+    """Returns the host memory that this process can still get, with swap; infinite where none tells.
+
+    The limits of its container and of `ulimit -v` count as far as this process has not used them.
+    """
     if not _MEMINFO.exists():
         return math.inf
     fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
     limits = [path.read_text().strip() for name in _LIMITS if (path := Path("/sys/fs/cgroup", name)).exists()]
-    return min([int(fields["MemAvailable"].split()[0]) * 1024.0, *(float(each) for each in limits if each != "max")])
+    free = sum(int(fields[name].split()[0]) * 1024.0 for name in ("MemAvailable", "SwapFree"))
+    of_container = [float(each) - rss_bytes() for each in limits if each != "max"]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        mapped_pages = int(_STATM.read_bytes().split()[0])
+        of_container.append(float(address_space - mapped_pages * os.sysconf("SC_PAGE_SIZE")))
+    return max(min([free, *of_container]), 0.0)
 
 
 def process_metrics() -> dict[str, float]:

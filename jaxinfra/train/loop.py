@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from jaxinfra.failpoints import failpoint
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
+from jaxinfra.program.loss import Batch
 from jaxinfra.train.due import Due, due_after
 from jaxinfra.train.job import Job
 from jaxinfra.train.profiler import Profiler
@@ -30,6 +31,7 @@ class Loop:
         check_owner: raises RunInUseError if another start has taken over the run.
         after_step: does what is due after a step, given its metrics.
         save: saves a checkpoint of the last step, which somebody has asked for while a batch is late.
+        check_memory: raises ConfigError if the first step, with this state and batch, does not fit the memory.
         waiting: waits for the batches, and counts the seconds.
     """
 
@@ -43,6 +45,7 @@ class Loop:
     check_owner: Callable[[], None]
     after_step: Callable[[Due, Metrics], None]
     save: Callable[[], None]
+    check_memory: Callable[[TrainState, Batch], None] = lambda state, batch: None
     waiting: Waiting = field(init=False)
     _has_stepped: bool = field(default=False, init=False)
 
@@ -61,6 +64,8 @@ class Loop:
                 return self.requests.stops_after(self.completed_steps)
             self.profiler.begin_step(step - 1, self.state)
             with self.reporting.phases.first("train_step"):
+                if not self._has_stepped:
+                    self.check_memory(self.state, batch)
                 self.state, metrics = self.job.program.train_step(self.state, batch)
             self.reporting.phases.begun = step
             self.job.peers.agreement.dispatches(step)

@@ -154,8 +154,8 @@ def make_summary(
         "modality": modality,
         "wall_s": max(wall_s, logged_s),
         "final_loss": losses[-1] if losses else None,
-        f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
-        "mfu_median": _median(rows, "mfu"),
+        f"{modality}s_per_s_median": median_of(rows, f"{modality}s_per_s"),
+        "mfu_median": median_of(rows, "mfu"),
         "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
         f"{modality}s": completed_steps * units_per_step(job.program),
         "validation": {name.removeprefix("eval/"): value for name, value in eval_metrics.items()},
@@ -190,6 +190,7 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
     return summary
 
 
-def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
+def median_of(rows: Sequence[dict[str, float]], name: str) -> float | None:
+    """Returns the median of a metric; None if no row has it."""
     values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
     return median(values) if values else None

@@ -26,6 +26,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, join_location
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.job import Job
+from jaxinfra.train.memory_check import check_evaluation, out_of_memory_errors
 from jaxinfra.train.phases import Phases
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import existing_metrics, require_equal_processes
@@ -111,7 +112,9 @@ class Trainer:
         """
         if (state := self._look_again()) is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
-        metrics = evaluate(self.job, state, self.completed_steps, Phases())
+        with out_of_memory_errors(self.job):
+            check_evaluation(self.job)
+            metrics = evaluate(self.job, state, self.completed_steps, Phases())
         assert metrics is not None, "without `stops`, nothing ends an evaluation early"
         return metrics
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,14 +30,23 @@ from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.due import Due, Save
+from jaxinfra.train.duration import keep_step_time, time_statistic
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.guard import Rewind
 from jaxinfra.train.job import Job
 from jaxinfra.train.loop import Loop
+from jaxinfra.train.memory_check import check_step, out_of_memory_errors
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
-from jaxinfra.train.run_record import existing_metrics, find_peak, finished_before, make_summary, start_record
+from jaxinfra.train.run_record import (
+    existing_metrics,
+    find_peak,
+    finished_before,
+    make_summary,
+    median_of,
+    start_record,
+)
 from jaxinfra.train.saving import Restored, Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import run_statistics
@@ -119,7 +129,7 @@ def train(job: Job) -> Ended:
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
         opened = Opened(requests, watch, profiler, saving, numerics, peak, changes)
-        with peers.naming_causes(), job.program.on_mesh:
+        with peers.naming_causes(), job.program.on_mesh, out_of_memory_errors(job):
             while True:
                 trackers = MultiTracker()  # logs nothing: only process 0 does
                 if owned is not None:
@@ -201,7 +211,8 @@ class Training:
             owned.check()
             write_record(job.run_dir.record, self._record)
         record = self._record | ({"resumed_from": restored.source} if restored.source else {})
-        trackers.start(record, statistics, start_step=step, total_steps=job.run.train.steps)
+        time_left = time_statistic(job.program, job.run.train.steps - step) if job.is_main else {}
+        trackers.start(record, {**statistics, **time_left}, start_step=step, total_steps=job.run.train.steps)
         self._batches = job.data.training_batches(self._numerics.train_config, step)
         self._skipped = SkippedSamples(
             job.run_dir.path, job.peers, self._batches, start_step=step, is_on=job.run.data.on_damage == "skip"
@@ -220,6 +231,7 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
+            check_memory=partial(check_step, job),
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
 
@@ -235,6 +247,7 @@ class Training:
         if job.is_main:
             wall_s = time.monotonic() - start_s
             summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, self._opened.peak)
+            keep_step_time(job.program, median_of(existing_metrics(job.run_dir), "step_time_s"))
         summary = job.peers.broadcast(summary)
         self._trackers.log_summary(summary)
         return Ended(summary, loop.completed_steps, loop.state, reason)

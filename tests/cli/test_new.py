@@ -38,7 +38,7 @@ def test_one_file_prepares_and_trains(folder: Path, capfd: pytest.CaptureFixture
     Path("book.txt").write_text(prose(20_000))
     assert main(["new", "book.txt", "--name", "story"]) == 0
     printed = capfd.readouterr().out
-    assert "1 .txt file" in printed and "last 5 %" in printed
+    assert "1 .txt file" in printed and "last 5 %" in printed and "on this machine" in printed
     commands = [line.split("launch ", 1)[1].split() for line in printed.splitlines() if line.startswith("  ")]
     prepare, train = commands[0], commands[1]
     line = refused(launch(*prepare, "on_overlap=drop"), "on_overlap=drop recipe")

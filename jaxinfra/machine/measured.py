@@ -1,0 +1,41 @@
+"""Keeps what was measured on this machine beside the compile cache: the peak of its CPU, and the steps of its runs."""
+
+import json
+import logging
+import math
+
+from jaxinfra.machine.compile_cache import user_folder
+from jaxinfra.machine.environment import cpu_model, usable_cores
+from jaxinfra.storage.atomic import write_bytes_atomic
+
+FILE = "measured.json"
+_log = logging.getLogger(__name__)
+
+
+def cpu_name() -> str:
+    """Names what the speed of the CPU depends on: its model, and the cores that this process may use."""
+    return f"{cpu_model()}, {usable_cores()} cores"
+
+
+def read_measured(name: str) -> float | None:
+    """Returns what was kept last under a name, a number above 0; None if there is none, or the file is damaged."""
+    value = _read().get(name)
+    return value if isinstance(value, float) and 0 < value < math.inf else None
+
+
+def keep_measured(name: str, value: float) -> None:
+    """Keeps a number; a folder that cannot be written is only warned of."""
+    path = user_folder().with_name(FILE)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomic(path, json.dumps({**_read(), name: float(value)}, indent=1).encode())
+    except OSError as error:
+        _log.warning("%s: %s; what was measured is not kept", path, error.strerror)
+
+
+def _read() -> dict[str, object]:
+    try:
+        values = json.loads(user_folder().with_name(FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is measured anew
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,55 @@
+"""Estimates how long the steps of a run take on this machine, from what has been measured here."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfra.machine.measured import cpu_name, keep_measured, read_measured
+from jaxinfra.machine.peak_flops import kept_cpu_peak, measure_cpu_peak
+from jaxinfra.machine.platforms import default_platform
+from jaxinfra.program import Program
+from jaxinfra.track.base import RunStatistics
+from jaxinfra.train.statistics import step_flops
+
+_CPU_MFU = 0.3  # of small models
+
+
+def time_statistic(program: Program, steps: int) -> RunStatistics:
+    """Returns a row with the time of some steps on this machine; {} if the run is for others, or nothing is known.
+
+    A step is as fast as in the last run of this shape; before the first one, that follows from the peak of the CPU. In
+    float32 the peak is measured if none is kept, in half a second.
+    """
+    count = int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
+    if not isinstance(program.mesh, Mesh) and (default_platform() != "cpu" or program.mesh.size not in (1, count)):
+        return {}
+    step_s, how = read_measured(_step_name(program)), "as in the last run of this shape"
+    if step_s is None and program.partitioner.platform == "cpu":
+        dtype, how = jnp.dtype(program.run.precision.compute), f"estimated from {_CPU_MFU:.0%} of the peak"
+        peak_flops = kept_cpu_peak(dtype)
+        if peak_flops is None and dtype == jnp.float32:
+            peak_flops = measure_cpu_peak(jax.devices()[0], dtype)
+        step_s = peak_flops and step_flops(program) / (_CPU_MFU * peak_flops)
+    if step_s is None:
+        return {}
+    minutes = f"{max(steps * step_s / 60, 1):,.0f} min"
+    return {"time": (minutes, f"here: {steps:,} steps of {step_s:.2g} s, {how}")}
+
+
+def keep_step_time(program: Program, step_s: float | None) -> None:
+    """Keeps the time of a step, if it was measured, for `time_statistic`."""
+    if step_s is not None:
+        keep_measured(_step_name(program), step_s)
+
+
+def _step_name(program: Program) -> str:
+    """Names what decides how long a step takes: the hardware, and the shape of the run."""
+    run, hardware = program.run, cpu_name()
+    if isinstance(program.mesh, Mesh) and program.partitioner.platform != "cpu":
+        hardware = program.mesh.devices.flat[0].device_kind
+    mesh = "".join(f", {axis}={size}" for axis, size in program.mesh.shape.items() if size > 1)
+    shape = f"{program.num_params} parameters, {step_flops(program):.6g} FLOPs, {run.precision.compute}"
+    remat = getattr(run.model, "remat", "none")
+    return f"seconds a step, {hardware}{mesh}, {shape}, accumulate={run.train.accumulate}, remat={remat}"
