@@ -160,7 +160,7 @@ def test_a_prompt_needs_a_language_model(seen: Tiny) -> None:
 
 def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with raises(ConfigError, "sklearn pip install scikit-learn"):
+    with raises(ConfigError, "sklearn pip install 'jaxinfra[digits]'"):
         next(records())
 
 
