@@ -128,7 +128,7 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    examples = "v5p:4x4x4 (one TPU slice), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)"
+    examples = "v5p-128 or v5p:4x4x4 (a TPU slice), 2xv5e:2x4 (two slices), h100 (one host), h100:2x8 (hosts x GPUs)"
     parser.add_argument("--on", metavar="TOPOLOGY", required=True, help=examples)
     parser.add_argument("--json", metavar="FILE", help="write all numbers as JSON, to a file or URL")
     parser.add_argument("--dump", metavar="FILE", help="write the compiled program as text, to a file or URL")

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import numpy as np
@@ -18,13 +18,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
-from jaxinfra.plan.compile_errors import explain, out_of_memory
+from jaxinfra.plan.compile_errors import explain, join_objections, out_of_memory
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, HloModule
 from jaxinfra.plan.topology import Topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.run.compiler_options import compiler_options
 from jaxinfra.train.statistics import per_device_bytes
 
 # Targets of custom calls that XLA inserts itself, such as AllocateBuffer, ConcatBitcast and SliceId.
@@ -84,20 +86,60 @@ class CompiledStep:
 
 
 def program_on(run: Run, topology: Topology) -> Program:
-    """Builds the program of a run on a topology; raises ConfigError if it does not fit, or without the compiler."""
-    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
-    free = run.mesh.sizes.count(-1)  # axes of size -1 take the remaining devices
-    if fixed < 1 or free > 1:
+    """Builds the program of a run on a topology; raises ConfigError with all that does not fit it or is missing."""
+    if math.prod(size for size in run.mesh.sizes if size != -1) < 1 or run.mesh.sizes.count(-1) > 1:
         validate(run)  # raises an error that names the wrong axis
-    set_up_compiler(topology)
-    devices = topology_devices(topology)
+    platform = "gpu" if topology.chip.platform == "cuda" else "tpu"
+    objections: list[str] = []
+    _attempt(lambda: set_up_compiler(topology), objections)
+    devices = None if objections else topology_devices(topology)
+    if changes := _mesh_changes(run.mesh, topology):
+        fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+        fix = " ".join(f"mesh.{axis}={size}" for axis, size in changes.items())
+        objections.append(f"--on {topology}: has {topology.num_devices} devices, but the mesh has {fixed}; use {fix}")
+    run = with_mesh_size(replace(run, mesh=replace(run.mesh, **changes)), topology.num_devices)
+    _attempt(lambda: validate(run), objections)
+    _attempt(lambda: compiler_options(run.train.compiler, platform), objections)
+    mesh = None if devices is None else _attempt(lambda: make_mesh(run.mesh, devices), objections)
+    if objections and devices is not None and platform == "gpu":
+        _attempt(lambda: _require_cudnn(run), objections)
+    if mesh is None or objections:
+        raise ConfigError(join_objections(objections))
+    return Program(run, mesh)
+
+
+def _attempt[T](check: Callable[[], T], objections: list[str]) -> T | None:
+    """Returns the result of a check; one that raises a ConfigError is added to the objections."""
+    try:
+        return check()
+    except ConfigError as error:
+        objections.append(str(error))
+        return None
+
+
+def _mesh_changes(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
+    """Returns axes and sizes with which a mesh fits a topology; the axes but fsdp stay if they divide its devices."""
     num_devices = topology.num_devices
-    if num_devices % fixed or (fixed != num_devices and not free):
-        fix = f"axes that divide {num_devices}" if free else "mesh.fsdp=-1, or a topology of that size"
-        raise ConfigError(f"--on {topology}: has {num_devices} devices, but the mesh has {fixed}; use {fix}")
-    run = with_mesh_size(run, num_devices)
-    validate(run)
-    return Program(run, make_mesh(run.mesh, devices))
+    fixed = math.prod(size for size in mesh.sizes if size != -1)
+    if num_devices == fixed or (-1 in mesh.sizes and num_devices % fixed == 0):
+        return {}
+    others = {axis: size for axis, size in asdict(mesh).items() if axis != "fsdp"}
+    kept = math.prod(size for size in others.values() if size != -1)
+    changes = {axis: 1 for axis, size in others.items() if size == -1 or (size > 1 and num_devices % kept)}
+    if "replica" in changes:
+        changes["replica"] = topology.slices
+    return {**changes, "fsdp": -1}
+
+
+def _require_cudnn(run: Run) -> None:
+    """Raises ConfigError if the attention of a run takes cuDNN's kernel, which is not installed."""
+    one_device = MeshConfig(fsdp=1)
+    train = replace(run.train, compiler="default")
+    program = Program(replace(run, mesh=one_device, train=train), abstract_mesh(one_device), "gpu")
+    try:
+        program.lower()
+    except RuntimeError as error:
+        raise ConfigError(explain(str(error), run, program.rows_per_device)) from error
 
 
 def compile_step(

@@ -5,6 +5,7 @@ The TPU compiler's messages are documented at https://openxla.org/xla/errors. Un
 
 import math
 import re
+from collections.abc import Sequence
 
 from jaxinfra.plan.topology import INSTALL_COMMAND
 from jaxinfra.run import Run
@@ -23,10 +24,11 @@ TOO_LARGE = "GiB more than"
 def explain(message: str, run: Run, per_device_batch_size: float) -> str:
     """Returns one line with the cause of a compiler error and a fix."""
     first_line = " ".join(message.strip().split("\n")[0].split())
-    if "cuDNN not found" in message:
-        return "its attention needs cuDNN; use model.attention_kernel=xla, or pip install nvidia-cudnn-cu13"
+    if "cuDNN" in message and ("not found" in message or "not detected" in message):
+        fix = f"run {INSTALL_COMMAND}, or use model.attention_kernel=xla"
+        return f"its attention needs cuDNN, which is not installed; {fix}"
     if "libdevice" in message or "ptxas" in message or "PTX compilation provider" in message:
-        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first_line}; use {INSTALL_COMMAND}"
+        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first_line}; run {INSTALL_COMMAND}"
     if "VmemOom" in message or "memory space vmem" in message:
         fix = "use smaller blocks, or model.attention_kernel=xla"
         return f"a kernel exceeds the chip's vector memory: {first_line}; {fix}"
@@ -63,3 +65,14 @@ def _bytes(text: str) -> float:
     """Parses `46.60G`, or a number of bytes without a unit."""
     unit = text[-1]
     return float(text[:-1]) * _BYTES[unit] if unit in _BYTES else float(text.removesuffix("B"))
+
+
+def join_objections(messages: Sequence[str]) -> str:
+    """Returns one line with every cause, and the first fix of each as one list of overrides."""
+    if len(messages) == 1:
+        return messages[0]
+    with_overrides = [message.rpartition("; use ") for message in messages if "; use " in message]
+    others = [message for message in messages if "; use " not in message]
+    causes = [cause for cause, _, _ in with_overrides]
+    fixes = " ".join(fix.partition(",")[0] for _, _, fix in with_overrides)
+    return "; ".join([*causes, *([f"use {fixes}"] if fixes else []), *others])

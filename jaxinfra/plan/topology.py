@@ -1,7 +1,7 @@
 """Parses the `--on` of `python -m launch compile`, and asks the compiler for devices that are not attached.
 
 `v5p:4x4x4` is a TPU slice, `2xv5e:2x4` two TPU slices joined by the data-center network, `h100:2x8` two hosts of eight
-GPUs. No device is started.
+GPUs; `slice_sizes` reads the cloud's names, such as `v5p-128`. No device is started.
 """
 
 import importlib
@@ -20,6 +20,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.packages import install_command
 from jaxinfra.parallel.mesh import Device
 from jaxinfra.plan.chips import CHIPS, Chip
+from jaxinfra.plan.slice_sizes import expand_name
 
 MAX_DEVICES = 65_536  # more than any slice has; devices are still laid out within seconds
 INSTALL_COMMAND = install_command("jaxinfra[compile]")
@@ -74,9 +75,10 @@ class Topology:
 
 def parse_topology(text: str) -> Topology:
     """Parses the value of `--on`; raises ConfigError if there is no such chip or slice."""
-    match = re.fullmatch(r"(?:([0-9]{1,5})x)?([a-z]\w*):([0-9]{1,5}(?:x[0-9]{1,5})*)", text)
+    match = re.fullmatch(r"(?:([0-9]{1,5})x)?([a-z]\w*):([0-9]{1,5}(?:x[0-9]{1,5})*)", expand_name(text))
     if match is None:
-        raise ConfigError(f"--on {text}: must be CHIP:SHAPE; use --on v5p:4x4x4, 2xv5e:2x4 (slices) or h100:1x8")
+        forms = "v5p-128, v5p:4x4x4, 2xv5e:2x4 (slices), h100 (a host of eight) or h100:2x8"
+        raise ConfigError(f"--on {text}: must be CHIP-SIZE or CHIP:SHAPE; use --on {forms}")
     slices, name, shape = int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
     if name not in CHIPS:
         raise ConfigError(f"--on {text}: unknown chip, must be one of {', '.join(CHIPS)}; use --on v5p:4x4x4")
@@ -113,7 +115,7 @@ def set_up_compiler(topology: Topology) -> None:
         jax.config.update("jax_platforms", "cpu")
     package, modules = _COMPILERS[topology.chip.platform]
     if not all(importlib.util.find_spec(module) for module in modules):
-        raise ConfigError(f"--on {topology}: its compiler, {package}, is not installed; use {INSTALL_COMMAND}")
+        raise ConfigError(f"--on {topology}: its compiler, {package}, is not installed; run {INSTALL_COMMAND}")
     for name, value in _ENVIRONMENT[topology.chip.platform].items():
         os.environ.setdefault(name, value)
 
@@ -156,7 +158,7 @@ def _gpu_target_config(chip: Chip) -> str:
         offset = content.find(f'device_description_str: "{chip.device_kind}"'.encode())
         if offset < 0:
             raise ConfigError(
-                f"--on {chip.name}: {library.name} does not describe {chip.device_kind}; use {INSTALL_COMMAND}"
+                f"--on {chip.name}: {library.name} does not describe {chip.device_kind}; run {INSTALL_COMMAND}"
             )
         # The description is the null-terminated string around this offset.
         return content[content.rfind(b"\0", 0, offset) + 1 : content.find(b"\0", offset)].decode()

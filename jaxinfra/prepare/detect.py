@@ -10,7 +10,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.formats import AnyFormat, Chat
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, Tail
+from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, LastDocuments
 from jaxinfra.prepare.sources.any_source import BoundedSource
 from jaxinfra.prepare.sources.record import BadRecord, Fields
 from jaxinfra.prepare.sources.tables import HuggingFace, Parquet
@@ -72,7 +72,7 @@ def detect(path: str, store: str) -> Detected:
     source, format, validation, found, text_bytes = (_hugging_face if is_dataset else _files)(path, sizes)
     if text_bytes < MIN_BYTES:
         raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {MIN_BYTES:,} bytes of text")
-    held_out = {Tail: "the last 5 % of the text", ByKey: "5 % of the documents"}
+    held_out = {LastDocuments: "the last 5 % of the text, whole documents if it can", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
     special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat) else ()
     # Tokens that a small model sees often enough to learn.
@@ -117,7 +117,7 @@ def _files(path: str, sizes: Mapping[Path, int]) -> _Found:
         if binary := next((file for file in chosen if not _is_text(file)), None):
             raise ConfigError(f"{binary}: is not text in UTF-8; name a folder of text, .jsonl or .parquet files")
         source, format, num_records = TextFiles(root=str(root), pattern=pattern), Text(), len(chosen)
-    return source, format, ByKey() if num_records >= _MIN_RECORDS else Tail(), found, text_bytes
+    return source, format, ByKey() if num_records >= _MIN_RECORDS else LastDocuments(), found, text_bytes
 
 
 def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
@@ -128,7 +128,7 @@ def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
     train = "train" if "train" in splits else splits[0]
     source = HuggingFace(path=path, split=train)
     held_out = next((name for name in _VALIDATION_SPLITS if name in splits and name != train), None)
-    validation = HuggingFace(path=path, split=held_out) if held_out else Tail()
+    validation = HuggingFace(path=path, split=held_out) if held_out else LastDocuments()
     text_bytes = sum(size for file, size in sizes.items() if file.is_relative_to(folder / (train or "")))
     found = f"a Hugging Face dataset, split {train}" if train else "a Hugging Face dataset"
     return source, _format(_first_record(source), path), validation, found, text_bytes

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.refusals import refused
+from tests.refusals import refused, suggested
 from tests.tiny_run import Tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -95,7 +95,15 @@ def test_attention_that_needs_cudnn_says_so(tiny: Tiny) -> None:
         "--on",
         "h100:1x8",
     )
-    refused(tiny.launch(*wide, command="compile"), "h100:1x8: cuDNN model.attention_kernel=xla")
+    fixes = "'jaxinfra[compile]' model.attention_kernel=xla"
+    refused(tiny.launch(*wide, command="compile"), "h100:1x8: cuDNN", fixes)
+    others = ("mesh.fsdp=64", "train.compiler=large_blocks", "train.global_batch=12")
+    line = refused(tiny.launch(*wide, *others, command="compile"), "h100:1x8: 8 64 cuDNN", fixes)
+    assert suggested(line.partition("; its attention")[0]) == [
+        "mesh.fsdp=-1",
+        "train.global_batch=16",
+        "train.compiler=overlap",
+    ]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from jaxinfra.cli.main import main
 from jaxinfra.config import load
 from jaxinfra.prepare.documents.formats import Chat
-from jaxinfra.prepare.recipes.validation import ByKey, Tail
+from jaxinfra.prepare.recipes.validation import ByKey, LastDocuments
 from jaxinfra.prepare.sources.tables import HuggingFace, Parquet
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from tests.refusals import refused
@@ -58,7 +58,7 @@ def test_one_file_prepares_and_trains(folder: Path, capfd: pytest.CaptureFixture
     )
     refused(launch("data", "show", "mixed.py"), "mixed.py a, b")
     assert "/stores/story/" in launch("data", "verify", "configs/story.py").out
-    assert isinstance(recipe("story").validation, Tail)
+    assert isinstance(recipe("story").validation, LastDocuments)
     assert main([*train, "train.steps=2", "name=story", "train.eval_samples=2"]) == 0
     assert (folder / "runs/story/summary.json").exists()
 

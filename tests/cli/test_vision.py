@@ -171,7 +171,7 @@ def test_a_prompt_of_the_config_file_is_left_out_with_a_warning(seen: Tiny, capl
 
 def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with raises(ConfigError, "sklearn pip install scikit-learn"):
+    with raises(ConfigError, "sklearn pip install 'jaxinfra[digits]'"):
         next(records())
 
 

@@ -1,14 +1,18 @@
 import importlib.util
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from jaxinfra import packages
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.peak_flops import PEAK_FLOPS
+from jaxinfra.packages import install_command
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.compile_errors import explain, suggest_fix
+from jaxinfra.plan.slice_sizes import SLICES
 from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.run import Run, TrainConfig
 from tests.decoders import decoder
@@ -35,6 +39,53 @@ def test_topology_is_parsed_and_formatted(
     assert (str(found), found.num_devices) == (text, num_devices)
 
 
+# From the pages on v5e, v5p and v6e of Google Cloud's TPU documentation; for v4 and the last two of v5p from MaxText's
+# accelerator_to_spec_map.py.
+CLOUD = {
+    "v5p": {
+        **{8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"},
+        **{2048: "8x8x16", 4096: "8x16x16", 8192: "16x16x16", 12288: "16x16x24", 384: "4x4x12", 6144: "12x16x16"},
+    },
+    "v4": {8: "2x2x1", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 384: "4x4x12", 1536: "8x8x12", 4096: "8x16x16"},
+    "v6e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5litepod": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+}
+
+
+@pytest.mark.parametrize(("chip", "shapes"), CLOUD.items())
+def test_names_of_the_cloud_are_its_default_shapes(chip: str, shapes: dict[int, str]) -> None:
+    name = {"v5litepod": "v5e"}.get(chip, chip)
+    for size, shape in shapes.items():
+        assert str(parse_topology(f"{chip}-{size}")) == f"{name}:{shape}"
+        assert str(parse_topology(f"2x{chip}-{size}")) == f"2x{name}:{shape}"
+    per_chip = 2 if chip in ("v4", "v5p") else 1
+    for size, shape in SLICES[name].items():
+        sizes = tuple(map(int, shape.split("x")))
+        assert list(sizes) == sorted(sizes) or shape == "2x2x1"
+        assert per_chip * math.prod(sizes) == size and parse_topology(f"{chip}-{size}").shape == sizes
+
+
+def test_a_gpu_alone_is_one_host_of_eight() -> None:
+    assert {str(parse_topology(chip)) for chip in ("h100", "h200")} == {"h100:1x8", "h200:1x8"}
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("v5p-100", "v5p-64 v5p-128"),
+        ("v6e-60", "v6e-32 v6e-64"),
+        ("2xv5litepod-3", "2xv5litepod-1 2xv5litepod-4"),
+        ("v5p-4", "v5p-8"),
+        ("v4-8192", "v4-4096"),
+    ],
+)
+def test_a_size_that_the_cloud_does_not_have_names_the_nearest(text: str, nearest: str) -> None:
+    with raises(ConfigError, f"--on {text}: use --on {nearest}"):
+        parse_topology(text)
+    for name in nearest.split():
+        assert parse_topology(name)
+
+
 @pytest.mark.parametrize(
     ("text", "use"),
     [
@@ -44,6 +95,7 @@ def test_topology_is_parsed_and_formatted(
         ("0xv5e:2x4", "v5e:2x4"),
         ("h100:8", "h100:1x8"),
         ("2xh100:1x8", "h100:2x8"),
+        ("2xh100", "h100:2x8"),
         ("v5p:64x64x64", "v5p:16x20x28"),
         ("v6e:32x8", "v6e:16x16"),
     ],
@@ -83,8 +135,15 @@ def test_missing_compiler_is_named(text: str, package: str, monkeypatch: pytest.
         return None if name in ("libtpu", "jax_plugins") else find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_plugins)
-    with raises(ConfigError, f"--on {text}: {package}, nvidia-nvvm"):
+    with raises(ConfigError, f"--on {text}: {package}, pip install 'jaxinfra[compile]'"):
         set_up_compiler(parse_topology(text))
+
+
+def test_a_clone_that_is_not_installed_installs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert install_command("jaxinfra[compile]") == "pip install 'jaxinfra[compile]'"
+    monkeypatch.setattr(packages, "distributions", lambda **_: iter(()))
+    assert install_command("jaxinfra[compile]") == "pip install -e '.[compile]'"
+    assert install_command("pyspark[connect]") == "pip install 'pyspark[connect]'"
 
 
 def test_chips_agree_with_peak_flops() -> None:
@@ -146,8 +205,8 @@ OOM = "RESOURCE_EXHAUSTED: "
             OOM + "E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem",
             "vector CompileTimeScopedVmemOom: use model.attention_kernel=xla",
         ),
-        ("cuDNN not found.", "cuDNN; use model.attention_kernel=xla, nvidia-cudnn-cu13"),
-        ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice use nvidia-nvvm"),
+        ("cuDNN not found.", "cuDNN pip install 'jaxinfra[compile]', model.attention_kernel=xla"),
+        ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice 'jaxinfra[compile]'"),
         ("INTERNAL: Mosaic failed\n  more", "Mosaic failed; --debug"),
     ],
     ids=["temporaries", "total", "unknown form", "vector memory", "cudnn", "cuda", "anything"],

@@ -18,7 +18,7 @@ from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus, ImageSet
-from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, Tail
+from jaxinfra.prepare.recipes.validation import ByKey, LastDocuments, OtherStore, Tail
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
@@ -108,6 +108,47 @@ def test_one_long_document_is_split_in_two(recipe, tmp_path, tokenizer, fraction
     assert sizes == [len(first.encode()), len(second.encode())]
     assert abs(sizes[1] - fraction * sum(sizes)) <= 24  # a token, and a character that is not cut
     assert not any(damage for *_, damage in TokenStore.open(made.path).verify())
+
+
+def test_the_last_documents_are_whole_where_there_are_enough(recipe):
+    """The tail would begin inside a document, and the tokens of `Tail` stay where they were."""
+    made = prepare(replace(recipe, validation=LastDocuments(fraction=0.1)), workers=1)
+    train, last = splits(made)
+    assert [*train, *last] == texts(200)
+    info = made.manifest.splits
+    assert abs(info["validation"].bytes / (info["train"].bytes + info["validation"].bytes) - 0.1) < 0.02
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [("🙂漢字 naïve words, and more of them\n" * 200, "\n"), ("🙂漢字 naïve words and more of them " * 200, " ")],
+    ids=["at a line", "at a word"],
+)
+def test_a_long_document_is_cut_at_a_line_or_a_word(recipe, tmp_path, tokenizer, text, ending):
+    recipe = replace(recipe, source=book(tmp_path, text), tokenizer=tokenizer)
+    made = prepare(replace(recipe, validation=LastDocuments()), workers=1)
+    (first,), (second,) = splits(made)
+    assert first + second == text
+    assert first.endswith(ending) or (ending == " " and second.startswith(" "))
+    assert 0.02 < len(second) / len(text) <= 0.05 + 0.001
+
+
+def test_validation_text_that_is_in_the_training_text_is_said(recipe, tmp_path):
+    """Copies of a text inside other documents, and whole copies; each with what leaves it out."""
+    copy = " ".join(map(str, random.Random(9).choices(range(10**6), k=200)))
+    own = [" ".join(map(str, random.Random(seed).choices(range(10**6), k=40))) for seed in range(60)]
+    inside = [f"{text} {copy}" for text in own]
+    for written, share, fix in (
+        (own, (0, 0), None),
+        (inside, (0.6, 0.99), "dedup=dedup dedup.near=true"),
+        ([*own[:50], *[copy] * 10], (1, 1), "dedup=dedup leaves"),
+    ):
+        source = jsonl(tmp_path / f"{len(fix or '')}", written)
+        made = prepare(replace(recipe, source=source, baselines=True, validation=LastDocuments()), workers=1)
+        assert share[0] <= made.manifest.counts.repeated <= share[1]
+        line = next((line for line in describe_manifest(made.manifest) if line.startswith("repeated")), None)
+        assert (line is None) == (fix is None) and (fix or "") in (line or "")
 
 
 def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):

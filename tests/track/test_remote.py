@@ -221,5 +221,5 @@ def test_a_missing_package_is_named_before_the_run_starts(tmp_path, monkeypatch)
         (TrackConfig(wandb=Wandb(project="p")), "wandb"),
         (TrackConfig(mlflow=Mlflow(uri="x")), "mlflow"),
     ):
-        with raises(ConfigError, f"track.{name} pip install {name}"):
+        with raises(ConfigError, f"track.{name} pip install 'jaxinfra[{name}]'"):
             make_trackers(config, tmp_path)

@@ -12,6 +12,7 @@ from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.track.formatting import format_metric
 
+_MUCH_REPEATED = 0.1  # of the validation text; less is usual, as code and licenses repeat lines
 _BAR_WIDTH = 40  # characters of the longest bar
 
 
@@ -40,6 +41,8 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
     for metric, values in manifest.baselines.items():
         listed = ", ".join(f"{format_metric(value)} by {name}" for name, value in values.items())
         yield f"to beat      {listed} ({metric})"
+    if counts.repeated >= _MUCH_REPEATED:
+        yield f"repeated     {_repeated(manifest)}"
 
 
 def _overlap(manifest: Manifest, samples: str) -> str:
@@ -54,6 +57,17 @@ def _overlap(manifest: Manifest, samples: str) -> str:
     if manifest.recipe.get("dedup") is not None:
         return f"{line}; dedup has left them out of training"
     return f"{line}; on_overlap=drop leaves them out of training"
+
+
+def _repeated(manifest: Manifest) -> str:
+    """Says how much of the validation text is in the training text, and how to prepare a store without it."""
+    share, dedup = manifest.counts.repeated, manifest.recipe.get("dedup")
+    line = f"{share:.0%} of the validation text is in the training text too, so losses are better than on new text"
+    if isinstance(dedup, Mapping) and dedup.get("near"):
+        return f"{line}; remove from the source what many documents repeat, or use validation=SOURCE of other text"
+    exact = dedup is None and manifest.counts.overlap
+    fix = "dedup=dedup" if exact else "dedup=dedup dedup.near=true"
+    return f"{line}; data prepare RECIPE {fix} leaves out documents that {'' if exact else 'nearly '}repeat others"
 
 
 def length_histogram(store: TokenStore) -> Iterator[str]:

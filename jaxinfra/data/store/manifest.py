@@ -88,6 +88,7 @@ class Counts:
     duplicates: int = 0  # documents that repeat an earlier one
     overlap: int = 0  # validation documents that are in the training source too
     overlap_dropped: int = 0  # training documents that `on_overlap=drop` left out
+    repeated: float = 0.0  # share of the validation text that is in the training text too, measured with the baselines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,17 @@ import numpy as np
 
 from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.store import TokenStore
+from jaxinfra.prepare.documents.shingles import ngram_hashes
 
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
 """The n-gram model is trained on at most this many tokens, evenly spaced ranges of a longer text: 1.5 GB of memory."""
 VALIDATION_LIMIT_TOKENS = 4 * 1024 * 1024
 """Both baselines are measured on the first whole documents with at most this many tokens."""
+
+
+REPEATED_BYTES = 100
+"""Text that is as long and stands in both splits is taken for a copy: about two lines."""
 
 
 class NGram:
@@ -91,15 +96,28 @@ def xz_bits_per_byte(texts: Iterable[str]) -> float:
     return 8 * len(lzma.compress(content, preset=6)) / len(content)
 
 
+def repeated_share(store: TokenStore) -> float:
+    """Returns the share of the validation tokens in runs of `REPEATED_BYTES` or more that the training text has too.
+
+    Of long texts it compares the same tokens as the baselines.
+    """
+    tokens, _ = _first_documents(store)
+    info = store.manifest.splits["validation"]
+    run = max(1, round(REPEATED_BYTES * info.tokens / max(1, info.bytes)))  # tokens
+    train = store.sample_tokens("train", TRAIN_LIMIT_TOKENS)
+    starts, known = (ngram_hashes(each.astype(np.uint64), run) for each in (tokens, train))
+    if not len(starts):
+        return 0.0
+    is_known = np.isin(starts, known).astype(np.int64)
+    return float(np.mean(np.convolve(is_known, np.ones(run, np.int64)) > 0))
+
+
 def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
     """Returns bits per byte on the first validation documents within the limit, at least one; {} if all are empty.
 
     The text is what the tokens decode to.
     """
-    offsets, info = store.read_all("validation", OFFSETS), store.manifest.tokenizer_info
-    documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
-    validation = store.read("validation", [0], int(offsets[documents]))[0]
-    ends = offsets[: documents + 1]
+    info, (validation, ends) = store.manifest.tokenizer_info, _first_documents(store)
     texts = [store.tokenizer.decode(validation[a : b - 1].tolist()) for a, b in pairwise(ends.tolist())]
     validation_bytes = sum(len(text.encode()) for text in texts)
     if not validation_bytes:
@@ -107,3 +125,10 @@ def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
     sizes = {"validation_bytes": validation_bytes, "vocab_size": info.vocab_size, "eot_id": info.eot_id}
     ngram = ngram_bits_per_byte(store.sample_tokens("train", TRAIN_LIMIT_TOKENS), validation, **sizes)
     return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}
+
+
+def _first_documents(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of the first validation documents within the limit, at least one, and the ends of each."""
+    offsets = store.read_all("validation", OFFSETS)
+    documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
+    return store.read("validation", [0], int(offsets[documents]))[0], offsets[: documents + 1]

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, override
 
 from annotated_types import Gt, Lt
 
@@ -40,6 +40,28 @@ class Tail:
     """
 
     fraction: Fraction = 0.05
+
+    @property
+    def most(self) -> float:
+        """The largest fraction of the text that it takes."""
+        return self.fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastDocuments(Tail):
+    """Takes the last documents, in source order, whole where there are enough.
+
+    They have between half and double the fraction of the text. If no documents do, as in a single file, plain text is
+    split where a line begins, else a word.
+
+    Attributes:
+        fraction: fraction of the bytes of text.
+    """
+
+    @property
+    @override
+    def most(self) -> float:
+        return min(2 * self.fraction, (1 + self.fraction) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +108,7 @@ def _describe(kind: str, masked: bool) -> str:
     return f"{kind} {'with' if masked else 'without'} a mask"
 
 
-AnyValidation = ByKey | Tail | OtherStore | BoundedSource
+AnyValidation = ByKey | Tail | LastDocuments | OtherStore | BoundedSource
 ImageValidation = ByKey | BoundedSource
 
 
