@@ -4,7 +4,7 @@ import argparse
 
 from rich.table import Column
 
-from jaxinfra.command import COMMAND
+from jaxinfra.command import COMMAND, command_line
 from jaxinfra.track.console import stdout_console, titled_table
 from jaxinfra.track.formatting import format_age, format_count
 from jaxinfra.track.runs import RunOverview, list_runs
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
         table.add_row(*_cells(each))
     stdout_console().print(table)
     if healthy := [each for each in runs if not each.state.startswith("damaged")]:
-        print(f"next: {COMMAND} report {healthy[0].path}")
+        print(f"next: {command_line('report', healthy[0].path)}")
 
 
 def _cells(run: RunOverview) -> list[str]:

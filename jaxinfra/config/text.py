@@ -77,7 +77,9 @@ def error_prefix(prefix: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{prefix}{error}") from error
+        prefixed = ConfigError(f"{prefix}{error}")
+        prefixed.option = error.option
+        raise prefixed from error
 
 
 def same(left: object, right: object) -> bool:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jaxinfra.config import read_record
-from jaxinfra.config.source import RECORD_FILE, similar_run
+from jaxinfra.config.source import RECORD_FILE, runs_of_config
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
 from jaxinfra.storage.errors import storage_errors
@@ -156,8 +156,8 @@ def no_run_error(path: str | Path) -> ConfigError:
     if not is_remote(path) and any(Path(path).glob(_STEPS)):
         fix = "it has checkpoints: start the command of the run again, which writes it anew"
         return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
-    similar = None if is_remote(path) else similar_run(Path(path))
-    fix = f"did you mean {similar}?" if similar else "name the directory of a run, such as runs/quickstart"
+    similar = [] if is_remote(path) else runs_of_config(Path(path))
+    fix = f"did you mean {similar[0]}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
 
 
