@@ -1,6 +1,7 @@
 """Finds the runs that a command line names: the name of a config also names the newest run of it with overrides."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def resolve(options: argparse.Namespace) -> list[str]:
 
 def _newest(word: str, notes: list[str]) -> str:
     """Returns the run that a word names, with its `@STEP`; the word itself if it names a run, a file or nothing."""
+    word = os.path.expanduser(word)
     name, at, step = word.rpartition("@") if re.search("@[0-9]+$", word) else (word, "", "")
     path = Path(name)
     is_run = (path / RECORD_FILE).exists() or (path / "checkpoints").exists()

@@ -51,6 +51,7 @@ def record(
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": mask_tree([*command]),
+        "folder": os.getcwd(),  # relative paths in the config are relative to it
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
         "config": mask_tree(encode(loaded.run)),

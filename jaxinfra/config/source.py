@@ -81,7 +81,7 @@ def load_file[C](
     if isinstance(path, str) or path.suffix == ".json":
         content = read_record(path)
         check_classes(path, content, finder, same_sources=same_sources)
-        run = decode_record(path, content, finder)
+        run = _with_stores(decode_record(path, content, finder), path, content)
     else:
         folder = ModuleFolder(path.parent)
         finder = replace(finder, folders=(folder, *finder.folders))
@@ -89,6 +89,22 @@ def load_file[C](
     if root is not None and not isinstance(run, root):
         raise ConfigError(f"{path}: expected a config of class {root.__name__}, found {type(run).__name__}")
     return ConfigFile(run=run, source=os.fspath(source), finder=finder)
+
+
+def _with_stores(run: object, path: str | Path, record: Mapping[str, Any]) -> object:
+    """Returns the config of a record with its relative stores where they are, seen from the folder of this process."""
+    folders = [record.get("folder")]
+    if isinstance(path, Path) and isinstance(root := record["config"].get("root"), str):
+        runs, ending = path.resolve().parent.parent.parts, Path(root).parts
+        if runs[-len(ending) :] == ending:  # this holds after all was moved, too
+            folders.insert(0, str(Path(*runs[: -len(ending)])))
+    named = {name: value for name, value in leaves(run).items() if name.rpartition(".")[2] in ("store", "recipe")}
+    for folder in map(Path, filter(None, folders)):
+        paths = {name: folder / value for name, value in named.items() if isinstance(value, str)}
+        found = {name: each for name, each in paths.items() if each.exists()}
+        if found and folder != Path.cwd():
+            return apply(run, [f"{name}={str(value)!r}" for name, value in found.items()])
+    return run
 
 
 def record_with_classes(source: str | os.PathLike[str]) -> dict[str, Any] | None:

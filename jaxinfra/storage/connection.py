@@ -36,7 +36,8 @@ def normalize_url(url: str) -> str:
     the message hides.
     """
     if "://" not in url:
-        return str(Path(url).expanduser().absolute())
+        path = Path(url).expanduser().absolute()
+        return str(path.resolve() if ".." in path.parts else path)  # TensorStore takes no ".."
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]  # without the user and password
     safe_url = f"{parts.scheme}://{host}{parts.path}".rstrip("/")

@@ -1,6 +1,7 @@
 """Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -146,9 +147,10 @@ def record_of(location: str) -> str:
 
 def parse_source(source: str | Path) -> tuple[str, int | None]:
     """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
-    path, at, step = str(source).rpartition("@")
+    source = os.path.expanduser(source)
+    path, at, step = source.rpartition("@")
     has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
-    return (path, int(step)) if has_step else (str(source), None)
+    return (path, int(step)) if has_step else (source, None)
 
 
 def no_run_error(path: str | Path) -> ConfigError:
