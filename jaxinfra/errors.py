@@ -52,7 +52,6 @@ class ConfigError(JaxinfraError):
     """The config, an override or the mesh is invalid."""
 
     exit_code = 81
-    option: str = ""  # what to add to the command line so that it works
 
 
 class StorageError(JaxinfraError):

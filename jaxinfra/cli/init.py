@@ -1,7 +1,6 @@
 """`jaxinfra init [FOLDER]`: writes the quickstart's config and data recipe, to start from without a clone."""
 
 import argparse
-import shlex
 from pathlib import Path
 
 from jaxinfra.command import COMMAND
@@ -25,5 +24,5 @@ def run(options: argparse.Namespace) -> None:
             with (folder / name).open("x", encoding="utf-8") as file:
                 file.write(text)
         print(f"wrote {folder / name}")
-    print("next:" if options.folder == "." else f"next:\n  cd {shlex.quote(options.folder)}")
+    print("next:" if options.folder == "." else f"next:\n  cd {options.folder}")
     print(f"  {COMMAND} data prepare {FILES[0]}\n  {COMMAND} {FILES[0]}")

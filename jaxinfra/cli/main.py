@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import platform
+import re
 import sys
 import textwrap
 import traceback
@@ -58,7 +59,6 @@ examples:
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
   {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs
-  {COMMAND} runs/quickstart/run.json
 
 {EXIT_CODES}
 """
@@ -276,8 +276,8 @@ def _run_command(argv: Sequence[str]) -> int:
             raise
         if "--debug" in argv:
             print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
-        if isinstance(error, ConfigError) and error.option:
-            line += f": {command_line(*argv)} {error.option}"
+        if missing := re.search("; add (--import .+)", line):
+            line += f": {command_line(*argv)} {missing[1]}"
         notes = getattr(error, "__notes__", ()) if is_for_users else ()
         failures_to_close = (note for note in notes if "JAX_TRACEBACK_FILTERING" not in note)  # JAX adds that one
         line = " ".join("; then ".join((line, *failures_to_close)).split())

@@ -1,6 +1,7 @@
 """`python -m launch runs [ROOT]`: lists runs with their state, progress and results; uses no devices."""
 
 import argparse
+import os
 
 from rich.table import Column
 
@@ -15,9 +16,10 @@ _NUMBERS = ("step", "loss", "best validation", "units/s", "goodput", "age")
 def run(options: argparse.Namespace) -> None:
     """Prints a row for each run, newest first."""
     root = options.root
-    runs = list_runs(root)
+    runs = list_runs(root) if root != "runs" or os.path.exists(root) else []
     if not runs:
-        print(f"{root}: no runs yet; start one with {COMMAND} CONFIG")
+        example = "configs/quickstart.py" if os.path.exists("configs/quickstart.py") else "init"
+        print(f"{root}: no runs yet; begin with {COMMAND} {example}, or {COMMAND} new PATH for your own text")
         return
     table = titled_table("", "run", "state", *(Column(name, justify="right") for name in _NUMBERS))
     for each in runs:

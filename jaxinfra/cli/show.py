@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Mapping
 
 import jax
 from rich.markup import escape
@@ -25,10 +24,12 @@ from jaxinfra.train.statistics import run_statistics
 def run(options: argparse.Namespace) -> None:
     """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate.
 
-    Of a record whose classes are not imported it prints the config and the statistics of that start.
+    Of a record whose classes are not imported it prints the config and the statistics.
     """
     if not (options.overrides or options.imports) and (record := record_with_classes(options.config)):
-        _print_config(record["config"], record["origins"], options.changed)
+        for line in dump(record["config"]).splitlines():
+            if not options.changed or line.partition(" = ")[0] in record["origins"]:
+                print(line)
         if not options.changed:
             stdout_console().print(statistics_table(record["derived"]))
         return
@@ -39,10 +40,15 @@ def run(options: argparse.Namespace) -> None:
     run = with_mesh_size(loaded.run, int(num_devices or known_sizes))
     validate(run)
     program = Program(run, abstract_mesh(run.mesh))
-    _print_config(run, loaded.origins, options.changed)
+    console = stdout_console()
+    for line in dump(run).splitlines():
+        path = line.partition(" = ")[0]
+        if options.changed and path not in loaded.origins:
+            continue
+        origin = f"  [dim]# {escape(loaded.origins[path])}[/dim]" if path in loaded.origins else ""
+        console.print(escape(line) + origin, soft_wrap=True)
     if options.changed:
         return
-    console = stdout_console()
     console.print(statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
@@ -54,15 +60,6 @@ def run(options: argparse.Namespace) -> None:
     for step, rate in lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps):
         console.print(f"{step:>12,}  {rate:.2e}")
     console.print(plot_curve(lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps, rows=200)), markup=False)
-
-
-def _print_config(config: object, origins: Mapping[str, str], changed: bool) -> None:
-    for line in dump(config).splitlines():
-        path = line.partition(" = ")[0]
-        if changed and path not in origins:
-            continue
-        origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
-        stdout_console().print(escape(line) + origin, soft_wrap=True)
 
 
 def _parameter_table(program: Program) -> Table:

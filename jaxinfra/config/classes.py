@@ -122,7 +122,7 @@ class ClassFinder:
         folder = next((each for each in self.folders if each.has(module)), None)
         in_modules = any(f"{module}.".startswith(f"{each}.") for each in self.modules)  # as a module or a submodule
         if not (folder or anywhere or in_modules):
-            raise self._not_importable(module, file)
+            raise ConfigError(self._not_importable(module, file))
         if folder is None and module.endswith(".py"):
             raise ConfigError(f"no {module} in the folder of the config file; write package.module:Class")
         with folder.importable() if folder else nullcontext():
@@ -135,12 +135,12 @@ class ClassFinder:
             cache_class(cls)
         return cls
 
-    def _not_importable(self, module: str, file: str | None) -> ConfigError:
-        """Returns the error for a module that may not be imported; `file` is as in `find`."""
+    def _not_importable(self, module: str, file: str | None) -> str:
+        """Returns the message for a module that may not be imported; `file` is as in `find`."""
         if self.known is not None:  # overrides of a run that goes on; another class needs another run
-            return ConfigError("the config of this run does not use the class; use name=ANOTHER")
+            return "the config of this run does not use the class; use name=ANOTHER"
         if file is not None and not os.path.exists(file):
-            return ConfigError(f"the file is gone; {RESTORE}")
+            return f"the file is gone; {RESTORE}"
         to_import = module
         if file and module.endswith(".py"):
             to_import = file
@@ -149,10 +149,7 @@ class ClassFinder:
             # file `/a/b/c.py` or `/a/b/c/__init__.py`.
             parts = [*module.split("."), *(["__init__"] if file.endswith("__init__.py") else [])]
             to_import = file.removesuffix(f"{os.sep.join(parts)}.py")
-        option = f"--import {shlex.quote(to_import)}"
-        error = ConfigError(f"a record imports only what you name; add {option}")
-        error.option = option
-        return error
+        return f"a record imports only what you name; add --import {shlex.quote(to_import)}"
 
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:

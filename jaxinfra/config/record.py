@@ -112,17 +112,15 @@ def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finde
         return decode(cls, record["config"], finder)
 
 
-def check_classes(
-    path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder, *, same_sources: bool
-) -> None:
-    """Raises ConfigError if a user class of a record is missing or, with `same_sources`, its file has changed."""
+def check_classes(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> None:
+    """Raises ConfigError if a user class of a record is missing, or if its file has changed."""
     classes = record.get("classes", {})
     if not isinstance(classes, dict) or not all(map(_is_source, classes.values())):
         raise ConfigError(f"{path}: the classes in it are damaged; {_RESTORE}")
     for name, source in classes.items():
         with error_prefix(f"{path}: "):
             now = source_of(finder.find(name, file=source["file"]))
-        if same_sources and now["sha256"] != source["sha256"]:
+        if now["sha256"] != source["sha256"]:
             hashes = f"SHA-256 {source['sha256']} then, {now['sha256']} now"
             raise ConfigError(f"{path}: {now['file']} has changed since the run used its {name} ({hashes}); {RESTORE}")
 

@@ -48,19 +48,15 @@ def load[C](
     overrides: Sequence[str] = (),
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
-    *,
-    same_sources: bool = True,
 ) -> Loaded[C]:
     """Returns the config of a file, with overrides applied; arguments and errors as in `load_file`."""
-    return load_file(source, root, imports, same_sources=same_sources).with_overrides(overrides)
+    return load_file(source, root, imports).with_overrides(overrides)
 
 
 def load_file[C](
     source: str | os.PathLike[str],
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
-    *,
-    same_sources: bool = True,
 ) -> ConfigFile[C]:
     """Runs a config file or reads a record; the config is not validated.
 
@@ -69,7 +65,6 @@ def load_file[C](
         root: the class that the config must be an instance of.
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
             allows all modules of its folder.
-        same_sources: refuses a record if the file of one of its classes has changed since.
 
     Raises:
         ConfigError: if the file is missing, raises or is not a config.
@@ -80,8 +75,8 @@ def load_file[C](
     path = _find_file(source)
     if isinstance(path, str) or path.suffix == ".json":
         content = read_record(path)
-        check_classes(path, content, finder, same_sources=same_sources)
-        run = _with_stores(decode_record(path, content, finder), path, content)
+        check_classes(path, content, finder)
+        run = _with_stores(decode_record(path, content, finder), Path(str(content.get("folder", ""))))
     else:
         folder = ModuleFolder(path.parent)
         finder = replace(finder, folders=(folder, *finder.folders))
@@ -91,20 +86,12 @@ def load_file[C](
     return ConfigFile(run=run, source=os.fspath(source), finder=finder)
 
 
-def _with_stores(run: object, path: str | Path, record: Mapping[str, Any]) -> object:
-    """Returns the config of a record with its relative stores where they are, seen from the folder of this process."""
-    folders = [record.get("folder")]
-    if isinstance(path, Path) and isinstance(root := record["config"].get("root"), str):
-        runs, ending = path.resolve().parent.parent.parts, Path(root).parts
-        if runs[-len(ending) :] == ending:  # this holds after all was moved, too
-            folders.insert(0, str(Path(*runs[: -len(ending)])))
-    named = {name: value for name, value in leaves(run).items() if name.rpartition(".")[2] in ("store", "recipe")}
-    for folder in map(Path, filter(None, folders)):
-        paths = {name: folder / value for name, value in named.items() if isinstance(value, str)}
-        found = {name: each for name, each in paths.items() if each.exists()}
-        if found and folder != Path.cwd():
-            return apply(run, [f"{name}={str(value)!r}" for name, value in found.items()])
-    return run
+def _with_stores(run: object, folder: Path) -> object:
+    """Returns a config with the stores and recipes that its relative paths name in the folder where it was started."""
+    named = {path: value for path, value in leaves(run).items() if path.rpartition(".")[2] in ("store", "recipe")}
+    found = {path: folder / value for path, value in named.items() if isinstance(value, str)}
+    overrides = [f"{path}={str(value)!r}" for path, value in found.items() if value.exists()]
+    return run if folder in (Path(), Path.cwd()) else apply(run, overrides)
 
 
 def record_with_classes(source: str | os.PathLike[str]) -> dict[str, Any] | None:

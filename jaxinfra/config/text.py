@@ -77,9 +77,7 @@ def error_prefix(prefix: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        prefixed = ConfigError(f"{prefix}{error}")
-        prefixed.option = error.option
-        raise prefixed from error
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def same(left: object, right: object) -> bool:

@@ -46,17 +46,13 @@ def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, objec
 
 
 def _encoded_leaves(coded: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(coded, list) and any(isinstance(part, Mapping) for part in coded):
+        coded = dict(enumerate(coded))
     if isinstance(coded, Mapping):
         for name, part in coded.items():
             yield from _encoded_leaves(part, path if name == KIND else join(path, name))
-    elif isinstance(coded, list) and any(isinstance(part, Mapping) for part in coded):
-        yield from _encoded_leaves({str(index): part for index, part in enumerate(coded)}, path)
     else:
-        yield path, _tuples(coded)
-
-
-def _tuples(coded: object) -> object:
-    return tuple(map(_tuples, coded)) if isinstance(coded, list) else coded
+        yield path, tuple(coded) if isinstance(coded, list) else coded
 
 
 def dump(root: object) -> str:

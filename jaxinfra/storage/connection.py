@@ -7,13 +7,15 @@ unless `TENSORSTORE_S3_REQUEST_CONCURRENCY` or `TENSORSTORE_GCS_REQUEST_CONCURRE
 """
 
 import os
+import socket
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import tensorstore as ts
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 
 RETRY_S = 60.0  # back-off of a failing request in total, over about a dozen attempts
 RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that overrides it
@@ -97,7 +99,24 @@ def kvstore_spec(url: str) -> dict[str, object]:
     parts = urlsplit(url)
     path = parts.path.strip("/")
     spec: dict[str, object] = {"bucket": parts.netloc, "path": f"{path}/" if path else ""}
-    return spec | {"driver": _DRIVERS[parts.scheme]} | (_s3_settings() if parts.scheme == "s3" else {})
+    settings = _s3_settings() if parts.scheme == "s3" else {}
+    gcs = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
+    _require_server(str(settings.get("endpoint", "https://s3.amazonaws.com")) if settings else gcs)
+    return spec | {"driver": _DRIVERS[parts.scheme]} | settings
+
+
+@cache
+def _require_server(url: str) -> None:
+    """Raises StorageError if no server listens at a URL, which TensorStore tries for a minute; a slow one may be."""
+    parts = urlsplit(url)
+    try:
+        if not getproxies():  # else a proxy finds the server
+            port = parts.port or {"http": 80}.get(parts.scheme, 443)
+            socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        if not isinstance(error, TimeoutError):
+            fix = "check the network, and the URL in the environment"
+            raise StorageError(f"{url}: no server there: {error.strerror or error}; {fix}") from None
 
 
 def _s3_settings() -> dict[str, object]:
