@@ -17,7 +17,8 @@ def resolve(options: argparse.Namespace) -> list[str]:
         is_run = any(os.path.exists(os.path.join(name, each)) for each in (RECORD_FILE, "checkpoints"))
         if is_run or not (found := runs_of_config(Path(name))):
             return word
-        notes.append(f"{name}: taking {found[0]}, the newest of the runs of this config with overrides: {len(found)}")
+        runs = f"{len(found)} run{'s' * (len(found) > 1)} of this config with overrides"
+        notes.append(f"{name}: taking {found[0]}, the newest of {runs}")
         return f"{found[0]}{at}{step}"
 
     for field in ("run_dir", "runs", "config", "left", "right"):

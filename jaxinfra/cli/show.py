@@ -28,10 +28,10 @@ def run(options: argparse.Namespace) -> None:
     """
     if not (options.overrides or options.imports) and (record := record_with_classes(options.config)):
         for line in dump(record["config"]).splitlines():
-            if not options.changed or line.partition(" = ")[0] in record["origins"]:
+            if not options.changed or line.partition(" = ")[0] in record.get("origins", {}):
                 print(line)
         if not options.changed:
-            stdout_console().print(statistics_table(record["derived"]))
+            stdout_console().print(statistics_table(record.get("derived", {})))
         return
     loaded = config_argument.load_config(options)
     validate(loaded.run)

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -307,10 +309,28 @@ def test_credentials_of_a_profile_are_found(profile, s3, tmp_path, monkeypatch):
     assert s3.secret not in run.stdout + run.stderr
 
 
-def test_urls_are_understood_or_refused(monkeypatch):
+def test_a_server_that_is_not_there_is_told_at_once_and_a_slow_one_is_not(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL_S3", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as slow:  # it never answers
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        ObjectStore("s3://bucket/runs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"{url}/")
+    started_s = time.monotonic()
+    with raises(StorageError, url):
+        ObjectStore("s3://bucket/runs")
+    assert time.monotonic() - started_s < 10
+
+
+def test_urls_are_understood_or_refused(monkeypatch, tmp_path):
     assert normalize_url("gs://bucket/a/b/") == "gs://bucket/a/b"
     assert normalize_url("file:///a/b") == "/a/b"
     assert normalize_url("~/b") == str(Path.home() / "b")
+    (tmp_path / "deep" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "folder")
+    assert normalize_url(f"{tmp_path}/link/../x") == str((tmp_path / "deep" / "x").resolve()), "as the system reads it"
+    assert normalize_url(f"{tmp_path}/link") == f"{tmp_path}/link"
     for url in ("http://host/store", "s3:///store", "abc://x/y"):
         with raises(ConfigError, f"{url}: s3://BUCKET/PREFIX"):
             normalize_url(url)
