@@ -74,9 +74,11 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a record; raises StorageError, or ConfigError if the file is not a record or has a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     if is_remote(path):
+        from jaxinfra.storage.connection import require_server
         from jaxinfra.storage.objects import ObjectStore  # imports TensorStore
 
         folder, _, name = os.fspath(path).rpartition("/")
+        require_server(folder)
         if (text := ObjectStore(folder).read_or_none(name)) is None:
             raise ConfigError(missing)
     else:

@@ -99,24 +99,23 @@ def kvstore_spec(url: str) -> dict[str, object]:
     parts = urlsplit(url)
     path = parts.path.strip("/")
     spec: dict[str, object] = {"bucket": parts.netloc, "path": f"{path}/" if path else ""}
-    settings = _s3_settings() if parts.scheme == "s3" else {}
-    gcs = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
-    _require_server(str(settings.get("endpoint", "https://s3.amazonaws.com")) if settings else gcs)
-    return spec | {"driver": _DRIVERS[parts.scheme]} | settings
+    return spec | {"driver": _DRIVERS[parts.scheme]} | (_s3_settings() if parts.scheme == "s3" else {})
 
 
 @cache
-def _require_server(url: str) -> None:
-    """Raises StorageError if no server listens at a URL, which TensorStore tries for a minute; a slow one may be."""
-    parts = urlsplit(url)
+def require_server(url: str) -> None:
+    """Raises StorageError if no server listens for a bucket, which TensorStore tries for a minute; a slow one may."""
+    google = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
+    server = _s3_settings().get("endpoint", "https://s3.amazonaws.com") if url.startswith("s3:") else google
+    parts = urlsplit(str(server))
     try:
         if not getproxies():  # else a proxy finds the server
             port = parts.port or {"http": 80}.get(parts.scheme, 443)
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except OSError as error:
         if not isinstance(error, TimeoutError):
-            fix = "check the network, and the URL in the environment"
-            raise StorageError(f"{url}: no server there: {error.strerror or error}; {fix}") from None
+            fix = "check the network, and the URL of the server in the environment"
+            raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; {fix}") from None
 
 
 def _s3_settings() -> dict[str, object]:
