@@ -22,10 +22,8 @@ from jaxinfra.train.statistics import run_statistics
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate.
-
-    Of a record whose classes are not imported it prints the config and the statistics.
-    """
+    """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate."""
+    # The classes of a record are needed for the last three alone.
     if not (options.overrides or options.imports) and (record := record_with_classes(options.config)):
         for line in dump(record["config"]).splitlines():
             if not options.changed or line.partition(" = ")[0] in record.get("origins", {}):

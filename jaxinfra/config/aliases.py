@@ -60,9 +60,9 @@ _ALIASES = {
     "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint")
     + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
+# What other frameworks have and jaxinfra has not, and what to use instead.
 ABSENT = dict.fromkeys(("lora", "qlora", "peft"), "optim.frozen, or train all weights from init=hf:DIR")
 ABSENT |= dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), "objective=dpo, which learns preferences")
-"""What other frameworks have and jaxinfra has not, and what to use instead."""
 # Aliases whose value cannot be taken over: it counts something else than the field (epochs, a share of the steps, the
 # batch of a device), or only switches something on or off.
 _OF_OTHER_VALUES = frozenset(

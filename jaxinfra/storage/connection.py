@@ -114,8 +114,7 @@ def require_server(url: str) -> None:
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except OSError as error:
         if not isinstance(error, TimeoutError):
-            fix = "check the network, and the URL of the server in the environment"
-            raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; {fix}") from None
+            raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; check the network") from None
 
 
 def _s3_settings() -> dict[str, object]:
