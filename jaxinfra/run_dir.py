@@ -227,7 +227,7 @@ class Owned(NamedTuple):
 
 def join_location(root: str, name: str) -> str:
     """Returns the path or URL of a run's directory."""
-    return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name))
+    return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name).expanduser())
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:

@@ -246,7 +246,6 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", metavar="A", help=CONFIG_HELP)
     parser.add_argument("right", metavar="B", help=CONFIG_HELP)
-    _add_imports(parser)
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:

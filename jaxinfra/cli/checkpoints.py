@@ -30,7 +30,7 @@ from jaxinfra.checkpoint.inventory import (
 from jaxinfra.checkpoint.step_store import Leftover, StepStore
 from jaxinfra.cli.arguments import CHECKPOINT_ACTIONS
 from jaxinfra.cli.progress import ByteProgress
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import CheckpointError, ConfigError
@@ -129,12 +129,12 @@ def _describe(each: Leftover, is_trained: bool) -> str:
 
 def _next(opened: _Run, steps: Sequence[StepOverview], leftovers: Sequence[Leftover], is_trained: bool) -> str:
     """Returns the command that a user wants next."""
-    command = f"{COMMAND} checkpoints {opened.location}"
+    command = command_line("checkpoints", opened.location)
     if any(each.problems for each in steps):
         return f"{command} verify"
     if not is_trained and (leftovers or not all(each.is_kept for each in steps)):
         return f"{command} prune --dry-run{' --damaged' * any(each.kind == 'damaged' for each in leftovers)}"
-    return f"{command} verify" if steps else f"{COMMAND} runs {os.path.dirname(opened.location) or '.'}"
+    return f"{command} verify" if steps else command_line("runs", os.path.dirname(opened.location) or ".")
 
 
 def _verify(opened: _Run, options: argparse.Namespace) -> Any:
@@ -297,7 +297,7 @@ def _copy(opened: _Run, options: argparse.Namespace) -> Any:
     copy_run(opened.location, source, target)
     elapsed_s, num_bytes = time.monotonic() - start_s, source.manifest.num_bytes
     print(f"copied step {source.step} to {target}: {format_bytes(num_bytes)} in {elapsed_s:.1f} s, verified")
-    print(f"next: {COMMAND} checkpoints {target}")
+    print(f"next: {command_line('checkpoints', target)}")
     return {"run": target, "step": source.step, "num_bytes": num_bytes}
 
 

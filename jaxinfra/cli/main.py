@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import platform
+import re
 import sys
 import textwrap
 import traceback
@@ -19,7 +20,7 @@ from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli.arguments import COMMANDS, Command
-from jaxinfra.command import COMMAND
+from jaxinfra.command import COMMAND, command_line
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
 from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.machine import emulation, platforms
@@ -58,7 +59,6 @@ examples:
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
   {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs
-  {COMMAND} runs/quickstart/run.json
 
 {EXIT_CODES}
 """
@@ -122,6 +122,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         if "overrides" in options:
             _check_dashes(command, unknown, argv)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    from jaxinfra.cli import run_names  # imports configs
+
+    options.notes = run_names.resolve(options)
     return argparse.Namespace(command=command, **vars(options))
 
 
@@ -255,6 +258,8 @@ def _run_command(argv: Sequence[str]) -> int:
             keep_freed_memory()  # of the one device
         with _all_processes(options) if joins else nullcontext():
             options.prints = current_peers().index == 0
+            if options.prints and options.notes:
+                print(*options.notes, sep="\n", file=sys.stderr)
             name = COMMANDS[options.command].module or f"jaxinfra.cli.{options.command.replace(' ', '.')}"
             module = importlib.import_module(name)
             if "jax" in sys.modules:  # the command compiles, maybe
@@ -271,6 +276,8 @@ def _run_command(argv: Sequence[str]) -> int:
             raise
         if "--debug" in argv:
             print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
+        if missing := re.search("; add (--import .+)", line):
+            line += f": {command_line(*argv)} {missing[1]}"
         notes = getattr(error, "__notes__", ()) if is_for_users else ()
         failures_to_close = (note for note in notes if "JAX_TRACEBACK_FILTERING" not in note)  # JAX adds that one
         line = " ".join("; then ".join((line, *failures_to_close)).split())

@@ -1,8 +1,9 @@
 """`python -m launch runs [ROOT]`: lists runs with their state, progress and results; uses no devices."""
 
 import argparse
+import os
 
-from jaxinfra.command import COMMAND
+from jaxinfra.command import COMMAND, command_line
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_age, format_count, format_metric
 from jaxinfra.track.runs import RunOverview, differences, list_runs
@@ -14,9 +15,10 @@ _COLUMNS = ("run", "state", "step", "loss", "differs in", "best validation", "ag
 def run(options: argparse.Namespace) -> None:
     """Prints a row for each run, newest first."""
     root = options.root
-    runs = list_runs(root)
+    runs = list_runs(root) if root != "runs" or os.path.exists(root) else []
     if not runs:
-        print(f"{root}: no runs yet; start one with {COMMAND} CONFIG")
+        example = "configs/quickstart.py" if os.path.exists("configs/quickstart.py") else "init"
+        print(f"{root}: no runs yet; begin with {COMMAND} {example}, or {COMMAND} new PATH for your own text")
         return
     console, rows, texts = stdout_console(), [*map(_cells, runs, differences(runs))], ("run", "state", "differs in")
     print_table(console, fitted_table(console, _COLUMNS, rows, texts=texts, wrapped="differs in"))
@@ -25,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
         if each not in healthy:
             print(f"{each.path}: {each.state}")
     if healthy:
-        print(f"next: {COMMAND} report {healthy[0].path}")
+        print(f"next: {command_line('report', healthy[0].path)}")
 
 
 def _cells(run: RunOverview, differs: str) -> list[str]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jaxinfra.cli import config_argument
 from jaxinfra.config import dump, validate
+from jaxinfra.config.source import record_with_classes
 from jaxinfra.optim.schedules import lr_table
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.schedules import format_schedule
@@ -24,6 +25,14 @@ from jaxinfra.train.statistics import run_statistics
 
 def run(options: argparse.Namespace) -> None:
     """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate."""
+    # The classes of a record are needed for the last three alone.
+    if not (options.overrides or options.imports) and (record := record_with_classes(options.config)):
+        for line in dump(record["config"]).splitlines():
+            if not options.changed or line.partition(" = ")[0] in record.get("origins", {}):
+                print(line)
+        if not options.changed:
+            stdout_console().print(statistics_table(record.get("derived", {})))
+        return
     loaded = config_argument.load_config(options)
     validate(loaded.run)
     num_devices = options.devices.partition(":")[2] if options.devices else ""

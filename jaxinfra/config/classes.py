@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -148,7 +149,7 @@ class ClassFinder:
             # file `/a/b/c.py` or `/a/b/c/__init__.py`.
             parts = [*module.split("."), *(["__init__"] if file.endswith("__init__.py") else [])]
             to_import = file.removesuffix(f"{os.sep.join(parts)}.py")
-        return f"a record imports only what you name; add --import {to_import}"
+        return f"a record imports only what you name; add --import {shlex.quote(to_import)}"
 
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:

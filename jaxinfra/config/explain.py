@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from jaxinfra.config import schema
-from jaxinfra.config.aliases import path_of_alias
+from jaxinfra.config.aliases import ABSENT, path_of_alias
 from jaxinfra.config.schema import ConfigField
 from jaxinfra.config.text import format_value, join, nearest, snake_case, without_indices
 from jaxinfra.errors import ConfigError
@@ -111,8 +111,10 @@ def find(roots: Iterable[type], path: str) -> list[Field]:
     for root in paths:
         if same_name := [each for each in paths[root] if each.rpartition(".")[2] == path]:
             return [field for each in same_name for field in _descend(root, each)]
+    if path.lower() in ABSENT:
+        raise ConfigError(f"{path}: jaxinfra has none; use {ABSENT[path.lower()]}")
     known = list(dict.fromkeys(each for root in paths for each in paths[root]))  # each path once
-    near = nearest(path, known) or nearest(path.rpartition(".")[2], [each.rpartition(".")[2] for each in known])
+    near = nearest(path, known) or nearest(path.rpartition(".")[2], [each.rpartition(".")[2] for each in known], 0.7)
     top = ", ".join(each for each in known if "." not in each)
     raise ConfigError(f"{path}: no such config field; {f'did you mean {near}?' if near else f'the fields are {top}'}")
 

@@ -48,19 +48,15 @@ def load[C](
     overrides: Sequence[str] = (),
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
-    *,
-    same_sources: bool = True,
 ) -> Loaded[C]:
     """Returns the config of a file, with overrides applied; arguments and errors as in `load_file`."""
-    return load_file(source, root, imports, same_sources=same_sources).with_overrides(overrides)
+    return load_file(source, root, imports).with_overrides(overrides)
 
 
 def load_file[C](
     source: str | os.PathLike[str],
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
-    *,
-    same_sources: bool = True,
 ) -> ConfigFile[C]:
     """Runs a config file or reads a record; the config is not validated.
 
@@ -69,27 +65,18 @@ def load_file[C](
         root: the class that the config must be an instance of.
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
             allows all modules of its folder.
-        same_sources: refuses a record if the file of one of its classes has changed since.
 
     Raises:
         ConfigError: if the file is missing, raises or is not a config.
         StorageError: if the file cannot be read.
     """
     run: Any  # of class C, as `root` is checked below
-    _check_no_step(source)
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
-    if is_remote(source):
-        url = os.fspath(source).rstrip("/")
-        path = url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
-    else:
-        path = Path(source)
-        if (path / RECORD_FILE).exists():
-            path = path / RECORD_FILE
-        _require_config_file(path)
+    path = _find_file(source)
     if isinstance(path, str) or path.suffix == ".json":
         content = read_record(path)
-        check_classes(path, content, finder, same_sources=same_sources)
-        run = decode_record(path, content, finder)
+        check_classes(path, content, finder)
+        run = _with_stores(decode_record(path, content, finder), Path(str(content.get("folder", ""))))
     else:
         folder = ModuleFolder(path.parent)
         finder = replace(finder, folders=(folder, *finder.folders))
@@ -99,14 +86,38 @@ def load_file[C](
     return ConfigFile(run=run, source=os.fspath(source), finder=finder)
 
 
-def similar_run(path: Path) -> Path | None:
-    """Returns the newest directory of a run beside `path` whose name begins with its name; None without one.
+def _with_stores(run: object, folder: Path) -> object:
+    """Returns a config with the stores and recipes that its relative paths name in the folder where it was started."""
+    named = {path: value for path, value in leaves(run).items() if path.rpartition(".")[2] in ("store", "recipe")}
+    found = {path: folder / value for path, value in named.items() if isinstance(value, str)}
+    overrides = [f"{path}={str(value)!r}" for path, value in found.items() if value.exists()]
+    return run if folder in (Path(), Path.cwd()) else apply(run, overrides)
 
-    Such names are those that `run.with_fingerprint_name` gives: NAME, and a part of the fingerprint.
-    """
-    records = path.parent.glob(f"{escape(path.name)}*/{RECORD_FILE}") if path.name else ()
-    newest = max(records, key=lambda record: record.stat().st_mtime, default=None)
-    return newest and newest.parent
+
+def record_with_classes(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns the record that `source` names if it has user classes; None for another record, and for a config file."""
+    path = _find_file(source)
+    content = read_record(path) if os.fspath(path).endswith(".json") else {}
+    return content if content.get("classes") else None
+
+
+def _find_file(source: str | os.PathLike[str]) -> str | Path:
+    """Returns the path of the config file or record that `source` names, or the URL of a record."""
+    _check_no_step(source)
+    if is_remote(source):
+        url = os.fspath(source).rstrip("/")
+        return url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
+    path = Path(source)
+    if (path / RECORD_FILE).exists():
+        path = path / RECORD_FILE
+    _require_config_file(path)
+    return path
+
+
+def runs_of_config(path: Path) -> list[Path]:
+    """Returns the directories of runs whose names `run.with_fingerprint_name` makes of that of `path`, newest first."""
+    records = path.parent.glob(f"{escape(path.name)}-{'[0-9a-f]' * 6}/{RECORD_FILE}") if path.name else ()
+    return [record.parent for record in sorted(records, key=lambda record: -record.stat().st_mtime)]
 
 
 def _check_no_step(source: str | os.PathLike[str]) -> None:
@@ -120,8 +131,8 @@ def _check_no_step(source: str | os.PathLike[str]) -> None:
 def _require_config_file(path: Path) -> None:
     """Raises ConfigError, with what may have been meant, if there is no config file or record at `path`."""
     suffixes = (".py", ".json")
-    if not path.suffix and (run := similar_run(path)):
-        raise ConfigError(f"{path}: no {RECORD_FILE} there; did you mean {run}?")
+    if not path.suffix and (runs := runs_of_config(path)):
+        raise ConfigError(f"{path}: no {RECORD_FILE} there; did you mean {runs[0]}?")
     if path.is_dir():
         raise ConfigError(
             f"{path}: is a directory without {RECORD_FILE}; name a config file, or the directory of a run"

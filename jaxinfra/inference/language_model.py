@@ -48,6 +48,11 @@ class LanguageModel:
         return [*self.first_tokens, *self.tokenizer.encode(text)] or [self.tokenizer.eot_id]
 
 
+def is_text(run: Run) -> bool:
+    """Returns whether a run trains a language model, from which texts can be sampled."""
+    return isinstance(run.model, TransformerConfig) and isinstance(run.data, TokenData | Mixture | PairData)
+
+
 def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | PairData]:
     """Returns the model and data configs of a language model's run; ConfigError for any other run."""
     model, data = run.model, run.data

@@ -72,6 +72,9 @@ class SamplingParams:
             raise ConfigError('--stop "": would end every text at once; leave the option out')
 
 
+_SAMPLING = SamplingParams()
+
+
 class Completion(NamedTuple):
     """The continuation of a prompt.
 
@@ -156,7 +159,7 @@ class Sampler:
 
     # Texts
 
-    def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
+    def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams = _SAMPLING) -> Iterator[str]:
         """Yields the continuation in pieces of whole characters, as soon as they are decoded.
 
         Ends after `max_tokens`, at the end of the document, or before a stop string.
@@ -170,13 +173,15 @@ class Sampler:
         if rest := text.flush():
             yield rest
 
-    def complete(self, prompts: Sequence[str], *, max_tokens: int, sampling: SamplingParams) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
+    ) -> list[Completion]:
         """Returns the continuations of a batch of prompts; each ends like that of `stream`."""
         ids = [self.model.encode(prompt) for prompt in prompts]
         return self.complete_tokens(ids, max_tokens=max_tokens, sampling=sampling)
 
     def complete_tokens(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
     ) -> list[Completion]:
         """Returns the continuations of a batch of prompts of at least one token each."""
         texts, pieces = [_Text(self.model, sampling) for _ in prompts], [[] for _ in prompts]
@@ -197,12 +202,12 @@ class Sampler:
                 f"{_CONTINUATION_TOKENS} tokens must fit after the prompt, but learned positions leave {max(0, room)}; "
                 "use track.sample_prompt=none, or a shorter prompt"
             )
-        return prompt + "".join(self.stream(prompt, max_tokens=_CONTINUATION_TOKENS, sampling=SamplingParams()))
+        return prompt + "".join(self.stream(prompt, max_tokens=_CONTINUATION_TOKENS))
 
     # Tokens
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
     ) -> Iterator[list[int]]:
         """Yields the next token of each prompt, `max_tokens` times.
 

@@ -7,13 +7,15 @@ unless `TENSORSTORE_S3_REQUEST_CONCURRENCY` or `TENSORSTORE_GCS_REQUEST_CONCURRE
 """
 
 import os
+import socket
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import tensorstore as ts
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 
 RETRY_S = 60.0  # back-off of a failing request in total, over about a dozen attempts
 RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that overrides it
@@ -36,7 +38,8 @@ def normalize_url(url: str) -> str:
     the message hides.
     """
     if "://" not in url:
-        return str(Path(url).expanduser().absolute())
+        path = Path(url).expanduser().absolute()
+        return str(path.resolve() if ".." in path.parts else path)  # TensorStore takes no ".."
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]  # without the user and password
     safe_url = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
@@ -97,6 +100,21 @@ def kvstore_spec(url: str) -> dict[str, object]:
     path = parts.path.strip("/")
     spec: dict[str, object] = {"bucket": parts.netloc, "path": f"{path}/" if path else ""}
     return spec | {"driver": _DRIVERS[parts.scheme]} | (_s3_settings() if parts.scheme == "s3" else {})
+
+
+@cache
+def require_server(url: str) -> None:
+    """Raises StorageError if no server listens for a bucket, which TensorStore tries for a minute; a slow one may."""
+    google = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
+    server = _s3_settings().get("endpoint", "https://s3.amazonaws.com") if url.startswith("s3:") else google
+    parts = urlsplit(str(server))
+    try:
+        if not getproxies():  # else a proxy finds the server
+            port = parts.port or {"http": 80}.get(parts.scheme, 443)
+            socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        if not isinstance(error, TimeoutError):
+            raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; check the network") from None
 
 
 def _s3_settings() -> dict[str, object]:

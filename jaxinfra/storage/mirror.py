@@ -21,6 +21,7 @@ from typing import override
 from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.closing import ClosedOnExit
+from jaxinfra.storage.connection import require_server
 from jaxinfra.storage.objects import ObjectStore
 
 SYNC_S = 10.0
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 def fetch(store: ObjectStore, names: Sequence[str], folder: Path) -> list[str]:
     """Copies files of a bucket, with all their parts, into a local folder; returns those that are not missing."""
     found = []
+    require_server(store.url)
     for name in names:
         if (content := store.read_or_none(name)) is None:
             continue

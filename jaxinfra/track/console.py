@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.config.text import config_leaves
 from jaxinfra.track.base import RunStatistics, Tracker
@@ -181,7 +181,8 @@ class ConsoleTracker(Tracker):
         text = Text(announcement(self._run_dir, record, start_step, total_steps), style="bold")
         self._console.print(text, soft_wrap=True)
         print_table(self._console, headline_table(statistics))
-        self._console.print(Text(f"more numbers: {COMMAND} show {self._run_dir}", style="dim"), soft_wrap=True)
+        more = f"more numbers: {command_line('show', str(self._run_dir))}"
+        self._console.print(Text(more, style="dim"), soft_wrap=True)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

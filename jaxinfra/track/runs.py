@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jaxinfra.config import read_record
-from jaxinfra.config.source import RECORD_FILE, similar_run
+from jaxinfra.config.source import RECORD_FILE, runs_of_config
 from jaxinfra.config.text import config_leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
@@ -185,9 +185,10 @@ def record_of(location: str) -> str:
 
 def parse_source(source: str | Path) -> tuple[str, int | None]:
     """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
-    path, at, step = str(source).rpartition("@")
+    source = os.path.expanduser(source)
+    path, at, step = source.rpartition("@")
     has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
-    return (path, int(step)) if has_step else (str(source), None)
+    return (path, int(step)) if has_step else (source, None)
 
 
 def no_run_error(path: str | Path) -> ConfigError:
@@ -195,8 +196,8 @@ def no_run_error(path: str | Path) -> ConfigError:
     if not is_remote(path) and any(Path(path).glob(_STEPS)):
         fix = "it has checkpoints: start the command of the run again, which writes it anew"
         return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
-    similar = None if is_remote(path) else similar_run(Path(path))
-    fix = f"did you mean {similar}?" if similar else "name the directory of a run, such as runs/quickstart"
+    similar = [] if is_remote(path) else runs_of_config(Path(path))
+    fix = f"did you mean {similar[0]}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
 
 

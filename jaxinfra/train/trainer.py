@@ -64,7 +64,6 @@ class Trainer:
         if not isinstance(run, Run | Loaded):
             raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
         loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
-        validate(loaded.run)
         devices = all_devices()
         self.run = with_mesh_size(loaded.run, len(devices))
         validate(self.run)

@@ -19,6 +19,7 @@ WITHOUT_A_FIX = (
     ("mesh.fsdp=0", "mesh.fsdp=-1"),
     ("mesh.fsdp=2 mesh.tensor=2", "mesh.tensor=2 cpu:4 8"),
     ("mesh.tensor=3", "mesh.fsdp=-1 3 8"),
+    ("mesh.fsdp=3", "mesh.fsdp=3 mesh.fsdp=-1 8"),  # not the batch size, which does not fit the mesh either
     ("rules.batch=(fsdp,tensor)", "rules.batch=(fsdp, tensor)"),
     ("name=..", ""),
     ("train.steps=0", "train.steps=1"),

@@ -66,6 +66,29 @@ def test_explain_names_the_option_of_a_command() -> None:
         refused(launch("explain", option.replace("-", "_")), f"--{option} docs/run-on.md")
 
 
+def test_explain_says_what_there_is_in_place_of_other_frameworks_methods() -> None:
+    refused(launch("explain", "LoRA"), "LoRA optim.frozen init=hf:")
+    refused(launch("explain", "grpo"), "grpo objective=dpo")
+    assert launch("explain", "dpo").out.startswith("objective = ")
+    assert "?" not in refused(launch("explain", "lorb"), "lorb optim"), "nothing is like it"
+
+
+def test_outside_of_the_environment_one_line_says_how_to_enter_it(repo_root: Path) -> None:
+    command = [sys.executable, "-S", "-m", "launch", "runs"]  # without site-packages
+    ended = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and ended.stdout == ""
+    names(ended.stderr.removesuffix("\n"), "error: .venv/bin/activate quickstart 3.12")
+
+
+def test_jax_starts_quietly_in_a_script(repo_root: Path) -> None:
+    """Although libtpu or a CUDA plugin is installed, as the extra compile does, and their hardware is missing."""
+    code = "from jaxinfra.processes.devices import all_devices; print(len(all_devices()))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment["PYTHONPATH"] = str(repo_root)
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stderr == "" and int(ended.stdout) >= 1
+
+
 def test_explain_knows_the_fields_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "tokenizer.vocab_size"]) == 0
     assert "tokenizer.vocab_size = 8192" in capsys.readouterr().out
@@ -147,10 +170,16 @@ def test_runs_shows_what_differs_between_runs_of_one_config(tmp_path: Path) -> N
     assert rows["broken"][0] == "damaged" and any(line.startswith(f"{tmp_path}/broken: damaged: ") for line in listed)
 
 
-def test_runs_of_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_a_folder_without_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["runs", str(tmp_path)]) == 0
     assert "no runs yet" in capsys.readouterr().out
     refused(launch("runs", str(tmp_path / "none")), "none no such folder")
+    monkeypatch.chdir(tmp_path)
+    ended = launch("runs")
+    assert ended.code == 0, ended
+    names(ended.out.removesuffix("\n"), "runs: init new PATH")
 
 
 def test_a_run_directory_stands_for_its_record(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

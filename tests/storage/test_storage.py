@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxinfra.config import read_record
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.atomic import move_folder, open_atomic, write_bytes_atomic
 from jaxinfra.storage.checks import check_space, make_private, make_writable
-from jaxinfra.storage.connection import normalize_url
+from jaxinfra.storage.connection import normalize_url, require_server
 from jaxinfra.storage.credentials import has_credentials, mask_credentials
 from jaxinfra.storage.errors import cause_of, classify_error, storage_errors
+from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import raises
 from tests.servers.fixtures import Server
@@ -307,10 +310,26 @@ def test_credentials_of_a_profile_are_found(profile, s3, tmp_path, monkeypatch):
     assert s3.secret not in run.stdout + run.stderr
 
 
-def test_urls_are_understood_or_refused(monkeypatch):
+def test_a_server_that_is_not_there_is_told_at_once_and_a_slow_one_is_not(monkeypatch, tmp_path):
+    for name in ("AWS_ENDPOINT_URL_S3", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as slow:  # it never answers
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        require_server("s3://bucket/slow")
+    for call in (lambda: fetch(ObjectStore("s3://bucket/x"), ["run.json"], tmp_path), lambda: read_record("s3://b/x")):
+        with raises(StorageError, f"s3://b {url}"):
+            call()
+
+
+def test_urls_are_understood_or_refused(monkeypatch, tmp_path):
     assert normalize_url("gs://bucket/a/b/") == "gs://bucket/a/b"
     assert normalize_url("file:///a/b") == "/a/b"
     assert normalize_url("~/b") == str(Path.home() / "b")
+    (tmp_path / "deep" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "folder")
+    assert normalize_url(f"{tmp_path}/link/../x") == str((tmp_path / "deep" / "x").resolve()), "as the system reads it"
+    assert normalize_url(f"{tmp_path}/link") == f"{tmp_path}/link"
     for url in ("http://host/store", "s3:///store", "abc://x/y"):
         with raises(ConfigError, f"{url}: s3://BUCKET/PREFIX"):
             normalize_url(url)

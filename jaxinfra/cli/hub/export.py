@@ -7,7 +7,7 @@ import time
 import jax.numpy as jnp
 
 from jaxinfra.cli.progress import ByteProgress
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.hub.export import Export, export_model
 from jaxinfra.hub.published_model import PublishedModel, open_published, param_specs
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         console, files = stdout_console(), format_files(len(receipt["files"]))
         console.print(
             f"{options.out}: {files}, {format_bytes(total)} in {format_duration(seconds)}; "
-            f"check it with {COMMAND} hub check {options.out} --hashes",
+            f"check it with {command_line('hub', 'check', options.out)} --hashes",
             markup=False,
             soft_wrap=True,
         )
