@@ -11,6 +11,7 @@ from jaxinfra.machine.peak_flops import kept_cpu_peak, measure_cpu_peak
 from jaxinfra.machine.platforms import default_platform
 from jaxinfra.program import Program
 from jaxinfra.track.base import RunStatistics
+from jaxinfra.track.formatting import format_number
 from jaxinfra.train.statistics import step_flops
 
 _CPU_MFU = 0.3  # of small models
@@ -35,7 +36,7 @@ def time_statistic(program: Program, steps: int) -> RunStatistics:
     if step_s is None:
         return {}
     minutes = f"{max(steps * step_s / 60, 1):,.0f} min"
-    return {"time": (minutes, f"here: {steps:,} steps of {step_s:.2g} s, {how}")}
+    return {"time": (minutes, f"here: {steps:,} steps of {format_number(float(f'{step_s:.2g}'))} s, {how}")}
 
 
 def keep_step_time(program: Program, step_s: float | None) -> None:
