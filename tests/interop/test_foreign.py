@@ -290,7 +290,7 @@ def test_answer_that_never_ends(
     folder: Path, source: Callable[[HubServer], str], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a config, which is read as a whole, and of weights, of which a range is."""
-    monkeypatch.setattr(folders, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(folders, "_ANSWER_S", 600 if how == "flood" else 0.5)
     monkeypatch.setattr(folders, "_MAX_BYTES", 1 << 20)
     with serving(folder, iter(())) as server:
         server.endless = {"config.json": how}
