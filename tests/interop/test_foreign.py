@@ -279,7 +279,7 @@ def test_a_redirect_to_another_host_has_no_token(folder: Path, monkeypatch: pyte
         server.moved_to = other.url.replace("127.0.0.1", "localhost")
         ended = launch("hub", "check", f"hf:{REPOSITORY}")
         assert ended.code == 0 and other.read_bytes > 0, ended
-        assert {*server.authorizations} == {"Bearer hf_secret"} and {*other.authorizations} == {None}
+        assert "Bearer hf_secret" in server.authorizations and {*other.authorizations} == {None}
         server.moved_to, server.authorizations = None, []
         assert launch("hub", "check", f"hf:{server.url}/plain").code == 0
         assert {*server.authorizations} == {None}
