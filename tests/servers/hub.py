@@ -66,9 +66,9 @@ class HubServer:
                 self._answer()
 
             def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 if self._goes_elsewhere():
                     return
-                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 names = re.findall(r"paths=([^&]*)", body) or json.loads(body)["paths"]
                 self._json([hub.entry(name) for name in names if (hub.folder / name).is_file()])
 
