@@ -40,4 +40,4 @@ def install_command(requirement: str) -> str:
 
 def _is_installed() -> bool:
     """Returns whether pip knows jaxinfra, also from a clone; it then adds an extra without a registry's jaxinfra."""
-    return next(distributions(name="jaxinfra"), None) is not None
+    return any(True for _ in distributions(name="jaxinfra"))

@@ -67,8 +67,12 @@ _ALIASES = {
     + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
 # What other frameworks have and jaxinfra has not, and what to use instead.
-ABSENT = dict.fromkeys(("lora", "qlora", "peft"), "optim.frozen, or train all weights from init=hf:DIR")
-ABSENT |= dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), "objective=dpo, which learns preferences")
+_ADAPTERS = "optim.frozen, or train all weights from init=hf:DIR"
+_PREFERENCES = "objective=dpo, which learns preferences"
+ABSENT: dict[str, str] = {
+    **dict.fromkeys(("lora", "qlora", "peft"), _ADAPTERS),
+    **dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), _PREFERENCES),
+}
 # Aliases whose value cannot be taken over: it counts something else than the field (epochs, a share of the steps, the
 # batch of a device), or only switches something on or off.
 _OF_OTHER_VALUES = frozenset(

@@ -106,7 +106,16 @@ def _tightest(job: Job, arguments: float, step: float, evaluation: float) -> _Ro
     rooms = []
     for key in dict.fromkeys(keys):
         group = [row for row in rows if row.where == key]
-        rooms.append(_Room(key, *(sum(each[i] for each in group) for i in range(1, 5)), group[0].available))
+        rooms.append(
+            _Room(
+                key,
+                state=sum(row.state for row in group),
+                step=sum(row.step for row in group),
+                evaluation=sum(row.evaluation for row in group),
+                held=sum(row.held for row in group),
+                available=group[0].available,
+            )
+        )
     return min(rooms, key=lambda room: room.available - max(room.step, room.evaluation))
 
 
