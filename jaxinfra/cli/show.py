@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
             if not options.changed or line.partition(" = ")[0] in record.get("origins", {}):
                 print(line)
         if not options.changed:
-            stdout_console().print(statistics_table(record.get("derived", {})))
+            print_table(stdout_console(), statistics_table(record.get("derived", {})))
         return
     loaded = config_argument.load_config(options)
     validate(loaded.run)

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+from importlib.metadata import version
+from pathlib import Path
 
 from jaxinfra.machine.compile_cache import user_folder
 from jaxinfra.machine.environment import cpu_model, usable_cores
@@ -13,8 +15,11 @@ _log = logging.getLogger(__name__)
 
 
 def cpu_name() -> str:
-    """Names what the speed of the CPU depends on: its model, and the cores that this process may use."""
-    return f"{cpu_model()}, {usable_cores()} cores"
+    """Names what the speed of the CPU depends on: its model, the cores that this process may use, and the compiler."""
+    quota = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time in a period
+    limit = quota.read_text().split()[0] if quota.exists() else "max"
+    limited = "" if limit == "max" else f", {limit} us of CPU time"
+    return f"{cpu_model()}, {usable_cores()} cores{limited}, jaxlib {version('jaxlib')}"
 
 
 def read_measured(name: str) -> float | None:

@@ -127,7 +127,8 @@ def fitted_table(
             overflow = "fold" if name == wrapped and console.is_terminal else "ellipsis"
             table.add_column(name, justify="left" if name in texts else "right", overflow=overflow)
         for row in (dict(zip(headers, row, strict=True)) for row in rows):
-            table.add_row(*(Text(row[name]) for name in shown))
+            cells = (row[name] if console.is_terminal else row[name].replace("\n", ", ") for name in shown)
+            table.add_row(*map(Text, cells))
         return table
 
     shown, left_out = list[str](), list[str]()

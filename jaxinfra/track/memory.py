@@ -21,21 +21,22 @@ def rss_bytes() -> int:
 
 
 def available_bytes() -> float:
-    """Returns the host memory that this process can still get, with swap; infinite where none tells.
+    """Returns the host memory that this process can still get, at most its container's; infinite where none tells."""
+    return _host_bytes("MemAvailable")
 
-    The limits of its container and of `ulimit -v` count as far as this process has not used them.
-    """
+
+def total_bytes() -> float:
+    """Returns the memory of the host with its swap, free or not, at most its container's; infinite where none tells."""
+    return _host_bytes("MemTotal", "SwapTotal")
+
+
+def _host_bytes(*fields: str) -> float:
     if not _MEMINFO.exists():
         return math.inf
-    fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+    found = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
     limits = [path.read_text().strip() for name in _LIMITS if (path := Path("/sys/fs/cgroup", name)).exists()]
-    free = sum(int(fields[name].split()[0]) * 1024.0 for name in ("MemAvailable", "SwapFree"))
-    of_container = [float(each) - rss_bytes() for each in limits if each != "max"]
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if address_space != resource.RLIM_INFINITY:
-        mapped_pages = int(_STATM.read_bytes().split()[0])
-        of_container.append(float(address_space - mapped_pages * os.sysconf("SC_PAGE_SIZE")))
-    return max(min([free, *of_container]), 0.0)
+    of_host = sum(int(found[field].split()[0]) * 1024.0 for field in fields)
+    return min([of_host, *(float(each) for each in limits if each != "max")])
 
 
 def process_metrics() -> dict[str, float]:

@@ -124,7 +124,10 @@ class RemoteTracker(Tracker):
     def sync(self, record: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Sends what the server lacks of a run that has ended, in place of `start`; StorageError if that fails."""
         rows = logged_rows(self._run_dir)
-        end_ms = max((row.time_ms for row in rows), default=None)
+        if not (count := len(rows)):
+            self._say("nothing to send: the run directory has no metrics.jsonl")
+            return
+        end_ms = max(row.time_ms for row in rows)
         self._end = summary.get("status", "stopped"), summary, end_ms  # after a kill there is no summary
         self._closing.set()  # all is tried once
         self._run(record, record.get("derived", {}), sys.maxsize, rows)
@@ -132,7 +135,7 @@ class RemoteTracker(Tracker):
             raise self._error
         if self._error is not None:
             raise StorageError(f"{self._path}.{self._setting}: cannot be written: {_cause(self._error)}{self._fix}")
-        self._say(f"has all {len(rows)} rows, and how the run ended")
+        self._say(f"has all {count} rows, and how the run ended")
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -178,16 +181,17 @@ class RemoteTracker(Tracker):
         self._closing.set()
         self._has_rows.set()
 
-    def _run(
-        self, record: Mapping[str, Any], statistics: RunStatistics, start_step: int, earlier: Sequence[Row]
-    ) -> None:
+    def _run(self, record: Mapping[str, Any], statistics: RunStatistics, start_step: int, earlier: list[Row]) -> None:
         """The thread: starts the remote run, sends rows until the end, and finishes it."""
 
         def start(again: bool) -> None:
             address = self._remote.start(record, statistics)
             points = [*self._remote.points()]
+            # Earlier versions sent the loss of the step, with the mean that is the loss here under a name of its own.
+            points += [("train/loss", step, value) for name, step, value in points if name == "train/loss_mean"]
             self._redone = {point for point in points if point[1] > start_step}
             self._earlier.extend(rows_without(earlier, points))
+            earlier.clear()  # the rows of a long run take hundreds of megabytes
             self._logged += len(self._earlier)
             self._has_rows.set()
             self._say(address)
@@ -203,7 +207,7 @@ class RemoteTracker(Tracker):
             self._has_rows.wait()
             self._has_rows.clear()
             ends, late = self._closing.is_set(), 0  # no row follows after `close`
-            while waiting := self._earlier or self._rows:
+            while self._end is not None and (waiting := self._earlier or self._rows):
                 batch = [waiting.popleft() for _ in range(min(len(waiting), _BATCH_ROWS))]
                 if not self._retry(send):
                     return
@@ -256,12 +260,16 @@ def _cause(error: BaseException) -> str:
 
 
 def logged_rows(run_dir: Path | None, until_step: int = sys.maxsize) -> list[Row]:
-    """Returns what the files of a run have up to a step, and when it was; [] without a folder or its metrics."""
+    """Returns what the files of a run have up to a step, and when it was; [] without a folder or its metrics.
+
+    Of the texts it is the last one, which takes the place of those before it.
+    """
     if run_dir is None or not (run_dir / METRICS_FILE).exists():
         return []
     times_s = {row.step: each.start_s + row.time_s for each in read_ledger(run_dir / GOODPUT_FILE) for row in each.rows}
     samples = read_samples(run_dir / SAMPLES_FILE) if (run_dir / SAMPLES_FILE).exists() else []
-    found: list[tuple[int, dict[str, Any]]] = [(step, {"texts": {"sample": text}}) for step, text in samples]
+    texts = [(step, {"texts": {"sample": text}}) for step, text in samples if step <= until_step]
+    found: list[tuple[int, dict[str, Any]]] = texts[-1:]
     for values in read_metrics(run_dir / METRICS_FILE):
         metrics = {
             grouped_name(name): value for name, value in shown_metrics(values).items() if name not in ("step", "time_s")

@@ -44,6 +44,11 @@ class Interval:
         else:  # one by one, so that the sum has the same bits after a restart
             self.history = {**old, "loss_sum": old["loss_sum"] + loss, "losses": old["losses"] + 1}
 
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean loss of the steps so far; None if there is none, or all were skipped."""
+        return self.history["loss_sum"] / self.history["losses"] if self.history["losses"] else None
+
     def pause(self) -> None:
         """Leaves out the time until the next step ends, for evaluation and compilation."""
         self._since_s = None
@@ -55,8 +60,8 @@ class Interval:
         """
         values = {"data_wait_s": waited_s - self._waited_s}
         self._waited_s = waited_s
-        if self.history["losses"]:
-            values["loss_mean"] = self.history["loss_sum"] / self.history["losses"]
+        if (mean := self.mean_loss) is not None:
+            values["loss_mean"] = mean
         if self.history["skipped"]:
             values["skipped_steps"] = self.history["skipped"]
         self.resume({})

@@ -1,13 +1,16 @@
 """Refuses steps that need more memory than there is, before the first one, and explains an allocation that has failed.
 
 A program needs the memory that the compiler has laid out for it, and its process some more. So a step is refused only
-if that part alone is more than what the process has and can get; one that comes close starts with a warning.
+if that part alone is more than all memory of the host or the device; one that is more than what is free now starts with
+a warning.
 """
 
 import logging
 import math
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +19,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.machine.host_memory import return_freed_memory
 from jaxinfra.processes.devices import device_memory
 from jaxinfra.track.formatting import format_bytes
-from jaxinfra.track.memory import available_bytes, rss_bytes
+from jaxinfra.track.memory import available_bytes, total_bytes
 from jaxinfra.train.evaluation import evaluated_params
 from jaxinfra.train.job import Job
 from jaxinfra.user_code import is_out_of_memory
@@ -30,15 +33,15 @@ _CAUTIOUS = 0.5  # of the free memory: what a suggested value may need
 class _Room(NamedTuple):
     """Bytes of one host of CPUs, or of one device.
 
-    `state` are the arguments of a step. While a step or an evaluation runs, `step` or `evaluation` come on top. The
-    processes hold `held` now, with the arguments, and can get `available`.
+    `state` are the arguments of a step, which the processes hold already. While a step or an evaluation runs, `step` or
+    `evaluation` come on top. There is memory of `total`, of which the processes can still get `available`.
     """
 
     where: str
     state: float
     step: float
     evaluation: float
-    held: float
+    total: float
     available: float
 
 
@@ -52,7 +55,7 @@ def check_step(job: Job, state: Any, batch: Any) -> None:
     on_cpu, parts = job.program.partitioner.platform == "cpu", job.run.train.accumulate
     if on_cpu and room.step * parts > _CAUTIOUS * room.available:  # an evaluation needs less, but in one part
         room = _tightest(job, arguments, step, _evaluation_bytes(job)[0])
-    if _KEPT * room.step > room.available:
+    if on_cpu and jax.local_device_count() == 1 and _KEPT * room.step > room.available:
         return_freed_memory()
     _compare(job, room)
 
@@ -72,7 +75,7 @@ def out_of_memory_errors(job: Job) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         cause, a_third = " ".join(str(error).split())[:300], 3 * _CAUTIOUS
-        fix = _fix(job, _Room("", 0, step=a_third, evaluation=0, held=0, available=1))
+        fix = _fix(job, _Room("", 0, step=a_third, evaluation=0, total=0, available=1))
         raise ConfigError(f"{_batch(job)} {cause}; {fix}") from error
 
 
@@ -96,34 +99,32 @@ def _tightest(job: Job, arguments: float, step: float, evaluation: float) -> _Ro
     """Returns the host, or on accelerators the device, with the least room; the arguments are bytes of one device."""
     peers, programs = job.peers, (arguments, step, evaluation)
     if job.program.partitioner.platform == "cpu":  # the devices of a host share its memory
-        own = *(jax.local_device_count() * each for each in programs), rss_bytes(), available_bytes()
-        keys = peers.hosts
+        where, scale = _host_id(), jax.local_device_count()
+        own = where, *(scale * each for each in programs), total_bytes(), available_bytes()
     else:
         limit = device_memory({"limit": "bytes_limit"}).get("limit", math.inf)
-        own = *programs, arguments, limit - arguments
-        keys = [f"each device of {peers.name_of(index)}" for index in range(peers.count)]
-    rows = [_Room(key, *row) for key, row in zip(keys, peers.gather(own), strict=True)]
+        own = f"each device of {peers.name_of(peers.index)}", *programs, limit, limit - arguments
+    # Processes compile for different times, and wait for each other as long as in their first step.
+    rows = [_Room(*row) for row in peers.gather(own, wait_s=job.run.watchdog.compile_s or math.inf)]
     rooms = []
-    for key in dict.fromkeys(keys):
-        group = [row for row in rows if row.where == key]
-        rooms.append(
-            _Room(
-                key,
-                state=sum(row.state for row in group),
-                step=sum(row.step for row in group),
-                evaluation=sum(row.evaluation for row in group),
-                held=sum(row.held for row in group),
-                available=group[0].available,
-            )
-        )
+    for where in dict.fromkeys(row.where for row in rows):
+        group = [row for row in rows if row.where == where]
+        state, step, evaluation = (sum(needs) for needs in zip(*(row[1:4] for row in group), strict=True))
+        rooms.append(group[0]._replace(state=state, step=step, evaluation=evaluation))
     return min(rooms, key=lambda room: room.available - max(room.step, room.evaluation))
+
+
+def _host_id() -> str:
+    """Names this host; others may have the same name, but were not started at the same time."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()}{f' ({boot.read_text()[:8]})' if boot.exists() else ''}"
 
 
 def _compare(job: Job, room: _Room) -> None:
     for what, added in (("a train step", room.step), ("an evaluation", room.evaluation)):
-        needed, there = format_bytes(room.state + added), room.held + room.available
-        line = f"{_batch(job)} {what} needs {needed} of memory, and {room.where} has {format_bytes(there)}"
-        if _CERTAIN * (room.state + added) > there:
+        needed, total = format_bytes(room.state + added), format_bytes(room.total)
+        line = f"{_batch(job)} {what} needs {needed} of memory, and {room.where} has {total}"
+        if _CERTAIN * (room.state + added) > room.total:
             raise ConfigError(f"{line}; {_fix(job, room)}")
         if added > room.available and job.is_main:
             free = format_bytes(room.available)

@@ -139,11 +139,13 @@ def make_summary(
     wall_s: float,
     eval_metrics: Mapping[str, float],
     peak: Mapping[str, Any],
+    loss: float | None = None,
 ) -> dict[str, Any]:
     """Returns the contents of summary.json.
 
     `reason` is why the run has stopped before its last step, None if it has made that step. `wall_s` are the seconds of
     this start. `eval_metrics` are those of the last evaluation, as "eval/NAME", and `peak` is as of `find_peak`.
+    `loss` is the mean of the steps since the last logged one, if there are any.
     """
     rows, modality = existing_metrics(job.run_dir), job.run.data.modality  # such as "token"
     losses = [shown_metrics(row)["loss"] for row in rows if "loss" in row]
@@ -153,7 +155,7 @@ def make_summary(
         "steps": completed_steps,
         "modality": modality,
         "wall_s": max(wall_s, logged_s),
-        "final_loss": losses[-1] if losses else None,
+        "final_loss": losses[-1] if loss is None and losses else loss,
         f"{modality}s_per_s_median": median_of(rows, f"{modality}s_per_s"),
         "mfu_median": median_of(rows, "mfu"),
         "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
@@ -181,13 +183,18 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
         with storage_errors(run_dir.path):
             JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
         write_report(run_dir.path)
-    summary = run_dir.finished_summary(completed_steps)
+    return run_dir.finished_summary(completed_steps)
+
+
+def sync_finished(job: Job, summary: Mapping[str, Any]) -> None:
+    """Sends MLflow what it lacks of a run that is finished; warns if that fails."""
+    run_dir = job.run_dir
     if (config := job.run.track.mlflow).uri is not None:
+        tracker = mlflow_tracker(config, run_dir.path, run_dir.location)
         try:
-            mlflow_tracker(config, run_dir.path, run_dir.location).sync(record, {**summary, "status": "finished"})
+            tracker.sync(run_dir.existing_record(), {**summary, "status": "finished"})
         except JaxinfraError as error:
             _log.warning("%s", error)
-    return summary
 
 
 def median_of(rows: Sequence[dict[str, float]], name: str) -> float | None:

@@ -8,7 +8,7 @@ checkpoint, the next `Training` begins there.
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes import maintenance
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
+from jaxinfra.program.loss import Batch
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.runs import parse_source
@@ -46,10 +47,12 @@ from jaxinfra.train.run_record import (
     make_summary,
     median_of,
     start_record,
+    sync_finished,
 )
 from jaxinfra.train.saving import Restored, Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import run_statistics
+from jaxinfra.train.waiting import Waiting
 from jaxinfra.train.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -117,7 +120,10 @@ def train(job: Job) -> Ended:
         newest = saving.checkpoints.newest(saving.checkpoints.manifest)
         step, record = (0, {}) if newest is None else (newest[0], newest[1].record)
         if step > run.train.steps or (step == run.train.steps and not lacks_evaluation(job, step, record)):
-            return Ended(peers.broadcast(finished_before(job, step) if job.is_main else None), step)
+            summary = peers.broadcast(finished_before(job, step) if job.is_main else None)
+            if job.is_main:
+                sync_finished(job, summary)
+            return Ended(summary, step)
         if job.is_main:
             saving.check_space()
             before_owned_ends.callback(watch.ledger.close)
@@ -129,17 +135,18 @@ def train(job: Job) -> Ended:
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
         opened = Opened(requests, watch, profiler, saving, numerics, peak, changes)
+        check_memory = partial(check_step, job)
         with peers.naming_causes(), job.program.on_mesh, out_of_memory_errors(job):
             while True:
                 trackers = MultiTracker()  # logs nothing: only process 0 does
                 if owned is not None:
                     trackers = make_trackers(run.track, run_dir.path, run_dir.location, owned.check)
                 with trackers:
-                    training = Training(job, opened, trackers, step)
+                    training = Training(job, opened, trackers, step, check_memory)
                     try:
                         return training.run()
                     except Rewind as rewind:
-                        step = go_back(job, opened, rewind)
+                        step, check_memory = go_back(job, opened, rewind), lambda state, batch: None  # it has fitted
 
 
 def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
@@ -194,13 +201,20 @@ class Training:
         loop: makes the steps, and has the train state.
     """
 
-    def __init__(self, job: Job, opened: Opened, trackers: MultiTracker, newest_step: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        opened: Opened,
+        trackers: MultiTracker,
+        newest_step: int,
+        check_memory: Callable[[TrainState, Batch], None],
+    ) -> None:
         self._job, self._opened, self._trackers = job, opened, trackers
         self._saving, self._numerics, self._phases = opened.saving, opened.numerics, opened.watch.phases
         owned, statistics = opened.saving.owned, run_statistics(job.program, job.data.dataset.train_units)
         with self._phases("restore" if newest_step or job.run.init else "init"):
             restored, init_source = self._restore_or_init(newest_step)
-        step = restored.step
+        self._start_step = step = restored.step
         self._phases.resume(step)
         self._is_evaluated = not lacks_evaluation(job, step, restored.record)
         self._eval_metrics: Mapping[str, float] = {}
@@ -227,11 +241,12 @@ class Training:
             step,
             self._reporting,
             opened.profiler,
+            Waiting(self._reporting),
             opened.requests,
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
-            check_memory=partial(check_step, job),
+            check_memory=check_memory,
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
 
@@ -246,8 +261,10 @@ class Training:
         summary = None
         if job.is_main:
             wall_s = time.monotonic() - start_s
-            summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, self._opened.peak)
-            keep_step_time(job.program, median_of(existing_metrics(job.run_dir), "step_time_s"))
+            mean, peak = self._reporting.interval.mean_loss, self._opened.peak
+            summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, peak, mean)
+            rows = [row for row in existing_metrics(job.run_dir) if row["step"] > self._start_step]
+            keep_step_time(job.program, median_of(rows, "step_time_s"))
         summary = job.peers.broadcast(summary)
         self._trackers.log_summary(summary)
         return Ended(summary, loop.completed_steps, loop.state, reason)

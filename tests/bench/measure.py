@@ -31,6 +31,7 @@ from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.trainer import Trainer
+from jaxinfra.train.waiting import Waiting
 from jaxinfra.train.watch import Watch
 from tests.bench import DEFAULT_CONFIG
 from tests.bench.baseline import BaselineConfig, make_train_step
@@ -137,6 +138,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
             0,
             reporting,
             profiler,
+            Waiting(reporting),
             requests,
             check_owner=lambda: None,
             after_step=lambda due, metrics: None,

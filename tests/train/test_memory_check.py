@@ -11,8 +11,8 @@ from tests.tiny_run import Tiny, launch
 
 def test_a_batch_that_does_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suggested value fits."""
-    monkeypatch.setattr(memory_check, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(memory_check, "available_bytes", lambda: 24 * 2.0**20)
+    for name in ("total_bytes", "available_bytes"):
+        monkeypatch.setattr(memory_check, name, lambda: 24 * 2.0**20)
     monkeypatch.setattr(memory_check, "return_freed_memory", lambda: None)  # of the process of all tests
     overrides = ["train.global_batch=1024", "train.steps=3", "train.eval_every=3"]
     line = refused(tiny.launch(*overrides), "train.global_batch=1024: train step MiB use model.remat=full")

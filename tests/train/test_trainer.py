@@ -25,6 +25,7 @@ from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.statistics import step_flops
 from jaxinfra.train.trainer import Trainer
+from jaxinfra.train.waiting import Waiting
 from jaxinfra.train.watch import Watch
 from tests.refusals import raises
 from tests.tiny_run import Tiny
@@ -51,6 +52,7 @@ class Recorded(MultiTracker):
             done,
             self.reporting,
             Profiler(run.profile, Path()),
+            Waiting(self.reporting),
             self.requests,
             check_owner=lambda: None,
             after_step=self.after_step,
