@@ -28,7 +28,7 @@ def test_what_has_gone_or_changed_is_told_from_what_is_new() -> None:
     [
         "jaxinfra.Objective.loss(apply, params, batch)",
         "jaxinfra.Trainer.train()",
-        "jaxinfra.load(source, overrides=..., root=..., imports=..., *, same_sources=...)",
+        "jaxinfra.load(source, overrides=..., root=..., imports=...)",
         "jaxinfra.models.layers.ParamFactory(*, partitioner, num_layers=...)",
         "jaxinfra.prepare.sources.record.Source.read(shard)",
         "Run optim.peak_lr",

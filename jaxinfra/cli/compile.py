@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 
 from jaxinfra.cli import config_argument
@@ -29,8 +30,9 @@ def run(options: argparse.Namespace) -> None:
     if len({os.path.abspath(path) for path in paths}) < len(paths):
         raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two files")
     loaded = config_argument.load_config(options)
-    set_up_compiler(topology)
-    topology_devices(topology)  # loads libtpu, whose handler of SIGTERM would print a crash dump
+    with suppress(ConfigError):  # `compile_step` raises it again, with all else that does not fit
+        set_up_compiler(topology)
+        topology_devices(topology)  # loads libtpu, whose handler of SIGTERM would print a crash dump
     signal_router.set_handlers({signal.SIGTERM: signal.SIG_DFL})
     dump = None if options.dump is None else functools.partial(outputs.write_text, options.dump)
     compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))

@@ -4,8 +4,9 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.config import Loaded, load_file
+from jaxinfra.config.source import is_record
 from jaxinfra.run import Run, with_fingerprint_name
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def prepare_command(options: argparse.Namespace, run: Run) -> str:
     """Returns the command that prepares the data of a run."""
     overrides = [override for override in options.overrides if override.startswith("data.")]
     recipes = run.data.recipes
-    # A run.json may name a recipe's file only if --import allows it.
-    imports = dict.fromkeys(recipes.values()) if options.config.endswith(".json") else ()
-    words = [options.config, *(f"--import {path}" for path in imports)] if recipes else ["RECIPE"]
-    return " ".join([f"{COMMAND} data prepare", *words, *overrides])
+    # A record may name a recipe's file only if --import allows it.
+    imports = dict.fromkeys(recipes.values()) if is_record(options.config) else ()
+    words = [options.config, *(word for path in imports for word in ("--import", path))] if recipes else ["RECIPE"]
+    return command_line("data", "prepare", *words, *overrides)

@@ -124,8 +124,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from jaxinfra.cli import run_names  # imports configs
 
+    options.command = command
     options.notes = run_names.resolve(options)
-    return argparse.Namespace(command=command, **vars(options))
+    return options
 
 
 def _is_name(word: str) -> bool:

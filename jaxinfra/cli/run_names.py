@@ -9,8 +9,13 @@ from jaxinfra.config.source import RECORD_FILE, runs_of_config
 
 
 def resolve(options: argparse.Namespace) -> list[str]:
-    """Replaces names of configs by directories of runs; returns a line about each. `prune` takes exact names alone."""
+    """Replaces names of configs by directories of runs; returns a line about each.
+
+    A start and `prune` take exact names alone: the newest run may be another one at the next start, and in each process.
+    """
     notes: list[str] = []
+    if options.command == "train" or getattr(options, "action", None) == "prune":
+        return notes
 
     def newest(word: str) -> str:
         name, at, step = word.rpartition("@") if re.search("@[0-9]+$", word) else (word, "", "")
@@ -23,6 +28,6 @@ def resolve(options: argparse.Namespace) -> list[str]:
 
     for field in ("run_dir", "runs", "config", "left", "right"):
         value = getattr(options, field, None)
-        if value is not None and getattr(options, "action", None) != "prune":
+        if value is not None:
             setattr(options, field, [*map(newest, value)] if isinstance(value, list) else newest(value))
     return notes

@@ -39,6 +39,35 @@ def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) ->
     return _decode(cls, coded, "", finder or ClassFinder())
 
 
+def complete(annotation: object, coded: Any) -> Any:
+    """Returns an encoded config with the names of fields of now and the defaults of those that it lacks.
+
+    It checks nothing, and imports nothing: parts of user classes stay as they are.
+    """
+    if isinstance(coded, list):
+        items = schema.item_annotations(annotation, len(coded))
+        return coded if items is None else [complete(*each) for each in zip(items, coded, strict=True)]
+    if not isinstance(coded, dict):
+        return coded
+    cls = schema.choices(annotation).get(coded.get(KIND)) if KIND in coded else schema.union_members(annotation)[0]
+    if cls is None or not schema.is_config(cls):
+        return coded
+    parts = _with_names_of_now(cls, coded)
+    whole = {KIND: coded[KIND]} if KIND in coded else {}
+    for field in schema.fields_of(cls):
+        if field.name in parts:
+            whole[field.name] = complete(field.annotation, parts[field.name])
+        elif not field.required:
+            whole[field.name] = _encode(field.annotation, field.make_default(), field.name)
+    return whole | {name: part for name, part in parts.items() if name not in whole}
+
+
+def _with_names_of_now(cls: type, coded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of an encoded config object by the names that its class has for them now."""
+    former = FORMER.get(cls.__name__, {})
+    return {former.get(name, name): part for name, part in coded.items()}
+
+
 def _encode(annotation: object, value: object, path: str) -> Any:
     """Returns the JSON value of a node or leaf that conforms to the annotation; `path` is for messages."""
     if schema.is_config(type(value)):
@@ -89,8 +118,7 @@ def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinde
 
 def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:
     fields = {field.name: field for field in schema.fields_of(cls)}
-    former = FORMER.get(cls.__name__, {})
-    coded = {former.get(name, name): part for name, part in coded.items()}
+    coded = _with_names_of_now(cls, coded)
     for name in coded:
         if name not in fields:
             near = nearest(name, fields)

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxinfra.config.record import Loaded, check_classes, decode_record, read_re
 from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
 from jaxinfra.config.text import join, nearest, same, without_indices
 from jaxinfra.config.view import leaves
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.storage.location import is_remote
 
 RECORD_FILE = "run.json"  # in the directory of a run
@@ -87,18 +88,25 @@ def load_file[C](
 
 
 def _with_stores(run: object, folder: Path) -> object:
-    """Returns a config with the stores and recipes that its relative paths name in the folder where it was started."""
+    """Returns a config with the stores and recipes that its relative paths name in the folder where it was started.
+
+    What exists in the current folder is taken from there: a copy of a project has data of its own.
+    """
     named = {path: value for path, value in leaves(run).items() if path.rpartition(".")[2] in ("store", "recipe")}
-    found = {path: folder / value for path, value in named.items() if isinstance(value, str)}
-    overrides = [f"{path}={str(value)!r}" for path, value in found.items() if value.exists()]
-    return run if folder in (Path(), Path.cwd()) else apply(run, overrides)
+    missing = {path: value for path, value in named.items() if isinstance(value, str) and not os.path.exists(value)}
+    # `os.path.exists` is also False where the user may not look, as in the home of somebody else.
+    found = {path: str(folder / value) for path, value in missing.items() if os.path.exists(folder / value)}
+    return apply(run, [f"{path}={value!r}" for path, value in found.items()]) if found else run
 
 
-def record_with_classes(source: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns the record that `source` names if it has user classes; None for another record, and for a config file."""
-    path = _find_file(source)
-    content = read_record(path) if os.fspath(path).endswith(".json") else {}
-    return content if content.get("classes") else None
+def is_record(source: str | os.PathLike[str]) -> bool:
+    """Tells whether `source` names a record, which runs only the files that the user names, and no config file."""
+    return os.fspath(_find_file(source)).endswith(".json")
+
+
+def record_of_source(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns the record that `source` names; None for a config file."""
+    return read_record(_find_file(source)) if is_record(source) else None
 
 
 def _find_file(source: str | os.PathLike[str]) -> str | Path:
@@ -115,9 +123,16 @@ def _find_file(source: str | os.PathLike[str]) -> str | Path:
 
 
 def runs_of_config(path: Path) -> list[Path]:
-    """Returns the directories of runs whose names `run.with_fingerprint_name` makes of that of `path`, newest first."""
-    records = path.parent.glob(f"{escape(path.name)}-{'[0-9a-f]' * 6}/{RECORD_FILE}") if path.name else ()
-    return [record.parent for record in sorted(records, key=lambda record: -record.stat().st_mtime)]
+    """Returns the directories of runs whose names `run.with_fingerprint_name` makes of that of `path`, newest first.
+
+    Their names end with the first digits of their fingerprints; a run that is named `exp-240501` is none of `exp`.
+    """
+    found = dict[Path, float]()
+    for record in path.parent.glob(f"{escape(path.name)}-{'[0-9a-f]' * 6}/{RECORD_FILE}") if path.name else ():
+        with suppress(ConfigError, StorageError, FileNotFoundError):  # damaged, or deleted meanwhile: no candidate
+            if str(read_record(record).get("fingerprint")).startswith(record.parent.name[-6:]):
+                found[record.parent] = record.stat().st_mtime
+    return sorted(found, key=lambda run: -found[run])
 
 
 def _check_no_step(source: str | os.PathLike[str]) -> None:

@@ -22,8 +22,8 @@ PREFIX = "hf:"
 """Begins the source of published weights, in place of the directory of a run."""
 
 FIX = "download or export it again"  # a folder that is damaged
-_ANSWER_S, _SLOWEST = 60.0, 100_000  # an answer has this time, and a second more for each so many bytes
-_PIECE_BYTES, _MAX_BYTES = 1 << 18, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
+_ANSWER_S, _SLOWEST = 60.0, 5_000  # an answer has this time, and a second more for each so many bytes
+_PIECE_BYTES, _MAX_BYTES = 1 << 16, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
 
 
 class ModelFolder(Protocol):

@@ -80,7 +80,9 @@ def check_destination(destination: str) -> None:
             if not there.is_dir():
                 raise ConfigError(f"{there}: is a file; name a new folder")
             tempfile.TemporaryDirectory(prefix=".jaxinfra-", dir=there).cleanup()  # permissions do not show all
-    if not objects.exists(EXPORT_PLAN) and (names := objects.list_names()):
+    # A file in `.unfinished` without a plan is of an export that was killed as it began.
+    names = [name for name in objects.list_names() if not name.startswith(f"{_UNFINISHED}/")]
+    if names and not objects.exists(EXPORT_PLAN):
         raise ConfigError(f"{objects.url}: has {names[0]} already; name a new folder")
 
 

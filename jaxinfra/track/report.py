@@ -16,7 +16,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,16 @@ class Table:
     folded_title: str = ""
 
 
-def write_report(run_dir: Path, *, is_running: bool = False) -> Path:
-    """Writes report.html into `run_dir` atomically and returns its path.
+def write_report(run_dir: Path, *, is_running: bool = False, check: Callable[[], None] = lambda: None) -> Path:
+    """Writes report.html into `run_dir` atomically, after `check`, and returns its path.
 
     Raises ConfigError without a run.json, StorageError if a file is damaged or the page cannot be written.
     """
     path, run = run_dir / REPORT_FILE, read_run(run_dir, is_running=is_running)
     with storage_errors(path):
-        write_bytes_atomic(path, render_report([run]).encode())
+        page = render_report([run]).encode()  # takes seconds for a long run
+        check()
+        write_bytes_atomic(path, page)
     return path
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
+from jaxinfra.errors import JaxinfraError, RunInUseError
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.report import EVERY_S, write_report
 
@@ -48,10 +48,12 @@ class ReportTracker(Tracker):
             self._ended.set()
             thread.join()
 
-    def _write(self, *, is_running: bool) -> None:
+    def _write(self, *, is_running: bool, check: Callable[[], None] = lambda: None) -> None:
         try:
             if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
-                write_report(self._run_dir, is_running=is_running)
+                write_report(self._run_dir, is_running=is_running, check=check)
+        except RunInUseError:
+            raise
         except JaxinfraError as error:  # the other files have the results
             _log.warning("%s", error)
 
@@ -60,10 +62,7 @@ class ReportTracker(Tracker):
         while not self._ended.wait(wait_s):
             start_s = time.monotonic()
             try:
-                self._check()
-                self._write(is_running=True)
+                self._write(is_running=True, check=self._check)
             except RunInUseError:  # the main thread raises it, too
                 return
-            except StorageError as error:  # of `_check`
-                _log.warning("%s", error)
             wait_s = max(EVERY_S, (time.monotonic() - start_s) / _MAX_SHARE)

@@ -25,6 +25,7 @@ from jaxinfra.train.job import Job
 from jaxinfra.user_code import is_out_of_memory
 
 _log = logging.getLogger(__name__)
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one for each start of a host
 _CERTAIN = 0.9  # of what the compiler has laid out: a part that is never written takes no memory
 _KEPT = 2.2  # times the buffers of a step: the heap that keeps what it frees, measured with the quickstart
 _CAUTIOUS = 0.5  # of the free memory: what a suggested value may need
@@ -33,10 +34,12 @@ _CAUTIOUS = 0.5  # of the free memory: what a suggested value may need
 class _Room(NamedTuple):
     """Bytes of one host of CPUs, or of one device.
 
-    `state` are the arguments of a step, which the processes hold already. While a step or an evaluation runs, `step` or
-    `evaluation` come on top. There is memory of `total`, of which the processes can still get `available`.
+    `key` tells it from all others; `where` is its name, which other hosts may have, too. `state` are the arguments of a
+    step, which the processes hold already. While a step or an evaluation runs, `step` or `evaluation` come on top.
+    There is memory of `total`, of which the processes can still get `available`.
     """
 
+    key: str
     where: str
     state: float
     step: float
@@ -75,7 +78,7 @@ def out_of_memory_errors(job: Job) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         cause, a_third = " ".join(str(error).split())[:300], 3 * _CAUTIOUS
-        fix = _fix(job, _Room("", 0, step=a_third, evaluation=0, total=0, available=1))
+        fix = _fix(job, _Room("", "", 0, step=a_third, evaluation=0, total=0, available=1))
         raise ConfigError(f"{_batch(job)} {cause}; {fix}") from error
 
 
@@ -99,25 +102,20 @@ def _tightest(job: Job, arguments: float, step: float, evaluation: float) -> _Ro
     """Returns the host, or on accelerators the device, with the least room; the arguments are bytes of one device."""
     peers, programs = job.peers, (arguments, step, evaluation)
     if job.program.partitioner.platform == "cpu":  # the devices of a host share its memory
-        where, scale = _host_id(), jax.local_device_count()
-        own = where, *(scale * each for each in programs), total_bytes(), available_bytes()
+        host, boot, scale = platform.node(), _BOOT.read_text() if _BOOT.exists() else "", jax.local_device_count()
+        own = host + boot, host, *(scale * each for each in programs), total_bytes(), available_bytes()
     else:
         limit = device_memory({"limit": "bytes_limit"}).get("limit", math.inf)
-        own = f"each device of {peers.name_of(peers.index)}", *programs, limit, limit - arguments
+        device = f"each device of {peers.name_of(peers.index)}"
+        own = device, device, *programs, limit, limit - arguments
     # Processes compile for different times, and wait for each other as long as in their first step.
     rows = [_Room(*row) for row in peers.gather(own, wait_s=job.run.watchdog.compile_s or math.inf)]
     rooms = []
-    for where in dict.fromkeys(row.where for row in rows):
-        group = [row for row in rows if row.where == where]
-        state, step, evaluation = (sum(needs) for needs in zip(*(row[1:4] for row in group), strict=True))
-        rooms.append(group[0]._replace(state=state, step=step, evaluation=evaluation))
+    for key in dict.fromkeys(row.key for row in rows):
+        group = [row for row in rows if row.key == key]
+        needs = {part: sum(getattr(row, part) for row in group) for part in ("state", "step", "evaluation")}
+        rooms.append(group[0]._replace(**needs))
     return min(rooms, key=lambda room: room.available - max(room.step, room.evaluation))
-
-
-def _host_id() -> str:
-    """Names this host; others may have the same name, but were not started at the same time."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()}{f' ({boot.read_text()[:8]})' if boot.exists() else ''}"
 
 
 def _compare(job: Job, room: _Room) -> None:
@@ -146,7 +144,7 @@ def _fix(job: Job, room: _Room) -> str:
         fixes.append(f"train.global_batch={train.global_batch // parts}")
     use = ", or ".join(fixes or ["a smaller model", "more devices"])
     has_remat = getattr(job.run.model, "remat", "full") != "full"
-    return f"use {use}{'; with model.remat=full less is enough' if has_remat else ''}"
+    return f"use {use}{' (less is enough with model.remat=full)' if has_remat else ''}"
 
 
 def _parts(rows: int, ratio: float) -> int | None:

@@ -57,8 +57,9 @@ def load_recipes(options: argparse.Namespace) -> list[Recipe]:
         )
     recipes = []
     for store, path in paths.items():
-        if options.config.endswith(".json") and path not in options.imports:
-            raise ConfigError(f"{options.config}: a record runs no recipe that you do not name; add --import {path}")
+        if is_record(options.config) and path not in options.imports:
+            fix = f"add --import {shlex.quote(path)}"
+            raise ConfigError(f"{options.config}: a record runs no recipe that you do not name; {fix}")
         recipe = load(path).run
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{path}: is not a recipe; use a file whose config() returns one")

@@ -30,9 +30,8 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder in all processes; process 0 prints what it has written."""
     source = _with_step(options.run_dir, options.step)
     check_destination(options.out)
-    dtypes = open_published(source).stored_dtypes() if is_published(source) else {}
-    exact = ["precision.params=float32"] if {*map(str, dtypes.values())} - {"bfloat16"} else []  # holds float16, too
-    model = open_language_model(source, [*options.overrides, *exact], options.imports)
+    stored = open_published(source).stored_dtypes() if is_published(source) else {}
+    model, dtypes = open_language_model(source, options.overrides, options.imports), dict(stored)
     if options.dtype is not None:  # buffers, such as biases of routers, keep theirs
         specs = param_specs(require_text(model.run)[0])
         dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     peers, start_s = current_peers(), time.monotonic()
     origin = _origin(source, model)
     with compile_cache(model.run.train.compile_cache):
-        loaded = load_params(source, program, peers)
+        loaded = load_params(source, program, peers, stored)
         with program.on_mesh:
             export = Export(
                 config=require_text(model.run)[0],

@@ -213,10 +213,10 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     The document in which the tail begins is split between two tokens if it is plain text; other records stay whole.
     `LastDocuments` moves the cut to the end of a document, or else to that of a line or word.
     """
-    if not splits.num_parts:  # nothing to split; `select_documents`, which the caller calls next, raises the error
-        return splits
     per_record = corpus.format.documents_per_record
     bytes_of_parts = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
+    if not any(map(len, bytes_of_parts)):  # `select_documents`, which the caller calls next, raises the error
+        return splits
     document_bytes = np.concatenate(bytes_of_parts)
     document_ends = np.cumsum(document_bytes)
     part_ends = np.cumsum([len(bytes_D) for bytes_D in bytes_of_parts])  # in documents
