@@ -6,8 +6,10 @@ heading. A refusal changes nothing.
 """
 
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,6 +56,17 @@ def begun(changelog: str, version: str) -> str:
     return changelog.replace("\n## ", f"\n## {version}, not yet released\n\n## ", 1)
 
 
+def build() -> None:
+    """Builds into dist/ all files or none."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", folder]
+        if subprocess.run(words, cwd=ROOT, check=False).returncode:
+            raise refuse("the build has failed, as said above; the version is what it was")
+        (ROOT / "dist").mkdir(exist_ok=True)
+        for built in Path(folder).iterdir():
+            shutil.move(built, ROOT / "dist" / built.name)
+
+
 def main(new: str) -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in (INIT, CHANGELOG)}
     found = VERSION.search(texts[INIT])
@@ -67,15 +80,16 @@ def main(new: str) -> None:
     if git("tag", "--list", f"v{new}"):
         raise refuse(f"VERSION={new}: there is a tag v{new} already; use another version")
     changelog = (begun if is_next else dated)(texts[CHANGELOG], version)
-    INIT.write_text(texts[INIT].replace(found[0], f'__version__ = "{new}"'), encoding="utf-8")
-    CHANGELOG.write_text(changelog, encoding="utf-8")
+    try:
+        INIT.write_text(texts[INIT].replace(found[0], f'__version__ = "{new}"'), encoding="utf-8")
+        CHANGELOG.write_text(changelog, encoding="utf-8")
+        if not is_next:
+            build()
+    except BaseException:  # Ctrl-C, too
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+        raise
     message = f"Begin {version}" if is_next else f"Release {version}"
-    if not is_next:
-        build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", "dist"]
-        if subprocess.run(build, cwd=ROOT, check=False).returncode:
-            for path, text in texts.items():
-                path.write_text(text, encoding="utf-8")
-            raise refuse("the build has failed, as said above; the version is what it was")
     print(f'next:\n  git commit --all --message "{message}"')
     if not is_next:
         major, minor, _ = version.split(".")

@@ -102,7 +102,7 @@ def test_one_wheel_comes_from_the_clone_the_sdist_and_the_image(
         tops = {name.split("/")[1] for name in archive.getnames()}
         archive.extractall(tmp_path, filter="data")
     files = {".gitignore", "PKG-INFO", "pyproject.toml", "README.md", "LICENSE"}
-    assert tops == {"jaxinfra", "configs"} | files
+    assert tops == {"jaxinfra"} | files
     (unpacked,) = tmp_path.glob("jaxinfra-*")
     for number, source in enumerate((unpacked, copied)):
         assert build(source, tmp_path / f"{number}", "wheel").read_bytes() == wheel.read_bytes()

@@ -1,6 +1,7 @@
 """`make release` on a copy of the clone."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,15 @@ import jaxinfra
 
 CLONE = Path(__file__).parents[1]
 FILES = ("pyproject.toml", "README.md", "LICENSE", "Makefile", ".gitignore", "docs/changelog.md", "tests/release.py")
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[-1])
+folder.mkdir(exist_ok=True)
+(folder / "half").touch()
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+"""
 CURRENT = f'__version__ = "{jaxinfra.__version__}"'
 
 
@@ -33,8 +43,6 @@ def tree(tmp_path: Path) -> Path:
     text = (CLONE / "jaxinfra/__init__.py").read_text()
     assert text.count(CURRENT) == 1
     (tree / "jaxinfra/__init__.py").write_text(text.replace(CURRENT, '__version__ = "1.2.3.dev0"'))
-    (tree / "configs").mkdir()
-    (tree / "configs/quickstart.py").touch()
     (tree / "docs/changelog.md").write_text(
         "# Changelog\n\n## 1.2.3, not yet released\n\n- New.\n\n## 1.2.2\n\n- Old.\n"
     )
@@ -111,3 +119,14 @@ def test_a_build_that_fails_takes_the_version_back(tree: Path) -> None:
     ended = release(tree, "1.2.3")
     assert ended.returncode == 1 and "README.md" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("error: ") and state(tree) == ("", [])
+
+
+def test_ctrl_c_while_it_builds_takes_the_version_back(tree: Path) -> None:
+    (tree / "hatchling.py").write_text(INTERRUPTED)
+    commit(tree)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
+    try:
+        ended = release(tree, "1.2.3")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.returncode == -signal.SIGINT and state(tree) == ("", [])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxinfra.command import command_line
 from jaxinfra.config import Loaded, load_file
-from jaxinfra.config.source import is_record
+from jaxinfra.config.source import find_record
 from jaxinfra.run import Run, with_fingerprint_name
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,6 @@ def prepare_command(options: argparse.Namespace, run: Run) -> str:
     overrides = [override for override in options.overrides if override.startswith("data.")]
     recipes = run.data.recipes
     # A record may name a recipe's file only if --import allows it.
-    imports = dict.fromkeys(recipes.values()) if is_record(options.config) else ()
+    imports = () if find_record(options.config) is None else dict.fromkeys(recipes.values())
     words = [options.config, *(word for path in imports for word in ("--import", path))] if recipes else ["RECIPE"]
     return command_line("data", "prepare", *words, *overrides)

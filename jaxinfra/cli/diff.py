@@ -3,12 +3,10 @@
 import argparse
 from typing import Any
 
-from jaxinfra.config import diff, encode, format_diff, load
+from jaxinfra.config import diff, encode, format_diff, load, read_record
 from jaxinfra.config.classes import ClassFinder
-from jaxinfra.config.codec import complete
-from jaxinfra.config.record import decode_record
-from jaxinfra.config.source import record_of_source
-from jaxinfra.run import Run
+from jaxinfra.config.record import config_without_classes, decode_record
+from jaxinfra.config.source import find_record
 
 
 def run(options: argparse.Namespace) -> None:
@@ -19,9 +17,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _encoded(source: str) -> dict[str, Any]:
     """Returns a config with all fields of now; paths in a record stay as the run was given them."""
-    record = record_of_source(source)
-    if record is None:
+    path = find_record(source)
+    if path is None:
         return encode(load(source).run)
+    record = read_record(path)
     if record.get("classes"):
-        return complete(Run, record["config"])
-    return encode(decode_record(source, record, ClassFinder()))
+        return config_without_classes(record)
+    return encode(decode_record(path, record, ClassFinder()))

@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name}: exists and is not overwritten; use {COMMAND} init ANOTHER_FOLDER")
     for name in FILES:
-        text = (example / name).read_text(encoding="utf-8")  # in a clone it is a link to a file of configs/
+        text = (example / name).read_text(encoding="utf-8")  # a copy of a file of the clone: a wheel has no configs/
         with storage_errors(folder / name, fix="free space or name another folder"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("x", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from jaxinfra.config.source import RECORD_FILE, runs_of_config
 def resolve(options: argparse.Namespace) -> list[str]:
     """Replaces names of configs by directories of runs; returns a line about each.
 
-    A start and `prune` take exact names alone: the newest run may be another one at the next start, and in each process.
+    A start and `prune` take exact names alone: the newest run may be another one in the next start or process.
     """
     notes: list[str] = []
     if options.command == "train" or getattr(options, "action", None) == "prune":

@@ -9,15 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxinfra.cli import config_argument
-from jaxinfra.config import dump, validate
-from jaxinfra.config.codec import complete
-from jaxinfra.config.source import record_of_source
+from jaxinfra.config import dump, read_record, validate
+from jaxinfra.config.record import config_without_classes
+from jaxinfra.config.source import find_record
 from jaxinfra.optim.schedules import lr_table
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.schedules import format_schedule
 from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.program import Program
-from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.run import with_mesh_size
 from jaxinfra.track.console import fitted_table, print_table, statistics_table, stdout_console
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.duration import time_statistic
@@ -27,9 +27,9 @@ from jaxinfra.train.statistics import run_statistics
 def run(options: argparse.Namespace) -> None:
     """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate."""
     # The classes of a record are needed for the last three alone.
-    record = None if options.overrides or options.imports else record_of_source(options.config)
-    if record is not None and record.get("classes"):
-        for line in dump(complete(Run, record["config"])).splitlines():
+    file = None if options.overrides or options.imports else find_record(options.config)
+    if file is not None and (record := read_record(file)).get("classes"):
+        for line in dump(config_without_classes(record)).splitlines():
             if not options.changed or line.partition(" = ")[0] in record.get("origins", {}):
                 print(line)
         if not options.changed:

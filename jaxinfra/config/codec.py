@@ -40,16 +40,17 @@ def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) ->
 
 
 def complete(annotation: object, coded: Any) -> Any:
-    """Returns an encoded config with the names of fields of now and the defaults of those that it lacks.
+    """Returns an encoded config with the names of fields of now, and with the defaults of those that it lacks.
 
-    It checks nothing, and imports nothing: parts of user classes stay as they are.
+    It needs no user classes: their parts stay as they are. Values are not checked.
     """
     if isinstance(coded, list):
         items = schema.item_annotations(annotation, len(coded))
         return coded if items is None else [complete(*each) for each in zip(items, coded, strict=True)]
     if not isinstance(coded, dict):
         return coded
-    cls = schema.choices(annotation).get(coded.get(KIND)) if KIND in coded else schema.union_members(annotation)[0]
+    choices, (first_type, *_) = schema.choices(annotation), schema.union_members(annotation)
+    cls = choices.get(str(coded.get(KIND))) if schema.is_choice(annotation) else first_type
     if cls is None or not schema.is_config(cls):
         return coded
     parts = _with_names_of_now(cls, coded)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.config.classes import RESTORE, ClassFinder, source_of, user_classes
-from jaxinfra.config.codec import decode, encode
-from jaxinfra.config.extensible import class_name
+from jaxinfra.config.codec import complete, decode, encode
+from jaxinfra.config.extensible import PACKAGE, class_name
 from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
@@ -112,6 +112,12 @@ def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finde
         raise ConfigError(f"{path}: root={show(name)} is not a config class; {_RESTORE}")
     with error_prefix(f"{path}: "):
         return decode(cls, record["config"], finder)
+
+
+def config_without_classes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the encoded config of a record with all fields of now, except in parts of user classes."""
+    name, coded = str(record["root"]), record["config"]
+    return complete(ClassFinder().find(name), coded) if name.startswith(f"{PACKAGE}.") else coded
 
 
 def check_classes(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> None:

@@ -99,14 +99,10 @@ def _with_stores(run: object, folder: Path) -> object:
     return apply(run, [f"{path}={value!r}" for path, value in found.items()]) if found else run
 
 
-def is_record(source: str | os.PathLike[str]) -> bool:
-    """Tells whether `source` names a record, which runs only the files that the user names, and no config file."""
-    return os.fspath(_find_file(source)).endswith(".json")
-
-
-def record_of_source(source: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns the record that `source` names; None for a config file."""
-    return read_record(_find_file(source)) if is_record(source) else None
+def find_record(source: str | os.PathLike[str]) -> str | Path | None:
+    """Returns the path or URL of the record that `source` names; None for a config file."""
+    path = _find_file(source)
+    return path if os.fspath(path).endswith(".json") else None
 
 
 def _find_file(source: str | os.PathLike[str]) -> str | Path:

@@ -134,6 +134,11 @@ class UrlFolder(ModelFolder):
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         self._files, self._path = file_system(self.url, field=PREFIX)
+        if self.url.startswith("http"):
+            from aiohttp import ClientTimeout  # which fsspec needs for such URLs
+
+            limits = ClientTimeout(sock_connect=_ANSWER_S, sock_read=_ANSWER_S)  # the default ends all after 5 minutes
+            self._files = type(self._files)(client_kwargs={"timeout": limits})
         self._is_open = False  # whether the server has answered
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the client warns of each request that it repeats
 

@@ -54,9 +54,10 @@ class MeshConfig:
 
     def resolve(self, devices: int) -> "MeshConfig":
         """Replaces -1 so that the sizes multiply to `devices`; raises ConfigError if they cannot."""
-        if len(free := self._free) > 1 or not all(isinstance(size, int) and (size == -1 or size > 0) for size in self.sizes):
-            return self  # `validate` names them
-        fixed = math.prod(size for size in self.sizes if size != -1)
+        free, known = self._free, [size for size in self.sizes if size != -1]
+        if len(free) > 1 or not all(isinstance(size, int) and size > 0 for size in known):
+            return self  # `validate` names what is wrong
+        fixed = math.prod(known)
         if devices == fixed or (free and devices % fixed == 0):
             return replace(self, **{axis: devices // fixed for axis in free})
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size != 1)

@@ -8,8 +8,12 @@ unless `TENSORSTORE_S3_REQUEST_CONCURRENCY` or `TENSORSTORE_GCS_REQUEST_CONCURRE
 
 import os
 import socket
+import time
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -22,6 +26,7 @@ RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that override
 
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 8.0
+_CONNECT_S, _PAUSE_S = 10.0, 4.0  # in which a server is looked for, twice, and the pause in between
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 # TensorStore reads these only from the environment, and without them waits forever for a silent server.
 _TIMEOUTS = {
@@ -102,19 +107,54 @@ def kvstore_spec(url: str) -> dict[str, object]:
     return spec | {"driver": _DRIVERS[parts.scheme]} | (_s3_settings() if parts.scheme == "s3" else {})
 
 
-@cache
 def require_server(url: str) -> None:
-    """Raises StorageError if no server listens for a bucket, which TensorStore tries for a minute; a slow one may."""
-    google = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
-    server = _s3_settings().get("endpoint", "https://s3.amazonaws.com") if url.startswith("s3:") else google
-    parts = urlsplit(str(server))
+    """Raises StorageError if the server of a bucket is not there, which TensorStore would try for a minute.
+
+    That is so if its name has no address, or if it refuses to connect, twice. A slow server is left to TensorStore.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in _DRIVERS or getproxies():  # a proxy finds the server
+        return
+    server = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
+    if parts.scheme == "s3":
+        server = str(_s3_settings().get("endpoint", f"https://{parts.netloc}.s3.amazonaws.com"))
     try:
-        if not getproxies():  # else a proxy finds the server
-            port = parts.port or {"http": 80}.get(parts.scheme, 443)
-            socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        host, port = urlsplit(server).hostname, urlsplit(server).port
+    except ValueError:  # TensorStore says what is wrong with it
+        return
+    try:
+        if host is not None:
+            _connect_twice(host, port or (80 if server.startswith("http:") else 443))
     except OSError as error:
-        if not isinstance(error, TimeoutError):
-            raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; check the network") from None
+        raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; check the network") from None
+
+
+@cache
+def _connect_twice(host: str, port: int) -> None:
+    """Raises the second error if a host, within some seconds, has twice no address or refuses to connect."""
+    answer = Future[OSError | None]()
+
+    def connect() -> None:
+        if (error := _refusal(host, port)) is not None:
+            time.sleep(_PAUSE_S)
+            error = _refusal(host, port)
+        answer.set_result(error)
+
+    Thread(target=connect, name="connect", daemon=True).start()  # a name may be looked up for long
+    with suppress(TimeoutError):
+        if (error := answer.result(_CONNECT_S)) is not None:
+            raise error
+
+
+def _refusal(host: str, port: int) -> OSError | None:
+    """Returns the error if a host has no address, or refuses to connect; None for all other errors."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except (socket.gaierror, ConnectionRefusedError) as error:
+        return error
+    except (OSError, UnicodeError):  # it is slow, or this is no name of a host: TensorStore finds out
+        return None
+    return None
 
 
 def _s3_settings() -> dict[str, object]:

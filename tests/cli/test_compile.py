@@ -1,5 +1,6 @@
 """`python -m launch compile`: the step of a run, compiled for chips that are not here."""
 
+import importlib.util
 import json
 import re
 import signal
@@ -88,6 +89,14 @@ def test_wrong_arguments_are_answered_before_anything_is_compiled(
 def test_files_that_cannot_be_written_are_named(tiny: Tiny) -> None:
     for option, place in (("--json", "/nowhere/o.json"), ("--dump", "/tmp")):
         refused(tiny.launch(*ON, option, place, command="compile"), place, code=82)
+
+
+def test_a_missing_compiler_is_said_with_all_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    wrong = ("mesh.fsdp=3", "train.global_batch=12")
+    line = refused(tiny.launch(*wrong, *ON, command="compile"), "v5e:2x4: libtpu 'jaxinfra[compile]'")
+    assert suggested(line.rpartition("; --on")[0]) == ["mesh.fsdp=-1", "train.global_batch=16"]
 
 
 def test_attention_that_needs_cudnn_says_so(tiny: Tiny) -> None:

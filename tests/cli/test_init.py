@@ -13,6 +13,8 @@ def test_init_writes_the_files_of_the_clone_and_overwrites_nothing(tmp_path: Pat
     assert ended.code == 0 and "data prepare configs/quickstart.py" in ended.out
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (CLONE / name).read_bytes()
+        # pip would write a link in an archive of GitHub as a text.
+        assert not (CLONE / "jaxinfra/example" / name).is_symlink()
     (tmp_path / FILES[0]).unlink()
     (tmp_path / FILES[1]).write_text("mine")
     again = launch("init", str(tmp_path))

@@ -1,25 +1,38 @@
 """What a run prints works when it is pasted, with names of configs, own classes, spaces, and in other folders."""
 
+import errno
 import json
 import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxinfra.cli.main import parse_command_line
+from jaxinfra.config import load
+from jaxinfra.run import Run
 from tests.refusals import names, refused
-from tests.tiny_run import Tiny, launch
+from tests.tiny_run import Tiny, contents, launch
 
 
 @pytest.fixture
 def named(begun: Tiny) -> Path:
-    """Two runs of the config with overrides, the second of which is newer, and one that only begins like them."""
-    for name in ("tiny-0a1b2c", "tiny-ffffff", "tiny-mesh"):
+    """Two runs of the config with overrides, the second of which is newer, and newer ones whose names begin like them.
+
+    Of these, one has a word, one a date and one no record that can be read.
+    """
+    text = (begun.runs / "tiny" / "run.json").read_text()
+    fingerprint = json.loads(text)["fingerprint"]
+    for name in ("tiny-0a1b2c", "tiny-ffffff", "tiny-mesh", "tiny-240501", "tiny-abcdef"):
         shutil.copytree(begun.runs / "tiny", begun.runs / name)
+    for digits, time_s in (("0a1b2c", 1e9), ("ffffff", 1.1e9)):
+        record = begun.runs / f"tiny-{digits}" / "run.json"
+        record.write_text(text.replace(fingerprint, digits + fingerprint[6:]))
+        os.utime(record, (time_s, time_s))
+    (begun.runs / "tiny-abcdef" / "run.json").write_text(text[:200])
     shutil.rmtree(begun.runs / "tiny")
-    os.utime(begun.runs / "tiny-0a1b2c" / "run.json", (1e9, 1e9))
     return begun.runs / "tiny"
 
 
@@ -35,6 +48,15 @@ def test_an_exact_name_and_what_deletes_take_no_other_run(named: Path) -> None:
     assert launch("checkpoints", f"{named}-0a1b2c").err == ""
     refused(launch("checkpoints", str(named), "prune"), f"{named} {named}-ffffff?")
     assert parse_command_line(["sample", f"{named}@10", "w1"]).run_dir == f"{named}-ffffff@10"
+
+
+def test_a_start_takes_no_other_run(named: Path) -> None:
+    """The newest run could be another one in each process, on each host and after each restart."""
+    before = contents(named.parent)
+    for words in ((), ("train.steps=20",), ("--processes", "2")):
+        refused(launch(str(named), *words), f"{named}: {named}-ffffff?")
+    assert contents(named.parent) == before
+    assert parse_command_line([str(named), "--supervise"]).config == str(named)
 
 
 def test_records_are_shown_and_compared_without_their_classes(begun: Tiny) -> None:
@@ -55,6 +77,55 @@ def test_records_are_shown_and_compared_without_their_classes(begun: Tiny) -> No
     assert all(not row[0].startswith("model.") for row in rows), rows
     line = refused(launch("sample", str(run), "w1 w2"), "--import")
     assert shlex.split(line.rpartition("launch ")[2]) == ["sample", str(run), "w1 w2", "--import", str(file)]
+
+
+def test_records_are_compared_as_they_were_given(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where one stands nor a field that is newer than a record makes a difference."""
+    home, run = begun.config.parent, begun.runs / "tiny"
+    (home / "stores" / "x").mkdir(parents=True)
+    (home / "elsewhere").mkdir()
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["data"]["store"], record["folder"] = "stores/x", str(home)
+    (run / "run.json").write_text(json.dumps(record))
+    record["config"]["objective"] = {"kind": "own.py:Mine", "factor": 2.0}
+    record["classes"] = {"own.py:Mine": {"file": str(home / "own.py"), "sha256": None}}
+    del record["config"]["optim"]["offload"]
+    (home / "old.json").write_text(json.dumps(record))
+    monkeypatch.chdir(home / "elsewhere")
+    compared = launch("diff", str(run), str(home / "old.json"))
+    assert compared.code == 0 and all(row.startswith("objective") for row in compared.out.splitlines()), compared
+    store = begun.loaded().data.store
+    here = begun.edited(f"store={store!r}", "store='stores/x'")
+    assert "store" not in launch("diff", str(run), str(here)).out
+    assert "optim.offload = false" in launch("show", str(home / "old.json")).out
+
+
+def test_a_store_is_taken_from_here_then_from_the_folder_of_the_record(
+    begun: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copied project reads its own store, and a home where the user may not look is no error."""
+    home, file, stat = begun.config.parent / "home", begun.runs / "tiny" / "run.json", os.stat
+    copy = home.with_name("copy")
+    for folder in (home, copy):
+        (folder / "stores" / "x").mkdir(parents=True)
+    (copy / "empty").mkdir()
+    record = json.loads(file.read_text())
+    record["config"]["data"]["store"], record["folder"] = "stores/x", str(home)
+    file.write_text(json.dumps(record))
+
+    def found(place: Path) -> str:
+        monkeypatch.chdir(place)
+        return load(file, root=Run).run.data.store
+
+    assert (found(copy), found(copy / "empty")) == ("stores/x", str(home / "stores" / "x"))
+
+    def private(path: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and str(path).startswith(str(home)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", private)
+    assert found(copy / "empty") == "stores/x"
 
 
 def test_the_printed_lines_of_a_run_work_from_everywhere(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

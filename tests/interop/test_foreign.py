@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import aiohttp.client
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from tokenizers import Tokenizer as Backend
 from jaxinfra.cli.hub import export
 from jaxinfra.cli.main import parse_command_line
 from jaxinfra.hub.published_model import open_published, param_shapes
+from jaxinfra.inference.trained_params import TrainedParams, load_params
 from jaxinfra.interop import folder as folders
 from jaxinfra.interop import safetensors, writing
 from jaxinfra.interop.folder import open_folder
 from jaxinfra.interop.safetensors import Weights
+from jaxinfra.parallel.spec import leaves_by_name
 from tests.interop.conftest import content, read_tensors, write_tensors
 from tests.refusals import names, refused
 from tests.servers.hub import REPOSITORY, HubServer
@@ -151,11 +154,18 @@ def exported(folder: Path, out: Path, *options: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("matrices", "norms"), [("float16", "float16"), ("bfloat16", "float32")])
-def test_export_keeps_the_dtypes_of_a_folder(folder: Path, tmp_path: Path, matrices: str, norms: str) -> None:
+def test_export_keeps_the_dtypes_of_a_folder(
+    folder: Path, tmp_path: Path, matrices: str, norms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And loads no parameter in a longer one."""
     arrays = read_tensors(folder)
     kept = {name: array.astype(jnp.dtype(matrices if array.ndim > 1 else norms)) for name, array in arrays.items()}
     write_tensors(folder, kept)
+    loaded = list[TrainedParams]()
+    monkeypatch.setattr(export, "load_params", lambda *words: loaded.append(load_params(*words)) or loaded[-1])
     assert exported(folder, tmp_path / "out") == content(folder)
+    params = leaves_by_name(loaded[0].params)
+    assert {("norm" in path, str(leaf.dtype)) for path, leaf in params.items()} == {(False, matrices), (True, norms)}
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == matrices
     exported(folder, tmp_path / "asked", "--dtype", "float32")
     found = read_tensors(tmp_path / "asked")
@@ -181,6 +191,12 @@ def test_shards_are_those_of_transformers(folder: Path, tmp_path: Path, monkeypa
         assert sum(sizes) <= 2000 or len(sizes) == 1
     (out / names[1]).unlink()
     refused(check(out), f"{names[1]} download", code=78)
+
+
+def test_an_export_that_was_killed_before_it_had_a_plan_is_begun_again(folder: Path, tmp_path: Path) -> None:
+    (out := tmp_path / "out").joinpath(".unfinished").mkdir(parents=True)
+    (out / ".unfinished/lock").touch()
+    assert exported(folder, out) == content(folder) and not (out / ".unfinished").exists()
 
 
 @pytest.mark.parametrize("size", ["5XB", "0GB", "GB"])
@@ -299,6 +315,23 @@ def test_answer_that_never_ends(
         if how != "flood":
             server.endless = {"model.safetensors": how}
             refused(launch("hub", "check", f"hf:{where}"), where, code=82)
+
+
+def test_a_slow_answer_that_goes_on_is_read(
+    folder: Path, source: Callable[[HubServer], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole, and a range of it: the time without a byte is bounded, and not that of the answer."""
+    (folder / "slow").write_bytes(content := bytes(range(250)) * 48)
+    monkeypatch.setattr(folders, "_ANSWER_S", 0.8)
+    monkeypatch.setattr(folders, "_PIECE_BYTES", 2000)
+    monkeypatch.setattr(aiohttp.client, "DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=1))
+    with serving(folder, iter(())) as server:
+        opened, out = open_folder(source(server)), np.zeros(len(content), np.uint8)
+        assert opened.exists("slow")  # and whose repository it is
+        server.bytes_per_s = 10_000
+        assert opened.read_or_none("slow") == content
+        opened.read_into("slow", 0, out)
+        assert out.tobytes() == content
 
 
 # What is no file

@@ -86,9 +86,17 @@ def test_sizes_that_do_not_match_the_devices_are_refused(config: MeshConfig, dev
 
 
 def test_invalid_sizes_are_problems() -> None:
-    problem(MeshConfig(replica=-1), "replica=-1, fsdp=-1:")
-    problem(MeshConfig(tensor=0), "tensor=0: tensor=1")
-    problem(MeshConfig(fsdp=-2), "fsdp=-2: fsdp=-1")
+    """Also after the mesh was sized for devices, which comes first in a start."""
+    wrong_type = replace(MeshConfig(), **{"fsdp": "all"})
+    for config, named in (
+        (MeshConfig(replica=-1), "replica=-1, fsdp=-1:"),
+        (MeshConfig(tensor=0), "tensor=0: tensor=1"),
+        (MeshConfig(fsdp=0), "fsdp=0: fsdp=-1"),
+        (MeshConfig(fsdp=-2, replica=-2), "replica=-2: replica=1"),
+        (wrong_type, "fsdp=all: int"),
+    ):
+        problem(config, named)
+        problem(config.resolve(8), named)
 
 
 def test_axes_are_in_order_and_explicit() -> None:

@@ -83,10 +83,12 @@ class NoShards(Jsonl):
         return ()
 
 
-def test_the_tail_of_nothing(recipe, tmp_path):
-    source = NoShards(root=str(tmp_path))
-    with raises(EmptySplitError, "store= empty source"):
-        prepare(replace(recipe, source=source, validation=Tail()), workers=1)
+@pytest.mark.parametrize("validation", [Tail(), LastDocuments()])
+def test_the_tail_of_nothing(recipe, tmp_path, validation):
+    recipe = replace(recipe, validation=validation)
+    for nothing in replace(recipe, source=NoShards(root=str(tmp_path))), apply(recipe, ["filters.min_chars=100000"]):
+        with raises(EmptySplitError, "store= empty source filters"):
+            prepare(nothing, workers=1)
 
 
 def book(folder, text):

@@ -25,6 +25,7 @@ class HubServer:
         authorizations: the Authorization header of each request, or None.
         endless: how requests whose path ends with a name are answered without an end, by name: "silent" sends nothing,
             "trickle" a byte now and then, "flood" as many as are taken.
+        bytes_per_s: how fast it sends; None is as fast as it can.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,6 +34,7 @@ class HubServer:
         self.moved_to: str | None = None
         self.authorizations: list[str | None] = []
         self.endless: dict[str, str] = {}
+        self.bytes_per_s: int | None = None
         self._is_over = Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -129,7 +131,10 @@ class HubServer:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    size = len(content) if hub.bytes_per_s is None else hub.bytes_per_s // 20
+                    for start in range(0, len(content), size or 1):
+                        hub._is_over.wait(0 if hub.bytes_per_s is None else 0.05)
+                        self.wfile.write(content[start : start + size])
 
         return Handler
 

@@ -4,6 +4,7 @@ With --follow, it reads a stream and *seals* versions: each is a version of the 
 """
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from jaxinfra.cli.data.describe import describe_manifest
 from jaxinfra.config import load, load_file, validate
 from jaxinfra.config.overrides import read_overrides
 from jaxinfra.config.schema import fields_of
+from jaxinfra.config.source import find_record
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
@@ -57,7 +59,7 @@ def load_recipes(options: argparse.Namespace) -> list[Recipe]:
         )
     recipes = []
     for store, path in paths.items():
-        if is_record(options.config) and path not in options.imports:
+        if find_record(options.config) is not None and path not in options.imports:
             fix = f"add --import {shlex.quote(path)}"
             raise ConfigError(f"{options.config}: a record runs no recipe that you do not name; {fix}")
         recipe = load(path).run
