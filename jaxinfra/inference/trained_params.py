@@ -40,9 +40,9 @@ def load_params(
     """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
 
     `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500; or a
-    model in the format of Hugging Face, such as `hf:DIR` or `hf:ORG/NAME`, whose parameters get these `dtypes`, by path,
-    and the others those of the program. Raises ConfigError if there is no run, or if a parameter differs (it names the
-    first one), and CheckpointError if no checkpoint can be read.
+    model in the format of Hugging Face, such as `hf:DIR` or `hf:ORG/NAME`, of which `dtypes` replace those of the
+    program, by path. Raises ConfigError if there is no run, or if a parameter differs (it names the first one), and
+    CheckpointError if no checkpoint can be read.
     """
     if is_published(source):
         with program.on_mesh:

@@ -1,5 +1,6 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
+import errno
 import logging
 import os
 import time
@@ -215,7 +216,9 @@ class UrlFolder(ModelFolder):
                 cause = f"no such model, or the server wants a login ({status})"
                 raise ConfigError(f"{self.url}: {cause}; set HF_TOKEN, which only the Hub gets") from root
             is_lost = isinstance(root, TimeoutError | ConnectionResetError)
-            is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
+            # The Hub's client closes the connections of all threads if one thread finds no server.
+            is_closed = isinstance(root, OSError) and root.errno == errno.EBADF
+            is_busy = is_lost or is_closed or status in (408, 425, 429) or (status or 0) >= 500
             if not is_busy or time.monotonic() > until_s or (wait_s := next(waits_s, None)) is None:
                 path = self.url.removeprefix("hf://")
                 here = f" (there is no folder {path} here)" if path != self.url else ""

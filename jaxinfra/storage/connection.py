@@ -113,7 +113,8 @@ def require_server(url: str) -> None:
     That is so if its name has no address, or if it refuses to connect, twice. A slow server is left to TensorStore.
     """
     parts = urlsplit(url)
-    if parts.scheme not in _DRIVERS or getproxies():  # a proxy finds the server
+    # A URL with credentials is refused where it is read; a proxy finds the server by itself.
+    if parts.scheme not in _DRIVERS or "@" in parts.netloc or getproxies():
         return
     server = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
     if parts.scheme == "s3":

@@ -1,5 +1,6 @@
 """Folders by strangers: what they may leave out or say twice, and how they hang, crash or fool nobody."""
 
+import errno
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.http import HTTPFileSystem
 from huggingface_hub import HfFileSystem, constants
+from huggingface_hub.hf_file_system import HfFileSystemFile
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -257,6 +259,21 @@ def test_busy_server_is_asked_again(folder: Path, source: Callable[[HubServer], 
         assert ended.code == 0 and not list(server.errors), ended
 
 
+def test_a_connection_that_another_thread_has_closed_is_opened_again(folder: Path) -> None:
+    """The Hub's client closes those of all threads."""
+    closed = iter([OSError(errno.EBADF, os.strerror(errno.EBADF))])
+    with serving(folder, iter(())), pytest.MonkeyPatch.context() as patch:
+        fetch = HfFileSystemFile._fetch_range
+
+        def fetch_second(*words: Any) -> bytes:
+            for error in closed:
+                raise error
+            return fetch(*words)
+
+        patch.setattr(HfFileSystemFile, "_fetch_range", fetch_second)
+        assert launch("hub", "check", f"hf:{REPOSITORY}").code == 0 and not list(closed)
+
+
 def test_server_that_stays_busy(folder: Path, source: Callable[[HubServer], str]) -> None:
     with serving(folder, itertools.repeat(503)) as server:
         os.environ["JAXINFRA_STORAGE_RETRY_S"] = "0.2"
@@ -301,22 +318,6 @@ def test_a_redirect_to_another_host_has_no_token(folder: Path, monkeypatch: pyte
         assert {*server.authorizations} == {None}
 
 
-@pytest.mark.parametrize("how", ["silent", "trickle", "flood"])
-def test_answer_that_never_ends(
-    folder: Path, source: Callable[[HubServer], str], how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a config, which is read as a whole, and of weights, of which a range is."""
-    monkeypatch.setattr(folders, "_ANSWER_S", 600 if how == "flood" else 0.5)
-    monkeypatch.setattr(folders, "_MAX_BYTES", 1 << 20)
-    with serving(folder, iter(())) as server:
-        server.endless = {"config.json": how}
-        where = source(server).removeprefix("hf:")
-        refused(launch("hub", "check", f"hf:{where}"), where, code=78 if how == "flood" else 82)
-        if how != "flood":
-            server.endless = {"model.safetensors": how}
-            refused(launch("hub", "check", f"hf:{where}"), where, code=82)
-
-
 def test_a_slow_answer_that_goes_on_is_read(
     folder: Path, source: Callable[[HubServer], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +333,22 @@ def test_a_slow_answer_that_goes_on_is_read(
         assert opened.read_or_none("slow") == content
         opened.read_into("slow", 0, out)
         assert out.tobytes() == content
+
+
+@pytest.mark.parametrize("how", ["silent", "trickle", "flood"])
+def test_answer_that_never_ends(
+    folder: Path, source: Callable[[HubServer], str], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a config, which is read as a whole, and of weights, of which a range is."""
+    monkeypatch.setattr(folders, "_ANSWER_S", 600 if how == "flood" else 0.5)
+    monkeypatch.setattr(folders, "_MAX_BYTES", 1 << 20)
+    with serving(folder, iter(())) as server:
+        server.endless = {"config.json": how}
+        where = source(server).removeprefix("hf:")
+        refused(launch("hub", "check", f"hf:{where}"), where, code=78 if how == "flood" else 82)
+        if how != "flood":
+            server.endless = {"model.safetensors": how}
+            refused(launch("hub", "check", f"hf:{where}"), where, code=82)
 
 
 # What is no file

@@ -61,6 +61,11 @@ class HubServer:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
+            @override
+            def handle(self) -> None:
+                with suppress(ConnectionError):  # the client has gone
+                    super().handle()
+
             def do_HEAD(self) -> None:
                 self._answer()
 
