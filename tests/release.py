@@ -65,6 +65,7 @@ def build() -> None:
         (ROOT / "dist").mkdir(exist_ok=True)
         for built in Path(folder).iterdir():
             shutil.move(built, ROOT / "dist" / built.name)
+            print(f"wrote dist/{built.name}")
 
 
 def main(new: str) -> None:
