@@ -53,7 +53,7 @@ class RunOverview:
             (a process of it was killed), or what is wrong with its files.
         completed_steps: number of steps up to the last logged one.
         total_steps: `train.steps` of its config.
-        loss: training loss at the last logged step, the mean since the one before, in nats, or None.
+        loss: training loss, the mean of the steps since a logged one, in nats, or None.
         best_validation: smallest validation loss, in nats, or None.
         units_per_s: throughput at the last logged step, in tokens or images, or None.
         goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
@@ -152,7 +152,7 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         state=state,
         completed_steps=completed,
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
-        loss=shown_metrics(last).get("loss"),
+        loss=summary.get("final_loss", shown_metrics(last).get("loss")),  # a stop may be between two logged steps
         best_validation=min(validations, default=None),
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,

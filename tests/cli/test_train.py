@@ -85,6 +85,20 @@ def test_the_loss_of_a_step_is_one_number_everywhere(tiny: Tiny) -> None:
     assert re.search(rf"bits_per_byte\s+{bits}", launch("checkpoints", str(directory)).out)
 
 
+def test_a_stop_between_two_logged_steps_has_one_loss(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the mean of the steps since the last logged one, in the summary, the page and the table."""
+    monkeypatch.setenv("JAXINFRA_FAIL", "step:0:6:term")
+    stopped, directory = (
+        tiny.launch("track.log_every=4", "train.eval_every=none", "name=stopped"),
+        tiny.directory("stopped"),
+    )
+    assert stopped.code == 75, stopped
+    found = json.loads((directory / "summary.json").read_text())["final_loss"]
+    assert found != read_metrics(directory / "metrics.jsonl")[-1]["loss_mean"]
+    assert f" {format_metric(found)} " in launch("runs", str(tiny.runs)).out
+    assert f"<dt>Final training loss</dt><dd>{format_metric(found)}</dd>" in (directory / "report.html").read_text()
+
+
 def test_replay_reads_the_versions_of_the_record(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
     """`run.json` alone repeats a run, bit for bit, whatever was prepared since; where data is gone, it says so."""
     text, store = shutil.copytree(tiny_data / "text", tmp_path / "text"), tmp_path / "store"
