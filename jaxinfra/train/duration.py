@@ -35,8 +35,9 @@ def time_statistic(program: Program, steps: int) -> RunStatistics:
         step_s = peak_flops and step_flops(program) / (_CPU_MFU * peak_flops)
     if step_s is None:
         return {}
-    minutes = f"{max(steps * step_s / 60, 1):,.0f} min"
-    return {"time": (minutes, f"here: {steps:,} steps of {format_number(float(f'{step_s:.2g}'))} s, {how}")}
+    total_s = steps * step_s
+    total = f"{max(total_s, 1):.0f} s" if total_s < 100 else f"{total_s / 60:,.0f} min"
+    return {"time": (total, f"here: {steps:,} steps of {format_number(float(f'{step_s:.2g}'))} s, {how}")}
 
 
 def keep_step_time(program: Program, step_s: float | None) -> None:
