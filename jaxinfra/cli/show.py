@@ -36,7 +36,6 @@ def run(options: argparse.Namespace) -> None:
             print_table(stdout_console(), statistics_table(record.get("derived", {})))
         return
     loaded = config_argument.load_config(options)
-    validate(loaded.run)
     num_devices = options.devices.partition(":")[2] if options.devices else ""
     known_sizes = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
     run = with_mesh_size(loaded.run, int(num_devices or known_sizes))

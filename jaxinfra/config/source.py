@@ -37,7 +37,11 @@ class ConfigFile[C]:
     finder: ClassFinder  # finds the classes that overrides may name
 
     def with_overrides(self, overrides: Sequence[str]) -> Loaded[C]:
-        """Returns the config with overrides applied, `path=value` texts; raises ConfigError if one does not fit."""
+        """Returns the config with overrides applied, `path=value` texts; raises ConfigError if one does not fit.
+
+        A config class may define `further_overrides(overrides)`, which returns those that the given ones need.
+        """
+        overrides = [*overrides, *getattr(self.run, "further_overrides", lambda given: ())(overrides)]
         run = apply(self.run, overrides, self.finder)
         overridden = {override.path for override in read_overrides(overrides)}
         origins = _origins(run, leaves(self.run), overridden, self.source)

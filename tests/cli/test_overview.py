@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from jaxinfra.cli.arguments import DEVICE_OPTIONS
 from jaxinfra.cli.main import main
+from jaxinfra.errors import ConfigError
 from jaxinfra.families.catalog import catalog
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.runs import list_runs
@@ -76,8 +78,16 @@ def test_explain_says_what_there_is_in_place_of_other_frameworks_methods() -> No
 def test_outside_of_the_environment_one_line_says_how_to_enter_it(repo_root: Path) -> None:
     command = [sys.executable, "-S", "-m", "launch", "runs"]  # without site-packages
     ended = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.returncode == ConfigError.exit_code and ended.stdout == ""
     names(ended.stderr.removesuffix("\n"), "error: .venv/bin/activate quickstart 3.12")
+
+
+def test_sigterm_ends_a_command_that_only_computes_as_the_page_says(repo_root: Path) -> None:
+    code = "import os, signal\nimport jaxinfra.cli.runs as command\nfrom jaxinfra.cli.entry import main\n"
+    code += "command.run = lambda options: os.kill(os.getpid(), signal.SIGTERM)\nmain()"
+    ended = subprocess.run([sys.executable, "-c", code, "runs"], cwd=repo_root, capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGTERM and not ended.stderr
+    assert f"a shell shows {128 + signal.SIGTERM}." in (repo_root / "docs" / "exit-codes.md").read_text()
 
 
 def test_jax_starts_quietly_in_a_script(repo_root: Path) -> None:
@@ -222,6 +232,7 @@ def test_a_few_steps_shorten_the_warmup_of_the_file(tiny: Tiny, caplog: pytest.L
     assert main(["show", str(tiny.config), "train.steps=6", "--changed"]) == 0
     assert "warmup of 8 steps" in caplog.text and "optim.schedule.warmup_steps=0" in caplog.text
     refused(launch("show", str(tiny.config), "train.steps=6", "optim.schedule.warmup_steps=7"), "warmup_steps=7")
+    assert tiny.loaded("train.steps=6").optim.schedule.warmup_steps == 0, "a script gets what a command line gets"
 
 
 @pytest.mark.parametrize(
