@@ -31,7 +31,6 @@ class Loop:
         check_owner: raises RunInUseError if another start has taken over the run.
         after_step: does what is due after a step, given its metrics.
         save: saves a checkpoint of the last step, which somebody has asked for while a batch is late.
-        check_memory: raises ConfigError if the first step, with this state and batch, does not fit the memory.
     """
 
     job: Job
@@ -45,7 +44,6 @@ class Loop:
     check_owner: Callable[[], None]
     after_step: Callable[[Due, Metrics], None]
     save: Callable[[], None]
-    check_memory: Callable[..., None] = lambda state, batch: None
     _has_stepped: bool = field(default=False, init=False)
 
     def run(self, poll: Poll, last_step: int) -> str | None:
@@ -60,8 +58,6 @@ class Loop:
                 return self.requests.stops_after(self.completed_steps)
             self.profiler.begin_step(step - 1, self.state)
             with self.reporting.phases.first("train_step"):
-                if not self._has_stepped:
-                    self.check_memory(self.state, batch)
                 self.state, metrics = self.job.program.train_step(self.state, batch)
             self.reporting.phases.begun = step
             self.job.peers.agreement.dispatches(step)

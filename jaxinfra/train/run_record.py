@@ -156,8 +156,8 @@ def make_summary(
         "modality": modality,
         "wall_s": max(wall_s, logged_s),
         "final_loss": losses[-1] if loss is None and losses else loss,
-        f"{modality}s_per_s_median": median_of(rows, f"{modality}s_per_s"),
-        "mfu_median": median_of(rows, "mfu"),
+        f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
+        "mfu_median": _median(rows, "mfu"),
         "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
         f"{modality}s": completed_steps * units_per_step(job.program),
         "validation": {name.removeprefix("eval/"): value for name, value in eval_metrics.items()},
@@ -197,7 +197,6 @@ def sync_finished(job: Job, summary: Mapping[str, Any]) -> None:
             _log.warning("%s", error)
 
 
-def median_of(rows: Sequence[dict[str, float]], name: str) -> float | None:
-    """Returns the median of a metric; None if no row has it."""
+def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
     values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
     return median(values) if values else None

@@ -8,9 +8,8 @@ checkpoint, the next `Training` begins there.
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,6 @@ from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes import maintenance
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
-from jaxinfra.program.loss import Batch
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.runs import parse_source
@@ -45,7 +43,6 @@ from jaxinfra.train.run_record import (
     find_peak,
     finished_before,
     make_summary,
-    median_of,
     start_record,
     sync_finished,
 )
@@ -135,18 +132,17 @@ def train(job: Job) -> Ended:
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
         opened = Opened(requests, watch, profiler, saving, numerics, peak, changes)
-        check_memory = partial(check_step, job)
         with peers.naming_causes(), job.program.on_mesh, out_of_memory_errors(job):
             while True:
                 trackers = MultiTracker()  # logs nothing: only process 0 does
                 if owned is not None:
                     trackers = make_trackers(run.track, run_dir.path, run_dir.location, owned.check)
                 with trackers:
-                    training = Training(job, opened, trackers, step, check_memory)
+                    training = Training(job, opened, trackers, step)
                     try:
                         return training.run()
                     except Rewind as rewind:
-                        step, check_memory = go_back(job, opened, rewind), lambda state, batch: None  # it has fitted
+                        step = go_back(job, opened, rewind)
 
 
 def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
@@ -201,20 +197,13 @@ class Training:
         loop: makes the steps, and has the train state.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        opened: Opened,
-        trackers: MultiTracker,
-        newest_step: int,
-        check_memory: Callable[[TrainState, Batch], None],
-    ) -> None:
+    def __init__(self, job: Job, opened: Opened, trackers: MultiTracker, newest_step: int) -> None:
         self._job, self._opened, self._trackers = job, opened, trackers
         self._saving, self._numerics, self._phases = opened.saving, opened.numerics, opened.watch.phases
         owned, statistics = opened.saving.owned, run_statistics(job.program, job.data.dataset.train_units)
         with self._phases("restore" if newest_step or job.run.init else "init"):
             restored, init_source = self._restore_or_init(newest_step)
-        self._start_step = step = restored.step
+        step = restored.step
         self._phases.resume(step)
         self._is_evaluated = not lacks_evaluation(job, step, restored.record)
         self._eval_metrics: Mapping[str, float] = {}
@@ -246,7 +235,6 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
-            check_memory=check_memory,
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
 
@@ -263,8 +251,7 @@ class Training:
             wall_s = time.monotonic() - start_s
             mean, peak = self._reporting.interval.mean_loss, self._opened.peak
             summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, peak, mean)
-            rows = [row for row in existing_metrics(job.run_dir) if row["step"] > self._start_step]
-            keep_step_time(job.program, median_of(rows, "step_time_s"))
+            keep_step_time(job.program, self._phases.median_step_s())
         summary = job.peers.broadcast(summary)
         self._trackers.log_summary(summary)
         return Ended(summary, loop.completed_steps, loop.state, reason)
@@ -274,6 +261,9 @@ class Training:
         if not self._is_evaluated:
             self._is_evaluated = self._evaluate()
         self._phases.enter("step")
+        if self._phases.resumes == 1:  # else the run has gone back, and its steps have fitted
+            with self._phases("compile"):
+                check_step(self._job)
         loop, reporting, last_step = self.loop, self._reporting, self._job.run.train.steps
         with Prefetcher(self._batches, self._job.data.place) as on_devices:
             start_s = time.monotonic()
