@@ -24,8 +24,7 @@ def cpu_name() -> str:
 
 def read_measured(name: str) -> float | None:
     """Returns what was kept last under a name, a number above 0; None if there is none, or the file is damaged."""
-    value = _read().get(name)
-    return value if isinstance(value, float) and 0 < value < math.inf else None
+    return _read().get(name)
 
 
 def keep_measured(name: str, value: float) -> None:
@@ -38,9 +37,9 @@ def keep_measured(name: str, value: float) -> None:
         _log.warning("%s: %s; what was measured is not kept", path, error.strerror)
 
 
-def _read() -> dict[str, object]:
+def _read() -> dict[str, float]:
     try:
         values = json.loads(user_folder().with_name(FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is measured anew
+        return {name: value for name, value in values.items() if isinstance(value, float) and 0 < value < math.inf}
+    except (OSError, ValueError, AttributeError):  # it is measured anew
         return {}
-    return values if isinstance(values, dict) else {}

@@ -1,7 +1,5 @@
 """Estimates how long the steps of a run take on this machine, from what has been measured here."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -23,8 +21,8 @@ def time_statistic(program: Program, steps: int) -> RunStatistics:
     A step is as fast as in the last run of this shape; before the first one, that follows from the peak of the CPU. In
     float32 the peak is measured if none is kept, in half a second.
     """
-    count = int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
-    if not isinstance(program.mesh, Mesh) and (default_platform() != "cpu" or program.mesh.size not in (1, count)):
+    is_abstract = not isinstance(program.mesh, Mesh)
+    if is_abstract and (default_platform() != "cpu" or program.mesh.size not in (1, jax.device_count())):
         return {}
     step_s, how = read_measured(_step_name(program)), "as in the last run of this shape"
     if step_s is None and program.partitioner.platform == "cpu":
@@ -48,9 +46,8 @@ def keep_step_time(program: Program, step_s: float | None) -> None:
 
 def _step_name(program: Program) -> str:
     """Names what decides how long a step takes: the hardware, and the shape of the run."""
-    run, hardware = program.run, cpu_name()
-    if isinstance(program.mesh, Mesh) and program.partitioner.platform != "cpu":
-        hardware = program.mesh.devices.flat[0].device_kind
+    run, on_cpu = program.run, program.partitioner.platform == "cpu"
+    hardware = cpu_name() if on_cpu else jax.devices()[0].device_kind
     mesh = "".join(f", {axis}={size}" for axis, size in program.mesh.shape.items() if size > 1)
     shape = f"{program.num_params} parameters, {step_flops(program):.6g} FLOPs, {run.precision.compute}"
     remat = getattr(run.model, "remat", "none")

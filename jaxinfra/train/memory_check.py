@@ -79,13 +79,13 @@ def _check(job: Job, what: str, lowered: jax.stages.Lowered) -> None:
         where = f"each device of {job.peers.name_of(job.peers.index)}"
         total = device_memory({"limit": "bytes_limit"}).get("limit", math.inf)
         available = total - held
-    fix = _fix(job, added / max(_CAUTIOUS * available, 1.0))
-    needed = f"train.global_batch={job.run.train.global_batch}: {what} needs {format_bytes(held + added)} of memory"
+    fix, batch = _fix(job, added / max(_CAUTIOUS * available, 1.0)), job.run.train.global_batch
+    room = f"{where} has {format_bytes(total)}, {format_bytes(available)} of it free"
+    line = f"train.global_batch={batch}: {what} needs {format_bytes(held + added)} of memory, and {room}"
     if _CERTAIN * (held + added) > total:
-        raise ConfigError(f"{needed}, and {where} has {format_bytes(total)}; {fix}")
+        raise ConfigError(f"{line}; {fix}")
     if added > available and job.is_main:
-        free = f"{format_bytes(available)} of {format_bytes(total)} are free"
-        _log.warning("%s, and on %s %s: the run may be killed; %s", needed, where, free, fix)
+        _log.warning("%s: the run may be killed; %s", line, fix)
 
 
 def _fix(job: Job, ratio: float) -> str:

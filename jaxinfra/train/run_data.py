@@ -50,7 +50,7 @@ class RunData:
         return dataset
 
     def check_host_memory(self) -> None:
-        """Raises ConfigError, in all processes, if a host has too little memory for the batches of its processes.
+        """Raises ConfigError if the host has too little memory for the batches of its processes.
 
         On CPUs the memory of the devices is that of the host: batches on devices and the train state count, too.
         """
@@ -59,13 +59,11 @@ class RunData:
         if self._program.partitioner.platform == "cpu":
             ahead += DEPTH
             state_bytes = sum(_local_bytes(array, copies=True) for array in jax.tree.leaves(self._program.state))
-        needs = self._peers.gather(((ahead + 1) * batch_bytes, state_bytes, available_bytes()))
-        for host in dict.fromkeys(self._peers.hosts):
-            of_host = [need for need, each in zip(needs, self._peers.hosts, strict=True) if each == host]
-            batches, state = (sum(need[part] for need in of_host) for part in (0, 1))
-            available = of_host[0][2]
-            if batches + state > available:
-                raise ConfigError(_too_large(self._run.train.global_batch, batches, state, available, host))
+        host, available = self._peers.hosts[self._peers.index], available_bytes()
+        sharing = self._peers.hosts.count(host)
+        batches, state = sharing * (ahead + 1) * batch_bytes, sharing * state_bytes
+        if batches + state > available:
+            raise ConfigError(_too_large(self._run.train.global_batch, batches, state, available, host))
 
     @cached_property
     def rows(self) -> np.ndarray:
