@@ -20,17 +20,11 @@ _HOUR_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Gives the meaning of an exit code, and says whether the supervisor starts the run again.
+    """Gives the meaning of an exit code, and says whether the supervisor starts the run again."""
 
-    Attributes:
-        meaning: in a few words, for `--help` and for lines of the supervisor.
-        restarts: whether the same command is started again.
-        wait_s: seconds before the first of several restarts without progress; each doubles the wait.
-    """
-
-    meaning: str
-    restarts: bool = False
-    wait_s: float = 1.0
+    meaning: str  # in a few words, for `--help` and for lines of the supervisor
+    restarts: bool = False  # whether the same command is started again
+    wait_s: float = 1.0  # seconds before the first of several restarts without progress; each doubles the wait
 
 
 RULES: Mapping[int, Rule] = {

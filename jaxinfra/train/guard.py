@@ -36,19 +36,12 @@ class Rewind(NonFiniteError):
 
 
 class Decision(NamedTuple):
-    """A decision to go back.
+    """A decision to go back."""
 
-    Attributes:
-        step: number of steps that were completed then.
-        to: number of completed steps of the checkpoint that the run goes back to; 0 for its start.
-        skip: the range of batches, from the first to one past the last, that are left out from now on.
-        cause: what was bad.
-    """
-
-    step: int
-    to: int
-    skip: tuple[int, int]
-    cause: str
+    step: int  # number of steps that were completed then
+    to: int  # number of completed steps of the checkpoint that the run goes back to; 0 for its start
+    skip: tuple[int, int]  # the range of batches, from the first to one past the last, that are left out from now on
+    cause: str  # what was bad
 
 
 class Guard:

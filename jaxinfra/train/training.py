@@ -55,41 +55,24 @@ _log = logging.getLogger(__name__)
 
 
 class Ended(NamedTuple):
-    """How a training has ended.
+    """How a training has ended."""
 
-    Attributes:
-        summary: the contents of summary.json.
-        step: number of completed steps.
-        state: the train state after them; None if an earlier start has made all steps.
-        reason: why the training has stopped before the last step; None if it has made that step.
-    """
-
-    summary: dict[str, Any]
-    step: int
-    state: TrainState | None = None
-    reason: str | None = None
+    summary: dict[str, Any]  # the contents of summary.json
+    step: int  # number of completed steps
+    state: TrainState | None = None  # the train state after them; None if an earlier start has made all steps
+    reason: str | None = None  # why the training has stopped before the last step; None if it has made that step
 
 
 class Opened(NamedTuple):
-    """Holds the parts that stay open from the first step of a start to its last one, also if the run goes back.
+    """Holds the parts that stay open from the first step of a start to its last one, also if the run goes back."""
 
-    Attributes:
-        requests: says when to stop, or to save and go on.
-        watch: ends the training if it hangs.
-        profiler: profiles some of the steps.
-        saving: saves and restores checkpoints and copies of the state.
-        numerics: checks losses and parameters, and keeps the decisions to go back.
-        peak: FLOP/s of one device, and where that number is from.
-        changes: the changes of the config between the starts of the run, for the run record.
-    """
-
-    requests: RunSignals
-    watch: Watch
-    profiler: Profiler
-    saving: Saving
-    numerics: Numerics
-    peak: Mapping[str, Any]
-    changes: Sequence[Mapping[str, Any]]
+    requests: RunSignals  # says when to stop, or to save and go on
+    watch: Watch  # ends the training if it hangs
+    profiler: Profiler  # profiles some of the steps
+    saving: Saving  # saves and restores checkpoints and copies of the state
+    numerics: Numerics  # checks losses and parameters, and keeps the decisions to go back
+    peak: Mapping[str, Any]  # FLOP/s of one device, and where that number is from
+    changes: Sequence[Mapping[str, Any]]  # the changes of the config between the starts of the run, for the run record
 
 
 def train(job: Job) -> Ended:
