@@ -264,6 +264,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 def _add_sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    what = "where to send, if the run does not say it, such as track.mlflow.uri=http://127.0.0.1:5000"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
 
 
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
@@ -330,8 +332,3 @@ COMMANDS = {
     "diff": Command(_add_diff, "compare two configs or run records"),
     "parity": Command(_add_parity, "compare loss and gradients on each mesh to those of one device, and in processes"),
 }
-DEVICE_OPTIONS = (
-    *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
-    *("supervise", "max-restarts-per-hour", "accept-change"),
-)
-"""Options that may be taken for config fields."""

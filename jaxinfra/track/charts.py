@@ -34,23 +34,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCurves:
-    """The curves of a run, and the units of its axes.
+    """The curves of a run, and the units of its axes."""
 
-    Attributes:
-        name: for the legend.
-        curves: by metric.
-        baselines: by metric: values of simple models, by name.
-        time_s: the training time at each logged step.
-        units_per_step: tokens or images of a step; None if not known.
-        units: "tokens" or "images".
-    """
-
-    name: str
-    curves: Mapping[str, Curve]
-    baselines: Mapping[str, Mapping[str, float]]
-    time_s: Curve
-    units_per_step: int | None
-    units: str
+    name: str  # for the legend
+    curves: Mapping[str, Curve]  # by metric
+    baselines: Mapping[str, Mapping[str, float]]  # by metric: values of simple models, by name
+    time_s: Curve  # the training time at each logged step
+    units_per_step: int | None  # tokens or images of a step; None if not known
+    units: str  # "tokens" or "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +82,11 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Charts:
-    """The charts of a page.
+    """The charts of a page."""
 
-    Attributes:
-        drawn: the loss first.
-        constant: label and value of each line of the charts in which nothing changes, as text.
-        omitted: metrics beyond the largest number of charts.
-    """
-
-    drawn: Sequence[Chart]
-    constant: Sequence[tuple[str, str]]
-    omitted: Sequence[str]
+    drawn: Sequence[Chart]  # the loss first
+    constant: Sequence[tuple[str, str]]  # label and value of each line of the charts in which nothing changes, as text
+    omitted: Sequence[str]  # metrics beyond the largest number of charts
 
 
 def run_curves(

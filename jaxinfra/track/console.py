@@ -21,7 +21,7 @@ from rich.text import Text
 
 from jaxinfra.command import command_line
 from jaxinfra.config.source import COMMAND_LINE
-from jaxinfra.config.text import config_leaves
+from jaxinfra.config.view import config_leaves
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.formatting import (
     format_bytes,

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, override
 from uuid import uuid4
 
-from jaxinfra.command import COMMAND
 from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import cause_of, storage_errors
@@ -40,19 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """Metrics and texts of one step.
+    """Metrics and texts of one step."""
 
-    Attributes:
-        step: number of completed steps.
-        time_ms: Unix time in milliseconds.
-        metrics: values by group and name.
-        texts: "sample" or "profile", and the text.
-    """
-
-    step: int
-    time_ms: int
-    metrics: Mapping[str, float] = {}
-    texts: Mapping[str, str] = {}
+    step: int  # number of completed steps
+    time_ms: int  # Unix time in milliseconds
+    metrics: Mapping[str, float] = {}  # values by group and name
+    texts: Mapping[str, str] = {}  # "sample" or "profile", and the text
 
 
 type Point = tuple[str, int, float]
@@ -87,7 +79,7 @@ class RemoteTracker(Tracker):
         setting: what tells where the run is sent, such as uri=http://host.
         announce: whether to print where to look at the run, and how many rows are sent late.
         run_dir: the folder with the rows of earlier starts; None sends none of them.
-        location: directory or URL of the run, for `runs sync`; "" if that cannot send it.
+        sync_command: the command that sends later what has not arrived; "" if there is none.
     """
 
     def __init__(
@@ -98,11 +90,11 @@ class RemoteTracker(Tracker):
         *,
         announce: bool = True,
         run_dir: Path | None = None,
-        location: str = "",
+        sync_command: str = "",
     ) -> None:
         self._remote, self._path, self._setting, self._announce = remote, path, setting, announce
         self._run_dir = run_dir
-        self._fix = f"; when the server answers: {COMMAND} runs sync {location}" if location else ""
+        self._fix = f"; when the server answers: {sync_command}" if sync_command else ""
         self._rows: deque[Row] = deque(maxlen=_MAX_ROWS)
         self._earlier: deque[Row] = deque()  # rows of earlier starts that the server lacks
         self._redone: set[Point] = set()  # what it has of steps that this start makes again
@@ -127,6 +119,7 @@ class RemoteTracker(Tracker):
         if not (count := len(rows)):
             self._say("nothing to send: the run directory has no metrics.jsonl")
             return
+        self._say(f"asking {self._setting} what it lacks of {count} rows")  # the client's import takes seconds
         end_ms = max(row.time_ms for row in rows)
         self._end = summary.get("status", "stopped"), summary, end_ms  # after a kill there is no summary
         self._closing.set()  # all is tried once

@@ -23,7 +23,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxinfra.config.text import config_leaves, format_value
+from jaxinfra.config.text import format_value
+from jaxinfra.config.view import config_leaves
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl

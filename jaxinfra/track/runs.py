@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, runs_of_config
-from jaxinfra.config.text import config_leaves
+from jaxinfra.config.view import config_leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
 from jaxinfra.storage.errors import storage_errors
@@ -45,34 +45,19 @@ _NOT_COMPARED = ("name", "root", "track", "profile", "watchdog")  # say where a 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOverview:
-    """One run of a folder.
+    """One run of a folder."""
 
-    Attributes:
-        path: directory or URL of the run.
-        state: "running", "finished", "stopped" (asked to stop, and saved), "failed" (an error ended it), "interrupted"
-            (a process of it was killed), or what is wrong with its files.
-        completed_steps: number of steps up to the last logged one.
-        total_steps: `train.steps` of its config.
-        loss: training loss, the mean of the steps since a logged one, in nats, or None.
-        best_validation: smallest validation loss, in nats, or None.
-        units_per_s: throughput at the last logged step, in tokens or images, or None.
-        goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
-        age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
-        source: the config file or record that it was started with.
-        config: the text of each field by its path.
-    """
-
-    path: str
-    state: str
-    completed_steps: int = 0
-    total_steps: int | None = None
-    loss: float | None = None
-    best_validation: float | None = None
-    units_per_s: float | None = None
-    goodput: float | None = None
-    age_s: float = 0.0
-    source: str = ""
-    config: Mapping[str, str] = field(default_factory=dict)
+    path: str  # directory or URL of the run
+    state: str  # "running", "finished", "stopped", "failed", "interrupted" (was killed), or what is wrong
+    completed_steps: int = 0  # number of steps up to the last logged one
+    total_steps: int | None = None  # `train.steps` of its config
+    loss: float | None = None  # training loss, the mean of the steps since a logged one, in nats
+    best_validation: float | None = None  # smallest validation loss, in nats
+    units_per_s: float | None = None  # throughput at the last logged step, in tokens or images
+    goodput: float | None = None  # time of steps that were not lost, as a fraction of all since the first start
+    age_s: float = 0.0  # since the last change of its metrics or record, in a bucket since its last start
+    source: str = ""  # the config file or record that it was started with
+    config: Mapping[str, str] = field(default_factory=dict)  # the text of each field by its path
 
 
 def list_runs(root: str | Path) -> list[RunOverview]:

@@ -24,23 +24,14 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """The time line of a run.
+    """The time line of a run."""
 
-    Attributes:
-        bars: the parts of the columns.
-        starts: the position of each start after the first.
-        legend: class and label, of those that the run has.
-        end: the time at the right end, in words.
-        text: what the picture shows, in words.
-        rows: of the table: class, seconds, share.
-    """
-
-    bars: Sequence[Bar]
-    starts: Sequence[float]
-    legend: Sequence[tuple[str, str]]
-    end: str
-    text: str
-    rows: Sequence[tuple[str, str, str]]
+    bars: Sequence[Bar]  # the parts of the columns
+    starts: Sequence[float]  # the position of each start after the first
+    legend: Sequence[tuple[str, str]]  # class and label, of those that the run has
+    end: str  # the time at the right end, in words
+    text: str  # what the picture shows, in words
+    rows: Sequence[tuple[str, str, str]]  # of the table: class, seconds, share
 
 
 def timeline(run: Goodput) -> Timeline:

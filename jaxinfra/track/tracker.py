@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, override
 
+from jaxinfra.command import command_line
+from jaxinfra.config import diff
 from jaxinfra.config.extensible import is_user_class
+from jaxinfra.config.text import format_value
 from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.packages import require_optional
 from jaxinfra.storage.credentials import mask_credentials
@@ -185,7 +188,9 @@ def mlflow_tracker(config: Mlflow, run_dir: Path, location: str, *, announce: bo
     """Makes the tracker of MLflow, whose `sync` sends later what the server has not got."""
     require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
     remote, setting = MLflowRun(config, run_dir), f"uri={config.uri}"
-    return RemoteTracker(remote, "track.mlflow", setting, announce=announce, run_dir=run_dir, location=location)
+    fields = [f"track.mlflow.{each.path}={format_value(each.right)}" for each in diff(Mlflow(), config)]
+    command = command_line("runs", "sync", location, *fields)  # works if a start that does not train has set them, too
+    return RemoteTracker(remote, "track.mlflow", setting, announce=announce, run_dir=run_dir, sync_command=command)
 
 
 def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:
