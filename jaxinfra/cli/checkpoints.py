@@ -186,7 +186,8 @@ def _diff(opened: _Run, options: argparse.Namespace) -> Any:
     values = [each for each in different if each.largest is not None]
     if values:
         _print_groups(found)
-        worst = sorted(values, key=_badness, reverse=True)[:_WORST]
+        # A NaN is worst.
+        worst = sorted(values, key=lambda leaf: (math.isnan(leaf.relative), leaf.relative), reverse=True)[:_WORST]
         _print_leaves(values if options.all else worst, len(values))
     equal = len(found) - len(different)
     print(
@@ -216,11 +217,6 @@ def _recorded_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> 
     sides = [flatten({key: record[key] for key in _RECORDED if key in record}) for record in (left, right)]
     pairs = {name: (sides[0].get(name), sides[1].get(name)) for name in {**sides[0], **sides[1]}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _badness(each: LeafDifference) -> float:
-    """Returns the relative difference, by which leaves are sorted; a NaN is worst."""
-    return math.inf if math.isnan(each.relative) else each.relative
 
 
 def _print_groups(found: Sequence[LeafDifference]) -> None:

@@ -107,7 +107,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         _add_plugins(argv)
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    is_name = _is_name(argv[0])
+    # A word that may be the name of a command is no option, and has neither a folder nor a suffix.
+    is_name = not argv[0].startswith("-") and os.path.splitext(os.path.basename(argv[0])) == (argv[0], "")
     if is_name and not _command_words(argv):
         _add_plugins(argv)
     num_words = _command_words(argv)  # 0: CONFIG, which means train
@@ -127,11 +128,6 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     options.command, options.argv = command, [*argv]
     options.notes = run_names.resolve(options)
     return options
-
-
-def _is_name(word: str) -> bool:
-    """Whether a word may be the name of a command: it is no option, and has neither a folder nor a suffix."""
-    return not word.startswith("-") and os.path.basename(word) == word and not os.path.splitext(word)[1]
 
 
 def _command_words(argv: Sequence[str]) -> int:

@@ -41,6 +41,7 @@ _LOG_WIDTH = 110  # characters of a table in a log file
 _ANY_WIDTH = 100_000  # characters
 _BAR_WIDTH = 40  # characters, if the terminal is wide enough
 _MIN_BAR_WIDTH = 12  # characters
+_LONGEST_WORD = 40  # characters of a wrapped column; a longer path does not push other columns out
 _HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device", "time")
 """Statistics that are printed at the start of a run; {} is the modality. `show` prints all."""
 
@@ -75,9 +76,8 @@ def stdout_console() -> Console:
 
 def statistics_table(statistics: RunStatistics) -> Table:
     """Makes the table of all statistics, for `show`."""
-    table = titled_table("Run statistics", "statistic")
-    table.add_column("value", justify="right")
-    table.add_column("unit or formula", style="dim", overflow="fold")
+    columns = Column("value", justify="right"), Column("unit or formula", style="dim", overflow="fold")
+    table = titled_table("Run statistics", "statistic", *columns)
     for name, (value, unit) in statistics.items():
         table.add_row(Text(name), Text(format_number(value)), Text(unit))
     return table
@@ -86,10 +86,8 @@ def statistics_table(statistics: RunStatistics) -> Table:
 def headline_table(statistics: RunStatistics) -> Table:
     """Makes the table that is printed before the first step: at most 9 rows of rounded numbers."""
     modality = next((name.removesuffix("s a step") for name in statistics if name.endswith("s a step")), "token")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(justify="right", style="bold")
-    table.add_column(style="dim", overflow="fold")
+    columns = Column(), Column(justify="right", style="bold"), Column(style="dim", overflow="fold")
+    table = Table(*columns, box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in (headline.format(modality) for headline in _HEADLINES):
         if name in statistics:
             value, note = statistics[name]
@@ -100,9 +98,8 @@ def headline_table(statistics: RunStatistics) -> Table:
 
 def summary_table(values: Mapping[str, Any]) -> Table:
     """Makes the table that is printed after the last step."""
-    table = titled_table("Summary", "")
+    table = titled_table("Summary", "", "")
     table.show_header = False
-    table.add_column()
     for label, value in summary_rows(values):
         table.add_row(Text(label), Text(value))
     return table
@@ -159,7 +156,7 @@ def _needed_width(console: Console, table: Table) -> int:
     for column in table.columns:
         column.no_wrap = column.overflow != "fold"
         sizes = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
-        column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+        column.min_width = max(size.maximum if column.no_wrap else min(size.minimum, _LONGEST_WORD) for size in sizes)
     return console.measure(table, options=options).minimum
 
 

@@ -260,17 +260,17 @@ def logged_rows(run_dir: Path | None, until_step: int = sys.maxsize) -> list[Row
     if run_dir is None or not (run_dir / METRICS_FILE).exists():
         return []
     times_s = {row.step: each.start_s + row.time_s for each in read_ledger(run_dir / GOODPUT_FILE) for row in each.rows}
-    samples = read_samples(run_dir / SAMPLES_FILE) if (run_dir / SAMPLES_FILE).exists() else []
-    texts = [(step, {"texts": {"sample": text}}) for step, text in samples if step <= until_step]
-    found: list[tuple[int, dict[str, Any]]] = texts[-1:]
-    for values in read_metrics(run_dir / METRICS_FILE):
-        metrics = {
-            grouped_name(name): value for name, value in shown_metrics(values).items() if name not in ("step", "time_s")
-        }
-        found.append((int(values["step"]), {"metrics": metrics}))
-    found.sort(key=lambda row: row[0])
     now_s = time.time()  # of a step without a time
-    return [Row(step, round(1000 * times_s.get(step, now_s)), **row) for step, row in found if step <= until_step]
+
+    def row(step: int, **content: Mapping[str, Any]) -> Row:
+        return Row(step, round(1000 * times_s.get(step, now_s)), **content)
+
+    samples = read_samples(run_dir / SAMPLES_FILE) if (run_dir / SAMPLES_FILE).exists() else []
+    rows = [row(step, texts={"sample": text}) for step, text in samples if step <= until_step][-1:]
+    for values in read_metrics(run_dir / METRICS_FILE):
+        shown = {name: value for name, value in shown_metrics(values).items() if name not in ("step", "time_s")}
+        rows.append(row(int(values["step"]), metrics={grouped_name(name): value for name, value in shown.items()}))
+    return sorted((each for each in rows if each.step <= until_step), key=lambda each: each.step)
 
 
 def rows_without(rows: Sequence[Row], points: Iterable[Point]) -> list[Row]:

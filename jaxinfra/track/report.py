@@ -140,10 +140,12 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         for name in ("report.css", "uPlot.min.css", "uPlot.LICENSE", *_SCRIPTS)
     }
     scripts = [assets[name] for name in _SCRIPTS]
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
     charts = make_charts(curves)
-    only = runs[0] if len(runs) == 1 else None
+    only, names = runs[0] if len(runs) == 1 else None, [run.name for run in runs]
+    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
     reload = {"everyMs": 1e3 * EVERY_S, "untilMs": 1e3 * (time.time() + _MAX_AGE_S)}
     data = page_data(curves, charts.drawn) | {"reload": reload if only and only.state == "running" else None}
     return environment.get_template("report.html.jinja").render(
@@ -152,7 +154,7 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         license=assets["uPlot.LICENSE"],
         scripts=scripts,
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        title=", ".join(run.name for run in runs),
+        title=", ".join(names),
         runs=[
             {
                 "name": run.name,
@@ -169,16 +171,12 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         timeline_size=(COLUMNS, HEIGHT),
         tiles=_tiles(only) if only else [],
         comparisons=list(_comparisons(only.summary)) if only else [],
-        results=[] if only else [_results(runs)],
+        results=[] if only else [Table(title="Results", head=("", *names), rows=_by_key(results))],
         tables=[
             Table(title="Constant at all logged steps", head=("metric", "value"), rows=charts.constant),
             *(_own_tables(only) if only else _difference_tables(runs)),
         ],
     )
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
@@ -197,7 +195,6 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
 
 
 def _own_tables(run: RunFiles) -> Iterator[Table]:
-    """Yields the tables of the page of one run."""
     record = run.record
     samples = [(f"step {step:,}", text) for step, text in reversed(run.samples)]
     older = samples[_SHOWN_SAMPLES:][:_MAX_OLDER_SAMPLES]
@@ -219,11 +216,6 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
         folded_title=f"All {len(config)} fields",
     )
     yield Table(title="Environment", head=(), rows=[*_texts(_environment(record)).items()])
-
-
-def _results(runs: Sequence[RunFiles]) -> Table:
-    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
-    return Table(title="Results", head=("", *(run.name for run in runs)), rows=_by_key(results))
 
 
 def _difference_tables(runs: Sequence[RunFiles]) -> Iterator[Table]:

@@ -33,9 +33,7 @@ _log = logging.getLogger(__name__)
 class MultiTracker(Tracker):
     """Passes everything to each tracker in order; a context manager that closes them.
 
-    Args:
-        trackers: the trackers.
-        check: raises RunInUseError if another start has taken over the run; then the trackers are abandoned.
+    If `check` raises RunInUseError, since another start has taken over the run, the trackers are abandoned.
     """
 
     def __init__(self, trackers: Sequence[Tracker] = (), check: Callable[[], None] = lambda: None) -> None:
@@ -126,7 +124,6 @@ class MultiTracker(Tracker):
                 raise lost
 
     def _find_loss(self) -> RunInUseError | None:
-        """Returns the error of a start that has lost its run."""
         try:
             self._check()
         except RunInUseError as error:
@@ -153,13 +150,9 @@ class MultiTracker(Tracker):
 def make_trackers(
     config: TrackConfig, run_dir: Path, location: str | None = None, check: Callable[[], None] = lambda: None
 ) -> MultiTracker:
-    """Makes the trackers of a run, the report included; `start` opens their files.
+    """Makes the trackers of a run, the report included; `start` opens their files in `run_dir`.
 
-    Args:
-        config: which trackers.
-        run_dir: the folder of their files.
-        location: where the run is, for people; `run_dir` by default.
-        check: raises RunInUseError if another start has taken over the run.
+    `location` says where the run is, by default there; `check` raises RunInUseError if another start has taken it over.
     """
     trackers: list[Tracker] = []
     if config.jsonl:
