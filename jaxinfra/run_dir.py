@@ -31,7 +31,7 @@ from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror, fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_summary
-from jaxinfra.track.report import REPORT_FILE, write_report
+from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.runs import RUN_FILES, parse_source
 
 _SEEN_S = 90.0  # NFS shows a new file after up to a minute (acdirmax, nfs(5))
@@ -180,12 +180,6 @@ class RunDirectory:
         except StorageError as error:
             _log.warning("%s", error)
             return {}
-
-    def finished_summary(self, completed_steps: int) -> dict[str, Any]:
-        """Returns the summary of a run that is already finished; writes its report if that is missing."""
-        if self.record.exists() and not self.report.exists() and not self.is_remote:
-            write_report(self.path)
-        return {**self.summary(), "steps": completed_steps, "status": "finished before"}
 
     def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
         """Returns the fingerprinted fields in which a run record differs from a config."""

@@ -81,7 +81,6 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _open(location: str) -> _Run:
-    """Raises ConfigError if there is no run."""
     with local_files(location) as folder:
         record = read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
     stored = stored_checkpoints(location)
@@ -278,10 +277,8 @@ def _print_plan(plan: PrunePlan, delete: str, free: str) -> None:
         print(f"{delete} {each.name}, {_size(each.num_bytes) or 'of unknown size'}: {_describe(each, False)}")
     for step, problem in plan.damaged.items():
         print(f"leaving step {step}, which is damaged: {problem}")
-    if plan.steps or plan.leftovers:
-        print(f"{free} {format_bytes(plan.num_bytes)}; kept: {_join(plan.kept)}", flush=True)
-    else:
-        print(f"nothing to delete; kept: {_join(plan.kept)}", flush=True)
+    freed = f"{free} {format_bytes(plan.num_bytes)}" if plan.steps or plan.leftovers else "nothing to delete"
+    print(f"{freed}; kept: {_join(plan.kept)}", flush=True)
 
 
 def _copy(opened: _Run, options: argparse.Namespace) -> Any:

@@ -29,12 +29,8 @@ def shorter_warmup(file: Run, overrides: Sequence[str]) -> list[str]:
     if schedule_is_set or not steps.isdecimal() or not any(file.optim.schedule.problems_in_run(int(steps), "")):
         return []
     override = f"optim.schedule.warmup_steps={int(steps) // 10}"
-    _log.warning(
-        "warmup of %d steps does not fit into train.steps=%s; using %s",
-        file.optim.schedule.warmup_steps,
-        steps,
-        override,
-    )
+    warmup_steps = file.optim.schedule.warmup_steps
+    _log.warning("warmup of %d steps does not fit into train.steps=%s; using %s", warmup_steps, steps, override)
     return [override]
 
 

@@ -123,8 +123,8 @@ def make_charts(runs: Sequence[RunCurves]) -> Charts:
     devices = sorted(metric for metric in metrics if metric.startswith("device_") and metric.endswith("_bytes"))
     devices = devices[:_MAX_DEVICE_LINES]
     memory = {"rss_bytes": "host"} | {name: name.removesuffix("_bytes").replace("_", " ") for name in devices}
-    largest = max((_largest(run.curves[name]) for run in runs for name in memory if name in run.curves), default=1.0)
-    divisor, unit = bytes_unit(largest)
+    sizes = np.concatenate([[1.0], *(run.curves[name].values for run in runs for name in memory if name in run.curves)])
+    divisor, unit = bytes_unit(sizes[np.isfinite(sizes)].max())
     used = {*_KNOWN, *memory, *speeds, *evaluated, *evaluated.values()}
     others = sorted(metric for metric in metrics if metric not in used)
     charts = [
@@ -152,12 +152,7 @@ def page_data(runs: Sequence[RunCurves], charts: Sequence[Chart]) -> dict[str, A
     """Returns what report.js draws, as JSON values; NaN and infinities are strings."""
     return {
         "runs": [
-            {
-                "name": run.name,
-                "unitsPerStep": run.units_per_step,
-                "units": run.units,
-                "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS)),
-            }
+            {"unitsPerStep": run.units_per_step, "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS))}
             for run in runs
         ],
         "charts": [
@@ -268,11 +263,6 @@ def _constant_texts(chart: Chart) -> list[tuple[str, str]]:
     if len({*texts.values()}) == 1:
         return [(chart.title, next(iter(texts.values())))]
     return [(f"{chart.title}: {label}", text) for label, text in texts.items()]
-
-
-def _largest(curve: Curve) -> float:
-    finite = curve.values[np.isfinite(curve.values)]
-    return float(finite.max()) if len(finite) else 1.0
 
 
 def _evenly(count: int, most: int) -> np.ndarray:

@@ -302,10 +302,8 @@ class ProgressBarTracker(ConsoleTracker):
             text = Text(f"compiling the train step  {format_duration(time.monotonic() - self._start_s)}")
             return Spinner("dots", text)
         cells = [self._steps(self._completed_steps), *self._cells()]
-        available = self._console.width - _MIN_BAR_WIDTH
-        while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > available:
+        while (used := sum(len(cell) + 2 for cell in cells)) > self._console.width - _MIN_BAR_WIDTH and len(cells) > 1:
             del cells[-1]
-        used = sum(len(cell) + 2 for cell in cells)
         grid = Table.grid(padding=(0, 2, 0, 0))
         width = min(_BAR_WIDTH, self._console.width - used - 2)
         bar = ProgressBar(total=max(self._total_steps, 1), completed=self._completed_steps, width=width)

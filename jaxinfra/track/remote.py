@@ -119,7 +119,7 @@ class RemoteTracker(Tracker):
         if not (count := len(rows)):
             self._say("nothing to send: the run directory has no metrics.jsonl")
             return
-        self._say(f"asking {self._setting} what it lacks of {count} rows")  # the client's import takes seconds
+        print(f"{self._path}: asking {self._setting} what it lacks of {count} rows", flush=True)  # may take a minute
         end_ms = max(row.time_ms for row in rows)
         self._end = summary.get("status", "stopped"), summary, end_ms  # after a kill there is no summary
         self._closing.set()  # all is tried once

@@ -4,10 +4,7 @@ A page needs no network and no server; the content security policy allows only i
 be written during a run, after a kill, or on another machine, from:
     run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
         statistics as [value, unit or formula]; `devices` and `host`; everything else is listed as the environment.
-    metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
-    samples.jsonl, optional: texts that the model wrote.
-    goodput.jsonl, optional: see `goodput`.
-    summary.json, optional: see `formatting.summary_rows`.
+    metrics.jsonl, samples.jsonl and summary.json (see `jsonl`) and goodput.jsonl, where they are there.
 """
 
 import base64
@@ -54,7 +51,7 @@ _OF_CHECKPOINTS = ("guard", "interval", "evaluated")  # parts of a record that w
 _MAX_AGE_S = 3600.0  # of a page that loads itself again: the run may have been killed
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
-_SCRIPTS = ("uPlot.iife.min.js", "report.js")
+_ASSETS = ("report.css", "uPlot.min.css", "uPlot.LICENSE", "uPlot.iife.min.js", "report.js")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +132,7 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    assets = {
-        name: loader.get_source(environment, name)[0]
-        for name in ("report.css", "uPlot.min.css", "uPlot.LICENSE", *_SCRIPTS)
-    }
-    scripts = [assets[name] for name in _SCRIPTS]
+    style, uplot_style, uplot_license, *scripts = (loader.get_source(environment, name)[0] for name in _ASSETS)
     digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
@@ -150,8 +143,8 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     data = page_data(curves, charts.drawn) | {"reload": reload if only and only.state == "running" else None}
     return environment.get_template("report.html.jinja").render(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
-        style=assets["uPlot.min.css"] + assets["report.css"],
-        license=assets["uPlot.LICENSE"],
+        style=uplot_style + style,
+        license=uplot_license,
         scripts=scripts,
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         title=", ".join(names),

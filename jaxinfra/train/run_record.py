@@ -183,7 +183,9 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
         with storage_errors(run_dir.path):
             JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
         write_report(run_dir.path)
-    return run_dir.finished_summary(completed_steps)
+    if run_dir.record.exists() and not run_dir.report.exists() and not run_dir.is_remote:
+        write_report(run_dir.path)
+    return {**run_dir.summary(), "steps": completed_steps, "status": "finished before"}
 
 
 def sync_finished(job: Job, summary: Mapping[str, Any]) -> None:

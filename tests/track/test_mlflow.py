@@ -173,7 +173,7 @@ def test_a_finished_run_is_sent_to_a_server_that_it_did_not_name(away, server, t
     assert tiny.launch(*words[2:], "name=tiny").code == 0
     faults.down = True
     again = tiny.launch(*words, "name=tiny")
-    assert again.code == 0 and f"asking uri={uri}" in again.err, again
+    assert again.code == 0 and f"asking uri={uri}" in again.out, again
     line = next(text for text in caplog.messages if "runs sync" in text)
     printed = shlex.split(line.partition("launch ")[2])
     refused(launch(*printed), shlex.join(printed), code=StorageError.exit_code)
