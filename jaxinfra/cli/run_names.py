@@ -28,7 +28,6 @@ def resolve(options: argparse.Namespace) -> list[str]:
         return f"{found[0]}{at}{step}"
 
     for field in ("run_dir", "runs", "config", "left", "right"):
-        value = getattr(options, field, None)
-        if value is not None:
+        if (value := getattr(options, field, None)) is not None:
             setattr(options, field, [*map(newest, value)] if isinstance(value, list) else newest(value))
     return notes

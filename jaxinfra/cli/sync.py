@@ -24,8 +24,7 @@ def run(options: argparse.Namespace) -> None:
     location = options.run_dir.rstrip("/")
     record = read_record(record_of(location))
     recorded = decode(Mlflow, record["config"].get("track", {}).get("mlflow", {}))
-    tracked = apply(_Tracked(track=TrackConfig(mlflow=recorded)), options.overrides)
-    validate(tracked)
+    validate(tracked := apply(_Tracked(track=TrackConfig(mlflow=recorded)), options.overrides))
     config = tracked.track.mlflow
     if config.uri is None:
         again = command_line("runs", "sync", location, "track.mlflow.uri=http://127.0.0.1:5000")

@@ -220,11 +220,10 @@ def _chart(
             levels |= _levels(run, metric)
             whole = run.curves[metric]
             curve = Curve(steps=whole.steps, values=whole.values / divisor)
-            if len(runs) == 1:
-                line = Line(label=label, run=number, color=order, dash=0, style="plain", curve=curve)
-            else:  # a color is a run
+            if len(runs) > 1:
                 label = run.name if len(labels) == 1 else f"{run.name}, {label}"
-                line = Line(label=label, run=number, color=number, dash=order, style="plain", curve=curve)
+            color, dash = (order, 0) if len(runs) == 1 else (number, order)  # of several runs, each has a color
+            line = Line(label=label, run=number, color=color, dash=dash, style="plain", curve=curve)
             if metric.startswith("eval/"):
                 lines.append(replace(line, style="dots"))
             elif mean and len(curve.values) >= _MEAN_MIN_VALUES:

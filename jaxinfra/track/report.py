@@ -197,9 +197,8 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
     derived = [(name, value, how) for name, (value, how) in _statistics(record).items()]
     yield Table(title="Run statistics", head=("statistic", "value", "unit or formula"), rows=derived)
     config = config_leaves(record.get("config", {}))
-    changed = [
-        (path, config[path], str(origin)) for path, origin in record.get("origins", {}).items() if path in config
-    ]
+    origins = record.get("origins", {}).items()
+    changed = [(path, config[path], str(origin)) for path, origin in origins if path in config]
     yield Table(
         title="Config, changed from the defaults",
         head=("field", "value", "set by"),

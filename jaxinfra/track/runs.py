@@ -66,9 +66,12 @@ def list_runs(root: str | Path) -> list[RunOverview]:
     Raises ConfigError if there is no such folder, StorageError if it cannot be read.
     """
     if is_remote(root):
-        url = str(root).rstrip("/")
-        overviews = [_remote_overview(f"{url}/{name}") for name in list_folders(url)]
-        return sorted((each for each in overviews if each is not None), key=lambda run: run.age_s)
+        runs, url = list[RunOverview](), str(root).rstrip("/")
+        for location in (f"{url}/{name}" for name in list_folders(url)):
+            with local_files(location) as folder:
+                if (folder / RECORD_FILE).exists():
+                    runs.append(run_overview(folder, location))
+        return sorted(runs, key=lambda run: run.age_s)
     if not Path(root).is_dir():
         raise ConfigError(f"{root}: no such folder; name the folder that holds runs, such as runs")
     folders = {record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")}
@@ -113,11 +116,6 @@ def local_files(location: str) -> Iterator[Path]:
     with TemporaryDirectory(prefix="jaxinfra-run-") as folder:
         fetch(ObjectStore(location), RUN_FILES, Path(folder))
         yield Path(folder)
-
-
-def _remote_overview(url: str) -> RunOverview | None:
-    with local_files(url) as folder:
-        return run_overview(folder, url) if (folder / RECORD_FILE).exists() else None
 
 
 def run_overview(folder: Path, location: str) -> RunOverview:
