@@ -162,9 +162,8 @@ function linesOf(chart) {
     y: line.values.map((value) => (typeof value === "number" ? value : null)),
     broken: line.values.flatMap((value, index) => (typeof value === "number" ? [] : [index])),
   }));
-  const [first, last] = wholeRange();
-  const levels = chart.levels.map(([label, value]) => ({ label, level: true, x: [first, last], y: [value, value], broken: [] }));
-  return [...lines, ...levels.map((line) => (first === last ? { ...line, x: [first], y: [line.y[0]] } : line))];
+  const ends = [...new Set(wholeRange())];  // one, if all lines have the same single step
+  return [...lines, ...chart.levels.map(([label, value]) => ({ label, level: true, x: ends, y: ends.map(() => value), broken: [] }))];
 }
 
 function options(chart, figure, lines, table) {
