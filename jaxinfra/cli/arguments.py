@@ -199,8 +199,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"%(prog)s RUN [{' | '.join(CHECKPOINT_ACTIONS.values())}] [options]"
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
     what = "verify: compare every byte with its hash; diff: compare two steps, or RUN@STEP, leaf by leaf; prune: "
-    what += "delete superseded steps and what interrupted saves have left; copy-to: make a run directory with one "
-    what += "checkpoint"
+    what += "delete superseded steps and what interrupted saves have left; copy-to: make a run directory of one step"
     parser.add_argument("action", metavar="ACTION", nargs="?", choices=(*CHECKPOINT_ACTIONS,), help=what)
     parser.add_argument("words", metavar="STEP or DIR", nargs="*", help="what the action works on")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")

@@ -122,7 +122,8 @@ def fitted_table(
         table = titled_table("")
         for name in shown:
             overflow = "fold" if name == wrapped and console.is_terminal else "ellipsis"
-            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow)
+            least = _LONGEST_WORD if overflow == "fold" else None
+            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow, min_width=least)
         for row in (dict(zip(headers, row, strict=True)) for row in rows):
             cells = (row[name] if console.is_terminal else row[name].replace("\n", ", ") for name in shown)
             table.add_row(*map(Text, cells))
@@ -151,13 +152,15 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def _needed_width(console: Console, table: Table) -> int:
-    """Gives each column the width that it needs at least; returns that of the table."""
-    options = console.options.update(width=_ANY_WIDTH)
+    """Gives each column the width that it needs at least, or a smaller one that it has; returns that of the table."""
+    options, broken = console.options.update(width=_ANY_WIDTH), 0  # characters of words that are broken
     for column in table.columns:
         column.no_wrap = column.overflow != "fold"
         sizes = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
-        column.min_width = max(size.maximum if column.no_wrap else min(size.minimum, _LONGEST_WORD) for size in sizes)
-    return console.measure(table, options=options).minimum
+        needed = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+        column.min_width = min(needed, column.min_width or needed)
+        broken += needed - column.min_width
+    return console.measure(table, options=options).minimum - broken
 
 
 class ConsoleTracker(Tracker):

@@ -153,10 +153,9 @@ def _file_age_s(folder: Path) -> float:
 def _age_s(record: Mapping[str, Any]) -> float:
     """Returns the seconds since the last start of a run in a bucket; 0 if its record does not tell."""
     try:
-        created = datetime.fromisoformat(str(record["created"]))
+        return time.time() - datetime.fromisoformat(str(record["created"])).timestamp()
     except (KeyError, ValueError):
         return 0.0
-    return time.time() - created.timestamp()
 
 
 def record_of(location: str) -> str:
