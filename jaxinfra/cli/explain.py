@@ -42,8 +42,7 @@ def run(options: argparse.Namespace) -> None:
         owners = [name for name, usage in usages.items() if f"[{option} " in usage or f"[{option}]" in usage]
         if not owners:
             raise
-        where = f"{COMMAND} {owners[0]} --help"
-        raise ConfigError(f"{options.field}: is no config field but the option {option}; see {where}") from None
+        raise ConfigError(f"{options.field}: is the option {option}; see {COMMAND} {owners[0]} --help") from None
     same: dict[tuple[str, ...], list[Field]] = {}  # a field of several classes is explained once
     for field in found:
         same.setdefault((field.path, field.allowed, field.default, field.meaning), []).append(field)
