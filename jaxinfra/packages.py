@@ -33,11 +33,7 @@ def require_optional(module: str, *, needed_by: str, install: str) -> None:
 
 def install_command(requirement: str) -> str:
     """Returns the pip command for a requirement; an extra of jaxinfra is that of the clone, if it is not installed."""
-    if requirement.startswith("jaxinfra[") and not _is_installed():
+    # Where pip knows jaxinfra, also from a clone, it adds an extra without a registry's jaxinfra.
+    if requirement.startswith("jaxinfra[") and not any(True for _ in distributions(name="jaxinfra")):
         return f"pip install -e {shlex.quote(requirement.replace('jaxinfra', '.'))}"
     return f"pip install {shlex.quote(requirement)}"
-
-
-def _is_installed() -> bool:
-    """Returns whether pip knows jaxinfra, also from a clone; it then adds an extra without a registry's jaxinfra."""
-    return any(True for _ in distributions(name="jaxinfra"))

@@ -198,10 +198,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"%(prog)s RUN [{' | '.join(CHECKPOINT_ACTIONS.values())}] [options]"
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
-    what = (
-        "verify: compare every byte with its hash; diff: compare two steps, or RUN@STEP, leaf by leaf; prune: delete "
-    )
-    what += "superseded steps and what interrupted saves have left; copy-to: make a run directory with one checkpoint"
+    what = "verify: compare every byte with its hash; diff: compare two steps, or RUN@STEP, leaf by leaf; prune: "
+    what += "delete superseded steps and what interrupted saves have left; copy-to: make a run directory of one step"
     parser.add_argument("action", metavar="ACTION", nargs="?", choices=(*CHECKPOINT_ACTIONS,), help=what)
     parser.add_argument("words", metavar="STEP or DIR", nargs="*", help="what the action works on")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
@@ -264,6 +262,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 def _add_sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    what = "where to send, if the run does not say it, such as track.mlflow.uri=http://127.0.0.1:5000"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
 
 
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
@@ -330,8 +330,3 @@ COMMANDS = {
     "diff": Command(_add_diff, "compare two configs or run records"),
     "parity": Command(_add_parity, "compare loss and gradients on each mesh to those of one device, and in processes"),
 }
-DEVICE_OPTIONS = (
-    *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
-    *("supervise", "max-restarts-per-hour", "accept-change"),
-)
-"""Options that may be taken for config fields."""

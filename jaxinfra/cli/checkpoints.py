@@ -81,7 +81,6 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _open(location: str) -> _Run:
-    """Raises ConfigError if there is no run."""
     with local_files(location) as folder:
         record = read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
     stored = stored_checkpoints(location)
@@ -186,7 +185,8 @@ def _diff(opened: _Run, options: argparse.Namespace) -> Any:
     values = [each for each in different if each.largest is not None]
     if values:
         _print_groups(found)
-        worst = sorted(values, key=_badness, reverse=True)[:_WORST]
+        # A NaN is worst.
+        worst = sorted(values, key=lambda leaf: (math.isnan(leaf.relative), leaf.relative), reverse=True)[:_WORST]
         _print_leaves(values if options.all else worst, len(values))
     equal = len(found) - len(different)
     print(
@@ -216,11 +216,6 @@ def _recorded_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> 
     sides = [flatten({key: record[key] for key in _RECORDED if key in record}) for record in (left, right)]
     pairs = {name: (sides[0].get(name), sides[1].get(name)) for name in {**sides[0], **sides[1]}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _badness(each: LeafDifference) -> float:
-    """Returns the relative difference, by which leaves are sorted; a NaN is worst."""
-    return math.inf if math.isnan(each.relative) else each.relative
 
 
 def _print_groups(found: Sequence[LeafDifference]) -> None:
@@ -282,10 +277,8 @@ def _print_plan(plan: PrunePlan, delete: str, free: str) -> None:
         print(f"{delete} {each.name}, {_size(each.num_bytes) or 'of unknown size'}: {_describe(each, False)}")
     for step, problem in plan.damaged.items():
         print(f"leaving step {step}, which is damaged: {problem}")
-    if plan.steps or plan.leftovers:
-        print(f"{free} {format_bytes(plan.num_bytes)}; kept: {_join(plan.kept)}", flush=True)
-    else:
-        print(f"nothing to delete; kept: {_join(plan.kept)}", flush=True)
+    freed = f"{free} {format_bytes(plan.num_bytes)}" if plan.steps or plan.leftovers else "nothing to delete"
+    print(f"{freed}; kept: {_join(plan.kept)}", flush=True)
 
 
 def _copy(opened: _Run, options: argparse.Namespace) -> Any:

@@ -107,7 +107,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         _add_plugins(argv)
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    is_name = _is_name(argv[0])
+    # A word that may be the name of a command is no option, and has neither a folder nor a suffix.
+    is_name = not argv[0].startswith("-") and os.path.splitext(os.path.basename(argv[0])) == (argv[0], "")
     if is_name and not _command_words(argv):
         _add_plugins(argv)
     num_words = _command_words(argv)  # 0: CONFIG, which means train
@@ -124,14 +125,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from jaxinfra.cli import run_names  # imports configs
 
-    options.command = command
+    options.command, options.argv = command, [*argv]
     options.notes = run_names.resolve(options)
     return options
-
-
-def _is_name(word: str) -> bool:
-    """Whether a word may be the name of a command: it is no option, and has neither a folder nor a suffix."""
-    return not word.startswith("-") and os.path.basename(word) == word and not os.path.splitext(word)[1]
 
 
 def _command_words(argv: Sequence[str]) -> int:
@@ -247,7 +243,6 @@ def _run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
-        options.argv = argv
         failpoints.check_environment(os.environ)
         joins, trains = "processes" in options, options.command == "train"
         signal_router.leave_start(interrupts=not trains, all_signals=not joins)
@@ -279,6 +274,8 @@ def _run_command(argv: Sequence[str]) -> int:
             print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
         if missing := re.search("; add (--import .+)", line):
             line += f": {command_line(*argv)} {missing[1]}"
+        if (meant := re.fullmatch(r"(.+?): .*; did you mean (.+)\?", line)) and meant[1] in argv:
+            line += f" use {command_line(*(meant[2] if word == meant[1] else word for word in argv))}"
         notes = getattr(error, "__notes__", ()) if is_for_users else ()
         failures_to_close = (note for note in notes if "JAX_TRACEBACK_FILTERING" not in note)  # JAX adds that one
         line = " ".join("; then ".join((line, *failures_to_close)).split())

@@ -24,10 +24,10 @@ def resolve(options: argparse.Namespace) -> list[str]:
             return word
         runs = f"{len(found)} run{'s' * (len(found) > 1)} of this config with overrides"
         notes.append(f"{name}: taking {found[0]}, the newest of {runs}")
+        options.argv[options.argv.index(word)] = f"{found[0]}{at}{step}"  # for the processes that this one starts
         return f"{found[0]}{at}{step}"
 
     for field in ("run_dir", "runs", "config", "left", "right"):
-        value = getattr(options, field, None)
-        if value is not None:
+        if (value := getattr(options, field, None)) is not None:
             setattr(options, field, [*map(newest, value)] if isinstance(value, list) else newest(value))
     return notes

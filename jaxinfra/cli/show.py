@@ -64,7 +64,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _parameter_table(console: Console, program: Program) -> Table:
-    """Lists the name, shape, sharding, role and size of every parameter."""
     rows = list[tuple[str, ...]]()
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):

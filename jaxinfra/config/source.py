@@ -164,7 +164,6 @@ def _require_config_file(path: Path) -> None:
 
 
 def _run_config_file(folder: ModuleFolder, path: Path) -> object:
-    """Returns the result of `config()` of the file at `path`, which lies in `folder`."""
     with folder.importable():
         function = _config_function(path, folder.load(path.name))
         with config_file_errors(path):
@@ -189,14 +188,7 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
 
 
 def _origins(run: object, before: Mapping[str, object], overridden: set[str], file: str) -> dict[str, str]:
-    """Returns the origin of each leaf of `run` that differs from its default.
-
-    Args:
-        run: the config with the overrides applied.
-        before: the leaves without the overrides.
-        overridden: the paths of the overrides.
-        file: the config file or record.
-    """
+    """Returns the origin of each leaf that differs from its default; `before` are the leaves without the overrides."""
     after = leaves(run)
     # Values are compared, too, because an override that switches a class also changes leaves below its path.
     kept = {

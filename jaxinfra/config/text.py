@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import enum
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from jaxinfra.config.extensible import Extensible, class_name, is_user_class
@@ -58,23 +58,6 @@ def format_value(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > _MAX_PRINTED_BITS:
         return hex(value)
     return repr(value)
-
-
-def config_leaves(value: object, path: str = "") -> dict[str, str]:
-    """Flattens the config of a run record to the lines that `show` prints: path and value, as in an override.
-
-    A config object that was chosen among classes has a line of its own: the name of its class.
-    """
-    if isinstance(value, Mapping):
-        own = {path: str(value["kind"])} if path and "kind" in value else {}
-        parts = [(str(key), part) for key, part in value.items() if not (own and key == "kind")]
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        own, parts = {}, [(str(index), part) for index, part in enumerate(value)]
-    else:
-        return {path: format_value(tuple(value) if isinstance(value, list) else value)}
-    return own | {
-        key: text for name, part in parts for key, text in config_leaves(part, f"{path}.{name}".lstrip(".")).items()
-    }
 
 
 def show(value: object) -> str:

@@ -45,6 +45,11 @@ def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, objec
     return by_path
 
 
+def config_leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, str]:
+    """Returns the `leaves` as the texts of overrides."""
+    return {path: format_value(value) for path, value in leaves(root, fingerprinted_only=fingerprinted_only).items()}
+
+
 def _encoded_leaves(coded: object, path: str) -> Iterator[tuple[str, object]]:
     if isinstance(coded, list) and any(isinstance(part, Mapping) for part in coded):
         coded = dict(enumerate(coded))
@@ -94,6 +99,6 @@ def fingerprint(root: object) -> str:
 
     They are the start of the SHA-256 of the JSON of all leaves as text, sorted by path.
     """
-    kept = {path: format_value(value) for path, value in leaves(root, fingerprinted_only=True).items()}
+    kept = config_leaves(root, fingerprinted_only=True)
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

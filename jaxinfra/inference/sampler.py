@@ -174,10 +174,10 @@ class Sampler:
             yield rest
 
     def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
+        self, prompts: str | Sequence[str], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
     ) -> list[Completion]:
-        """Returns the continuations of a batch of prompts; each ends like that of `stream`."""
-        ids = [self.model.encode(prompt) for prompt in prompts]
+        """Returns the continuations of a batch of prompts, or of one; each ends like that of `stream`."""
+        ids = [self.model.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         return self.complete_tokens(ids, max_tokens=max_tokens, sampling=sampling)
 
     def complete_tokens(

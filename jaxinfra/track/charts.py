@@ -34,23 +34,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCurves:
-    """The curves of a run, and the units of its axes.
+    """The curves of a run, and the units of its axes."""
 
-    Attributes:
-        name: for the legend.
-        curves: by metric.
-        baselines: by metric: values of simple models, by name.
-        time_s: the training time at each logged step.
-        units_per_step: tokens or images of a step; None if not known.
-        units: "tokens" or "images".
-    """
-
-    name: str
-    curves: Mapping[str, Curve]
-    baselines: Mapping[str, Mapping[str, float]]
-    time_s: Curve
-    units_per_step: int | None
-    units: str
+    name: str  # for the legend
+    curves: Mapping[str, Curve]  # by metric
+    baselines: Mapping[str, Mapping[str, float]]  # by metric: values of simple models, by name
+    time_s: Curve  # the training time at each logged step
+    units_per_step: int | None  # tokens or images of a step; None if not known
+    units: str  # "tokens" or "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +82,11 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Charts:
-    """The charts of a page.
+    """The charts of a page."""
 
-    Attributes:
-        drawn: the loss first.
-        constant: label and value of each line of the charts in which nothing changes, as text.
-        omitted: metrics beyond the largest number of charts.
-    """
-
-    drawn: Sequence[Chart]
-    constant: Sequence[tuple[str, str]]
-    omitted: Sequence[str]
+    drawn: Sequence[Chart]  # the loss first
+    constant: Sequence[tuple[str, str]]  # label and value of each line of the charts in which nothing changes, as text
+    omitted: Sequence[str]  # metrics beyond the largest number of charts
 
 
 def run_curves(
@@ -138,8 +123,8 @@ def make_charts(runs: Sequence[RunCurves]) -> Charts:
     devices = sorted(metric for metric in metrics if metric.startswith("device_") and metric.endswith("_bytes"))
     devices = devices[:_MAX_DEVICE_LINES]
     memory = {"rss_bytes": "host"} | {name: name.removesuffix("_bytes").replace("_", " ") for name in devices}
-    largest = max((_largest(run.curves[name]) for run in runs for name in memory if name in run.curves), default=1.0)
-    divisor, unit = bytes_unit(largest)
+    sizes = np.concatenate([[1.0], *(run.curves[name].values for run in runs for name in memory if name in run.curves)])
+    divisor, unit = bytes_unit(sizes[np.isfinite(sizes)].max())
     used = {*_KNOWN, *memory, *speeds, *evaluated, *evaluated.values()}
     others = sorted(metric for metric in metrics if metric not in used)
     charts = [
@@ -167,12 +152,7 @@ def page_data(runs: Sequence[RunCurves], charts: Sequence[Chart]) -> dict[str, A
     """Returns what report.js draws, as JSON values; NaN and infinities are strings."""
     return {
         "runs": [
-            {
-                "name": run.name,
-                "unitsPerStep": run.units_per_step,
-                "units": run.units,
-                "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS)),
-            }
+            {"unitsPerStep": run.units_per_step, "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS))}
             for run in runs
         ],
         "charts": [
@@ -240,11 +220,10 @@ def _chart(
             levels |= _levels(run, metric)
             whole = run.curves[metric]
             curve = Curve(steps=whole.steps, values=whole.values / divisor)
-            if len(runs) == 1:
-                line = Line(label=label, run=number, color=order, dash=0, style="plain", curve=curve)
-            else:  # a color is a run
+            if len(runs) > 1:
                 label = run.name if len(labels) == 1 else f"{run.name}, {label}"
-                line = Line(label=label, run=number, color=number, dash=order, style="plain", curve=curve)
+            color, dash = (order, 0) if len(runs) == 1 else (number, order)  # of several runs, each has a color
+            line = Line(label=label, run=number, color=color, dash=dash, style="plain", curve=curve)
             if metric.startswith("eval/"):
                 lines.append(replace(line, style="dots"))
             elif mean and len(curve.values) >= _MEAN_MIN_VALUES:
@@ -283,11 +262,6 @@ def _constant_texts(chart: Chart) -> list[tuple[str, str]]:
     if len({*texts.values()}) == 1:
         return [(chart.title, next(iter(texts.values())))]
     return [(f"{chart.title}: {label}", text) for label, text in texts.items()]
-
-
-def _largest(curve: Curve) -> float:
-    finite = curve.values[np.isfinite(curve.values)]
-    return float(finite.max()) if len(finite) else 1.0
 
 
 def _evenly(count: int, most: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from jaxinfra.command import command_line
 from jaxinfra.config.source import COMMAND_LINE
-from jaxinfra.config.text import config_leaves
+from jaxinfra.config.view import config_leaves
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.formatting import (
     format_bytes,
@@ -41,6 +41,7 @@ _LOG_WIDTH = 110  # characters of a table in a log file
 _ANY_WIDTH = 100_000  # characters
 _BAR_WIDTH = 40  # characters, if the terminal is wide enough
 _MIN_BAR_WIDTH = 12  # characters
+_LONGEST_WORD = 40  # characters of a wrapped column; a longer path does not push other columns out
 _HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device", "time")
 """Statistics that are printed at the start of a run; {} is the modality. `show` prints all."""
 
@@ -75,9 +76,8 @@ def stdout_console() -> Console:
 
 def statistics_table(statistics: RunStatistics) -> Table:
     """Makes the table of all statistics, for `show`."""
-    table = titled_table("Run statistics", "statistic")
-    table.add_column("value", justify="right")
-    table.add_column("unit or formula", style="dim", overflow="fold")
+    columns = Column("value", justify="right"), Column("unit or formula", style="dim", overflow="fold")
+    table = titled_table("Run statistics", "statistic", *columns)
     for name, (value, unit) in statistics.items():
         table.add_row(Text(name), Text(format_number(value)), Text(unit))
     return table
@@ -86,10 +86,8 @@ def statistics_table(statistics: RunStatistics) -> Table:
 def headline_table(statistics: RunStatistics) -> Table:
     """Makes the table that is printed before the first step: at most 9 rows of rounded numbers."""
     modality = next((name.removesuffix("s a step") for name in statistics if name.endswith("s a step")), "token")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(justify="right", style="bold")
-    table.add_column(style="dim", overflow="fold")
+    columns = Column(), Column(justify="right", style="bold"), Column(style="dim", overflow="fold")
+    table = Table(*columns, box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in (headline.format(modality) for headline in _HEADLINES):
         if name in statistics:
             value, note = statistics[name]
@@ -100,9 +98,8 @@ def headline_table(statistics: RunStatistics) -> Table:
 
 def summary_table(values: Mapping[str, Any]) -> Table:
     """Makes the table that is printed after the last step."""
-    table = titled_table("Summary", "")
+    table = titled_table("Summary", "", "")
     table.show_header = False
-    table.add_column()
     for label, value in summary_rows(values):
         table.add_row(Text(label), Text(value))
     return table
@@ -125,7 +122,8 @@ def fitted_table(
         table = titled_table("")
         for name in shown:
             overflow = "fold" if name == wrapped and console.is_terminal else "ellipsis"
-            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow)
+            least = _LONGEST_WORD if overflow == "fold" else None
+            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow, min_width=least)
         for row in (dict(zip(headers, row, strict=True)) for row in rows):
             cells = (row[name] if console.is_terminal else row[name].replace("\n", ", ") for name in shown)
             table.add_row(*map(Text, cells))
@@ -154,13 +152,15 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def _needed_width(console: Console, table: Table) -> int:
-    """Gives each column the width that it needs at least; returns that of the table."""
-    options = console.options.update(width=_ANY_WIDTH)
+    """Gives each column the width that it needs at least, or a smaller one that it has; returns that of the table."""
+    options, broken = console.options.update(width=_ANY_WIDTH), 0  # characters of words that are broken
     for column in table.columns:
         column.no_wrap = column.overflow != "fold"
         sizes = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
-        column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
-    return console.measure(table, options=options).minimum
+        needed = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+        column.min_width = min(needed, column.min_width or needed)
+        broken += needed - column.min_width
+    return console.measure(table, options=options).minimum - broken
 
 
 class ConsoleTracker(Tracker):
@@ -305,10 +305,8 @@ class ProgressBarTracker(ConsoleTracker):
             text = Text(f"compiling the train step  {format_duration(time.monotonic() - self._start_s)}")
             return Spinner("dots", text)
         cells = [self._steps(self._completed_steps), *self._cells()]
-        available = self._console.width - _MIN_BAR_WIDTH
-        while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > available:
+        while (used := sum(len(cell) + 2 for cell in cells)) > self._console.width - _MIN_BAR_WIDTH and len(cells) > 1:
             del cells[-1]
-        used = sum(len(cell) + 2 for cell in cells)
         grid = Table.grid(padding=(0, 2, 0, 0))
         width = min(_BAR_WIDTH, self._console.width - used - 2)
         bar = ProgressBar(total=max(self._total_steps, 1), completed=self._completed_steps, width=width)

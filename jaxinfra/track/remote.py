@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, override
 from uuid import uuid4
 
-from jaxinfra.command import COMMAND
 from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import cause_of, storage_errors
@@ -40,19 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """Metrics and texts of one step.
+    """Metrics and texts of one step."""
 
-    Attributes:
-        step: number of completed steps.
-        time_ms: Unix time in milliseconds.
-        metrics: values by group and name.
-        texts: "sample" or "profile", and the text.
-    """
-
-    step: int
-    time_ms: int
-    metrics: Mapping[str, float] = {}
-    texts: Mapping[str, str] = {}
+    step: int  # number of completed steps
+    time_ms: int  # Unix time in milliseconds
+    metrics: Mapping[str, float] = {}  # values by group and name
+    texts: Mapping[str, str] = {}  # "sample" or "profile", and the text
 
 
 type Point = tuple[str, int, float]
@@ -87,7 +79,7 @@ class RemoteTracker(Tracker):
         setting: what tells where the run is sent, such as uri=http://host.
         announce: whether to print where to look at the run, and how many rows are sent late.
         run_dir: the folder with the rows of earlier starts; None sends none of them.
-        location: directory or URL of the run, for `runs sync`; "" if that cannot send it.
+        sync_command: the command that sends later what has not arrived; "" if there is none.
     """
 
     def __init__(
@@ -98,11 +90,11 @@ class RemoteTracker(Tracker):
         *,
         announce: bool = True,
         run_dir: Path | None = None,
-        location: str = "",
+        sync_command: str = "",
     ) -> None:
         self._remote, self._path, self._setting, self._announce = remote, path, setting, announce
         self._run_dir = run_dir
-        self._fix = f"; when the server answers: {COMMAND} runs sync {location}" if location else ""
+        self._fix = f"; when the server answers: {sync_command}" if sync_command else ""
         self._rows: deque[Row] = deque(maxlen=_MAX_ROWS)
         self._earlier: deque[Row] = deque()  # rows of earlier starts that the server lacks
         self._redone: set[Point] = set()  # what it has of steps that this start makes again
@@ -127,6 +119,7 @@ class RemoteTracker(Tracker):
         if not (count := len(rows)):
             self._say("nothing to send: the run directory has no metrics.jsonl")
             return
+        print(f"{self._path}: asking {self._setting} what it lacks of {count} rows", flush=True)  # may take a minute
         end_ms = max(row.time_ms for row in rows)
         self._end = summary.get("status", "stopped"), summary, end_ms  # after a kill there is no summary
         self._closing.set()  # all is tried once
@@ -267,17 +260,17 @@ def logged_rows(run_dir: Path | None, until_step: int = sys.maxsize) -> list[Row
     if run_dir is None or not (run_dir / METRICS_FILE).exists():
         return []
     times_s = {row.step: each.start_s + row.time_s for each in read_ledger(run_dir / GOODPUT_FILE) for row in each.rows}
-    samples = read_samples(run_dir / SAMPLES_FILE) if (run_dir / SAMPLES_FILE).exists() else []
-    texts = [(step, {"texts": {"sample": text}}) for step, text in samples if step <= until_step]
-    found: list[tuple[int, dict[str, Any]]] = texts[-1:]
-    for values in read_metrics(run_dir / METRICS_FILE):
-        metrics = {
-            grouped_name(name): value for name, value in shown_metrics(values).items() if name not in ("step", "time_s")
-        }
-        found.append((int(values["step"]), {"metrics": metrics}))
-    found.sort(key=lambda row: row[0])
     now_s = time.time()  # of a step without a time
-    return [Row(step, round(1000 * times_s.get(step, now_s)), **row) for step, row in found if step <= until_step]
+
+    def row(step: int, **content: Mapping[str, Any]) -> Row:
+        return Row(step, round(1000 * times_s.get(step, now_s)), **content)
+
+    samples = read_samples(run_dir / SAMPLES_FILE) if (run_dir / SAMPLES_FILE).exists() else []
+    rows = [row(step, texts={"sample": text}) for step, text in samples if step <= until_step][-1:]
+    for values in read_metrics(run_dir / METRICS_FILE):
+        shown = {name: value for name, value in shown_metrics(values).items() if name not in ("step", "time_s")}
+        rows.append(row(int(values["step"]), metrics={grouped_name(name): value for name, value in shown.items()}))
+    return sorted((each for each in rows if each.step <= until_step), key=lambda each: each.step)
 
 
 def rows_without(rows: Sequence[Row], points: Iterable[Point]) -> list[Row]:

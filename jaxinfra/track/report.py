@@ -4,10 +4,7 @@ A page needs no network and no server; the content security policy allows only i
 be written during a run, after a kill, or on another machine, from:
     run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
         statistics as [value, unit or formula]; `devices` and `host`; everything else is listed as the environment.
-    metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
-    samples.jsonl, optional: texts that the model wrote.
-    goodput.jsonl, optional: see `goodput`.
-    summary.json, optional: see `formatting.summary_rows`.
+    metrics.jsonl, samples.jsonl and summary.json (see `jsonl`) and goodput.jsonl, where they are there.
 """
 
 import base64
@@ -23,7 +20,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxinfra.config.text import config_leaves, format_value
+from jaxinfra.config.text import format_value
+from jaxinfra.config.view import config_leaves
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
@@ -53,7 +51,7 @@ _OF_CHECKPOINTS = ("guard", "interval", "evaluated")  # parts of a record that w
 _MAX_AGE_S = 3600.0  # of a page that loads itself again: the run may have been killed
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
-_SCRIPTS = ("uPlot.iife.min.js", "report.js")
+_ASSETS = ("report.css", "uPlot.min.css", "uPlot.LICENSE", "uPlot.iife.min.js", "report.js")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,24 +132,22 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    assets = {
-        name: loader.get_source(environment, name)[0]
-        for name in ("report.css", "uPlot.min.css", "uPlot.LICENSE", *_SCRIPTS)
-    }
-    scripts = [assets[name] for name in _SCRIPTS]
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    style, uplot_style, uplot_license, *scripts = (loader.get_source(environment, name)[0] for name in _ASSETS)
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
     charts = make_charts(curves)
-    only = runs[0] if len(runs) == 1 else None
+    only, names = runs[0] if len(runs) == 1 else None, [run.name for run in runs]
+    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
     reload = {"everyMs": 1e3 * EVERY_S, "untilMs": 1e3 * (time.time() + _MAX_AGE_S)}
     data = page_data(curves, charts.drawn) | {"reload": reload if only and only.state == "running" else None}
     return environment.get_template("report.html.jinja").render(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
-        style=assets["uPlot.min.css"] + assets["report.css"],
-        license=assets["uPlot.LICENSE"],
+        style=uplot_style + style,
+        license=uplot_license,
         scripts=scripts,
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        title=", ".join(run.name for run in runs),
+        title=", ".join(names),
         runs=[
             {
                 "name": run.name,
@@ -168,16 +164,12 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         timeline_size=(COLUMNS, HEIGHT),
         tiles=_tiles(only) if only else [],
         comparisons=list(_comparisons(only.summary)) if only else [],
-        results=[] if only else [_results(runs)],
+        results=[] if only else [Table(title="Results", head=("", *names), rows=_by_key(results))],
         tables=[
             Table(title="Constant at all logged steps", head=("metric", "value"), rows=charts.constant),
             *(_own_tables(only) if only else _difference_tables(runs)),
         ],
     )
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
@@ -196,7 +188,6 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
 
 
 def _own_tables(run: RunFiles) -> Iterator[Table]:
-    """Yields the tables of the page of one run."""
     record = run.record
     samples = [(f"step {step:,}", text) for step, text in reversed(run.samples)]
     older = samples[_SHOWN_SAMPLES:][:_MAX_OLDER_SAMPLES]
@@ -206,9 +197,8 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
     derived = [(name, value, how) for name, (value, how) in _statistics(record).items()]
     yield Table(title="Run statistics", head=("statistic", "value", "unit or formula"), rows=derived)
     config = config_leaves(record.get("config", {}))
-    changed = [
-        (path, config[path], str(origin)) for path, origin in record.get("origins", {}).items() if path in config
-    ]
+    origins = record.get("origins", {}).items()
+    changed = [(path, config[path], str(origin)) for path, origin in origins if path in config]
     yield Table(
         title="Config, changed from the defaults",
         head=("field", "value", "set by"),
@@ -218,11 +208,6 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
         folded_title=f"All {len(config)} fields",
     )
     yield Table(title="Environment", head=(), rows=[*_texts(_environment(record)).items()])
-
-
-def _results(runs: Sequence[RunFiles]) -> Table:
-    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
-    return Table(title="Results", head=("", *(run.name for run in runs)), rows=_by_key(results))
 
 
 def _difference_tables(runs: Sequence[RunFiles]) -> Iterator[Table]:

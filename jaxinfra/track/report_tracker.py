@@ -20,9 +20,7 @@ _log = logging.getLogger(__name__)
 class ReportTracker(Tracker):
     """Writes report.html from the other files of the run, in a thread, so that no step waits for it.
 
-    Args:
-        run_dir: the folder of the files.
-        check: raises RunInUseError if another start has taken over the run, whose page is not replaced then.
+    If `check` raises RunInUseError, since another start has taken over the run, its page is not replaced.
     """
 
     def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE, runs_of_config
-from jaxinfra.config.text import config_leaves
+from jaxinfra.config.view import config_leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
 from jaxinfra.storage.errors import storage_errors
@@ -45,34 +45,19 @@ _NOT_COMPARED = ("name", "root", "track", "profile", "watchdog")  # say where a 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOverview:
-    """One run of a folder.
+    """One run of a folder."""
 
-    Attributes:
-        path: directory or URL of the run.
-        state: "running", "finished", "stopped" (asked to stop, and saved), "failed" (an error ended it), "interrupted"
-            (a process of it was killed), or what is wrong with its files.
-        completed_steps: number of steps up to the last logged one.
-        total_steps: `train.steps` of its config.
-        loss: training loss, the mean of the steps since a logged one, in nats, or None.
-        best_validation: smallest validation loss, in nats, or None.
-        units_per_s: throughput at the last logged step, in tokens or images, or None.
-        goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
-        age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
-        source: the config file or record that it was started with.
-        config: the text of each field by its path.
-    """
-
-    path: str
-    state: str
-    completed_steps: int = 0
-    total_steps: int | None = None
-    loss: float | None = None
-    best_validation: float | None = None
-    units_per_s: float | None = None
-    goodput: float | None = None
-    age_s: float = 0.0
-    source: str = ""
-    config: Mapping[str, str] = field(default_factory=dict)
+    path: str  # directory or URL of the run
+    state: str  # "running", "finished", "stopped", "failed", "interrupted" (was killed), or what is wrong
+    completed_steps: int = 0  # number of steps up to the last logged one
+    total_steps: int | None = None  # `train.steps` of its config
+    loss: float | None = None  # training loss, the mean of the steps since a logged one, in nats
+    best_validation: float | None = None  # smallest validation loss, in nats
+    units_per_s: float | None = None  # throughput at the last logged step, in tokens or images
+    goodput: float | None = None  # time of steps that were not lost, as a fraction of all since the first start
+    age_s: float = 0.0  # since the last change of its metrics or record, in a bucket since its last start
+    source: str = ""  # the config file or record that it was started with
+    config: Mapping[str, str] = field(default_factory=dict)  # the text of each field by its path
 
 
 def list_runs(root: str | Path) -> list[RunOverview]:
@@ -81,9 +66,12 @@ def list_runs(root: str | Path) -> list[RunOverview]:
     Raises ConfigError if there is no such folder, StorageError if it cannot be read.
     """
     if is_remote(root):
-        url = str(root).rstrip("/")
-        overviews = [_remote_overview(f"{url}/{name}") for name in list_folders(url)]
-        return sorted((each for each in overviews if each is not None), key=lambda run: run.age_s)
+        runs, url = list[RunOverview](), str(root).rstrip("/")
+        for location in (f"{url}/{name}" for name in list_folders(url)):
+            with local_files(location) as folder:
+                if (folder / RECORD_FILE).exists():
+                    runs.append(run_overview(folder, location))
+        return sorted(runs, key=lambda run: run.age_s)
     if not Path(root).is_dir():
         raise ConfigError(f"{root}: no such folder; name the folder that holds runs, such as runs")
     folders = {record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")}
@@ -130,11 +118,6 @@ def local_files(location: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _remote_overview(url: str) -> RunOverview | None:
-    with local_files(url) as folder:
-        return run_overview(folder, url) if (folder / RECORD_FILE).exists() else None
-
-
 def run_overview(folder: Path, location: str) -> RunOverview:
     """Reads the files of one run, which are in `folder`."""
     try:
@@ -170,10 +153,9 @@ def _file_age_s(folder: Path) -> float:
 def _age_s(record: Mapping[str, Any]) -> float:
     """Returns the seconds since the last start of a run in a bucket; 0 if its record does not tell."""
     try:
-        created = datetime.fromisoformat(str(record["created"]))
+        return time.time() - datetime.fromisoformat(str(record["created"])).timestamp()
     except (KeyError, ValueError):
         return 0.0
-    return time.time() - created.timestamp()
 
 
 def record_of(location: str) -> str:

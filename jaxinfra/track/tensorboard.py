@@ -68,7 +68,6 @@ class TensorBoardTracker(FileTracker):
         self._add_code(step, "profile", text)
 
     def _add_code(self, step: int, name: str, code: str) -> None:
-        """Adds a text as a code block in Markdown."""
         self._add(step, summary=text_summary(name, indent(code, "    ", lambda line: True)))
 
     def _add(self, step: int, **content: object) -> None:

@@ -170,10 +170,7 @@ def make_summary(
 
 
 def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
-    """Returns the summary of a run that is finished; writes it, and run.json, if they are not there.
-
-    Also sends MLflow what it lacks of the run; warns if that fails.
-    """
+    """Returns the summary of a run that is finished; writes it, and run.json, if they are not there."""
     run_dir = job.run_dir
     record = run_dir.existing_record()
     if not run_dir.record.exists() and record:  # the newest checkpoint has it, too
@@ -186,7 +183,14 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
         with storage_errors(run_dir.path):
             JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
         write_report(run_dir.path)
-    summary = run_dir.finished_summary(completed_steps)
+    if run_dir.record.exists() and not run_dir.report.exists() and not run_dir.is_remote:
+        write_report(run_dir.path)
+    return {**run_dir.summary(), "steps": completed_steps, "status": "finished before"}
+
+
+def sync_finished(job: Job, summary: Mapping[str, Any]) -> None:
+    """Sends MLflow what it lacks of a run that is finished; warns if that fails."""
+    run_dir = job.run_dir
     if (config := job.run.track.mlflow).uri is not None:
         tracker = mlflow_tracker(config, run_dir.path, run_dir.location)
         try:

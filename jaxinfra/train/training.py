@@ -44,6 +44,7 @@ from jaxinfra.train.run_record import (
     finished_before,
     make_summary,
     start_record,
+    sync_finished,
 )
 from jaxinfra.train.saving import Restored, Saving
 from jaxinfra.train.skipped import SkippedSamples
@@ -99,7 +100,10 @@ def train(job: Job) -> Ended:
         newest = saving.checkpoints.newest(saving.checkpoints.manifest)
         step, record = (0, {}) if newest is None else (newest[0], newest[1].record)
         if step > run.train.steps or (step == run.train.steps and not lacks_evaluation(job, step, record)):
-            return Ended(peers.broadcast(finished_before(job, step) if job.is_main else None), step)
+            summary = peers.broadcast(finished_before(job, step) if job.is_main else None)
+            if job.is_main:
+                sync_finished(job, summary)  # which the others need not wait for
+            return Ended(summary, step)
         if job.is_main:
             saving.check_space()
             before_owned_ends.callback(watch.ledger.close)

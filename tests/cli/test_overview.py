@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.arguments import DEVICE_OPTIONS
 from jaxinfra.cli.main import main
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.catalog import catalog
@@ -62,10 +61,12 @@ def test_explain_says_what_a_resume_may_change(field: str, named: str) -> None:
 
 
 def test_explain_names_the_option_of_a_command() -> None:
-    shown = launch("train", "--help").out
-    for option in DEVICE_OPTIONS:
-        assert f"--{option} " in shown
-        refused(launch("explain", option.replace("-", "_")), f"--{option} docs/run-on.md")
+    options = ["devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"]
+    options += ["supervise", "max-restarts-per-hour", "accept-change"]
+    owners = dict.fromkeys(options, "train") | {"min-p": "sample", "max-shard-size": "hub export"}
+    for option, command in owners.items():
+        assert f"--{option} " in launch(*command.split(), "--help").out
+        refused(launch("explain", option.replace("-", "_")), f"--{option} {command} --help")
 
 
 def test_explain_says_what_there_is_in_place_of_other_frameworks_methods() -> None:

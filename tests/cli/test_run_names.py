@@ -47,14 +47,17 @@ def test_a_name_is_the_newest_run_of_its_config(named: Path, command: str) -> No
 def test_an_exact_name_and_what_deletes_take_no_other_run(named: Path) -> None:
     assert launch("checkpoints", f"{named}-0a1b2c").err == ""
     refused(launch("checkpoints", str(named), "prune"), f"{named} {named}-ffffff?")
-    assert parse_command_line(["sample", f"{named}@10", "w1"]).run_dir == f"{named}-ffffff@10"
+    options = parse_command_line(["sample", f"{named}@10", str(named), "--processes", "2"])
+    assert options.run_dir == f"{named}-ffffff@10"
+    assert options.argv == ["sample", options.run_dir, str(named), "--processes", "2"], "as other processes get it"
 
 
 def test_a_start_takes_no_other_run(named: Path) -> None:
     """The newest run could be another one in each process, on each host and after each restart."""
     before = contents(named.parent)
     for words in ((), ("train.steps=20",), ("--processes", "2")):
-        refused(launch(str(named), *words), f"{named}: {named}-ffffff?")
+        line = refused(launch(str(named), *words), f"{named}: {named}-ffffff?")
+        assert shlex.split(line.rpartition("launch ")[2]) == [f"{named}-ffffff", *words], "the line to paste"
     assert contents(named.parent) == before
     assert parse_command_line([str(named), "--supervise"]).config == str(named)
 
@@ -77,6 +80,26 @@ def test_records_are_shown_and_compared_without_their_classes(begun: Tiny) -> No
     assert all(not row[0].startswith("model.") for row in rows), rows
     line = refused(launch("sample", str(run), "w1 w2"), "--import")
     assert shlex.split(line.rpartition("launch ")[2]) == ["sample", str(run), "w1 w2", "--import", str(file)]
+
+
+def test_a_model_that_writes_no_text_is_refused_without_its_class(begun: Tiny) -> None:
+    run = begun.runs / "tiny"
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["model"] = {"kind": "own.py:ConvLM", "vocab_size": 304, "layers": 2}
+    record["classes"] = {"own.py:ConvLM": {"file": str(begun.config.with_name("own.py")), "sha256": None}}
+    (run / "run.json").write_text(json.dumps(record))
+    for words in ("sample", "w1"), ("hub export", str(run / "out")):
+        line = refused(launch(*words[0].split(), str(run), words[1]), f"{run} own.py:ConvLM TransformerConfig")
+        assert "--import" not in line
+
+
+def test_sync_of_a_run_without_a_server_prints_the_whole_line(begun: Tiny) -> None:
+    run = str(begun.runs / "tiny")
+    line = refused(launch("runs", "sync", run), f"{run} track.mlflow.uri")
+    printed = shlex.split(line.rpartition("launch ")[2].partition(";")[0])
+    assert printed == ["runs", "sync", run, "track.mlflow.uri=http://127.0.0.1:5000"]
+    refused(launch("runs", "sync", run, "track.mlflow.urk=http://h"), "track.mlflow.urk track.mlflow.uri?")
+    refused(launch("runs", "sync", run, "track.mlflow.uri=h"), "track.mlflow.uri http://HOST:PORT")
 
 
 def test_records_are_compared_as_they_were_given(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,7 @@ def test_a_text_ends_before_a_stop_string(trained: Path) -> None:
     stop = whole[2][20:28]  # over several tokens
     stopping = SamplingParams(temperature=0, stop=("never said", stop))
     stopped = sampler.complete(prompts, max_tokens=40, sampling=stopping)
+    assert sampler.complete(PROMPT, max_tokens=40, sampling=stopping) == stopped[2:], "a prompt by itself"
     for text, found in zip(whole, stopped, strict=True):
         assert found.text == text.partition(stop)[0] and (found.finish == "stop") == (stop in text)
         assert found.tokens < 40 or found.finish == "length"

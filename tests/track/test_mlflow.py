@@ -1,6 +1,7 @@
 """A run in MLflow, looked at through the API of a real server."""
 
 import json
+import shlex
 import signal
 import urllib.parse
 import urllib.request
@@ -161,6 +162,24 @@ def test_a_server_that_is_away_at_the_end_gets_the_rest_at_the_next_start(away, 
     check_complete(server, run_dir, "FINISHED")
     synced = launch("runs", "sync", str(run_dir))
     assert synced.code == 0 and "sent late" not in synced.err and "has all" in synced.err, synced
+    check_complete(server, run_dir, "FINISHED")
+
+
+@pytest.mark.slow(10)
+def test_a_finished_run_is_sent_to_a_server_that_it_did_not_name(away, server, tiny: Tiny, caplog) -> None:
+    """The line that a start prints while the server is away works when it answers."""
+    uri, faults = away
+    run_dir, words = tiny.directory(), (f"track.mlflow.uri={uri}", "track.mlflow.tags=team=speech,", "train.steps=2")
+    assert tiny.launch(*words[2:], "name=tiny").code == 0
+    faults.down = True
+    again = tiny.launch(*words, "name=tiny")
+    assert again.code == 0 and f"asking uri={uri}" in again.out, again
+    line = next(text for text in caplog.messages if "runs sync" in text)
+    printed = shlex.split(line.partition("launch ")[2])
+    refused(launch(*printed), shlex.join(printed), code=StorageError.exit_code)
+    faults.clear()
+    synced = launch(*printed)
+    assert synced.code == 0 and "has all" in synced.err, synced
     check_complete(server, run_dir, "FINISHED")
 
 

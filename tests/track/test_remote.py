@@ -132,7 +132,7 @@ def test_the_next_start_sends_what_the_server_lacks(tmp_path: Path, capsys) -> N
     server = Asked()
     server.rows = [(1, {"train/loss": math.nan}), (2, {"train/loss": sys.float_info.max}), (4, {"train/loss": 4.0})]
     server.rows += [(5, {"train/loss": 5.0})]
-    tracker = RemoteTracker(server, "track.server", "uri=here", run_dir=tmp_path, location="runs/x")
+    tracker = RemoteTracker(server, "track.server", "uri=here", run_dir=tmp_path, sync_command="runs sync runs/x")
     tracker.start({}, {}, start_step=3, total_steps=9)
     for step, value in (4, 4.0), (5, 5.5):
         tracker.log(step, {"loss": value})
@@ -143,7 +143,7 @@ def test_the_next_start_sends_what_the_server_lacks(tmp_path: Path, capsys) -> N
 
 def test_an_end_that_the_server_has_not_confirmed_is_told(caplog, tmp_path: Path) -> None:
     server = Asked()
-    tracker = RemoteTracker(server, "track.server", "uri=here", run_dir=tmp_path, location="runs/x")
+    tracker = RemoteTracker(server, "track.server", "uri=here", run_dir=tmp_path, sync_command="runs sync runs/x")
     tracker.start({}, {}, start_step=0, total_steps=9)
     tracker.log(1, {"loss": 1.0})
     while not server.rows:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxinfra.config.text import config_leaves
+from jaxinfra.config.view import config_leaves
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.report import read_run, render_report, write_report

@@ -89,6 +89,14 @@ def test_words_wrap_before_a_column_is_left_out() -> None:
     assert "peak_lr=0.003" in lines[3] and lines[4] == ["train.steps=60"]
 
 
+def test_a_long_path_does_not_push_a_column_out() -> None:
+    headers, row = ("run", "differs in", "age"), ["runs/a", "store=" + "x" * 100, "3 s"]
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    lines = printed(fitted_table(console, headers, [row], texts=headers[:2], wrapped="differs in"), 80)
+    assert lines[1].split() == ["run", "differs", "in", "age"] and "".join(lines).count("x") == 100, lines
+    assert max(map(len, lines)) <= 80
+
+
 def test_the_first_column_is_always_there_and_whole() -> None:
     assert any(line.strip() == "runs/quickstart-bb539a" for line in fitted(12))
 

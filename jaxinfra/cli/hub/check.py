@@ -72,8 +72,8 @@ def _tokenizer_text(model: PublishedModel) -> str:
     if not (ends := model.end_ids()):
         return "no eos_token_id ends a text"
     tokenizer, tokens = model.tokenizer(), ", ".join(map(str, ends))
-    end = quoted(tokenizer.end_of_document)
-    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with {tokens}"
+    end = f"{quoted(tokenizer.end_of_document)} (token {tokenizer.eot_id})"
+    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with token {tokens}"
 
 
 def _check_hashes(model: PublishedModel) -> str:

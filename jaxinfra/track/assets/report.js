@@ -46,21 +46,9 @@ function position(run, step) {
   const axis = control("axis").value;
   if (axis === "steps") return step;
   if (axis !== "time") return step * run.unitsPerStep;
-  const [steps, times] = run.clock;
-  let low = 0, high = steps.length - 1;
-  if (step <= steps[low]) return times[low];
-  if (step >= steps[high]) return times[high];
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (steps[middle] < step) low = middle; else high = middle;
-  }
-  return times[low] + ((step - steps[low]) / (steps[high] - steps[low])) * (times[high] - times[low]);
-}
-
-function xLabel(value) {
-  const axis = control("axis").value;
-  if (value == null) return "last";
-  return axis === "time" ? formatTime(value) : formatValue(value);
+  const [steps, times] = run.clock, next = steps.findIndex((each) => each >= step), last = next - 1;
+  if (next < 1) return times.at(next);  // not after the first, or after the last
+  return times[last] + ((step - steps[last]) / (steps[next] - steps[last])) * (times[next] - times[last]);
 }
 
 // The nearest index at which a line has a value: lines have values at different steps.
@@ -174,24 +162,25 @@ function linesOf(chart) {
     y: line.values.map((value) => (typeof value === "number" ? value : null)),
     broken: line.values.flatMap((value, index) => (typeof value === "number" ? [] : [index])),
   }));
-  const [first, last] = wholeRange();
-  const levels = chart.levels.map(([label, value]) => ({ label, level: true, x: [first, last], y: [value, value], broken: [] }));
-  return [...lines, ...levels.map((line) => (first === last ? { ...line, x: [first], y: [line.y[0]] } : line))];
+  const ends = [...new Set(wholeRange())];  // one, if all lines have the same single step
+  return [...lines, ...chart.levels.map(([label, value]) => ({ label, level: true, x: ends, y: ends.map(() => value), broken: [] }))];
 }
 
 function options(chart, figure, lines, table) {
   const isFirst = figure.classList.contains("first");
   const values = lines.flatMap((line) => line.y.filter((value) => value != null));
+  const isTime = control("axis").value === "time";
   const isLogX = control("log-x").checked && wholeRange()[0] > 0;
   const isLogY = control("log-y").checked && !chart.zero && values.length > 0 && Math.min(...values) > 0;
   const axis = { stroke: () => color("--soft"), font: "12px system-ui, sans-serif", ticks: { show: false } };
+  const ticks = { values: (plot, ticks) => ticks.map(isTime ? formatTime : formatTick), incrs: isTime ? TIME_STEPS : WHOLE_STEPS };
   const grid = { stroke: () => color("--edge"), width: 1 };
   const log = (most) => ({ splits: (plot, _, low, high) => logTicks(low, high, most), filter: (plot, splits) => splits });
   const level = { stroke: () => color("--soft"), width: 1.2, dash: [3, 4], points: { show: false }, marker: "var(--soft)" };
   return {
     ...size(figure),
     series: [
-      { label: control("axis").value, value: (plot, value) => xLabel(value) },
+      { label: control("axis").value, value: (plot, value) => (value == null ? "last" : isTime ? formatTime(value) : formatValue(value)) },
       ...lines.map((line, i) => ({
         ...(line.level ? { ...level, label: line.label } : seriesOf(line)),
         // Without a pointer the legend shows the last values.
@@ -203,7 +192,7 @@ function options(chart, figure, lines, table) {
       y: { distr: isLogY ? 3 : 1, range: verticalRange(chart, isLogY) },
     },
     axes: [
-      { ...axis, grid: { show: false }, space: 70, size: 28, ...horizontalTicks(), ...(isLogX ? log(5) : {}) },
+      { ...axis, grid: { show: false }, space: 70, size: 28, ...ticks, ...(isLogX ? log(5) : {}) },
       { ...axis, grid, space: 36, size: 58, values: (plot, ticks) => ticks.map(formatTick), ...(isLogY ? log(isFirst ? 8 : 5) : {}) },
     ],
     legend: { markers: { width: 2, stroke: (plot, i) => plot.series[i].marker, fill: () => "transparent" } },
@@ -216,11 +205,6 @@ function options(chart, figure, lines, table) {
     padding: [10, 20, 0, 0],
     hooks: { draw: [drawBroken(lines), drawNames(lines)] },
   };
-}
-
-function horizontalTicks() {
-  const isTime = control("axis").value === "time";
-  return { values: (plot, ticks) => ticks.map(isTime ? formatTime : formatTick), incrs: isTime ? TIME_STEPS : WHOLE_STEPS };
 }
 
 function size(figure) {
