@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ PREFIX = "hf:"
 """Begins the source of published weights, in place of the directory of a run."""
 
 FIX = "download or export it again"  # a folder that is damaged
+# As the Hub checks names: ORG/NAME[@REVISION].
+_HUB_NAME = re.compile(r"(?![^@]*(--|\.\.))\b[\w.-]+\b/\b[\w.-]{1,96}\b(@.+)?", re.ASCII)
 _ANSWER_S, _SLOWEST = 60.0, 5_000  # an answer has this time, and a second more for each so many bytes
 _PIECE_BYTES, _MAX_BYTES = 1 << 16, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
 
@@ -75,14 +78,17 @@ def open_folder(source: str) -> ModelFolder:
     It is a local folder if there is one, `s3://` or `gs://`, another URL that fsspec reads, such as `https://`, or
     `ORG/NAME[@REVISION]` of the Hugging Face Hub. Raises ConfigError if there is no such folder.
     """
-    source = source.removeprefix(PREFIX)
-    if "://" in source:
-        return StoredFolder(ObjectStore(source, fix=FIX)) if source.startswith(_STORES) else UrlFolder(source)
-    if Path(source).expanduser().is_dir():
-        return StoredFolder(ObjectStore(source, fix=FIX))
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return UrlFolder(f"hf://{source}")
-    raise ConfigError(f"{source}: no such folder; name the folder of a model, or ORG/NAME of the Hugging Face Hub")
+    place = source.removeprefix(PREFIX)
+    if place.startswith(_STORES) or ("://" not in place and Path(place).expanduser().is_dir()):
+        return StoredFolder(ObjectStore(place, fix=FIX))
+    if "://" in place:
+        return UrlFolder(place, source)
+    fix = "name the folder of a model, or ORG/NAME of the Hugging Face Hub"
+    if _HUB_NAME.fullmatch(place):
+        if not (parent := Path(place).parent).is_dir():
+            return UrlFolder(f"hf://{place}", source)
+        fix = f"there is a folder {parent} here: name one in it, or {PREFIX}hf://{place} of the Hugging Face Hub"
+    raise ConfigError(f"{source}: no such folder; {fix}")
 
 
 class StoredFolder(ModelFolder):
@@ -132,8 +138,9 @@ class UrlFolder(ModelFolder):
     Of the Hub, `HF_ENDPOINT` names another server, and `HF_TOKEN` the user.
     """
 
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, source: str):
+        """Opens a URL; messages name `source`, as it was typed."""
+        self.url, self._source = url.rstrip("/"), source
         self._files, self._path = file_system(self.url, field=PREFIX)
         if self.url.startswith("http"):
             from aiohttp import ClientTimeout  # which fsspec needs for such URLs
@@ -172,8 +179,8 @@ class UrlFolder(ModelFolder):
             content, begin_s = bytearray(), time.monotonic()
             # These two stream with block_size=0, and with a size they do not ask for it before.
             options = {"block_size": 0, "size": 1} if self.url.startswith(("http", "hf:")) else {}
-            with _answer(lambda: self._files.open(f"{self._path}/{name}", "rb", **options), self.url) as file:
-                while piece := _answer(lambda: file.read(_PIECE_BYTES), self.url, len(content), begin_s):
+            with _answer(lambda: self._files.open(f"{self._path}/{name}", "rb", **options), self._source) as file:
+                while piece := _answer(lambda: file.read(_PIECE_BYTES), self._source, len(content), begin_s):
                     content += cast(bytes, piece)
                     if len(content) > _MAX_BYTES:
                         raise DataError(f"{self.url_of(name)}: has more than {_MAX_BYTES:,} bytes; {FIX}")
@@ -201,7 +208,7 @@ class UrlFolder(ModelFolder):
         waits_s, until_s = iter(retry_waits_s()), time.monotonic() + sum(retry_waits_s())  # clients wait, too
         while True:
             try:
-                found = _answer(ask, self.url, nbytes)
+                found = _answer(ask, self._source, nbytes)
                 self._is_open = True
                 return found
             except Exception as error:
@@ -214,7 +221,7 @@ class UrlFolder(ModelFolder):
                 return None
             if status in (401, 403):
                 cause = f"no such model, or the server wants a login ({status})"
-                raise ConfigError(f"{self.url}: {cause}; set HF_TOKEN, which only the Hub gets") from root
+                raise ConfigError(f"{self._source}: {cause}; set HF_TOKEN, which only the Hub gets") from root
             is_lost = isinstance(root, TimeoutError | ConnectionResetError)
             # The Hub's client closes the connections of all threads if one thread finds no server.
             is_closed = isinstance(root, OSError) and root.errno == errno.EBADF
@@ -222,12 +229,12 @@ class UrlFolder(ModelFolder):
             if not is_busy or time.monotonic() > until_s or (wait_s := next(waits_s, None)) is None:
                 path = self.url.removeprefix("hf://")
                 here = f" (there is no folder {path} here)" if path != self.url else ""
-                with storage_errors(f"{self.url}{here}", action="read"):
+                with storage_errors(f"{self._source}{here}", action="read"):
                     raise root
             time.sleep(wait_s)
 
 
-def _answer[T](ask: Callable[[], T], url: str, nbytes: int = 0, begin_s: float | None = None) -> T:
+def _answer[T](ask: Callable[[], T], where: str, nbytes: int = 0, begin_s: float | None = None) -> T:
     """Asks in a thread, since clients may wait without an end; StorageError if it takes longer than `nbytes` may."""
     answer, limit_s, now_s = Future[T](), _ANSWER_S + nbytes / _SLOWEST, time.monotonic()
 
@@ -244,7 +251,7 @@ def _answer[T](ask: Callable[[], T], url: str, nbytes: int = 0, begin_s: float |
         if answer.done():  # it is that of the client, which has given up
             raise
         cause = f"no whole answer within {limit_s:.0f} s"
-        raise StorageError(f"{url}: cannot be read: {cause}; start again when the server responds") from None
+        raise StorageError(f"{where}: cannot be read: {cause}; start again when the server responds") from None
 
 
 def _status(error: BaseException) -> int | None:

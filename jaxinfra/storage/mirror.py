@@ -33,10 +33,10 @@ _BYTES_PER_S = 1 << 20  # of copies of one file
 _log = logging.getLogger(__name__)
 
 
-def fetch(store: ObjectStore, names: Sequence[str], folder: Path) -> list[str]:
+def fetch(url: str, names: Sequence[str], folder: Path) -> list[str]:
     """Copies files of a bucket, with all their parts, into a local folder; returns those that are not missing."""
-    found = []
-    require_server(store.url)
+    require_server(url)  # before the store is opened, which looks for credentials, and prints where it finds none
+    store, found = ObjectStore(url), list[str]()
     for name in names:
         if (content := store.read_or_none(name)) is None:
             continue
