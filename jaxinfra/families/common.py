@@ -69,8 +69,13 @@ def attention_of(model: TransformerConfig) -> list[Attention]:
 
 def dense_layers(model: TransformerConfig) -> list[tuple[Attention, MLP]]:
     """Returns the attention and the MLP of each layer; raises ConfigError for a layer with others."""
-    mlps = [of_kind(layer.mlp, MLP, "layers.mlp") for layer in model.all_layers]
-    return [*zip(attention_of(model), mlps, strict=True)]
+    found = list[tuple[Attention, MLP]]()
+    for index, layer in enumerate(model.all_layers):
+        if not isinstance(layer.mixer, Attention) or not isinstance(layer.mlp, MLP):
+            has = f"{type(layer.mixer).__name__} and {type(layer.mlp).__name__}"
+            raise ConfigError(f"layer {index} has {has}; this family has Attention and MLP")
+        found.append((layer.mixer, layer.mlp))
+    return found
 
 
 # Rules

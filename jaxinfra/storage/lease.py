@@ -287,7 +287,6 @@ type _Objects = ObjectStore | _Folder
 
 
 def _objects(where: str) -> _Objects:
-    """Returns where the files of a lease are, named by their tokens."""
     return ObjectStore(where).child(_FOLDER) if is_remote(where) else _Folder(Path(where, _FOLDER))
 
 
