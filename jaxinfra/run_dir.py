@@ -74,7 +74,7 @@ class RunDirectory:
         Raises ConfigError if run.json is damaged, CheckpointError if the copy is.
         """
         if self.is_remote:
-            fetch(ObjectStore(self.location), [RECORD_FILE], self.path)
+            fetch(self.location, [RECORD_FILE], self.path)
         if self.record.exists():
             return read_record(self.record)
         if not self.has_checkpoints():
@@ -107,9 +107,8 @@ class RunDirectory:
                     delete_temporaries(self.path, lambda name: name != REPORT_FILE)  # `report` may be at work
                 yield Owned(lease, lambda: None, lease.check_now)
                 return
-            store = ObjectStore(self.location)
-            fetched = fetch(store, RUN_FILES, self.path)
-            with Mirror(self.path, store, lease.check_now, fetched) as mirror:
+            fetched = fetch(self.location, RUN_FILES, self.path)
+            with Mirror(self.path, ObjectStore(self.location), lease.check_now, fetched) as mirror:
                 yield Owned(lease, mirror.sync, lease.check)
 
     def require_shared(self) -> None:

@@ -2,9 +2,10 @@
 
 It sets the version, dates the heading of the changelog, and builds the sdist and the wheel into dist/. The commit and
 the tag are left to you, and printed. VERSION=0.3.0.dev0 begins the next version: it only sets the version and adds a
-heading. A refusal changes nothing.
+heading. A refusal changes nothing; with --check it does nothing else. It needs no package before it builds.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -12,8 +13,6 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-
-from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 INIT = ROOT / "jaxinfra/__init__.py"
@@ -30,10 +29,15 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def order(version: str) -> tuple[list[int], bool]:
+    """Returns the key by which versions are sorted: that of a version follows those of what led to it."""
+    return [int(part) for part in version.removesuffix(".dev0").split(".")], not version.endswith(".dev0")
+
+
 def check_version(new: str, current: str) -> None:
     if not re.fullmatch(r"\d+\.\d+\.\d+(\.dev0)?", new):
-        raise refuse(f"VERSION={new}: expected MAJOR.MINOR.PATCH; use VERSION={Version(current).base_version}")
-    if Version(new) <= Version(current):
+        raise refuse(f"VERSION={new}: expected MAJOR.MINOR.PATCH; use VERSION={current.removesuffix('.dev0')}")
+    if order(new) <= order(current):
         raise refuse(f"VERSION={new}: must be larger than {current}, that of {INIT.relative_to(ROOT)}")
 
 
@@ -68,7 +72,7 @@ def build() -> None:
             print(f"wrote dist/{built.name}")
 
 
-def main(new: str) -> None:
+def main(new: str, *, only_check: bool) -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in (INIT, CHANGELOG)}
     found = VERSION.search(texts[INIT])
     assert found is not None
@@ -81,6 +85,8 @@ def main(new: str) -> None:
     if git("tag", "--list", f"v{new}"):
         raise refuse(f"VERSION={new}: there is a tag v{new} already; use another version")
     changelog = (begun if is_next else dated)(texts[CHANGELOG], version)
+    if only_check:
+        return
     try:
         INIT.write_text(texts[INIT].replace(found[0], f'__version__ = "{new}"'), encoding="utf-8")
         CHANGELOG.write_text(changelog, encoding="utf-8")
@@ -99,6 +105,10 @@ def main(new: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not sys.argv[1]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("version")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.version:
         raise refuse("which version? use make release VERSION=0.2.0")
-    main(sys.argv[1])
+    main(arguments.version, only_check=arguments.check)

@@ -124,8 +124,6 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
                 "short_factor": [*(scaling.short_divisors or scaling.divisors)],
                 "original_max_position_embeddings": scaling.original_length,
             }
-        case None:
-            pass
     return keys
 
 

@@ -1,9 +1,8 @@
 """Writes a model as a folder that transformers loads."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxinfra.families.registry import all_families, family
 from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, differences
 from jaxinfra.interop.config_json import CONFIG, ModelJson
 from jaxinfra.interop.folder import ModelFolder
-from jaxinfra.interop.writing import MAX_FILE_BYTES, Gather, write_model
+from jaxinfra.interop.writing import write_model
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params, leaves_by_name
 
@@ -53,22 +52,13 @@ class Export:
     origin: PublishedModel | None = None
 
 
-def export_model(
-    destination: str,
-    export: Export,
-    *,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    gather: Gather = lambda value: [value],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+def export_model(destination: str, export: Export, **options: Any) -> dict[str, Any]:
     """Writes a model into a folder that transformers loads; returns the receipt. All processes must call it.
 
     Args:
         destination: a new folder on a disk that all processes share, or a URL.
         export: what is written.
-        max_file_bytes: a file of weights is longer only if a tensor is.
-        gather: see `Gather`.
-        progress: called with the bytes that are written, and with all of them.
+        options: of `write_model`: `max_file_bytes`, `gather` and `progress`.
     """
     found, keys = family_of(export.config, export.model_type, [] if export.origin is None else [export.origin.family])
     leaves = leaves_by_name(export.params)
@@ -95,8 +85,8 @@ def export_model(
         content |= {name: export.origin.keys[name] for name in _SPECIAL_IDS if name in export.origin.keys}
     others[CONFIG] = _json(content)
     bindings = found.bindings(export.config, {path: leaf.shape for path, leaf in leaves.items()})
-    write = partial(write_model, destination, leaves, bindings, others, source=export.source, dtypes=export.dtypes)
-    return write(max_file_bytes=max_file_bytes, gather=gather, progress=progress)
+    options |= {"source": export.source, "dtypes": export.dtypes}
+    return write_model(destination, leaves, bindings, others, **options)
 
 
 def family_of(

@@ -33,7 +33,7 @@ def load_published(
     found = read_params(weights, bindings, wanted)
     files = sorted({each.file for each in weights.tensors.values()})
     headers = sorted((name, str(each)) for name, each in weights.tensors.items())
-    headers += [(file, model.folder.version(file)) for file in files]
+    headers += [(file, model.folder.generation(file).hex()) for file in files]
     fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
     return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint
 

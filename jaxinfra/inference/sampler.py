@@ -279,8 +279,7 @@ class Sampler:
     @property
     def _short_lengths(self) -> tuple[int, ...]:
         """The lengths up to which LongRoPE has the factors of short texts; () without it."""
-        model, _ = require_text(self.model.run)
-        return model.short_lengths
+        return require_text(self.model.run)[0].short_lengths
 
     def _decoder(self, params: Params) -> Transformer:
         model = self.program.model(params)

@@ -143,7 +143,9 @@ class Layout:
 
     def to_ours[A: (np.ndarray, jax.Array)](self, rows: A) -> A:
         """Returns the parameter, or a part of it, from rows of the tensor, `[..., *rows]`."""
-        lead, sizes = rows.shape[: -len(self.pattern.theirs)], self._cut_sizes(rows.shape[-len(self.pattern.theirs)])
+        lead, num_rows = rows.shape[: -len(self.pattern.theirs)], rows.shape[-len(self.pattern.theirs)]
+        start, stop = self.rows(0, 1)
+        sizes = self.sizes | {self.pattern.theirs[0].factors[0]: num_rows // (stop - start)}
         names, shape, cut = list[str](), list[int](), list[slice]()
         for index, dim in enumerate(self.pattern.theirs):
             consecutive = not index and not dim.outer  # then the rows are those of this part only
@@ -190,10 +192,9 @@ class Layout:
         """Returns the axis, counted from the last one, along which alternating parts of `to_theirs` are joined."""
         axis, found = 0, None
         for dim in reversed(self.pattern.theirs):
-            parts = self._joined(dim, self.sizes)
             if dim.own is not None:
                 found = axis + (2 if dim.inner else 1)
-            axis += len(parts)
+            axis += len(self._joined(dim, self.sizes))
         assert found is not None
         return -found
 
@@ -210,8 +211,3 @@ class Layout:
         """Returns the sizes that a dimension of the tensor merges: factors, and the parts in braces as one."""
         own = [] if dim.own is None else [self.total]
         return [*(self.sizes[name] for name in dim.outer), *own, *(self.sizes[name] for name in dim.inner)]
-
-    def _cut_sizes(self, rows: int) -> dict[str, int]:
-        """Returns the sizes of the factors of a part with this number of rows."""
-        start, stop = self.rows(0, 1)
-        return dict(self.sizes) | {self.pattern.theirs[0].factors[0]: rows // (stop - start)}

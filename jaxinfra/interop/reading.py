@@ -59,11 +59,8 @@ def read_params(
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
     found = dict[str, jax.Array]()
     for binding in bindings:
-        if binding.parts[0].layout.alternates:  # the same rows have all parts
-            found |= _read_parts(weights, binding, binding.parts, params)
-        else:
-            for part in binding.parts:
-                found |= _read_parts(weights, binding, [part], params)
+        for parts in binding.groups:
+            found |= _read_parts(weights, binding, parts, params)
     return found
 
 

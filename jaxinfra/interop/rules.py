@@ -90,6 +90,11 @@ class Binding:
         return self.theirs.replace("{layer}", str(layer)).replace("{e}", str(expert))
 
     @property
+    def groups(self) -> list[tuple[BoundPart, ...]]:
+        """The parameters of the same rows together: all if their rows alternate, else each alone."""
+        return [self.parts] if self.parts[0].layout.alternates else [(part,) for part in self.parts]
+
+    @property
     def names(self) -> Iterator[str]:
         """The names of all tensors, those of a layer together."""
         return map(self.name, itertools.product(*map(range, self.lead)))

@@ -135,8 +135,8 @@ def _indexed_files(folder: ModelFolder) -> dict[str, str]:
             raise DataError(f"{folder.url_of(INDEX)}: is no index of safetensors; {FIX}") from None
         return files
     if not folder.exists(WEIGHTS):
-        pickles = [quoted(name) for name in folder.names() if name.endswith(_PICKLES)]
-        if pickles:
+        names = [quoted(name) for name in folder.list_names() if "/" not in name]
+        if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise DataError(
                 f"{folder.url_of(pickles[0])}: is a pickle, which runs code when it is read, and is refused; "
                 "convert the model to safetensors (model.save_pretrained in transformers does)"
@@ -166,7 +166,7 @@ def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
         if tensor.start != position:
             raise DataError(f"{url}: {name} begins at byte {tensor.start}, expected {position}; {FIX}")
         position += tensor.nbytes
-    folder.check_size(file, position)
+    folder.check_sizes({file: position})
     return found
 
 

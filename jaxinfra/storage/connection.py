@@ -9,8 +9,8 @@ unless `TENSORSTORE_S3_REQUEST_CONCURRENCY` or `TENSORSTORE_GCS_REQUEST_CONCURRE
 import os
 import socket
 import time
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -120,31 +120,28 @@ def require_server(url: str) -> None:
     if parts.scheme == "s3":
         server = str(_s3_settings().get("endpoint", f"https://{parts.netloc}.s3.amazonaws.com"))
     try:
-        host, port = urlsplit(server).hostname, urlsplit(server).port
-    except ValueError:  # TensorStore says what is wrong with it
-        return
-    try:
-        if host is not None:
-            _connect_twice(host, port or (80 if server.startswith("http:") else 443))
+        place = urlsplit(server)
+        if place.hostname is not None:
+            _connect_twice(place.hostname, place.port or (80 if place.scheme == "http" else 443))
     except OSError as error:
         raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; check the network") from None
+    except ValueError:  # TensorStore says what is wrong with the server's URL
+        return
 
 
 @cache
 def _connect_twice(host: str, port: int) -> None:
     """Raises the second error if a host, within some seconds, has twice no address or refuses to connect."""
-    answer = Future[OSError | None]()
 
-    def connect() -> None:
-        if (error := _refusal(host, port)) is not None:
-            time.sleep(_PAUSE_S)
-            error = _refusal(host, port)
-        answer.set_result(error)
+    def connect() -> OSError | None:
+        if _refusal(host, port) is None:
+            return None
+        time.sleep(_PAUSE_S)
+        return _refusal(host, port)
 
-    Thread(target=connect, name="connect", daemon=True).start()  # a name may be looked up for long
-    with suppress(TimeoutError):
-        if (error := answer.result(_CONNECT_S)) is not None:
-            raise error
+    answer = ask_in_thread(connect, _CONNECT_S)  # a name may be looked up for long
+    if answer.done() and (error := answer.result()) is not None:
+        raise error
 
 
 def _refusal(host: str, port: int) -> OSError | None:
@@ -156,6 +153,21 @@ def _refusal(host: str, port: int) -> OSError | None:
     except (OSError, UnicodeError):  # it is slow, or this is no name of a host: TensorStore finds out
         return None
     return None
+
+
+def ask_in_thread[T](ask: Callable[[], T], timeout_s: float) -> Future[T]:
+    """Asks in a thread, since clients may wait without an end; the answer is done unless that takes longer."""
+    answer = Future[T]()
+
+    def call() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=call, name="answer", daemon=True).start()
+    wait([answer], timeout_s)
+    return answer
 
 
 def _s3_settings() -> dict[str, object]:

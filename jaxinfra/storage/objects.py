@@ -7,6 +7,7 @@ names the URL.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -57,11 +58,10 @@ class ObjectStore:
         return ask_once("read", self.url_of(name), lambda: self._read(name))
 
     def _read(self, name: str) -> bytes:
-        result = call_storage(self.url_of(name), self._objects.read(name).result)
-        if result.state != "value":
+        if (content := self.read_or_none(name)) is None:
             self._is_listed(name)  # raises StorageError if the whole bucket is missing
             raise DataError(f"{self.url_of(name)}: missing; {self._fix}")
-        return result.value
+        return content
 
     def read_or_none(self, name: str) -> bytes | None:
         """Reads an object; returns None if it is missing."""
@@ -103,12 +103,9 @@ class ObjectStore:
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raises DataError if an object is missing or its size in bytes differs; reads one byte of each."""
 
-        def check(name: str) -> None:
-            self._read_end(name, sizes[name], max_bytes=1)
-
         def check_all() -> bool:
             with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-                list(pool.map(check, sizes))  # raises the first error
+                list(pool.map(partial(self._read_end, max_bytes=1), sizes, sizes.values()))  # raises the first error
             return True
 
         ask_once("sizes", self.url, check_all)
@@ -127,15 +124,12 @@ class ObjectStore:
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a new object; returns False if there is one with other content."""
-        url = self.url_of(name)
-        old = call_storage(url, self._objects.read(name).result)
+        old = call_storage(self.url_of(name), self._objects.read(name).result)
         if old.state == "value":
             return old.value == content
-        write = self._objects.write(name, content, if_equal=old.stamp.generation)
-        if call_storage(url, write.result, writing=True).generation:
+        if self.replace(name, content, old.stamp.generation) is not None:
             return True
-        # Another process was faster, or the answer to the first try was lost.
-        return call_storage(url, self._objects.read(name).result).value == content
+        return self.read_or_none(name) == content  # another process was faster, or the first try's answer was lost
 
     def generation(self, name: str) -> bytes:
         """Returns what changes whenever an object is written or deleted; there is one of missing objects, too."""
@@ -168,9 +162,7 @@ class ObjectStore:
         while True:
             old = call_storage(self.url_of(name), self._objects.read(name).result)
             content = change(old.value if old.state == "value" else None)
-            write = self._objects.write(name, content, if_equal=old.stamp.generation)
-            # Without a generation nothing was written: the object no longer had the old one.
-            if call_storage(self.url_of(name), write.result, writing=True).generation:
+            if self.replace(name, content, old.stamp.generation) is not None:
                 return
 
     def upload(self, folder: Path, *, last: Sequence[str] = (), resume: bool = False) -> None:

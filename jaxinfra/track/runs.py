@@ -23,7 +23,6 @@ from jaxinfra.storage.json_lines import parse_json
 from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
-from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.formatting import shown_metrics
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, metrics_row, read_summary
@@ -114,7 +113,7 @@ def local_files(location: str) -> Iterator[Path]:
         yield Path(location)
         return
     with TemporaryDirectory(prefix="jaxinfra-run-") as folder:
-        fetch(ObjectStore(location), RUN_FILES, Path(folder))
+        fetch(location, RUN_FILES, Path(folder))
         yield Path(folder)
 
 

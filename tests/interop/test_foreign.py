@@ -302,7 +302,21 @@ def test_server_that_is_not_there() -> None:
             patch.setattr(constants, "ENDPOINT", url.removesuffix("/plain"))
             patch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
             HfFileSystem.clear_instance_cache()
-            refused(launch("hub", "check", "hf:out/none"), "hf://out/none no folder out/none here", code=82)
+            refused(launch("hub", "check", "hf:out/none"), "hf:out/none no folder out/none here", code=82)
+
+
+def test_a_mistyped_folder_is_no_repository_of_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(launch("hub", "check", "hf:model/nope"), "hf:model/nope: no such folder model hf:hf://model/nope", code=81)
+    refused(launch("sample", "hf:model/nope", "A"), "hf:model/nope: no such folder", code=81)
+    for name in ("out/a--b", "out/a..b", "out/-a", "out/nope/x", "out/a b", "../x", "nope"):
+        refused(launch("hub", "check", name), f"{name}: no such folder ORG/NAME", code=81)
+    (tmp_path / "lab").mkdir()
+    with serving(folder, iter(())):
+        refused(launch("hub", "check", REPOSITORY), f"hf:hf://{REPOSITORY}", code=81)
+        assert launch("hub", "check", f"hf:hf://{REPOSITORY}").code == 0
 
 
 def test_a_redirect_to_another_host_has_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,15 +321,18 @@ def no_proxy(monkeypatch):
     monkeypatch.setattr(connection, "_PAUSE_S", 0.01)
 
 
-def test_a_server_that_is_not_there_is_told_and_a_slow_one_is_not(no_proxy, monkeypatch, tmp_path):
+def test_a_server_that_is_not_there_is_told_and_a_slow_one_is_not(no_proxy, monkeypatch, tmp_path, capfd):
     with socket.create_server(("127.0.0.1", 0)) as slow:  # it never answers
         url = f"http://127.0.0.1:{slow.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         require_server("s3://bucket/slow")
     connection._connect_twice.cache_clear()
-    for call in (lambda: fetch(ObjectStore("s3://bucket/x"), ["run.json"], tmp_path), lambda: read_record("s3://b/x")):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for call in (lambda: fetch("s3://bucket/x", ["run.json"], tmp_path), lambda: read_record("s3://b/x")):
         with raises(StorageError, f"s3://b {url}"):
             call()
+    assert not capfd.readouterr().err, "TensorStore has looked for credentials, and printed where"
     monkeypatch.setattr(connection, "_CONNECT_S", 0.01)
     monkeypatch.setattr(connection, "_refusal", lambda host, port: time.sleep(1))
     begin_s = time.monotonic()

@@ -18,6 +18,8 @@ from jaxinfra.track.remote import RemoteRun, RemoteTracker, remote_id
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from tests.refusals import names, problem, raises
 
+DOCS = Path(__file__).parents[2] / "docs"
+
 
 class Server(RemoteRun):
     """Fails with each of `errors` first; while it is not `open`, its calls do not return."""
@@ -223,3 +225,4 @@ def test_a_missing_package_is_named_before_the_run_starts(tmp_path, monkeypatch)
     ):
         with raises(ConfigError, f"track.{name} pip install 'jaxinfra[{name}]'"):
             make_trackers(config, tmp_path)
+        assert f"`pip install 'jaxinfra[{name}]'`" in (DOCS / "watch.md").read_text()

@@ -29,14 +29,9 @@ def run(options: argparse.Namespace) -> None:
     table = Table(Column(style="bold"), Column(overflow="fold"), box=None, show_header=False)
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))
-    console = stdout_console()
-    print_table(console, table)
+    print_table(stdout_console(), table)
     source = options.source if options.source.startswith(PREFIX) else f"{PREFIX}{options.source}"
-    console.print(
-        f'In a config: model=published("{source}"), imported from jaxinfra.hub, and init="{source}".',
-        markup=False,
-        soft_wrap=True,
-    )
+    print(f'In a config: model=published("{source}"), imported from jaxinfra.hub, and init="{source}".')
     outputs.write_json(options.json, facts)
 
 

@@ -19,7 +19,6 @@ from jaxinfra.interop.writing import check_destination
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
-from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_bytes, format_duration, format_files
 from jaxinfra.track.runs import parse_source
 
@@ -63,13 +62,8 @@ def run(options: argparse.Namespace) -> None:
     if options.prints:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
-        console, files = stdout_console(), format_files(len(receipt["files"]))
-        console.print(
-            f"{options.out}: {files}, {format_bytes(total)} in {format_duration(seconds)}; "
-            f"check it with {command_line('hub', 'check', options.out)} --hashes",
-            markup=False,
-            soft_wrap=True,
-        )
+        written = f"{format_files(len(receipt['files']))}, {format_bytes(total)} in {format_duration(seconds)}"
+        print(f"{options.out}: {written}; check it with {command_line('hub', 'check', options.out)} --hashes")
 
 
 def _with_step(source: str, step: int | None) -> str:
