@@ -40,10 +40,22 @@ def expand_name(text: str) -> str:
     if size is None:
         is_gpu = chip in CHIPS and CHIPS[chip].platform == "cuda"
         return f"{text}:1x8" if is_gpu else text
-    shapes = SLICES.get(chip)
-    if shapes is None or int(size) in shapes:
-        return text if shapes is None else f"{slices}{chip}:{shapes[int(size)]}"
-    nearest = [*[s for s in shapes if s < int(size)][-1:], *[s for s in shapes if s > int(size)][:1]]
+    if chip not in SLICES:
+        return text
+    if int(size) in SLICES[chip]:
+        return f"{slices}{chip}:{SLICES[chip][int(size)]}"
     unit = "TensorCores" if _COUNTED_PER_CHIP[chip] > 1 else "chips"
-    names = " or ".join(f"{slices}{name}-{other}" for other in nearest)
+    names = " or ".join(f"{slices}{name}-{other}" for other in _nearest_sizes(chip, int(size)))
     raise ConfigError(f"--on {text}: {name} has no default slice of {size} {unit}; use --on {names}")
+
+
+def nearest_shapes(chip: str, num_chips: int) -> list[str]:
+    """Returns one or two default shapes of about as many chips, such as `8x8`; [] for a chip without names of sizes."""
+    if chip not in SLICES:
+        return []
+    return [SLICES[chip][size] for size in _nearest_sizes(chip, _COUNTED_PER_CHIP[chip] * num_chips)]
+
+
+def _nearest_sizes(chip: str, size: int) -> list[int]:
+    """Returns the largest size up to `size`, and the smallest above it."""
+    return [*[s for s in SLICES[chip] if s <= size][-1:], *[s for s in SLICES[chip] if s > size][:1]]

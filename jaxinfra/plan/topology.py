@@ -20,7 +20,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.packages import install_command
 from jaxinfra.parallel.mesh import Device
 from jaxinfra.plan.chips import CHIPS, Chip
-from jaxinfra.plan.slice_sizes import expand_name
+from jaxinfra.plan.slice_sizes import SLICES, expand_name, nearest_shapes
 
 MAX_DEVICES = 65_536  # more than any slice has; devices are still laid out within seconds
 INSTALL_COMMAND = install_command("jaxinfra[compile]")
@@ -84,26 +84,31 @@ def parse_topology(text: str) -> Topology:
         raise ConfigError(f"--on {text}: unknown chip, must be one of {', '.join(CHIPS)}; use --on v5p:4x4x4")
     chip = CHIPS[name]
     if len(shape) != chip.num_dims or 0 in shape or not slices:
-        raise ConfigError(f"--on {text}: {name} needs {chip.num_dims} positive sizes; use --on {_example(chip)}")
+        example = _EXAMPLE_SHAPES[chip.platform, chip.num_dims]
+        raise ConfigError(f"--on {text}: {name} needs {chip.num_dims} positive sizes; use --on {name}:{example}")
     if chip.platform == "cuda" and slices > 1:
         raise ConfigError(f"--on {text}: GPUs have hosts, not slices; use --on {name}:{slices}x8")
     limit = chip.max_slice
-    # A slice may be turned (8x16 is 16x8), so sizes are not compared by dimension; the compiler checks the rest.
+    # A slice may be turned (8x16 is 16x8), so sizes are not compared by dimension.
     if limit is not None and (math.prod(shape) > math.prod(limit) or max(shape) > max(limit)):
         raise ConfigError(f"--on {text}: the largest slice of {name} is {_join(limit)}; use --on {name}:{_join(limit)}")
     topology = Topology(chip=chip, shape=shape, slices=slices)
+    if limit is not None and chip.num_dims == 2 and _join(sorted(shape)) not in SLICES[name].values():
+        raise ConfigError(f"--on {text}: the cloud has no such slice of {name}; use --on {_nearest(topology)}")
     if topology.num_devices > MAX_DEVICES:
         raise ConfigError(f"--on {text}: has {topology.num_devices:,} devices; use {MAX_DEVICES:,} or fewer")
     return topology
 
 
-def _join(shape: tuple[int, ...]) -> str:
+def _join(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _example(chip: Chip) -> str:
-    """Returns a valid `--on` for a chip."""
-    return f"{chip.name}:{_EXAMPLE_SHAPES[chip.platform, chip.num_dims]}"
+def _nearest(topology: Topology) -> str:
+    """Returns one or two valid values of `--on` of about as many chips."""
+    chip, slices_of_chip = topology.chip, str(topology).partition(":")[0]
+    shapes = nearest_shapes(chip.name, math.prod(topology.shape)) or [_EXAMPLE_SHAPES[chip.platform, chip.num_dims]]
+    return " or ".join(f"{slices_of_chip}:{shape}" for shape in shapes)
 
 
 def set_up_compiler(topology: Topology) -> None:
@@ -118,6 +123,8 @@ def set_up_compiler(topology: Topology) -> None:
         raise ConfigError(f"--on {topology}: its compiler, {package}, is not installed; run {INSTALL_COMMAND}")
     for name, value in _ENVIRONMENT[topology.chip.platform].items():
         os.environ.setdefault(name, value)
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # set by JAX; passes of XLA would warn of limits of their own
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def topology_devices(topology: Topology) -> Sequence[Device]:
@@ -137,7 +144,7 @@ def topology_devices(topology: Topology) -> Sequence[Device]:
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--on {topology}: the compiler does not know this slice: {reason}; use --on {_example(topology.chip)}"
+            f"--on {topology}: the compiler does not know this slice: {reason}; use --on {_nearest(topology)}"
         ) from error
     assert len(description.devices) == topology.num_devices, (topology, len(description.devices))
     return description.devices

@@ -74,7 +74,7 @@ ON = ("--on", "v5e:2x4")
         ((*ON, "--json", "same", "--dump", "same"), "--json --dump same"),
         (("--on", "2xv5e:2x2"), "mesh.replica=1 mesh.replica=2"),
         (
-            ("--on", "2xv5e:2x6", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
+            ("--on", "2xv5p:2x2x3", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
             "mesh.replica=3 mesh.replica=2",
         ),
         ((*ON, "--devices", "cpu:8"), "--devices cpu:8"),

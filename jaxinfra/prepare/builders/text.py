@@ -351,6 +351,8 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         """Reads an existing tokenizer; ConfigError if it or the template cannot be used, or not with each other."""
         self.corpus, config = corpus, corpus.tokenizer
         self.make_part = tokenize_job
+        if corpus.dedup is not None:
+            Signer(corpus.dedup)  # raises an error now if its package is missing
         if isinstance(config, TrainBpe):
             self._converted, special_tokens = None, {config.end_of_document, *config.special_tokens}
             tokenizer_digest = None  # not needed, because the recipe and the source determine the tokenizer
