@@ -156,9 +156,8 @@ def compile_step(
     """
     start_s = time.monotonic()
     program = program_on(run, topology)
-    per_device_batch_size = program.rows_per_device
     on_progress(f"tracing {run.name} for {topology}, {topology.num_devices} devices")
-    compiled = _compile(program, topology, per_device_batch_size, on_progress)
+    compiled = _compile(program, topology, on_progress)
     on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")
     if dump is not None:
         dump(compiled.text)
@@ -171,7 +170,7 @@ def compile_step(
         name=program.run.name,
         topology=str(topology),
         mesh={axis: size for axis, size in mesh.items() if size > 1},
-        per_device_batch_size=per_device_batch_size,
+        per_device_batch_size=program.rows_per_device,
         memory=compiled.memory,
         cycles=module.cycles() if estimates else None,
         unestimated=estimates.count(NO_ESTIMATE),
@@ -208,9 +207,7 @@ def compile_lowered(lowered: jax.stages.Lowered, program: Program, topology: Top
     return CompiledProgram(text=text, memory=memory_usage(executable))
 
 
-def _compile(
-    program: Program, topology: Topology, per_device_batch_size: float, on_progress: Callable[[str], object]
-) -> CompiledProgram:
+def _compile(program: Program, topology: Topology, on_progress: Callable[[str], object]) -> CompiledProgram:
     """Compiles the train step; raises ConfigError if its state does not fit, or if the compiler fails."""
     where = f"{program.run.name} on {topology}"
     # A lower bound: the compiler pads arrays. State that is offloaded to the host does not count.
@@ -221,10 +218,10 @@ def _compile(
         raise ConfigError(f"{where}: {out_of_memory(state_bytes, hbm_bytes, fix, ' for the train state')}")
     try:
         lowered = program.lower()
-        on_progress("compiling: seconds for a small model, a minute or two for a large one")
+        on_progress("compiling: seconds for a small model, a minute or two for a large one, more on a busy machine")
         return compile_lowered(lowered, program, topology)
     except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
-        raise ConfigError(f"{where}: {explain(str(error), program.run, per_device_batch_size)}") from error
+        raise ConfigError(f"{where}: {explain(str(error), program.run, program.rows_per_device)}") from error
 
 
 @contextmanager

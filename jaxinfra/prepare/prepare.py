@@ -73,7 +73,8 @@ def prepare(
     """Makes a version of the store, unless one of the same recipe and files exists; it becomes the newest version.
 
     `workers` jobs run at once; None is one per core. A worker holds the largest record and the output of one shard in
-    memory; for the arrays of the version see `builders.select` and `builders.writers`. The manifest keeps `prepared_from`.
+    memory; for the arrays of the version see `builders.select` and `builders.writers`. `prepared_from` goes into the
+    manifest.
 
     Raises:
         ConfigError: the recipe cannot be used, or the store's folder holds other files; nothing is changed.

@@ -27,7 +27,7 @@ from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders.baseline import measure_baselines, repeated_share
+from jaxinfra.prepare.builders.baseline import measure_baselines
 from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
 from jaxinfra.prepare.builders.select import select_documents
 from jaxinfra.prepare.builders.writers import common_fields, write_pack, write_split
@@ -225,8 +225,8 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     keeps_whole = isinstance(config, LastDocuments)
     if keeps_whole:
         tail_bytes = document_ends[-1] - document_ends
-        limits = config.fraction / 2 * document_ends[-1], config.most * document_ends[-1]
-        fitting = document_ends[(limits[0] <= tail_bytes) & (tail_bytes <= limits[1])]
+        least, most = config.fraction / 2 * document_ends[-1], _largest_fraction(config) * document_ends[-1]
+        fitting = document_ends[(least <= tail_bytes) & (tail_bytes <= most)]
         train_bytes = min(fitting.tolist(), key=lambda end: abs(end - train_bytes), default=train_bytes)
     document = int(np.searchsorted(document_ends, train_bytes, side="right"))
     part_index = min(int(np.searchsorted(part_ends, document, side="right")), len(part_ends) - 1)
@@ -251,6 +251,12 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     later_parts = range(part_index + 1, splits.num_parts)
     # The parts of each split in order: the number of a whole part, or the cut_part of the part that is cut.
     return replace(splits, tail={"train": [*range(part_index), train], "validation": [validation, *later_parts]})
+
+
+def _largest_fraction(config: Tail) -> float:
+    """Returns the largest fraction of the text that a tail takes."""
+    fraction = config.fraction
+    return min(2 * fraction, (1 + fraction) / 2) if isinstance(config, LastDocuments) else fraction
 
 
 def _split_document(
@@ -310,7 +316,7 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
     At most about `_SAMPLE_SHARD_CHARS` come from one shard.
     """
     if isinstance(corpus.validation, Tail):
-        train_fraction = 1 - corpus.validation.most
+        train_fraction = 1 - _largest_fraction(corpus.validation)
         shard_ends = np.cumsum([shard.size_bytes for shard in shards])
         num_before_tail = int(np.searchsorted(shard_ends, shard_ends[-1] * train_fraction, side="right"))
         if num_before_tail == 0:  # the tail begins in the first shard, for example the only file of a corpus
@@ -429,7 +435,6 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             **common_fields(build),
         )
         if corpus.baselines:
-            store = TokenStore(ObjectStore(build), manifest)
-            counts = replace(counts, repeated=repeated_share(store))
-            manifest = replace(manifest, baselines=measure_baselines(store), counts=counts)
+            baselines, repeated = measure_baselines(TokenStore(ObjectStore(build), manifest))
+            manifest = replace(manifest, baselines=baselines, counts=replace(counts, repeated=repeated))
         return manifest
