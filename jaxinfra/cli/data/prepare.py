@@ -37,9 +37,11 @@ def run(options: argparse.Namespace) -> None:
     engine = options.engine or ENGINES[0]
     for recipe, words in load_recipes(options):
         validate(recipe)
-        how = {"engine": engine, "workers": options.workers, "prepared_from": mask_credentials(shlex.join(words))}
+        made_from = mask_credentials(shlex.join(words))
         with progress_bar() as on_progress:
-            version = prepare(recipe, on_progress=on_progress, **how)
+            version = prepare(
+                recipe, engine=engine, workers=options.workers, on_progress=on_progress, prepared_from=made_from
+            )
         _print_version(version, "made")
         print("\n".join(describe_manifest(version.manifest)))
 
