@@ -87,14 +87,14 @@ class CompiledStep:
 
 def program_on(run: Run, topology: Topology) -> Program:
     """Builds the program of a run on a topology; raises ConfigError with all that does not fit it or is missing."""
-    if math.prod(size for size in run.mesh.sizes if size != -1) < 1 or run.mesh.sizes.count(-1) > 1:
+    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    if fixed < 1 or run.mesh.sizes.count(-1) > 1:
         validate(run)  # raises an error that names the wrong axis
     platform = "gpu" if topology.chip.platform == "cuda" else "tpu"
     objections: list[str] = []
     _attempt(lambda: set_up_compiler(topology), objections)
     devices = None if objections else topology_devices(topology)
-    if changes := _mesh_changes(run.mesh, topology):
-        fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    if changes := _mesh_changes(run.mesh, fixed, topology):
         fix = " ".join(f"mesh.{axis}={size}" for axis, size in changes.items())
         objections.append(f"--on {topology}: has {topology.num_devices} devices, but the mesh has {fixed}; use {fix}")
     run = with_mesh_size(replace(run, mesh=replace(run.mesh, **changes)), topology.num_devices)
@@ -117,10 +117,9 @@ def _attempt[T](check: Callable[[], T], objections: list[str]) -> T | None:
         return None
 
 
-def _mesh_changes(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
+def _mesh_changes(mesh: MeshConfig, fixed: int, topology: Topology) -> dict[str, int]:
     """Returns axes and sizes with which a mesh fits a topology; the axes but fsdp stay if they divide its devices."""
     num_devices = topology.num_devices
-    fixed = math.prod(size for size in mesh.sizes if size != -1)
     if num_devices == fixed or (-1 in mesh.sizes and num_devices % fixed == 0):
         return {}
     others = {axis: size for axis, size in asdict(mesh).items() if axis != "fsdp"}

@@ -11,7 +11,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
-from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
+from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.baseline import measure_baselines
@@ -277,7 +277,7 @@ def _split_document(
     if not 0 < cut < len(ids):
         return None
     if at_break:
-        cut = _next_break(ids, cut, decode)
+        cut = _next_break(builder.tokenizer, ids, cut)
     texts = decode(ids[:cut]), decode(ids[cut:])
     first_bytes = len(texts[0].encode())
     sizes = first_bytes, int(part["bytes_D"][document]) - first_bytes
@@ -292,21 +292,16 @@ def _split_document(
     return split
 
 
-def _next_break(ids: Sequence[int], first: int, decode: Callable[[Sequence[int]], str]) -> int:
+def _next_break(tokenizer: Tokenizer, ids: Sequence[int], first: int) -> int:
     """Returns the first token from `first` on that begins a line, else the first one that begins a word, else `first`.
 
     It looks at no more than `_BREAK_TOKENS`, and half of those that are left.
     """
-    words = []
-    for cut in range(first, first + min(_BREAK_TOKENS, (len(ids) - first) // 2) + 1):
-        start = max(0, cut - _DECODE_TOKENS)
-        before = decode(ids[start:cut])
-        after = decode(ids[start : cut + _DECODE_TOKENS])[len(before) :]
-        if before.endswith("\n"):
-            return cut
-        if not before.endswith("\ufffd") and (before[-1:].isspace() or after[:1].isspace()):
-            words.append(cut)
-    return words[0] if words else first
+    looked_at = ids[first - 1 : first + 1 + min(_BREAK_TOKENS, (len(ids) - first) // 2)]
+    cuts = list(enumerate(itertools.pairwise(map(StreamDecoder(tokenizer).push, looked_at)), first))
+    lines = (cut for cut, (before, _) in cuts if before.endswith("\n"))
+    words = (cut for cut, (before, after) in cuts if before[-1:].isspace() or after[:1].isspace())
+    return next(lines, next(words, first))
 
 
 def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: int) -> Iterator[str]:
