@@ -3,9 +3,7 @@
 import argparse
 import functools
 import os
-import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 
 from jaxinfra.cli import config_argument
@@ -13,8 +11,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.plan.aot import CompiledStep, compile_step
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.compile_errors import out_of_memory, suggest_fix
-from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
-from jaxinfra.processes import signal_router
+from jaxinfra.plan.topology import parse_topology
 from jaxinfra.storage import outputs
 from jaxinfra.track.formatting import format_bytes, format_percent
 
@@ -30,10 +27,6 @@ def run(options: argparse.Namespace) -> None:
     if len({os.path.abspath(path) for path in paths}) < len(paths):
         raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two files")
     loaded = config_argument.load_config(options)
-    with suppress(ConfigError):  # `compile_step` raises it again, with all else that does not fit
-        set_up_compiler(topology)
-        topology_devices(topology)  # loads libtpu, whose handler of SIGTERM would print a crash dump
-    signal_router.set_handlers({signal.SIGTERM: signal.SIG_DFL})
     dump = None if options.dump is None else functools.partial(outputs.write_text, options.dump)
     compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))
     print("\n".join(format_report(compiled, topology.chip)))

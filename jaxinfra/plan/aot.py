@@ -87,14 +87,14 @@ class CompiledStep:
 
 def program_on(run: Run, topology: Topology) -> Program:
     """Builds the program of a run on a topology; raises ConfigError with all that does not fit it or is missing."""
-    if math.prod(size for size in run.mesh.sizes if size != -1) < 1 or run.mesh.sizes.count(-1) > 1:
+    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    if fixed < 1 or run.mesh.sizes.count(-1) > 1:
         validate(run)  # raises an error that names the wrong axis
     platform = "gpu" if topology.chip.platform == "cuda" else "tpu"
     objections: list[str] = []
     _attempt(lambda: set_up_compiler(topology), objections)
     devices = None if objections else topology_devices(topology)
-    if changes := _mesh_changes(run.mesh, topology):
-        fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    if changes := _mesh_changes(run.mesh, fixed, topology):
         fix = " ".join(f"mesh.{axis}={size}" for axis, size in changes.items())
         objections.append(f"--on {topology}: has {topology.num_devices} devices, but the mesh has {fixed}; use {fix}")
     run = with_mesh_size(replace(run, mesh=replace(run.mesh, **changes)), topology.num_devices)
@@ -117,10 +117,9 @@ def _attempt[T](check: Callable[[], T], objections: list[str]) -> T | None:
         return None
 
 
-def _mesh_changes(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
+def _mesh_changes(mesh: MeshConfig, fixed: int, topology: Topology) -> dict[str, int]:
     """Returns axes and sizes with which a mesh fits a topology; the axes but fsdp stay if they divide its devices."""
     num_devices = topology.num_devices
-    fixed = math.prod(size for size in mesh.sizes if size != -1)
     if num_devices == fixed or (-1 in mesh.sizes and num_devices % fixed == 0):
         return {}
     others = {axis: size for axis, size in asdict(mesh).items() if axis != "fsdp"}
@@ -156,9 +155,8 @@ def compile_step(
     """
     start_s = time.monotonic()
     program = program_on(run, topology)
-    per_device_batch_size = program.rows_per_device
     on_progress(f"tracing {run.name} for {topology}, {topology.num_devices} devices")
-    compiled = _compile(program, topology, per_device_batch_size, on_progress)
+    compiled = _compile(program, topology, on_progress)
     on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")
     if dump is not None:
         dump(compiled.text)
@@ -171,7 +169,7 @@ def compile_step(
         name=program.run.name,
         topology=str(topology),
         mesh={axis: size for axis, size in mesh.items() if size > 1},
-        per_device_batch_size=per_device_batch_size,
+        per_device_batch_size=program.rows_per_device,
         memory=compiled.memory,
         cycles=module.cycles() if estimates else None,
         unestimated=estimates.count(NO_ESTIMATE),
@@ -208,9 +206,7 @@ def compile_lowered(lowered: jax.stages.Lowered, program: Program, topology: Top
     return CompiledProgram(text=text, memory=memory_usage(executable))
 
 
-def _compile(
-    program: Program, topology: Topology, per_device_batch_size: float, on_progress: Callable[[str], object]
-) -> CompiledProgram:
+def _compile(program: Program, topology: Topology, on_progress: Callable[[str], object]) -> CompiledProgram:
     """Compiles the train step; raises ConfigError if its state does not fit, or if the compiler fails."""
     where = f"{program.run.name} on {topology}"
     # A lower bound: the compiler pads arrays. State that is offloaded to the host does not count.
@@ -221,10 +217,10 @@ def _compile(
         raise ConfigError(f"{where}: {out_of_memory(state_bytes, hbm_bytes, fix, ' for the train state')}")
     try:
         lowered = program.lower()
-        on_progress("compiling: seconds for a small model, a minute or two for a large one")
+        on_progress("compiling: seconds for a small model, a minute or two for a large one, more on a busy machine")
         return compile_lowered(lowered, program, topology)
     except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
-        raise ConfigError(f"{where}: {explain(str(error), program.run, per_device_batch_size)}") from error
+        raise ConfigError(f"{where}: {explain(str(error), program.run, program.rows_per_device)}") from error
 
 
 @contextmanager

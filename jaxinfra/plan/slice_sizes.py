@@ -1,15 +1,11 @@
-"""Reads the cloud's names of TPU slices, such as `v5p-128`, and `h100` for one host of eight GPUs.
+"""The sizes in the cloud's names of TPU slices, such as `v5p-128`, and their shapes.
 
-The number counts TensorCores for v4 and v5p, which have two a chip, and chips for v5e (`v5litepod`) and v6e. Each size
+A size counts TensorCores for v4 and v5p, which have two a chip, and chips for v5e (`v5litepod`) and v6e. Each size
 has a default shape. Sources: the pages on v5e, v5p and v6e of Google Cloud's TPU documentation, and the lists of
 accelerators in Google's xpk and MaxText, without shapes that exceed the chip's `max_slice` or cannot be scheduled.
 """
 
 import math
-import re
-
-from jaxinfra.errors import ConfigError
-from jaxinfra.plan.chips import CHIPS
 
 _V4 = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16"
 _V5P = """
@@ -19,31 +15,14 @@ _V5P = """
     12x16x28 12x20x24 16x16x24
 """
 _V5E = _V6E = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
-_COUNTED_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
+COUNTED_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 SLICES = {
-    chip: {_COUNTED_PER_CHIP[chip] * math.prod(map(int, shape.split("x"))): shape for shape in shapes.split()}
+    chip: {COUNTED_PER_CHIP[chip] * math.prod(map(int, shape.split("x"))): shape for shape in shapes.split()}
     for chip, shapes in {"v4": _V4, "v5p": _V5P, "v5e": _V5E, "v6e": _V6E}.items()
 }
 """The default shape of each size, by chip."""
 
 
-def expand_name(text: str) -> str:
-    """Returns `v5p:4x4x4` for `v5p-128`, and `h100:1x8` for `h100`; any other text as it is.
-
-    Raises ConfigError for a size that the cloud does not have.
-    """
-    match = re.fullmatch(r"((?:[0-9]{1,5}x)?)([a-z]\w*)(?:-([0-9]{1,9}))?", text)
-    if match is None:
-        return text
-    slices, name, size = match.groups()
-    chip = {"v5litepod": "v5e"}.get(name, name)
-    if size is None:
-        is_gpu = chip in CHIPS and CHIPS[chip].platform == "cuda"
-        return f"{text}:1x8" if is_gpu else text
-    shapes = SLICES.get(chip)
-    if shapes is None or int(size) in shapes:
-        return text if shapes is None else f"{slices}{chip}:{shapes[int(size)]}"
-    nearest = [*[s for s in shapes if s < int(size)][-1:], *[s for s in shapes if s > int(size)][:1]]
-    unit = "TensorCores" if _COUNTED_PER_CHIP[chip] > 1 else "chips"
-    names = " or ".join(f"{slices}{name}-{other}" for other in nearest)
-    raise ConfigError(f"--on {text}: {name} has no default slice of {size} {unit}; use --on {names}")
+def nearest_sizes(chip: str, size: int) -> list[int]:
+    """Returns the largest size up to `size`, and the smallest above it."""
+    return [*[s for s in SLICES[chip] if s <= size][-1:], *[s for s in SLICES[chip] if s > size][:1]]

@@ -1,8 +1,7 @@
 """Finds out what a folder or file of text is, and makes a recipe for it."""
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,17 +155,15 @@ def _first_record(source: BoundedSource) -> Fields:
     raise ConfigError("no records; name a place with data")
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Lists the files below a folder, without hidden ones."""
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return found
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files below a folder, without hidden ones; OSError for a folder that cannot be read."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif not path.is_symlink():
+            yield from _walk(path)
 
 
 def _kind(file: Path) -> str:

@@ -74,7 +74,7 @@ ON = ("--on", "v5e:2x4")
         ((*ON, "--json", "same", "--dump", "same"), "--json --dump same"),
         (("--on", "2xv5e:2x2"), "mesh.replica=1 mesh.replica=2"),
         (
-            ("--on", "2xv5e:2x6", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
+            ("--on", "2xv5p:2x2x3", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
             "mesh.replica=3 mesh.replica=2",
         ),
         ((*ON, "--devices", "cpu:8"), "--devices cpu:8"),
@@ -131,8 +131,8 @@ def test_gpus_have_memory_and_collectives_but_no_cycles(tiny: Tiny) -> None:
 
 @pytest.mark.slow(10)
 def test_sigterm_ends_it_without_the_crash_dump_of_libtpu(tiny: Tiny) -> None:
-    code = "import os, signal, sys\nimport jaxinfra.cli.compile as command\nfrom jaxinfra.cli.main import main\n"
-    code += "command.compile_step = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\nmain(sys.argv[1:])"
+    code = "import os, signal, sys\nfrom jaxinfra.plan import aot\nfrom jaxinfra.cli.main import main\n"
+    code += "aot._compile = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\nmain(sys.argv[1:])"
     words = [sys.executable, "-c", code, "compile", str(tiny.config), *ON]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGTERM and "SIGTERM" not in ended.stderr, ended

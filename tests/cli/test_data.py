@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,12 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
         assert int(count) == ((lengths >= first) & (lengths <= last)).sum()
     first = store.tokenizer.decode(store.read("train", [0], 60)[0].tolist())
     assert first[:40] in ended.out
+
+
+def test_a_store_of_a_run_knows_its_recipe(tiny: Tiny, tmp_path: Path) -> None:
+    store = str(tmp_path / "a store")
+    assert tiny.launch(f"data.store={store}", command="data prepare").code == 0
+    assert shlex.split(TokenStore.open(store).manifest.prepared_from) == [str(tiny.recipe), f"store={store}"]
 
 
 def test_a_file_is_no_store(tiny: Tiny) -> None:

@@ -1,5 +1,6 @@
 import importlib.util
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -98,12 +99,27 @@ def test_a_size_that_the_cloud_does_not_have_names_the_nearest(text: str, neares
         ("2xh100", "h100:2x8"),
         ("v5p:64x64x64", "v5p:16x20x28"),
         ("v6e:32x8", "v6e:16x16"),
+        ("v6e:7x9", "v6e:4x8 or v6e:8x8"),
+        ("v5e:2x8", "v5e:4x4 or v5e:4x8"),
+        ("2xv5e:1x3", "2xv5e:2x2 or 2xv5e:1x1"),
     ],
 )
 def test_error_suggests_a_valid_topology(text: str, use: str) -> None:
     with raises(ConfigError, f"--on {text}: use --on {use}"):
         parse_topology(text)
-    assert str(parse_topology(use)) == use
+    for each in use.split(" or "):
+        assert str(parse_topology(each)) == each
+
+
+def test_a_slice_may_be_turned() -> None:
+    assert parse_topology("v6e:16x8").shape == (16, 8)
+
+
+def test_the_compiler_refuses_a_shape_with_two_of_its_size() -> None:
+    topology = parse_topology("v5p:3x5x7")
+    set_up_compiler(topology)
+    with raises(ConfigError, "--on v5p:3x5x7: use --on v5p:4x4x4 or v5p:4x4x8"):
+        topology_devices(topology)
 
 
 @pytest.mark.parametrize("text", ["999xv5e:16x16", "h100:9999x8"])
@@ -137,6 +153,13 @@ def test_missing_compiler_is_named(text: str, package: str, monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", without_plugins)
     with raises(ConfigError, f"--on {text}: {package}, pip install 'jaxinfra[compile]'"):
         set_up_compiler(parse_topology(text))
+
+
+@pytest.mark.parametrize(("before", "after"), [("1", "3"), ("0", "0")], ids=["default of JAX", "asked for"])
+def test_passes_of_the_compiler_do_not_warn(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", before)
+    set_up_compiler(parse_topology("h100"))
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == after
 
 
 def test_a_clone_that_is_not_installed_installs_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Validation data of every kind: splits, overlap, and refused combinations."""
 
 import random
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import override
@@ -8,6 +10,7 @@ from typing import override
 import numpy as np
 import pytest
 
+from jaxinfra.cli.data import describe
 from jaxinfra.cli.data.describe import describe_manifest
 from jaxinfra.config import apply, validate
 from jaxinfra.data.store.layout import LABELS
@@ -25,7 +28,7 @@ from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from tests.prepare.test_prepare import interrupt_at
 from tests.refusals import problem, raises, refused, suggested
 from tests.stores import contents, documents, jsonl, recipe_file
-from tests.tiny_run import ended, start
+from tests.tiny_run import ended, launch, start
 
 WORDS = ["a", "bb", "naïve", "漢字", "🙂", "ccc dddd"]
 
@@ -144,13 +147,34 @@ def test_validation_text_that_is_in_the_training_text_is_said(recipe, tmp_path):
     for written, share, fix in (
         (own, (0, 0), None),
         (inside, (0.6, 0.99), "dedup=dedup dedup.near=true"),
-        ([*own[:50], *[copy] * 10], (1, 1), "dedup=dedup leaves"),
+        ([*own[:50], *[copy] * 10], (1, 1), "others: prepare it again with dedup=dedup"),
     ):
         source = jsonl(tmp_path / f"{len(fix or '')}", written)
         made = prepare(replace(recipe, source=source, baselines=True, validation=LastDocuments()), workers=1)
         assert share[0] <= made.manifest.counts.repeated <= share[1]
         line = next((line for line in describe_manifest(made.manifest) if line.startswith("repeated")), None)
         assert (line is None) == (fix is None) and (fix or "") in (line or "")
+
+
+def test_what_is_said_of_repeated_text_can_be_pasted(recipe, tmp_path, monkeypatch):
+    """After `data prepare` and `data show`, with the package that is missing."""
+    copy = " ".join(map(str, range(300)))
+    source = jsonl(tmp_path / "texts", [*texts(60), *(f"{copy} {number}" for number in range(10))])
+    path = recipe_file(tmp_path, recipe.store, source, "baselines=True")
+    for words in (("prepare", path, "validation=last_documents"), ("show", recipe.store)):
+        lines = launch("data", *words).out.splitlines()
+        _, _, command = next(line for line in lines if line.startswith("repeated")).partition("repeat others: ")
+        assert command == f"python -m launch data prepare {path} validation=last_documents dedup=dedup dedup.near=true"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "datasketch", None)
+        patched.setattr(describe, "find_spec", lambda name: None)
+        line = next(line for line in launch("data", "show", recipe.store).out.splitlines() if "repeat others" in line)
+        assert line.endswith(f"repeat others, run pip install 'jaxinfra[dedup]', then: {command}")
+        missing = launch(*shlex.split(command)[3:])
+        refused(missing, "dedup.near=true: pip install 'jaxinfra[dedup]'")
+        assert not missing.out  # nothing has begun
+    again = launch(*shlex.split(command)[3:])
+    assert again.code == 0 and "repeat others" not in again.out, again
 
 
 def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):

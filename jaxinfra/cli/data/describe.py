@@ -3,13 +3,17 @@
 Shape suffix: D documents.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 import numpy as np
 
+from jaxinfra.command import command_line
 from jaxinfra.data.store.layout import LABELS, LENGTHS
 from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import Store, TokenStore
+from jaxinfra.packages import install_command
 from jaxinfra.track.formatting import format_metric
 
 _MUCH_REPEATED = 0.1  # of the validation text; less is usual, as code and licenses repeat lines
@@ -60,14 +64,18 @@ def _overlap(manifest: Manifest, samples: str) -> str:
 
 
 def _repeated(manifest: Manifest) -> str:
-    """Says how much of the validation text is in the training text, and how to prepare a store without it."""
+    """Says how much of the validation text is in the training text, and the command that leaves it out."""
     share, dedup = manifest.counts.repeated, manifest.recipe.get("dedup")
     line = f"{share:.0%} of the validation text is in the training text too, so losses are better than on new text"
     if isinstance(dedup, Mapping) and dedup.get("near"):
         return f"{line}; remove from the source what many documents repeat, or use validation=SOURCE of other text"
     exact = dedup is None and manifest.counts.overlap
-    fix = "dedup=dedup" if exact else "dedup=dedup dedup.near=true"
-    return f"{line}; data prepare RECIPE {fix} leaves out documents that {'' if exact else 'nearly '}repeat others"
+    overrides = ["dedup=dedup"] if exact else ["dedup=dedup", "dedup.near=true"]
+    fix = f"prepare it again with {' '.join(overrides)}"
+    if words := shlex.split(manifest.prepared_from):
+        fix = command_line("data", "prepare", *words, *(each for each in overrides if each not in words))
+    install = "" if exact or find_spec("datasketch") else f", run {install_command('jaxinfra[dedup]')}, then"
+    return f"{line}; to leave out documents that {'' if exact else 'nearly '}repeat others{install}: {fix}"
 
 
 def length_histogram(store: TokenStore) -> Iterator[str]:

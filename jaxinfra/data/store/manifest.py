@@ -112,6 +112,7 @@ class Manifest:
     # Metric -> simple model -> value on the validation split.
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     versions: Mapping[str, str]  # of Python and the packages that prepared the store
+    prepared_from: str = ""  # words after `data prepare`, of which hints make a command; "" if no command line did
     created: str  # time in UTC
 
     @property
@@ -176,7 +177,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         if tree["tokenizer"] is not None:
             tree["tokenizer"] = TokenizerInfo(**tree["tokenizer"])
         tree["shape"], tree["labels"] = tuple(tree["shape"]), tuple(tree["labels"])
-        manifest = Manifest(**{field.name: tree[field.name] for field in fields(Manifest)})
+        manifest = Manifest(**{field.name: tree[field.name] for field in fields(Manifest) if field.name in tree})
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -191,10 +191,7 @@ class TokenStore(Store):
 
         DataError if tokens are outside the split, damaged, or not in the vocabulary.
         """
-        starts_P, lengths_P = np.asarray(starts, np.int64), np.full(len(starts), length)
-        tokens_N = self.read_ranges(split, TOKENS, starts_P, lengths_P)
-        self._check_ids(split, tokens_N, starts_P, lengths_P)
-        return tokens_N.reshape(-1, length)
+        return self._read_tokens(split, np.asarray(starts, np.int64), np.full(len(starts), length)).reshape(-1, length)
 
     def read_with_mask(
         self, split: Split, starts: np.ndarray, lengths: np.ndarray
@@ -203,8 +200,7 @@ class TokenStore(Store):
 
         Checks ids like `read`. The mask is uint8, and None if the store has none.
         """
-        tokens_N = self.read_ranges(split, TOKENS, starts, lengths)
-        self._check_ids(split, tokens_N, starts, lengths)
+        tokens_N = self._read_tokens(split, starts, lengths)
         return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
 
     def sample_tokens(self, split: Split, limit: int) -> np.ndarray:
@@ -216,8 +212,9 @@ class TokenStore(Store):
         starts = np.arange(num_chunks) * (tokens - arrays.CHUNK) // num_chunks
         return self.read(split, starts, arrays.CHUNK).reshape(-1)
 
-    def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
-        """Raises DataError, which names the range, if an id is not in the vocabulary."""
+    def _read_tokens(self, split: Split, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+        """Reads ranges of tokens; DataError, which names the range, if an id is not in the vocabulary."""
+        tokens_N = self.read_ranges(split, TOKENS, starts_P, lengths_P)
         vocab_size = self.manifest.tokenizer_info.vocab_size
         if tokens_N.size and int(tokens_N.max()) >= vocab_size:
             first_bad = int((tokens_N >= vocab_size).argmax())
@@ -227,6 +224,7 @@ class TokenStore(Store):
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {vocab_size} in tokens {starts_P[i]} to "
                 f"{starts_P[i] + lengths_P[i]}; {DAMAGED_VERSION_FIX}"
             )
+        return tokens_N
 
 
 def hash_files(folder: Path) -> dict[str, StoredFile]:

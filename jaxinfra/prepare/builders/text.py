@@ -11,7 +11,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +24,10 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
-from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
+from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders.baseline import measure_baselines, repeated_share
+from jaxinfra.prepare.builders.baseline import measure_baselines
 from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
 from jaxinfra.prepare.builders.select import select_documents
 from jaxinfra.prepare.builders.writers import common_fields, write_pack, write_split
@@ -225,8 +225,8 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     keeps_whole = isinstance(config, LastDocuments)
     if keeps_whole:
         tail_bytes = document_ends[-1] - document_ends
-        limits = config.fraction / 2 * document_ends[-1], config.most * document_ends[-1]
-        fitting = document_ends[(limits[0] <= tail_bytes) & (tail_bytes <= limits[1])]
+        least, most = config.fraction / 2 * document_ends[-1], _largest_fraction(config) * document_ends[-1]
+        fitting = document_ends[(least <= tail_bytes) & (tail_bytes <= most)]
         train_bytes = min(fitting.tolist(), key=lambda end: abs(end - train_bytes), default=train_bytes)
     document = int(np.searchsorted(document_ends, train_bytes, side="right"))
     part_index = min(int(np.searchsorted(part_ends, document, side="right")), len(part_ends) - 1)
@@ -253,6 +253,12 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     return replace(splits, tail={"train": [*range(part_index), train], "validation": [validation, *later_parts]})
 
 
+def _largest_fraction(config: Tail) -> float:
+    """Returns the largest fraction of the text that a tail takes."""
+    fraction = config.fraction
+    return min(2 * fraction, (1 + fraction) / 2) if isinstance(config, LastDocuments) else fraction
+
+
 def _split_document(
     part: Arrays, document: int, fraction: float, builder: _PartBuilder, *, at_break: bool
 ) -> Arrays | None:
@@ -271,7 +277,7 @@ def _split_document(
     if not 0 < cut < len(ids):
         return None
     if at_break:
-        cut = _next_break(ids, cut, decode)
+        cut = _next_break(builder.tokenizer, ids, cut)
     texts = decode(ids[:cut]), decode(ids[cut:])
     first_bytes = len(texts[0].encode())
     sizes = first_bytes, int(part["bytes_D"][document]) - first_bytes
@@ -286,21 +292,16 @@ def _split_document(
     return split
 
 
-def _next_break(ids: Sequence[int], first: int, decode: Callable[[Sequence[int]], str]) -> int:
+def _next_break(tokenizer: Tokenizer, ids: Sequence[int], first: int) -> int:
     """Returns the first token from `first` on that begins a line, else the first one that begins a word, else `first`.
 
     It looks at no more than `_BREAK_TOKENS`, and half of those that are left.
     """
-    words = []
-    for cut in range(first, first + min(_BREAK_TOKENS, (len(ids) - first) // 2) + 1):
-        start = max(0, cut - _DECODE_TOKENS)
-        before = decode(ids[start:cut])
-        after = decode(ids[start : cut + _DECODE_TOKENS])[len(before) :]
-        if before.endswith("\n"):
-            return cut
-        if not before.endswith("\ufffd") and (before[-1:].isspace() or after[:1].isspace()):
-            words.append(cut)
-    return words[0] if words else first
+    looked_at = ids[first - 1 : first + 1 + min(_BREAK_TOKENS, (len(ids) - first) // 2)]
+    cuts = list(enumerate(itertools.pairwise(map(StreamDecoder(tokenizer).push, looked_at)), first))
+    lines = (cut for cut, (before, _) in cuts if before.endswith("\n"))
+    words = (cut for cut, (before, after) in cuts if before[-1:].isspace() or after[:1].isspace())
+    return next(lines, next(words, first))
 
 
 def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: int) -> Iterator[str]:
@@ -310,7 +311,7 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
     At most about `_SAMPLE_SHARD_CHARS` come from one shard.
     """
     if isinstance(corpus.validation, Tail):
-        train_fraction = 1 - corpus.validation.most
+        train_fraction = 1 - _largest_fraction(corpus.validation)
         shard_ends = np.cumsum([shard.size_bytes for shard in shards])
         num_before_tail = int(np.searchsorted(shard_ends, shard_ends[-1] * train_fraction, side="right"))
         if num_before_tail == 0:  # the tail begins in the first shard, for example the only file of a corpus
@@ -351,6 +352,8 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         """Reads an existing tokenizer; ConfigError if it or the template cannot be used, or not with each other."""
         self.corpus, config = corpus, corpus.tokenizer
         self.make_part = tokenize_job
+        if corpus.dedup is not None:
+            Signer(corpus.dedup)  # raises an error now if its package is missing
         if isinstance(config, TrainBpe):
             self._converted, special_tokens = None, {config.end_of_document, *config.special_tokens}
             tokenizer_digest = None  # not needed, because the recipe and the source determine the tokenizer
@@ -427,7 +430,6 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             **common_fields(build),
         )
         if corpus.baselines:
-            store = TokenStore(ObjectStore(build), manifest)
-            counts = replace(counts, repeated=repeated_share(store))
-            manifest = replace(manifest, baselines=measure_baselines(store), counts=counts)
+            baselines, repeated = measure_baselines(TokenStore(ObjectStore(build), manifest))
+            manifest = replace(manifest, baselines=baselines, counts=replace(counts, repeated=repeated))
         return manifest

@@ -16,17 +16,7 @@ import numpy as np
 from jaxinfra.data.packing import PackSpec, pack_documents
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.blocks import hash_blocks
-from jaxinfra.data.store.layout import (
-    HASH_BYTES,
-    LENGTHS,
-    MASK,
-    OFFSETS,
-    PACKS,
-    ROWS,
-    SEGMENTS,
-    TOKENS,
-    table_sizes,
-)
+from jaxinfra.data.store.layout import HASH_BYTES, LENGTHS, MASK, OFFSETS, PACKS, ROWS, SEGMENTS, TOKENS, table_sizes
 from jaxinfra.data.store.manifest import PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import hash_files
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, override
+from typing import Annotated
 
 from annotated_types import Gt, Lt
 
@@ -41,11 +41,6 @@ class Tail:
 
     fraction: Fraction = 0.05
 
-    @property
-    def most(self) -> float:
-        """The largest fraction of the text that it takes."""
-        return self.fraction
-
 
 @dataclass(frozen=True, kw_only=True)
 class LastDocuments(Tail):
@@ -57,11 +52,6 @@ class LastDocuments(Tail):
     Attributes:
         fraction: fraction of the bytes of text.
     """
-
-    @property
-    @override
-    def most(self) -> float:
-        return min(2 * self.fraction, (1 + self.fraction) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
