@@ -194,10 +194,9 @@ def sync_finished(job: Job, summary: Mapping[str, Any]) -> None:
     if (config := job.run.track.mlflow).uri is not None:
         tracker = mlflow_tracker(config, run_dir.path, run_dir.location)
         try:
-            tracker.sync(record, {**summary, "status": "finished"})
+            tracker.sync(run_dir.existing_record(), {**summary, "status": "finished"})
         except JaxinfraError as error:
             _log.warning("%s", error)
-    return summary
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
