@@ -33,7 +33,6 @@ class Samples(Protocol):
 
     def __len__(self) -> int:
         """Returns the number of samples, at least one."""
-        ...
 
     @property
     def read_time_s(self) -> float:
@@ -42,7 +41,6 @@ class Samples(Protocol):
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Returns these samples as arrays `[len(ids), ...]`; without `weighted`, `weights` of 1 may be left out."""
-        ...
 
 
 class Dataset(Protocol):
@@ -57,27 +55,21 @@ class Dataset(Protocol):
     @property
     def train(self) -> Samples:
         """The training split."""
-        ...
 
     def validation(self, limit: int | None = None) -> Samples:
         """Returns the validation split, or its first `limit` samples; ConfigError if it has none."""
-        ...
 
     def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
         """Returns the training samples of the global batch of a step, int64[global_batch]."""
-        ...
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
         """Yields a line for each store, with the number of its epochs that were read before a step."""
-        ...
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
         """Yields training samples as text, cut to `chars` each; the first one is `first_row` of its global batch."""
-        ...
 
     def check(self, model: Any) -> None:
         """Raises ConfigError if the model cannot read this data, for example because its vocabulary is too small."""
-        ...
 
 
 class DataConfig(Extensible, ABC):
@@ -114,10 +106,8 @@ class DataConfig(Extensible, ABC):
     def open(self, *, hint: str) -> Dataset:
         """Opens the data and checks it; `hint` is the command that prepares it, for the message if it is missing.
 
-        Raises:
-            ConfigError: the data is missing, or does not fit the config.
-            DataError: it is damaged.
-            StorageError: it cannot be read.
+        Raises ConfigError if the data is missing or does not fit the config, DataError if it is damaged, and
+        StorageError if it cannot be read.
         """
 
     @property

@@ -78,9 +78,7 @@ class CheckedArray:
     def read(self, starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
         """Reads the ranges from each start on, concatenated.
 
-        Raises:
-            DataError: a range is outside the array, or a block of it is damaged.
-            StorageError: the storage cannot be read.
+        DataError if a range is outside the array, or a block of it is damaged; StorageError if it cannot be read.
         """
         block, starts, lengths = self.info.block, starts_N.tolist(), lengths_N.tolist()
         for start, length in zip(starts, lengths, strict=True):
