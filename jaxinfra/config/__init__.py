@@ -15,9 +15,10 @@ from jaxinfra.config.overrides import apply
 from jaxinfra.config.record import Loaded, read_record, record, write_record
 from jaxinfra.config.schema import NOT_FINGERPRINTED
 from jaxinfra.config.source import load, load_file
-from jaxinfra.config.view import Difference, diff, dump, fingerprint, format_diff, leaves
+from jaxinfra.config.view import ABSENT, Difference, diff, dump, fingerprint, format_diff, leaves
 
 __all__ = [
+    "ABSENT",
     "NOT_FINGERPRINTED",
     "Difference",
     "Extensible",

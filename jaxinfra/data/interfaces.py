@@ -33,6 +33,7 @@ class Samples(Protocol):
 
     def __len__(self) -> int:
         """Returns the number of samples, at least one."""
+        ...
 
     @property
     def read_time_s(self) -> float:
@@ -41,6 +42,7 @@ class Samples(Protocol):
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Returns these samples as arrays `[len(ids), ...]`; without `weighted`, `weights` of 1 may be left out."""
+        ...
 
 
 class Dataset(Protocol):
@@ -55,21 +57,27 @@ class Dataset(Protocol):
     @property
     def train(self) -> Samples:
         """The training split."""
+        ...
 
     def validation(self, limit: int | None = None) -> Samples:
         """Returns the validation split, or its first `limit` samples; ConfigError if it has none."""
+        ...
 
     def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
         """Returns the training samples of the global batch of a step, int64[global_batch]."""
+        ...
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
         """Yields a line for each store, with the number of its epochs that were read before a step."""
+        ...
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
         """Yields training samples as text, cut to `chars` each; the first one is `first_row` of its global batch."""
+        ...
 
     def check(self, model: Any) -> None:
         """Raises ConfigError if the model cannot read this data, for example because its vocabulary is too small."""
+        ...
 
 
 class DataConfig(Extensible, ABC):
@@ -77,7 +85,7 @@ class DataConfig(Extensible, ABC):
 
     Attributes:
         modality: the unit of throughput, such as "token" or "image".
-        prefetch_bytes: bytes of host batches to make ahead.
+        prefetch_bytes: bytes of host batches to make ahead, at least 1 batch and at most 16.
         threads: threads that make host batches.
         on_damage: "stop" makes a sample that cannot be read an error. "skip" leaves it out by weights of 0, and counts
             it; then batches of training have `weights`, too.

@@ -23,7 +23,7 @@ from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.blocks import CheckedArray, read_file
 from jaxinfra.data.store.layout import IMAGES, MASK, OFFSETS, TOKENS, holds_blocks
-from jaxinfra.data.store.manifest import Kind, Manifest, Split, StoredFile
+from jaxinfra.data.store.manifest import Kind, Manifest, Split
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
@@ -214,14 +214,3 @@ class TokenStore(Store):
                 f"{starts_P[i] + lengths_P[i]}; {DAMAGED_VERSION_FIX}"
             )
         return tokens_N
-
-
-def hash_files(folder: Path) -> dict[str, StoredFile]:
-    """Returns length and hash of every file below a folder; no hash for files of blocks."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            digest = None if holds_blocks(name) else xxhash.xxh3_128_hexdigest(path.read_bytes())
-            files[name] = StoredFile(bytes=path.stat().st_size, digest=digest)
-    return files
