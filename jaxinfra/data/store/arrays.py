@@ -53,11 +53,8 @@ def create(
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return call_storage(
-        path,
-        lambda: ts.open(ts.Spec(spec), create=True, context=connection.tensorstore_context()).result(),
-        writing=True,
-    )
+    context = connection.tensorstore_context()
+    return call_storage(path, lambda: ts.open(ts.Spec(spec), create=True, context=context).result(), writing=True)
 
 
 def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorStore:
