@@ -10,7 +10,7 @@ from jaxinfra.cli.main import command_parser
 from jaxinfra.command import COMMAND
 from jaxinfra.config.explain import Field, fields_below, find
 from jaxinfra.config.extensible import class_name
-from jaxinfra.config.schema import is_choice
+from jaxinfra.config.schema import is_choice, open_bases
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run
 
@@ -65,7 +65,7 @@ def tree(fields: Iterable[Field], width: int) -> list[str]:
     lines = []
     for field in fields:
         lines.append(_line(field, "", width))
-        for cls in () if field.options_are_open else field.options.values():
+        for cls in () if open_bases(field.field.annotation) else field.options.values():
             lines += [_line(each, "  ", width) for each in fields_below(cls, field)]
     return lines
 

@@ -67,11 +67,9 @@ _ALIASES = {
     + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
 # What other frameworks have and jaxinfra has not, and what to use instead.
-_ADAPTERS = "optim.frozen, or train all weights from init=hf:DIR"
-_PREFERENCES = "objective=dpo, which learns preferences"
 ABSENT: dict[str, str] = {
-    **dict.fromkeys(("lora", "qlora", "peft"), _ADAPTERS),
-    **dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), _PREFERENCES),
+    **dict.fromkeys(("lora", "qlora", "peft"), "optim.frozen, or train all weights from init=hf:DIR"),
+    **dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), "objective=dpo, which learns preferences"),
 }
 # Aliases whose value cannot be taken over: it counts something else than the field (epochs, a share of the steps, the
 # batch of a device), or only switches something on or off.

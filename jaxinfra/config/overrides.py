@@ -63,15 +63,12 @@ def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = Non
 
 @dataclass(frozen=True, kw_only=True)
 class _Assignment:
-    """An override that is being applied to `root`, after the `earlier` ones.
-
-    `finder` finds the classes that the override names.
-    """
+    """An override that is being applied to `root`, after the `earlier` ones."""
 
     override: Override
     earlier: Sequence[Override]
     root: object
-    finder: ClassFinder
+    finder: ClassFinder  # finds the classes that the override names
 
     def apply(self, annotation: object, value: Any, names: Sequence[str], path: str) -> Any:
         """Returns `value`, the node at `path`, with the override applied at `names` below it."""

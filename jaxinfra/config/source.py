@@ -71,9 +71,7 @@ def load_file[C](
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
             allows all modules of its folder.
 
-    Raises:
-        ConfigError: if the file is missing, raises or is not a config.
-        StorageError: if the file cannot be read.
+    Raises ConfigError if the file is missing, raises or is not a config, and StorageError if it cannot be read.
     """
     run: Any  # of class C, as `root` is checked below
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
@@ -111,9 +109,12 @@ def find_record(source: str | os.PathLike[str]) -> str | Path | None:
 
 def _find_file(source: str | os.PathLike[str]) -> str | Path:
     """Returns the path of the config file or record that `source` names, or the URL of a record."""
-    _check_no_step(source)
-    if is_remote(source):
-        url = os.fspath(source).rstrip("/")
+    location = os.fspath(source)
+    run, at, step = location.rpartition("@")
+    if at and re.fullmatch("[0-9]+", step) and (is_remote(location) or not os.path.exists(location)):
+        raise ConfigError(f"{location}: names a checkpoint, and all checkpoints of a run have one config; use {run}")
+    if is_remote(location):
+        url = location.rstrip("/")
         return url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
     path = Path(source)
     if (path / RECORD_FILE).exists():
@@ -133,14 +134,6 @@ def runs_of_config(path: Path) -> list[Path]:
             if str(read_record(record).get("fingerprint")).startswith(record.parent.name[-6:]):
                 found[record.parent] = record.stat().st_mtime
     return sorted(found, key=lambda run: -found[run])
-
-
-def _check_no_step(source: str | os.PathLike[str]) -> None:
-    """Raises ConfigError for `RUN@STEP`, which names a checkpoint."""
-    location = os.fspath(source)
-    run, at, step = location.rpartition("@")
-    if at and re.fullmatch("[0-9]+", step) and (is_remote(location) or not os.path.exists(location)):
-        raise ConfigError(f"{location}: names a checkpoint, and all checkpoints of a run have one config; use {run}")
 
 
 def _require_config_file(path: Path) -> None:

@@ -21,17 +21,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension of a tensor in a checkpoint.
+    """A dimension of a tensor in a checkpoint."""
 
-    Attributes:
-        outer: factors outside of the braces, before them; all factors if there are none.
-        own: factors in the braces; None without braces.
-        inner: factors after the braces.
-    """
-
-    outer: tuple[str, ...]
-    own: tuple[str, ...] | None = None
-    inner: tuple[str, ...] = ()
+    outer: tuple[str, ...]  # factors outside of the braces, before them; all factors if there are none
+    own: tuple[str, ...] | None = None  # factors in the braces; None without braces
+    inner: tuple[str, ...] = ()  # factors after the braces
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -87,19 +81,13 @@ class Layout:
 
     Tensors and parameters may be cut along the outermost factor of the tensor, and nowhere else: such a piece is a run
     of consecutive bytes in the file. Arrays may have other dimensions in front, such as layers and experts.
-
-    Attributes:
-        pattern: the pattern.
-        factors: names and sizes of the factors.
-        offset: where this part begins in the braces.
-        total: size of all parts in the braces.
-        order: the index in the tensor of each index in the parameter, for factors in another order.
     """
 
     pattern: Pattern
-    factors: tuple[tuple[str, int], ...]
-    offset: int = 0
-    total: int = 0
+    factors: tuple[tuple[str, int], ...]  # names and sizes of the factors
+    offset: int = 0  # where this part begins in the braces
+    total: int = 0  # size of all parts in the braces
+    # The index in the tensor of each index in the parameter, for factors in another order.
     order: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @cached_property

@@ -122,15 +122,10 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 class FileOrder(NamedTuple):
-    """How rows `[*lead, *rows]` are sharded, so that each device has a run of consecutive bytes of the files.
+    """How rows `[*lead, *rows]` are sharded, so that each device has a run of consecutive bytes of the files."""
 
-    Attributes:
-        read: the sharding in which they are read or written.
-        whole: the same without the axes that cut through an outermost factor, such as a head.
-    """
-
-    read: P
-    whole: P
+    read: P  # the sharding in which they are read or written
+    whole: P  # the same without the axes that cut through an outermost factor, such as a head
 
 
 def file_order(target: NamedSharding, lead: Sequence[int], layout: Layout) -> FileOrder:

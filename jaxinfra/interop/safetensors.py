@@ -49,19 +49,12 @@ _COMPARED_ROWS = 1 << 10  # some 64 MB in float64
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor is.
+    """Where a tensor is."""
 
-    Attributes:
-        file: name of the file.
-        dtype: its dtype.
-        shape: its shape.
-        start: offset of its first byte in the file.
-    """
-
-    file: str
+    file: str  # name of the file
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int
+    start: int  # offset of its first byte in the file
 
     @property
     def nbytes(self) -> int:

@@ -56,19 +56,12 @@ type Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFile:
-    """A file of weights.
-
-    Attributes:
-        name: its name.
-        header: its first bytes.
-        offsets: the offset of each tensor in it.
-        nbytes: its length.
-    """
+    """A file of weights."""
 
     name: str
-    header: bytes
-    offsets: Mapping[str, int]
-    nbytes: int
+    header: bytes  # its first bytes
+    offsets: Mapping[str, int]  # the offset of each tensor in it
+    nbytes: int  # its length
 
 
 def check_destination(destination: str) -> None:

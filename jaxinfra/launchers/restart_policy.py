@@ -49,21 +49,14 @@ RULES: Mapping[int, Rule] = {
 
 @dataclass(kw_only=True)
 class RestartLimits:
-    """How often, and after which wait, a run is started again.
+    """How often, and after which wait, a run is started again."""
 
-    Attributes:
-        max_per_hour: restarts in any hour.
-        max_in_a_row: starts in a row without progress, after which it is a crash loop.
-        longest_wait_s: bound of the wait, which doubles from `Rule.wait_s` on; the rule's own wait may be longer.
-        scale: factor of all waits; for tests.
-        in_a_row: number of starts without progress since the last one with some.
-    """
-
-    max_per_hour: int = DEFAULT_MAX_PER_HOUR
-    max_in_a_row: int = 5
+    max_per_hour: int = DEFAULT_MAX_PER_HOUR  # restarts in any hour
+    max_in_a_row: int = 5  # starts in a row without progress, after which it is a crash loop
+    # Bound of the wait, which doubles from `Rule.wait_s` on; the rule's own wait may be longer.
     longest_wait_s: float = 300.0
-    scale: float = 1.0
-    in_a_row: int = 0
+    scale: float = 1.0  # factor of all waits; for tests
+    in_a_row: int = 0  # number of starts without progress since the last one with some
     _restarts_s: deque[float] = field(default_factory=deque)
 
     def count(self, *, progressed: bool) -> None:

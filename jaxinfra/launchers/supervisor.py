@@ -59,22 +59,15 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """Names the processes to start.
+    """Names the processes to start."""
 
-    Attributes:
-        command: the same for all processes.
-        environments: returns for each rank the variables to add to those of this process; it is called at each start,
-            so that a port that was free the last time is looked for again.
-        logs: a folder for `rank-N.log`.
-        logs_location: its path or URL, for people.
-        first_rank: rank of the first process in the run.
-    """
-
-    command: Sequence[str]
+    command: Sequence[str]  # the same for all processes
+    # Returns for each rank the variables to add to those of this process; it is called at each start, so that a
+    # port that was free the last time is looked for again.
     environments: Callable[[], Sequence[Mapping[str, str]]]
-    logs: Path
-    logs_location: str
-    first_rank: int = 0
+    logs: Path  # a folder for `rank-N.log`
+    logs_location: str  # its path or URL, for people
+    first_rank: int = 0  # rank of the first process in the run
 
 
 def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt], None]) -> int:

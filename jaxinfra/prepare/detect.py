@@ -36,17 +36,11 @@ type _Found = tuple[BoundedSource, AnyFormat, AnyValidation, str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Detected:
-    """A recipe for a place, and what was found there.
-
-    Attributes:
-        recipe: the recipe.
-        summary: one line about the place: kind, number and size of the files, what is left out, validation split.
-        text_bytes: about how much text there is, in bytes.
-    """
+    """A recipe for a place, and what was found there."""
 
     recipe: Corpus
-    summary: str
-    text_bytes: int
+    summary: str  # one line about the place: kind, number and size of the files, what is left out, validation split
+    text_bytes: int  # about how much text there is, in bytes
 
 
 def detect(path: str, store: str) -> Detected:

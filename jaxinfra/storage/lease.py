@@ -52,27 +52,16 @@ _held: set[str] = set()  # the ids of the leases that this process holds
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """The holder of a lease, as its file says.
+    """The holder of a lease, as its file says."""
 
-    Attributes:
-        id: of this lease; no other has the same.
-        host: name of its host; "" if its file is damaged.
-        pid: its process id.
-        identity: with the pid, identifies the process for all time, see `_process_identity`; "" if that is unknown.
-        since: when it took the lease, in UTC by its own clock; for people only.
-        renewed: when it renewed the lease last, in UTC by its own clock; a hint for people, no lease ends by it.
-        beat: number of times that it has renewed the lease.
-        released: whether it has given the lease back.
-    """
-
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    host: str
-    pid: int
-    identity: str
-    since: str
-    renewed: str
-    beat: int = 0
-    released: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this lease; no other has the same
+    host: str  # name of its host; "" if its file is damaged
+    pid: int  # its process id
+    identity: str  # with the pid, identifies the process for all time, see `_process_identity`; "" if that is unknown
+    since: str  # when it took the lease, in UTC by its own clock; for people only
+    renewed: str  # when it renewed the lease last, in UTC by its own clock; a hint for people, no lease ends by it
+    beat: int = 0  # number of times that it has renewed the lease
+    released: bool = False  # whether it has given the lease back
 
     @classmethod
     def this_process(cls) -> Self:

@@ -51,17 +51,11 @@ def fetch(url: str, names: Sequence[str], folder: Path) -> list[str]:
 
 @dataclass
 class _Copied:
-    """The copy of one file in the bucket.
+    """The copy of one file in the bucket."""
 
-    Attributes:
-        stamp: inode, size and time of change of the file when it was copied.
-        parts: start of each part in the file.
-        copied_s: when the copy started.
-    """
-
-    stamp: tuple[int, int, int] | None = None
-    parts: tuple[int, ...] = (0,)
-    copied_s: float = float("-inf")
+    stamp: tuple[int, int, int] | None = None  # inode, size and time of change of the file when it was copied
+    parts: tuple[int, ...] = (0,)  # start of each part in the file
+    copied_s: float = float("-inf")  # when the copy started
 
 
 class Mirror(ClosedOnExit):

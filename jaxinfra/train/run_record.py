@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxinfra.config import Loaded, diff, fingerprint, record, write_record
 from jaxinfra.config.classes import source_of, user_classes
 from jaxinfra.config.codec import encode
-from jaxinfra.config.folder import loaded_files
+from jaxinfra.config.folder import LOADED_FILES
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import JaxinfraError
 from jaxinfra.machine.environment import code_digest, git_state, host_state, module_digests, package_versions
@@ -123,7 +123,7 @@ def require_equal_processes(peers: Peers, loaded: Loaded[Run], dataset: Dataset)
 
 def user_code_digests(run: Run) -> dict[str, str]:
     """Returns a hash of each module of the user that has been imported, and of each file with a class of the config."""
-    files = user_modules() | loaded_files() | {cls.__module__: source_of(cls)["file"] for cls in user_classes(run)}
+    files = user_modules() | LOADED_FILES | {cls.__module__: source_of(cls)["file"] for cls in user_classes(run)}
     return module_digests(files)
 
 

@@ -16,7 +16,6 @@ import jax
 
 from jaxinfra.config import Difference, fingerprint, write_record
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import NonFiniteError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.inference.trained_params import load_params
@@ -49,7 +48,7 @@ from jaxinfra.train.run_record import (
 from jaxinfra.train.saving import Restored, Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import run_statistics
-from jaxinfra.train.waiting import Waiting
+from jaxinfra.train.waiting import Waiting, input_bound_warning
 from jaxinfra.train.watch import Watch
 
 _log = logging.getLogger(__name__)

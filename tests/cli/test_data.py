@@ -16,7 +16,6 @@ import pytest
 
 from jaxinfra.cli.data.peek import batch_rows
 from jaxinfra.cli.data.prepare import progress_bar
-from jaxinfra.data import stopwatch
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS
 from jaxinfra.data.store.store import TokenStore
@@ -27,6 +26,7 @@ from jaxinfra.prepare.prepare import PrepareProgress
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.train import waiting
 from tests.refusals import names, refused
 from tests.tiny_run import Tiny, launch
 
@@ -231,7 +231,7 @@ def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
         return read(*arguments)
 
     monkeypatch.setattr(arrays, "read_ranges", slow)
-    monkeypatch.setattr(stopwatch, "MAX_WAIT_FRACTION", 0.0)  # of its time, however long it compiles
+    monkeypatch.setattr(waiting, "MAX_WAIT_FRACTION", 0.0)  # of its time, however long it compiles
     short = ("train.steps=8", "train.eval_every=none", "train.eval_samples=1")
     ended = tiny.launch("name=slow", "data.threads=1", "data.prefetch_bytes=1", *short)
     assert ended.code == 0

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxinfra.data.store import layout
 from jaxinfra.data.store.layout import ArrayInfo, table_sizes
@@ -23,7 +23,6 @@ FILE_NAME = "manifest.json"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Kind = Literal["text", "pairs", "images"]
-KINDS: tuple[Kind, ...] = ("text", "pairs", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +198,7 @@ def _check(manifest: Manifest, fingerprint: str) -> None:
     counts = [manifest.block - 1, manifest.index_block - 1]  # a block has at least one element
     counts += [n for info in manifest.splits.values() for n in (info.documents, info.tokens, info.bytes, info.longest)]
     counts += [n for pack in manifest.packs.values() for n in (pack.rows, pack.segments)]
-    if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
+    if set(manifest.splits) != set(SPLITS) or manifest.kind not in get_args(Kind):
         raise ValueError(f"kind {manifest.kind}, splits {', '.join(manifest.splits) or 'none'}")
     if (manifest.tokenizer is None) != (manifest.kind == "images"):
         raise ValueError(f"{manifest.kind} {'without' if manifest.tokenizer is None else 'with'} a tokenizer")

@@ -61,9 +61,8 @@ type _Signatures = tuple[np.ndarray | None, np.ndarray | None]  # of a record: e
 def tokenize_job(folder: Path, job: PrepareJob[Corpus]) -> PartMetadata:
     """Makes and commits the part of a job, in a folder that has the tokenizer.
 
-    Raises:
-        DataError: a bad record, and the recipe does not skip them.
-        StorageError: the source cannot be read; OSError: the part cannot be written.
+    Raises DataError for a bad record if the recipe does not skip them, StorageError if the source cannot be read, and
+    OSError if the part cannot be written.
     """
     validation, builder = job.recipe.validation, _PartBuilder(job.recipe, folder)
     if job.validation and isinstance(validation, OtherStore):
