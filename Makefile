@@ -109,8 +109,8 @@ docs: $(VENV)/.installed-docs ## write the documentation with the API into site/
 release: release-check $(VENV)/.installed-test ## set VERSION=X.Y.Z, date the changelog, and build the sdist and the wheel into dist/
 	@$(BIN)/python tests/release.py "$(VERSION)"
 
-release-check: $(BIN)/python # before anything is installed
-	@$(BIN)/python tests/release.py "$(VERSION)" --check
+release-check: # before anything is installed
+	@"$(PYTHON)" tests/release.py "$(VERSION)" --check
 
 clean: ## remove what was installed and built; runs and stores stay
 	rm -rf $(VENV) $(OLDEST) $(TORCH) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info

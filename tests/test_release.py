@@ -120,10 +120,11 @@ def test_make_refuses_before_it_installs(tree: Path, tmp_path: Path) -> None:
     python.write_text(f'#!/bin/sh\necho "$@" >> {called}\n[ "$1" = tests/release.py ] && exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     for version, named in (("1.2.3", "notes.txt"), ("", "VERSION=")):
-        make = ["make", "release", f"VERSION={version}", f"VENV={tmp_path}"]
+        make = ["make", "release", f"VERSION={version}", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
         ended = subprocess.run(make, cwd=tree, capture_output=True, text=True, check=False)
         assert ended.returncode == 2 and named in ended.stderr, ended
     assert called.read_text().splitlines() == ["tests/release.py 1.2.3 --check", "tests/release.py  --check"]
+    assert not (tmp_path / "venv").exists()
 
 
 def test_a_build_that_fails_takes_the_version_back(tree: Path) -> None:

@@ -5,6 +5,7 @@ Only the command's own module imports heavy packages, after the devices are chos
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -21,7 +22,7 @@ from typing import NoReturn, override
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli.arguments import COMMANDS, Command
 from jaxinfra.command import COMMAND, command_line
-from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError, quoted
 from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.machine import emulation, platforms
 from jaxinfra.machine.compile_cache import cache_environment
@@ -236,6 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 1  # as rich does
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: a file or the output cannot be written: {error.strerror}; free some space", file=sys.stderr)
+        return StorageError.exit_code
     return exit_code
 
 

@@ -127,13 +127,15 @@ def runs_of_config(path: Path) -> list[Path]:
     """Returns the directories of runs whose names `run.with_fingerprint_name` makes of that of `path`, newest first.
 
     Their names end with the first digits of their fingerprints; a run that is named `exp-240501` is none of `exp`.
+    Runs without a checkpoint, such as one whose start was refused, count only where no run has one.
     """
     found = dict[Path, float]()
     for record in path.parent.glob(f"{escape(path.name)}-{'[0-9a-f]' * 6}/{RECORD_FILE}") if path.name else ():
         with suppress(ConfigError, StorageError, FileNotFoundError):  # damaged, or deleted meanwhile: no candidate
             if str(read_record(record).get("fingerprint")).startswith(record.parent.name[-6:]):
                 found[record.parent] = record.stat().st_mtime
-    return sorted(found, key=lambda run: -found[run])
+    saved = [run for run in found if any(run.glob("checkpoints/[0-9]*"))]
+    return sorted(saved or found, key=lambda run: -found[run])
 
 
 def _require_config_file(path: Path) -> None:

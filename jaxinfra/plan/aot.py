@@ -220,7 +220,9 @@ def _compile(program: Program, topology: Topology, on_progress: Callable[[str], 
         on_progress("compiling: seconds for a small model, a minute or two for a large one, more on a busy machine")
         return compile_lowered(lowered, program, topology)
     except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
-        raise ConfigError(f"{where}: {explain(str(error), program.run, program.rows_per_device)}") from error
+        held_bytes = state_bytes + per_device_bytes(jax.tree.leaves(program.params))  # with the sums of gradients
+        cause = explain(str(error), program.run, program.rows_per_device, held_bytes)
+        raise ConfigError(f"{where}: {cause}") from error
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def _fix(where: str, cause: str) -> str:
         return "set the clock of this host"
     if _NO_BUCKET.search(cause):
         return "create the bucket or correct the URL"
-    if cause.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL", os.strerror(errno.EACCES))):
+    denied = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL", os.strerror(errno.EACCES))
+    if cause.startswith((*denied, "Unable to locate credentials")):  # the last one is of s3fs
         return "set credentials that are allowed to do this, in the environment or a profile"
     return "start again when the server responds"

@@ -21,7 +21,7 @@ from tests.tiny_run import Tiny, contents, launch
 def named(begun: Tiny) -> Path:
     """Two runs of the config with overrides, the second of which is newer, and newer ones whose names begin like them.
 
-    Of these, one has a word, one a date and one no record that can be read.
+    Of these, one has a word, one a date, one no record that can be read, and one, whose start was refused, no checkpoint.
     """
     text = (begun.runs / "tiny" / "run.json").read_text()
     fingerprint = json.loads(text)["fingerprint"]
@@ -32,6 +32,8 @@ def named(begun: Tiny) -> Path:
         record.write_text(text.replace(fingerprint, digits + fingerprint[6:]))
         os.utime(record, (time_s, time_s))
     (begun.runs / "tiny-abcdef" / "run.json").write_text(text[:200])
+    (begun.runs / "tiny-eeeeee").mkdir()
+    (begun.runs / "tiny-eeeeee" / "run.json").write_text(text.replace(fingerprint, "eeeeee" + fingerprint[6:]))
     shutil.rmtree(begun.runs / "tiny")
     return begun.runs / "tiny"
 

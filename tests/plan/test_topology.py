@@ -218,7 +218,7 @@ OOM = "RESOURCE_EXHAUSTED: "
         (
             OOM + "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 1.50T of 32.00G hbm. "
             "Exceeded hbm capacity by 17.34G.",
-            "1536.00 GiB 32.00 1504.00 use model.remat=full, train.accumulate=12,",
+            "1536.00 GiB 32.00 1504.00 use model.remat=full, or more devices",
         ),
         (
             OOM + "TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available bytes: 95.74G",
@@ -239,12 +239,21 @@ def test_compiler_error_becomes_one_line_with_a_fix(message: str, named: str) ->
 
 
 @pytest.mark.parametrize(
+    ("held_gib", "fix"),
+    [(2, "use model.remat=full, train.accumulate=2,"), (15, "use model.remat=full, or more devices")],
+)
+def test_microbatches_are_suggested_only_where_what_is_held_leaves_room(held_gib: int, fix: str) -> None:
+    message = OOM + "Ran out of memory in memory space hbm. Used 28.00G of 15.75G hbm."
+    names(explain(message, RUN, 12, held_gib * 2**30), fix)
+
+
+@pytest.mark.parametrize(
     ("remat", "accumulate", "rows", "times", "fix"),
     [
         ("none", 1, 12, 1.1, "use model.remat=full, train.accumulate=2, or more devices"),
         ("full", 2, 12, 2.5, "use train.accumulate=6, or more devices"),
         ("full", 1, 10, 2.5, "use train.accumulate=5, or more devices"),
-        ("full", 1, 3, 9.0, "use train.accumulate=3, or more devices"),
+        ("full", 1, 3, 9.0, "use more devices"),
         ("dots", 4, 4, 2.0, "use model.remat=full, or more devices"),
         ("full", 1, 1, 2.0, "use more devices"),
         ("full", 1, 0.5, 2.0, "use more devices"),

@@ -146,8 +146,13 @@ def test_validation_text_that_is_in_the_training_text_is_said(recipe, tmp_path):
     inside = [f"{text} {copy}" for text in own]
     for written, share, fix in (
         (own, (0, 0), None),
-        (inside, (0.6, 0.99), "dedup=dedup dedup.near=true"),
-        ([*own[:50], *[copy] * 10], (1, 1), "others: prepare it again with dedup=dedup"),
+        (
+            inside,
+            (0.6, 0.99),
+            "against near copies of whole documents: prepare it again with dedup=dedup dedup.near=true",
+        ),
+        ([*own[:50], *[copy] * 10], (1, 1), "against copies of whole documents: prepare it again with dedup=dedup"),
+        ([f"{' '.join(own)} {copy} {copy} {copy}"], (0.6, 1), "use validation=SOURCE of other text"),
     ):
         source = jsonl(tmp_path / f"{len(fix or '')}", written)
         made = prepare(replace(recipe, source=source, baselines=True, validation=LastDocuments()), workers=1)
@@ -163,18 +168,18 @@ def test_what_is_said_of_repeated_text_can_be_pasted(recipe, tmp_path, monkeypat
     path = recipe_file(tmp_path, recipe.store, source, "baselines=True")
     for words in (("prepare", path, "validation=last_documents"), ("show", recipe.store)):
         lines = launch("data", *words).out.splitlines()
-        _, _, command = next(line for line in lines if line.startswith("repeated")).partition("repeat others: ")
+        _, _, command = next(line for line in lines if line.startswith("repeated")).partition("whole documents: ")
         assert command == f"python -m launch data prepare {path} validation=last_documents dedup=dedup dedup.near=true"
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "datasketch", None)
         patched.setattr(describe, "find_spec", lambda name: None)
-        line = next(line for line in launch("data", "show", recipe.store).out.splitlines() if "repeat others" in line)
-        assert line.endswith(f"repeat others, run pip install 'jaxinfra[dedup]', then: {command}")
+        line = next(line for line in launch("data", "show", recipe.store).out.splitlines() if "repeated " in line)
+        assert line.endswith(f"whole documents: pip install 'jaxinfra[dedup]', then {command}")
         missing = launch(*shlex.split(command)[3:])
         refused(missing, "dedup.near=true: pip install 'jaxinfra[dedup]'")
         assert not missing.out  # nothing has begun
     again = launch(*shlex.split(command)[3:])
-    assert again.code == 0 and "repeat others" not in again.out, again
+    assert again.code == 0 and "whole documents" not in again.out, again
 
 
 def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):

@@ -16,6 +16,7 @@ from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.packages import install_command
 from jaxinfra.track.formatting import format_metric
 
+_FEW = 2  # documents, such as the two parts of one long file: none is a copy
 _MUCH_REPEATED = 0.1  # of the validation text; less is usual, as code and licenses repeat lines
 _BAR_WIDTH = 40  # characters of the longest bar
 
@@ -64,18 +65,20 @@ def _overlap(manifest: Manifest, samples: str) -> str:
 
 
 def _repeated(manifest: Manifest) -> str:
-    """Says how much of the validation text is in the training text, and the command that leaves it out."""
+    """Says how much of the validation text is in the training text, and what helps: a command against copies."""
     share, dedup = manifest.counts.repeated, manifest.recipe.get("dedup")
     line = f"{share:.0%} of the validation text is in the training text too, so losses are better than on new text"
-    if isinstance(dedup, Mapping) and dedup.get("near"):
-        return f"{line}; remove from the source what many documents repeat, or use validation=SOURCE of other text"
+    general = "remove from the source what it repeats, such as a license, or use validation=SOURCE of other text"
+    is_near = isinstance(dedup, Mapping) and dedup.get("near")
+    if is_near or sum(split.documents for split in manifest.splits.values()) <= _FEW:
+        return f"{line}; {general}"
     exact = dedup is None and manifest.counts.overlap
     overrides = ["dedup=dedup"] if exact else ["dedup=dedup", "dedup.near=true"]
     fix = f"prepare it again with {' '.join(overrides)}"
     if words := shlex.split(manifest.prepared_from):
         fix = command_line("data", "prepare", *words, *(each for each in overrides if each not in words))
-    install = "" if exact or find_spec("datasketch") else f", run {install_command('jaxinfra[dedup]')}, then"
-    return f"{line}; to leave out documents that {'' if exact else 'nearly '}repeat others{install}: {fix}"
+    install = "" if exact or find_spec("datasketch") else f"{install_command('jaxinfra[dedup]')}, then "
+    return f"{line}; {general}; against {'' if exact else 'near '}copies of whole documents: {install}{fix}"
 
 
 def length_histogram(store: TokenStore) -> Iterator[str]:
