@@ -21,7 +21,7 @@ from tests.tiny_run import Tiny, contents, launch
 def named(begun: Tiny) -> Path:
     """Two runs of the config with overrides, the second of which is newer, and newer ones whose names begin like them.
 
-    Of these, one has a word, one a date, one no record that can be read, and one, whose start was refused, no checkpoint.
+    Of these, one has a word, one a date, one no readable record, and one, whose start was refused, no checkpoint.
     """
     text = (begun.runs / "tiny" / "run.json").read_text()
     fingerprint = json.loads(text)["fingerprint"]
