@@ -281,8 +281,10 @@ def _run_command(argv: Sequence[str]) -> int:
             print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
         if missing := re.search("; add (--import .+)", line):
             line += f": {command_line(*argv)} {missing[1]}"
-        if (meant := re.fullmatch(r"(.+?): .*; did you mean (.+)\?", line)) and meant[1] in argv:
-            line += f" use {command_line(*(meant[2] if word == meant[1] else word for word in argv))}"
+        if meant := re.fullmatch(r"(.+?): .*; did you mean (.+)\?", line):
+            wrong, right = meant.groups()  # a word, or the value of an override, such as init=runs/story
+            words = [word.removesuffix(wrong) + right if f"={word}".endswith(f"={wrong}") else word for word in argv]
+            line += f" use {command_line(*words)}" if words != argv else ""
         notes = getattr(error, "__notes__", ()) if is_for_users else ()
         failures_to_close = (note for note in notes if "JAX_TRACEBACK_FILTERING" not in note)  # JAX adds that one
         line = " ".join("; then ".join((line, *failures_to_close)).split())

@@ -62,6 +62,9 @@ def test_a_start_takes_no_other_run(named: Path) -> None:
         assert shlex.split(line.rpartition("launch ")[2]) == [f"{named}-ffffff", *words], "the line to paste"
     assert contents(named.parent) == before
     assert parse_command_line([str(named), "--supervise"]).config == str(named)
+    config = str(named.parents[1] / "tiny.py")
+    line = refused(launch(config, "name=on", f"init={named}"), f"{named}: {named}-ffffff?")
+    assert shlex.split(line.rpartition("launch ")[2]) == [config, "name=on", f"init={named}-ffffff"]
 
 
 def test_records_are_shown_and_compared_without_their_classes(begun: Tiny) -> None:
