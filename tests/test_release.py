@@ -76,7 +76,15 @@ def refused(tree: Path, version: str, *named: str) -> None:
 
 
 def test_a_release_is_dated_and_built(tree: Path) -> None:
-    make = ["make", "release", "VERSION=1.2.3", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed-test"]
+    make = [
+        "make",
+        "--no-print-directory",
+        "release",
+        "VERSION=1.2.3",
+        f"VENV={sys.prefix}",
+        "-o",
+        f"{sys.prefix}/.installed-test",
+    ]
     made = subprocess.run(make, cwd=tree, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     wheel = tree / "dist/jaxinfra-1.2.3-py3-none-any.whl"

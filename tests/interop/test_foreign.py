@@ -1,11 +1,14 @@
 """Folders by strangers: what they may leave out or say twice, and how they hang, crash or fool nobody."""
 
 import errno
+import gc
 import itertools
 import json
 import os
 import re
 import socket
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -363,6 +366,13 @@ def test_answer_that_never_ends(
         if how != "flood":
             server.endless = {"model.safetensors": how}
             refused(launch("hub", "check", f"hf:{where}"), where, code=82)
+    # A client that was given up has its connection until the server ends; nobody is left to close it.
+    for thread in threading.enumerate():
+        if thread.name == "answer":
+            thread.join(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 # What is no file
