@@ -16,7 +16,7 @@ endif
 # Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-slow test-all test-oldest lint bench docs clean
+.PHONY: help quickstart test test-slow test-all test-oldest lint bench docs release release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -105,6 +105,12 @@ bench: $(VENV)/.installed ## time the train step against hand-written code
 
 docs: $(VENV)/.installed-docs ## write the documentation with the API into site/, to open in a browser
 	$(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+
+release: release-check $(VENV)/.installed-test ## set VERSION=X.Y.Z, date the changelog, and build the sdist and the wheel into dist/
+	@$(BIN)/python tests/release.py "$(VERSION)"
+
+release-check: # before anything is installed
+	@"$(PYTHON)" tests/release.py "$(VERSION)" --check
 
 clean: ## remove what was installed and built; runs and stores stay
 	rm -rf $(VENV) $(OLDEST) $(TORCH) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info

@@ -13,6 +13,7 @@ from jaxinfra import (
     Precision,
     Run,
     TokenData,
+    TrackConfig,
     TrainConfig,
     TransformerConfig,
 )
@@ -31,4 +32,5 @@ def config() -> Run:
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
         train=TrainConfig(steps=400, global_batch=8, eval_every=200),
+        track=TrackConfig(sample_prompt="def main("),
     )

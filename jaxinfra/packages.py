@@ -1,9 +1,8 @@
 """Imports optional packages, and says what to install if one is missing."""
 
 import importlib
-import re
 import shlex
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -33,16 +32,8 @@ def require_optional(module: str, *, needed_by: str, install: str) -> None:
 
 
 def install_command(requirement: str) -> str:
-    """Returns the pip command for a requirement; an extra of jaxinfra becomes the packages in it."""
-    extra = re.fullmatch(r"jaxinfra\[(\w+)\]", requirement)
-    packages = _packages_of(extra[1]) if extra else []
-    return f"pip install {shlex.join(packages or [requirement])}"
-
-
-def _packages_of(extra: str) -> list[str]:
-    """Returns the requirements of an extra, which the metadata lists as `qwix>=0.1; extra == "quantized"`."""
-    try:
-        listed = requires("jaxinfra") or []
-    except PackageNotFoundError:  # run from a clone that is not installed
-        return []
-    return [name.partition(";")[0].strip() for name in listed if re.search(rf"extra == ['\"]{extra}['\"]", name)]
+    """Returns the pip command for a requirement; an extra of jaxinfra is that of the clone, if it is not installed."""
+    # Where pip knows jaxinfra, also from a clone, it adds an extra without a registry's jaxinfra.
+    if requirement.startswith("jaxinfra[") and not any(True for _ in distributions(name="jaxinfra")):
+        return f"pip install -e {shlex.quote(requirement.replace('jaxinfra', '.'))}"
+    return f"pip install {shlex.quote(requirement)}"

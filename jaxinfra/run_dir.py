@@ -31,7 +31,7 @@ from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror, fetch
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_summary
-from jaxinfra.track.report import REPORT_FILE, write_report
+from jaxinfra.track.report import REPORT_FILE
 from jaxinfra.track.runs import RUN_FILES, parse_source
 
 _SEEN_S = 90.0  # NFS shows a new file after up to a minute (acdirmax, nfs(5))
@@ -45,23 +45,14 @@ class RunDirectory:
 
     ROOT is a folder, or an `s3://` or `gs://` URL. Then the small files are written to a temporary folder and copied
     into the bucket in the background; only process 0 does so. Checkpoints go there directly.
-
-    Attributes:
-        is_remote: whether it is in a bucket.
-        location: the path or URL, for people.
-        path: the folder of the small files.
-        record: run.json in it.
-        metrics: metrics.jsonl in it.
-        report: report.html in it.
-        checkpoints: the path or URL of the checkpoints.
     """
 
     def __init__(self, location: str | Path, peers: Peers | None = None):
         """Names the directory; `peers` are the processes of the run, by default those of this process."""
         self._peers = current_peers() if peers is None else peers
         self.is_remote = is_remote(location)
-        self.location = normalize_url(str(location)) if self.is_remote else str(location)
-        self.path = Path(location)
+        self.location = normalize_url(str(location)) if self.is_remote else str(location)  # path or URL, for people
+        self.path = Path(location)  # the folder of the small files
         if self.is_remote:
             temporary = tempfile.mkdtemp(prefix="jaxinfra-run-")
             remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
@@ -83,7 +74,7 @@ class RunDirectory:
         Raises ConfigError if run.json is damaged, CheckpointError if the copy is.
         """
         if self.is_remote:
-            fetch(ObjectStore(self.location), [RECORD_FILE], self.path)
+            fetch(self.location, [RECORD_FILE], self.path)
         if self.record.exists():
             return read_record(self.record)
         if not self.has_checkpoints():
@@ -116,9 +107,8 @@ class RunDirectory:
                     delete_temporaries(self.path, lambda name: name != REPORT_FILE)  # `report` may be at work
                 yield Owned(lease, lambda: None, lease.check_now)
                 return
-            store = ObjectStore(self.location)
-            fetched = fetch(store, RUN_FILES, self.path)
-            with Mirror(self.path, store, lease.check_now, fetched) as mirror:
+            fetched = fetch(self.location, RUN_FILES, self.path)
+            with Mirror(self.path, ObjectStore(self.location), lease.check_now, fetched) as mirror:
                 yield Owned(lease, mirror.sync, lease.check)
 
     def require_shared(self) -> None:
@@ -190,12 +180,6 @@ class RunDirectory:
             _log.warning("%s", error)
             return {}
 
-    def finished_summary(self, completed_steps: int) -> dict[str, Any]:
-        """Returns the summary of a run that is already finished; writes its report if that is missing."""
-        if self.record.exists() and not self.report.exists() and not self.is_remote:
-            write_report(self.path)
-        return {**self.summary(), "steps": completed_steps, "status": "finished before"}
-
     def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
         """Returns the fingerprinted fields in which a run record differs from a config."""
         recorded = decode_record(self.record, record, ClassFinder.from_config(run))
@@ -206,17 +190,11 @@ class RunDirectory:
 
 
 class Owned(NamedTuple):
-    """A run directory that this process owns.
-
-    Attributes:
-        lease: of the directory.
-        sync: copies the small files into the bucket now, if the directory is there.
-        check: raises RunInUseError if the small files may be written no longer. Those of a bucket may always be written
-            here: what matters is whether they may be copied.
-    """
+    """A run directory that this process owns."""
 
     lease: Lease
-    sync: Callable[[], None]
+    sync: Callable[[], None]  # copies the small files into the bucket now, if the directory is there
+    # Raises RunInUseError if the small files may be written no longer, or those of a bucket may not be copied into it.
     check: Callable[[], None]
 
     def secure(self) -> None:
@@ -227,7 +205,7 @@ class Owned(NamedTuple):
 
 def join_location(root: str, name: str) -> str:
     """Returns the path or URL of a run's directory."""
-    return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name))
+    return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name).expanduser())
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:

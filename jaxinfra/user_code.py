@@ -59,7 +59,16 @@ def ending_of(error: BaseException | None) -> Ending:
             return Ending(1, text)
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = innermost_place(error)
+    if place is None and is_out_of_memory(error):
+        fix = "use a smaller batch, shorter sequences or a smaller model"
+        return Ending(ConfigError.exit_code, f"out of memory: {named[:300]}; {fix}")
     return Ending(1, named) if place is None else Ending(ConfigError.exit_code, f"{place}: {named}; fix this line")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that JAX or Python has found no memory, on a device or on the host."""
+    is_jax = type(error).__name__ == "JaxRuntimeError"  # its class is not imported here: this module is below JAX
+    return isinstance(error, MemoryError) or (is_jax and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def innermost_place(error: BaseException) -> str | None:

@@ -14,6 +14,8 @@ pytest_plugins = ["tests.compile_cache", "tests.servers.fixtures", "tests.stores
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
+    # An editable install leaves `tests` and `launch` off the path; tests start processes in other folders.
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
     # Toy programs wait for LLVM's optimizations much longer than they run. XLA's own passes, and so collectives and

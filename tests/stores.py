@@ -70,10 +70,15 @@ def documents(store, *splits):
 
 
 def contents(folder):
-    """Every file of a version but for what tells when it was made."""
+    """Every file of a version but for what tells when it was made, and from which words."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    manifest = json.loads(found.pop("manifest.json"))
-    return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
+    return found, what_it_holds(found.pop("manifest.json"))
+
+
+def what_it_holds(manifest: bytes) -> dict[str, object]:
+    """A manifest but for what tells when it was made, and from which words."""
+    left_out = ("created", "digest", "recipe", "prepared_from")
+    return {name: value for name, value in json.loads(manifest).items() if name not in left_out}
 
 
 def write_files(root: Path, count: int = 40, words: int = 300) -> None:

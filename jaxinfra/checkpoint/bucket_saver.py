@@ -17,8 +17,8 @@ outcome.
 """
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, cast, override
 
@@ -36,6 +36,7 @@ from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, 
 from jaxinfra.errors import RunInUseError, StorageError
 from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.spec import leaf_name, leaves_by_name
+from jaxinfra.storage.background import in_thread
 from jaxinfra.storage.errors import cause_of, is_storage_error
 from jaxinfra.storage.lease import Lease
 
@@ -63,8 +64,7 @@ class BucketSaver(Saver):
         self._store, self._objects, self._config = store, store.objects, config
         self._gather, self._before_commit = gather, before_commit
         self._attempts = itertools.count(1)
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._writing: Future[None] | None = None
         self._token: int | None = None if lease is None else lease.token
         if not read_only:
             self._claim()
@@ -82,29 +82,22 @@ class BucketSaver(Saver):
         failpoint("save.copy", step)
 
         def write() -> None:
-            try:
-                failpoint("save.write", step)
-                self._write(folder, arrays, chunks)
-                failpoint("save.manifest", step)
-                self._commit(folder, manifest)
-            except Exception as error:  # raised by `wait_until_finished`
-                self._error = error
+            failpoint("save.write", step)
+            self._write(folder, arrays, chunks)
+            failpoint("save.manifest", step)
+            self._commit(folder, manifest)
 
-        self._thread = threading.Thread(target=write, name="checkpoint")
-        self._thread.start()
+        self._writing = in_thread(write, "checkpoint", daemon=False)
 
     @override
     def is_saving(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._writing is not None and not self._writing.done()
 
     @override
     def wait_until_finished(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     @override
     def restore[T](self, step: int, abstract: T) -> T:
@@ -134,12 +127,12 @@ class BucketSaver(Saver):
 
     @override
     def reset(self) -> None:
-        self._error = None
+        self._writing = None
 
     @override
     def close(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        if self._writing is not None:
+            wait([self._writing])
 
     def _claim(self) -> None:
         """Claims the index for the owner of the run, and deletes what attempts of earlier owners have left."""

@@ -28,25 +28,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class LeafDifference:
-    """How a leaf differs; `is_equal` if all bits are equal.
+    """How a leaf differs; `is_equal` if all bits are equal."""
 
-    Attributes:
-        name: of the leaf.
-        is_equal: whether the types and all bits are equal.
-        left: its type on the left, "missing" without one.
-        right: its type on the right.
-        largest: the largest absolute difference of two values; None if the types differ.
-        norm: the norm of the difference.
-        left_norm: the norm on the left.
-    """
-
-    name: str
-    is_equal: bool
-    left: str
-    right: str
-    largest: float | None = None
-    norm: float = 0.0
-    left_norm: float = 0.0
+    name: str  # of the leaf
+    is_equal: bool  # whether the types and all bits are equal
+    left: str  # its type on the left, "missing" without one
+    right: str  # its type on the right
+    largest: float | None = None  # the largest absolute difference of two values; None if the types differ
+    norm: float = 0.0  # the norm of the difference
+    left_norm: float = 0.0  # the norm on the left
 
     @property
     def relative(self) -> float:

@@ -15,7 +15,7 @@ from typing import Literal, override
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.checkpoint.manifest import DamageError, Manifest, check_size, compare_files, read_manifest
+from jaxinfra.checkpoint.manifest import DamageError, Manifest, check_sizes, compare_files, read_manifest
 from jaxinfra.checkpoint.step_store import Leftover, StepStore
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.lease import Lease
@@ -46,14 +46,8 @@ class DiskSteps(StepStore):
 
     @override
     def missing(self, step: int, manifest: Manifest) -> list[str]:
-        problems = []
-        for name in manifest.files:
-            try:
-                with storage_errors(self.location, action="read"):
-                    check_size(self.folder(step), manifest, name)
-            except DamageError as damage:
-                problems.append(str(damage))
-        return problems
+        with storage_errors(self.location, action="read"):
+            return [str(damage) for damage in check_sizes(self.folder(step), manifest, manifest.files).values()]
 
     @override
     def compare(self, step: int, manifest: Manifest) -> Iterator[tuple[str, int, DamageError | None]]:

@@ -69,21 +69,13 @@ def _about(manifest: Manifest | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """Holds the result of comparing every byte of a step with its hash.
+    """Holds the result of comparing every byte of a step with its hash."""
 
-    Attributes:
-        step: number of completed steps.
-        num_files: that have a hash.
-        num_bytes: that were read.
-        problems: what is wrong, one for each damaged file.
-        is_gone: whether the step was deleted in the meantime, by the run or by a person.
-    """
-
-    step: int
-    num_files: int = 0
-    num_bytes: int = 0
-    problems: Sequence[str] = ()
-    is_gone: bool = False
+    step: int  # number of completed steps
+    num_files: int = 0  # that have a hash
+    num_bytes: int = 0  # that were read
+    problems: Sequence[str] = ()  # what is wrong, one for each damaged file
+    is_gone: bool = False  # whether the step was deleted in the meantime, by the run or by a person
 
 
 def verify_step(
@@ -108,19 +100,12 @@ def verify_step(
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """Names what to delete.
+    """Names what to delete."""
 
-    Attributes:
-        steps: the superseded steps, with their bytes.
-        leftovers: what interrupted saves have left, and damaged steps that were set aside.
-        damaged: steps that are neither counted nor deleted, with what is wrong.
-        kept: the intact steps that are left.
-    """
-
-    steps: Mapping[int, int]
-    leftovers: Sequence[Leftover]
-    damaged: Mapping[int, str]
-    kept: Sequence[int]
+    steps: Mapping[int, int]  # the superseded steps, with their bytes
+    leftovers: Sequence[Leftover]  # what interrupted saves have left, and damaged steps that were set aside
+    damaged: Mapping[int, str]  # steps that are neither counted nor deleted, with what is wrong
+    kept: Sequence[int]  # the intact steps that are left
 
     @property
     def num_bytes(self) -> int:

@@ -13,8 +13,8 @@ is not synced: it outlives the process, and if not the host, then its hashes tel
 """
 
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, override
@@ -32,6 +32,7 @@ from jaxinfra.checkpoint.manifest import (
 )
 from jaxinfra.checkpoint.shards import StateShards
 from jaxinfra.errors import JaxinfraError, StorageError
+from jaxinfra.storage.background import in_thread
 from jaxinfra.storage.checks import make_private
 from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of
@@ -85,8 +86,7 @@ class LocalCopies[State](ClosedOnExit):
     ) -> None:
         self._folder, self._start, self._shards, self._peers = folder, start, shards, peers
         self._swap, self._before_commit = swap, before_commit
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._writing: Future[None] | None = None
         self._is_failing = False  # the last copy could not be written, and somebody knows it
 
     @property
@@ -117,22 +117,16 @@ class LocalCopies[State](ClosedOnExit):
         def write() -> None:
             try:
                 self._write(f"{step}.{self._start}", contents, manifest)
-            except Exception as error:  # raised by `wait_until_finished`
-                self._error = error
             finally:
-                contents.clear()  # the thread is kept until the next copy
+                contents.clear()
 
-        self._thread = threading.Thread(target=write, name="copies", daemon=True)
-        self._thread.start()
+        self._writing = in_thread(write, "copies", daemon=True)
 
     def wait_until_finished(self) -> None:
         """Waits for the copy that is being written; raises an error that is not one of storage."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def restore(
         self, newer_than: int, identity: Mapping[str, Any], is_used: Callable[[str], bool]

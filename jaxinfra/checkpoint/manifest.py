@@ -105,10 +105,16 @@ def read_manifest(folder: Path, step: int) -> Manifest:
     return Manifest.decode(content, step)
 
 
-def check_size(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raises DamageError if a file is missing or has another length; does not read it."""
-    with _reading(name):
-        _check_size(name, manifest.files[name], (folder / name).stat().st_size)
+def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, DamageError]:
+    """Returns what is wrong with the files that are missing or have another length, by name; reads none."""
+    found: dict[str, DamageError] = {}
+    for name in names:
+        try:
+            with _reading(name):
+                _check_size(name, manifest.files[name], (folder / name).stat().st_size)
+        except DamageError as damage:
+            found[name] = damage
+    return found
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileHash]:
@@ -135,13 +141,10 @@ def compare_files(
 
     Those that are missing, or have another length, come first and are not read.
     """
-    sound = []
-    for name in names:
-        try:
-            check_size(folder, manifest, name)
-            sound.append(name)
-        except DamageError as damage:
-            yield name, 0, damage
+    names = [*names]
+    damaged = check_sizes(folder, manifest, names)
+    yield from ((name, 0, damage) for name, damage in damaged.items())
+    sound = [name for name in names if name not in damaged]
     blocks = [(name, index) for name in sound for index in range(len(manifest.files[name].blocks))][part::of]
 
     def compare(block: tuple[str, int]) -> tuple[str, int, DamageError | None]:

@@ -6,6 +6,7 @@ when it runs.
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,7 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    examples = "v5p:4x4x4 (one TPU slice), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)"
+    examples = "v5p-128 or v5p:4x4x4 (a TPU slice), 2xv5e:2x4 (two slices), h100 (one host), h100:2x8 (hosts x GPUs)"
     parser.add_argument("--on", metavar="TOPOLOGY", required=True, help=examples)
     parser.add_argument("--json", metavar="FILE", help="write all numbers as JSON, to a file or URL")
     parser.add_argument("--dump", metavar="FILE", help="write the compiled program as text, to a file or URL")
@@ -172,6 +173,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="least part of the likeliest one's probability")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
     what = "end a text before this string; repeatable"
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
@@ -196,10 +198,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"%(prog)s RUN [{' | '.join(CHECKPOINT_ACTIONS.values())}] [options]"
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
-    what = (
-        "verify: compare every byte with its hash; diff: compare two steps, or RUN@STEP, leaf by leaf; prune: delete "
-    )
-    what += "superseded steps and what interrupted saves have left; copy-to: make a run directory with one checkpoint"
+    what = "verify: compare every byte with its hash; diff: compare two steps, or RUN@STEP, leaf by leaf; prune: "
+    what += "delete superseded steps and what interrupted saves have left; copy-to: make a run directory of one step"
     parser.add_argument("action", metavar="ACTION", nargs="?", choices=(*CHECKPOINT_ACTIONS,), help=what)
     parser.add_argument("words", metavar="STEP or DIR", nargs="*", help="what the action works on")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
@@ -225,10 +225,12 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
     add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
-    what = "dtype of the tensors (default: that of the parameters)"
+    what = "dtype of the tensors (default: that of the parameters, or of the published weights)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     what = "model_type of the export, such as llama (default: one that can say what the model has)"
     parser.add_argument("--family", metavar="TYPE", help=what)
+    what = "maximum size of a file of weights, such as 500MB or 2GiB; one tensor may be longer (default %(default)s)"
+    parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE", help=what)
     _add_imports(parser)
     add_processes(parser)
 
@@ -242,7 +244,6 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", metavar="A", help=CONFIG_HELP)
     parser.add_argument("right", metavar="B", help=CONFIG_HELP)
-    _add_imports(parser)
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +258,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     what = "folder or URL of runs (default %(default)s)"
     parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help=what)
+
+
+def _add_sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    what = "where to send, if the run does not say it, such as track.mlflow.uri=http://127.0.0.1:5000"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
 
 
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +284,16 @@ def _duration_s(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"--mtbf {text}: expected a time such as 3.1h, 90m, 2d or 600s; use --mtbf 3.1h")
     return value
+
+
+def _size_bytes(text: str) -> int:
+    """Parses a size as transformers writes it, such as 5GB; ConfigError if it is none, or zero."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I?)B)?", text.strip().upper())
+    number, unit, binary = found.groups() if found else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text}: expected a size such as 500MB or 2GiB; use --max-shard-size 5GB")
+    return size
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:
@@ -304,14 +321,12 @@ COMMANDS = {
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     "models": Command(_add_models, "list the published models that a config can name"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),
+    "runs sync": Command(
+        _add_sync, "send MLflow what it lacks of a run: rows of metrics, and how it ended", "jaxinfra.cli.sync"
+    ),
     "goodput": Command(_add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps redone"),
     "checkpoints": Command(_add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
     "report": Command(_add_report, "write the page of a run in any state, or one that compares several"),
     "diff": Command(_add_diff, "compare two configs or run records"),
     "parity": Command(_add_parity, "compare loss and gradients on each mesh to those of one device, and in processes"),
 }
-DEVICE_OPTIONS = (
-    *("devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"),
-    *("supervise", "max-restarts-per-hour", "accept-change"),
-)
-"""Options that may be taken for config fields."""

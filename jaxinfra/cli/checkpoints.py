@@ -30,15 +30,15 @@ from jaxinfra.checkpoint.inventory import (
 from jaxinfra.checkpoint.step_store import Leftover, StepStore
 from jaxinfra.cli.arguments import CHECKPOINT_ACTIONS
 from jaxinfra.cli.progress import ByteProgress
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.lease import current_owner, hold
 from jaxinfra.storage.location import is_remote
-from jaxinfra.track.console import stdout_console, titled_table
-from jaxinfra.track.formatting import flatten, format_age, format_bytes
+from jaxinfra.track.console import fitted_table, print_table, stdout_console, titled_table
+from jaxinfra.track.formatting import flatten, format_age, format_bytes, format_metric
 from jaxinfra.track.runs import local_files, no_run_error, parse_source
 
 _WORST = 20  # leaves that diff shows without --all
@@ -81,7 +81,6 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _open(location: str) -> _Run:
-    """Raises ConfigError if there is no run."""
     with local_files(location) as folder:
         record = read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
     stored = stored_checkpoints(location)
@@ -101,13 +100,12 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
     steps, leftovers = list_checkpoints(stored, config), stored.leftovers()
     is_trained = current_owner(location) is not None
     if steps or leftovers:
-        numbers = (Column(name, justify="right") for name in ("step", "size", "age"))
-        table = titled_table("", *numbers, Column("health", overflow="fold"), "metrics", "config keeps it")
-        for each in steps:
-            table.add_row(*_cells(each))
-        for each in leftovers:
-            table.add_row(each.name, _size(each.num_bytes), "", _describe(each, is_trained), "", "")
-        stdout_console().print(table)
+        rows = [_cells(each) for each in steps]
+        rows += [[e.name, _describe(e, is_trained), "", "", _size(e.num_bytes), ""] for e in leftovers]
+        texts, console = ("health", "metrics", "config keeps it"), stdout_console()
+        print_table(console, fitted_table(console, ("step", *texts, "size", "age"), rows, texts=texts))
+        for step, (problem, *more) in ((each.step, each.problems) for each in steps if each.problems):
+            print(f"step {step}: damaged: {problem}{f' and {len(more)} more' if more else ''}")
     else:
         print(f"{stored.location}: no checkpoints yet")
     print(f"next: {_next(opened, steps, leftovers, is_trained)}")
@@ -115,13 +113,11 @@ def _list(opened: _Run, options: argparse.Namespace) -> Any:
 
 
 def _cells(each: StepOverview) -> list[str]:
-    health = f"damaged: {each.problems[0]}" if each.problems else "files are there"
-    if len(each.problems) > 1:
-        health += f" and {len(each.problems) - 1} more"
+    health = "damaged" if each.problems else "files are there"
     age = "" if each.age_s is None else format_age(each.age_s)
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
+    metrics = "\n".join(f"{name} {format_metric(value)}" for name, value in each.metrics.items())
     kept = "" if each.problems else "yes" if each.is_kept else "no"
-    return [str(each.step), _size(each.num_bytes), age, health, metrics, kept]
+    return [str(each.step), health, metrics, kept, _size(each.num_bytes), age]
 
 
 def _describe(each: Leftover, is_trained: bool) -> str:
@@ -132,12 +128,12 @@ def _describe(each: Leftover, is_trained: bool) -> str:
 
 def _next(opened: _Run, steps: Sequence[StepOverview], leftovers: Sequence[Leftover], is_trained: bool) -> str:
     """Returns the command that a user wants next."""
-    command = f"{COMMAND} checkpoints {opened.location}"
+    command = command_line("checkpoints", opened.location)
     if any(each.problems for each in steps):
         return f"{command} verify"
     if not is_trained and (leftovers or not all(each.is_kept for each in steps)):
         return f"{command} prune --dry-run{' --damaged' * any(each.kind == 'damaged' for each in leftovers)}"
-    return f"{command} verify" if steps else f"{COMMAND} runs {os.path.dirname(opened.location) or '.'}"
+    return f"{command} verify" if steps else command_line("runs", os.path.dirname(opened.location) or ".")
 
 
 def _verify(opened: _Run, options: argparse.Namespace) -> Any:
@@ -189,7 +185,8 @@ def _diff(opened: _Run, options: argparse.Namespace) -> Any:
     values = [each for each in different if each.largest is not None]
     if values:
         _print_groups(found)
-        worst = sorted(values, key=_badness, reverse=True)[:_WORST]
+        # A NaN is worst.
+        worst = sorted(values, key=lambda leaf: (math.isnan(leaf.relative), leaf.relative), reverse=True)[:_WORST]
         _print_leaves(values if options.all else worst, len(values))
     equal = len(found) - len(different)
     print(
@@ -221,11 +218,6 @@ def _recorded_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _badness(each: LeafDifference) -> float:
-    """Returns the relative difference, by which leaves are sorted; a NaN is worst."""
-    return math.inf if math.isnan(each.relative) else each.relative
-
-
 def _print_groups(found: Sequence[LeafDifference]) -> None:
     """Prints a row for each part of the state; of the optimizer, for each of its trees (`opt_state.0.mu`)."""
     groups: dict[str, list[LeafDifference]] = {}
@@ -239,7 +231,7 @@ def _print_groups(found: Sequence[LeafDifference]) -> None:
         relative = f"{norms[0] / norms[1]:.2e}" if norms[1] else ""
         equal = sum(each.is_equal for each in leaves)
         table.add_row(name, f"{len(leaves):,}", f"{equal:,}", f"{largest:.2e}", relative)
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
 
 
 def _group(name: str) -> str:
@@ -253,10 +245,10 @@ def _group(name: str) -> str:
 def _print_leaves(values: Sequence[LeafDifference], total: int) -> None:
     title = "" if len(values) == total else f"the worst {len(values)} of {total:,} leaves; --all shows all"
     numbers = (Column(name, justify="right") for name in ("largest |A - B|", "|A - B| / |A|"))
-    table = titled_table(title, Column("leaf", overflow="fold"), "type", *numbers)
+    table = titled_table(title, "leaf", "type", *numbers)
     for each in values:
         table.add_row(each.name, each.left, f"{each.largest:.2e}", f"{each.relative:.2e}")
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
 
 
 def _prune(opened: _Run, options: argparse.Namespace) -> Any:
@@ -285,10 +277,8 @@ def _print_plan(plan: PrunePlan, delete: str, free: str) -> None:
         print(f"{delete} {each.name}, {_size(each.num_bytes) or 'of unknown size'}: {_describe(each, False)}")
     for step, problem in plan.damaged.items():
         print(f"leaving step {step}, which is damaged: {problem}")
-    if plan.steps or plan.leftovers:
-        print(f"{free} {format_bytes(plan.num_bytes)}; kept: {_join(plan.kept)}", flush=True)
-    else:
-        print(f"nothing to delete; kept: {_join(plan.kept)}", flush=True)
+    freed = f"{free} {format_bytes(plan.num_bytes)}" if plan.steps or plan.leftovers else "nothing to delete"
+    print(f"{freed}; kept: {_join(plan.kept)}", flush=True)
 
 
 def _copy(opened: _Run, options: argparse.Namespace) -> Any:
@@ -300,7 +290,7 @@ def _copy(opened: _Run, options: argparse.Namespace) -> Any:
     copy_run(opened.location, source, target)
     elapsed_s, num_bytes = time.monotonic() - start_s, source.manifest.num_bytes
     print(f"copied step {source.step} to {target}: {format_bytes(num_bytes)} in {elapsed_s:.1f} s, verified")
-    print(f"next: {COMMAND} checkpoints {target}")
+    print(f"next: {command_line('checkpoints', target)}")
     return {"run": target, "step": source.step, "num_bytes": num_bytes}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -33,7 +34,9 @@ def run(options: argparse.Namespace) -> None:
     outputs.write_json(options.json, asdict(compiled))
     needed_bytes, hbm_bytes = compiled.memory.total, topology.chip.hbm_bytes
     if needed_bytes > hbm_bytes:  # the TPU compiler raises this itself, the GPU compiler does not
-        fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed_bytes / hbm_bytes)
+        temporaries = compiled.memory.temporaries
+        room = hbm_bytes - (needed_bytes - temporaries)
+        fix = suggest_fix(loaded.run, compiled.per_device_batch_size, temporaries / room if room > 0 else math.inf)
         raise ConfigError(f"{compiled.name} on {compiled.topology}: {out_of_memory(needed_bytes, hbm_bytes, fix)}")
 
 

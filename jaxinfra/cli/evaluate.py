@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jaxinfra.checkpoint.manager import CheckpointManager
@@ -25,8 +25,8 @@ from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage import outputs
 from jaxinfra.tasks.harness import Tasks, is_standard_error
-from jaxinfra.track.console import stdout_console, titled_table
-from jaxinfra.track.formatting import summary_rows
+from jaxinfra.track.console import print_table, stdout_console, titled_table
+from jaxinfra.track.formatting import format_metric, summary_rows
 from jaxinfra.track.runs import parse_source, record_of
 from jaxinfra.train.trainer import Trainer
 
@@ -44,7 +44,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates on the validation samples."""
     if is_published(options.run_dir):
         raise ConfigError(f"{options.run_dir}: published weights have no validation samples; name tasks with --tasks")
     path, _ = parse_source(options.run_dir)
@@ -64,7 +63,6 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_tasks(options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates on tasks of lm-eval."""
     path, _ = parse_source(options.run_dir)
     tasks = Tasks(options.tasks.split(","), num_fewshot=options.num_fewshot)
     with read_by_first(current_peers()):
@@ -112,35 +110,28 @@ def _result(path: str, step: int, fingerprint: str, program: Program, found: Map
 
 
 def _print_validation(result: Mapping[str, Any]) -> None:
-    table = titled_table("", "metric")
-    table.add_column("value", justify="right")
+    table = titled_table("", "metric", Column("value", justify="right"))
     for label, value in summary_rows({"validation": result["validation"], "baselines": result["baselines"]}):
         table.add_row(label, value)
     _print(result, f"{result['samples']:,} validation sample{'s' * (result['samples'] > 1)}", table)
 
 
 def _print_tasks(result: Mapping[str, Any]) -> None:
-    table = titled_table("", "task")
-    for column in ("samples", "metric", "value", "standard error"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+    samples, value, error = (Column(name, justify="right") for name in ("samples", "value", "standard error"))
+    table = titled_table("", "task", samples, "metric", value, error)
     for task, metrics in result["tasks"].items():
         values = {name: value for name, value in metrics.items() if name != "samples" and not is_standard_error(name)}
         first = [task, f"{metrics['samples']:,}" if "samples" in metrics else ""]
         for name, value in values.items():
-            error = metrics.get(_error_of(name))
-            table.add_row(*first, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+            metric, slash, label = name.partition("/")
+            error = metrics.get(f"{metric}_stderr{slash}{label}")  # such as "exact_match_stderr/strict"
+            table.add_row(*first, name, format_metric(value), "" if error is None else format_metric(error))
             first = ["", ""]
     _print(result, "tasks of lm-eval", table)
-
-
-def _error_of(metric: str) -> str:
-    """Returns the name of the standard error of a metric: "acc_stderr", "exact_match_stderr/strict"."""
-    name, slash, label = metric.partition("/")
-    return f"{name}_stderr{slash}{label}"
 
 
 def _print(result: Mapping[str, Any], what: str, table: Table) -> None:
     sizes = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
     console, title = stdout_console(), f"{result['run']}, step {result['step']}: {what}, {sizes}"
     console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
+    print_table(console, table)

@@ -5,11 +5,12 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxinfra.cli.arguments import DEVICE_OPTIONS
+from jaxinfra.cli.arguments import COMMANDS
+from jaxinfra.cli.main import command_parser
 from jaxinfra.command import COMMAND
 from jaxinfra.config.explain import Field, fields_below, find
 from jaxinfra.config.extensible import class_name
-from jaxinfra.config.schema import is_choice
+from jaxinfra.config.schema import is_choice, open_bases
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run
 
@@ -33,10 +34,17 @@ def run(options: argparse.Namespace) -> None:
         print("\nImageSet: a recipe of images, with these fields besides the common ones", *only, sep="\n")
         print(f"\nA field in full: {COMMAND} explain optim.peak_lr. All of them: docs/configs.md.")
         return
-    if (option := options.field.replace("_", "-")) in DEVICE_OPTIONS:
-        raise ConfigError(f"{options.field}: is no config field but the option --{option}; see docs/run-on.md")
+    try:
+        found = find(_roots(), options.field)
+    except ConfigError:
+        option = f"--{options.field.replace('_', '-')}"
+        usages = {name: command_parser(name).format_usage() for name in COMMANDS}
+        owners = [name for name, usage in usages.items() if f"[{option} " in usage or f"[{option}]" in usage]
+        if not owners:
+            raise
+        raise ConfigError(f"{options.field}: is the option {option}; see {COMMAND} {owners[0]} --help") from None
     same: dict[tuple[str, ...], list[Field]] = {}  # a field of several classes is explained once
-    for field in find(_roots(), options.field):
+    for field in found:
         same.setdefault((field.path, field.allowed, field.default, field.meaning), []).append(field)
     print("\n\n".join("\n".join(describe_field(fields, width)) for fields in same.values()))
 
@@ -57,7 +65,7 @@ def tree(fields: Iterable[Field], width: int) -> list[str]:
     lines = []
     for field in fields:
         lines.append(_line(field, "", width))
-        for cls in () if field.options_are_open else field.options.values():
+        for cls in () if open_bases(field.field.annotation) else field.options.values():
             lines += [_line(each, "  ", width) for each in fields_below(cls, field)]
     return lines
 

@@ -8,7 +8,7 @@ from rich.table import Column
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
-from jaxinfra.track.console import stdout_console, titled_table
+from jaxinfra.track.console import print_table, stdout_console, titled_table
 from jaxinfra.track.formatting import format_duration, format_number, format_percent
 from jaxinfra.track.goodput import CLASSES, GOODPUT_FILE, Goodput, Model, account, model, read_ledger, total
 from jaxinfra.track.runs import local_files
@@ -52,7 +52,7 @@ def _print(name: str, run: Goodput) -> None:
     table.add_section()
     starts = f"all, {run.attempts} start{'s' * (run.attempts > 1)}"
     table.add_row(starts, format_duration(run.wall_s), f"{run.wall_s:,.1f}", "100.0%")
-    stdout_console().print(table)
+    print_table(stdout_console(), table)
     for step, reason in run.stops:
         print(f"one start stopped after step {step} by {reason}")
     print(f"goodput {format_percent(run.fraction)}: time of steps that were not lost, of the whole\n")

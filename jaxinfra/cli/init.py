@@ -12,13 +12,12 @@ FILES = ("configs/quickstart.py", "configs/data/python_stdlib.py")
 
 def run(options: argparse.Namespace) -> None:
     """Writes the files and prints the commands that use them; if one exists, raises ConfigError and writes none."""
-    folder, package = Path(options.folder), Path(__file__).parents[1]
+    folder, example = Path(options.folder), Path(__file__).parents[1] / "example"
     for name in FILES:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name}: exists and is not overwritten; use {COMMAND} init ANOTHER_FOLDER")
     for name in FILES:
-        in_wheel = package / "example" / name  # a wheel has no configs/ beside the package
-        text = (in_wheel if in_wheel.exists() else package.parent / name).read_text(encoding="utf-8")
+        text = (example / name).read_text(encoding="utf-8")  # a copy of a file of the clone: a wheel has no configs/
         with storage_errors(folder / name, fix="free space or name another folder"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("x", encoding="utf-8") as file:

@@ -5,10 +5,12 @@ Only the command's own module imports heavy packages, after the devices are chos
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import os
 import platform
+import re
 import sys
 import textwrap
 import traceback
@@ -19,8 +21,8 @@ from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli.arguments import COMMANDS, Command
-from jaxinfra.command import COMMAND
-from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, quoted
+from jaxinfra.command import COMMAND, command_line
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError, quoted
 from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.machine import emulation, platforms
 from jaxinfra.machine.compile_cache import cache_environment
@@ -58,7 +60,6 @@ examples:
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
   {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs
-  {COMMAND} runs/quickstart/run.json
 
 {EXIT_CODES}
 """
@@ -107,7 +108,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         _add_plugins(argv)
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    is_name = _is_name(argv[0])
+    # A word that may be the name of a command is no option, and has neither a folder nor a suffix.
+    is_name = not argv[0].startswith("-") and os.path.splitext(os.path.basename(argv[0])) == (argv[0], "")
     if is_name and not _command_words(argv):
         _add_plugins(argv)
     num_words = _command_words(argv)  # 0: CONFIG, which means train
@@ -122,12 +124,11 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         if "overrides" in options:
             _check_dashes(command, unknown, argv)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return argparse.Namespace(command=command, **vars(options))
+    from jaxinfra.cli import run_names  # imports configs
 
-
-def _is_name(word: str) -> bool:
-    """Whether a word may be the name of a command: it is no option, and has neither a folder nor a suffix."""
-    return not word.startswith("-") and os.path.basename(word) == word and not os.path.splitext(word)[1]
+    options.command, options.argv = command, [*argv]
+    options.notes = run_names.resolve(options)
+    return options
 
 
 def _command_words(argv: Sequence[str]) -> int:
@@ -236,6 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has ended, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 1  # as rich does
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: a file or the output cannot be written: {error.strerror}; free some space", file=sys.stderr)
+        return StorageError.exit_code
     return exit_code
 
 
@@ -243,7 +250,6 @@ def _run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
-        options.argv = argv
         failpoints.check_environment(os.environ)
         joins, trains = "processes" in options, options.command == "train"
         signal_router.leave_start(interrupts=not trains, all_signals=not joins)
@@ -255,6 +261,8 @@ def _run_command(argv: Sequence[str]) -> int:
             keep_freed_memory()  # of the one device
         with _all_processes(options) if joins else nullcontext():
             options.prints = current_peers().index == 0
+            if options.prints and options.notes:
+                print(*options.notes, sep="\n", file=sys.stderr)
             name = COMMANDS[options.command].module or f"jaxinfra.cli.{options.command.replace(' ', '.')}"
             module = importlib.import_module(name)
             if "jax" in sys.modules:  # the command compiles, maybe
@@ -271,6 +279,12 @@ def _run_command(argv: Sequence[str]) -> int:
             raise
         if "--debug" in argv:
             print(mask_credentials(traceback.format_exc()), end="", file=sys.stderr)
+        if missing := re.search("; add (--import .+)", line):
+            line += f": {command_line(*argv)} {missing[1]}"
+        if meant := re.fullmatch(r"(.+?): .*; did you mean (.+)\?", line):
+            wrong, right = meant.groups()  # a word, or the value of an override, such as init=runs/story
+            words = [word.removesuffix(wrong) + right if f"={word}".endswith(f"={wrong}") else word for word in argv]
+            line += f" use {command_line(*words)}" if words != argv else ""
         notes = getattr(error, "__notes__", ()) if is_for_users else ()
         failures_to_close = (note for note in notes if "JAX_TRACEBACK_FILTERING" not in note)  # JAX adds that one
         line = " ".join("; then ".join((line, *failures_to_close)).split())

@@ -2,18 +2,15 @@
 
 import argparse
 
-from rich.table import Column, Table
-
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.catalog import BYTES_PER_PARAM, CatalogEntry, catalog
-from jaxinfra.track.console import stdout_console
+from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_short
 
-COLUMNS = ("name", "layers", "hidden", "heads/KV", "vocab", "params", "active")
-COLUMNS += (*BYTES_PER_PARAM, "context")  # the keys are "weights" and "training": GiB of memory
-_LESS_IMPORTANT = ("heads/KV", "vocab", "active")  # left out of a narrow terminal
-_MIN_WIDTH = 100  # characters that all columns need
+COLUMNS = ("name", "params", "active", *BYTES_PER_PARAM)  # the keys are "weights" and "training": GiB of memory
+COLUMNS += ("context", "layers", "hidden", "heads/KV", "vocab")
+"""The most important first: a terminal that is too narrow for all leaves out the last ones."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -22,14 +19,7 @@ def run(options: argparse.Namespace) -> None:
     if not entries:
         raise ConfigError(f"{options.word}: no model has this in its name; {COMMAND} models lists all")
     console = stdout_console()
-    shown = [name for name in COLUMNS if console.width >= _MIN_WIDTH or name not in _LESS_IMPORTANT]
-    table = Table(
-        *(Column(name, justify="left" if name == "name" else "right", no_wrap=True) for name in shown), box=None
-    )
-    for entry in entries:
-        row = dict(zip(COLUMNS, cells(entry), strict=True))
-        table.add_row(*(row[name] for name in shown))
-    console.print(table)
+    print_table(console, fitted_table(console, COLUMNS, [*map(cells, entries)], texts=("name",)))
     example = entries[-1]  # its function in the zoo is `shape` or `vision_shape`
     console.print(
         f'In a config: model={example.function}("{example.name}"), imported from jaxinfra.families.zoo. '
@@ -44,12 +34,12 @@ def cells(entry: CatalogEntry) -> list[str]:
     active = entry.active_parameters
     return [
         entry.name,
-        str(entry.num_layers),
-        f"{entry.hidden_size:,}",
-        heads,
-        "" if entry.vocab_size is None else f"{entry.vocab_size:,}",
         format_short(entry.parameters),
         "" if active == entry.parameters else format_short(active),
         *(f"{entry.parameters * n_bytes / 2**30:,.4g}" for n_bytes in BYTES_PER_PARAM.values()),
         "" if entry.context is None else f"{entry.context:,}",
+        str(entry.num_layers),
+        f"{entry.hidden_size:,}",
+        heads,
+        "" if entry.vocab_size is None else f"{entry.vocab_size:,}",
     ]

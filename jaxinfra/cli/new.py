@@ -14,10 +14,13 @@ from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
+from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.prepare.detect import Detected, detect
 from jaxinfra.prepare.tokenizers import TrainBpe
-from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run, TrainConfig, with_mesh_size
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.train.duration import time_statistic
 
 _BYTES_PER_TOKEN = 3.3  # of a small BPE on prose and code
 _BATCH, _SEQ_LEN = 16, 256
@@ -46,7 +49,10 @@ def run(options: argparse.Namespace) -> None:
             with file.open("x", encoding="utf-8") as stream:
                 stream.write(text)
     print(f"wrote {recipe_file}  (how the text becomes tokens)")
-    print(f"wrote {run_file}  (model, data, optimizer; {config.train.steps} steps)")
+    sized = with_mesh_size(config, 1)
+    times = time_statistic(Program(sized, abstract_mesh(sized.mesh)), config.train.steps)
+    about = "".join(f", about {value} on this machine" for value, _ in times.values())
+    print(f"wrote {run_file}  (model, data, optimizer; {config.train.steps} steps{about})")
     print(f"next:\n  {COMMAND} data prepare {run_file}\n  {COMMAND} {run_file}")
     print(f'  {COMMAND} sample runs/{name} "Once upon a time"')
 

@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
         seed=options.seed,
         stop=tuple(options.stop),
     )

@@ -1,29 +1,41 @@
-"""`python -m launch show CONFIG`: prints the resolved config and its statistics; uses no devices."""
+"""`python -m launch show CONFIG`: prints the resolved config and its statistics; uses no devices but the CPU."""
 
 import argparse
 import math
 
 import jax
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from jaxinfra.cli import config_argument
-from jaxinfra.config import dump, validate
+from jaxinfra.config import dump, read_record, validate
+from jaxinfra.config.record import config_without_classes
+from jaxinfra.config.source import find_record
 from jaxinfra.optim.schedules import lr_table
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.schedules import format_schedule
 from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
-from jaxinfra.track.console import statistics_table, stdout_console, titled_table
+from jaxinfra.track.console import fitted_table, print_table, statistics_table, stdout_console
 from jaxinfra.track.terminal_plot import plot_curve
+from jaxinfra.train.duration import time_statistic
 from jaxinfra.train.statistics import run_statistics
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate."""
+    # The classes of a record are needed for the last three alone.
+    file = None if options.overrides or options.imports else find_record(options.config)
+    if file is not None and (record := read_record(file)).get("classes"):
+        for line in dump(config_without_classes(record)).splitlines():
+            if not options.changed or line.partition(" = ")[0] in record.get("origins", {}):
+                print(line)
+        if not options.changed:
+            print_table(stdout_console(), statistics_table(record.get("derived", {})))
+        return
     loaded = config_argument.load_config(options)
-    validate(loaded.run)
     num_devices = options.devices.partition(":")[2] if options.devices else ""
     known_sizes = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
     run = with_mesh_size(loaded.run, int(num_devices or known_sizes))
@@ -38,12 +50,12 @@ def run(options: argparse.Namespace) -> None:
         console.print(escape(line) + origin, soft_wrap=True)
     if options.changed:
         return
-    console.print(statistics_table(run_statistics(program)))
+    print_table(console, statistics_table({**run_statistics(program), **time_statistic(program, run.train.steps)}))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
         for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):
             console.print(row, markup=False, soft_wrap=True)
-    console.print(_parameter_table(program))
+    print_table(console, _parameter_table(console, program))
     optim, steps = run.optim, run.train.steps
     console.print(f"Learning rate over {steps:,} steps", style="bold")
     for step, rate in lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps):
@@ -51,14 +63,14 @@ def run(options: argparse.Namespace) -> None:
     console.print(plot_curve(lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps, rows=200)), markup=False)
 
 
-def _parameter_table(program: Program) -> Table:
-    """Lists the name, shape, sharding, role and size of every parameter."""
-    name_column = Column("name", overflow="fold")  # a narrow terminal breaks long names, but shows them in full
-    table = titled_table("Parameters", name_column, "shape", "sharded over", "role")
-    table.add_column("elements", justify="right")
+def _parameter_table(console: Console, program: Program) -> Table:
+    rows = list[tuple[str, ...]]()
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):
         name = leaf_name(path)
         axes = ", ".join(f"{dim}:{axis}" for dim, axis in enumerate(array.sharding.spec) if axis) or "-"
-        table.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
+        rows.append((name, " x ".join(map(str, spec.shape)), f"{spec.size:,}", axes.replace("'", ""), spec.role))
+    texts = "name", "shape", "sharded over", "role"
+    table = fitted_table(console, ("name", "shape", "elements", *texts[2:]), rows, texts=texts)
+    table.title = "Parameters"
     return table

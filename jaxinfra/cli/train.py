@@ -1,13 +1,16 @@
 """`python -m launch CONFIG [KEY=VALUE ...]`: trains on the devices of all processes of the run."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
 from jaxinfra.cli import config_argument
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.config.classes import user_classes
+from jaxinfra.inference.language_model import is_text
 from jaxinfra.run import Run
+from jaxinfra.track.formatting import shown_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
 
@@ -29,17 +32,17 @@ def run(options: argparse.Namespace) -> None:
     elif loaded.run.track.console != "off":
         _plot_loss(trainer.metrics)
     if loaded.run.track.console != "off":
-        root = "" if loaded.run.root == Run.root else f" {loaded.run.root}"
-        print(f"next:\n  {COMMAND} runs{root}")
-        if loaded.run.data.modality == "token":
-            has_own_classes = bool(user_classes(loaded.run)) and options.config.endswith(".py")
-            print(f'  {COMMAND} sample {run_dir} "PROMPT"{f" --import {options.config}" if has_own_classes else ""}')
+        print(f"next:\n  {command_line('runs', *([] if loaded.run.root == Run.root else [loaded.run.root]))}")
+        if is_text(loaded.run):
+            files = [*options.imports, *([options.config] if options.config.endswith(".py") else [])]
+            imports = "".join(f" --import {shlex.quote(file)}" for file in files) if user_classes(loaded.run) else ""
+            print(f'  {command_line("sample", run_dir)} "PROMPT"{imports}')
         print(f"  and in a browser {summary.get('report', f'{run_dir}/report.html')}")
 
 
 def _plot_loss(metrics: Sequence[Mapping[str, float]]) -> None:
     """Plots the training loss, the mean over each logged interval; in ASCII where the terminal has no more."""
-    losses = [(int(row["step"]), row.get("loss_mean", row["loss"])) for row in metrics if "loss" in row]
+    losses = [(int(row["step"]), shown_metrics(row)["loss"]) for row in metrics if "loss" in row]
     if losses:
         is_ascii = "utf" not in (sys.stdout.encoding or "").lower()
         print(f"Training loss\n{plot_curve(losses, ascii=is_ascii)}")

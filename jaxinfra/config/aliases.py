@@ -1,6 +1,12 @@
-"""Names that other frameworks give to config fields, for hints to users who know those frameworks.
+"""Other names of config fields: those of other frameworks and of earlier versions, for hints.
 
 From the trainers and model configs of Hugging Face, and from the config files of MaxText, torchtitan and Levanter.
+"""
+
+FORMER: dict[str, dict[str, str]] = {}
+"""New by old names of the renamed fields of a class: `"TrainConfig": {"old": "new"}`.
+
+Records with the old names are read. `_ALIASES` has them, too, for hints on the command line and in config files.
 """
 
 _ALIASES = {
@@ -32,6 +38,8 @@ _ALIASES = {
     "model.vocab_size": ("vocab", "vocabulary_size", "n_vocab"),
     "model.layers.mixer.rope.theta": ("rope_theta", "rope_max_timescale", "rotary_base"),
     "model.tie_embeddings": ("tie_word_embeddings", "logits_via_embedding"),
+    "model.attention_kernel": ("flash_attention", "attn_implementation"),
+    "objective": ("dpo",),
     "model.remat": ("gradient_checkpointing", "activation_checkpoint", "remat_policy", "activation_checkpointing"),
     "model.norm.eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon"),
     "data.seq_len": ("block_size", "seq_length", "sequence_length", "max_seq_len", "max_length", "context_length")
@@ -58,12 +66,18 @@ _ALIASES = {
     "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint")
     + ("resume", "finetune", "pretrained", "load_from", "warm_start"),
 }
+# What other frameworks have and jaxinfra has not, and what to use instead.
+ABSENT: dict[str, str] = {
+    **dict.fromkeys(("lora", "qlora", "peft"), "optim.frozen, or train all weights from init=hf:DIR"),
+    **dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), "objective=dpo, which learns preferences"),
+}
 # Aliases whose value cannot be taken over: it counts something else than the field (epochs, a share of the steps, the
 # batch of a device), or only switches something on or off.
 _OF_OTHER_VALUES = frozenset(
     ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs", "epochs", "warmup_ratio", "max_position_embeddings")
     + ("per_device_batch_size", "per_device_train_batch_size", "local_batch_size", "micro_batch_size", "output_dir")
-    + ("bf16", "fp16", "fp8", "int8", "gradient_checkpointing", "activation_checkpointing", "num_slices")
+    + ("bf16", "fp16", "fp8", "int8", "gradient_checkpointing", "activation_checkpointing", "num_slices", "dpo")
+    + ("flash_attention", "attn_implementation")
 )
 _PATHS = {alias: path for path, aliases in _ALIASES.items() for alias in aliases}
 

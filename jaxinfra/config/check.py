@@ -74,11 +74,8 @@ def _problem_message(node: object, path: str, problem: Problem) -> str:
     """Returns the message for a problem of the node at `path`, with full paths in place of those below the node."""
     values = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
     own_fields = {field.name for field in schema.fields_of(type(node))}
-
-    def with_full_path(name: re.Match[str]) -> str:
-        return join(path, name[1]) if name[1] in own_fields else name[1]  # else it is an option of a command
-
-    fix = _ASSIGNED.sub(with_full_path, problem.fix)
+    # Other names are options of a command.
+    fix = _ASSIGNED.sub(lambda name: join(path, name[1]) if name[1] in own_fields else name[1], problem.fix)
     return f"{values}: {problem.message}; {fix}"
 
 

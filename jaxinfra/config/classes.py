@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -99,12 +100,10 @@ class ClassFinder:
         return cls(known={class_name(each): each for each in user_classes(root)})
 
     def find(self, name: str, *, anywhere: bool = False, file: str | None = None) -> type:
-        """Returns a class; raises ConfigError if it does not exist or may not be imported.
+        """Returns the class `package.module:Class` or `FILE.py:Class`; ConfigError if it is missing or not importable.
 
-        Args:
-            name: `package.module:Class` or `FILE.py:Class`.
-            anywhere: allows every module, because the user has named the class on the command line.
-            file: the file of the class according to a record, for the message.
+        `anywhere` allows every module, because the user has named the class on the command line. `file` is the file of
+        the class according to a record, for the message.
         """
         if self.known and name in self.known:
             return self.known[name]
@@ -148,7 +147,7 @@ class ClassFinder:
             # file `/a/b/c.py` or `/a/b/c/__init__.py`.
             parts = [*module.split("."), *(["__init__"] if file.endswith("__init__.py") else [])]
             to_import = file.removesuffix(f"{os.sep.join(parts)}.py")
-        return f"a record imports only what you name; add --import {to_import}"
+        return f"a record imports only what you name; add --import {shlex.quote(to_import)}"
 
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:

@@ -2,7 +2,7 @@
 
 A config object becomes a dict, a tuple a list, an enum member its name, and a float that JSON lacks "nan", "inf" or
 "-inf". In a choice the dict also has "kind", the name of the class. If a key is missing, decoding takes the default of
-the field, so that new fields do not break old records.
+the field, and it knows the former names of fields (`aliases.FORMER`), so that old records stay readable.
 """
 
 import enum
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from jaxinfra.config import schema
+from jaxinfra.config.aliases import FORMER
 from jaxinfra.config.classes import ClassFinder, find_choice
 from jaxinfra.config.extensible import KIND
 from jaxinfra.config.schema import MISMATCH, MISSING
@@ -36,6 +37,36 @@ def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) ->
     missing, or of a value that does not fit.
     """
     return _decode(cls, coded, "", finder or ClassFinder())
+
+
+def complete(annotation: object, coded: Any) -> Any:
+    """Returns an encoded config with the names of fields of now, and with the defaults of those that it lacks.
+
+    It needs no user classes: their parts stay as they are. Values are not checked.
+    """
+    if isinstance(coded, list):
+        items = schema.item_annotations(annotation, len(coded))
+        return coded if items is None else [complete(*each) for each in zip(items, coded, strict=True)]
+    if not isinstance(coded, dict):
+        return coded
+    choices, (first_type, *_) = schema.choices(annotation), schema.union_members(annotation)
+    cls = choices.get(str(coded.get(KIND))) if schema.is_choice(annotation) else first_type
+    if cls is None or not schema.is_config(cls):
+        return coded
+    parts = _with_names_of_now(cls, coded)
+    whole = {KIND: coded[KIND]} if KIND in coded else {}
+    for field in schema.fields_of(cls):
+        if field.name in parts:
+            whole[field.name] = complete(field.annotation, parts[field.name])
+        elif not field.required:
+            whole[field.name] = _encode(field.annotation, field.make_default(), field.name)
+    return whole | {name: part for name, part in parts.items() if name not in whole}
+
+
+def _with_names_of_now(cls: type, coded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of an encoded config object by the names that its class has for them now."""
+    former = FORMER.get(cls.__name__, {})
+    return {former.get(name, name): part for name, part in coded.items()}
 
 
 def _encode(annotation: object, value: object, path: str) -> Any:
@@ -88,6 +119,7 @@ def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinde
 
 def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:
     fields = {field.name: field for field in schema.fields_of(cls)}
+    coded = _with_names_of_now(cls, coded)
     for name in coded:
         if name not in fields:
             near = nearest(name, fields)

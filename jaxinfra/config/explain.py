@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from jaxinfra.config import schema
-from jaxinfra.config.aliases import path_of_alias
+from jaxinfra.config.aliases import ABSENT, path_of_alias
 from jaxinfra.config.schema import ConfigField
 from jaxinfra.config.text import format_value, join, nearest, snake_case, without_indices
 from jaxinfra.errors import ConfigError
@@ -57,11 +57,6 @@ class Field:
         """The field's entry in the docstring of its class, as one line; "" without one."""
         return attribute_docs(self.owner).get(self.field.name, "")
 
-    @property
-    def options_are_open(self) -> bool:
-        """Whether the field takes any subclass of an open base, so that `options` imports those of jaxinfra."""
-        return bool(schema.open_bases(self.field.annotation))
-
     @cached_property
     def options(self) -> dict[str, type]:
         """The config classes that the field holds, by their names in overrides; imports those of an open base."""
@@ -96,11 +91,9 @@ def fields_below(cls: type, parent: Field | None = None) -> list[Field]:
 def find(roots: Iterable[type], path: str) -> list[Field]:
     """Returns the fields at a path of the first root that has it, one for each class of a choice that has it.
 
-    Raises ConfigError with the nearest path if no root has it.
-
-    Args:
-        roots: `Run` or classes of recipes; an iterator is advanced only while no root has the path.
-        path: as in an override; or another framework's name for a field, or the last name of a longer path.
+    `roots` are `Run` or classes of recipes; an iterator is advanced only while no root has the path. `path` is as in an
+    override; or another framework's name for a field, or the last name of a longer path. Raises ConfigError with the
+    nearest path if no root has it.
     """
     paths: dict[type, list[str]] = {}
     alias = path_of_alias(path)
@@ -111,8 +104,10 @@ def find(roots: Iterable[type], path: str) -> list[Field]:
     for root in paths:
         if same_name := [each for each in paths[root] if each.rpartition(".")[2] == path]:
             return [field for each in same_name for field in _descend(root, each)]
+    if path.lower() in ABSENT:
+        raise ConfigError(f"{path}: jaxinfra has none; use {ABSENT[path.lower()]}")
     known = list(dict.fromkeys(each for root in paths for each in paths[root]))  # each path once
-    near = nearest(path, known) or nearest(path.rpartition(".")[2], [each.rpartition(".")[2] for each in known])
+    near = nearest(path, known) or nearest(path.rpartition(".")[2], [each.rpartition(".")[2] for each in known], 0.7)
     top = ", ".join(each for each in known if "." not in each)
     raise ConfigError(f"{path}: no such config field; {f'did you mean {near}?' if near else f'the fields are {top}'}")
 

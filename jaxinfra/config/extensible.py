@@ -24,12 +24,9 @@ class Extensible:
     An open base is not a dataclass. Its subclasses are frozen dataclasses that define its abstract methods. AdamW and
     Lion are chosen by the names `adam_w` and `lion`, any other subclass of Optimizer by its import path:
     `package.module:Class`, or `FILE.py:Class` if it is defined in the config file FILE.py.
-
-    Attributes:
-        builtins: import paths of subclasses that have snake_case names without being in the annotation; they are
-            imported on first use.
     """
 
+    # Import paths of subclasses that have snake_case names without being in the annotation; imported on first use.
     builtins: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from jaxinfra.config.aliases import path_of_alias
 from jaxinfra.config.extensible import PACKAGE
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.errors import storage_errors
@@ -18,6 +20,8 @@ from jaxinfra.user_code import INSTALLED, innermost_place
 
 # A folder with `random.py` in it must not replace the `random` that other packages import.
 _NEVER_HIDDEN = sys.stdlib_module_names | {PACKAGE, "__main__"}
+LOADED_FILES: dict[str, str] = {}
+"""By module, the files that config files have imported from their folders, not their own; run records name them."""
 
 
 class _UncachedLoader(SourceFileLoader):
@@ -25,14 +29,6 @@ class _UncachedLoader(SourceFileLoader):
 
     def path_stats(self, path: str) -> NoReturn:
         raise OSError  # makes Python's loader compile the source
-
-
-_loaded_files: dict[str, str] = {}  # by module; what a run record says about the code of a run
-
-
-def loaded_files() -> dict[str, str]:
-    """Returns the files of the modules that config files have imported from their folders, by module; not their own."""
-    return dict(_loaded_files)
 
 
 class ModuleFolder:
@@ -85,7 +81,7 @@ class ModuleFolder:
             sys.meta_path.remove(self)
             self._loaded = self._exchange(hidden)
             files = {name: getattr(module, "__file__", None) for name, module in self._loaded.items()}
-            _loaded_files.update({name: file for name, file in files.items() if file and not name.endswith(".py")})
+            LOADED_FILES.update({name: file for name, file in files.items() if file and not name.endswith(".py")})
 
     def _exchange(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
         """Replaces the modules in `sys.modules` that have names of this folder; returns those that were there."""
@@ -147,6 +143,9 @@ def _failure(default_place: str, error: Exception) -> str:
     place, text = innermost_place(error), " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("jaxinfra."):
         text += "; docs/changelog.md says which modules have moved, and where"
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if isinstance(error, TypeError) and unknown and (path := path_of_alias(unknown[1])):
+        text += f"; did you mean {path}?"
     if place is None and isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}:{error.lineno}"
     if place is None and isinstance(error, ConfigError):

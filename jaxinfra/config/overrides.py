@@ -63,15 +63,12 @@ def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = Non
 
 @dataclass(frozen=True, kw_only=True)
 class _Assignment:
-    """An override that is being applied to `root`, after the `earlier` ones.
-
-    `finder` finds the classes that the override names.
-    """
+    """An override that is being applied to `root`, after the `earlier` ones."""
 
     override: Override
     earlier: Sequence[Override]
     root: object
-    finder: ClassFinder
+    finder: ClassFinder  # finds the classes that the override names
 
     def apply(self, annotation: object, value: Any, names: Sequence[str], path: str) -> Any:
         """Returns `value`, the node at `path`, with the override applied at `names` below it."""
@@ -165,10 +162,9 @@ class _Assignment:
     def _unknown_path(self, annotation: object, value: object, name: str, path: str) -> str:
         """Returns the message for a path whose `name` is no part of `value`, the node at `path`."""
         full = self.override.path
-        owners = []  # the classes of the choice that have this field; the class of `value` does not
-        for kind, cls in schema.choices(annotation).items():
-            if name in (field.name for field in schema.fields_of(cls)):
-                owners.append(kind)
+        # The classes of the choice that have this field; the class of `value` does not.
+        choices = schema.choices(annotation).items()
+        owners = [kind for kind, cls in choices if any(field.name == name for field in schema.fields_of(cls))]
         if owners:
             return f"{full}: {name} is a field of {' and of '.join(owners)}; choose it first with {path}={owners[0]}"
         if not schema.is_node(annotation, value):

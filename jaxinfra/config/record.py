@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.config.classes import RESTORE, ClassFinder, source_of, user_classes
-from jaxinfra.config.codec import decode, encode
-from jaxinfra.config.extensible import class_name
+from jaxinfra.config.codec import complete, decode, encode
+from jaxinfra.config.extensible import PACKAGE, class_name
 from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
@@ -51,6 +51,7 @@ def record(
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": mask_tree([*command]),
+        "folder": os.getcwd(),  # relative paths in the config are relative to it
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
         "config": mask_tree(encode(loaded.run)),
@@ -73,9 +74,11 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a record; raises StorageError, or ConfigError if the file is not a record or has a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     if is_remote(path):
+        from jaxinfra.storage.connection import require_server
         from jaxinfra.storage.objects import ObjectStore  # imports TensorStore
 
         folder, _, name = os.fspath(path).rpartition("/")
+        require_server(folder)
         if (text := ObjectStore(folder).read_or_none(name)) is None:
             raise ConfigError(missing)
     else:
@@ -111,17 +114,21 @@ def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finde
         return decode(cls, record["config"], finder)
 
 
-def check_classes(
-    path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder, *, same_sources: bool
-) -> None:
-    """Raises ConfigError if a user class of a record is missing or, with `same_sources`, its file has changed."""
+def config_without_classes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the encoded config of a record with all fields of now, except in parts of user classes."""
+    name, coded = str(record["root"]), record["config"]
+    return complete(ClassFinder().find(name), coded) if name.startswith(f"{PACKAGE}.") else coded
+
+
+def check_classes(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> None:
+    """Raises ConfigError if a user class of a record is missing, or if its file has changed."""
     classes = record.get("classes", {})
     if not isinstance(classes, dict) or not all(map(_is_source, classes.values())):
         raise ConfigError(f"{path}: the classes in it are damaged; {_RESTORE}")
     for name, source in classes.items():
         with error_prefix(f"{path}: "):
             now = source_of(finder.find(name, file=source["file"]))
-        if same_sources and now["sha256"] != source["sha256"]:
+        if now["sha256"] != source["sha256"]:
             hashes = f"SHA-256 {source['sha256']} then, {now['sha256']} now"
             raise ConfigError(f"{path}: {now['file']} has changed since the run used its {name} ({hashes}); {RESTORE}")
 

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxinfra.config.record import Loaded, check_classes, decode_record, read_re
 from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
 from jaxinfra.config.text import join, nearest, same, without_indices
 from jaxinfra.config.view import leaves
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.storage.location import is_remote
 
 RECORD_FILE = "run.json"  # in the directory of a run
@@ -36,7 +37,11 @@ class ConfigFile[C]:
     finder: ClassFinder  # finds the classes that overrides may name
 
     def with_overrides(self, overrides: Sequence[str]) -> Loaded[C]:
-        """Returns the config with overrides applied, `path=value` texts; raises ConfigError if one does not fit."""
+        """Returns the config with overrides applied, `path=value` texts; raises ConfigError if one does not fit.
+
+        A config class may define `further_overrides(overrides)`, which returns those that the given ones need.
+        """
+        overrides = [*overrides, *getattr(self.run, "further_overrides", lambda given: ())(overrides)]
         run = apply(self.run, overrides, self.finder)
         overridden = {override.path for override in read_overrides(overrides)}
         origins = _origins(run, leaves(self.run), overridden, self.source)
@@ -48,19 +53,15 @@ def load[C](
     overrides: Sequence[str] = (),
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
-    *,
-    same_sources: bool = True,
 ) -> Loaded[C]:
     """Returns the config of a file, with overrides applied; arguments and errors as in `load_file`."""
-    return load_file(source, root, imports, same_sources=same_sources).with_overrides(overrides)
+    return load_file(source, root, imports).with_overrides(overrides)
 
 
 def load_file[C](
     source: str | os.PathLike[str],
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
-    *,
-    same_sources: bool = True,
 ) -> ConfigFile[C]:
     """Runs a config file or reads a record; the config is not validated.
 
@@ -69,27 +70,16 @@ def load_file[C](
         root: the class that the config must be an instance of.
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
             allows all modules of its folder.
-        same_sources: refuses a record if the file of one of its classes has changed since.
 
-    Raises:
-        ConfigError: if the file is missing, raises or is not a config.
-        StorageError: if the file cannot be read.
+    Raises ConfigError if the file is missing, raises or is not a config, and StorageError if it cannot be read.
     """
     run: Any  # of class C, as `root` is checked below
-    _check_no_step(source)
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
-    if is_remote(source):
-        url = os.fspath(source).rstrip("/")
-        path = url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
-    else:
-        path = Path(source)
-        if (path / RECORD_FILE).exists():
-            path = path / RECORD_FILE
-        _require_config_file(path)
+    path = _find_file(source)
     if isinstance(path, str) or path.suffix == ".json":
         content = read_record(path)
-        check_classes(path, content, finder, same_sources=same_sources)
-        run = decode_record(path, content, finder)
+        check_classes(path, content, finder)
+        run = _with_stores(decode_record(path, content, finder), Path(str(content.get("folder", ""))))
     else:
         folder = ModuleFolder(path.parent)
         finder = replace(finder, folders=(folder, *finder.folders))
@@ -99,29 +89,60 @@ def load_file[C](
     return ConfigFile(run=run, source=os.fspath(source), finder=finder)
 
 
-def similar_run(path: Path) -> Path | None:
-    """Returns the newest directory of a run beside `path` whose name begins with its name; None without one.
+def _with_stores(run: object, folder: Path) -> object:
+    """Returns a config with the stores and recipes that its relative paths name in the folder where it was started.
 
-    Such names are those that `run.with_fingerprint_name` gives: NAME, and a part of the fingerprint.
+    What exists in the current folder is taken from there: a copy of a project has data of its own.
     """
-    records = path.parent.glob(f"{escape(path.name)}*/{RECORD_FILE}") if path.name else ()
-    newest = max(records, key=lambda record: record.stat().st_mtime, default=None)
-    return newest and newest.parent
+    named = {path: value for path, value in leaves(run).items() if path.rpartition(".")[2] in ("store", "recipe")}
+    missing = {path: value for path, value in named.items() if isinstance(value, str) and not os.path.exists(value)}
+    # `os.path.exists` is also False where the user may not look, as in the home of somebody else.
+    found = {path: str(folder / value) for path, value in missing.items() if os.path.exists(folder / value)}
+    return apply(run, [f"{path}={value!r}" for path, value in found.items()]) if found else run
 
 
-def _check_no_step(source: str | os.PathLike[str]) -> None:
-    """Raises ConfigError for `RUN@STEP`, which names a checkpoint."""
+def find_record(source: str | os.PathLike[str]) -> str | Path | None:
+    """Returns the path or URL of the record that `source` names; None for a config file."""
+    path = _find_file(source)
+    return path if os.fspath(path).endswith(".json") else None
+
+
+def _find_file(source: str | os.PathLike[str]) -> str | Path:
+    """Returns the path of the config file or record that `source` names, or the URL of a record."""
     location = os.fspath(source)
     run, at, step = location.rpartition("@")
     if at and re.fullmatch("[0-9]+", step) and (is_remote(location) or not os.path.exists(location)):
         raise ConfigError(f"{location}: names a checkpoint, and all checkpoints of a run have one config; use {run}")
+    if is_remote(location):
+        url = location.rstrip("/")
+        return url if url.endswith(".json") else f"{url}/{RECORD_FILE}"
+    path = Path(source)
+    if (path / RECORD_FILE).exists():
+        path = path / RECORD_FILE
+    _require_config_file(path)
+    return path
+
+
+def runs_of_config(path: Path) -> list[Path]:
+    """Returns the directories of runs whose names `run.with_fingerprint_name` makes of that of `path`, newest first.
+
+    Their names end with the first digits of their fingerprints; a run that is named `exp-240501` is none of `exp`.
+    Runs without a checkpoint, such as one whose start was refused, count only where no run has one.
+    """
+    found = dict[Path, float]()
+    for record in path.parent.glob(f"{escape(path.name)}-{'[0-9a-f]' * 6}/{RECORD_FILE}") if path.name else ():
+        with suppress(ConfigError, StorageError, FileNotFoundError):  # damaged, or deleted meanwhile: no candidate
+            if str(read_record(record).get("fingerprint")).startswith(record.parent.name[-6:]):
+                found[record.parent] = record.stat().st_mtime
+    saved = [run for run in found if any(run.glob("checkpoints/[0-9]*"))]
+    return sorted(saved or found, key=lambda run: -found[run])
 
 
 def _require_config_file(path: Path) -> None:
     """Raises ConfigError, with what may have been meant, if there is no config file or record at `path`."""
     suffixes = (".py", ".json")
-    if not path.suffix and (run := similar_run(path)):
-        raise ConfigError(f"{path}: no {RECORD_FILE} there; did you mean {run}?")
+    if not path.suffix and (runs := runs_of_config(path)):
+        raise ConfigError(f"{path}: no {RECORD_FILE} there; did you mean {runs[0]}?")
     if path.is_dir():
         raise ConfigError(
             f"{path}: is a directory without {RECORD_FILE}; name a config file, or the directory of a run"
@@ -138,7 +159,6 @@ def _require_config_file(path: Path) -> None:
 
 
 def _run_config_file(folder: ModuleFolder, path: Path) -> object:
-    """Returns the result of `config()` of the file at `path`, which lies in `folder`."""
     with folder.importable():
         function = _config_function(path, folder.load(path.name))
         with config_file_errors(path):
@@ -163,14 +183,7 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
 
 
 def _origins(run: object, before: Mapping[str, object], overridden: set[str], file: str) -> dict[str, str]:
-    """Returns the origin of each leaf of `run` that differs from its default.
-
-    Args:
-        run: the config with the overrides applied.
-        before: the leaves without the overrides.
-        overridden: the paths of the overrides.
-        file: the config file or record.
-    """
+    """Returns the origin of each leaf that differs from its default; `before` are the leaves without the overrides."""
     after = leaves(run)
     # Values are compared, too, because an override that switches a class also changes leaves below its path.
     kept = {

@@ -14,13 +14,10 @@ _LINE_LENGTH = 110  # characters of a written line, to which a comment at its en
 def source_code(
     config: object, description: str, *, always: Collection[str] = (), comments: Mapping[str, str] | None = None
 ) -> str:
-    """Returns a config file with `config()` that returns `config`; fields with their default values are left out.
+    """Returns a config file with `description` as its docstring, and `config()` that returns `config`.
 
-    Args:
-        config: the config.
-        description: the docstring of the file.
-        always: paths of fields that are written with their default values, too.
-        comments: comments by the path of the field that they follow.
+    Fields with their default values are left out, but for the paths in `always`. `comments` follow the fields at
+    their paths.
     """
     writer = _Writer(always=always, comments=comments or {})
     statement = writer.write("return ", config, path="", indent=4)

@@ -8,11 +8,12 @@ Credentials are neither shown nor compared: a run record has the names of variab
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from jaxinfra.config.extensible import KIND
 from jaxinfra.config.schema import choice_name, conform, is_choice, is_config, is_node, walk
-from jaxinfra.config.text import format_value, same
+from jaxinfra.config.text import format_value, join, same
 from jaxinfra.storage.credentials import mask_credentials, mask_tree
 
 ABSENT = "absent"  # in a difference, the value of the config that does not have the path
@@ -28,11 +29,13 @@ class Difference:
 
 
 def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, object]:
-    """Returns the leaves by dotted path, in the order of the fields.
+    """Returns the leaves by dotted path, in the order of the fields; also those of an encoded config, as of a record.
 
     `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`, with everything below them. Raises ConfigError if a
     value does not fit its annotation.
     """
+    if isinstance(root, Mapping):
+        return dict(_encoded_leaves(root, ""))
     by_path = {}
     for path, annotation, value in walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only):
         if is_config(type(value)) and is_choice(annotation):
@@ -40,6 +43,21 @@ def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, objec
         elif not is_node(annotation, value):
             by_path[path] = value
     return by_path
+
+
+def config_leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, str]:
+    """Returns the `leaves` as the texts of overrides."""
+    return {path: format_value(value) for path, value in leaves(root, fingerprinted_only=fingerprinted_only).items()}
+
+
+def _encoded_leaves(coded: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(coded, list) and any(isinstance(part, Mapping) for part in coded):
+        coded = dict(enumerate(coded))
+    if isinstance(coded, Mapping):
+        for name, part in coded.items():
+            yield from _encoded_leaves(part, path if name == KIND else join(path, name))
+    else:
+        yield path, tuple(coded) if isinstance(coded, list) else coded
 
 
 def dump(root: object) -> str:
@@ -81,6 +99,6 @@ def fingerprint(root: object) -> str:
 
     They are the start of the SHA-256 of the JSON of all leaves as text, sorted by path.
     """
-    kept = {path: format_value(value) for path, value in leaves(root, fingerprinted_only=True).items()}
+    kept = config_leaves(root, fingerprinted_only=True)
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -85,7 +85,7 @@ class DataConfig(Extensible, ABC):
 
     Attributes:
         modality: the unit of throughput, such as "token" or "image".
-        prefetch_bytes: bytes of host batches to make ahead.
+        prefetch_bytes: bytes of host batches to make ahead, at least 1 batch and at most 16.
         threads: threads that make host batches.
         on_damage: "stop" makes a sample that cannot be read an error. "skip" leaves it out by weights of 0, and counts
             it; then batches of training have `weights`, too.
@@ -114,10 +114,8 @@ class DataConfig(Extensible, ABC):
     def open(self, *, hint: str) -> Dataset:
         """Opens the data and checks it; `hint` is the command that prepares it, for the message if it is missing.
 
-        Raises:
-            ConfigError: the data is missing, or does not fit the config.
-            DataError: it is damaged.
-            StorageError: it cannot be read.
+        Raises ConfigError if the data is missing or does not fit the config, DataError if it is damaged, and
+        StorageError if it cannot be read.
         """
 
     @property

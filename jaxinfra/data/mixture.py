@@ -6,6 +6,7 @@ Shape suffix: B samples of a batch.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Annotated, Self, override
 
 import numpy as np
@@ -84,11 +85,10 @@ class Mixture(TokenRows):
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:
-        sources = list(self.sources)
         # Sources that were added after the versions were recorded have none; they keep their own.
-        for i, (source, recorded) in enumerate(zip(sources, versions, strict=False)):
-            sources[i] = replace(source, version=resolve_version(source.version, recorded))
-        return replace(self, sources=tuple(sources))
+        pairs = zip_longest(self.sources, versions[: len(self.sources)])
+        resolved = (replace(source, version=resolve_version(source.version, known)) for source, known in pairs)
+        return replace(self, sources=tuple(resolved))
 
     @property
     @override

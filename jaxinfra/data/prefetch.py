@@ -42,23 +42,11 @@ def to_global(
 
 
 class Prefetcher[T]:
-    """Batches that are already on the devices, in the order of their steps.
-
-    Call `close`, or use a `with` statement.
-
-    Attributes:
-        transfer_time: time that `transfer` took in the thread.
-    """
+    """Batches that are already on the devices, in the order of their steps. Call `close`, or use a `with` statement."""
 
     def __init__(self, batches: Iterable[tuple[int, Batch]], transfer: Callable[[Batch], T], *, depth: int = DEPTH):
-        """Starts the thread.
-
-        Args:
-            batches: the steps and their batches on the host.
-            transfer: moves a batch to the devices.
-            depth: number of batches that wait there for the consumer.
-        """
-        self.transfer_time = Stopwatch()
+        """Starts the thread, in which `transfer` moves host batches to the devices; `depth` of them wait there."""
+        self.transfer_time = Stopwatch()  # what `transfer` took in the thread
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         # Importing Grain patches `__import__` for all threads for a while (lazy imports of etils). An import that JAX

@@ -26,8 +26,6 @@ class StoreData(DataConfig):
         version: fingerprint of the version to read, or the start of it; None is the newest.
         recipe: config file that prepares the store, for `data prepare RUN` and for messages.
         seed: seed of the order of samples.
-        prefetch_bytes: bytes of host batches to make ahead, at least 1 batch and at most 16.
-        threads: threads that make host batches.
         on_damage: "stop" ends the run at a damaged block. "skip" leaves its samples out, by weights of 0, and counts
             and lists them.
     """

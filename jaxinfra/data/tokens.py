@@ -86,11 +86,6 @@ class TokenData(StoreData, TokenRows):
         """Yields fields that contradict each other; `open` compares them with the store."""
         return packing_problems("packing", self.packing, self.mask_documents, self.curriculum)
 
-    @property
-    def pack_spec(self) -> PackSpec:
-        """The packing that the store must have, unless `packing` is `concat`."""
-        return PackSpec(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
-
     @override
     def open(self, *, section: str = "data", hint: str = PREPARE) -> "TokenDataset":
         """Opens the store like `DataConfig.open`; `section` is the path of this config in the run, for messages."""
@@ -163,7 +158,7 @@ class PackedSamples(TokenSamples):
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, limit: int | None = None, *, section: str):
         """Finds the rows; ConfigError if the store has no such packing, or no row."""
-        spec = data.pack_spec
+        spec = PackSpec(seq_len=data.seq_len, by_length=data.packing == "best_fit_by_length")
         info = store.manifest.packs.get(f"{split}/{spec.name}")
         if info is None:
             known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]  # keys are SPLIT/NAME

@@ -196,10 +196,6 @@ class Family:
             unused=(*self.unused, f"{vision}.*", "multi_modal_projector.*"),
         )
 
-    def unused_by(self, model: TransformerConfig) -> tuple[str, ...]:
-        """Returns patterns of tensors that a model does without."""
-        return tuple(pattern.replace("{num_layers}", str(model.num_layers)) for pattern in self.unused)
-
     def bindings(
         self, model: TransformerConfig, shapes: Mapping[str, Sequence[int]], tensors: Container[str] = ()
     ) -> list[Binding]:
@@ -223,17 +219,12 @@ class Family:
                 prefix = f"{name}." + (f"layer_{position}." if len(stack.layers) > 1 else "")
                 first, step = stack.first + position, len(stack.layers)
                 layers = tuple(range(first, first + step * stack.times, step))
-                for each in self._layer_rules(layer):
+                for each in (*self.norm_rules(layer), *self.mixer_rules(layer.mixer), *self.mlp_rules(layer.mlp)):
                     found.append(bind(named(each, self.layer_prefix), shapes, prefix=prefix, layers=layers))
         covered = {part.path for binding in found for part in binding.parts}
         if missing := sorted(shapes.keys() - covered):
             raise ConfigError(f"{self.architecture} has no tensor for the parameter {missing[0]}")
         return found
-
-    def _layer_rules(self, layer: Layer) -> Iterator[Rule]:
-        yield from self.norm_rules(layer)
-        yield from self.mixer_rules(layer.mixer)
-        yield from self.mlp_rules(layer.mlp)
 
     def _other_name(self, theirs: str) -> str:
         start, other = self.other_prefix

@@ -27,13 +27,10 @@ FIELDS: Fields = {
     "v_head_dim": ("v_head_dim", int),
 }
 
-LATENT_EPS = 1e-6
-"""The eps of the norms of latents in the published code, whatever `rms_norm_eps`."""
-
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a DeepSeek V3."""
-    heads = keys.take("num_attention_heads", int)
+    heads, eps = keys.take("num_attention_heads", int), 1e-6  # the eps of latents' norms, whatever `rms_norm_eps`
     keys.default(n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
     for name, value in (("num_key_value_heads", heads), ("rope_interleave", True), ("attention_bias", False)):
         keys.require(name, value, default=value)
@@ -41,7 +38,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     mixer = LatentAttention(
         q_lora_rank=keys.optional("q_lora_rank", int),
         rope=read_rope(keys, scores=True),
-        norm_eps=None if keys.take("rms_norm_eps", float, 1e-6) == LATENT_EPS else LATENT_EPS,
+        norm_eps=None if keys.take("rms_norm_eps", float, 1e-6) == eps else eps,
         **keys.take_fields(FIELDS),
     )
     return read_model(keys, mixer, read_routed(keys))

@@ -47,19 +47,11 @@ SHAPES: dict[str, TransformerConfig] = {
     ),
 }
 
-DEFAULTS = {
-    "vocab_size": 262208,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "sliding_window": 4096,
-}
-"""The defaults of Gemma3TextConfig in transformers; published models with images leave these keys out."""
-
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Gemma 3."""
-    keys.default(**DEFAULTS)
+    # The defaults of Gemma3TextConfig in transformers; published models with images leave these keys out.
+    keys.default(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096)
     keys.require("attn_logit_softcapping", None)
     pattern = keys.take_between("_sliding_window_pattern", 1, default=6)
     pattern = keys.take_between("sliding_window_pattern", 1, default=pattern)

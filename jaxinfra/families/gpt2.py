@@ -39,16 +39,14 @@ SHAPES: dict[str, TransformerConfig] = {
 }
 
 
-SUMMARY = [f"summary_{name}" for name in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")]
-"""Keys of a head that sums up a text in one vector."""
-
-
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a GPT-2."""
     keys.require("activation_function", "gelu_new", "gelu_pytorch_tanh", default="gelu_new")
     keys.require("scale_attn_weights", True, default=True)
     keys.require("scale_attn_by_inverse_layer_idx", False, default=False)
-    keys.ignore("n_ctx", "reorder_and_upcast_attn", "dtype", "torch_dtype", *SUMMARY)
+    keys.ignore("n_ctx", "reorder_and_upcast_attn", "dtype", "torch_dtype")
+    # Of a head that sums up a text in one vector.
+    keys.ignore(*(f"summary_{name}" for name in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")))
     width = keys.take("n_embd", int, 768)
     return _decoder(
         vocab_size=keys.take("vocab_size", int, 50257),

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from jaxinfra.families import llama
-from jaxinfra.families.common import Family, attention_of, decoder, dense_layers
+from jaxinfra.families.common import Family, decoder, dense_layers
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
@@ -37,11 +37,8 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Granite."""
-    scale = keys.take("attention_multiplier", float, 1.0)
-    model = llama.read(keys)
-    mixer = replace(attention_of(model)[0], query_scale=scale)
-    layers = (replace(model.layers[0], mixer=mixer),)
-    return replace(model, layers=layers, **{name: keys.take(name, float, 1.0) for name in MULTIPLIERS})
+    model = llama.read(keys, query_scale=keys.take("attention_multiplier", float, 1.0))
+    return replace(model, **{name: keys.take(name, float, 1.0) for name in MULTIPLIERS})
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

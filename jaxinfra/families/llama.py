@@ -40,12 +40,12 @@ SHAPES: dict[str, TransformerConfig] = {
 }
 
 
-def read(keys: ModelJson) -> TransformerConfig:
-    """Reads the keys of a Llama."""
+def read(keys: ModelJson, **options: Any) -> TransformerConfig:
+    """Reads the keys of a Llama; `options` are of `Attention`."""
     keys.require("rope_interleaved", False, default=False)
     keys.ignore("is_llama_config", "transformers.js_config")  # of SmolLM2
     mlp = read_mlp(keys, bias=keys.take("mlp_bias", bool, False))
-    return read_model(keys, read_attention(keys, bias=False), mlp)
+    return read_model(keys, read_attention(keys, bias=False, **options), mlp)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

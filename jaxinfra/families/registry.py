@@ -1,10 +1,10 @@
 """Finds a family of published models by its `model_type`: those of this package, and those that others add."""
 
-import difflib
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
 
+from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.families.common import Family
 from jaxinfra.plugins import load_plugin, plugins
@@ -41,8 +41,8 @@ def family(model_type: str, where: str) -> Family:
     """Returns the family of a `model_type`; ConfigError names the nearest one if it is unknown."""
     known = _model_types()
     if model_type not in known:
-        near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        near = nearest(model_type, known, cutoff=0.4)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
         raise ConfigError(f"{where}: model_type {quoted(model_type)} is not supported; {hint}")
     return _load(model_type)
 

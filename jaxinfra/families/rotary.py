@@ -64,7 +64,7 @@ def _read_scaling(keys: ModelJson, model: ModelJson, scores: bool) -> Scaling | 
         case "longrope" | "su":
             return _read_longrope(keys, model)
         case _:
-            known = "default, linear, llama3, yarn or longrope"
+            known = "default, linear, llama3, yarn, longrope or su"
             raise ConfigError(f"{keys.where}: rope_type={quoted(repr(kind))} is not supported; use {known}")
 
 
@@ -124,8 +124,6 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
                 "short_factor": [*(scaling.short_divisors or scaling.divisors)],
                 "original_max_position_embeddings": scaling.original_length,
             }
-        case None:
-            pass
     return keys
 
 

@@ -6,10 +6,10 @@ published, with their padding, so that parameter counts are exact; a mesh with `
 that is a multiple of `tensor`.
 """
 
-import difflib
 from collections.abc import Mapping
 from functools import partial
 
+from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.common import decoder
 from jaxinfra.families.registry import family_modules
@@ -50,7 +50,7 @@ _OTHER_NAMES = {"gpt2-small": "gpt2", "gpt2-124m": "gpt2", "gpt2-1.5b": "gpt2-xl
 
 def _find[S](name: str, shapes: Mapping[str, S], function: str, example: str) -> S:
     if name not in shapes:
-        near = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in shapes else []
-        near = near or difflib.get_close_matches(name.lower(), shapes, n=1, cutoff=0.4) or [example]
-        raise ConfigError(f'zoo.{function}("{name}"): there is no such model; did you mean "{near[0]}"?')
+        other = _OTHER_NAMES.get(name)
+        near = other if other in shapes else nearest(name.lower(), shapes, cutoff=0.4) or example
+        raise ConfigError(f'zoo.{function}("{name}"): there is no such model; did you mean "{near}"?')
     return shapes[name]

@@ -1,12 +1,12 @@
 """Writes a model as a folder that transformers loads."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
@@ -14,10 +14,10 @@ from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.common import Family
 from jaxinfra.families.registry import all_families, family
-from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, differences, param_specs
+from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, differences
 from jaxinfra.interop.config_json import CONFIG, ModelJson
 from jaxinfra.interop.folder import ModelFolder
-from jaxinfra.interop.writing import Gather, write_model
+from jaxinfra.interop.writing import write_model
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params, leaves_by_name
 
@@ -36,7 +36,7 @@ class Export:
         tokenizer: its tokenizer; None writes none.
         max_positions: the longest sequence, which the keys of the config tell.
         first_tokens: tokens that stand before a text; the tokenizer that is written adds them.
-        dtype: of the tensors; None keeps that of the parameters. Buffers, such as biases of routers, keep theirs.
+        dtypes: of the tensors, by the path of the parameter; the others keep theirs.
         model_type: the family; None takes one that can say what the model has.
         origin: the model that it comes from, whose special tokens and small files are kept.
     """
@@ -47,29 +47,21 @@ class Export:
     tokenizer: Tokenizer | None
     max_positions: int
     first_tokens: Sequence[int] = ()
-    dtype: jnp.dtype | None = None
+    dtypes: Mapping[str, np.dtype] = field(default_factory=dict)
     model_type: str | None = None
     origin: PublishedModel | None = None
 
 
-def export_model(
-    destination: str,
-    export: Export,
-    *,
-    gather: Gather = lambda value: [value],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+def export_model(destination: str, export: Export, **options: Any) -> dict[str, Any]:
     """Writes a model into a folder that transformers loads; returns the receipt. All processes must call it.
 
     Args:
         destination: a new folder on a disk that all processes share, or a URL.
         export: what is written.
-        gather: see `Gather`.
-        progress: called with the bytes that are written, and with all of them.
+        options: of `write_model`: `max_file_bytes`, `gather` and `progress`.
     """
     found, keys = family_of(export.config, export.model_type, [] if export.origin is None else [export.origin.family])
     leaves = leaves_by_name(export.params)
-    stored = export.dtype or next(iter(leaves.values())).dtype
     content = {
         "architectures": [found.architecture],
         "model_type": found.model_type,
@@ -77,7 +69,7 @@ def export_model(
         "pad_token_id": None,
         "max_position_embeddings": export.max_positions,
         **keys,  # which may have the length that rotary positions are scaled to
-        "torch_dtype": str(jnp.dtype(stored)),
+        "torch_dtype": str(export.dtypes.get("embedding", leaves["embedding"].dtype)),
     }
     others = {} if export.origin is None else _small_files(export.origin.folder)
     if isinstance(export.tokenizer, JsonTokenizer):
@@ -93,13 +85,8 @@ def export_model(
         content |= {name: export.origin.keys[name] for name in _SPECIAL_IDS if name in export.origin.keys}
     others[CONFIG] = _json(content)
     bindings = found.bindings(export.config, {path: leaf.shape for path, leaf in leaves.items()})
-    specs = param_specs(export.config)
-    dtypes = (
-        {} if export.dtype is None else {path: export.dtype for path, spec in specs.items() if spec.state != "buffer"}
-    )
-    return write_model(
-        destination, leaves, bindings, others, source=export.source, dtypes=dtypes, gather=gather, progress=progress
-    )
+    options |= {"source": export.source, "dtypes": export.dtypes}
+    return write_model(destination, leaves, bindings, others, **options)
 
 
 def family_of(

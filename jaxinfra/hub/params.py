@@ -1,8 +1,10 @@
 """Parameters of a model in the format of Hugging Face, onto a mesh."""
 
 import hashlib
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
@@ -14,20 +16,24 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params, leaves_by_name
 
 
-def load_published(source: str, config: object, params: Params) -> tuple[Params, str]:
+def load_published(
+    source: str, config: object, params: Params, dtypes: Mapping[str, np.dtype] | None = None
+) -> tuple[Params, str]:
     """Reads the parameters of a folder onto the current mesh; returns them and a fingerprint of the folder.
 
     All processes must call it. Raises ConfigError if the folder has another model than `config`. `params` has a
-    `ShapeDtypeStruct` for each parameter.
+    `ShapeDtypeStruct` for each parameter, and `dtypes` by path replace theirs.
     """
     model = open_published(source)
     _require_same(config, model, source)
-    weights, wanted = model.check(jax.process_index(), jax.process_count()), leaves_by_name(params)
+    weights = model.check(jax.process_index(), jax.process_count())
+    own = dtypes or {}
+    wanted = {path: each.update(dtype=own.get(path, each.dtype)) for path, each in leaves_by_name(params).items()}
     bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
     found = read_params(weights, bindings, wanted)
     files = sorted({each.file for each in weights.tensors.values()})
     headers = sorted((name, str(each)) for name, each in weights.tensors.items())
-    headers += [(file, model.folder.version(file)) for file in files]
+    headers += [(file, model.folder.generation(file).hex()) for file in files]
     fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
     return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint
 

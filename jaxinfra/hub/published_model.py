@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from jaxinfra.config import diff, validate
@@ -60,8 +61,9 @@ class PublishedModel:
         A head beside the embedding that it is tied to must equal it: transformers 4 takes the embedding, 5 the head.
         Each of `of` processes compares its `part`.
         """
-        weights, unused = self.weights(), self.family.unused_by(self.config)
+        weights = self.weights()
         bindings = self.bindings(param_shapes(self.config), weights)
+        unused = [pattern.replace("{num_layers}", str(self.config.num_layers)) for pattern in self.family.unused]
         check_tensors(weights.tensors, bindings, unused, self.folder.url)
         (embedding,) = (each.theirs for each in bindings if each.parts[0].path == "embedding")
         heads = [name for name in weights.tensors if name.endswith("lm_head.weight") and self.config.tie_embeddings]
@@ -69,6 +71,15 @@ class PublishedModel:
             fix = "set tie_word_embeddings to false there to use both, or remove one of them"
             raise ConfigError(f"{self.folder.url}: {others[0]} is not {embedding}, but {CONFIG} ties them; {fix}")
         return weights
+
+    def stored_dtypes(self) -> dict[str, np.dtype]:
+        """Returns the dtype that each parameter is stored in, by its path; float32 if that is not one of 16 bits."""
+        weights, found = self.weights(), dict[str, np.dtype]()
+        for binding in self.bindings(param_shapes(self.config), weights):
+            dtypes = [weights.tensors[name].dtype for name in binding.names if name in weights.tensors]
+            is_half = len({*dtypes}) == 1 and str(dtypes[0]) in ("float16", "bfloat16")
+            found |= dict.fromkeys((part.path for part in binding.parts), dtypes[0] if is_half else np.dtype("f4"))
+        return found
 
     def end_ids(self, file: str = GENERATION) -> tuple[int, ...]:
         """Returns the tokens that end a text by a file, or by its `config.json` if it is missing; () if none does."""

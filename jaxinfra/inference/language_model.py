@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxinfra.config import apply, load
+from jaxinfra.config import apply, load, read_record
 from jaxinfra.config.classes import ClassFinder
+from jaxinfra.config.view import config_leaves
 from jaxinfra.data.mixture import Mixture
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokenizer import Tokenizer
@@ -48,13 +49,21 @@ class LanguageModel:
         return [*self.first_tokens, *self.tokenizer.encode(text)] or [self.tokenizer.eot_id]
 
 
+def is_text(run: Run) -> bool:
+    """Returns whether a run trains a language model, from which texts can be sampled."""
+    return isinstance(run.model, TransformerConfig) and isinstance(run.data, TokenData | Mixture | PairData)
+
+
 def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | PairData]:
     """Returns the model and data configs of a language model's run; ConfigError for any other run."""
     model, data = run.model, run.data
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture | PairData):
         return model, data
-    found = f"{type(model).__qualname__} with data of {data.modality}s"
-    raise ConfigError(f"{run.name}: is not a language model but {found}; name a run of a TransformerConfig with tokens")
+    raise _no_language_model(run.name, f"{type(model).__qualname__} with data of {data.modality}s")
+
+
+def _no_language_model(name: str, found: str) -> ConfigError:
+    return ConfigError(f"{name}: is not a language model but {found}; name a run of a TransformerConfig with tokens")
 
 
 def language_model(run: Run) -> LanguageModel:
@@ -77,6 +86,10 @@ def open_language_model(
     if is_published(source):
         return _published_language_model(str(source), overrides)
     path, _ = parse_source(source)
+    config = config_leaves(read_record(record_of(path))["config"])
+    kind = config.get("model", "")  # with a colon: a class of the user, which `load` imports only if it is named
+    if ":" in kind and "model.layers.0.mixer" not in config:
+        raise _no_language_model(path, kind)
     return language_model(load(record_of(path), overrides, Run, imports).run)
 
 

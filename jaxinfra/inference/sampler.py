@@ -47,6 +47,7 @@ class SamplingParams:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: samples from this number of likeliest tokens; 0 is all.
         top_p: samples from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        min_p: samples from tokens with at least this part of the likeliest one's probability (Nguyen et al. 2024).
         seed: seed of the random numbers.
         stop: a text ends before the first of these strings.
     """
@@ -54,6 +55,7 @@ class SamplingParams:
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 0.95
+    min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
 
@@ -64,8 +66,13 @@ class SamplingParams:
             raise ConfigError(f"--top-k {self.top_k}: must not be negative; use --top-k 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p}: must be above 0 and at most 1; use --top-p 1 for all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"--min-p {self.min_p}: must be from 0 to 1; use --min-p 0 for all tokens")
         if "" in self.stop:
             raise ConfigError('--stop "": would end every text at once; leave the option out')
+
+
+_SAMPLING = SamplingParams()
 
 
 class Completion(NamedTuple):
@@ -152,7 +159,7 @@ class Sampler:
 
     # Texts
 
-    def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
+    def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams = _SAMPLING) -> Iterator[str]:
         """Yields the continuation in pieces of whole characters, as soon as they are decoded.
 
         Ends after `max_tokens`, at the end of the document, or before a stop string.
@@ -166,13 +173,15 @@ class Sampler:
         if rest := text.flush():
             yield rest
 
-    def complete(self, prompts: Sequence[str], *, max_tokens: int, sampling: SamplingParams) -> list[Completion]:
-        """Returns the continuations of a batch of prompts; each ends like that of `stream`."""
-        ids = [self.model.encode(prompt) for prompt in prompts]
+    def complete(
+        self, prompts: str | Sequence[str], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
+    ) -> list[Completion]:
+        """Returns the continuations of a batch of prompts, or of one; each ends like that of `stream`."""
+        ids = [self.model.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         return self.complete_tokens(ids, max_tokens=max_tokens, sampling=sampling)
 
     def complete_tokens(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
     ) -> list[Completion]:
         """Returns the continuations of a batch of prompts of at least one token each."""
         texts, pieces = [_Text(self.model, sampling) for _ in prompts], [[] for _ in prompts]
@@ -193,12 +202,12 @@ class Sampler:
                 f"{_CONTINUATION_TOKENS} tokens must fit after the prompt, but learned positions leave {max(0, room)}; "
                 "use track.sample_prompt=none, or a shorter prompt"
             )
-        return prompt + "".join(self.stream(prompt, max_tokens=_CONTINUATION_TOKENS, sampling=SamplingParams()))
+        return prompt + "".join(self.stream(prompt, max_tokens=_CONTINUATION_TOKENS))
 
     # Tokens
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
     ) -> Iterator[list[int]]:
         """Yields the next token of each prompt, `max_tokens` times.
 
@@ -270,8 +279,7 @@ class Sampler:
     @property
     def _short_lengths(self) -> tuple[int, ...]:
         """The lengths up to which LongRoPE has the factors of short texts; () without it."""
-        model, _ = require_text(self.model.run)
-        return model.short_lengths
+        return require_text(self.model.run)[0].short_lengths
 
     def _decoder(self, params: Params) -> Transformer:
         model = self.program.model(params)
@@ -349,7 +357,7 @@ def _sample_tokens(
     def sample(logits_BV: jax.Array, row_B: jax.Array, key: jax.Array) -> jax.Array:
         if sampling.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        filtered_BV = filter_top_k_top_p(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        filtered_BV = filter_logits(logits_BV / sampling.temperature, sampling)
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_B)
         return jax.vmap(jax.random.categorical)(keys_B, filtered_BV).astype(jnp.int32)
 
@@ -358,17 +366,19 @@ def _sample_tokens(
     return jax.reshard(tokens_B, P())[:, None]
 
 
-def filter_top_k_top_p(logits_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-    """Sets the logits of tokens outside the `top_k` (0: all) and the `top_p` likeliest ones to `-inf`."""
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+def filter_logits(logits_BV: jax.Array, limits: SamplingParams) -> jax.Array:
+    """Sets the logits of tokens outside the `top_k` (0: all), then the `top_p` and `min_p` likeliest ones to `-inf`."""
+    sorted_BV, top_k = jnp.sort(logits_BV, axis=-1, descending=True), limits.top_k
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = jnp.where(logits_BV < sorted_BV[:, top_k - 1 : top_k], -jnp.inf, logits_BV)
         sorted_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
-    if top_p < 1:
+    if limits.top_p < 1:
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         # Keeps a token if all likelier ones together have less than `top_p`: the one that reaches it is kept, too.
         likelier_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        num_kept_B1 = jnp.sum(likelier_BV < top_p, axis=-1, keepdims=True)
+        num_kept_B1 = jnp.sum(likelier_BV < limits.top_p, axis=-1, keepdims=True)
         smallest_B1 = jnp.take_along_axis(sorted_BV, num_kept_B1 - 1, axis=-1)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
+    if limits.min_p > 0:
+        logits_BV = jnp.where(logits_BV < sorted_BV[:, :1] + math.log(limits.min_p), -jnp.inf, logits_BV)
     return logits_BV

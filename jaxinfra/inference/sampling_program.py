@@ -41,9 +41,8 @@ def sampling_program(run: Run, devices: Sequence[Device] | Mesh, *, strict: bool
 
 def _planned(run: Run, mesh: MeshConfig) -> Run:
     """Returns the run as it is sampled on a mesh; it has one row for each device."""
-    rules = run.rules
-    rows = tuple(axis for axis in rules.sequence if axis != "context")
-    rules = replace(rules, batch=(*rules.batch, *rows), sequence=("context",), block_sequence=())
+    rows = tuple(axis for axis in run.rules.sequence if axis != "context")
+    rules = replace(run.rules, batch=(*run.rules.batch, *rows), sequence=("context",), block_sequence=())
     batch = math.prod(mesh.sizes)
     train = replace(run.train, compiler="default", canonical=None, accumulate=1, global_batch=batch)
     model = _without_capacity(require_text(run)[0])

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError
@@ -32,17 +34,19 @@ class TrainedParams(NamedTuple):
     digest: str
 
 
-def load_params(source: str | Path, program: Program, peers: Peers) -> TrainedParams:
+def load_params(
+    source: str | Path, program: Program, peers: Peers, dtypes: Mapping[str, np.dtype] | None = None
+) -> TrainedParams:
     """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
 
     `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500; or a
-    model in the format of Hugging Face, such as `hf:DIR` or `hf:ORG/NAME`. Raises
-    ConfigError if there is no run, or if a parameter differs (it names the first one), and CheckpointError if no
-    checkpoint can be read.
+    model in the format of Hugging Face, such as `hf:DIR` or `hf:ORG/NAME`, of which `dtypes` replace those of the
+    program, by path. Raises ConfigError if there is no run, or if a parameter differs (it names the first one), and
+    CheckpointError if no checkpoint can be read.
     """
     if is_published(source):
         with program.on_mesh:
-            params, fingerprint = load_published(str(source), program.run.model, program.params)
+            params, fingerprint = load_published(str(source), program.run.model, program.params, dtypes)
         return TrainedParams(params, 0, fingerprint, fingerprint)
     location, step = parse_source(source)
     directory = RunDirectory(location, peers)

@@ -3,14 +3,14 @@
 A key that is not read and not known to be harmless ends the reading: it may change the numbers of the model.
 """
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError, DataError, quoted
-from jaxinfra.interop.folder import ModelFolder
+from jaxinfra.interop.folder import FIX, ModelFolder
 
 CONFIG = "config.json"
 
@@ -143,8 +143,8 @@ class ModelJson:
             if name in self._taken or name in HARMLESS or value is None:
                 continue
             if name not in (stated := stated or {}):
-                near = difflib.get_close_matches(name, self._taken, n=1)
-                hint = f", did you mean {near[0]}?" if near else ""
+                near = nearest(name, self._taken)
+                hint = f", did you mean {near}?" if near else ""
                 raise ConfigError(
                     f"{self.where}: {quoted(name)}={quoted(repr(value))} is not known{hint}; it may change the numbers "
                     "of the model, so remove it only if it does not"
@@ -169,9 +169,9 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(content, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({quoted(str(error), 200)}); download it again") from None
+        raise DataError(f"{where}: is not JSON ({quoted(str(error), 200)}); {FIX}") from None
     if not isinstance(found, dict):
-        raise DataError(f"{where}: is no JSON object; download it again")
+        raise DataError(f"{where}: is no JSON object; {FIX}")
     return found
 
 

@@ -1,59 +1,35 @@
 """The folder of a model: a local one, one in a bucket, or a repository of the Hugging Face Hub."""
 
+import errno
+import logging
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol, cast, override
+from typing import cast, override
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.storage.connection import retry_waits_s
+from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.storage.connection import ask_in_thread, retry_waits_s
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import file_system
 from jaxinfra.storage.objects import ObjectStore
 
-_STORES = ("s3://", "gs://")
 PREFIX = "hf:"
 """Begins the source of published weights, in place of the directory of a run."""
 
+FIX = "download or export it again"  # a folder that is damaged
+# As the Hub checks names: ORG/NAME[@REVISION].
+_HUB_NAME = re.compile(r"(?![^@]*(--|\.\.))\b[\w.-]+\b/\b[\w.-]{1,96}\b(@.+)?", re.ASCII)
+_ANSWER_S, _SLOWEST = 60.0, 5_000  # an answer has this time, and a second more for each so many bytes
+_PIECE_BYTES, _MAX_BYTES = 1 << 16, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
 
-class ModelFolder(Protocol):
-    """The files of a model.
 
-    Methods raise StorageError if the folder cannot be read.
-    """
-
-    url: str
-
-    def url_of(self, name: str) -> str:
-        """Returns the URL or path of a file."""
-        ...
-
-    def names(self) -> list[str]:
-        """Returns the names of all files."""
-        ...
-
-    def exists(self, name: str) -> bool:
-        """Returns whether a file exists."""
-        ...
-
-    def check_size(self, name: str, nbytes: int) -> None:
-        """Raises DataError if a file is missing or has another number of bytes."""
-        ...
-
-    def version(self, name: str) -> str:
-        """Returns what changes when a file is replaced."""
-        ...
-
-    def read_or_none(self, name: str) -> bytes | None:
-        """Reads a file; returns None if it is missing."""
-        ...
-
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fills `out`, uint8 `[N]`, with the bytes of a file from `start` on; DataError if it has fewer."""
-        ...
+type ModelFolder = StoredFolder | UrlFolder
+"""The files of a model; both have methods of `ObjectStore`, which raise StorageError if the folder cannot be read."""
 
 
 def is_published(source: str | os.PathLike[str]) -> bool:
@@ -67,116 +43,117 @@ def open_folder(source: str) -> ModelFolder:
     It is a local folder if there is one, `s3://` or `gs://`, another URL that fsspec reads, such as `https://`, or
     `ORG/NAME[@REVISION]` of the Hugging Face Hub. Raises ConfigError if there is no such folder.
     """
-    source = source.removeprefix(PREFIX)
-    if "://" in source:
-        return StoredFolder(ObjectStore(source)) if source.startswith(_STORES) else UrlFolder(source)
-    if Path(source).expanduser().is_dir():
-        return StoredFolder(ObjectStore(source))
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return UrlFolder(f"hf://{source}")
-    raise ConfigError(f"{source}: no such folder; name the folder of a model, or ORG/NAME of the Hugging Face Hub")
+    place = source.removeprefix(PREFIX)
+    if place.startswith(("s3://", "gs://")) or ("://" not in place and Path(place).expanduser().is_dir()):
+        return StoredFolder(place, fix=FIX)
+    if "://" in place:
+        return UrlFolder(place, source)
+    fix = "name the folder of a model, or ORG/NAME of the Hugging Face Hub"
+    if _HUB_NAME.fullmatch(place):
+        if not (parent := Path(place).parent).is_dir():
+            return UrlFolder(f"hf://{place}", f"{source} (there is no folder {place} here)")
+        fix = f"there is a folder {parent} here: name one in it, or {PREFIX}hf://{place} of the Hugging Face Hub"
+    raise ConfigError(f"{source}: no such folder; {fix}")
 
 
-class StoredFolder(ModelFolder):
-    """A local folder, or one in a bucket."""
-
-    def __init__(self, objects: ObjectStore):
-        self._objects, self.url = objects, objects.url
-
-    @override
-    def url_of(self, name: str) -> str:
-        return self._objects.url_of(name)
-
-    @override
-    def names(self) -> list[str]:
-        return [name for name in self._objects.list_names() if "/" not in name]
+class StoredFolder(ObjectStore):
+    """A local folder, or one in a bucket; what is no file, such as a FIFO, is not read, which would have no end."""
 
     @override
     def exists(self, name: str) -> bool:
-        return self._objects.exists(self._file(name))
-
-    @override
-    def check_size(self, name: str, nbytes: int) -> None:
-        self._objects.check_sizes({self._file(name): nbytes})
-
-    @override
-    def version(self, name: str) -> str:
-        return self._objects.generation(self._file(name)).hex()
+        return super().exists(self._file(name))
 
     @override
     def read_or_none(self, name: str) -> bytes | None:
-        return self._objects.read_or_none(self._file(name))
-
-    @override
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        self._objects.read_into(self._file(name), start, out)
+        return super().read_or_none(self._file(name))
 
     def _file(self, name: str) -> str:
-        """Returns the name; DataError if it is of a FIFO or a device, which would be read without an end."""
+        """Returns the name; raises DataError if it is of something else than a file."""
         if os.path.exists(path := self.url_of(name)) and not os.path.isfile(path):
             raise DataError(f"{path}: is no file but a folder, a FIFO, a socket or a device; copy the model again")
         return name
 
 
-class UrlFolder(ModelFolder):
+class UrlFolder:
     """A folder behind a URL, such as a repository of the Hugging Face Hub, read in ranges without a copy on the disk.
 
     Of the Hub, `HF_ENDPOINT` names another server, and `HF_TOKEN` the user.
     """
 
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, source: str):
+        """Opens a URL, which messages call `source`, as it was typed."""
+        self.url, self._source = url.rstrip("/"), source
         self._files, self._path = file_system(self.url, field=PREFIX)
-        self._is_open = False  # whether the server has answered
+        if self.url.startswith("http"):
+            from aiohttp import ClientTimeout  # which fsspec needs for such URLs
 
-    @override
+            limits = ClientTimeout(sock_connect=_ANSWER_S, sock_read=_ANSWER_S)  # the default ends all after 5 minutes
+            self._files = type(self._files)(client_kwargs={"timeout": limits})
+        self._is_open = False  # whether the server has answered
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the client warns of each request that it repeats
+
     def url_of(self, name: str) -> str:
+        """Returns the URL of a file."""
         return f"{self.url}/{name}"
 
-    @override
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
+        """Returns the sorted names of the files and folders."""
         paths = self._ask(lambda: self._files.ls(self._path, detail=False))
         return sorted(path.rpartition("/")[2] for path in paths or [])
 
-    @override
     def exists(self, name: str) -> bool:
+        """Returns whether a file exists."""
         return self._ask(lambda: self._files.info(f"{self._path}/{name}")) is not None
 
-    @override
-    def check_size(self, name: str, nbytes: int) -> None:
-        size = self._ask(lambda: self._files.size(f"{self._path}/{name}"))
-        if size != nbytes:
-            raise DataError(f"{self.url_of(name)}: {size} bytes, expected {nbytes}; ask who uploaded it")
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raises DataError if a file is missing or has another number of bytes."""
+        for name, expected in sizes.items():
+            size = self._ask(partial(self._files.size, f"{self._path}/{name}"))
+            if size != expected:
+                raise DataError(f"{self.url_of(name)}: {size} bytes, expected {expected}; ask who uploaded it")
 
-    @override
-    def version(self, name: str) -> str:
-        return str(self._ask(lambda: self._files.ukey(f"{self._path}/{name}")))
+    def generation(self, name: str) -> bytes:
+        """Returns what changes when a file is replaced."""
+        return str(self._ask(lambda: self._files.ukey(f"{self._path}/{name}"))).encode()
 
-    @override
     def read_or_none(self, name: str) -> bytes | None:
-        return self._ask(lambda: cast(bytes, self._files.cat_file(f"{self._path}/{name}")))
+        """Reads a file; returns None if it is missing."""
 
-    @override
+        def read() -> bytes:
+            content, begin_s = bytearray(), time.monotonic()
+            # These two stream with block_size=0, and with a size they do not ask for it before.
+            options = {"block_size": 0, "size": 1} if self.url.startswith(("http", "hf:")) else {}
+            with _answer(lambda: self._files.open(f"{self._path}/{name}", "rb", **options), self._source) as file:
+                while piece := _answer(lambda: file.read(_PIECE_BYTES), self._source, len(content), begin_s):
+                    content += cast(bytes, piece)
+                    if len(content) > _MAX_BYTES:
+                        raise DataError(f"{self.url_of(name)}: has more than {_MAX_BYTES:,} bytes; {FIX}")
+            return bytes(content)
+
+        return self._ask(read, _MAX_BYTES)
+
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out`, uint8 `[N]`, with the bytes of a file from `start` on; DataError if it has fewer."""
+
         def read() -> bytes:
             options = {"mode": "rb", "cache_type": "none"}  # reads nothing ahead
             with self._files.open(f"{self._path}/{name}", **options) as file:
                 file.seek(start)
                 return cast(bytes, file.read(len(out)))
 
-        content = self._ask(read) or b""
+        content = self._ask(read, len(out)) or b""
         if len(content) != len(out):
             raise DataError(
                 f"{self.url_of(name)}: {len(content)} bytes from {start} on instead of {len(out)}; try again"
             )
         out[:] = np.frombuffer(content, np.uint8)
 
-    def _ask[T](self, ask: Callable[[], T]) -> T | None:
+    def _ask[T](self, ask: Callable[[], T], nbytes: int = 0) -> T | None:
         """Asks the server, again while it is busy or fails; None if it has no such file, ConfigError for a login."""
-        waits_s = iter(retry_waits_s())
+        waits_s, until_s = iter(retry_waits_s()), time.monotonic() + sum(retry_waits_s())  # clients wait, too
         while True:
             try:
-                found = ask()
+                found = _answer(ask, self._source, nbytes)
                 self._is_open = True
                 return found
             except Exception as error:
@@ -189,15 +166,25 @@ class UrlFolder(ModelFolder):
                 return None
             if status in (401, 403):
                 cause = f"no such model, or the server wants a login ({status})"
-                raise ConfigError(f"{self.url}: {cause}; set HF_TOKEN, which only the Hub gets") from root
+                raise ConfigError(f"{self._source}: {cause}; set HF_TOKEN, which only the Hub gets") from root
             is_lost = isinstance(root, TimeoutError | ConnectionResetError)
-            is_busy = is_lost or status in (408, 425, 429) or (status or 0) >= 500
-            if not is_busy or (wait_s := next(waits_s, None)) is None:
-                path = self.url.removeprefix("hf://")
-                here = f" (there is no folder {path} here)" if path != self.url else ""
-                with storage_errors(f"{self.url}{here}", action="read"):
+            # The Hub's client closes the connections of all threads if one thread finds no server.
+            is_closed = isinstance(root, OSError) and root.errno == errno.EBADF
+            is_busy = is_lost or is_closed or status in (408, 425, 429) or (status or 0) >= 500
+            if not is_busy or time.monotonic() > until_s or (wait_s := next(waits_s, None)) is None:
+                with storage_errors(self._source, action="read"):
                     raise root
             time.sleep(wait_s)
+
+
+def _answer[T](ask: Callable[[], T], where: str, nbytes: int = 0, begin_s: float | None = None) -> T:
+    """Returns the answer; raises StorageError if it takes longer than one of `nbytes` may."""
+    limit_s, now_s = _ANSWER_S + nbytes / _SLOWEST, time.monotonic()
+    answer = ask_in_thread(ask, (begin_s or now_s) + limit_s - now_s)
+    if not answer.done():
+        cause = f"no whole answer within {limit_s:.0f} s"
+        raise StorageError(f"{where}: cannot be read: {cause}; start again when the server responds")
+    return answer.result()
 
 
 def _status(error: BaseException) -> int | None:

@@ -21,17 +21,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension of a tensor in a checkpoint.
+    """A dimension of a tensor in a checkpoint."""
 
-    Attributes:
-        outer: factors outside of the braces, before them; all factors if there are none.
-        own: factors in the braces; None without braces.
-        inner: factors after the braces.
-    """
-
-    outer: tuple[str, ...]
-    own: tuple[str, ...] | None = None
-    inner: tuple[str, ...] = ()
+    outer: tuple[str, ...]  # factors outside of the braces, before them; all factors if there are none
+    own: tuple[str, ...] | None = None  # factors in the braces; None without braces
+    inner: tuple[str, ...] = ()  # factors after the braces
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -87,19 +81,13 @@ class Layout:
 
     Tensors and parameters may be cut along the outermost factor of the tensor, and nowhere else: such a piece is a run
     of consecutive bytes in the file. Arrays may have other dimensions in front, such as layers and experts.
-
-    Attributes:
-        pattern: the pattern.
-        factors: names and sizes of the factors.
-        offset: where this part begins in the braces.
-        total: size of all parts in the braces.
-        order: the index in the tensor of each index in the parameter, for factors in another order.
     """
 
     pattern: Pattern
-    factors: tuple[tuple[str, int], ...]
-    offset: int = 0
-    total: int = 0
+    factors: tuple[tuple[str, int], ...]  # names and sizes of the factors
+    offset: int = 0  # where this part begins in the braces
+    total: int = 0  # size of all parts in the braces
+    # The index in the tensor of each index in the parameter, for factors in another order.
     order: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @cached_property
@@ -143,7 +131,9 @@ class Layout:
 
     def to_ours[A: (np.ndarray, jax.Array)](self, rows: A) -> A:
         """Returns the parameter, or a part of it, from rows of the tensor, `[..., *rows]`."""
-        lead, sizes = rows.shape[: -len(self.pattern.theirs)], self._cut_sizes(rows.shape[-len(self.pattern.theirs)])
+        lead, num_rows = rows.shape[: -len(self.pattern.theirs)], rows.shape[-len(self.pattern.theirs)]
+        start, stop = self.rows(0, 1)
+        sizes = self.sizes | {self.pattern.theirs[0].factors[0]: num_rows // (stop - start)}
         names, shape, cut = list[str](), list[int](), list[slice]()
         for index, dim in enumerate(self.pattern.theirs):
             consecutive = not index and not dim.outer  # then the rows are those of this part only
@@ -190,10 +180,9 @@ class Layout:
         """Returns the axis, counted from the last one, along which alternating parts of `to_theirs` are joined."""
         axis, found = 0, None
         for dim in reversed(self.pattern.theirs):
-            parts = self._joined(dim, self.sizes)
             if dim.own is not None:
                 found = axis + (2 if dim.inner else 1)
-            axis += len(parts)
+            axis += len(self._joined(dim, self.sizes))
         assert found is not None
         return -found
 
@@ -210,8 +199,3 @@ class Layout:
         """Returns the sizes that a dimension of the tensor merges: factors, and the parts in braces as one."""
         own = [] if dim.own is None else [self.total]
         return [*(self.sizes[name] for name in dim.outer), *own, *(self.sizes[name] for name in dim.inner)]
-
-    def _cut_sizes(self, rows: int) -> dict[str, int]:
-        """Returns the sizes of the factors of a part with this number of rows."""
-        start, stop = self.rows(0, 1)
-        return dict(self.sizes) | {self.pattern.theirs[0].factors[0]: rows // (stop - start)}

@@ -33,13 +33,9 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a model are packed.
+    """How the weights of a model are packed."""
 
-    Attributes:
-        block: the shape of blocks of fp8; None is MXFP4.
-    """
-
-    block: tuple[int, int] | None
+    block: tuple[int, int] | None  # the shape of blocks of fp8; None is MXFP4
 
 
 class QuantizedWeights(Weights):

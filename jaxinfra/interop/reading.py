@@ -59,11 +59,8 @@ def read_params(
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
     found = dict[str, jax.Array]()
     for binding in bindings:
-        if binding.parts[0].layout.alternates:  # the same rows have all parts
-            found |= _read_parts(weights, binding, binding.parts, params)
-        else:
-            for part in binding.parts:
-                found |= _read_parts(weights, binding, [part], params)
+        for parts in binding.groups:
+            found |= _read_parts(weights, binding, parts, params)
     return found
 
 
@@ -125,15 +122,10 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 class FileOrder(NamedTuple):
-    """How rows `[*lead, *rows]` are sharded, so that each device has a run of consecutive bytes of the files.
+    """How rows `[*lead, *rows]` are sharded, so that each device has a run of consecutive bytes of the files."""
 
-    Attributes:
-        read: the sharding in which they are read or written.
-        whole: the same without the axes that cut through an outermost factor, such as a head.
-    """
-
-    read: P
-    whole: P
+    read: P  # the sharding in which they are read or written
+    whole: P  # the same without the axes that cut through an outermost factor, such as a head
 
 
 def file_order(target: NamedSharding, lead: Sequence[int], layout: Layout) -> FileOrder:

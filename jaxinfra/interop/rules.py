@@ -15,33 +15,24 @@ from jaxinfra.interop.pattern import Layout, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A parameter in a tensor.
+    """A parameter in a tensor."""
 
-    Attributes:
-        ours: the path of the parameter; of a layer, the path in it.
-        pattern: layouts in the checkpoint and here (see `interop.pattern`), without the dimension of stacked layers.
-        sizes: sizes of factors that the shape does not tell, because a dimension merges them.
-        order: for factors in another order, but the outermost one: the index in the tensor of each index here.
-    """
-
-    ours: str
-    pattern: str
+    ours: str  # the path of the parameter; of a layer, the path in it
+    pattern: str  # layouts in the checkpoint and here (see `interop.pattern`), without the dimension of stacked layers
+    # Sizes of factors that the shape does not tell, because a dimension merges them.
     sizes: Mapping[str, int] = field(default_factory=dict)
+    # For factors in another order, but the outermost one: the index in the tensor of each index here.
     order: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A tensor, or one for each expert, and the parameters in it.
+    """A tensor, or one for each expert, and the parameters in it."""
 
-    Attributes:
-        theirs: the name in the checkpoint. `{layer}` stands for the index of the layer, `{e}` for that of an expert,
-            the first dimension `e` of the parameter.
-        parts: the parameters, in the order in which they are in the tensor.
-    """
-
+    # The name in the checkpoint. `{layer}` stands for the index of the layer, `{e}` for that of an expert, the
+    # first dimension `e` of the parameter.
     theirs: str
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # the parameters, in the order in which they are in the tensor
 
 
 def rule(theirs: str, ours: str, pattern: str, **order: tuple[int, ...]) -> Rule:
@@ -56,38 +47,32 @@ def fused(theirs: str, *parts: tuple[str, str], **sizes: int) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class BoundPart:
-    """A parameter in the tensors of a binding.
+    """A parameter in the tensors of a binding."""
 
-    Attributes:
-        path: the path of the parameter, as in `blocks.attention.query.weight`.
-        layout: its layout.
-    """
-
-    path: str
+    path: str  # the path of the parameter, as in `blocks.attention.query.weight`
     layout: Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """A rule with the sizes of a model.
+    """A rule with the sizes of a model."""
 
-    Attributes:
-        theirs: the name of the tensors, with `{layer}` and `{e}`.
-        layers: the indices of the layers that are stacked in the parameters; None if they belong to no layer.
-        parts: the parameters.
-        experts: number of tensors of a layer; None if there is one.
-    """
-
-    theirs: str
+    theirs: str  # the name of the tensors, with `{layer}` and `{e}`
+    # The indices of the layers that are stacked in the parameters; None if they belong to no layer.
     layers: tuple[int, ...] | None
     parts: tuple[BoundPart, ...]
-    experts: int | None
+    experts: int | None  # number of tensors of a layer; None if there is one
 
     def name(self, index: Sequence[int]) -> str:
         """Returns the name of the tensor that holds an index of the dimensions `lead`."""
         layer = 0 if self.layers is None else self.layers[index[0]]
         expert = 0 if self.experts is None else index[-1]
         return self.theirs.replace("{layer}", str(layer)).replace("{e}", str(expert))
+
+    @property
+    def groups(self) -> list[tuple[BoundPart, ...]]:
+        """The parameters of the same rows together: all if their rows alternate, else each alone."""
+        return [self.parts] if self.parts[0].layout.alternates else [(part,) for part in self.parts]
 
     @property
     def names(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxinfra.errors import DataError, quoted
 from jaxinfra.interop.config_json import parse_json
-from jaxinfra.interop.folder import ModelFolder
+from jaxinfra.interop.folder import FIX, ModelFolder
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -44,25 +44,17 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _FILE_NAME = re.compile(r"[\w-][\w.-]{,200}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_FIX = "download it again"
 _COMPARED_ROWS = 1 << 10  # some 64 MB in float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor is.
+    """Where a tensor is."""
 
-    Attributes:
-        file: name of the file.
-        dtype: its dtype.
-        shape: its shape.
-        start: offset of its first byte in the file.
-    """
-
-    file: str
+    file: str  # name of the file
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int
+    start: int  # offset of its first byte in the file
 
     @property
     def nbytes(self) -> int:
@@ -90,11 +82,11 @@ class Weights:
         for file in sorted(set(listed.values()) or [WEIGHTS]):
             for name, tensor in _read_header(folder, file).items():
                 if name in self.tensors:
-                    raise DataError(f"{folder.url_of(file)}: {name} is in {self.tensors[name].file}, too; {_FIX}")
+                    raise DataError(f"{folder.url_of(file)}: {name} is in {self.tensors[name].file}, too; {FIX}")
                 self.tensors[name] = tensor
         for name, file in listed.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise DataError(f"{folder.url_of(INDEX)}: {quoted(name)} is not in {file}, as it says; {_FIX}")
+                raise DataError(f"{folder.url_of(INDEX)}: {quoted(name)} is not in {file}, as it says; {FIX}")
 
     def equal(self, name: str, other: str, part: int = 0, of: int = 1) -> bool:
         """Compares two matrices, of which it reads one of `of` parts, a block of rows at a time."""
@@ -133,16 +125,17 @@ def _indexed_files(folder: ModelFolder) -> dict[str, str]:
             if not all(isinstance(file, str) and _FILE_NAME.fullmatch(file) for file in files.values()):
                 raise ValueError("a file name is none")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{folder.url_of(INDEX)}: is no index of safetensors; {_FIX}") from None
+            raise DataError(f"{folder.url_of(INDEX)}: is no index of safetensors; {FIX}") from None
         return files
     if not folder.exists(WEIGHTS):
-        pickles = [quoted(name) for name in folder.names() if name.endswith(_PICKLES)]
-        if pickles:
+        names = [quoted(name) for name in folder.list_names() if "/" not in name]
+        if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise DataError(
                 f"{folder.url_of(pickles[0])}: is a pickle, which runs code when it is read, and is refused; "
                 "convert the model to safetensors (model.save_pretrained in transformers does)"
             )
-        raise DataError(f"{folder.url}: neither {WEIGHTS} nor {INDEX}; name the folder of a model with safetensors")
+        fix = f"{FIX}, or name the folder of a model with safetensors"
+        raise DataError(f"{folder.url}: neither {WEIGHTS} nor {INDEX}; {fix}")
     return {}
 
 
@@ -150,23 +143,23 @@ def _read_header(folder: ModelFolder, file: str) -> dict[str, StoredTensor]:
     """Reads the header of a file and checks that its tensors fill the file without gaps."""
     url = folder.url_of(file)
     if not folder.exists(file):
-        raise DataError(f"{url}: missing; {_FIX}")
+        raise DataError(f"{url}: missing; {FIX}")
     length = int.from_bytes(_read_bytes(folder, file, 0, 8), "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
-        raise DataError(f"{url}: a header of {length} bytes: damaged, or no safetensors; {_FIX}")
+        raise DataError(f"{url}: a header of {length} bytes: damaged, or no safetensors; {FIX}")
     header = parse_json(_read_bytes(folder, file, 8, length), f"{url}: header")
     try:
         found = {name: _entry(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{url}: its header is damaged ({quoted(str(error), 200)}); {_FIX}") from None
+        raise DataError(f"{url}: its header is damaged ({quoted(str(error), 200)}); {FIX}") from None
     if odd := [name for name in found if quoted(name, MAX_NAME) != name]:
-        raise DataError(f"{url}: {quoted(odd[0])} cannot be the name of a tensor; {_FIX}")
+        raise DataError(f"{url}: {quoted(odd[0])} cannot be the name of a tensor; {FIX}")
     position = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != position:
-            raise DataError(f"{url}: {name} begins at byte {tensor.start}, expected {position}; {_FIX}")
+            raise DataError(f"{url}: {name} begins at byte {tensor.start}, expected {position}; {FIX}")
         position += tensor.nbytes
-    folder.check_size(file, position)
+    folder.check_sizes({file: position})
     return found
 
 

@@ -56,19 +56,27 @@ type Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFile:
-    """A file of weights.
-
-    Attributes:
-        name: its name.
-        header: its first bytes.
-        offsets: the offset of each tensor in it.
-        nbytes: its length.
-    """
+    """A file of weights."""
 
     name: str
-    header: bytes
-    offsets: Mapping[str, int]
-    nbytes: int
+    header: bytes  # its first bytes
+    offsets: Mapping[str, int]  # the offset of each tensor in it
+    nbytes: int  # its length
+
+
+def check_destination(destination: str) -> None:
+    """Raises ConfigError unless a folder is new, empty or that of an unfinished export; StorageError if none can be."""
+    objects = ObjectStore(destination)
+    if (folder := objects.folder) is not None:
+        with storage_errors(folder, fix="name a folder on a disk, which you may write to"):
+            there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            if not there.is_dir():
+                raise ConfigError(f"{there}: is a file; name a new folder")
+            tempfile.TemporaryDirectory(prefix=".jaxinfra-", dir=there).cleanup()  # permissions do not show all
+    # A file in `.unfinished` without a plan is of an export that was killed as it began.
+    names = [name for name in objects.list_names() if not name.startswith(f"{_UNFINISHED}/")]
+    if names and not objects.exists(EXPORT_PLAN):
+        raise ConfigError(f"{objects.url}: has {names[0]} already; name a new folder")
 
 
 def plan_files(
@@ -83,7 +91,13 @@ def plan_files(
             size = 0
         files[-1].append((name, dtype, shape))
         size += nbytes
-    return [_plan_file(tensors, number, len(files)) for number, tensors in enumerate(files, 1)]
+    planned = []
+    for number, tensors in enumerate(files, 1):
+        header, offsets = header_of(tensors)
+        name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        nbytes = len(header) + sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
+        planned.append(PlannedFile(name=name, header=header, offsets=offsets, nbytes=nbytes))
+    return planned
 
 
 def _tensors(
@@ -94,13 +108,6 @@ def _tensors(
         for number, name in enumerate(binding.names):
             layer = -1 if binding.layers is None else binding.layers[number // (binding.experts or 1)]
             yield layer, name, dtypes[binding.parts[0].path], binding.shape
-
-
-def _plan_file(tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], number: int, count: int) -> PlannedFile:
-    header, offsets = header_of(tensors)
-    name = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-    nbytes = len(header) + sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
-    return PlannedFile(name=name, header=header, offsets=offsets, nbytes=nbytes)
 
 
 def write_model(
@@ -152,26 +159,25 @@ def write_model(
         return writer.end(others)
 
 
+@dataclass
 class _Writer:
     """The destination of an export, with what is finished there.
 
     A finished file has an entry `.unfinished/NAME.json` until the export ends.
     """
 
-    def __init__(
-        self,
-        objects: ObjectStore,
-        files: Sequence[PlannedFile],
-        others: Sequence[str],
-        source: Mapping[str, Any],
-        gather: Gather,
-    ) -> None:
-        self.objects, self.files, self.source, self.gather = objects, files, dict(source), gather
-        self.others, self.lock = others, ExitStack()
-        self.is_shared = objects.folder is not None
+    objects: ObjectStore
+    files: Sequence[PlannedFile]
+    others: Sequence[str]
+    source: Mapping[str, Any]
+    gather: Gather
+
+    def __post_init__(self) -> None:
+        self.lock, self.is_shared = ExitStack(), self.objects.folder is not None
         self.index, self.count = jax.process_index(), jax.process_count()
-        headers = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
-        self.plan = json.dumps({"source": self.source, "headers": headers, "files": [file.name for file in files]})
+        headers = hashlib.sha256(b"".join(file.header for file in self.files)).hexdigest()
+        files = [file.name for file in self.files]
+        self.plan = json.dumps({"source": dict(self.source), "headers": headers, "files": files})
 
     def is_owner(self, number: int) -> bool:
         """Whether this process hashes a file, and in a bucket writes it."""
@@ -240,7 +246,8 @@ class _Writer:
         """Hashes a written file, and uploads it into a bucket."""
         path = folder / file.name
         with storage_errors(path):
-            entry = {"bytes": file.nbytes, "sha256": _sha256(path)}
+            with path.open("rb") as written:
+                entry = {"bytes": file.nbytes, "sha256": hashlib.file_digest(written, "sha256").hexdigest()}
             if self.objects.folder is not None:
                 os.replace(path, self.objects.folder / file.name)
             else:
@@ -253,7 +260,7 @@ class _Writer:
         if self.index:
             return self.gather(None)[0]
         entries = {file.name: self.objects.read(f"{_UNFINISHED}/{file.name}.json") for file in self.files}
-        receipt = {"source": self.source, "files": {name: json.loads(entry) for name, entry in entries.items()}}
+        receipt = {"source": dict(self.source), "files": {name: json.loads(entry) for name, entry in entries.items()}}
         if len(self.files) > 1:
             total = sum(file.nbytes - len(file.header) for file in self.files)
             weight_map = {name: file.name for file in self.files for name in file.offsets}
@@ -264,14 +271,8 @@ class _Writer:
             self.objects.write(name, others[name])
         self.objects.delete_below(_UNFINISHED)
         if self.objects.folder is not None:
-            with storage_errors(self.objects.folder):
-                shutil.rmtree(self.objects.folder / _UNFINISHED, ignore_errors=True)
+            shutil.rmtree(self.objects.folder / _UNFINISHED, ignore_errors=True)
         return self.gather(receipt)[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_file(
@@ -327,8 +328,7 @@ def _rows(
     binding: Binding, layer: int, params: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype], *, whole: bool
 ) -> Iterator[tuple[Sequence[int], jax.Array]]:
     """Yields rows of a layer's tensors on a device, and where they begin: this process's own ones, or all of them."""
-    groups = [binding.parts] if binding.parts[0].layout.alternates else [(part,) for part in binding.parts]
-    for parts in groups:
+    for parts in binding.groups:
         layouts = tuple(part.layout for part in parts)
         arrays = tuple(params[part.path] for part in parts)
         sharding, lead = arrays[0].sharding, binding.lead[0 if binding.layers is None else 1 :]

@@ -32,19 +32,12 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessExit:
-    """How a process ended.
+    """How a process ended."""
 
-    Attributes:
-        rank: its number.
-        code: its exit code, or minus the signal that killed it.
-        sent: the signals that the launcher had sent to it.
-        pid: its process id; 0 if unknown.
-    """
-
-    rank: int
-    code: int
-    sent: frozenset[int] = frozenset()
-    pid: int = 0
+    rank: int  # its number
+    code: int  # its exit code, or minus the signal that killed it
+    sent: frozenset[int] = frozenset()  # the signals that the launcher had sent to it
+    pid: int = 0  # its process id; 0 if unknown
 
     @property
     def is_failure(self) -> bool:

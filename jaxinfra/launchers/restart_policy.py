@@ -20,17 +20,11 @@ _HOUR_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Gives the meaning of an exit code, and says whether the supervisor starts the run again.
+    """Gives the meaning of an exit code, and says whether the supervisor starts the run again."""
 
-    Attributes:
-        meaning: in a few words, for `--help` and for lines of the supervisor.
-        restarts: whether the same command is started again.
-        wait_s: seconds before the first of several restarts without progress; each doubles the wait.
-    """
-
-    meaning: str
-    restarts: bool = False
-    wait_s: float = 1.0
+    meaning: str  # in a few words, for `--help` and for lines of the supervisor
+    restarts: bool = False  # whether the same command is started again
+    wait_s: float = 1.0  # seconds before the first of several restarts without progress; each doubles the wait
 
 
 RULES: Mapping[int, Rule] = {
@@ -55,21 +49,14 @@ RULES: Mapping[int, Rule] = {
 
 @dataclass(kw_only=True)
 class RestartLimits:
-    """How often, and after which wait, a run is started again.
+    """How often, and after which wait, a run is started again."""
 
-    Attributes:
-        max_per_hour: restarts in any hour.
-        max_in_a_row: starts in a row without progress, after which it is a crash loop.
-        longest_wait_s: bound of the wait, which doubles from `Rule.wait_s` on; the rule's own wait may be longer.
-        scale: factor of all waits; for tests.
-        in_a_row: number of starts without progress since the last one with some.
-    """
-
-    max_per_hour: int = DEFAULT_MAX_PER_HOUR
-    max_in_a_row: int = 5
+    max_per_hour: int = DEFAULT_MAX_PER_HOUR  # restarts in any hour
+    max_in_a_row: int = 5  # starts in a row without progress, after which it is a crash loop
+    # Bound of the wait, which doubles from `Rule.wait_s` on; the rule's own wait may be longer.
     longest_wait_s: float = 300.0
-    scale: float = 1.0
-    in_a_row: int = 0
+    scale: float = 1.0  # factor of all waits; for tests
+    in_a_row: int = 0  # number of starts without progress since the last one with some
     _restarts_s: deque[float] = field(default_factory=deque)
 
     def count(self, *, progressed: bool) -> None:

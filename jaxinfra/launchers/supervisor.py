@@ -24,43 +24,24 @@ from jaxinfra.processes import step_file
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A start of the processes on this host that has ended.
+    """A start of the processes on this host that has ended."""
 
-    Attributes:
-        attempt: its number, from 1 for the first of this supervisor.
-        host: name of the host.
-        supervisor: process id of the supervisor.
-        pids: process ids of the processes, by rank.
-        started: when it began, in UTC by the clock of the host, for people and for other hosts.
-        ended: when the last process had ended, likewise.
-        started_monotonic_s: the same in seconds since the host was booted, by a clock that nobody sets.
-        ended_monotonic_s: likewise.
-        exit_code: of the whole; 76 if a signal killed a process.
-        signal: that killed the process that failed first, or None.
-        rank: of the process that failed first, or None.
-        reason: why it ended, in words.
-        error: the last error that this process has printed, or None.
-        log: the file with all that it has printed.
-        first_step: the first step that it completed, counted from 1; None if it completed none.
-        last_step: the last one.
-    """
-
-    attempt: int
-    host: str
-    supervisor: int
-    pids: Sequence[int]
-    started: str
-    ended: str
-    started_monotonic_s: float
-    ended_monotonic_s: float
-    exit_code: int
-    signal: str | None
-    rank: int | None
-    reason: str
-    error: str | None
-    log: str
-    first_step: int | None
-    last_step: int | None
+    attempt: int  # its number, from 1 for the first of this supervisor
+    host: str  # name of the host
+    supervisor: int  # process id of the supervisor
+    pids: Sequence[int]  # process ids of the processes, by rank
+    started: str  # when it began, in UTC by the clock of the host, for people and for other hosts
+    ended: str  # when the last process had ended, likewise
+    started_monotonic_s: float  # the same in seconds since the host was booted, by a clock that nobody sets
+    ended_monotonic_s: float  # likewise
+    exit_code: int  # of the whole; 76 if a signal killed a process
+    signal: str | None  # that killed the process that failed first, or None
+    rank: int | None  # of the process that failed first, or None
+    reason: str  # why it ended, in words
+    error: str | None  # the last error that this process has printed, or None
+    log: str  # the file with all that it has printed
+    first_step: int | None  # the first step that it completed, counted from 1; None if it completed none
+    last_step: int | None  # the last one
 
     @property
     def rule(self) -> Rule:
@@ -78,22 +59,15 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """Names the processes to start.
+    """Names the processes to start."""
 
-    Attributes:
-        command: the same for all processes.
-        environments: returns for each rank the variables to add to those of this process; it is called at each start,
-            so that a port that was free the last time is looked for again.
-        logs: a folder for `rank-N.log`.
-        logs_location: its path or URL, for people.
-        first_rank: rank of the first process in the run.
-    """
-
-    command: Sequence[str]
+    command: Sequence[str]  # the same for all processes
+    # Returns for each rank the variables to add to those of this process; it is called at each start, so that a
+    # port that was free the last time is looked for again.
     environments: Callable[[], Sequence[Mapping[str, str]]]
-    logs: Path
-    logs_location: str
-    first_rank: int = 0
+    logs: Path  # a folder for `rank-N.log`
+    logs_location: str  # its path or URL, for people
+    first_rank: int = 0  # rank of the first process in the run
 
 
 def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt], None]) -> int:

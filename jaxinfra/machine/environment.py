@@ -23,7 +23,8 @@ def git_state(directory: str | os.PathLike[str], timeout_s: float = 5.0) -> dict
 
 def code_digest(package: Path) -> str:
     """Returns a hash of all Python files of a package: the first 16 hex digits of a SHA-256."""
-    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    paths = (path for path in package.rglob("*.py") if path.is_file())  # not the dangling links of an editor's locks
+    files = sorted(path.relative_to(package).as_posix() for path in paths)
     return _digest(b"".join(f"{name}\0".encode() + (package / name).read_bytes() for name in files))
 
 
@@ -55,10 +56,15 @@ def host_state() -> dict[str, str | int | None]:
         "name": platform.node(),
         "os": platform.platform(terse=True),
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
     }
+
+
+def usable_cores() -> int | None:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_model() -> str:

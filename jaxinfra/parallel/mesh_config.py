@@ -54,15 +54,18 @@ class MeshConfig:
 
     def resolve(self, devices: int) -> "MeshConfig":
         """Replaces -1 so that the sizes multiply to `devices`; raises ConfigError if they cannot."""
-        fixed = math.prod(size for size in self.sizes if size != -1)
-        free = self._free[:1]
+        free, known = self._free, [size for size in self.sizes if size != -1]
+        if len(free) > 1 or not all(isinstance(size, int) and size > 0 for size in known):
+            return self  # `validate` names what is wrong
+        fixed = math.prod(known)
         if devices == fixed or (free and devices % fixed == 0):
             return replace(self, **{axis: devices // fixed for axis in free})
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size != 1)
         if free:
             fix = f"use sizes of the other axes that divide {devices}"
         else:
-            fix = f"use --devices cpu:{fixed} to emulate them, or mesh.fsdp=-1 to use all devices"
+            all_devices = "" if devices % (fixed // self.fsdp) else "mesh.fsdp=-1 to use all devices, or "
+            fix = f"use {all_devices}--devices cpu:{fixed} to emulate them"
         raise ConfigError(f"{named or 'mesh'}: needs {fixed} devices, found {devices}; {fix}")
 
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import numpy as np
@@ -18,13 +18,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
-from jaxinfra.plan.compile_errors import explain, out_of_memory
+from jaxinfra.plan.compile_errors import explain, join_objections, out_of_memory
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, HloModule
 from jaxinfra.plan.topology import Topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.run.compiler_options import compiler_options
 from jaxinfra.train.statistics import per_device_bytes
 
 # Targets of custom calls that XLA inserts itself, such as AllocateBuffer, ConcatBitcast and SliceId.
@@ -84,20 +86,59 @@ class CompiledStep:
 
 
 def program_on(run: Run, topology: Topology) -> Program:
-    """Builds the program of a run on a topology; raises ConfigError if it does not fit, or without the compiler."""
+    """Builds the program of a run on a topology; raises ConfigError with all that does not fit it or is missing."""
     fixed = math.prod(size for size in run.mesh.sizes if size != -1)
-    free = run.mesh.sizes.count(-1)  # axes of size -1 take the remaining devices
-    if fixed < 1 or free > 1:
+    if fixed < 1 or run.mesh.sizes.count(-1) > 1:
         validate(run)  # raises an error that names the wrong axis
-    set_up_compiler(topology)
-    devices = topology_devices(topology)
+    platform = "gpu" if topology.chip.platform == "cuda" else "tpu"
+    objections: list[str] = []
+    _attempt(lambda: set_up_compiler(topology), objections)
+    devices = None if objections else topology_devices(topology)
+    if changes := _mesh_changes(run.mesh, fixed, topology):
+        fix = " ".join(f"mesh.{axis}={size}" for axis, size in changes.items())
+        objections.append(f"--on {topology}: has {topology.num_devices} devices, but the mesh has {fixed}; use {fix}")
+    run = with_mesh_size(replace(run, mesh=replace(run.mesh, **changes)), topology.num_devices)
+    _attempt(lambda: validate(run), objections)
+    _attempt(lambda: compiler_options(run.train.compiler, platform), objections)
+    mesh = None if devices is None else _attempt(lambda: make_mesh(run.mesh, devices), objections)
+    if objections and devices is not None and platform == "gpu":
+        _attempt(lambda: _require_cudnn(run), objections)
+    if mesh is None or objections:
+        raise ConfigError(join_objections(objections))
+    return Program(run, mesh)
+
+
+def _attempt[T](check: Callable[[], T], objections: list[str]) -> T | None:
+    """Returns the result of a check; one that raises a ConfigError is added to the objections."""
+    try:
+        return check()
+    except ConfigError as error:
+        objections.append(str(error))
+        return None
+
+
+def _mesh_changes(mesh: MeshConfig, fixed: int, topology: Topology) -> dict[str, int]:
+    """Returns axes and sizes with which a mesh fits a topology; the axes but fsdp stay if they divide its devices."""
     num_devices = topology.num_devices
-    if num_devices % fixed or (fixed != num_devices and not free):
-        fix = f"axes that divide {num_devices}" if free else "mesh.fsdp=-1, or a topology of that size"
-        raise ConfigError(f"--on {topology}: has {num_devices} devices, but the mesh has {fixed}; use {fix}")
-    run = with_mesh_size(run, num_devices)
-    validate(run)
-    return Program(run, make_mesh(run.mesh, devices))
+    if num_devices == fixed or (-1 in mesh.sizes and num_devices % fixed == 0):
+        return {}
+    others = {axis: size for axis, size in asdict(mesh).items() if axis != "fsdp"}
+    kept = math.prod(size for size in others.values() if size != -1)
+    changes = {axis: 1 for axis, size in others.items() if size == -1 or (size > 1 and num_devices % kept)}
+    if "replica" in changes:
+        changes["replica"] = topology.slices
+    return {**changes, "fsdp": -1}
+
+
+def _require_cudnn(run: Run) -> None:
+    """Raises ConfigError if the attention of a run takes cuDNN's kernel, which is not installed."""
+    one_device = MeshConfig(fsdp=1)
+    train = replace(run.train, compiler="default")
+    program = Program(replace(run, mesh=one_device, train=train), abstract_mesh(one_device), "gpu")
+    try:
+        program.lower()
+    except RuntimeError as error:
+        raise ConfigError(explain(str(error), run, program.rows_per_device)) from error
 
 
 def compile_step(
@@ -114,9 +155,8 @@ def compile_step(
     """
     start_s = time.monotonic()
     program = program_on(run, topology)
-    per_device_batch_size = program.rows_per_device
     on_progress(f"tracing {run.name} for {topology}, {topology.num_devices} devices")
-    compiled = _compile(program, topology, per_device_batch_size, on_progress)
+    compiled = _compile(program, topology, on_progress)
     on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")
     if dump is not None:
         dump(compiled.text)
@@ -129,7 +169,7 @@ def compile_step(
         name=program.run.name,
         topology=str(topology),
         mesh={axis: size for axis, size in mesh.items() if size > 1},
-        per_device_batch_size=per_device_batch_size,
+        per_device_batch_size=program.rows_per_device,
         memory=compiled.memory,
         cycles=module.cycles() if estimates else None,
         unestimated=estimates.count(NO_ESTIMATE),
@@ -166,9 +206,7 @@ def compile_lowered(lowered: jax.stages.Lowered, program: Program, topology: Top
     return CompiledProgram(text=text, memory=memory_usage(executable))
 
 
-def _compile(
-    program: Program, topology: Topology, per_device_batch_size: float, on_progress: Callable[[str], object]
-) -> CompiledProgram:
+def _compile(program: Program, topology: Topology, on_progress: Callable[[str], object]) -> CompiledProgram:
     """Compiles the train step; raises ConfigError if its state does not fit, or if the compiler fails."""
     where = f"{program.run.name} on {topology}"
     # A lower bound: the compiler pads arrays. State that is offloaded to the host does not count.
@@ -179,10 +217,12 @@ def _compile(
         raise ConfigError(f"{where}: {out_of_memory(state_bytes, hbm_bytes, fix, ' for the train state')}")
     try:
         lowered = program.lower()
-        on_progress("compiling: seconds for a small model, a minute or two for a large one")
+        on_progress("compiling: seconds for a small model, a minute or two for a large one, more on a busy machine")
         return compile_lowered(lowered, program, topology)
     except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
-        raise ConfigError(f"{where}: {explain(str(error), program.run, per_device_batch_size)}") from error
+        held_bytes = state_bytes + per_device_bytes(jax.tree.leaves(program.params))  # with the sums of gradients
+        cause = explain(str(error), program.run, program.rows_per_device, held_bytes)
+        raise ConfigError(f"{where}: {cause}") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The TPU compiler's messages are documented at https://openxla.org/xla/errors. Un
 
 import math
 import re
+from collections.abc import Sequence
 
 from jaxinfra.plan.topology import INSTALL_COMMAND
 from jaxinfra.run import Run
@@ -20,13 +21,17 @@ TOO_LARGE = "GiB more than"
 """Words by which `bench llama` recognizes a message of `out_of_memory`."""
 
 
-def explain(message: str, run: Run, per_device_batch_size: float) -> str:
-    """Returns one line with the cause of a compiler error and a fix."""
+def explain(message: str, run: Run, per_device_batch_size: float, held_bytes: float = 0) -> str:
+    """Returns one line with the cause of a compiler error and a fix.
+
+    `held_bytes` is what a device holds whatever the size of its microbatch: the state, and the sums of gradients.
+    """
     first_line = " ".join(message.strip().split("\n")[0].split())
-    if "cuDNN not found" in message:
-        return "its attention needs cuDNN; use model.attention_kernel=xla, or pip install nvidia-cudnn-cu13"
+    if "cuDNN" in message and ("not found" in message or "not detected" in message):
+        fix = f"run {INSTALL_COMMAND}, or use model.attention_kernel=xla"
+        return f"its attention needs cuDNN, which is not installed; {fix}"
     if "libdevice" in message or "ptxas" in message or "PTX compilation provider" in message:
-        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first_line}; use {INSTALL_COMMAND}"
+        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first_line}; run {INSTALL_COMMAND}"
     if "VmemOom" in message or "memory space vmem" in message:
         fix = "use smaller blocks, or model.attention_kernel=xla"
         return f"a kernel exceeds the chip's vector memory: {first_line}; {fix}"
@@ -36,7 +41,9 @@ def explain(message: str, run: Run, per_device_batch_size: float) -> str:
         if match := pattern.search(message):
             needed, limit = _bytes(match["needed"]), _bytes(match["limit"])
             what = f" for {match['what']}" if "what" in match.groupdict() else ""
-            return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, needed / limit), what)
+            divided = needed - (0 if "temporaries" in what else held_bytes)
+            ratio = divided / (limit - held_bytes) if limit > held_bytes else math.inf
+            return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, ratio), what)
     cause = first_line.removeprefix("RESOURCE_EXHAUSTED: ")
     return f"out of memory: {cause}; {suggest_fix(run, per_device_batch_size, 2)}"
 
@@ -51,10 +58,9 @@ def suggest_fix(run: Run, per_device_batch_size: float, ratio: float) -> str:
     """Suggests overrides that make temporaries about `ratio` times smaller: more remat, more microbatches."""
     fixes = [] if getattr(run.model, "remat", "full") == "full" else ["model.remat=full"]
     microbatch_size = int(per_device_batch_size) // run.train.accumulate
-    # The smallest divisor of the microbatch that is enough, else microbatches of one sample: 12 / 2.5 -> 3 parts of 4.
-    divisors = (n for n in range(max(2, math.ceil(ratio)), microbatch_size) if microbatch_size % n == 0)
-    parts = next(divisors, microbatch_size)
-    if parts > 1:
+    # The smallest divisor of the microbatch that is enough: 12 / 2.5 -> 3 parts of 4.
+    divisors = (n for n in range(2, microbatch_size + 1) if n >= ratio and microbatch_size % n == 0)
+    if parts := next(divisors, None):
         fixes.append(f"train.accumulate={run.train.accumulate * parts}")
     return f"use {', '.join([*fixes, 'or more devices'])}" if fixes else "use more devices"
 
@@ -63,3 +69,14 @@ def _bytes(text: str) -> float:
     """Parses `46.60G`, or a number of bytes without a unit."""
     unit = text[-1]
     return float(text[:-1]) * _BYTES[unit] if unit in _BYTES else float(text.removesuffix("B"))
+
+
+def join_objections(messages: Sequence[str]) -> str:
+    """Returns one line with every cause, and the first fix of each as one list of overrides."""
+    if len(messages) == 1:
+        return messages[0]
+    with_overrides = [message.rpartition("; use ") for message in messages if "; use " in message]
+    others = [message for message in messages if "; use " not in message]
+    causes = [cause for cause, _, _ in with_overrides]
+    fixes = " ".join(fix.partition(",")[0] for _, _, fix in with_overrides)
+    return "; ".join([*causes, *([f"use {fixes}"] if fixes else []), *others])

@@ -1,8 +1,7 @@
 """Finds out what a folder or file of text is, and makes a recipe for it."""
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.formats import AnyFormat, Chat
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, Tail
+from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, LastDocuments
 from jaxinfra.prepare.sources.any_source import BoundedSource
 from jaxinfra.prepare.sources.record import BadRecord, Fields
 from jaxinfra.prepare.sources.tables import HuggingFace, Parquet
@@ -37,17 +36,11 @@ type _Found = tuple[BoundedSource, AnyFormat, AnyValidation, str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Detected:
-    """A recipe for a place, and what was found there.
-
-    Attributes:
-        recipe: the recipe.
-        summary: one line about the place: kind, number and size of the files, what is left out, validation split.
-        text_bytes: about how much text there is, in bytes.
-    """
+    """A recipe for a place, and what was found there."""
 
     recipe: Corpus
-    summary: str
-    text_bytes: int
+    summary: str  # one line about the place: kind, number and size of the files, what is left out, validation split
+    text_bytes: int  # about how much text there is, in bytes
 
 
 def detect(path: str, store: str) -> Detected:
@@ -72,7 +65,7 @@ def detect(path: str, store: str) -> Detected:
     source, format, validation, found, text_bytes = (_hugging_face if is_dataset else _files)(path, sizes)
     if text_bytes < MIN_BYTES:
         raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {MIN_BYTES:,} bytes of text")
-    held_out = {Tail: "the last 5 % of the text", ByKey: "5 % of the documents"}
+    held_out = {LastDocuments: "the last 5 % of the text, whole documents if it can", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
     special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat) else ()
     # Tokens that a small model sees often enough to learn.
@@ -117,7 +110,7 @@ def _files(path: str, sizes: Mapping[Path, int]) -> _Found:
         if binary := next((file for file in chosen if not _is_text(file)), None):
             raise ConfigError(f"{binary}: is not text in UTF-8; name a folder of text, .jsonl or .parquet files")
         source, format, num_records = TextFiles(root=str(root), pattern=pattern), Text(), len(chosen)
-    return source, format, ByKey() if num_records >= _MIN_RECORDS else Tail(), found, text_bytes
+    return source, format, ByKey() if num_records >= _MIN_RECORDS else LastDocuments(), found, text_bytes
 
 
 def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
@@ -128,7 +121,7 @@ def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
     train = "train" if "train" in splits else splits[0]
     source = HuggingFace(path=path, split=train)
     held_out = next((name for name in _VALIDATION_SPLITS if name in splits and name != train), None)
-    validation = HuggingFace(path=path, split=held_out) if held_out else Tail()
+    validation = HuggingFace(path=path, split=held_out) if held_out else LastDocuments()
     text_bytes = sum(size for file, size in sizes.items() if file.is_relative_to(folder / (train or "")))
     found = f"a Hugging Face dataset, split {train}" if train else "a Hugging Face dataset"
     return source, _format(_first_record(source), path), validation, found, text_bytes
@@ -156,17 +149,15 @@ def _first_record(source: BoundedSource) -> Fields:
     raise ConfigError("no records; name a place with data")
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Lists the files below a folder, without hidden ones."""
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return found
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files below a folder, without hidden ones; OSError for a folder that cannot be read."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif not path.is_symlink():
+            yield from _walk(path)
 
 
 def _kind(file: Path) -> str:

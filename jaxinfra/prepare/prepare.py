@@ -68,11 +68,13 @@ def prepare(
     engine: EngineName = "local",
     workers: int | None = None,
     on_progress: OnProgress = lambda progress: None,
+    prepared_from: str = "",
 ) -> PreparedVersion:
     """Makes a version of the store, unless one of the same recipe and files exists; it becomes the newest version.
 
     `workers` jobs run at once; None is one per core. A worker holds the largest record and the output of one shard in
-    memory; for the arrays of the version see `builders.select` and `builders.writers`.
+    memory; for the arrays of the version see `builders.select` and `builders.writers`. `prepared_from` goes into the
+    manifest.
 
     Raises:
         ConfigError: the recipe cannot be used, or the store's folder holds other files; nothing is changed.
@@ -107,7 +109,7 @@ def prepare(
         _check_unchanged(validation, validation_shards, recipe.shard_bytes)
         on_progress(replace(progress, stage="store"))
         build = make_empty_folder(work / "build")
-        manifest = builder.assemble(folder, len(jobs), build, source_digest)
+        manifest = replace(builder.assemble(folder, len(jobs), build, source_digest), prepared_from=prepared_from)
         on_progress(replace(progress, stage="publish"))
         versions.publish_version(build, store, manifest, made_of)
     return PreparedVersion(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)

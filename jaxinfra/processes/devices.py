@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import jax
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine import platforms
 from jaxinfra.parallel.mesh import Device
 from jaxinfra.processes.peers import current_peers
 
@@ -22,6 +23,8 @@ def all_devices() -> Sequence[Device]:
 
     Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if JAX was connected without `join.join`.
     """
+    if jax.config.jax_platforms is None:  # a script or notebook, in which JAX has not started yet
+        jax.config.update("jax_platforms", platforms.available_platforms())
     with _capture_logs(_PLATFORM_LOGGER) as records:
         try:
             devices = jax.devices()

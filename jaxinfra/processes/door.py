@@ -47,7 +47,7 @@ def knock(channel: socket.socket, secret: str, hello: Json, limit_s: float) -> N
     deadline_s, own = time.monotonic() + limit_s, secrets.token_hex(16)
     try:
         nonces = [own, _read(channel, deadline_s)["nonce"]]
-        _send(channel, {"nonce": own, "hello": hello, "proof": _proof(secret, "client", nonces, hello)})
+        send_line(channel, {"nonce": own, "hello": hello, "proof": _proof(secret, "client", nonces, hello)})
         is_known = _is_equal(_read(channel, deadline_s)["proof"], _proof(secret, "server", nonces, hello))
     except _GARBAGE:
         raise ProtocolError from None
@@ -60,11 +60,11 @@ def answer(channel: socket.socket, secret: str) -> Json:
     deadline_s, own = time.monotonic() + HELLO_S, secrets.token_hex(16)
     try:
         channel.settimeout(HELLO_S)
-        _send(channel, {"nonce": own})
+        send_line(channel, {"nonce": own})
         shown = _read(channel, deadline_s)
         nonces, hello = [shown["nonce"], own], shown["hello"]
         is_known = _is_equal(shown["proof"], _proof(secret, "client", nonces, hello))
-        _send(channel, {"proof": _proof(secret, "server", nonces, hello) if is_known else None})
+        send_line(channel, {"proof": _proof(secret, "server", nonces, hello) if is_known else None})
     except _GARBAGE:
         raise ProtocolError from None
     if not is_known:
@@ -80,7 +80,8 @@ def _is_equal(shown: Json, proof: str) -> bool:
     return hmac.compare_digest(str(shown).encode(), proof.encode())
 
 
-def _send(channel: socket.socket, value: Json) -> None:
+def send_line(channel: socket.socket, value: Json) -> None:
+    """Sends a value as a line."""
     channel.sendall(json.dumps(value).encode() + b"\n")
 
 

@@ -13,7 +13,7 @@ from typing import override
 
 from jaxinfra.processes.connected_peers import ConnectedPeers
 from jaxinfra.processes.cpu_collectives import reachable_address
-from jaxinfra.processes.door import Json, OtherSecretError, ProtocolError, answer, knock, new_secret
+from jaxinfra.processes.door import Json, OtherSecretError, ProtocolError, answer, knock, new_secret, send_line
 from jaxinfra.processes.peer_connection import listen
 from jaxinfra.storage.closing import ClosedOnExit
 
@@ -59,9 +59,9 @@ class Exchange(ClosedOnExit):
             channel.settimeout(_SILENCE_S)
             for label, content in parcels:
                 view = memoryview(content)
-                channel.sendall(_line([label, view.nbytes]))
+                send_line(channel, [label, view.nbytes])
                 channel.sendall(view)
-            channel.sendall(_line(None))
+            send_line(channel, None)
 
     def _connect(self, target: int, number: int) -> socket.socket:
         deadline_s = time.monotonic() + _SILENCE_S
@@ -95,10 +95,6 @@ class Exchange(ClosedOnExit):
                     if stream.readinto(content) < num_bytes:
                         raise ConnectionResetError("the other process has closed the connection")
                     yield label, content
-
-
-def _line(value: Json) -> bytes:
-    return json.dumps(value).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Json:

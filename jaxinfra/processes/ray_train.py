@@ -5,13 +5,12 @@ A worker has Ray loaded before it calls the training function, so that Ray is ne
 """
 
 import sys
-import threading
-from concurrent.futures import Future
 from typing import Any
 
 from jaxinfra.errors import PeerLostError
 from jaxinfra.processes.peer_connection import AGAIN, JOIN_S, free_port
 from jaxinfra.processes.schedulers import Environment
+from jaxinfra.storage.background import in_thread
 
 SOURCE = "Ray Train"
 """How messages name it."""
@@ -42,16 +41,8 @@ def broadcast(own: str) -> str:
     """Returns the text of worker 0; all workers must call it."""
     import ray.train.collective
 
-    found = Future[str]()
-
-    def ask() -> None:
-        try:
-            found.set_result(ray.train.collective.broadcast_from_rank_zero(own))
-        except Exception as error:
-            found.set_exception(error)
-
     # Ray waits without a limit, unless its controller was started with RAY_TRAIN_COLLECTIVE_TIMEOUT_S.
-    threading.Thread(target=ask, name="ray-broadcast", daemon=True).start()
+    found = in_thread(lambda: ray.train.collective.broadcast_from_rank_zero(own), "ray-broadcast", daemon=True)
     try:
         return found.result(JOIN_S)
     except TimeoutError:

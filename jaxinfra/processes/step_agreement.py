@@ -43,17 +43,11 @@ class Promise(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """A request to all processes.
+    """A request to all processes."""
 
-    Attributes:
-        action: what they do after the agreed step.
-        reason: the signal, and the process that got it.
-        step: after which they do it.
-    """
-
-    action: Action
-    reason: str
-    step: Future[int] = field(default_factory=Future)
+    action: Action  # what they do after the agreed step
+    reason: str  # the signal, and the process that got it
+    step: Future[int] = field(default_factory=Future)  # after which they do it
 
 
 class StepAgreement:

@@ -228,7 +228,7 @@ class Program:
         return jax.jit(self._train_step, donate_argnums=0, compiler_options=self._compiler_options or None)
 
     @cached_property
-    def eval_step(self) -> Callable[..., Sums]:
+    def eval_step(self) -> jax.stages.Wrapped:
         """`eval_step(params, batch, reference=None) -> sums`, compiled: the objective's sums over a batch."""
         return jax.jit(self._eval_step, compiler_options=self._compiler_options or None)
 

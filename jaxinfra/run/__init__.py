@@ -1,16 +1,18 @@
 """`Run`: the config of a training run. Each part is defined in the package that it configures, or else in this one."""
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
 from annotated_types import Ge, Lt
 
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
+from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint, validate
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
+from jaxinfra.errors import ConfigError
 from jaxinfra.machine.config import ProfileConfig
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
@@ -26,6 +28,7 @@ from jaxinfra.run.train import TrainConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.user_code import user_code_errors
 
+_log = logging.getLogger(__name__)
 __all__ = ["GuardConfig", "Precision", "Run", "TrainConfig", "with_fingerprint_name", "with_mesh_size"]
 
 
@@ -97,6 +100,18 @@ class Run:
             pipeline_periods=self.model.pipeline_periods,
             modality=self.data.modality,
         )
+
+    def further_overrides(self, overrides: Sequence[str]) -> Iterable[str]:
+        """Yields an override for a warmup of the config file that is longer than `train.steps` of the overrides.
+
+        So `train.steps=5` is enough to try a config. It logs a warning.
+        """
+        steps = dict(each.split("=", 1) for each in overrides if "=" in each).get("train.steps", "")
+        schedule, is_set = self.optim.schedule, any(each.startswith("optim.schedule") for each in overrides)
+        if not is_set and steps.isdecimal() and any(schedule.problems_in_run(int(steps), "")):
+            override, warmup = f"optim.schedule.warmup_steps={int(steps) // 10}", schedule.warmup_steps
+            _log.warning("warmup of %d steps does not fit into train.steps=%s; using %s", warmup, steps, override)
+            yield override
 
     def problems(self) -> Iterable[Problem]:
         """Yields conflicts between parts of the config; with a mesh axis of -1, checks of the mesh are left out."""
@@ -180,5 +195,21 @@ def with_fingerprint_name(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
 
 
 def with_mesh_size(run: Run, devices: int) -> Run:
-    """Sets the mesh axis that is -1 to use all devices; ConfigError if the mesh does not fit their number."""
-    return replace(run, mesh=run.mesh.resolve(devices))
+    """Sets the mesh axis that is -1 to use all devices.
+
+    Raises ConfigError if the mesh does not fit their number, with what else is wrong with the meshes that it suggests.
+    """
+    try:
+        return replace(run, mesh=run.mesh.resolve(devices))
+    except ConfigError as error:
+        if -1 in run.mesh.sizes:
+            raise
+        others = math.prod(run.mesh.sizes) // run.mesh.fsdp
+        suggested = [run.mesh.fsdp, *([devices // others] if devices % others == 0 else [])]
+        objections = [str(error)]
+        for size in suggested:
+            try:
+                validate(replace(run, mesh=replace(run.mesh, fsdp=size)))
+            except ConfigError as other:
+                objections.append(str(other))
+        raise ConfigError("; ".join(dict.fromkeys(objections))) from error

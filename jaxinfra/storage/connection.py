@@ -7,19 +7,26 @@ unless `TENSORSTORE_S3_REQUEST_CONCURRENCY` or `TENSORSTORE_GCS_REQUEST_CONCURRE
 """
 
 import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import tensorstore as ts
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 
 RETRY_S = 60.0  # back-off of a failing request in total, over about a dozen attempts
 RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that overrides it
 
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 8.0
+_CONNECT_S, _PAUSE_S = 10.0, 4.0  # in which a server is looked for, twice, and the pause in between
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 # TensorStore reads these only from the environment, and without them waits forever for a silent server.
 _TIMEOUTS = {
@@ -36,7 +43,8 @@ def normalize_url(url: str) -> str:
     the message hides.
     """
     if "://" not in url:
-        return str(Path(url).expanduser().absolute())
+        path = Path(url).expanduser().absolute()
+        return str(path.resolve() if ".." in path.parts else path)  # TensorStore takes no ".."
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]  # without the user and password
     safe_url = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
@@ -97,6 +105,69 @@ def kvstore_spec(url: str) -> dict[str, object]:
     path = parts.path.strip("/")
     spec: dict[str, object] = {"bucket": parts.netloc, "path": f"{path}/" if path else ""}
     return spec | {"driver": _DRIVERS[parts.scheme]} | (_s3_settings() if parts.scheme == "s3" else {})
+
+
+def require_server(url: str) -> None:
+    """Raises StorageError if the server of a bucket is not there, which TensorStore would try for a minute.
+
+    That is so if its name has no address, or if it refuses to connect, twice. A slow server is left to TensorStore.
+    """
+    parts = urlsplit(url)
+    # A URL with credentials is refused where it is read; a proxy finds the server by itself.
+    if parts.scheme not in _DRIVERS or "@" in parts.netloc or getproxies():
+        return
+    server = os.environ.get("TENSORSTORE_GCS_HTTP_URL", "https://storage.googleapis.com")
+    if parts.scheme == "s3":
+        server = str(_s3_settings().get("endpoint", f"https://{parts.netloc}.s3.amazonaws.com"))
+    try:
+        place = urlsplit(server)
+        if place.hostname is not None:
+            _connect_twice(place.hostname, place.port or (80 if place.scheme == "http" else 443))
+    except OSError as error:
+        raise StorageError(f"{url}: no server at {server}: {error.strerror or error}; check the network") from None
+    except ValueError:  # TensorStore says what is wrong with the server's URL
+        return
+
+
+@cache
+def _connect_twice(host: str, port: int) -> None:
+    """Raises the second error if a host, within some seconds, has twice no address or refuses to connect."""
+
+    def connect() -> OSError | None:
+        if _refusal(host, port) is None:
+            return None
+        time.sleep(_PAUSE_S)
+        return _refusal(host, port)
+
+    answer = ask_in_thread(connect, _CONNECT_S)  # a name may be looked up for long
+    if answer.done() and (error := answer.result()) is not None:
+        raise error
+
+
+def _refusal(host: str, port: int) -> OSError | None:
+    """Returns the error if a host has no address, or refuses to connect; None for all other errors."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except (socket.gaierror, ConnectionRefusedError) as error:
+        return error
+    except (OSError, UnicodeError):  # it is slow, or this is no name of a host: TensorStore finds out
+        return None
+    return None
+
+
+def ask_in_thread[T](ask: Callable[[], T], timeout_s: float) -> Future[T]:
+    """Asks in a thread, since clients may wait without an end; the answer is done unless that takes longer."""
+    answer = Future[T]()
+
+    def call() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=call, name="answer", daemon=True).start()
+    wait([answer], timeout_s)
+    return answer
 
 
 def _s3_settings() -> dict[str, object]:

@@ -68,16 +68,18 @@ def storage_errors(
         raise _storage_error(str(unreadable or where), cause_of(error), action, fix) from error
 
 
-def call_storage[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T:
+def call_storage[T](where: str, call: Callable[[], T], *, writing: bool = False, fix: str = DAMAGED_VERSION_FIX) -> T:
     """Calls TensorStore or the file system; raises the DataError or StorageError that `classify_error` returns."""
     try:
         return call()
     except (ValueError, IndexError, OSError) as error:  # IndexError: outside an array
-        raise classify_error(where, error, writing=writing) from None
+        raise classify_error(where, error, writing=writing, fix=fix) from None
 
 
-def classify_error(where: str, error: Exception, *, writing: bool = False) -> DataError | StorageError:
-    """Returns DataError if an object is missing or damaged, StorageError if storage cannot be accessed."""
+def classify_error(
+    where: str, error: Exception, *, writing: bool = False, fix: str = DAMAGED_VERSION_FIX
+) -> DataError | StorageError:
+    """Returns DataError, with a fix, if an object is missing or damaged, StorageError if storage cannot be accessed."""
     cause = cause_of(error)
     status = " ".join(str(error).split())
     http_code = match[1] if (match := _HTTP_CODE.search(status)) else ""
@@ -86,7 +88,7 @@ def classify_error(where: str, error: Exception, *, writing: bool = False) -> Da
     object_damaged = http_code in ("", "416") or (http_code == "404" and not _NO_BUCKET.search(cause))
     if writing or not object_damaged or _STORAGE_STATUS.match(status) or isinstance(error, OSError):
         return _storage_error(where, cause, "written" if writing else "read", None)
-    return DataError(f"{where}: {cause}; {DAMAGED_VERSION_FIX}")
+    return DataError(f"{where}: {cause}; {fix}")
 
 
 def is_storage_error(error: BaseException) -> bool:
@@ -127,6 +129,7 @@ def _fix(where: str, cause: str) -> str:
         return "set the clock of this host"
     if _NO_BUCKET.search(cause):
         return "create the bucket or correct the URL"
-    if cause.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL", os.strerror(errno.EACCES))):
+    denied = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL", os.strerror(errno.EACCES))
+    if cause.startswith((*denied, "Unable to locate credentials")):  # the last one is of s3fs
         return "set credentials that are allowed to do this, in the environment or a profile"
     return "start again when the server responds"

@@ -52,27 +52,16 @@ _held: set[str] = set()  # the ids of the leases that this process holds
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """The holder of a lease, as its file says.
+    """The holder of a lease, as its file says."""
 
-    Attributes:
-        id: of this lease; no other has the same.
-        host: name of its host; "" if its file is damaged.
-        pid: its process id.
-        identity: with the pid, identifies the process for all time, see `_process_identity`; "" if that is unknown.
-        since: when it took the lease, in UTC by its own clock; for people only.
-        renewed: when it renewed the lease last, in UTC by its own clock; a hint for people, no lease ends by it.
-        beat: number of times that it has renewed the lease.
-        released: whether it has given the lease back.
-    """
-
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    host: str
-    pid: int
-    identity: str
-    since: str
-    renewed: str
-    beat: int = 0
-    released: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this lease; no other has the same
+    host: str  # name of its host; "" if its file is damaged
+    pid: int  # its process id
+    identity: str  # with the pid, identifies the process for all time, see `_process_identity`; "" if that is unknown
+    since: str  # when it took the lease, in UTC by its own clock; for people only
+    renewed: str  # when it renewed the lease last, in UTC by its own clock; a hint for people, no lease ends by it
+    beat: int = 0  # number of times that it has renewed the lease
+    released: bool = False  # whether it has given the lease back
 
     @classmethod
     def this_process(cls) -> Self:
@@ -114,9 +103,9 @@ class Lease:
         token: its fencing token, larger than that of every earlier owner.
     """
 
-    def __init__(self, files: "_Files", where: str, token: int, owner: Owner, beat_s: float) -> None:
+    def __init__(self, objects: "_Objects", where: str, token: int, owner: Owner, beat_s: float) -> None:
         self.token = token
-        self._files, self._where, self._owner, self._beat_s = files, where, owner, beat_s
+        self._objects, self._where, self._owner, self._beat_s = objects, where, owner, beat_s
         self._lost: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -130,14 +119,14 @@ class Lease:
     def check_now(self) -> None:
         """Raises RunInUseError if this process holds the lease no longer; StorageError if that cannot be found out."""
         self.check()
-        newest = self._files.newest()
+        newest = _newest(self._objects)
         if newest is not None and newest[0] > self.token:
             self._lost = RunInUseError(
                 f"{self._where}: {newest[1]}, has taken over this run while this process was stopped or cut off; "
                 "leave the run to it"
             )
-        elif (newest is None or newest[0] < self.token) and not self._files.exists(self.token):
-            # Another process may have begun anew, with a smaller token. A listing alone may lack our file for a moment.
+        elif (newest is None or newest[0] < self.token) and self._objects.read_or_none(_file_name(self.token)) is None:
+            # Another process may have begun anew, with a smaller token. A listing may lack a file while it is replaced.
             self._lost = RunInUseError(
                 f"{self._where}: the file of this run's lease, {_FOLDER}/{_file_name(self.token)}, was deleted, so "
                 "another process may train the run; start the same command again if none does"
@@ -153,7 +142,7 @@ class Lease:
         try:
             with suppress(StorageError):  # then the write is tried, and its failure is logged
                 self.check_now()
-            self._files.rewrite(self.token, replace(self._owner, released=True))
+            self._objects.write(_file_name(self.token), _encode(replace(self._owner, released=True)))
         except JaxinfraError as error:
             _log.warning("%s", error)
 
@@ -162,7 +151,7 @@ class Lease:
             try:
                 self.check_now()
                 self._owner = replace(self._owner, beat=self._owner.beat + 1, renewed=_utc_now())
-                self._files.rewrite(self.token, self._owner)
+                self._objects.write(_file_name(self.token), _encode(self._owner))
             except StorageError:  # away, for this host at least: the next beat finds out what has happened
                 continue
             except Exception as error:  # `check` raises it in the main thread
@@ -200,7 +189,7 @@ def current_owner(where: str | Path) -> Owner | None:
 
     An owner on another host counts if it has renewed its lease within the last `EXPIRY_S`, by the clocks of both hosts.
     """
-    newest = _files(str(where)).newest()
+    newest = _newest(_objects(str(where)))
     if newest is None or newest[1].state == "ended":
         return None
     owner = newest[1]
@@ -208,17 +197,17 @@ def current_owner(where: str | Path) -> Owner | None:
 
 
 def _acquire(where: str, me: Owner, *, after: int, beat_s: float, expiry_s: float) -> Lease:
-    files = _files(where)
+    objects = _objects(where)
     seen: tuple[int, Owner] | None = None  # what this process has first seen, and when
     seen_s = time.monotonic()
     while True:
-        newest = files.newest()
+        newest = _newest(objects)
         is_expired = newest == seen and time.monotonic() - seen_s > expiry_s
         if newest is None or newest[1].state == "ended" or is_expired:
             token = max(after, 0 if newest is None else newest[0]) + 1
-            if files.create(token, me):
-                files.delete_older(token)
-                return Lease(files, where, token, me, beat_s)
+            if objects.create(_file_name(token), _encode(me)):
+                _delete_older(objects, token)
+                return Lease(objects, where, token, me, beat_s)
             continue
         _, owner = newest
         if owner.state == "holds" or (seen is not None and newest != seen):
@@ -243,43 +232,6 @@ def _process_identity(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else f"{boot}/{namespace}/{fields[19]}"
-
-
-class _Files:
-    """The files of a lease, named by their tokens."""
-
-    def __init__(self, objects: "ObjectStore | _Folder") -> None:
-        self._objects = objects
-
-    def newest(self) -> tuple[int, Owner] | None:
-        """Returns token and owner of the newest lease; None if there was never one."""
-        missing = 0
-        while token := max(map(_token, self._objects.list_names()), default=0):
-            content = self._objects.read_or_none(_file_name(token))
-            if content is not None or token == missing:  # a listing may have a deleted file for a minute: it is damaged
-                return token, _parse(content or b"")
-            missing = token  # probably deleted by a newer owner since it was listed: list again
-        return None
-
-    def exists(self, token: int) -> bool:
-        """Returns whether a lease has its file. A listing may leave out a file that is being replaced."""
-        return self._objects.read_or_none(_file_name(token)) is not None
-
-    def create(self, token: int, owner: Owner) -> bool:
-        """Writes the file of a new lease; returns False if another process has done so."""
-        return self._objects.create(_file_name(token), _encode(owner))
-
-    def rewrite(self, token: int, owner: Owner) -> None:
-        """Rewrites the file of a lease that this process holds."""
-        self._objects.write(_file_name(token), _encode(owner))
-
-    def delete_older(self, token: int) -> None:
-        """Deletes the files of earlier owners."""
-        for name in self._objects.list_names():
-            if 0 < _token(name) < token:
-                self._objects.delete(name)
-        if isinstance(self._objects, _Folder):
-            self._objects.delete_temporaries(token)
 
 
 class _Folder:
@@ -320,8 +272,31 @@ class _Folder:
             delete_temporaries(self._folder, lambda target: 0 < _token(target) < token)
 
 
-def _files(where: str) -> _Files:
-    return _Files(ObjectStore(where).child(_FOLDER) if is_remote(where) else _Folder(Path(where, _FOLDER)))
+type _Objects = ObjectStore | _Folder
+
+
+def _objects(where: str) -> _Objects:
+    return ObjectStore(where).child(_FOLDER) if is_remote(where) else _Folder(Path(where, _FOLDER))
+
+
+def _newest(objects: _Objects) -> tuple[int, Owner] | None:
+    """Returns token and owner of the newest lease; None if there was never one."""
+    missing = 0
+    while token := max(map(_token, objects.list_names()), default=0):
+        content = objects.read_or_none(_file_name(token))
+        if content is not None or token == missing:  # a listing may have a deleted file for a minute: it is damaged
+            return token, _parse(content or b"")
+        missing = token  # probably deleted by a newer owner since it was listed: list again
+    return None
+
+
+def _delete_older(objects: _Objects, token: int) -> None:
+    """Deletes the files of earlier owners."""
+    for name in objects.list_names():
+        if 0 < _token(name) < token:
+            objects.delete(name)
+    if isinstance(objects, _Folder):
+        objects.delete_temporaries(token)
 
 
 def _file_name(token: int) -> str:

@@ -8,11 +8,10 @@ Objects are replaced and deleted by conditional writes: the owner of a run that 
 copies does not overwrite what the new owner has written, however late its request arrives.
 """
 
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import override
 from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.closing import ClosedOnExit
+from jaxinfra.storage.connection import require_server
 from jaxinfra.storage.objects import ObjectStore
 
 SYNC_S = 10.0
@@ -32,42 +32,30 @@ _BYTES_PER_S = 1 << 20  # of copies of one file
 _log = logging.getLogger(__name__)
 
 
-def fetch(store: ObjectStore, names: Sequence[str], folder: Path) -> list[str]:
+def fetch(url: str, names: Sequence[str], folder: Path) -> list[str]:
     """Copies files of a bucket, with all their parts, into a local folder; returns those that are not missing."""
-    found = []
+    require_server(url)  # before the store is opened, which looks for credentials, and prints where it finds none
+    store, found = ObjectStore(url), list[str]()
     for name in names:
-        if (content := store.read_or_none(name)) is None:
-            continue
-        if name.endswith(".jsonl"):
-            content += b"".join(_later_parts(store, name))
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(path, content)
-        found.append(name)
+        parts = list[bytes]()
+        while (content := store.read_or_none(_part_name(name, len(parts)))) is not None:
+            parts.append(content)
+            if not _is_parted(name):
+                break
+        if parts:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomic(folder / name, b"".join(parts))
+            found.append(name)
     return found
-
-
-def _later_parts(store: ObjectStore, name: str) -> Iterator[bytes]:
-    """Yields the parts of a file after the first."""
-    for number in itertools.count(1):
-        if (content := store.read_or_none(_part_name(name, number))) is None:
-            return
-        yield content
 
 
 @dataclass
 class _Copied:
-    """The copy of one file in the bucket.
+    """The copy of one file in the bucket."""
 
-    Attributes:
-        stamp: inode, size and time of change of the file when it was copied.
-        parts: start of each part in the file.
-        copied_s: when the copy started.
-    """
-
-    stamp: tuple[int, int, int] | None = None
-    parts: tuple[int, ...] = (0,)
-    copied_s: float = float("-inf")
+    stamp: tuple[int, int, int] | None = None  # inode, size and time of change of the file when it was copied
+    parts: tuple[int, ...] = (0,)  # start of each part in the file
+    copied_s: float = float("-inf")  # when the copy started
 
 
 class Mirror(ClosedOnExit):

@@ -7,6 +7,7 @@ names the URL.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -30,9 +31,9 @@ class ObjectStore:
     Every method that accesses storage raises StorageError if it cannot be read or written.
     """
 
-    def __init__(self, url: str | Path):
+    def __init__(self, url: str | Path, *, fix: str = DAMAGED_VERSION_FIX):
         """Parses the URL without accessing storage; raises ConfigError if it is invalid or contains credentials."""
-        self.url = normalize_url(str(url))
+        self.url, self._fix = normalize_url(str(url)), fix  # what to do if an object is missing or damaged
         spec = kvstore_spec(self.url)
         try:
             self._objects = ts.KvStore.open(spec, context=tensorstore_context()).result()
@@ -50,22 +51,21 @@ class ObjectStore:
 
     def child(self, name: str) -> Self:
         """Returns the store of the objects below `name`."""
-        return type(self)(self.url_of(name))
+        return type(self)(self.url_of(name), fix=self._fix)
 
     def read(self, name: str) -> bytes:
         """Reads an object; raises DataError if it is missing."""
         return ask_once("read", self.url_of(name), lambda: self._read(name))
 
     def _read(self, name: str) -> bytes:
-        result = call_storage(self.url_of(name), self._objects.read(name).result)
-        if result.state != "value":
+        if (content := self.read_or_none(name)) is None:
             self._is_listed(name)  # raises StorageError if the whole bucket is missing
-            raise DataError(f"{self.url_of(name)}: missing; {DAMAGED_VERSION_FIX}")
-        return result.value
+            raise DataError(f"{self.url_of(name)}: missing; {self._fix}")
+        return content
 
     def read_or_none(self, name: str) -> bytes | None:
         """Reads an object; returns None if it is missing."""
-        result = call_storage(self.url_of(name), self._objects.read(name).result)
+        result = call_storage(self.url_of(name), self._objects.read(name).result, fix=self._fix)
         return result.value if result.state == "value" else None
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
@@ -75,14 +75,14 @@ class ObjectStore:
         """
         url, folder = self.url_of(name), self.folder
         if folder is not None:
-            found = call_storage(url, lambda: _read_file_into(folder / name, start, out))
+            found = call_storage(url, lambda: _read_file_into(folder / name, start, out), fix=self._fix)
         else:
             read = self._objects.read(name, byte_range=slice(start, start + len(out)))
-            content = call_storage(url, read.result).value if len(out) else b""
+            content = call_storage(url, read.result, fix=self._fix).value if len(out) else b""
             out[: len(content)] = np.frombuffer(content, np.uint8)
             found = len(content)
         if found != len(out):
-            raise DataError(f"{url}: missing, or fewer than {start + len(out)} bytes; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{url}: missing, or fewer than {start + len(out)} bytes; {self._fix}")
 
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
@@ -103,12 +103,9 @@ class ObjectStore:
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raises DataError if an object is missing or its size in bytes differs; reads one byte of each."""
 
-        def check(name: str) -> None:
-            self._read_end(name, sizes[name], max_bytes=1)
-
         def check_all() -> bool:
             with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-                list(pool.map(check, sizes))  # raises the first error
+                list(pool.map(partial(self._read_end, max_bytes=1), sizes, sizes.values()))  # raises the first error
             return True
 
         ask_once("sizes", self.url, check_all)
@@ -127,15 +124,12 @@ class ObjectStore:
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a new object; returns False if there is one with other content."""
-        url = self.url_of(name)
-        old = call_storage(url, self._objects.read(name).result)
+        old = call_storage(self.url_of(name), self._objects.read(name).result)
         if old.state == "value":
             return old.value == content
-        write = self._objects.write(name, content, if_equal=old.stamp.generation)
-        if call_storage(url, write.result, writing=True).generation:
+        if self.replace(name, content, old.stamp.generation) is not None:
             return True
-        # Another process was faster, or the answer to the first try was lost.
-        return call_storage(url, self._objects.read(name).result).value == content
+        return self.read_or_none(name) == content  # another process was faster, or the first try's answer was lost
 
     def generation(self, name: str) -> bytes:
         """Returns what changes whenever an object is written or deleted; there is one of missing objects, too."""
@@ -168,9 +162,7 @@ class ObjectStore:
         while True:
             old = call_storage(self.url_of(name), self._objects.read(name).result)
             content = change(old.value if old.state == "value" else None)
-            write = self._objects.write(name, content, if_equal=old.stamp.generation)
-            # Without a generation nothing was written: the object no longer had the old one.
-            if call_storage(self.url_of(name), write.result, writing=True).generation:
+            if self.replace(name, content, old.stamp.generation) is not None:
                 return
 
     def upload(self, folder: Path, *, last: Sequence[str] = (), resume: bool = False) -> None:
@@ -226,12 +218,12 @@ class ObjectStore:
             result = self._objects.read(name, byte_range=byte_range).result()
         except ValueError as error:
             if str(error).startswith("OUT_OF_RANGE"):
-                raise DataError(f"{url}: fewer than {size_bytes} bytes; {DAMAGED_VERSION_FIX}") from None
-            raise classify_error(url, error) from None
+                raise DataError(f"{url}: fewer than {size_bytes} bytes; {self._fix}") from None
+            raise classify_error(url, error, fix=self._fix) from None
         if result.state != "value":
-            raise DataError(f"{url}: missing; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{url}: missing; {self._fix}")
         if (n_bytes := start + len(result.value)) != size_bytes:
-            raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {self._fix}")
         return result.value
 
 

@@ -86,25 +86,17 @@ def _load(names: Sequence[str], needed_by: str) -> dict[str, Any]:
             similar = nearest(name, manager.all_tasks)
             fix = f"did you mean {similar}?" if similar else "`lm-eval ls tasks` lists them"
             raise ConfigError(f"{needed_by} {name}: lm-eval has no such task, and a file ends in .yaml; {fix}")
-        with _task_errors(f"{needed_by} {name}"):
+        try:
             loaded = manager.load([name])
+        except Exception as error:  # lm-eval and datasets may raise anything
+            reason, fix = " ".join(str(error).split())[:300], "see the files of the task"
+            cause = f"{type(error).__name__}: {reason}"
+            raise DataError(f"{needed_by} {name}: cannot be loaded: {cause}; {fix}") from error
         if twice := [*(found["tasks"].keys() & loaded["tasks"])]:
             raise ConfigError(f"{needed_by} {name}: the task {twice[0]} is there twice; name it once")
         for part, new in loaded.items():
             found[part] |= new
     return found
-
-
-@contextmanager
-def _task_errors(name: str) -> Iterator[None]:
-    """Converts what lm-eval and datasets raise for a task, which may be anything, to a DataError."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{name}: cannot be loaded: {type(error).__name__}: {reason}; see the files of the task"
-        ) from error
 
 
 @contextmanager

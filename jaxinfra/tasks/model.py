@@ -105,6 +105,7 @@ def _sampling(options: Mapping[str, Any]) -> tuple[SamplingParams, int]:
         temperature=temperature,
         top_k=int(options.get("top_k", 0)),
         top_p=float(options.get("top_p", 1.0)),
+        min_p=float(options.get("min_p", 0.0)),
         stop=tuple(filter(None, stop)),
     )
     return sampling, max_new_tokens(options)

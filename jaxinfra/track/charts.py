@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfra.track.formatting import bytes_unit, format_number, metric_label
+from jaxinfra.track.formatting import bytes_unit, format_metric, format_number, metric_label, shown_metrics
 
 _BUCKETS = 600  # of a line; a bucket keeps up to four points
 _MEAN_POINTS = 300  # of a line of means, which is smooth
@@ -19,7 +19,7 @@ _MEAN_SHARE = 100  # a mean covers this part of the values on both sides
 _MEAN_MIN_VALUES = 20  # fewer values are drawn without their mean
 _MAX_DEVICE_LINES = 3
 _MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
-_NOT_CHARTED = ("step", "time_s", "loss_mean")  # the page computes its own mean of the loss
+_NOT_CHARTED = ("step", "time_s")
 # Metrics with a chart of their own, or in one with others; any other metric has a chart after these.
 _KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes", "open_files", "threads")
 
@@ -34,23 +34,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCurves:
-    """The curves of a run, and the units of its axes.
+    """The curves of a run, and the units of its axes."""
 
-    Attributes:
-        name: for the legend.
-        curves: by metric.
-        baselines: by metric: values of simple models, by name.
-        time_s: the training time at each logged step.
-        units_per_step: tokens or images of a step; None if not known.
-        units: "tokens" or "images".
-    """
-
-    name: str
-    curves: Mapping[str, Curve]
-    baselines: Mapping[str, Mapping[str, float]]
-    time_s: Curve
-    units_per_step: int | None
-    units: str
+    name: str  # for the legend
+    curves: Mapping[str, Curve]  # by metric
+    baselines: Mapping[str, Mapping[str, float]]  # by metric: values of simple models, by name
+    time_s: Curve  # the training time at each logged step
+    units_per_step: int | None  # tokens or images of a step; None if not known
+    units: str  # "tokens" or "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +58,12 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart: its lines, horizontal lines by label, and whether the vertical axis starts at 0."""
+    """One chart: its lines, horizontal lines by label, whether its axis starts at 0, and whether it is of a metric."""
 
     title: str
     unit: str = ""
     zero: bool = False
+    is_metric: bool = False
     lines: Sequence[Line]
     levels: Mapping[str, float]
 
@@ -90,17 +82,11 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Charts:
-    """The charts of a page.
+    """The charts of a page."""
 
-    Attributes:
-        drawn: the loss first.
-        constant: label and value of each line of the charts in which nothing changes, as text.
-        omitted: metrics beyond the largest number of charts.
-    """
-
-    drawn: Sequence[Chart]
-    constant: Sequence[tuple[str, str]]
-    omitted: Sequence[str]
+    drawn: Sequence[Chart]  # the loss first
+    constant: Sequence[tuple[str, str]]  # label and value of each line of the charts in which nothing changes, as text
+    omitted: Sequence[str]  # metrics beyond the largest number of charts
 
 
 def run_curves(
@@ -108,7 +94,7 @@ def run_curves(
 ) -> RunCurves:
     """Collects the curves of a run from the contents of metrics.jsonl, run.json and summary.json."""
     points: dict[str, tuple[list[int], list[float]]] = {}
-    for row in rows:
+    for row in map(shown_metrics, rows):
         for metric, value in row.items():
             steps, values = points.setdefault(metric, ([], []))
             steps.append(int(row["step"]))
@@ -137,8 +123,8 @@ def make_charts(runs: Sequence[RunCurves]) -> Charts:
     devices = sorted(metric for metric in metrics if metric.startswith("device_") and metric.endswith("_bytes"))
     devices = devices[:_MAX_DEVICE_LINES]
     memory = {"rss_bytes": "host"} | {name: name.removesuffix("_bytes").replace("_", " ") for name in devices}
-    largest = max((_largest(run.curves[name]) for run in runs for name in memory if name in run.curves), default=1.0)
-    divisor, unit = bytes_unit(largest)
+    sizes = np.concatenate([[1.0], *(run.curves[name].values for run in runs for name in memory if name in run.curves)])
+    divisor, unit = bytes_unit(sizes[np.isfinite(sizes)].max())
     used = {*_KNOWN, *memory, *speeds, *evaluated, *evaluated.values()}
     others = sorted(metric for metric in metrics if metric not in used)
     charts = [
@@ -166,20 +152,16 @@ def page_data(runs: Sequence[RunCurves], charts: Sequence[Chart]) -> dict[str, A
     """Returns what report.js draws, as JSON values; NaN and infinities are strings."""
     return {
         "runs": [
-            {
-                "name": run.name,
-                "unitsPerStep": run.units_per_step,
-                "units": run.units,
-                "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS)),
-            }
+            {"unitsPerStep": run.units_per_step, "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS))}
             for run in runs
         ],
         "charts": [
             {
                 "title": chart.title,
                 "zero": chart.zero,
-                "levels": [[label, _json_number(value)] for label, value in chart.levels.items()],
-                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100)) for line in chart.lines],
+                "isMetric": chart.is_metric,
+                "levels": [[label, _json_number(value, chart.is_metric)] for label, value in chart.levels.items()],
+                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100), chart.is_metric) for line in chart.lines],
             }
             for chart in charts
         ],
@@ -238,11 +220,10 @@ def _chart(
             levels |= _levels(run, metric)
             whole = run.curves[metric]
             curve = Curve(steps=whole.steps, values=whole.values / divisor)
-            if len(runs) == 1:
-                line = Line(label=label, run=number, color=order, dash=0, style="plain", curve=curve)
-            else:  # a color is a run
+            if len(runs) > 1:
                 label = run.name if len(labels) == 1 else f"{run.name}, {label}"
-                line = Line(label=label, run=number, color=number, dash=order, style="plain", curve=curve)
+            color, dash = (order, 0) if len(runs) == 1 else (number, order)  # of several runs, each has a color
+            line = Line(label=label, run=number, color=color, dash=dash, style="plain", curve=curve)
             if metric.startswith("eval/"):
                 lines.append(replace(line, style="dots"))
             elif mean and len(curve.values) >= _MEAN_MIN_VALUES:
@@ -251,7 +232,8 @@ def _chart(
                 lines.append(replace(line, style="mean", label=f"{label}, mean of {covered:,} logged", curve=means))
             else:
                 lines.append(line)
-    return Chart(title=title, unit=unit, zero=zero, lines=lines, levels=levels)
+    is_metric = any(metric == "loss" or metric.startswith("eval/") for metric in labels)
+    return Chart(title=title, unit=unit, zero=zero, is_metric=is_metric, lines=lines, levels=levels)
 
 
 def _levels(run: RunCurves, metric: str) -> dict[str, float]:
@@ -275,15 +257,11 @@ def _is_constant(line: Line) -> bool:
 
 def _constant_texts(chart: Chart) -> list[tuple[str, str]]:
     """Returns label and value of each line of a chart in which nothing changes; one if all are equal."""
-    texts = {line.label: f"{format_number(float(line.curve.values[-1]))} {chart.unit}".rstrip() for line in chart.lines}
+    formatted = format_metric if chart.is_metric else format_number
+    texts = {line.label: f"{formatted(float(line.curve.values[-1]))} {chart.unit}".rstrip() for line in chart.lines}
     if len({*texts.values()}) == 1:
         return [(chart.title, next(iter(texts.values())))]
     return [(f"{chart.title}: {label}", text) for label, text in texts.items()]
-
-
-def _largest(curve: Curve) -> float:
-    finite = curve.values[np.isfinite(curve.values)]
-    return float(finite.max()) if len(finite) else 1.0
 
 
 def _evenly(count: int, most: int) -> np.ndarray:
@@ -291,15 +269,17 @@ def _evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.array([], int)
 
 
-def _line_data(line: Line, buckets: int) -> dict[str, Any]:
-    steps, values = _points(line.curve, downsample(line.curve.values, buckets))
+def _line_data(line: Line, buckets: int, is_metric: bool) -> dict[str, Any]:
+    steps, values = _points(line.curve, downsample(line.curve.values, buckets), is_metric)
     style = {"label": line.label, "run": line.run, "color": line.color, "dash": line.dash, "style": line.style}
     return {**style, "steps": steps, "values": values}
 
 
-def _points(curve: Curve, indices: np.ndarray) -> tuple[list[int], list[float | str]]:
-    return curve.steps[indices].tolist(), [_json_number(value) for value in curve.values[indices].tolist()]
+def _points(curve: Curve, indices: np.ndarray, is_metric: bool = False) -> tuple[list[int], list[float | str]]:
+    return curve.steps[indices].tolist(), [_json_number(value, is_metric) for value in curve.values[indices].tolist()]
 
 
-def _json_number(value: float) -> float | str:
-    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+def _json_number(value: float, is_metric: bool) -> float | str:
+    if not math.isfinite(value):
+        return str(value)
+    return float(format_metric(value) if is_metric else f"{value:.6g}")

@@ -73,7 +73,7 @@ class TrackConfig:
     """How often metrics are logged, and where they go.
 
     Attributes:
-        log_every: steps between two logs; other steps' metrics stay on the device.
+        log_every: steps between two logs, besides the first and the last step; other steps' metrics stay on the device.
         jsonl: writes metrics.jsonl and summary.json; the report is made from them.
         tensorboard: writes TensorBoard event files.
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
@@ -95,5 +95,5 @@ class TrackConfig:
     trackers: tuple[TrackerConfig, ...] = ()
 
     def due(self, completed_steps: int, total_steps: int) -> bool:
-        """Returns whether to log after this number of steps: every `log_every`-th and the last."""
-        return completed_steps % self.log_every == 0 or completed_steps == total_steps
+        """Returns whether to log after this number of steps: the first, every `log_every`-th and the last."""
+        return completed_steps % self.log_every == 0 or completed_steps in (1, total_steps)

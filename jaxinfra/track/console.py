@@ -7,7 +7,7 @@ Lines for evaluations and saves stay above the bar.
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, override
 
@@ -19,32 +19,35 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.config.source import COMMAND_LINE
-from jaxinfra.config.text import format_value
+from jaxinfra.config.view import config_leaves
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.formatting import (
-    flatten,
     format_bytes,
     format_count,
     format_duration,
+    format_metric,
     format_number,
     format_percent,
     format_short,
     metric_label,
+    shown_metrics,
     summary_rows,
 )
 
 _REFRESH_PER_S = 4
 _LOG_WIDTH = 110  # characters of a table in a log file
+_ANY_WIDTH = 100_000  # characters
 _BAR_WIDTH = 40  # characters, if the terminal is wide enough
 _MIN_BAR_WIDTH = 12  # characters
-_HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device")
+_LONGEST_WORD = 40  # characters of a wrapped column; a longer path does not push other columns out
+_HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device", "time")
 """Statistics that are printed at the start of a run; {} is the modality. `show` prints all."""
 
 # Format and column width of each metric; "_per_s" is the suffix of several.
 _COLUMNS = {
-    "loss_mean": ("{:.4f}".format, 7),
+    "loss": (format_metric, 7),
     "lr": ("{:.1e}".format, 7),
     "grad_norm": ("{:.2f}".format, 5),
     "_per_s": (format_count, 9),
@@ -52,7 +55,7 @@ _COLUMNS = {
     "device_in_use_bytes": (format_bytes, 10),
     "rss_bytes": (format_bytes, 10),
 }
-_LABELS = {"loss_mean": "loss", "device_in_use_bytes": "memory", "rss_bytes": "host memory"}
+_LABELS = {"device_in_use_bytes": "memory", "rss_bytes": "host memory"}
 
 
 class _TrainingConsole(Console):
@@ -71,23 +74,20 @@ def stdout_console() -> Console:
     return console
 
 
-def statistics_table(statistics: RunStatistics) -> RenderableType:
+def statistics_table(statistics: RunStatistics) -> Table:
     """Makes the table of all statistics, for `show`."""
-    table = titled_table("Run statistics", "statistic")
-    table.add_column("value", justify="right")
-    table.add_column("unit or formula", style="dim")
+    columns = Column("value", justify="right"), Column("unit or formula", style="dim", overflow="fold")
+    table = titled_table("Run statistics", "statistic", *columns)
     for name, (value, unit) in statistics.items():
         table.add_row(Text(name), Text(format_number(value)), Text(unit))
     return table
 
 
-def headline_table(statistics: RunStatistics) -> RenderableType:
-    """Makes the table that is printed before the first step: at most 8 rows of rounded numbers."""
+def headline_table(statistics: RunStatistics) -> Table:
+    """Makes the table that is printed before the first step: at most 9 rows of rounded numbers."""
     modality = next((name.removesuffix("s a step") for name in statistics if name.endswith("s a step")), "token")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(justify="right", style="bold")
-    table.add_column(style="dim", overflow="ellipsis", no_wrap=True)
+    columns = Column(), Column(justify="right", style="bold"), Column(style="dim", overflow="fold")
+    table = Table(*columns, box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in (headline.format(modality) for headline in _HEADLINES):
         if name in statistics:
             value, note = statistics[name]
@@ -96,11 +96,10 @@ def headline_table(statistics: RunStatistics) -> RenderableType:
     return table
 
 
-def summary_table(values: Mapping[str, Any]) -> RenderableType:
+def summary_table(values: Mapping[str, Any]) -> Table:
     """Makes the table that is printed after the last step."""
-    table = titled_table("Summary", "")
+    table = titled_table("Summary", "", "")
     table.show_header = False
-    table.add_column(overflow="fold")
     for label, value in summary_rows(values):
         table.add_row(Text(label), Text(value))
     return table
@@ -109,6 +108,59 @@ def summary_table(values: Mapping[str, Any]) -> RenderableType:
 def titled_table(title: str, *columns: str | Column) -> Table:
     """Makes an empty table in the style of all tables."""
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+
+
+def fitted_table(
+    console: Console, headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[str], wrapped: str = ""
+) -> Table:
+    """Makes a table of the columns that fit beside those before them, most important first; a caption names the rest.
+
+    A pipe or a file gets all, with one line for a row. `texts` begin on the left; `wrapped` wraps on a terminal.
+    """
+
+    def table_of(shown: Iterable[str]) -> Table:
+        table = titled_table("")
+        for name in shown:
+            overflow = "fold" if name == wrapped and console.is_terminal else "ellipsis"
+            least = _LONGEST_WORD if overflow == "fold" else None
+            table.add_column(name, justify="left" if name in texts else "right", overflow=overflow, min_width=least)
+        for row in (dict(zip(headers, row, strict=True)) for row in rows):
+            cells = (row[name] if console.is_terminal else row[name].replace("\n", ", ") for name in shown)
+            table.add_row(*map(Text, cells))
+        return table
+
+    shown, left_out = list[str](), list[str]()
+    for name, *cells in zip(headers, *rows, strict=True):
+        fits = not (shown and console.is_terminal) or _needed_width(console, table_of([*shown, name])) <= console.width
+        if any(cells):
+            (shown if fits else left_out).append(name)
+    table = table_of(shown)
+    if left_out:
+        table.caption, table.caption_justify = f"a wider terminal also shows {', '.join(left_out)}", "left"
+    return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table without cutting anything: only columns with overflow="fold" wrap, between words.
+
+    If the others do not fit, the lines are longer than those of the terminal, which breaks them.
+    """
+    needed = _needed_width(console, table)
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
+
+
+def _needed_width(console: Console, table: Table) -> int:
+    """Gives each column the width that it needs at least, or a smaller one that it has; returns that of the table."""
+    options, broken = console.options.update(width=_ANY_WIDTH), 0  # characters of words that are broken
+    for column in table.columns:
+        column.no_wrap = column.overflow != "fold"
+        sizes = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
+        needed = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+        column.min_width = min(needed, column.min_width or needed)
+        broken += needed - column.min_width
+    return console.measure(table, options=options).minimum - broken
 
 
 class ConsoleTracker(Tracker):
@@ -129,14 +181,17 @@ class ConsoleTracker(Tracker):
         self._completed_steps, self._total_steps, self._start_s = start_step, total_steps, time.monotonic()
         text = Text(announcement(self._run_dir, record, start_step, total_steps), style="bold")
         self._console.print(text, soft_wrap=True)
-        self._console.print(headline_table(statistics))
-        self._console.print(Text(f"more numbers: {COMMAND} show {self._run_dir}", style="dim"), soft_wrap=True)
+        print_table(self._console, headline_table(statistics))
+        more = f"more numbers: {command_line('show', str(self._run_dir))}"
+        self._console.print(Text(more, style="dim"), soft_wrap=True)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._metrics = {**self._metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
-        if evaluation := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
-            cells = [f"{metric_label(name.removeprefix('eval/'))} {value:.4f}" for name, value in evaluation.items()]
+        shown = shown_metrics(metrics)
+        self._metrics = {**self._metrics, **shown}  # a new dict: the drawing thread may be reading the old one
+        scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        if scores:
+            cells = [f"{metric_label(name)} {format_metric(value)}" for name, value in scores.items()]
             self._line(step, ["validation", *cells], style="green")
 
     @override
@@ -163,7 +218,7 @@ class ConsoleTracker(Tracker):
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self.close()
-        self._console.print(summary_table(values))
+        print_table(self._console, summary_table(values))
 
     @override
     def abandon(self) -> None:
@@ -180,14 +235,19 @@ class ConsoleTracker(Tracker):
 
 
 def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
-    """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ..."."""
-    if start_step:
-        source = record.get("resumed_from")
-        return f"resuming {run_dir} at step {start_step} of {total_steps}{f', {source}' if source else ''}"
-    config = flatten(record.get("config", {}))
-    changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE and path != "name"]
-    values = " ".join(f"{path}={format_value(config[path])}" for path in changed if path in config)
-    return f"new run {run_dir}{': ' if values else ''}{values}"
+    """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ...".
+
+    Both name the weights that the run began with: "init=runs/y@200".
+    """
+    config = config_leaves(record.get("config", {}))
+    changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE]
+    values = {path: config[path] for path in changed if path in config and path not in ("name", "init")}
+    if init := record.get("init"):
+        values["init"] = f"{init['run']}@{init['step']}" if init["step"] else init["run"]  # published weights have none
+    if not start_step:
+        return f"new run {run_dir}{':' * bool(values)}{''.join(f' {path}={text}' for path, text in values.items())}"
+    notes = [record.get("resumed_from"), f"which began with init={values['init']}" if init else None]
+    return ", ".join([f"resuming {run_dir} at step {start_step} of {total_steps}", *filter(None, notes)])
 
 
 class PlainTextTracker(ConsoleTracker):
@@ -245,10 +305,8 @@ class ProgressBarTracker(ConsoleTracker):
             text = Text(f"compiling the train step  {format_duration(time.monotonic() - self._start_s)}")
             return Spinner("dots", text)
         cells = [self._steps(self._completed_steps), *self._cells()]
-        available = self._console.width - _MIN_BAR_WIDTH
-        while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > available:
+        while (used := sum(len(cell) + 2 for cell in cells)) > self._console.width - _MIN_BAR_WIDTH and len(cells) > 1:
             del cells[-1]
-        used = sum(len(cell) + 2 for cell in cells)
         grid = Table.grid(padding=(0, 2, 0, 0))
         width = min(_BAR_WIDTH, self._console.width - used - 2)
         bar = ProgressBar(total=max(self._total_steps, 1), completed=self._completed_steps, width=width)
@@ -258,7 +316,7 @@ class ProgressBarTracker(ConsoleTracker):
     def _cells(self) -> list[str]:
         """Returns the cells after the bar; a narrow terminal drops the last ones."""
         metrics = self._metrics
-        cells = [f"loss {metrics['loss_mean']:.4f}"] if "loss_mean" in metrics else []
+        cells = [f"loss {format_metric(metrics['loss'])}"] if "loss" in metrics else []
         cells.append(f"eta {format_duration(self.eta_s())}")
         cells += [
             f"{format_count(value)} {metric_label(name)}" for name, value in metrics.items() if name.endswith("_per_s")

@@ -38,6 +38,11 @@ def format_short(value: float) -> str:
     return f"{value:.4g}"
 
 
+def format_metric(value: float) -> str:
+    """Formats a loss, bits per byte or another metric of an evaluation: four decimals, or four digits below 0.1."""
+    return f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.4g}"
+
+
 def format_percent(fraction: float) -> str:
     """Formats a fraction of one as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%"
@@ -86,6 +91,14 @@ def metric_label(name: str) -> str:
     return name.replace("_per_s", "/s").replace("_", " ")
 
 
+def shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns metrics as pages and tables show them: as `loss` the mean since the last logged step, `loss_mean`."""
+    shown = dict(metrics)
+    if "loss_mean" in shown:  # it is missing if all steps were skipped
+        shown["loss"] = shown.pop("loss_mean")
+    return shown
+
+
 def grouped_name(metric: str) -> str:
     """Returns a metric's name with its group: "train/loss", "eval/loss", "perf/mfu", "memory/rss_bytes"."""
     if "/" in metric:
@@ -108,7 +121,6 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     followed by a row for each of its `baselines[metric]`. Keys without a label come last, unchanged.
     """
     units = f"{values.get('modality', 'unit')}s"
-    format_metric: Callable[[float], str] = "{:.4f}".format
     labels: dict[str, tuple[str, Callable[[Any], str]]] = {
         "status": ("Status", str),
         "steps": ("Steps", format_number),

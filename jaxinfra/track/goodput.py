@@ -42,23 +42,14 @@ _LONGEST_S = 1e12  # a longer time is damage
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The state of an attempt at one moment.
+    """The state of an attempt at one moment."""
 
-    Attributes:
-        time_s: seconds since its start.
-        step: last completed step.
-        from_step: the step from which it goes on; None before that is known.
-        resumes: number of times that it has gone on from a step.
-        saves: number of checkpoints that it has begun to save.
-        seconds: of each class since its start.
-    """
-
-    time_s: float
-    step: int
-    from_step: int | None
-    resumes: int
-    saves: int
-    seconds: Mapping[str, float]
+    time_s: float  # seconds since its start
+    step: int  # last completed step
+    from_step: int | None  # the step from which it goes on; None before that is known
+    resumes: int  # number of times that it has gone on from a step
+    saves: int  # number of checkpoints that it has begun to save
+    seconds: Mapping[str, float]  # of each class since its start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +77,16 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Goodput:
-    """Where the time of one run, or of several, went.
+    """Where the time of one run, or of several, went."""
 
-    Attributes:
-        attempts: number of starts.
-        seconds: of each class.
-        intervals: the time line.
-        starts_s: of each attempt, in seconds since the first.
-        stops: the last step of each attempt that was asked to stop, and the reason.
-        stalls_s: how long each save has blocked the training.
-        save_intervals_s: training time between two saves.
-        restarts_s: time from the end of an attempt to the first step of the next one; only the latter part of it, from
-            the start on, of a run with one attempt.
-    """
-
-    attempts: int
-    seconds: Mapping[str, float]
-    intervals: Sequence[Interval] = ()
-    starts_s: Sequence[float] = ()
-    stops: Sequence[tuple[int, str]] = ()
-    stalls_s: Sequence[float] = ()
-    save_intervals_s: Sequence[float] = ()
-    restarts_s: Sequence[float] = ()
+    attempts: int  # number of starts
+    seconds: Mapping[str, float]  # of each class
+    intervals: Sequence[Interval] = ()  # the time line
+    starts_s: Sequence[float] = ()  # of each attempt, in seconds since the first
+    stops: Sequence[tuple[int, str]] = ()  # the last step of each attempt that was asked to stop, and the reason
+    stalls_s: Sequence[float] = ()  # how long each save has blocked the training
+    save_intervals_s: Sequence[float] = ()  # training time between two saves
+    restarts_s: Sequence[float] = ()  # from the end of one, or the start of the only one, to a first step
 
     @property
     def wall_s(self) -> float:

@@ -22,11 +22,21 @@ def rss_bytes() -> int:
 
 def available_bytes() -> float:
     """Returns the host memory that this process can still get, at most its container's; infinite where none tells."""
+    return _host_bytes("MemAvailable")
+
+
+def total_bytes() -> float:
+    """Returns the memory of the host with its swap, free or not, at most its container's; infinite where none tells."""
+    return _host_bytes("MemTotal", "SwapTotal")
+
+
+def _host_bytes(*fields: str) -> float:
     if not _MEMINFO.exists():
         return math.inf
-    fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+    found = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
     limits = [path.read_text().strip() for name in _LIMITS if (path := Path("/sys/fs/cgroup", name)).exists()]
-    return min([int(fields["MemAvailable"].split()[0]) * 1024.0, *(float(each) for each in limits if each != "max")])
+    of_host = sum(int(found[field].split()[0]) * 1024.0 for field in fields)
+    return min([of_host, *(float(each) for each in limits if each != "max")])
 
 
 def process_metrics() -> dict[str, float]:

@@ -4,10 +4,7 @@ A page needs no network and no server; the content security policy allows only i
 be written during a run, after a kill, or on another machine, from:
     run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
         statistics as [value, unit or formula]; `devices` and `host`; everything else is listed as the environment.
-    metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
-    samples.jsonl, optional: texts that the model wrote.
-    goodput.jsonl, optional: see `goodput`.
-    summary.json, optional: see `formatting.summary_rows`.
+    metrics.jsonl, samples.jsonl and summary.json (see `jsonl`) and goodput.jsonl, where they are there.
 """
 
 import base64
@@ -15,7 +12,8 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +21,37 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jaxinfra.config.text import format_value
+from jaxinfra.config.view import config_leaves
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
-from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
+from jaxinfra.track.formatting import (
+    flatten,
+    format_bytes,
+    format_metric,
+    format_number,
+    format_short,
+    metric_label,
+    shown_metrics,
+    summary_rows,
+)
 from jaxinfra.track.goodput import GOODPUT_FILE, Attempt, account, read_ledger
 from jaxinfra.track.runs import no_run_error
 from jaxinfra.track.timeline import COLUMNS, HEIGHT, timeline
 
 REPORT_FILE = "report.html"
+EVERY_S = 15.0
+"""Seconds between two pages of a run that goes on, and after which such a page loads itself again."""
 MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "peak", "baselines", "classes")
+_OF_CHECKPOINTS = ("guard", "interval", "evaluated")  # parts of a record that was lost, and written again from one
+_MAX_AGE_S = 3600.0  # of a page that loads itself again: the run may have been killed
 _SAMPLES = "Samples at evaluations"
 _SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
-_SCRIPTS = ("uPlot.iife.min.js", "report.js")
+_ASSETS = ("report.css", "uPlot.min.css", "uPlot.LICENSE", "uPlot.iife.min.js", "report.js")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +79,16 @@ class Table:
     folded_title: str = ""
 
 
-def write_report(run_dir: Path, *, is_running: bool = False) -> Path:
-    """Writes report.html into `run_dir` atomically and returns its path.
+def write_report(run_dir: Path, *, is_running: bool = False, check: Callable[[], None] = lambda: None) -> Path:
+    """Writes report.html into `run_dir` atomically, after `check`, and returns its path.
 
     Raises ConfigError without a run.json, StorageError if a file is damaged or the page cannot be written.
     """
     path, run = run_dir / REPORT_FILE, read_run(run_dir, is_running=is_running)
     with storage_errors(path):
-        write_bytes_atomic(path, render_report([run]).encode())
+        page = render_report([run]).encode()  # takes seconds for a long run
+        check()
+        write_bytes_atomic(path, page)
     return path
 
 
@@ -104,12 +118,12 @@ def _last_values(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Returns what a summary would say now, of a run that goes on or was killed."""
     last: dict[str, float] = {}
     for row in rows:
-        last.update(row)
+        last.update(shown_metrics(row))
     if not last:
         return {}
     validation = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
-    loss = last.get("loss_mean", last.get("loss"))
-    return {"steps": int(last["step"]), "wall_s": last.get("time_s"), "final_loss": loss, "validation": validation}
+    steps, loss = int(last["step"]), last.get("loss")
+    return {"steps": steps, "wall_s": last.get("time_s"), "final_loss": loss, "validation": validation}
 
 
 def render_report(runs: Sequence[RunFiles]) -> str:
@@ -118,22 +132,22 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    assets = {
-        name: loader.get_source(environment, name)[0]
-        for name in ("report.css", "uPlot.min.css", "uPlot.LICENSE", *_SCRIPTS)
-    }
-    scripts = [assets[name] for name in _SCRIPTS]
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    style, uplot_style, uplot_license, *scripts = (loader.get_source(environment, name)[0] for name in _ASSETS)
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
     charts = make_charts(curves)
-    only = runs[0] if len(runs) == 1 else None
+    only, names = runs[0] if len(runs) == 1 else None, [run.name for run in runs]
+    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
+    reload = {"everyMs": 1e3 * EVERY_S, "untilMs": 1e3 * (time.time() + _MAX_AGE_S)}
+    data = page_data(curves, charts.drawn) | {"reload": reload if only and only.state == "running" else None}
     return environment.get_template("report.html.jinja").render(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
-        style=assets["uPlot.min.css"] + assets["report.css"],
-        license=assets["uPlot.LICENSE"],
+        style=uplot_style + style,
+        license=uplot_license,
         scripts=scripts,
-        data=json.dumps(page_data(curves, charts.drawn), separators=(",", ":")).replace("<", "\\u003c"),
-        title=", ".join(run.name for run in runs),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        title=", ".join(names),
         runs=[
             {
                 "name": run.name,
@@ -150,7 +164,7 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         timeline_size=(COLUMNS, HEIGHT),
         tiles=_tiles(only) if only else [],
         comparisons=list(_comparisons(only.summary)) if only else [],
-        results=[] if only else [_results(runs)],
+        results=[] if only else [Table(title="Results", head=("", *names), rows=_by_key(results))],
         tables=[
             Table(title="Constant at all logged steps", head=("metric", "value"), rows=charts.constant),
             *(_own_tables(only) if only else _difference_tables(runs)),
@@ -158,27 +172,22 @@ def render_report(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     left_out = ("status", "error", "baselines", "report", "peak_flops_per_device", "peak_source")
     return summary_rows({key: value for key, value in run.summary.items() if key not in left_out})
 
 
-def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, float, float]]]]:
+def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, float]]]]:
     """Yields each validation metric with baselines: label, then (name, value, percentage of the largest), ascending."""
     for metric, own in (summary.get("validation") or {}).items():
         if others := (summary.get("baselines") or {}).get(metric):
             values = [each for each in [("this run", own), *others.items()] if math.isfinite(each[1])]
             largest = max((value for _, value in values), default=0.0) or 1.0
             values.sort(key=lambda each: each[1])
-            yield metric_label(metric), [(name, value, 100 * value / largest) for name, value in values]
+            yield metric_label(metric), [(name, format_metric(each), 100 * each / largest) for name, each in values]
 
 
 def _own_tables(run: RunFiles) -> Iterator[Table]:
-    """Yields the tables of the page of one run."""
     record = run.record
     samples = [(f"step {step:,}", text) for step, text in reversed(run.samples)]
     older = samples[_SHOWN_SAMPLES:][:_MAX_OLDER_SAMPLES]
@@ -188,9 +197,8 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
     derived = [(name, value, how) for name, (value, how) in _statistics(record).items()]
     yield Table(title="Run statistics", head=("statistic", "value", "unit or formula"), rows=derived)
     config = config_leaves(record.get("config", {}))
-    changed = [
-        (path, config[path], str(origin)) for path, origin in record.get("origins", {}).items() if path in config
-    ]
+    origins = record.get("origins", {}).items()
+    changed = [(path, config[path], str(origin)) for path, origin in origins if path in config]
     yield Table(
         title="Config, changed from the defaults",
         head=("field", "value", "set by"),
@@ -200,11 +208,6 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
         folded_title=f"All {len(config)} fields",
     )
     yield Table(title="Environment", head=(), rows=[*_texts(_environment(record)).items()])
-
-
-def _results(runs: Sequence[RunFiles]) -> Table:
-    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
-    return Table(title="Results", head=("", *(run.name for run in runs)), rows=_by_key(results))
 
 
 def _difference_tables(runs: Sequence[RunFiles]) -> Iterator[Table]:
@@ -243,7 +246,7 @@ def _hardware(run: RunFiles) -> dict[str, Any]:
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
+    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS + _OF_CHECKPOINTS})
 
 
 def _texts(leaves: Mapping[str, Any]) -> dict[str, str]:
@@ -257,20 +260,3 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return format_value(value) if value is None or isinstance(value, bool) else format_number(value)
-
-
-def config_leaves(value: Any, path: str = "") -> dict[str, str]:
-    """Flattens the config of a run record to the lines that `show` prints: path and value, as in an override.
-
-    A config object that was chosen among classes has a line of its own: the name of its class.
-    """
-    if isinstance(value, Mapping):
-        own = {path: str(value["kind"])} if path and "kind" in value else {}
-        parts = [(str(key), part) for key, part in value.items() if not (own and key == "kind")]
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        own, parts = {}, [(str(index), part) for index, part in enumerate(value)]
-    else:
-        return {path: format_value(tuple(value) if isinstance(value, list) else value)}
-    return own | {
-        key: text for name, part in parts for key, text in config_leaves(part, f"{path}.{name}".lstrip(".")).items()
-    }

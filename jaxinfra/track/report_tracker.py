@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
+from jaxinfra.errors import JaxinfraError, RunInUseError
 from jaxinfra.track.base import RunStatistics, Tracker
-from jaxinfra.track.report import write_report
+from jaxinfra.track.report import EVERY_S, write_report
 
-_FIRST_S, _EVERY_S = 15.0, 240.0  # seconds to the first report of a start, and at most between two
+_FIRST_S = 5.0  # seconds to the first report of a start
 _MAX_SHARE = 0.01  # of the time; making the page of a long run takes seconds
 
 _log = logging.getLogger(__name__)
@@ -20,9 +20,7 @@ _log = logging.getLogger(__name__)
 class ReportTracker(Tracker):
     """Writes report.html from the other files of the run, in a thread, so that no step waits for it.
 
-    Args:
-        run_dir: the folder of the files.
-        check: raises RunInUseError if another start has taken over the run, whose page is not replaced then.
+    If `check` raises RunInUseError, since another start has taken over the run, its page is not replaced.
     """
 
     def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None) -> None:
@@ -48,10 +46,12 @@ class ReportTracker(Tracker):
             self._ended.set()
             thread.join()
 
-    def _write(self, *, is_running: bool) -> None:
+    def _write(self, *, is_running: bool, check: Callable[[], None] = lambda: None) -> None:
         try:
             if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
-                write_report(self._run_dir, is_running=is_running)
+                write_report(self._run_dir, is_running=is_running, check=check)
+        except RunInUseError:
+            raise
         except JaxinfraError as error:  # the other files have the results
             _log.warning("%s", error)
 
@@ -60,10 +60,7 @@ class ReportTracker(Tracker):
         while not self._ended.wait(wait_s):
             start_s = time.monotonic()
             try:
-                self._check()
-                self._write(is_running=True)
+                self._write(is_running=True, check=self._check)
             except RunInUseError:  # the main thread raises it, too
                 return
-            except StorageError as error:  # of `_check`
-                _log.warning("%s", error)
-            wait_s = max(min(2 * wait_s, _EVERY_S), (time.monotonic() - start_s) / _MAX_SHARE)
+            wait_s = max(EVERY_S, (time.monotonic() - start_s) / _MAX_SHARE)

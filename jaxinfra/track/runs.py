@@ -1,17 +1,20 @@
 """Lists the runs of a folder with their state, progress and results. Imports no JAX."""
 
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from jaxinfra.config import read_record
-from jaxinfra.config.source import RECORD_FILE, similar_run
+from jaxinfra.config.source import RECORD_FILE, runs_of_config
+from jaxinfra.config.view import config_leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.atomic import read_file
 from jaxinfra.storage.errors import storage_errors
@@ -20,7 +23,7 @@ from jaxinfra.storage.json_lines import parse_json
 from jaxinfra.storage.lease import current_owner
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import fetch
-from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.track.formatting import shown_metrics
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, SUMMARY_FILE, metrics_row, read_summary
 
@@ -36,34 +39,24 @@ RUN_FILES = (
 )
 """The files that a resumed run goes on with; event files of TensorBoard are new ones at each start."""
 _STEPS = "checkpoints/[0-9]*"
+_NOT_COMPARED = ("name", "root", "track", "profile", "watchdog")  # say where a run writes, not what it trains
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOverview:
-    """One run of a folder.
+    """One run of a folder."""
 
-    Attributes:
-        path: directory or URL of the run.
-        state: "running", "finished", "stopped" (asked to stop, and saved), "failed" (an error ended it), "interrupted"
-            (a process of it was killed), or what is wrong with its files.
-        completed_steps: number of steps up to the last logged one.
-        total_steps: `train.steps` of its config.
-        loss: training loss at the last logged step, in nats, or None.
-        best_validation: smallest validation loss, in nats, or None.
-        units_per_s: throughput at the last logged step, in tokens or images, or None.
-        goodput: time of steps that were not lost, as a fraction of the time since the first start, or None.
-        age_s: seconds since the last change of its metrics or record, in a bucket since its last start.
-    """
-
-    path: str
-    state: str
-    completed_steps: int = 0
-    total_steps: int | None = None
-    loss: float | None = None
-    best_validation: float | None = None
-    units_per_s: float | None = None
-    goodput: float | None = None
-    age_s: float = 0.0
+    path: str  # directory or URL of the run
+    state: str  # "running", "finished", "stopped", "failed", "interrupted" (was killed), or what is wrong
+    completed_steps: int = 0  # number of steps up to the last logged one
+    total_steps: int | None = None  # `train.steps` of its config
+    loss: float | None = None  # training loss, the mean of the steps since a logged one, in nats
+    best_validation: float | None = None  # smallest validation loss, in nats
+    units_per_s: float | None = None  # throughput at the last logged step, in tokens or images
+    goodput: float | None = None  # time of steps that were not lost, as a fraction of all since the first start
+    age_s: float = 0.0  # since the last change of its metrics or record, in a bucket since its last start
+    source: str = ""  # the config file or record that it was started with
+    config: Mapping[str, str] = field(default_factory=dict)  # the text of each field by its path
 
 
 def list_runs(root: str | Path) -> list[RunOverview]:
@@ -72,14 +65,45 @@ def list_runs(root: str | Path) -> list[RunOverview]:
     Raises ConfigError if there is no such folder, StorageError if it cannot be read.
     """
     if is_remote(root):
-        url = str(root).rstrip("/")
-        overviews = [_remote_overview(f"{url}/{name}") for name in list_folders(url)]
-        return sorted((each for each in overviews if each is not None), key=lambda run: run.age_s)
+        runs, url = list[RunOverview](), str(root).rstrip("/")
+        for location in (f"{url}/{name}" for name in list_folders(url)):
+            with local_files(location) as folder:
+                if (folder / RECORD_FILE).exists():
+                    runs.append(run_overview(folder, location))
+        return sorted(runs, key=lambda run: run.age_s)
     if not Path(root).is_dir():
         raise ConfigError(f"{root}: no such folder; name the folder that holds runs, such as runs")
     folders = {record.parent for record in Path(root).glob(f"**/{RECORD_FILE}")}
     folders |= {step.parent.parent for step in Path(root).glob(f"**/{_STEPS}")}
     return sorted((run_overview(folder, str(folder)) for folder in folders), key=lambda run: run.age_s)
+
+
+def differences(runs: Sequence[RunOverview]) -> list[str]:
+    """Returns what differs in each run from the others of its config file: "peak_lr=0.003 train.steps=60".
+
+    A field is shown if the runs that have it have different values, but not in those that have the most common value.
+    """
+    counts = defaultdict[tuple[str, str], Counter[str]](Counter)  # of values, by config file and field
+    for run in runs:
+        for path, text in run.config.items():
+            counts[run.source, path][text] += 1
+
+    def differs(run: RunOverview, path: str) -> bool:
+        (usual, count), *others = counts[run.source, path].most_common(2)
+        is_usual = not others or (run.config[path] == usual and count > others[0][1])
+        return not is_usual and path.partition(".")[0] not in _NOT_COMPARED
+
+    return [
+        " ".join(f"{_short_name(path, run.config)}={text}" for path, text in run.config.items() if differs(run, path))
+        for run in runs
+    ]
+
+
+def _short_name(path: str, paths: Iterable[str]) -> str:
+    """Returns the shortest end of a path that no other path has, and that does not begin with an index."""
+    parts = path.split(".")
+    ends = (".".join(parts[start:]) for start in reversed(range(len(parts))) if not parts[start].isdigit())
+    return next((end for end in ends if sum(f".{each}".endswith(f".{end}") for each in paths) == 1), path)
 
 
 @contextmanager
@@ -89,13 +113,8 @@ def local_files(location: str) -> Iterator[Path]:
         yield Path(location)
         return
     with TemporaryDirectory(prefix="jaxinfra-run-") as folder:
-        fetch(ObjectStore(location), RUN_FILES, Path(folder))
+        fetch(location, RUN_FILES, Path(folder))
         yield Path(folder)
-
-
-def _remote_overview(url: str) -> RunOverview | None:
-    with local_files(url) as folder:
-        return run_overview(folder, url) if (folder / RECORD_FILE).exists() else None
 
 
 def run_overview(folder: Path, location: str) -> RunOverview:
@@ -115,11 +134,13 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         state=state,
         completed_steps=completed,
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
-        loss=last.get("loss_mean", last.get("loss")),
+        loss=summary.get("final_loss", shown_metrics(last).get("loss")),  # a stop may be between two logged steps
         best_validation=min(validations, default=None),
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
+        source=os.path.normpath(str(record.get("source", location))),
+        config=config_leaves(record["config"]),
     )
 
 
@@ -131,10 +152,9 @@ def _file_age_s(folder: Path) -> float:
 def _age_s(record: Mapping[str, Any]) -> float:
     """Returns the seconds since the last start of a run in a bucket; 0 if its record does not tell."""
     try:
-        created = datetime.fromisoformat(str(record["created"]))
+        return time.time() - datetime.fromisoformat(str(record["created"])).timestamp()
     except (KeyError, ValueError):
         return 0.0
-    return time.time() - created.timestamp()
 
 
 def record_of(location: str) -> str:
@@ -146,9 +166,10 @@ def record_of(location: str) -> str:
 
 def parse_source(source: str | Path) -> tuple[str, int | None]:
     """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
-    path, at, step = str(source).rpartition("@")
+    source = os.path.expanduser(source)
+    path, at, step = source.rpartition("@")
     has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
-    return (path, int(step)) if has_step else (str(source), None)
+    return (path, int(step)) if has_step else (source, None)
 
 
 def no_run_error(path: str | Path) -> ConfigError:
@@ -156,8 +177,8 @@ def no_run_error(path: str | Path) -> ConfigError:
     if not is_remote(path) and any(Path(path).glob(_STEPS)):
         fix = "it has checkpoints: start the command of the run again, which writes it anew"
         return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
-    similar = None if is_remote(path) else similar_run(Path(path))
-    fix = f"did you mean {similar}?" if similar else "name the directory of a run, such as runs/quickstart"
+    similar = [] if is_remote(path) else runs_of_config(Path(path))
+    fix = f"did you mean {similar[0]}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
 
 

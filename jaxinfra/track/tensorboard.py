@@ -23,7 +23,7 @@ from tensorboardX.summary import text as text_summary
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.base import FileTracker, RunStatistics
-from jaxinfra.track.formatting import flatten, grouped_name, statistics_markdown
+from jaxinfra.track.formatting import flatten, grouped_name, shown_metrics, statistics_markdown
 
 _events: Any = event_pb2  # protobuf makes its classes on import, invisible to type checkers
 _summaries: Any = summary_pb2
@@ -55,9 +55,8 @@ class TensorBoardTracker(FileTracker):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [
-            _summaries.Summary.Value(tag=grouped_name(name), simple_value=value) for name, value in metrics.items()
-        ]
+        shown = shown_metrics(metrics).items()
+        values = [_summaries.Summary.Value(tag=grouped_name(name), simple_value=value) for name, value in shown]
         self._add(step, summary=_summaries.Summary(value=values))
 
     @override
@@ -69,7 +68,6 @@ class TensorBoardTracker(FileTracker):
         self._add_code(step, "profile", text)
 
     def _add_code(self, step: int, name: str, code: str) -> None:
-        """Adds a text as a code block in Markdown."""
         self._add(step, summary=text_summary(name, indent(code, "    ", lambda line: True)))
 
     def _add(self, step: int, **content: object) -> None:

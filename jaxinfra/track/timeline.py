@@ -1,7 +1,7 @@
 """Lays out the time line of the report: what a run did over all its starts, as columns of equal time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxinfra.track.formatting import format_duration, format_number, format_percent
 from jaxinfra.track.goodput import CLASSES, Goodput
@@ -24,23 +24,14 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """The time line of a run.
+    """The time line of a run."""
 
-    Attributes:
-        bars: the parts of the columns.
-        starts: the position of each start after the first.
-        legend: class and label, of those that the run has.
-        end: the time at the right end, in words.
-        text: what the picture shows, in words.
-        rows: of the table: class, seconds, share.
-    """
-
-    bars: Sequence[Bar]
-    starts: Sequence[float]
-    legend: Sequence[tuple[str, str]]
-    end: str
-    text: str
-    rows: Sequence[tuple[str, str, str]]
+    bars: Sequence[Bar]  # the parts of the columns
+    starts: Sequence[float]  # the position of each start after the first
+    legend: Sequence[tuple[str, str]]  # class and label, of those that the run has
+    end: str  # the time at the right end, in words
+    text: str  # what the picture shows, in words
+    rows: Sequence[tuple[str, str, str]]  # of the table: class, seconds, share
 
 
 def timeline(run: Goodput) -> Timeline:
@@ -85,14 +76,11 @@ def _column(column: int, share: Mapping[str, float]) -> list[Bar]:
 
 def _merged(bars: Sequence[Bar]) -> list[Bar]:
     """Makes one bar of neighbors that look the same."""
-    merged: dict[tuple[str, float, float], Bar] = {}
-    done = []
+    merged: dict[tuple[str, float, float], list[Bar]] = {}  # of each look, from left to right
     for bar in bars:
-        key = bar.kind, bar.y, bar.height
-        before = merged.pop(key, None)
-        if before is not None and before.x + before.width == bar.x:
-            bar = Bar(x=before.x, y=bar.y, width=before.width + 1, height=bar.height, kind=bar.kind, text=bar.text)
-        elif before is not None:
-            done.append(before)
-        merged[key] = bar
-    return [*done, *merged.values()]
+        alike = merged.setdefault((bar.kind, bar.y, bar.height), [])
+        if alike and alike[-1].x + alike[-1].width == bar.x:
+            alike[-1] = replace(alike[-1], width=alike[-1].width + 1)
+        else:
+            alike.append(bar)
+    return [bar for alike in merged.values() for bar in alike]

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, override
 
+from jaxinfra.command import command_line
+from jaxinfra.config import diff
 from jaxinfra.config.extensible import is_user_class
+from jaxinfra.config.text import format_value
 from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.packages import require_optional
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
-from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.config import Mlflow, TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.mlflow import MLflowRun
@@ -30,9 +33,7 @@ _log = logging.getLogger(__name__)
 class MultiTracker(Tracker):
     """Passes everything to each tracker in order; a context manager that closes them.
 
-    Args:
-        trackers: the trackers.
-        check: raises RunInUseError if another start has taken over the run; then the trackers are abandoned.
+    If `check` raises RunInUseError, since another start has taken over the run, the trackers are abandoned.
     """
 
     def __init__(self, trackers: Sequence[Tracker] = (), check: Callable[[], None] = lambda: None) -> None:
@@ -123,7 +124,6 @@ class MultiTracker(Tracker):
                 raise lost
 
     def _find_loss(self) -> RunInUseError | None:
-        """Returns the error of a start that has lost its run."""
         try:
             self._check()
         except RunInUseError as error:
@@ -150,13 +150,9 @@ class MultiTracker(Tracker):
 def make_trackers(
     config: TrackConfig, run_dir: Path, location: str | None = None, check: Callable[[], None] = lambda: None
 ) -> MultiTracker:
-    """Makes the trackers of a run, the report included; `start` opens their files.
+    """Makes the trackers of a run, the report included; `start` opens their files in `run_dir`.
 
-    Args:
-        config: which trackers.
-        run_dir: the folder of their files.
-        location: where the run is, for people; `run_dir` by default.
-        check: raises RunInUseError if another start has taken over the run.
+    `location` says where the run is, by default there; `check` raises RunInUseError if another start has taken it over.
     """
     trackers: list[Tracker] = []
     if config.jsonl:
@@ -172,15 +168,22 @@ def make_trackers(
         setting = f"project={config.wandb.project}"
         trackers.append(RemoteTracker(WandbRun(config.wandb, run_dir), "track.wandb", setting, announce=announce))
     if config.mlflow.uri is not None:
-        require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
-        setting = f"uri={config.mlflow.uri}"
-        trackers.append(RemoteTracker(MLflowRun(config.mlflow, run_dir), "track.mlflow", setting, announce=announce))
+        trackers.append(mlflow_tracker(config.mlflow, run_dir, location or str(run_dir), announce=announce))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, location or run_dir))
     elif config.console != "off":
         trackers.append(PlainTextTracker(console, location or run_dir, config.log_every))
     return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)], check)
+
+
+def mlflow_tracker(config: Mlflow, run_dir: Path, location: str, *, announce: bool = True) -> RemoteTracker:
+    """Makes the tracker of MLflow, whose `sync` sends later what the server has not got."""
+    require_optional("mlflow", needed_by="track.mlflow", install="jaxinfra[mlflow]")
+    remote, setting = MLflowRun(config, run_dir), f"uri={config.uri}"
+    fields = [f"track.mlflow.{each.path}={format_value(each.right)}" for each in diff(Mlflow(), config)]
+    command = command_line("runs", "sync", location, *fields)  # works if a start that does not train has set them, too
+    return RemoteTracker(remote, "track.mlflow", setting, announce=announce, run_dir=run_dir, sync_command=command)
 
 
 def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:

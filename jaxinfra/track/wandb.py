@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, override
-from uuid import uuid4
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.track.base import RunStatistics
@@ -36,7 +35,7 @@ class WandbRun(RemoteRun):
             mode=config.mode,
             name=self._run_dir.name,
             dir=self._run_dir,
-            id=remote_id(self._run_dir / "wandb.json", target, create=lambda: uuid4().hex[:8]),
+            id=remote_id(self._run_dir / "wandb.json", target, lambda key: key[:8]),
             resume="allow",
             config={**record["config"], "derived": {name: value for name, (value, _) in statistics.items()}},
             allow_val_change=True,
@@ -54,7 +53,7 @@ class WandbRun(RemoteRun):
             self._run.log({"step": row.step, **row.metrics, **texts})
 
     @override
-    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+    def finish(self, status: str, summary: Mapping[str, Any], end_ms: int | None = None) -> None:
         self._run.summary.update(dict(summary))
         if status == "stopped":
             self._run.mark_preempting()

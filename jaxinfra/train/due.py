@@ -11,21 +11,13 @@ type Save = Literal["asked", "checkpoint", "copy"]
 
 
 class Due(NamedTuple):
-    """What follows a step, in this order.
+    """What follows a step, in this order."""
 
-    Attributes:
-        log: whether its metrics are logged, once the devices have computed it.
-        profile: whether a profile ends.
-        evaluation: whether the parameters are evaluated.
-        replicas: whether the copies of the state on several devices are compared.
-        save: what is saved, if anything.
-    """
-
-    log: bool = False
-    profile: bool = False
-    evaluation: bool = False
-    replicas: bool = False
-    save: Save | None = None
+    log: bool = False  # whether its metrics are logged, once the devices have computed it
+    profile: bool = False  # whether a profile ends
+    evaluation: bool = False  # whether the parameters are evaluated
+    replicas: bool = False  # whether the copies of the state on several devices are compared
+    save: Save | None = None  # what is saved, if anything
 
     @property
     def waits(self) -> bool:

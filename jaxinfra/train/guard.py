@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxinfra.errors import NonFiniteError
 from jaxinfra.run import GuardConfig
+from jaxinfra.track.formatting import format_metric
 
 _log = logging.getLogger(__name__)
 _TO_STANDARD = 1.4826
@@ -35,19 +36,12 @@ class Rewind(NonFiniteError):
 
 
 class Decision(NamedTuple):
-    """A decision to go back.
+    """A decision to go back."""
 
-    Attributes:
-        step: number of steps that were completed then.
-        to: number of completed steps of the checkpoint that the run goes back to; 0 for its start.
-        skip: the range of batches, from the first to one past the last, that are left out from now on.
-        cause: what was bad.
-    """
-
-    step: int
-    to: int
-    skip: tuple[int, int]
-    cause: str
+    step: int  # number of steps that were completed then
+    to: int  # number of completed steps of the checkpoint that the run goes back to; 0 for its start
+    skip: tuple[int, int]  # the range of batches, from the first to one past the last, that are left out from now on
+    cause: str  # what was bad
 
 
 class Guard:
@@ -88,7 +82,8 @@ class Guard:
         deviation = max(deviation, _LEAST_DEVIATION * abs(middle))
         if loss <= middle + self._config.spike * deviation:
             return None
-        return f"the loss {loss:.4f} is {(loss - middle) / deviation:.1f} deviations above its median {middle:.4f}"
+        above = f"{(loss - middle) / deviation:.1f} deviations above its median {format_metric(middle)}"
+        return f"the loss {format_metric(loss)} is {above}"
 
 
 def with_decisions(

@@ -4,23 +4,29 @@ Steps are timed by when they finish: JAX dispatches a step long before it runs.
 """
 
 import time
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops, units_per_step
 
 
 class Interval:
-    """The steps since the last log: their losses, their time, and how long they waited for data."""
+    """The steps since the last log: their losses, their time, and how long they waited for data.
+
+    `history` is what a checkpoint keeps of them, as JSON, so that their mean loss does not depend on restarts.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self._since_s: float | None = None  # the end of the last step; None after a pause
         self._num_timed, self._timed_s = 0, 0.0
-        self._losses: list[float] = []
-        self._num_skipped = 0
+        self.resume({})
         self._waited_s = 0.0  # `waited_s` at the last log
+
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint that was saved with this record; that of an older version has no history."""
+        self.history: dict[str, Any] = {"loss_sum": 0.0, "losses": 0, "skipped": 0, **record.get("interval", {})}
 
     def finish_step(self) -> None:
         """Times a step that ends now, unless it is the first one after a pause, whose start is unknown."""
@@ -32,10 +38,16 @@ class Interval:
 
     def add(self, loss: float, *, skipped: bool) -> None:
         """Adds the loss of the step that was finished last; that of a skipped step may not be finite."""
+        old = self.history  # stays as it is: a thread may still be writing it
         if skipped:
-            self._num_skipped += 1
-        else:
-            self._losses.append(loss)
+            self.history = {**old, "skipped": old["skipped"] + 1}
+        else:  # one by one, so that the sum has the same bits after a restart
+            self.history = {**old, "loss_sum": old["loss_sum"] + loss, "losses": old["losses"] + 1}
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean loss of the steps so far; None if there is none, or all were skipped."""
+        return self.history["loss_sum"] / self.history["losses"] if self.history["losses"] else None
 
     def pause(self) -> None:
         """Leaves out the time until the next step ends, for evaluation and compilation."""
@@ -48,11 +60,11 @@ class Interval:
         """
         values = {"data_wait_s": waited_s - self._waited_s}
         self._waited_s = waited_s
-        if self._losses:
-            values["loss_mean"] = float(np.mean(self._losses))
-        if self._num_skipped:
-            values["skipped_steps"] = self._num_skipped
-        self._losses, self._num_skipped = [], 0
+        if (mean := self.mean_loss) is not None:
+            values["loss_mean"] = mean
+        if self.history["skipped"]:
+            values["skipped_steps"] = self.history["skipped"]
+        self.resume({})
         if self._num_timed:
             values["step_time_s"] = step_time_s = self._timed_s / self._num_timed
             self._num_timed, self._timed_s = 0, 0.0

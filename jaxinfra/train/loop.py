@@ -26,11 +26,11 @@ class Loop:
         completed_steps: number of steps that the state was trained for.
         reporting: waits for the dispatched steps, and logs them.
         profiler: profiles some of the steps.
+        waiting: waits for the batches, and counts the seconds.
         requests: says when to save or to stop, because a signal or another process has asked for it.
         check_owner: raises RunInUseError if another start has taken over the run.
         after_step: does what is due after a step, given its metrics.
         save: saves a checkpoint of the last step, which somebody has asked for while a batch is late.
-        waiting: waits for the batches, and counts the seconds.
     """
 
     job: Job
@@ -38,16 +38,13 @@ class Loop:
     completed_steps: int
     reporting: Reporting
     profiler: Profiler
+    waiting: Waiting
     requests: RunSignals
     _: KW_ONLY
     check_owner: Callable[[], None]
     after_step: Callable[[Due, Metrics], None]
     save: Callable[[], None]
-    waiting: Waiting = field(init=False)
     _has_stepped: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.waiting = Waiting(self.reporting)
 
     def run(self, poll: Poll, last_step: int) -> str | None:
         """Makes all steps, with the batches of `poll`; returns the reason to stop before the last one, or None."""

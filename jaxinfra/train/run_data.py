@@ -50,7 +50,7 @@ class RunData:
         return dataset
 
     def check_host_memory(self) -> None:
-        """Raises ConfigError, in all processes, if a host has too little memory for the batches of its processes.
+        """Raises ConfigError if the host has too little memory for the batches of its processes.
 
         On CPUs the memory of the devices is that of the host: batches on devices and the train state count, too.
         """
@@ -59,13 +59,18 @@ class RunData:
         if self._program.partitioner.platform == "cpu":
             ahead += DEPTH
             state_bytes = sum(_local_bytes(array, copies=True) for array in jax.tree.leaves(self._program.state))
-        needs = self._peers.gather(((ahead + 1) * batch_bytes, state_bytes, available_bytes()))
-        for host in dict.fromkeys(self._peers.hosts):
-            of_host = [need for need, each in zip(needs, self._peers.hosts, strict=True) if each == host]
-            batches, state = (sum(need[part] for need in of_host) for part in (0, 1))
-            available = of_host[0][2]
-            if batches + state > available:
-                raise ConfigError(_too_large(self._run.train.global_batch, batches, state, available, host))
+        host, available = self._peers.hosts[self._peers.index], available_bytes()
+        sharing = self._peers.hosts.count(host)
+        batches, state = sharing * (ahead + 1) * batch_bytes, sharing * state_bytes
+        if batches + state <= available:
+            return
+        for_state = f" and {format_bytes(state)} for the train state" if state else ""
+        needed = f"{format_bytes(batches)} for batches{for_state}"
+        where = f"{host}: {format_bytes(available)} of memory are available, and its processes need {needed}"
+        if state > batches:
+            raise ConfigError(f"{where}; use a smaller model, or more hosts")
+        batch = self._run.train.global_batch
+        raise ConfigError(f"train.global_batch={batch}: {where}; use a smaller train.global_batch, or more hosts")
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -106,15 +111,6 @@ class RunData:
         check_batch(batch, self._run.data, len(self.rows))
         shardings = {name: array.sharding for name, array in self._program.validation_batch.items()}
         return to_global(batch, shardings, global_batch=self._run.train.global_batch)
-
-
-def _too_large(global_batch: int, batches: int, state: int, available: int, host: str) -> str:
-    for_state = f" and {format_bytes(state)} for the train state" if state else ""
-    needed = f"{format_bytes(batches)} for batches{for_state}"
-    where = f"{host}: {format_bytes(available)} of memory are available, and its processes need {needed}"
-    if state > batches:
-        return f"{where}; use a smaller model, or more hosts"
-    return f"train.global_batch={global_batch}: {where}; use a smaller train.global_batch, or more hosts"
 
 
 def _local_bytes(array: jax.ShapeDtypeStruct, *, copies: bool) -> int:

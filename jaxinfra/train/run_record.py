@@ -1,5 +1,6 @@
 """Collects what a run writes about itself: the contents of run.json, and the metrics of summary.json."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from jaxinfra.config import Loaded, diff, fingerprint, record, write_record
 from jaxinfra.config.classes import source_of, user_classes
 from jaxinfra.config.codec import encode
-from jaxinfra.config.folder import loaded_files
+from jaxinfra.config.folder import LOADED_FILES
 from jaxinfra.data.interfaces import Dataset
+from jaxinfra.errors import JaxinfraError
 from jaxinfra.machine.environment import code_digest, git_state, host_state, module_digests, package_versions
 from jaxinfra.machine.peak_flops import peak_flops
 from jaxinfra.processes.devices import device_memory
@@ -23,9 +25,10 @@ from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.base import RunStatistics
-from jaxinfra.track.formatting import flatten
+from jaxinfra.track.formatting import flatten, shown_metrics
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.report import REPORT_FILE, write_report
+from jaxinfra.track.tracker import mlflow_tracker
 from jaxinfra.train.guard import Decision, with_decisions
 from jaxinfra.train.job import Job
 from jaxinfra.train.statistics import units_per_step
@@ -34,6 +37,7 @@ from jaxinfra.user_code import user_modules
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 """The packages whose versions decide the numbers of a run."""
 
+_log = logging.getLogger(__name__)
 _FIELDS_OF_A_HOST = ("store", "recipe", "threads", "prefetch_bytes", "compile_cache")  # may differ between processes
 
 
@@ -119,7 +123,7 @@ def require_equal_processes(peers: Peers, loaded: Loaded[Run], dataset: Dataset)
 
 def user_code_digests(run: Run) -> dict[str, str]:
     """Returns a hash of each module of the user that has been imported, and of each file with a class of the config."""
-    files = user_modules() | loaded_files() | {cls.__module__: source_of(cls)["file"] for cls in user_classes(run)}
+    files = user_modules() | LOADED_FILES | {cls.__module__: source_of(cls)["file"] for cls in user_classes(run)}
     return module_digests(files)
 
 
@@ -135,21 +139,23 @@ def make_summary(
     wall_s: float,
     eval_metrics: Mapping[str, float],
     peak: Mapping[str, Any],
+    loss: float | None = None,
 ) -> dict[str, Any]:
     """Returns the contents of summary.json.
 
     `reason` is why the run has stopped before its last step, None if it has made that step. `wall_s` are the seconds of
     this start. `eval_metrics` are those of the last evaluation, as "eval/NAME", and `peak` is as of `find_peak`.
+    `loss` is the mean of the steps since the last logged one, if there are any.
     """
     rows, modality = existing_metrics(job.run_dir), job.run.data.modality  # such as "token"
-    losses = [row.get("loss_mean", row["loss"]) for row in rows if "loss" in row]  # means since the row before
+    losses = [shown_metrics(row)["loss"] for row in rows if "loss" in row]
     logged_s = rows[-1].get("time_s", 0.0) if rows else 0.0  # of all starts, unlike `wall_s`
     return {
         "status": "finished" if reason is None else "stopped",
         "steps": completed_steps,
         "modality": modality,
         "wall_s": max(wall_s, logged_s),
-        "final_loss": losses[-1] if losses else None,
+        "final_loss": losses[-1] if loss is None and losses else loss,
         f"{modality}s_per_s_median": _median(rows, f"{modality}s_per_s"),
         "mfu_median": _median(rows, "mfu"),
         "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
@@ -177,7 +183,20 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
         with storage_errors(run_dir.path):
             JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
         write_report(run_dir.path)
-    return run_dir.finished_summary(completed_steps)
+    if run_dir.record.exists() and not run_dir.report.exists() and not run_dir.is_remote:
+        write_report(run_dir.path)
+    return {**run_dir.summary(), "steps": completed_steps, "status": "finished before"}
+
+
+def sync_finished(job: Job, summary: Mapping[str, Any]) -> None:
+    """Sends MLflow what it lacks of a run that is finished; warns if that fails."""
+    run_dir = job.run_dir
+    if (config := job.run.track.mlflow).uri is not None:
+        tracker = mlflow_tracker(config, run_dir.path, run_dir.location)
+        try:
+            tracker.sync(run_dir.existing_record(), {**summary, "status": "finished"})
+        except JaxinfraError as error:
+            _log.warning("%s", error)
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

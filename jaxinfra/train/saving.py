@@ -108,7 +108,7 @@ class Saving(ClosedOnExit):
         save_checkpoint = partial(self.checkpoints.save, step, state, record, metrics=metrics, force=force)
         is_last = step == self._program.run.train.steps  # no copy then: the run ends with a checkpoint
         if self._copies is not None and self._config.due_after(step) == "copy" and not (force or is_last):
-            self._copies.save(step, state, {"guard": record["guard"]}, self._identity)
+            self._copies.save(step, state, {key: record[key] for key in ("guard", "interval")}, self._identity)
         if force or self._config.due_after(step) == "checkpoint":
             try:  # waits for the save before this one; if that has failed, this one starts all the same
                 self.checkpoints.wait_until_finished()

@@ -26,6 +26,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, join_location
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.job import Job
+from jaxinfra.train.memory_check import check_evaluation, out_of_memory_errors
 from jaxinfra.train.phases import Phases
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import existing_metrics, require_equal_processes
@@ -63,11 +64,10 @@ class Trainer:
         if not isinstance(run, Run | Loaded):
             raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
         loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
-        validate(loaded.run)
         devices = all_devices()
         self.run = with_mesh_size(loaded.run, len(devices))
         validate(self.run)
-        texts = Texts(self.run)
+        texts = Texts(self.run, loaded)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
         peers = current_peers()
         self.run_dir = RunDirectory(join_location(self.run.root, self.run.name), peers)
@@ -111,7 +111,9 @@ class Trainer:
         """
         if (state := self._look_again()) is None:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
-        metrics = evaluate(self.job, state, self.completed_steps, Phases())
+        with out_of_memory_errors(self.job):
+            check_evaluation(self.job)
+            metrics = evaluate(self.job, state, self.completed_steps, Phases())
         assert metrics is not None, "without `stops`, nothing ends an evaluation early"
         return metrics
 

@@ -16,7 +16,6 @@ import jax
 
 from jaxinfra.config import Difference, fingerprint, write_record
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import NonFiniteError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.inference.trained_params import load_params
@@ -29,58 +28,51 @@ from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.due import Due, Save
+from jaxinfra.train.duration import keep_step_time, time_statistic
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.guard import Rewind
 from jaxinfra.train.job import Job
 from jaxinfra.train.loop import Loop
+from jaxinfra.train.memory_check import check_step, out_of_memory_errors
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
-from jaxinfra.train.run_record import existing_metrics, find_peak, finished_before, make_summary, start_record
+from jaxinfra.train.run_record import (
+    existing_metrics,
+    find_peak,
+    finished_before,
+    make_summary,
+    start_record,
+    sync_finished,
+)
 from jaxinfra.train.saving import Restored, Saving
 from jaxinfra.train.skipped import SkippedSamples
 from jaxinfra.train.statistics import run_statistics
+from jaxinfra.train.waiting import Waiting, input_bound_warning
 from jaxinfra.train.watch import Watch
 
 _log = logging.getLogger(__name__)
 
 
 class Ended(NamedTuple):
-    """How a training has ended.
+    """How a training has ended."""
 
-    Attributes:
-        summary: the contents of summary.json.
-        step: number of completed steps.
-        state: the train state after them; None if an earlier start has made all steps.
-        reason: why the training has stopped before the last step; None if it has made that step.
-    """
-
-    summary: dict[str, Any]
-    step: int
-    state: TrainState | None = None
-    reason: str | None = None
+    summary: dict[str, Any]  # the contents of summary.json
+    step: int  # number of completed steps
+    state: TrainState | None = None  # the train state after them; None if an earlier start has made all steps
+    reason: str | None = None  # why the training has stopped before the last step; None if it has made that step
 
 
 class Opened(NamedTuple):
-    """Holds the parts that stay open from the first step of a start to its last one, also if the run goes back.
+    """Holds the parts that stay open from the first step of a start to its last one, also if the run goes back."""
 
-    Attributes:
-        requests: says when to stop, or to save and go on.
-        watch: ends the training if it hangs.
-        profiler: profiles some of the steps.
-        saving: saves and restores checkpoints and copies of the state.
-        numerics: checks losses and parameters, and keeps the decisions to go back.
-        peak: FLOP/s of one device, and where that number is from.
-        changes: the changes of the config between the starts of the run, for the run record.
-    """
-
-    requests: RunSignals
-    watch: Watch
-    profiler: Profiler
-    saving: Saving
-    numerics: Numerics
-    peak: Mapping[str, Any]
-    changes: Sequence[Mapping[str, Any]]
+    requests: RunSignals  # says when to stop, or to save and go on
+    watch: Watch  # ends the training if it hangs
+    profiler: Profiler  # profiles some of the steps
+    saving: Saving  # saves and restores checkpoints and copies of the state
+    numerics: Numerics  # checks losses and parameters, and keeps the decisions to go back
+    peak: Mapping[str, Any]  # FLOP/s of one device, and where that number is from
+    changes: Sequence[Mapping[str, Any]]  # the changes of the config between the starts of the run, for the run record
 
 
 def train(job: Job) -> Ended:
@@ -107,7 +99,10 @@ def train(job: Job) -> Ended:
         newest = saving.checkpoints.newest(saving.checkpoints.manifest)
         step, record = (0, {}) if newest is None else (newest[0], newest[1].record)
         if step > run.train.steps or (step == run.train.steps and not lacks_evaluation(job, step, record)):
-            return Ended(peers.broadcast(finished_before(job, step) if job.is_main else None), step)
+            summary = peers.broadcast(finished_before(job, step) if job.is_main else None)
+            if job.is_main:
+                sync_finished(job, summary)  # which the others need not wait for
+            return Ended(summary, step)
         if job.is_main:
             saving.check_space()
             before_owned_ends.callback(watch.ledger.close)
@@ -119,7 +114,7 @@ def train(job: Job) -> Ended:
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
         opened = Opened(requests, watch, profiler, saving, numerics, peak, changes)
-        with peers.naming_causes(), job.program.on_mesh:
+        with peers.naming_causes(), job.program.on_mesh, out_of_memory_errors(job):
             while True:
                 trackers = MultiTracker()  # logs nothing: only process 0 does
                 if owned is not None:
@@ -201,7 +196,8 @@ class Training:
             owned.check()
             write_record(job.run_dir.record, self._record)
         record = self._record | ({"resumed_from": restored.source} if restored.source else {})
-        trackers.start(record, statistics, start_step=step, total_steps=job.run.train.steps)
+        time_left = time_statistic(job.program, job.run.train.steps - step) if job.is_main else {}
+        trackers.start(record, {**statistics, **time_left}, start_step=step, total_steps=job.run.train.steps)
         self._batches = job.data.training_batches(self._numerics.train_config, step)
         self._skipped = SkippedSamples(
             job.run_dir.path, job.peers, self._batches, start_step=step, is_on=job.run.data.on_damage == "skip"
@@ -209,12 +205,14 @@ class Training:
         self._reporting = Reporting(
             job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
+        self._reporting.interval.resume(restored.record)
         self.loop = Loop(
             job,
             restored.state,
             step,
             self._reporting,
             opened.profiler,
+            Waiting(self._reporting),
             opened.requests,
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
@@ -233,7 +231,9 @@ class Training:
         summary = None
         if job.is_main:
             wall_s = time.monotonic() - start_s
-            summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, self._opened.peak)
+            mean, peak = self._reporting.interval.mean_loss, self._opened.peak
+            summary = make_summary(job, loop.completed_steps, reason, wall_s, self._eval_metrics, peak, mean)
+            keep_step_time(job.program, self._phases.median_step_s())
         summary = job.peers.broadcast(summary)
         self._trackers.log_summary(summary)
         return Ended(summary, loop.completed_steps, loop.state, reason)
@@ -243,6 +243,9 @@ class Training:
         if not self._is_evaluated:
             self._is_evaluated = self._evaluate()
         self._phases.enter("step")
+        if self._phases.resumes == 1:  # else the run has gone back, and its steps have fitted
+            with self._phases("compile"):
+                check_step(self._job)
         loop, reporting, last_step = self.loop, self._reporting, self._job.run.train.steps
         with Prefetcher(self._batches, self._job.data.place) as on_devices:
             start_s = time.monotonic()
@@ -287,7 +290,8 @@ class Training:
             if metrics is not None:
                 self._numerics.require_finite(step, metrics)
             self._numerics.check_before_save(step, state)
-        record = self._record | {"guard": self._numerics.guard.history, "evaluated": self._is_evaluated}
+        history = {"guard": self._numerics.guard.history, "interval": self._reporting.interval.history}
+        record = self._record | history | {"evaluated": self._is_evaluated}
         new = self._eval_metrics if self._eval_step == step else {}
         new = {name.removeprefix("eval/"): value for name, value in new.items()}
         if self._saving.save(step, state, record, metrics=new, force=what == "asked"):
@@ -318,7 +322,7 @@ class Training:
 
     def _sample(self) -> str | None:
         """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""
-        if self._job.run.track.sample_prompt is None:
+        if self._job.texts.prompt is None:
             return None
         with self._phases("sample"):
             return self._job.texts.sample(evaluated_params(self.loop.state))

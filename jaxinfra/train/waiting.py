@@ -1,7 +1,7 @@
 """Waits for the batch of the next step, and counts the seconds in which the devices have nothing to do meanwhile."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
@@ -16,6 +16,12 @@ type Poll = Callable[[float], NextBatch | None]
 LATE_S = 0.1
 """How long the loop waits for a batch that is late before it looks at requests again."""
 _BUSY_S = 0.001  # how long it waits before it looks whether the devices are still busy
+MAX_WAIT_FRACTION = 0.05  # a run that waits for data for a larger fraction of its time gets a warning
+_FIXES = {  # what to suggest for each slow stage of the input pipeline
+    "reading": "use a store nearer to this machine, or more data.threads",
+    "decoding": "use more data.threads, if there are cores for them",
+    "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
+}
 
 
 class Waiting:
@@ -49,3 +55,18 @@ class Waiting:
         self._reporting.data_wait_s += late_s
         if is_first:
             self.first_s = late_s
+
+
+def input_bound_warning(wait_s: float, wall_s: float, stage_times_s: Mapping[str, float]) -> str | None:
+    """Returns a warning if a run of `wall_s` seconds waited for batches, else None.
+
+    It names the slowest stage and its fix. `stage_times_s` are divided by the number of threads of the stage.
+    """
+    if wait_s <= MAX_WAIT_FRACTION * wall_s:
+        return None
+    slowest = max(stage_times_s, key=stage_times_s.__getitem__)
+    times = ", ".join(f"{stage} {time_s:.1f} s" for stage, time_s in stage_times_s.items())
+    return (
+        f"input-bound: waited {wait_s:.1f} s of {wall_s:.1f} s ({wait_s / wall_s:.0%}) for batches; {slowest} is "
+        f"the slowest stage ({times}); {_FIXES[slowest]}"
+    )

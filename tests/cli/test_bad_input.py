@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.cli.arguments import COMMANDS
+from jaxinfra.cli.main import main
 from jaxinfra.config import Loaded, record
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.lease import Owner, hold
@@ -26,6 +28,21 @@ def test_missing_store_names_the_command_that_makes_it(tiny: Tiny, tmp_path: Pat
     command = line.partition("python -m launch ")[2].split()
     assert launch(*command).code == 0
     assert tiny.launch(store, "train.steps=1", "optim.schedule.warmup_steps=0").code == 0
+
+
+def test_an_output_without_space_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("/dev/full").open("w") as full, redirect_stdout(full):
+        code = main(["models", "llama"])
+    refused(Ended(code=code, out="", err=capsys.readouterr().err), "No space left on device", code=82)
+
+
+def test_a_bucket_without_credentials_is_answered_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    refused(launch("runs", "s3://bucket-of-nobody/runs"), "s3://bucket-of-nobody/runs set credentials", code=82)
 
 
 def test_damaged_store(begun: Tiny, tiny_data: Path, tmp_path: Path) -> None:

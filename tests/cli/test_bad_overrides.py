@@ -2,7 +2,10 @@
 
 import pytest
 
-from tests.refusals import mend, refused
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.run import with_mesh_size
+from tests.refusals import mend, raises, refused
 from tests.tiny_run import Tiny, contents, launch
 
 # Overrides, and words that their refusal has where those are not the first override itself.
@@ -19,6 +22,7 @@ WITHOUT_A_FIX = (
     ("mesh.fsdp=0", "mesh.fsdp=-1"),
     ("mesh.fsdp=2 mesh.tensor=2", "mesh.tensor=2 cpu:4 8"),
     ("mesh.tensor=3", "mesh.fsdp=-1 3 8"),
+    ("mesh.fsdp=3", "mesh.fsdp=3 mesh.fsdp=-1 8"),
     ("rules.batch=(fsdp,tensor)", "rules.batch=(fsdp, tensor)"),
     ("name=..", ""),
     ("train.steps=0", "train.steps=1"),
@@ -31,6 +35,18 @@ def test_the_line_names_what_is_wrong(begun: Tiny, overrides: str, named: str) -
     before = contents(begun.runs)
     refused(begun.launch(*overrides.split()), named or overrides)
     assert contents(begun.runs) == before
+
+
+@pytest.mark.parametrize(("fsdp", "devices", "batch"), [(16, 4, 16), (4, 16, 16), (4, 2, 8)])
+def test_a_mesh_of_other_devices_whose_batch_does_not_fit_either(
+    tiny: Tiny, fsdp: int, devices: int, batch: int
+) -> None:
+    """Both stand in one line, so that each of the two ways on works at once."""
+    with raises(ConfigError, f"mesh.fsdp={fsdp}: {devices} mesh.fsdp=-1 cpu:{fsdp}") as caught:
+        with_mesh_size(tiny.loaded(f"mesh.fsdp={fsdp}"), devices)
+    assert (f"train.global_batch={batch}" in str(caught.value)) == (batch != 8)
+    for size, count in ((-1, devices), (fsdp, fsdp)):
+        validate(with_mesh_size(tiny.loaded(f"mesh.fsdp={size}", f"train.global_batch={batch}"), count))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_lists_every_checkpoint_with_its_health(directory: Path, tmp_path: Path)
     (folder / "15.orbax-checkpoint-tmp").mkdir()
     shown = checkpoints(directory, "--json", str(out))
     assert shown.code == 0 and "8.damaged" in shown.out and "interrupted save" in shown.out, shown
+    assert "step 5: damaged: manifest.json is missing" in shown.out and largest.name in shown.out
     with hold(directory):
         assert "a save in progress" in checkpoints(directory).out
     listed = json.loads(out.read_text())

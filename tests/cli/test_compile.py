@@ -1,11 +1,15 @@
 """`python -m launch compile`: the step of a run, compiled for chips that are not here."""
 
+import importlib.util
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from tests.refusals import refused
+from tests.refusals import refused, suggested
 from tests.tiny_run import Tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -70,7 +74,7 @@ ON = ("--on", "v5e:2x4")
         ((*ON, "--json", "same", "--dump", "same"), "--json --dump same"),
         (("--on", "2xv5e:2x2"), "mesh.replica=1 mesh.replica=2"),
         (
-            ("--on", "2xv5e:2x6", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
+            ("--on", "2xv5p:2x2x3", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
             "mesh.replica=3 mesh.replica=2",
         ),
         ((*ON, "--devices", "cpu:8"), "--devices cpu:8"),
@@ -87,6 +91,14 @@ def test_files_that_cannot_be_written_are_named(tiny: Tiny) -> None:
         refused(tiny.launch(*ON, option, place, command="compile"), place, code=82)
 
 
+def test_a_missing_compiler_is_said_with_all_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    wrong = ("mesh.fsdp=3", "train.global_batch=12")
+    line = refused(tiny.launch(*wrong, *ON, command="compile"), "v5e:2x4: libtpu 'jaxinfra[compile]'")
+    assert suggested(line.rpartition("; --on")[0]) == ["mesh.fsdp=-1", "train.global_batch=16"]
+
+
 def test_attention_that_needs_cudnn_says_so(tiny: Tiny) -> None:
     wide = (
         "model.layers.mixer.head_dim=64",
@@ -95,7 +107,15 @@ def test_attention_that_needs_cudnn_says_so(tiny: Tiny) -> None:
         "--on",
         "h100:1x8",
     )
-    refused(tiny.launch(*wide, command="compile"), "h100:1x8: cuDNN model.attention_kernel=xla")
+    fixes = "'jaxinfra[compile]' model.attention_kernel=xla"
+    refused(tiny.launch(*wide, command="compile"), "h100:1x8: cuDNN", fixes)
+    others = ("mesh.fsdp=64", "train.compiler=large_blocks", "train.global_batch=12")
+    line = refused(tiny.launch(*wide, *others, command="compile"), "h100:1x8: 8 64 cuDNN", fixes)
+    assert suggested(line.partition("; its attention")[0]) == [
+        "mesh.fsdp=-1",
+        "train.global_batch=16",
+        "train.compiler=overlap",
+    ]
 
 
 @pytest.mark.slow
@@ -107,3 +127,12 @@ def test_gpus_have_memory_and_collectives_but_no_cycles(tiny: Tiny) -> None:
     assert found["cycles"] is None
     assert {tuple(row["axes"]) for row in found["traffic"]} == {("fsdp",)}
     assert {row["link"] for row in found["traffic"]} == {"network"}
+
+
+@pytest.mark.slow(10)
+def test_sigterm_ends_it_without_the_crash_dump_of_libtpu(tiny: Tiny) -> None:
+    code = "import os, signal, sys\nfrom jaxinfra.plan import aot\nfrom jaxinfra.cli.main import main\n"
+    code += "aot._compile = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\nmain(sys.argv[1:])"
+    words = [sys.executable, "-c", code, "compile", str(tiny.config), *ON]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGTERM and "SIGTERM" not in ended.stderr, ended

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 
 from jaxinfra.cli.data.peek import batch_rows
 from jaxinfra.cli.data.prepare import progress_bar
-from jaxinfra.data import stopwatch
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS
 from jaxinfra.data.store.store import TokenStore
@@ -26,6 +26,7 @@ from jaxinfra.prepare.prepare import PrepareProgress
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.train import waiting
 from tests.refusals import names, refused
 from tests.tiny_run import Tiny, launch
 
@@ -144,6 +145,12 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
     assert first[:40] in ended.out
 
 
+def test_a_store_of_a_run_knows_its_recipe(tiny: Tiny, tmp_path: Path) -> None:
+    store = str(tmp_path / "a store")
+    assert tiny.launch(f"data.store={store}", command="data prepare").code == 0
+    assert shlex.split(TokenStore.open(store).manifest.prepared_from) == [str(tiny.recipe), f"store={store}"]
+
+
 def test_a_file_is_no_store(tiny: Tiny) -> None:
     text = tiny.config.with_suffix(".txt")
     text.write_text("no store")
@@ -224,7 +231,7 @@ def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
         return read(*arguments)
 
     monkeypatch.setattr(arrays, "read_ranges", slow)
-    monkeypatch.setattr(stopwatch, "MAX_WAIT_FRACTION", 0.0)  # of its time, however long it compiles
+    monkeypatch.setattr(waiting, "MAX_WAIT_FRACTION", 0.0)  # of its time, however long it compiles
     short = ("train.steps=8", "train.eval_every=none", "train.eval_samples=1")
     ended = tiny.launch("name=slow", "data.threads=1", "data.prefetch_bytes=1", *short)
     assert ended.code == 0

@@ -10,7 +10,7 @@ import pytest
 from jaxinfra.cli.main import main
 from jaxinfra.config import load
 from jaxinfra.prepare.documents.formats import Chat
-from jaxinfra.prepare.recipes.validation import ByKey, Tail
+from jaxinfra.prepare.recipes.validation import ByKey, LastDocuments
 from jaxinfra.prepare.sources.tables import HuggingFace, Parquet
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from tests.refusals import refused
@@ -38,7 +38,7 @@ def test_one_file_prepares_and_trains(folder: Path, capfd: pytest.CaptureFixture
     Path("book.txt").write_text(prose(20_000))
     assert main(["new", "book.txt", "--name", "story"]) == 0
     printed = capfd.readouterr().out
-    assert "1 .txt file" in printed and "last 5 %" in printed
+    assert "1 .txt file" in printed and "last 5 %" in printed and "on this machine" in printed
     commands = [line.split("launch ", 1)[1].split() for line in printed.splitlines() if line.startswith("  ")]
     prepare, train = commands[0], commands[1]
     line = refused(launch(*prepare, "on_overlap=drop"), "on_overlap=drop recipe")
@@ -58,7 +58,7 @@ def test_one_file_prepares_and_trains(folder: Path, capfd: pytest.CaptureFixture
     )
     refused(launch("data", "show", "mixed.py"), "mixed.py a, b")
     assert "/stores/story/" in launch("data", "verify", "configs/story.py").out
-    assert isinstance(recipe("story").validation, Tail)
+    assert isinstance(recipe("story").validation, LastDocuments)
     assert main([*train, "train.steps=2", "name=story", "train.eval_samples=2"]) == 0
     assert (folder / "runs/story/summary.json").exists()
 

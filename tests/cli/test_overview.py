@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.arguments import DEVICE_OPTIONS
 from jaxinfra.cli.main import main
+from jaxinfra.errors import ConfigError
 from jaxinfra.families.catalog import catalog
 from jaxinfra.storage.lease import hold
 from jaxinfra.track.runs import list_runs
@@ -60,10 +61,43 @@ def test_explain_says_what_a_resume_may_change(field: str, named: str) -> None:
 
 
 def test_explain_names_the_option_of_a_command() -> None:
-    shown = launch("train", "--help").out
-    for option in DEVICE_OPTIONS:
-        assert f"--{option} " in shown
-        refused(launch("explain", option.replace("-", "_")), f"--{option} docs/run-on.md")
+    options = ["devices", "processes", "coordinator", "process-id", "of", "join-timeout", "heartbeat-timeout"]
+    options += ["supervise", "max-restarts-per-hour", "accept-change"]
+    owners = dict.fromkeys(options, "train") | {"min-p": "sample", "max-shard-size": "hub export"}
+    for option, command in owners.items():
+        assert f"--{option} " in launch(*command.split(), "--help").out
+        refused(launch("explain", option.replace("-", "_")), f"--{option} {command} --help")
+
+
+def test_explain_says_what_there_is_in_place_of_other_frameworks_methods() -> None:
+    refused(launch("explain", "LoRA"), "LoRA optim.frozen init=hf:")
+    refused(launch("explain", "grpo"), "grpo objective=dpo")
+    assert launch("explain", "dpo").out.startswith("objective = ")
+    assert "?" not in refused(launch("explain", "lorb"), "lorb optim"), "nothing is like it"
+
+
+def test_outside_of_the_environment_one_line_says_how_to_enter_it(repo_root: Path) -> None:
+    command = [sys.executable, "-S", "-m", "launch", "runs"]  # without site-packages
+    ended = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+    assert ended.returncode == ConfigError.exit_code and ended.stdout == ""
+    names(ended.stderr.removesuffix("\n"), "error: .venv/bin/activate quickstart 3.12")
+
+
+def test_sigterm_ends_a_command_that_only_computes_as_the_page_says(repo_root: Path) -> None:
+    code = "import os, signal\nimport jaxinfra.cli.runs as command\nfrom jaxinfra.cli.entry import main\n"
+    code += "command.run = lambda options: os.kill(os.getpid(), signal.SIGTERM)\nmain()"
+    ended = subprocess.run([sys.executable, "-c", code, "runs"], cwd=repo_root, capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGTERM and not ended.stderr
+    assert f"a shell shows {128 + signal.SIGTERM}." in (repo_root / "docs" / "exit-codes.md").read_text()
+
+
+def test_jax_starts_quietly_in_a_script(repo_root: Path) -> None:
+    """Although libtpu or a CUDA plugin is installed, as the extra compile does, and their hardware is missing."""
+    code = "from jaxinfra.processes.devices import all_devices; print(len(all_devices()))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment["PYTHONPATH"] = str(repo_root)
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stderr == "" and int(ended.stdout) >= 1
 
 
 def test_explain_knows_the_fields_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,10 +164,33 @@ def test_runs_shows_the_goodput_over_all_starts(begun: Tiny, capsys: pytest.Capt
     assert "60%" in capsys.readouterr().out
 
 
-def test_runs_of_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_shows_what_differs_between_runs_of_one_config(tmp_path: Path) -> None:
+    """Also inside of tuples, and one line for each run in a pipe; what is damaged has its line below."""
+    for name, peak_lr, window in (("base", 0.01, None), ("fast", 0.003, None), ("long-name-of-a-run", 0.01, 64)):
+        layers = [{"mixer": {"kind": "attention", "window": window}}]
+        config = {"name": name, "optim": {"peak_lr": peak_lr}, "model": {"layers": layers}}
+        (tmp_path / name).mkdir()
+        record = {"format": 1, "root": "", "source": "configs/x.py", "config": config}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    listed = launch("runs", str(tmp_path)).out.splitlines()
+    rows = {Path(line.split()[0]).name: line.split()[1:] for line in listed if line.startswith(f"  {tmp_path}")}
+    assert rows["long-name-of-a-run"][2] == "window=64" and rows["fast"][2] == "peak_lr=0.003"
+    assert rows["base"][0] == "interrupted" and not [word for word in rows["base"] if "=" in word]
+    assert rows["broken"][0] == "damaged" and any(line.startswith(f"{tmp_path}/broken: damaged: ") for line in listed)
+
+
+def test_runs_of_a_folder_without_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["runs", str(tmp_path)]) == 0
     assert "no runs yet" in capsys.readouterr().out
     refused(launch("runs", str(tmp_path / "none")), "none no such folder")
+    monkeypatch.chdir(tmp_path)
+    ended = launch("runs")
+    assert ended.code == 0, ended
+    names(ended.out.removesuffix("\n"), "runs: init new PATH")
 
 
 def test_a_run_directory_stands_for_its_record(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +233,7 @@ def test_a_few_steps_shorten_the_warmup_of_the_file(tiny: Tiny, caplog: pytest.L
     assert main(["show", str(tiny.config), "train.steps=6", "--changed"]) == 0
     assert "warmup of 8 steps" in caplog.text and "optim.schedule.warmup_steps=0" in caplog.text
     refused(launch("show", str(tiny.config), "train.steps=6", "optim.schedule.warmup_steps=7"), "warmup_steps=7")
+    assert tiny.loaded("train.steps=6").optim.schedule.warmup_steps == 0, "a script gets what a command line gets"
 
 
 @pytest.mark.parametrize(

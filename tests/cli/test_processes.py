@@ -60,7 +60,8 @@ def test_command_of_one_process(argv: list[str]) -> None:
     command = processes.child_command(argv, "cpu:2")
     program, words = command[:3], command[3:]
     assert program[:2] == [sys.executable, "-c"]
-    assert vars(parse_command_line(words)) == {**vars(parse_command_line(argv)), "processes": 1, "devices": "cpu:2"}
+    options = {**vars(parse_command_line(argv)), "processes": 1, "devices": "cpu:2", "argv": words}
+    assert vars(parse_command_line(words)) == options
 
 
 def test_an_error_of_all_processes_is_one_line(tiny: Tiny, tmp_path: Path, repo_root: Path) -> None:

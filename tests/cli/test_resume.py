@@ -6,7 +6,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
+from jaxinfra.train.reporting import Reporting
+from jaxinfra.train.trainer import Trainer
 from tests.refusals import names, preempted, refused
 from tests.tiny_run import STEPS, Tiny, contents, ended, launch, summary
 
@@ -93,6 +97,37 @@ def test_go_on_after_a_kill(begun: Tiny, stopped: Path) -> None:
     rows = read_metrics(begun.directory() / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval/loss" in row] == [5, 10, STEPS]
     assert_same_bits(saved(begun, begun.directory(), STEPS), saved(begun, stopped.parent / "whole", STEPS))
+
+
+def test_a_kill_changes_no_mean_and_logs_no_step_twice(
+    tiny: Tiny, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second start goes on from a checkpoint, the third from a copy; both are between two logged steps."""
+    words = ("track.log_every=3", "track.console=off", "train.eval_every=none")
+    copies = (f"checkpoint.local={tiny.runs.parent}/local", "checkpoint.local_every=2")
+    dispatched = Reporting.dispatched
+
+    def crash(last: int, *copies: str) -> None:
+        def crashing(self: Reporting, step: int, *arguments: Any, **keywords: Any) -> None:
+            if step > last:
+                raise RuntimeError("crash")
+            dispatched(self, step, *arguments, **keywords)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+            patch.setattr(Reporting, "dispatched", crashing)
+            Trainer(tiny.loaded(*words, *copies)).train()
+
+    crash(5)
+    assert [step.name for step in (tiny.directory() / "checkpoints").iterdir()] == ["5"]
+    crash(8, *copies)
+    assert [copy.name.partition(".")[0] for copy in tiny.runs.parent.glob("local/*/*")] == ["8"]
+    Trainer(tiny.loaded(*words, *copies)).train()
+    rows = [row for row in read_metrics(tiny.directory() / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 3, 6, 9, STEPS]
+    losses = [row["loss"] for row in read_metrics(stopped.parent / "whole" / "metrics.jsonl") if "loss" in row]
+    assert [row["loss"] for row in rows] == [losses[int(row["step"]) - 1] for row in rows]
+    windows = [losses[:1], losses[1:3], losses[3:6], losses[6:9], losses[9:]]
+    assert [row["loss_mean"] for row in rows] == [[*accumulate(window)][-1] / len(window) for window in windows]
 
 
 def flip(path: Path) -> None:

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.tokenizer import StopStrings
 from jaxinfra.inference.language_model import language_model, open_language_model
-from jaxinfra.inference.sampler import Sampler, SamplingParams, filter_top_k_top_p
+from jaxinfra.inference.sampler import Sampler, SamplingParams, _sample_tokens, filter_logits
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
+from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.processes.peers import Peers
 from jaxinfra.track.jsonl import read_samples
+from tests.models.harness import ONE, build
 from tests.refusals import refused, suggested
 from tests.tiny_run import Tiny, contents, launch
 
@@ -108,6 +111,7 @@ def test_a_text_ends_before_a_stop_string(trained: Path) -> None:
     stop = whole[2][20:28]  # over several tokens
     stopping = SamplingParams(temperature=0, stop=("never said", stop))
     stopped = sampler.complete(prompts, max_tokens=40, sampling=stopping)
+    assert sampler.complete(PROMPT, max_tokens=40, sampling=stopping) == stopped[2:], "a prompt by itself"
     for text, found in zip(whole, stopped, strict=True):
         assert found.text == text.partition(stop)[0] and (found.finish == "stop") == (stop in text)
         assert found.tokens < 40 or found.finish == "length"
@@ -182,11 +186,11 @@ def test_no_random_choice_is_greedy(sampler: Sampler) -> None:
     assert greedy(sampler, ids, 10, SamplingParams(top_k=0, top_p=1e-6)) == expected
 
 
-def test_filter_top_k_top_p() -> None:
+def test_filter_logits() -> None:
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
 
-    def kept(top_k: int, top_p: float) -> list[bool]:
-        return jnp.isfinite(filter_top_k_top_p(logits, top_k=top_k, top_p=top_p))[0].tolist()
+    def kept(top_k: int, top_p: float, min_p: float = 0.0) -> list[bool]:
+        return jnp.isfinite(filter_logits(logits, SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)))[0].tolist()
 
     assert kept(0, 1.0) == kept(4, 1.0) == kept(9, 1.0) == [True] * 4
     assert kept(2, 1.0) == [False, True, False, True]
@@ -195,6 +199,56 @@ def test_filter_top_k_top_p() -> None:
     assert kept(0, 0.75) == [False, True, True, True]
     # Of the two likeliest the first has 4/7: it alone is enough for a half.
     assert kept(2, 0.5) == [False, True, False, False]
+    assert kept(0, 1.0, 0.6) == [False, True, False, True] and kept(0, 1.0, 1.0) == [False, True, False, False]
+
+
+VOCABULARY = np.array([0.02, 0.25, 0.1, 0.35, 0.01, 0.15, 0.08, 0.04])
+DRAWS = 1 << 14
+
+
+def theory(temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """The probabilities of the next token: each limit applies to what the one before has left."""
+
+    def keep(probs: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        return np.where(kept, probs, 0) / probs[kept].sum()
+
+    probs = VOCABULARY ** (1 / temperature)
+    probs /= probs.sum()
+    probs = keep(probs, probs >= np.sort(probs)[-top_k or -len(probs)])
+    likelier = np.array([probs[probs > each].sum() for each in probs])
+    probs = keep(probs, likelier < top_p)
+    return keep(probs, probs >= min_p * probs.max())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.7, 0, 1.0, 0.0),
+        (1.0, 3, 1.0, 0.0),
+        (1.0, 0, 0.7, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (1.5, 6, 0.8, 0.5),
+    ],
+)
+def test_tokens_have_the_distribution_of_the_theory(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """By a chi-square test, which notices a temperature that is half as high again."""
+    built, size = build(ONE), len(VOCABULARY)
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    with jax.set_mesh(built.mesh):
+        hidden = jnp.broadcast_to(jnp.log(VOCABULARY.astype("f4")), (DRAWS, 1, size))
+        logits = FactoredLogits(hidden=built.put_rows(hidden), head=jnp.eye(size))
+        draw = jax.jit(lambda logits, key: _sample_tokens(logits, key, sampling, built.partitioner))
+        drawn = draw(logits, jax.random.key(0))
+    counts = np.bincount(np.asarray(drawn)[:, 0], minlength=size)
+
+    def p_value(probs: np.ndarray) -> float:
+        kept = probs > 0
+        return 0.0 if counts[~kept].any() else float(chisquare(counts[kept], DRAWS * probs[kept]).pvalue)
+
+    assert p_value(theory(temperature, top_k, top_p, min_p)) > 1e-3
+    assert p_value(theory(1.5 * temperature, top_k, top_p, min_p)) < 1e-6
 
 
 @pytest.mark.jax_range
@@ -228,6 +282,7 @@ def test_refusals(trained: Path, tmp_path: Path) -> None:
     refused(launch(*words, "w1", "--prompts", "x"), "--prompts")
     refused(launch(*words, "--prompts", str(tmp_path / "none")), f"--prompts {tmp_path / 'none'}")
     refused(launch(*words, "w1", "--stop", ""), "--stop")
+    refused(launch(*words, "w1", "--min-p", "1.5"), "--min-p 1.5")
     refused(launch(*words, "w1", "mesh.tensor=3"), "mesh.tensor=3 8")
 
 

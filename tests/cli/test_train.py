@@ -1,14 +1,17 @@
 """A run from its config to its report, in this process, on eight emulated devices."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from jaxinfra.track.formatting import format_metric
 from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, launch, summary
+from tests.track.test_tensorboard import events
 
 
 @pytest.mark.jax_range
@@ -55,6 +58,45 @@ def test_whole_run(tiny: Tiny) -> None:
     again = tiny.launch()
     assert again.code == 0 and contents(tiny.runs) == before
     assert again.out.startswith(f"nothing to do: all {STEPS} steps of {directory} are done; to train on")
+
+
+def test_the_loss_of_a_step_is_one_number_everywhere(tiny: Tiny) -> None:
+    """People see the mean since the last logged step, rounded once; files also have the loss of the step itself."""
+    short = ("track.log_every=4", "track.tensorboard=true", "train.steps=6", "train.eval_every=none", "name=short")
+    ended, directory = tiny.launch(*short), tiny.directory("short")
+    assert ended.code == 0, ended
+    *trained, last = read_metrics(directory / "metrics.jsonl")
+    assert [(row["step"], "tokens_per_s" in row) for row in trained] == [(1, False), (4, True), (6, True)]
+    losses = [format_metric(row["loss_mean"]) for row in trained]
+    assert losses[-1] != format_metric(trained[-1]["loss"])
+    assert re.findall(r"^step \d/6  loss +(\S+)  lr", ended.out, re.MULTILINE) == losses
+    assert re.search(rf"Final training loss +{losses[-1]} *\n", ended.out)
+    assert f" {losses[-1]} " in launch("runs", str(tiny.runs)).out
+    page = (directory / "report.html").read_text()
+    assert f"<dt>Final training loss</dt><dd>{losses[-1]}</dd>" in page
+    assert f'"steps":[1,4,6],"values":[{",".join(str(float(loss)) for loss in losses)}]' in page
+    (file,) = (directory / "tensorboard").iterdir()
+    scalars = [value for event in events(file) for value in event.summary.value if value.tag.startswith("train/loss")]
+    assert [(value.tag, format_metric(value.simple_value)) for value in scalars] == [
+        ("train/loss", loss) for loss in losses
+    ]
+    bits = format_metric(last["eval/bits_per_byte"])
+    assert f"bits per byte {bits}\n" in ended.out and f"<dt>Validation bits per byte</dt><dd>{bits}</dd>" in page
+    assert re.search(rf"bits_per_byte\s+{bits}", launch("checkpoints", str(directory)).out)
+
+
+def test_a_stop_between_two_logged_steps_has_one_loss(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the mean of the steps since the last logged one, in the summary, the page and the table."""
+    monkeypatch.setenv("JAXINFRA_FAIL", "step:0:6:term")
+    stopped, directory = (
+        tiny.launch("track.log_every=4", "train.eval_every=none", "name=stopped"),
+        tiny.directory("stopped"),
+    )
+    assert stopped.code == 75, stopped
+    found = json.loads((directory / "summary.json").read_text())["final_loss"]
+    assert found != read_metrics(directory / "metrics.jsonl")[-1]["loss_mean"]
+    assert f" {format_metric(found)} " in launch("runs", str(tiny.runs)).out
+    assert f"<dt>Final training loss</dt><dd>{format_metric(found)}</dd>" in (directory / "report.html").read_text()
 
 
 def test_replay_reads_the_versions_of_the_record(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.digits import records
+from jaxinfra.run import Run
 from jaxinfra.track.jsonl import read_metrics
-from tests.refusals import mend, raises, refused
+from jaxinfra.train.trainer import Trainer
+from tests.refusals import mend, names, raises, refused
 from tests.tiny_run import Tiny, contents, ended, launch, start, summary
 
 STEPS = 12
@@ -158,9 +161,17 @@ def test_a_prompt_needs_a_language_model(seen: Tiny) -> None:
     assert not seen.runs.exists()
 
 
+def test_a_prompt_of_the_config_file_is_left_out_with_a_warning(seen: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as that of the quickstart, if it trains another model."""
+    config = seen.edited("track=TrackConfig(", 'track=TrackConfig(sample_prompt="def", ')
+    assert Trainer(load(config, root=Run)).job.texts.prompt is None
+    (line,) = (each.message for each in caplog.records if "sample_prompt" in each.message)
+    names(line, "track.sample_prompt: language model")
+
+
 def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with raises(ConfigError, "sklearn pip install scikit-learn"):
+    with raises(ConfigError, "sklearn pip install 'jaxinfra[digits]'"):
         next(records())
 
 

@@ -124,6 +124,7 @@ def test_string_annotations_of_classes_in_the_file_are_resolved(write):
         (f"from {TREES} import Run\ndef config(): return Run\n", "good.py: config() type"),
         (f"from {TREES} import Train\ndef config(): return Train()\n", "good.py: Run, Train"),
         (f"from {TREES} import Run\ndef config(): return Run(name=1)\n", "name=1: str"),
+        (f"from {TREES} import Train\ndef config(): return Train(max_steps=1)\n", "good.py:2: max_steps train.steps"),
     ],
 )
 def test_errors_in_a_file(write, text, named):

@@ -1,6 +1,7 @@
 """A run record is data: what it names is imported only if the user names it, too."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,10 @@ def test_commands_refuse_a_record_with_classes_that_the_user_does_not_name(
     content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
     for changes in ({"root": "evil:Mine"}, {"classes": {"evil:Mine": {"file": None, "sha256": None}}}):
         write_record("run.json", content | changes)
-        refused(launch(*command.split(), "run.json"), "run.json: evil:Mine: --import evil")
+        if command == "show" and "classes" in changes:
+            assert launch("show", "run.json").code == 0, "a record is shown without its classes"
+        else:
+            refused(launch(*command.split(), "run.json"), "run.json: evil:Mine: --import evil")
     assert not marker.exists()
     assert "--import MODULE|FILE" in launch(*command.split(), "--help").out
 
@@ -164,10 +168,15 @@ def test_sample_refuses_a_record_with_classes_that_the_user_does_not_name(
 
 
 def test_a_record_runs_no_recipe_that_the_user_does_not_name(write: Write, tiny: Tiny, tmp_path: Path) -> None:
-    recipe = write("recipe.py", "open('marker', 'w').close()\nconfig = lambda: None")
-    overrides = [f"data.recipe={recipe}"]
+    recipe = write("my recipe.py", "open('marker', 'w').close()\nconfig = lambda: None")
+    overrides = [f"data.recipe={str(recipe)!r}"]
     write_record("run.json", record(load(tiny.config, overrides), command=[], versions={}, git={}, devices=[]))
-    refused(launch("data", "prepare", "run.json"), "run.json: --import recipe.py")
-    assert not Path("marker").exists()
-    refused(launch("data", "prepare", "run.json", "--import", "recipe.py"), "recipe.py: config() NoneType")
+    for source in ("run.json", ".", os.getcwd()):
+        line = refused(launch("data", "prepare", source), f"{source}: --import")
+        assert not Path("marker").exists()
+        words = shlex.split(line.rpartition("launch ")[2])
+        assert words == ["data", "prepare", source, "--import", "my recipe.py"]
+        missing = refused(launch("data", "peek", source, "data.store=none"), "none: data prepare")
+        assert [*words, "data.store=none"] == shlex.split(missing.rpartition("launch ")[2])
+    refused(launch(*words), "recipe.py: config() NoneType")
     assert Path("marker").exists()

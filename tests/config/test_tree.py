@@ -21,6 +21,8 @@ from jaxinfra.config import (
     leaves,
     validate,
 )
+from jaxinfra.config.aliases import FORMER
+from jaxinfra.config.codec import complete
 from jaxinfra.errors import ConfigError
 from tests.refusals import problem, raises
 
@@ -87,10 +89,27 @@ def test_encode_adds_a_kind_to_choices_only():
 def test_decode_errors(tree, named):
     with raises(ConfigError, named):
         decode(Run, tree)
+    complete(Run, tree)  # to be looked at
 
 
 def test_decode_uses_the_defaults_of_missing_fields():
     assert decode(Run, {"name": "x", "train": {"steps": 3}}) == Run(name="x", train=Train(steps=3))
+
+
+def test_decode_reads_the_former_name_of_a_field(monkeypatch):
+    monkeypatch.setitem(FORMER, "Train", {"num_steps": "steps"})
+    assert decode(Run, {"name": "x", "train": {"num_steps": 3}}) == Run(name="x", train=Train(steps=3))
+
+
+def test_a_tree_is_completed_without_its_classes(monkeypatch):
+    monkeypatch.setitem(FORMER, "Train", {"num_steps": "steps"})
+    own = {"kind": "own.py:Mine", "factor": 2.0}
+    found = complete(Run, {"name": "x", "train": {"num_steps": 3}, "ema": own, "gone": [1]})
+    assert found == encode(Run(name="x", train=Train(steps=3))) | {"ema": own, "gone": [1]}
+    rng = random.Random(2)
+    for _ in range(50):
+        tree = encode(random_run(rng))
+        assert complete(Run, tree) == tree
 
 
 def test_an_ambiguous_stored_form_is_refused():

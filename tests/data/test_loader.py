@@ -17,12 +17,12 @@ from jaxinfra.data import buffers, stopwatch
 from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.mixing import MixtureSampler
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.data.stopwatch import Stopwatch, input_bound_warning
+from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import ConcatSamples, TokenData
 from jaxinfra.errors import ConfigError, DataError
 from tests.decoders import decoder
-from tests.refusals import names, problem, raises
+from tests.refusals import problem, raises
 from tests.servers.guard import free_ports
 
 GLOBAL_BATCH = 8
@@ -317,15 +317,6 @@ def test_a_stopwatch_sums_threads_and_stops_at_errors(monkeypatch):
     assert not one.__exit__(ValueError, ValueError(), None)
     other.__exit__(None, None, None)
     assert watch.total_s == 8
-
-
-def test_a_run_that_hardly_waits_does_not_warn():
-    assert input_bound_warning(5.0, 100.0, {"reading": 50.0, "decoding": 1.0}) is None
-
-
-def test_the_slowest_stage_is_named():
-    found = input_bound_warning(20.0, 100.0, {"reading": 5.0, "decoding": 50.0})
-    names(found or "", "20.0 100.0 decoding is reading 5.0 data.threads")
 
 
 PROGRAM = """

@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
     "make test-all": "the command that runs this test",
     "make docs": "tests/docs/test_site.py",
+    "make release VERSION=0.2.0": "tests/test_release.py",
     "python -m launch bench step": "tests/bench",
     "python -m launch bench parallel": "tests/bench",
     "python -m launch bench slices": "tests/bench",
@@ -44,6 +45,7 @@ RUN_ELSEWHERE = {
     "python -m launch bench hub": "tests/bench",
     "python -m launch faults --only 19,20": "tests/faults",
     "python -m launch parity --write docs/parallelism.md": "tests/cli/test_parity.py",
+    "python -m launch runs sync runs/quickstart": "tests/track/test_mlflow.py",
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_aot.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_aot.py",
 }
@@ -156,11 +158,12 @@ def install(folder: Path) -> None:
 
 
 def shorten(folder: Path) -> None:
-    """Makes the quickstart train a quarter of its width for a tenth of its steps, on a part of its text."""
+    """Makes the quickstart train a quarter of its width for a tenth of its steps, on a part of its text; no samples."""
     steps, fewer = "steps=400, global_batch=8, eval_every=200", "steps=40, global_batch=8, eval_every=20"
     for name, old, new in (
         ("configs/quickstart.py", steps, fewer),
         ("configs/quickstart.py", "hidden_size=256", "hidden_size=64"),
+        ("configs/quickstart.py", 'sample_prompt="def main("', "sample_prompt=None"),  # compiled before each first step
         ("configs/data/python_stdlib.py", '"**/*.py"', '"**/[a-d]*.py"'),
     ):
         text = (folder / name).read_text()

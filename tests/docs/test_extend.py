@@ -36,6 +36,7 @@ FAST = [
     "train.eval_every=none",
     "track.log_every=1",
     "track.tensorboard=false",
+    "track.sample_prompt=none",
 ]
 TEXT = ["data.store=store", "data.seq_len=16"]
 SMALL = ["hidden_size=32", "layers.mixer.num_heads=2", "layers.mlp.dim=32", "vocab_size=304"]

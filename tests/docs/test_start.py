@@ -9,7 +9,7 @@ import pytest
 from jaxinfra.cli.main import main
 from jaxinfra.config import diff, load
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import ByKey, Tail
+from jaxinfra.prepare.recipes.validation import ByKey, LastDocuments
 from jaxinfra.run import Run
 
 BLOCKS = re.findall(
@@ -31,4 +31,4 @@ def test_the_files_of_the_page_are_those_that_new_writes(tmp_path: Path, monkeyp
     shown = load("shown_recipe.py", root=Corpus).run
     assert shown.validation == ByKey(fraction=0.1)
     written = load("configs/data/story.py", root=Corpus).run
-    assert diff(replace(shown, validation=Tail(), on_bad="skip"), written) == []
+    assert diff(replace(shown, validation=LastDocuments(), on_bad="skip"), written) == []

@@ -146,7 +146,7 @@ class _HttpRun(RemoteRun):
         self._post([row._asdict() for row in rows])
 
     @override
-    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+    def finish(self, status: str, summary: Mapping[str, Any], end_ms: int | None = None) -> None:
         self._post({"status": status})
 
     def _post(self, values: object) -> None:

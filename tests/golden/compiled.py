@@ -95,6 +95,8 @@ TOPOLOGIES = {
     "llama3_70b": ("2xv5p:4x4x8",),
     "llama3_8b": ("v5p:4x4x4", "train.compiler=default"),  # large_blocks takes three times as long to compile
     "llama3_8b_128k": ("v5p:4x4x4",),
+    # Without cuDNN attention makes whole matrices, so the sequences are short.
+    "llama3_8b_h100": ("h100", "model.attention_kernel=xla", "data.seq_len=1024", "train.compiler=default"),
     "moe_small": ("v5e:2x4",),
     "qwen3_0_6b": ("v6e:2x4",),
 }

@@ -1,6 +1,7 @@
 """Writes what the golden tests compare with.
 
-python tests/golden/write.py                     # every config of configs/ as the tree of values that it stands for
+python tests/golden/write.py                     # every config of configs/ as the tree of values that it stands for,
+                                                 # and the names that users rely on
 python tests/golden/write.py docs                # generated pages of docs/, and the catalog of models
 python tests/golden/write.py picture RUN_DIR     # docs/images/report.png: the top of the report of a run
 python tests/golden/write.py compile [NAME...]   # what is compiled for hardware that is not here; minutes for all
@@ -35,6 +36,13 @@ def write_picture(run_dir: Path) -> None:
         page.screenshot(picture, whole=False)
 
 
+def write_public_names() -> None:
+    from tests.golden import public_names
+
+    public_names.PATH.parent.mkdir(exist_ok=True)
+    public_names.PATH.write_text(public_names.public_names(), encoding="utf-8")
+
+
 def main(words: list[str]) -> None:
     if words[:1] == ["compile"]:
         from tests.golden import compiled, proofs
@@ -63,6 +71,7 @@ def main(words: list[str]) -> None:
             path.unlink()
     for name, text in wanted.items():
         (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")
+    write_public_names()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Configs of published models are read and written, and what would change their numbers is refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.canonical import stated
 from jaxinfra.families.registry import family
+from jaxinfra.families.rotary import read_rope
 from jaxinfra.families.zoo import shape
 from jaxinfra.hub.published_model import differences, open_published
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.quantized import read_quantization
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
+from tests.interop.config_keys import LLAMA3
 from tests.interop.conftest import published
 from tests.interop.published_configs import CONFIGS, OLMO3_YARN
 from tests.interop.published_experts import EXPERT_CONFIGS
@@ -96,6 +99,29 @@ def test_what_a_family_cannot_say_is_named() -> None:
     assert "mscale" in differences(scores, read({"model_type": "llama"} | of.write(scores)))[0].path
     with raises(ConfigError, "layer 0 LatentAttention Attention"):
         of.write(shape("deepseek-v3"))
+
+
+LONG = {"long_factor": [2.0], "short_factor": [1.0], "original_max_position_embeddings": 16}
+ROPE_TYPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "llama3": LLAMA3,
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "longrope": LONG,
+    "su": LONG,
+}
+
+
+def test_the_page_lists_the_rope_types_that_are_read() -> None:
+    page = (Path(__file__).parents[2] / "docs/huggingface.md").read_text()
+    table = page.partition("| `rope_type` |")[2].partition("\n\n")[0]
+    listed = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    for name, keys in ROPE_TYPES.items():
+        read_rope(ModelJson({"max_position_embeddings": 32, "rope_scaling": keys | {"rope_type": name}}))
+    with raises(ConfigError, "dynamic") as caught:
+        read_rope(ModelJson({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}))
+    named = {*re.split(", | or ", str(caught.value).rpartition("; use ")[2])}
+    assert listed == named == {*ROPE_TYPES}
 
 
 def test_other_forms_of_names_are_read() -> None:

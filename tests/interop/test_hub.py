@@ -183,9 +183,10 @@ def test_killed_export_goes_on(exported: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow(25)
 def test_export_of_two_processes_goes_on_after_a_kill(exported: Path, tmp_path: Path) -> None:
-    words = ("hub", "export", f"hf:{exported}", str(tmp_path / "out"))
-    with several(*words, env={"JAXINFRA_FAIL": "export:1:0:kill"}) as children:
+    words = ("hub", "export", f"hf:{exported}", str(tmp_path / "out"), "--max-shard-size", "20KB")
+    with several(*words, env={"JAXINFRA_FAIL": "export:1:2:kill"}) as children:
         assert [each.code for each in all_ended(children)] == [PeerLostError.exit_code, -9]
+    assert not [*(tmp_path / "out").glob("*.json")]
     refused(launch("hub", "check", str(tmp_path / "out")), f"{tmp_path / 'out'} export", code=78)
     with several(*words) as children:
         assert [each.code for each in all_ended(children)] == [0, 0]
@@ -227,7 +228,7 @@ def test_damaged_files(copy: Path) -> None:
     whole = path.read_bytes()
     for bad in (whole[:-5], whole + b"x", whole[:100], b"", b"\xff" * 8 + whole[8:]):
         path.write_bytes(bad)
-        refused(launch("hub", "check", str(copy)), "model.safetensors", code=78)
+        refused(launch("hub", "check", str(copy)), "model.safetensors download", code=78)
     path.write_bytes(whole.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1))
     refused(launch("hub", "check", str(copy)), "model.safetensors", code=78)
     flipped = bytearray(whole)
@@ -396,9 +397,10 @@ def test_weights_of_the_hub_and_behind_a_url(exported: Path) -> None:
     """In a process of its own: the client of the Hub reads HF_ENDPOINT once."""
     with HubServer(exported).running() as server:
         env = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
+        server.errors = iter([None, None, None, 503])
         child = start("sample", f"hf:{REPOSITORY}", PROMPT, *GREEDY, "--devices", "cpu:2", env=env)
         text = ended(child)
-        assert text.code == 0, text
+        assert text.code == 0 and "503" not in text.err, text
         assert text.out == launch("sample", f"hf:{exported}", PROMPT, *GREEDY).out
         weights = (exported / "model.safetensors").stat().st_size
         assert server.read_bytes < 2 * weights  # not the whole file for each range

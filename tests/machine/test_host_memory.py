@@ -7,10 +7,12 @@ import pytest
 
 FAULTS = """
 import ctypes, resource, sys, threading
-from jaxinfra.machine.host_memory import keep_freed_memory
+from jaxinfra.machine.host_memory import keep_freed_memory, return_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "default":
     keep_freed_memory()
+if sys.argv[1] == "return":
+    return_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = [ctypes.c_size_t]
@@ -45,4 +47,5 @@ def page_faults(mode: str, **environment: str) -> int:
 def test_buffers_of_a_step_are_used_again() -> None:
     assert page_faults("keep") < 100
     assert page_faults("default") > 1000
+    assert page_faults("return") > 1000, "a step that takes most of the memory is as by default"
     assert page_faults("keep", MALLOC_ARENA_MAX="8") > 1000, "settings of the user stay as they are"

@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -5,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas.tpu import ChipVersion, get_tpu_info_for_chip
 
+from jaxinfra.machine.measured import FILE, keep_measured, read_measured
 from jaxinfra.machine.peak_flops import PEAK_FLOPS, measure_flops, peak_flops
+from tests.refusals import names
 
 BFLOAT16 = jnp.dtype("bfloat16")
 
@@ -35,9 +38,26 @@ def test_the_longest_start_counts(kind: str) -> None:
     assert peak_flops(chip, BFLOAT16, 8)[1] == f"data sheet, bfloat16, {kind}"
 
 
-def test_cpu_devices_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.machine.peak_flops.measure_flops", lambda device, dtype: 80.0)
-    assert peak_flops(jax.devices()[0], jnp.dtype("float32"), 8) == (10.0, "estimated from a float32 matmul")
+def test_cpu_devices_share_a_peak_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine does not lower it: the MFU of the same work is the same in the next run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    float32, measured = jnp.dtype("float32"), iter([80.0, 13.0, 82.0, 160.0, 24.0])
+    monkeypatch.setattr("jaxinfra.machine.peak_flops.measure_flops", lambda device, dtype: next(measured))
+    found = [peak_flops(jax.devices()[0], float32, 8) for _ in range(4)]
+    assert [flops for flops, _ in found] == [10.0, 10.0, 10.0, 20.0]
+    assert found[0][1].startswith("estimated from a float32 matmul")
+    (tmp_path / "jaxinfra" / FILE).write_text("{")
+    assert peak_flops(jax.devices()[0], float32, 8)[0] == 3.0, "a damaged file is measured anew"
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "jaxinfra").write_text("a file in place of the folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_measured("a name", 1.0)
+    names(caplog.messages[0], FILE, "not kept")
+    assert read_measured("a name") is None
 
 
 def test_unknown_chips_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,18 +74,29 @@ def test_any_axis_may_be_the_free_one() -> None:
             "mesh.replica=2, mesh.fsdp=2, mesh.tensor=2: 4 cpu:8 mesh.fsdp=-1",
         ),
         (MeshConfig(fsdp=1), 2, "mesh: 2 cpu:1 mesh.fsdp=-1"),
+        (MeshConfig(fsdp=2, tensor=3), 8, "mesh.fsdp=2, mesh.tensor=3: 8 cpu:6"),
         (MeshConfig(tensor=3), 8, "mesh.fsdp=-1, mesh.tensor=3: 8"),
     ],
 )
 def test_sizes_that_do_not_match_the_devices_are_refused(config: MeshConfig, devices: int, named: str) -> None:
-    with raises(ConfigError, named):
+    with raises(ConfigError, named) as caught:
         config.resolve(devices)
+    if "mesh.fsdp=-1 to use" in str(caught.value):
+        replace(config, fsdp=-1).resolve(devices)
 
 
 def test_invalid_sizes_are_problems() -> None:
-    problem(MeshConfig(replica=-1), "replica=-1, fsdp=-1:")
-    problem(MeshConfig(tensor=0), "tensor=0: tensor=1")
-    problem(MeshConfig(fsdp=-2), "fsdp=-2: fsdp=-1")
+    """Also after the mesh was sized for devices, which comes first in a start."""
+    wrong_type = replace(MeshConfig(), **{"fsdp": "all"})
+    for config, named in (
+        (MeshConfig(replica=-1), "replica=-1, fsdp=-1:"),
+        (MeshConfig(tensor=0), "tensor=0: tensor=1"),
+        (MeshConfig(fsdp=0), "fsdp=0: fsdp=-1"),
+        (MeshConfig(fsdp=-2, replica=-2), "replica=-2: replica=1"),
+        (wrong_type, "fsdp=all: int"),
+    ):
+        problem(config, named)
+        problem(config.resolve(8), named)
 
 
 def test_axes_are_in_order_and_explicit() -> None:

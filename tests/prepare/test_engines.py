@@ -102,9 +102,9 @@ def test_workers_end_with_their_driver(name, tmp_path):
     ("engine", "workers", "package", "named"),
     [
         ("local", 0, None, "workers=0: 1"),
-        ("ray", 2, "ray", "engine=ray: ray>="),
-        ("dask", 2, "distributed", "engine=dask: distributed distributed>="),
-        ("spark", 2, "pyspark", "engine=spark: pyspark pyspark[connect]<5,>="),
+        ("ray", 2, "ray", "engine=ray: jaxinfra[ray]"),
+        ("dask", 2, "distributed", "engine=dask: distributed jaxinfra[dask]"),
+        ("spark", 2, "pyspark", "engine=spark: pyspark jaxinfra[spark]"),
         ("spark", 2, None, "engine=spark: Java install"),
     ],
 )

@@ -237,7 +237,7 @@ def test_unusable_files_are_refused(case, unusable):
 )
 def test_a_missing_library_is_named_with_its_extra(library, config, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with raises(ConfigError, f"pip install '{library}>="):
+    with raises(ConfigError, f"pip install 'jaxinfra[{library}]'"):
         build_tokenizer(config)
 
 

@@ -1,6 +1,8 @@
 """Validation data of every kind: splits, overlap, and refused combinations."""
 
 import random
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import override
@@ -8,6 +10,7 @@ from typing import override
 import numpy as np
 import pytest
 
+from jaxinfra.cli.data import describe
 from jaxinfra.cli.data.describe import describe_manifest
 from jaxinfra.config import apply, validate
 from jaxinfra.data.store.layout import LABELS
@@ -18,14 +21,14 @@ from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus, ImageSet
-from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, Tail
+from jaxinfra.prepare.recipes.validation import ByKey, LastDocuments, OtherStore, Tail
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from tests.prepare.test_prepare import interrupt_at
 from tests.refusals import problem, raises, refused, suggested
 from tests.stores import contents, documents, jsonl, recipe_file
-from tests.tiny_run import ended, start
+from tests.tiny_run import ended, launch, start
 
 WORDS = ["a", "bb", "naïve", "漢字", "🙂", "ccc dddd"]
 
@@ -83,10 +86,12 @@ class NoShards(Jsonl):
         return ()
 
 
-def test_the_tail_of_nothing(recipe, tmp_path):
-    source = NoShards(root=str(tmp_path))
-    with raises(EmptySplitError, "store= empty source"):
-        prepare(replace(recipe, source=source, validation=Tail()), workers=1)
+@pytest.mark.parametrize("validation", [Tail(), LastDocuments()])
+def test_the_tail_of_nothing(recipe, tmp_path, validation):
+    recipe = replace(recipe, validation=validation)
+    for nothing in replace(recipe, source=NoShards(root=str(tmp_path))), apply(recipe, ["filters.min_chars=100000"]):
+        with raises(EmptySplitError, "store= empty source filters"):
+            prepare(nothing, workers=1)
 
 
 def book(folder, text):
@@ -108,6 +113,73 @@ def test_one_long_document_is_split_in_two(recipe, tmp_path, tokenizer, fraction
     assert sizes == [len(first.encode()), len(second.encode())]
     assert abs(sizes[1] - fraction * sum(sizes)) <= 24  # a token, and a character that is not cut
     assert not any(damage for *_, damage in TokenStore.open(made.path).verify())
+
+
+def test_the_last_documents_are_whole_where_there_are_enough(recipe):
+    """The tail would begin inside a document, and the tokens of `Tail` stay where they were."""
+    made = prepare(replace(recipe, validation=LastDocuments(fraction=0.1)), workers=1)
+    train, last = splits(made)
+    assert [*train, *last] == texts(200)
+    info = made.manifest.splits
+    assert abs(info["validation"].bytes / (info["train"].bytes + info["validation"].bytes) - 0.1) < 0.02
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [("🙂漢字 naïve words, and more of them\n" * 200, "\n"), ("🙂漢字 naïve words and more of them " * 200, " ")],
+    ids=["at a line", "at a word"],
+)
+def test_a_long_document_is_cut_at_a_line_or_a_word(recipe, tmp_path, tokenizer, text, ending):
+    recipe = replace(recipe, source=book(tmp_path, text), tokenizer=tokenizer)
+    made = prepare(replace(recipe, validation=LastDocuments()), workers=1)
+    (first,), (second,) = splits(made)
+    assert first + second == text
+    assert first.endswith(ending) or (ending == " " and second.startswith(" "))
+    assert 0.02 < len(second) / len(text) <= 0.05 + 0.001
+
+
+def test_validation_text_that_is_in_the_training_text_is_said(recipe, tmp_path):
+    """Copies of a text inside other documents, and whole copies; each with what leaves it out."""
+    copy = " ".join(map(str, random.Random(9).choices(range(10**6), k=200)))
+    own = [" ".join(map(str, random.Random(seed).choices(range(10**6), k=40))) for seed in range(60)]
+    inside = [f"{text} {copy}" for text in own]
+    for written, share, fix in (
+        (own, (0, 0), None),
+        (
+            inside,
+            (0.6, 0.99),
+            "against near copies of whole documents: prepare it again with dedup=dedup dedup.near=true",
+        ),
+        ([*own[:50], *[copy] * 10], (1, 1), "against copies of whole documents: prepare it again with dedup=dedup"),
+        ([f"{' '.join(own)} {copy} {copy} {copy}"], (0.6, 1), "use validation=SOURCE of other text"),
+    ):
+        source = jsonl(tmp_path / f"{len(fix or '')}", written)
+        made = prepare(replace(recipe, source=source, baselines=True, validation=LastDocuments()), workers=1)
+        assert share[0] <= made.manifest.counts.repeated <= share[1]
+        line = next((line for line in describe_manifest(made.manifest) if line.startswith("repeated")), None)
+        assert (line is None) == (fix is None) and (fix or "") in (line or "")
+
+
+def test_what_is_said_of_repeated_text_can_be_pasted(recipe, tmp_path, monkeypatch):
+    """After `data prepare` and `data show`, with the package that is missing."""
+    copy = " ".join(map(str, range(300)))
+    source = jsonl(tmp_path / "texts", [*texts(60), *(f"{copy} {number}" for number in range(10))])
+    path = recipe_file(tmp_path, recipe.store, source, "baselines=True")
+    for words in (("prepare", path, "validation=last_documents"), ("show", recipe.store)):
+        lines = launch("data", *words).out.splitlines()
+        _, _, command = next(line for line in lines if line.startswith("repeated")).partition("whole documents: ")
+        assert command == f"python -m launch data prepare {path} validation=last_documents dedup=dedup dedup.near=true"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "datasketch", None)
+        patched.setattr(describe, "find_spec", lambda name: None)
+        line = next(line for line in launch("data", "show", recipe.store).out.splitlines() if "repeated " in line)
+        assert line.endswith(f"whole documents: pip install 'jaxinfra[dedup]', then {command}")
+        missing = launch(*shlex.split(command)[3:])
+        refused(missing, "dedup.near=true: pip install 'jaxinfra[dedup]'")
+        assert not missing.out  # nothing has begun
+    again = launch(*shlex.split(command)[3:])
+    assert again.code == 0 and "whole documents" not in again.out, again
 
 
 def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):

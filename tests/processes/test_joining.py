@@ -98,9 +98,8 @@ def test_another_version_of_jaxinfra(tiny: Tiny, tmp_path: Path) -> None:
     address = free_address()
     first = process(tiny, 0, address)
     words = [word if first.args[place - 1] != "--process-id" else "1" for place, word in enumerate(first.args)]
-    second = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=copy, env={**os.environ, "PYTHONPATH": ""}
-    )
+    # The folder comes first on the path; `tests`, which the commands of a clone import, is on PYTHONPATH (conftest.py).
+    second = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=copy)
     for end in all_ended([first, second]):
         error(end, ConfigError.exit_code, "process 1", "jaxinfra 9.", "process 0", socket.gethostname())
 

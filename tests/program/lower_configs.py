@@ -17,8 +17,8 @@ from jaxinfra.run import Run, with_mesh_size
 
 
 def program(path: str, platform: str) -> Program:
-    """The config's program; a mesh axis of -1 counts as one device."""
-    run = load(path, root=Run).run
+    """The config's program; a mesh axis of -1 counts as one device. Options of a compiler change nothing here."""
+    run = load(path, ["train.compiler=default"], root=Run).run
     run = with_mesh_size(run, math.prod(size for size in run.mesh.sizes if size != -1))
     validate(run)
     return Program(run, abstract_mesh(run.mesh), platform)

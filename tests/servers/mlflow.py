@@ -20,5 +20,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     environment = ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
     log = folder / "log"
     with guarded(["env", *environment, *command], log, cwd=folder):
-        wait_until(lambda: urllib.request.urlopen(f"{address}/health", timeout=5).read(), (OSError,), log)
+        wait_until(
+            lambda: urllib.request.urlopen(f"{address}/health", timeout=5).read(), (OSError,), log, timeout_s=600
+        )
         yield address

@@ -1,6 +1,5 @@
 """Stores in buckets are the same bytes as in folders, through faults, and say in one line what is wrong."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.storage import connection
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises, refused
-from tests.stores import bytes_recipe, contents, jsonl, recipe_file
+from tests.stores import bytes_recipe, contents, jsonl, recipe_file, what_it_holds
 from tests.tiny_run import ended, launch, start
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
@@ -63,8 +62,7 @@ def objects(url: str) -> tuple[dict[str, bytes], dict[str, object]]:
     """As `contents` of a folder."""
     storage = ObjectStore(url)
     found = {name: storage.read(name) for name in storage.list_names()}
-    manifest = json.loads(found.pop("manifest.json"))
-    return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
+    return found, what_it_holds(found.pop("manifest.json"))
 
 
 def assert_same(made, local):

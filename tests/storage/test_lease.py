@@ -264,7 +264,7 @@ def test_any_error_of_the_beats_ends_the_run(tmp_path: Path, monkeypatch: pytest
         raise ValueError("a bug")
 
     with hold(tmp_path, beat_s=0.05) as lease:
-        monkeypatch.setattr(lease._files, "rewrite", fail)
+        monkeypatch.setattr(lease._objects, "write", fail)
         deadline_s = time.monotonic() + 600
         with pytest.raises(ValueError, match="a bug"):
             while time.monotonic() < deadline_s:

@@ -25,7 +25,7 @@ def lines(count: int, start: int = 0) -> str:
 
 
 def fetched(store: ObjectStore, folder: Path, name: str) -> str:
-    fetch(store, [name], folder)
+    fetch(store.url, [name], folder)
     return (folder / name).read_text()
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_was_fetched_and_is_deleted_is_deleted_in_the_bucket(server:
     store = ObjectStore(server.new_url())
     for name in ("summary.json", "metrics.jsonl", "metrics.jsonl.1", "checkpoints/index.json"):
         store.write(name, b"{}\n")
-    fetched = fetch(store, ["run.json", "metrics.jsonl", "summary.json"], tmp_path)
+    fetched = fetch(store.url, ["run.json", "metrics.jsonl", "summary.json"], tmp_path)
     assert fetched == ["metrics.jsonl", "summary.json"]
     with Mirror(tmp_path, store, fetched=fetched) as mirror:
         (tmp_path / "summary.json").unlink()

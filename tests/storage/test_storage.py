@@ -2,24 +2,29 @@
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from jaxinfra.config import read_record, write_record
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.storage import outputs
+from jaxinfra.storage import connection, outputs
 from jaxinfra.storage.atomic import move_folder, open_atomic, write_bytes_atomic
 from jaxinfra.storage.checks import check_space, make_private, make_writable
-from jaxinfra.storage.connection import normalize_url
+from jaxinfra.storage.connection import normalize_url, require_server
 from jaxinfra.storage.credentials import has_credentials, mask_credentials
 from jaxinfra.storage.errors import cause_of, classify_error, storage_errors
+from jaxinfra.storage.mirror import fetch
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import raises
 from tests.servers.fixtures import Server
@@ -307,10 +312,75 @@ def test_credentials_of_a_profile_are_found(profile, s3, tmp_path, monkeypatch):
     assert s3.secret not in run.stdout + run.stderr
 
 
-def test_urls_are_understood_or_refused(monkeypatch):
+@pytest.fixture
+def no_proxy(monkeypatch):
+    """No proxy, no other server of S3 or Google, and a short pause before a server is asked again."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(connection, "getproxies", dict)
+    monkeypatch.setattr(connection, "_PAUSE_S", 0.01)
+
+
+def test_a_server_that_is_not_there_is_told_and_a_slow_one_is_not(no_proxy, monkeypatch, tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as slow:  # it never answers
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        require_server("s3://bucket/slow")
+    connection._connect_twice.cache_clear()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for call in (lambda: fetch("s3://bucket/x", ["run.json"], tmp_path), lambda: read_record("s3://b/x")):
+        with raises(StorageError, f"s3://b {url}"):
+            call()
+    assert not capfd.readouterr().err, "TensorStore has looked for credentials, and printed where"
+    monkeypatch.setattr(connection, "_CONNECT_S", 0.01)
+    monkeypatch.setattr(connection, "_refusal", lambda host, port: time.sleep(1))
+    begin_s = time.monotonic()
+    require_server("s3://another/silent")
+    require_server("gs://another/silent")
+    assert time.monotonic() < begin_s + 0.9
+
+
+def test_a_server_that_refuses_once_is_not_missing(no_proxy, monkeypatch):
+    with socket.socket() as starting:
+        starting.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{starting.getsockname()[1]}")
+        monkeypatch.setattr(connection, "time", SimpleNamespace(sleep=lambda seconds: starting.listen()))
+        require_server("s3://bucket/x")
+
+
+def test_the_server_that_a_bucket_needs_is_asked_and_none_for_a_folder(no_proxy, monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(address, **options):
+        asked.append("{}:{}".format(*address))
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    for name, server, url in (
+        ("AWS_ENDPOINT_URL", "", "s3://bucket/x"),
+        ("AWS_ENDPOINT_URL", "http://minio:9000", "s3://bucket/x"),
+        ("AWS_ENDPOINT_URL", "http://minio", "s3://bucket/x"),
+        ("TENSORSTORE_GCS_HTTP_URL", "https://gateway", "gs://bucket/x"),
+    ):
+        monkeypatch.setenv(name, server)
+        with raises(StorageError, f"{url}: {server}"):
+            require_server(url)
+    assert asked[::2] == asked[1::2] == ["bucket.s3.amazonaws.com:443", "minio:9000", "minio:80", "gateway:443"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:port")  # TensorStore refuses it
+    require_server("s3://bucket/x")
+    write_record(tmp_path / "run.json", {"format": 1, "config": {}, "root": "x"})
+    assert read_record(f"file://{tmp_path}/run.json")["root"] == "x" and len(asked) == 8
+
+
+def test_urls_are_understood_or_refused(monkeypatch, tmp_path):
     assert normalize_url("gs://bucket/a/b/") == "gs://bucket/a/b"
     assert normalize_url("file:///a/b") == "/a/b"
     assert normalize_url("~/b") == str(Path.home() / "b")
+    (tmp_path / "deep" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "folder")
+    assert normalize_url(f"{tmp_path}/link/../x") == str((tmp_path / "deep" / "x").resolve()), "as the system reads it"
+    assert normalize_url(f"{tmp_path}/link") == f"{tmp_path}/link"
     for url in ("http://host/store", "s3:///store", "abc://x/y"):
         with raises(ConfigError, f"{url}: s3://BUCKET/PREFIX"):
             normalize_url(url)

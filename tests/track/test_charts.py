@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.track.charts import Curve, downsample, make_charts, moving_mean, page_data, run_curves
+from jaxinfra.track.formatting import format_metric
 
 
 def curve(values):
@@ -40,12 +41,25 @@ def test_one_spike_does_not_reach_beyond_its_neighbors():
     assert set(means.values[abs(means.steps - 501) > covered]) == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.6744503, "1.6745"), (10.65625, "10.6562"), (0.031251, "0.03125"), (1.00004e-5, "1e-05")]
+)
+def test_a_metric_is_rounded_once(value: float, text: str) -> None:
+    """The page has what the tables print: a number of six digits would be rounded again where it is shown."""
+    assert format_metric(value) == text
+    rows = [{"step": 1, "loss": 9.0, "loss_mean": value}, {"step": 1, "eval/loss": value, "eval/bits_per_byte": value}]
+    run = run_curves("a", rows, {"baselines": {"bits_per_byte": {"xz": value}}}, {})
+    charts = make_charts([run])
+    loss, bits = page_data([run], charts.drawn)["charts"]
+    assert loss["isMetric"] and bits["isMetric"]
+    assert [line["values"] for line in (*loss["lines"], *bits["lines"])] == [[float(text)]] * 3
+    assert loss["levels"] == bits["levels"] == [["xz", float(text)]]
+
+
 def test_lines_have_steps_tokens_and_time():
     rows = [{"step": step, "time_s": 9.0 + step, "loss": 1.0 / step} for step in range(1, 6)]
     run = run_curves("a", rows, {"derived": {"tokens a step": [64, ""]}}, {})
     charts = make_charts([run])
     data = page_data([run], charts.drawn)
     assert data["charts"][0]["lines"][0]["steps"] == [1, 2, 3, 4, 5]
-    assert data["runs"] == [
-        {"name": "a", "unitsPerStep": 64, "units": "tokens", "clock": ([1, 2, 3, 4, 5], [10.0, 11.0, 12.0, 13.0, 14.0])}
-    ]
+    assert data["runs"] == [{"unitsPerStep": 64, "clock": ([1, 2, 3, 4, 5], [10.0, 11.0, 12.0, 13.0, 14.0])}]

@@ -10,7 +10,7 @@ import time
 
 from rich.console import Console
 
-from jaxinfra.track.console import ConsoleTracker, PlainTextTracker, ProgressBarTracker
+from jaxinfra.track.console import ConsoleTracker, PlainTextTracker, ProgressBarTracker, announcement
 from tests.track import demo
 
 
@@ -33,6 +33,26 @@ def on_terminal(columns: int, *arguments: object, terminal: str = "xterm-256colo
     os.close(ours)
     assert process.wait() == 0, output.decode()
     return output.decode()
+
+
+def test_the_first_line_has_all_overrides_and_the_first_weights():
+    """Also those inside tuples and of classes; `init` with the step that was taken."""
+    layers = [{"mixer": {"kind": "attention", "window": 512}}, {"mixer": {"kind": "mamba"}}]
+    config = {"name": "y", "init": "runs/x", "seed": 0, "model": {"layers": layers, "dims": [1, 2]}}
+    set_there = ["model.layers.0.mixer.window", "model.layers.1.mixer", "model.dims", "init", "name"]
+    record = {"config": config, "origins": dict.fromkeys(set_there, "command line") | {"seed": "file:x.py"}}
+    words = "model.layers.0.mixer.window=512 model.layers.1.mixer=mamba model.dims=(1, 2)"
+    assert announcement("runs/y", record, 0, 9) == f"new run runs/y: {words}"
+    record["init"] = {"run": "runs/x", "step": 200, "fingerprint": "0"}
+    assert announcement("runs/y", record, 0, 9) == f"new run runs/y: {words} init=runs/x@200"
+    assert announcement("runs/y", record, 3, 9).endswith(
+        "resuming runs/y at step 3 of 9, which began with init=runs/x@200"
+    )
+    published = {"config": {"name": "z"}, "init": {"run": "hf:org/model", "step": 0, "fingerprint": "0"}}
+    assert announcement("runs/z", published, 0, 9) == "new run runs/z: init=hf:org/model"
+    assert (
+        announcement("runs/z", {"resumed_from": "from copies"}, 3, 9) == "resuming runs/z at step 3 of 9, from copies"
+    )
 
 
 def test_plain_lines_on_a_pipe(tmp_path):

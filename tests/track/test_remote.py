@@ -1,5 +1,8 @@
 """Training goes on when the server of a tracker is slow, dead or refuses. The servers here are fakes."""
 
+import errno
+import math
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,9 +13,12 @@ from jaxinfra import packages
 from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.track import remote
 from jaxinfra.track.config import Mlflow, TrackConfig, Wandb
+from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.remote import RemoteRun, RemoteTracker, remote_id
 from jaxinfra.track.tracker import MultiTracker, make_trackers
-from tests.refusals import problem, raises
+from tests.refusals import names, problem, raises
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Server(RemoteRun):
@@ -38,7 +44,7 @@ class Server(RemoteRun):
         self.answer()
         self.rows += [(row.step, dict(row.metrics)) for row in rows]
 
-    def finish(self, status, summary) -> None:
+    def finish(self, status, summary, end_ms=None) -> None:
         self.answer()
         self.status = status
 
@@ -75,18 +81,79 @@ def test_rows_arrive_in_order_and_in_groups(caplog, capsys) -> None:
     assert capsys.readouterr().err == "track.server: http://server/run\n"
 
 
-def test_an_outage_loses_nothing_and_is_reported_once_without_secrets(caplog, monkeypatch) -> None:
+def test_an_outage_loses_nothing_and_is_reported_once_without_secrets(caplog, capsys, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a-key-that-is-never-shown")
     server = Server(OSError("a-key-that-is-never-shown is refused"), OSError("down"), OSError("down"))
-    tracker = started(server)
+    tracker = started(server, announce=True)
     log(tracker, 3)
     while server.errors:
         time.sleep(0.01)
     tracker.log_summary({"status": "finished"})
     tracker.close()
     assert [step for step, _ in server.rows] == [1, 2, 3] and server.status == "finished"
-    (record,) = caplog.records
-    assert "track.server.uri=here: $WANDB_API_KEY is refused; training goes on" in record.getMessage()
+    away, _, back = capsys.readouterr().err.splitlines()
+    assert away.startswith("track.server.uri=here: $WANDB_API_KEY is refused; training goes on")
+    assert back.startswith("track.server: back after ") and back.endswith(" s, 3 rows sent late")
+    assert not caplog.records
+
+
+class Asked(Server):
+    """Says what it has. An error comes after it has taken the rows: their answer is lost."""
+
+    def start(self, record, statistics) -> str:
+        return "http://server/run"
+
+    def send(self, rows) -> None:
+        self.rows += [(row.step, dict(row.metrics)) for row in rows]
+        self.answer()
+
+    def points(self):
+        return [(name, step, value) for step, metrics in self.rows for name, value in metrics.items()]
+
+
+def test_a_request_whose_answer_is_lost_is_not_repeated(capsys) -> None:
+    server = Asked(ValueError("aborted", OSError(errno.ECONNRESET, "Connection reset by peer")))
+    tracker = started(server)
+    log(tracker, 3)
+    while server.errors:
+        time.sleep(0.01)
+    tracker.log(4, {"loss": 4.0})
+    tracker.close()
+    assert [step for step, _ in server.rows] == [1, 2, 3, 4]
+    assert "track.server.uri=here: Connection reset by peer; " in capsys.readouterr().err, "the cause, not its wrapping"
+
+
+def test_the_next_start_sends_what_the_server_lacks(tmp_path: Path, capsys) -> None:
+    """Step 4 is made again with the same loss, step 5 with another one; MLflow keeps an infinity as a number."""
+    values = {1: math.nan, 2: math.inf, 3: 3.0, 4: 4.0}
+    files = JsonlTracker(tmp_path)
+    files.start({}, {}, start_step=0, total_steps=9)
+    for step, value in values.items():
+        files.log(step, {"loss": value})
+    files.close()
+    server = Asked()
+    server.rows = [(1, {"train/loss": math.nan}), (2, {"train/loss": sys.float_info.max}), (4, {"train/loss": 4.0})]
+    server.rows += [(5, {"train/loss": 5.0})]
+    tracker = RemoteTracker(server, "track.server", "uri=here", run_dir=tmp_path, sync_command="runs sync runs/x")
+    tracker.start({}, {}, start_step=3, total_steps=9)
+    for step, value in (4, 4.0), (5, 5.5):
+        tracker.log(step, {"loss": value})
+    tracker.close()
+    assert server.rows[4:] == [(3, {"train/loss": 3.0}), (5, {"train/loss": 5.5})]
+    assert capsys.readouterr().err.splitlines() == ["track.server: http://server/run", "track.server: 1 row sent late"]
+
+
+def test_an_end_that_the_server_has_not_confirmed_is_told(caplog, tmp_path: Path) -> None:
+    server = Asked()
+    tracker = RemoteTracker(server, "track.server", "uri=here", run_dir=tmp_path, sync_command="runs sync runs/x")
+    tracker.start({}, {}, start_step=0, total_steps=9)
+    tracker.log(1, {"loss": 1.0})
+    while not server.rows:
+        time.sleep(0.01)
+    server.errors = [OSError("down")]
+    tracker.log_summary({"status": "finished"})
+    tracker.close()
+    names(caplog.messages[0], "track.server end confirmed (down) runs sync runs/x")
 
 
 def test_a_dead_server_holds_up_neither_steps_nor_the_end(caplog, monkeypatch) -> None:
@@ -128,12 +195,12 @@ def test_a_run_that_another_start_has_taken_over_goes_on_remotely() -> None:
 
 def test_the_id_of_a_remote_run_is_kept_for_its_target(tmp_path: Path) -> None:
     path = tmp_path / "server.json"
-    assert remote_id(path, "here", lambda: "1") == "1"
-    assert remote_id(path, "here", lambda: "2") == "1"
-    assert remote_id(path, "there", lambda: "3") == "3"
+    assert remote_id(path, "here", lambda key: "1") == "1"
+    assert remote_id(path, "here", lambda key: "2") == "1"
+    assert remote_id(path, "there", lambda key: "3") == "3"
     path.write_text("{")
     with raises(StorageError, f"{path}"):
-        remote_id(path, "here", lambda: "4")
+        remote_id(path, "here", lambda key: "4")
 
 
 @pytest.mark.parametrize(
@@ -156,5 +223,6 @@ def test_a_missing_package_is_named_before_the_run_starts(tmp_path, monkeypatch)
         (TrackConfig(wandb=Wandb(project="p")), "wandb"),
         (TrackConfig(mlflow=Mlflow(uri="x")), "mlflow"),
     ):
-        with raises(ConfigError, f"track.{name} pip install {name}"):
+        with raises(ConfigError, f"track.{name} pip install 'jaxinfra[{name}]'"):
             make_trackers(config, tmp_path)
+        assert f"`pip install 'jaxinfra[{name}]'`" in (DOCS / "watch.md").read_text()

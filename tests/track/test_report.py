@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from jaxinfra.config.view import config_leaves
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.track.config import TrackConfig
-from jaxinfra.track.report import config_leaves, read_run, render_report, write_report
+from jaxinfra.track.report import read_run, render_report, write_report
 from jaxinfra.track.tracker import make_trackers
 from tests.refusals import raises
 

@@ -2,9 +2,12 @@
 
 import json
 import math
+import time
+from contextlib import suppress
 
 import pytest
 
+from jaxinfra.track import report
 from jaxinfra.track.report import read_run, render_report, write_report
 from tests.track.browser import open_browser
 from tests.track.test_report import EVIL, make, record
@@ -48,21 +51,21 @@ def test_legends_by_keyboard_on_each_axis(tmp_path, page):
     """The arrows move through the values, in all charts; Enter hides a line."""
     make(tmp_path, 100, value=lambda step: 5.0 - step / 100)
     page.open(tmp_path / "report.html")
-    assert page.evaluate(LEGEND)[:2] == ["steps last", "training 4.01"]
+    assert page.evaluate(LEGEND)[:2] == ["steps last", "training 4.0100"]
     page.evaluate("document.getElementById('chart-0').focus()")
     page.press("End")
     page.press("ArrowLeft")
     page.press("ArrowLeft")
     assert page.evaluate(LEGEND) == [
         "steps 98",
-        "training 4.03",
-        "training, mean of 5 logged 4.03",
-        "validation 2",
-        "unigram 7.2",
+        "training 4.0300",
+        "training, mean of 5 logged 4.0300",
+        "validation 2.0000",
+        "unigram 7.2000",
     ]
     assert "98" in page.evaluate("document.querySelector('#chart-2 .u-legend').innerText")
     page.press("Home")
-    assert page.evaluate(LEGEND)[:2] == ["steps 1", "training 5"]
+    assert page.evaluate(LEGEND)[:2] == ["steps 1", "training 5.0000"]
     page.press("Escape")
     assert page.evaluate(LEGEND)[0] == "steps last"
     page.press("Tab")
@@ -134,6 +137,46 @@ def test_values_at_the_edge(tmp_path, page, value):
         page.open(tmp_path / str(steps) / "report.html")
         choose(page, "time", "log-x", "log-y")
         choose(page, "tokens")
+
+
+def test_a_page_of_a_run_that_goes_on_loads_itself_again_as_it_was(tmp_path, page, monkeypatch):
+    """With its choices, its zoom, what is open and its position; not once the run has ended."""
+    make(tmp_path, 100)
+
+    def write(every_s):
+        monkeypatch.setattr(report, "EVERY_S", every_s)
+        return write_report(tmp_path, is_running=True)
+
+    page.open(write(1000.0))
+    choose(page, "time", "log-y")
+    page.evaluate("document.querySelector('details').open = true")
+    page.evaluate("plots[0].plot.setScale('x', { min: 0.001, max: 0.002 })")
+    page.evaluate("scrollTo(0, 300)")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 101, "time_s": 9.0, "loss": 1.0}) + "\n")
+    write(1000.0)
+    page.evaluate("data.reload.everyMs = 1, reloadLater()")
+    wait_until(page, "data.charts[0].lines[0].steps.at(-1) === 101 && document.readyState === 'complete'")
+    choices = "[control('axis').value, control('log-y').checked, control('log-x').checked]"
+    assert page.evaluate(choices) == ["time", True, False]
+    assert page.evaluate("document.querySelector('details').open") and abs(page.evaluate("scrollY") - 300) < 30
+    assert page.evaluate("plots.every(({ plot }) => plot.scales.x.max === 0.002)")
+    write(0.1)
+    page.evaluate("data.reload.everyMs = 1, reloadLater()")
+    wait_until(page, "data.reload?.everyMs === 100")
+    write_report(tmp_path)
+    wait_until(page, "data.reload === null")
+
+
+def wait_until(page, expression):
+    """Waits for a page that loads itself again; while it does, there is nothing to evaluate."""
+    deadline_s = time.monotonic() + 600
+    while time.monotonic() < deadline_s:
+        with suppress(AssertionError):
+            if page.evaluate(expression):
+                return
+        time.sleep(0.05)
+    raise AssertionError(expression)
 
 
 def test_text_from_outside_is_only_text(tmp_path, page):

@@ -121,7 +121,7 @@ def test_build_opens_nothing_before_start_and_leaves_out_what_is_off(tmp_path):
 
 def test_due_names_each_nth_step_and_the_last():
     config = TrackConfig(log_every=10)
-    assert [step for step in range(1, 26) if config.due(step, 25)] == [10, 20, 25]
+    assert [step for step in range(1, 26) if config.due(step, 25)] == [1, 10, 20, 25]
 
 
 def test_a_config_that_never_logs_is_refused():

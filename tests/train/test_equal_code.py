@@ -39,5 +39,7 @@ def test_an_edit_of_the_package_is_seen(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
     before = code_digest(tmp_path)
+    (tmp_path / ".#a.py").symlink_to("user@host.1234")  # as Emacs locks a file
+    assert code_digest(tmp_path) == before
     (tmp_path / "b/c.py").write_text("x = 2\n")
     assert code_digest(tmp_path) != before

@@ -48,7 +48,8 @@ def test_starts_from_the_parameters_of_the_other_run(tiny: Tiny, base: Trainer) 
 def test_goes_on_only_with_the_same_init(tiny: Tiny, base: Trainer) -> None:
     init = f"init={tiny.directory('base')}"
     steps = ("train.steps=6", "optim.schedule.warmup_steps=0")
-    assert tiny.launch(init, "name=tuned", *steps, *QUICK).code == 0
+    begun = tiny.launch(init, "name=tuned", *steps, *QUICK[:2])
+    assert begun.code == 0 and f" {init}@12\n" in begun.out
     again = tiny.launch(init, "name=tuned", *steps, *QUICK)
     assert again.code == 0 and "nothing to do" in again.out
     refused(tiny.launch("name=tuned", *steps, *QUICK), "tuned init= base@12 none name=ANOTHER")

@@ -28,7 +28,7 @@ def wait(*arguments, **options):
 
 where = sys.argv.pop(1)
 if where == "compiling":
-    Program.train_step = wait
+    Program.train_step = wait.lower = wait
 elif where == "opening":
     Trainer.__init__ = wait
 sys.exit(main())

@@ -25,6 +25,7 @@ from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.statistics import step_flops
 from jaxinfra.train.trainer import Trainer
+from jaxinfra.train.waiting import Waiting
 from jaxinfra.train.watch import Watch
 from tests.refusals import raises
 from tests.tiny_run import Tiny
@@ -51,6 +52,7 @@ class Recorded(MultiTracker):
             done,
             self.reporting,
             Profiler(run.profile, Path()),
+            Waiting(self.reporting),
             self.requests,
             check_owner=lambda: None,
             after_step=self.after_step,
@@ -149,12 +151,12 @@ def test_only_due_metrics_leave_the_devices(tiny: Tiny, monkeypatch: pytest.Monk
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda values: fetched.append(values) or get(values))
     fit(made)
-    assert [event[1] for event in made.events if event[0] == "log" and "loss" in event[2]] == [4, 8, 10]
+    assert [event[1] for event in made.events if event[0] == "log" and "loss" in event[2]] == [1, 4, 8, 10]
     # Of each step only what the guard looks at: the loss, and whether the step was skipped.
     assert len([values for values in fetched if isinstance(values, tuple) and len(values) == 2]) == 10
-    assert len([values for values in fetched if isinstance(values, dict)]) == 3
+    assert len([values for values in fetched if isinstance(values, dict)]) == 4
     logged = [event[2] for event in made.events if event[0] == "log" and "loss" in event[2]]
-    assert [values["loss_mean"] for values in logged] == [1.5, 5.5, 8.5]
+    assert [values["loss_mean"] for values in logged] == [0.0, 2.0, 5.5, 8.5]
 
 
 def test_hot_path_moves_nothing_unasked(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from jaxinfra.train.loop import Loop
 from jaxinfra.train.phases import Phases
-from jaxinfra.train.waiting import Waiting
+from jaxinfra.train.waiting import Waiting, input_bound_warning
+from tests.refusals import names
 
 
 def reporting(*, devices_are_busy: bool = False) -> Any:
@@ -33,7 +34,8 @@ def test_a_late_batch_is_one_wait_for_the_watchdog() -> None:
     def no_call(*arguments: object) -> None:
         raise AssertionError("nothing is due without a batch")
 
-    loop = Loop(unused, unused, 0, made, unused, unused, check_owner=no_call, after_step=no_call, save=no_call)
+    waiting = Waiting(made)
+    loop = Loop(unused, unused, 0, made, unused, waiting, unused, check_owner=no_call, after_step=no_call, save=no_call)
     with pytest.raises(EnoughError):
         loop.run(poll, 5)
     assert [phase for phase, _ in seen] == ["step", "data", "data", "data"]
@@ -56,3 +58,12 @@ def test_while_the_devices_are_busy_nothing_is_late() -> None:
     assert Waiting(made).while_busy(lambda timeout_s: next(late)) == (1, {})
     assert made.data_wait_s == 0.0
     assert Waiting(reporting()).while_busy(lambda timeout_s: None) is None
+
+
+def test_a_run_that_hardly_waits_does_not_warn():
+    assert input_bound_warning(5.0, 100.0, {"reading": 50.0, "decoding": 1.0}) is None
+
+
+def test_the_slowest_stage_is_named():
+    found = input_bound_warning(20.0, 100.0, {"reading": 5.0, "decoding": 50.0})
+    names(found or "", "20.0 100.0 decoding is reading 5.0 data.threads")

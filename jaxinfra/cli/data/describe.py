@@ -3,14 +3,21 @@
 Shape suffix: D documents.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 import numpy as np
 
+from jaxinfra.command import command_line
 from jaxinfra.data.store.layout import LABELS, LENGTHS
 from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import Store, TokenStore
+from jaxinfra.packages import install_command
+from jaxinfra.track.formatting import format_metric
 
+_FEW = 2  # documents, such as the two parts of one long file: none is a copy
+_MUCH_REPEATED = 0.1  # of the validation text; less is usual, as code and licenses repeat lines
 _BAR_WIDTH = 40  # characters of the longest bar
 
 
@@ -37,7 +44,10 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
     for name, pack in manifest.packs.items():
         yield f"packed       {name}: {pack.rows:,} rows, {pack.efficiency:.1%} full, {pack.truncated:,} documents cut"
     for metric, values in manifest.baselines.items():
-        yield f"to beat      {', '.join(f'{value:.4f} by {name}' for name, value in values.items())} ({metric})"
+        listed = ", ".join(f"{format_metric(value)} by {name}" for name, value in values.items())
+        yield f"to beat      {listed} ({metric})"
+    if counts.repeated >= _MUCH_REPEATED:
+        yield f"repeated     {_repeated(manifest)}"
 
 
 def _overlap(manifest: Manifest, samples: str) -> str:
@@ -52,6 +62,23 @@ def _overlap(manifest: Manifest, samples: str) -> str:
     if manifest.recipe.get("dedup") is not None:
         return f"{line}; dedup has left them out of training"
     return f"{line}; on_overlap=drop leaves them out of training"
+
+
+def _repeated(manifest: Manifest) -> str:
+    """Says how much of the validation text is in the training text, and what helps: a command against copies."""
+    share, dedup = manifest.counts.repeated, manifest.recipe.get("dedup")
+    line = f"{share:.0%} of the validation text is in the training text too, so losses are better than on new text"
+    general = "remove from the source what it repeats, such as a license, or use validation=SOURCE of other text"
+    is_near = isinstance(dedup, Mapping) and dedup.get("near")
+    if is_near or sum(split.documents for split in manifest.splits.values()) <= _FEW:
+        return f"{line}; {general}"
+    exact = dedup is None and manifest.counts.overlap
+    overrides = ["dedup=dedup"] if exact else ["dedup=dedup", "dedup.near=true"]
+    fix = f"prepare it again with {' '.join(overrides)}"
+    if words := shlex.split(manifest.prepared_from):
+        fix = command_line("data", "prepare", *words, *(each for each in overrides if each not in words))
+    install = "" if exact or find_spec("datasketch") else f"{install_command('jaxinfra[dedup]')}, then "
+    return f"{line}; {general}; against {'' if exact else 'near '}copies of whole documents: {install}{fix}"
 
 
 def length_histogram(store: TokenStore) -> Iterator[str]:

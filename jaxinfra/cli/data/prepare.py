@@ -4,6 +4,7 @@ With --follow, it reads a stream and *seals* versions: each is a version of the 
 """
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,11 +17,13 @@ from jaxinfra.cli.data.describe import describe_manifest
 from jaxinfra.config import load, load_file, validate
 from jaxinfra.config.overrides import read_overrides
 from jaxinfra.config.schema import fields_of
+from jaxinfra.config.source import find_record
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
 from jaxinfra.prepare.recipes import Corpus, ImageSet, Recipe
 from jaxinfra.processes.requests import StopRequest
+from jaxinfra.storage.credentials import mask_credentials
 
 _MEASURED_STAGES = ("tokens", "images")  # stages that run jobs, whose progress is known in bytes
 
@@ -32,19 +35,26 @@ def run(options: argparse.Namespace) -> None:
         _follow(options)
         return
     engine = options.engine or ENGINES[0]
-    for recipe in load_recipes(options):
+    for recipe, words in load_recipes(options):
         validate(recipe)
+        made_from = mask_credentials(shlex.join(words))
         with progress_bar() as on_progress:
-            version = prepare(recipe, engine=engine, workers=options.workers, on_progress=on_progress)
+            version = prepare(
+                recipe, engine=engine, workers=options.workers, on_progress=on_progress, prepared_from=made_from
+            )
         _print_version(version, "made")
         print("\n".join(describe_manifest(version.manifest)))
 
 
-def load_recipes(options: argparse.Namespace) -> list[Recipe]:
-    """Loads the recipe of the config file, or the recipes of the stores that a run reads; ConfigError without one."""
+def load_recipes(options: argparse.Namespace) -> list[tuple[Recipe, Sequence[str]]]:
+    """Loads the recipe of the config file, or the recipes of the stores that a run reads; ConfigError without one.
+
+    Each comes with the words after `data prepare` that name it alone.
+    """
     file = load_file(options.config, imports=options.imports)  # a run or a recipe
     if isinstance(file.run, Recipe):
-        return [file.with_overrides(options.overrides).run]
+        imports = [word for path in options.imports for word in ("--import", path)]
+        return [(file.with_overrides(options.overrides).run, [options.config, *imports, *options.overrides])]
     from jaxinfra.run import Run  # imports jax, which a recipe does not need
 
     if not isinstance(file.run, Run):
@@ -57,12 +67,13 @@ def load_recipes(options: argparse.Namespace) -> list[Recipe]:
         )
     recipes = []
     for store, path in paths.items():
-        if options.config.endswith(".json") and path not in options.imports:
-            raise ConfigError(f"{options.config}: a record runs no recipe that you do not name; add --import {path}")
+        if find_record(options.config) is not None and path not in options.imports:
+            fix = f"add --import {shlex.quote(path)}"
+            raise ConfigError(f"{options.config}: a record runs no recipe that you do not name; {fix}")
         recipe = load(path).run
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{path}: is not a recipe; use a file whose config() returns one")
-        recipes.append(replace(recipe, store=store))
+        recipes.append((replace(recipe, store=store), [path, *([] if recipe.store == store else [f"store={store}"])]))
     return recipes
 
 
@@ -94,7 +105,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _follow(options: argparse.Namespace) -> None:
     """Follows a stream and prints each sealed version; raises as `follow`, and Preempted on Ctrl-C or SIGTERM."""
-    (recipe, *others) = load_recipes(options)
+    ((recipe, _), *others) = load_recipes(options)
     if others:
         raise ConfigError(f"{options.config}: has {1 + len(others)} recipes, but only one stream can be followed")
     validate(recipe)

@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
         if damage is not None:
             damages.append(damage)
             if len(damages) <= _MAX_LISTED:
-                print(damage)
+                print(f"{damage.location}: {damage.cause}")
     if damages:
         raise DataError(
             f"{store}: {len(damages)} of {count} files and blocks are damaged, first {damages[0].location}; "

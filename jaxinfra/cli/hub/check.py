@@ -15,7 +15,7 @@ from jaxinfra.interop.folder import PREFIX
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
 from jaxinfra.storage import outputs
-from jaxinfra.track.console import stdout_console
+from jaxinfra.track.console import print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
 
@@ -26,17 +26,12 @@ def run(options: argparse.Namespace) -> None:
     facts = _facts(model, weights)
     if options.hashes:
         facts["hashes"] = _check_hashes(model)
-    table = Table(Column(no_wrap=True, style="bold"), Column(), box=None, show_header=False)
+    table = Table(Column(style="bold"), Column(overflow="fold"), box=None, show_header=False)
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))
-    console = stdout_console()
-    console.print(table)
+    print_table(stdout_console(), table)
     source = options.source if options.source.startswith(PREFIX) else f"{PREFIX}{options.source}"
-    console.print(
-        f'In a config: model=published("{source}"), imported from jaxinfra.hub, and init="{source}".',
-        markup=False,
-        soft_wrap=True,
-    )
+    print(f'In a config: model=published("{source}"), imported from jaxinfra.hub, and init="{source}".')
     outputs.write_json(options.json, facts)
 
 
@@ -72,8 +67,8 @@ def _tokenizer_text(model: PublishedModel) -> str:
     if not (ends := model.end_ids()):
         return "no eos_token_id ends a text"
     tokenizer, tokens = model.tokenizer(), ", ".join(map(str, ends))
-    end = quoted(tokenizer.end_of_document)
-    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with {tokens}"
+    end = f"{quoted(tokenizer.end_of_document)} (token {tokenizer.eot_id})"
+    return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with token {tokens}"
 
 
 def _check_hashes(model: PublishedModel) -> str:

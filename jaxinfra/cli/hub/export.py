@@ -7,18 +7,18 @@ import time
 import jax.numpy as jnp
 
 from jaxinfra.cli.progress import ByteProgress
-from jaxinfra.command import COMMAND
+from jaxinfra.command import command_line
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.hub.export import Export, export_model
-from jaxinfra.hub.published_model import PublishedModel, open_published
+from jaxinfra.hub.published_model import PublishedModel, open_published, param_specs
 from jaxinfra.inference.language_model import LanguageModel, open_language_model, require_text
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop.folder import is_published
+from jaxinfra.interop.writing import check_destination
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
-from jaxinfra.track.console import stdout_console
 from jaxinfra.track.formatting import format_bytes, format_duration, format_files
 from jaxinfra.track.runs import parse_source
 
@@ -28,12 +28,17 @@ _log = logging.getLogger(__name__)
 def run(options: argparse.Namespace) -> None:
     """Writes the folder in all processes; process 0 prints what it has written."""
     source = _with_step(options.run_dir, options.step)
-    model = open_language_model(source, options.overrides, options.imports)
+    check_destination(options.out)
+    stored = open_published(source).stored_dtypes() if is_published(source) else {}
+    model, dtypes = open_language_model(source, options.overrides, options.imports), dict(stored)
+    if options.dtype is not None:  # buffers, such as biases of routers, keep theirs
+        specs = param_specs(require_text(model.run)[0])
+        dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}
     program = sampling_program(model.run, all_devices(), strict=bool(options.overrides))
     peers, start_s = current_peers(), time.monotonic()
     origin = _origin(source, model)
     with compile_cache(model.run.train.compile_cache):
-        loaded = load_params(source, program, peers)
+        loaded = load_params(source, program, peers, stored)
         with program.on_mesh:
             export = Export(
                 config=require_text(model.run)[0],
@@ -47,22 +52,18 @@ def run(options: argparse.Namespace) -> None:
                 tokenizer=model.tokenizer,
                 max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
                 first_tokens=model.first_tokens,
-                dtype=None if options.dtype is None else jnp.dtype(options.dtype),
+                dtypes=dtypes,
                 model_type=options.family,
                 origin=origin,
             )
             progress = ByteProgress() if options.prints else lambda done, total: None
-            receipt = export_model(options.out, export, gather=peers.gather, progress=progress)
+            size = options.max_shard_size
+            receipt = export_model(options.out, export, max_file_bytes=size, gather=peers.gather, progress=progress)
     if options.prints:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
-        console, files = stdout_console(), format_files(len(receipt["files"]))
-        console.print(
-            f"{options.out}: {files}, {format_bytes(total)} in {format_duration(seconds)}; "
-            f"check it with {COMMAND} hub check {options.out} --hashes",
-            markup=False,
-            soft_wrap=True,
-        )
+        written = f"{format_files(len(receipt['files']))}, {format_bytes(total)} in {format_duration(seconds)}"
+        print(f"{options.out}: {written}; check it with {command_line('hub', 'check', options.out)} --hashes")
 
 
 def _with_step(source: str, step: int | None) -> str:

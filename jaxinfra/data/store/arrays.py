@@ -53,11 +53,8 @@ def create(
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return call_storage(
-        path,
-        lambda: ts.open(ts.Spec(spec), create=True, context=connection.tensorstore_context()).result(),
-        writing=True,
-    )
+    context = connection.tensorstore_context()
+    return call_storage(path, lambda: ts.open(ts.Spec(spec), create=True, context=context).result(), writing=True)
 
 
 def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorStore:
@@ -91,9 +88,7 @@ def shard_of(array: ts.TensorStore, element: int) -> str:
 def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
     """Reads `array[start : start + n]` for every start and length n at once, concatenated.
 
-    Raises:
-        DataError: a range is outside the array, or a chunk is missing or damaged.
-        StorageError: the storage cannot be read.
+    DataError if a range is outside the array, or a chunk is missing or damaged; StorageError if it cannot be read.
     """
     if not len(starts):
         return np.empty((0, *array.shape[1:]), array.dtype.numpy_dtype)

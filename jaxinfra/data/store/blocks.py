@@ -78,21 +78,18 @@ class CheckedArray:
     def read(self, starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
         """Reads the ranges from each start on, concatenated.
 
-        Raises:
-            DataError: a range is outside the array, or a block of it is damaged.
-            StorageError: the storage cannot be read.
+        DataError if a range is outside the array, or a block of it is damaged; StorageError if it cannot be read.
         """
         block, starts, lengths = self.info.block, starts_N.tolist(), lengths_N.tolist()
+        # Ranges in the blocks 2 to 3 and 3 to 5 need the blocks 2, 3, 4 and 5, each once. For a batch of some dozen
+        # ranges, this is faster in Python than in NumPy.
+        needed: set[int] = set()
         for start, length in zip(starts, lengths, strict=True):
             if start < 0 or start + length > self.info.elements:
                 raise DataError(
                     f"{self._path}: elements {start} to {start + length} are outside its {self.info.elements}; "
                     f"{DAMAGED_VERSION_FIX}"
                 )
-        # Ranges in the blocks 2 to 3 and 3 to 5 need the blocks 2, 3, 4 and 5, each once. For a batch of some dozen
-        # ranges, this is faster in Python than in NumPy.
-        needed: set[int] = set()
-        for start, length in zip(starts, lengths, strict=True):
             needed.update(range(start // block, -(-(start + length) // block)))  # the end is rounded up
         numbers = sorted(needed)
         values = self._read_blocks(numbers)
@@ -132,7 +129,10 @@ class CheckedArray:
         contents = []
         for number, (content, cause) in zip(numbers, self.check(numbers, cached=False), strict=True):
             if cause is not None:
-                raise DataError(f"{self._place(number)} {cause}, twice; {DAMAGED_VERSION_FIX}")
+                start = number * self.info.block
+                end = min(start + self.info.block, self.info.elements)
+                place = f"{self._path}/{arrays.shard_of(self._array, start)}: block {number}"
+                raise DataError(f"{place} ({self._locate(start, end)}) {cause}, twice; {DAMAGED_VERSION_FIX}")
             contents.append(content)
         self._array = arrays.open_array(self._path)  # what caches hold of it is compared with the storage
         named = ", ".join(map(str, numbers[:_MAX_NAMED])) + (", ..." if len(numbers) > _MAX_NAMED else "")
@@ -165,12 +165,6 @@ class CheckedArray:
             self._hashes[table * TABLE_HASHES :][: len(hashes)] = hashes
             self._tables.add(table)
         return self._hashes[numbers]
-
-    def _place(self, block: int) -> str:
-        """Names the file and the elements of a block."""
-        start = block * self.info.block
-        end = min(start + self.info.block, self.info.elements)
-        return f"{self._path}/{arrays.shard_of(self._array, start)}: block {block} ({self._locate(start, end)})"
 
 
 def _short(digest: int) -> str:

@@ -14,10 +14,8 @@ def resolve_path(path: str) -> str:
     If `path` is the `.dvc` file, or the folder is missing, DVC checks the folder out from its cache or remote.
     Otherwise the folder is used as it is.
 
-    Raises:
-        ConfigError: DVC is not installed, or the file is in no DVC repository.
-        DataError: the folder was changed after it was added.
-        StorageError: the data is neither in the cache nor in the remote.
+    Raises ConfigError if DVC is not installed, or the file is in no DVC repository; DataError if the folder was changed
+    after it was added; and StorageError if the data is neither in the cache nor in the remote.
     """
     if "://" in path:
         return path

@@ -9,7 +9,6 @@ DESCRIPTION = "zarr.json"  # in the folder of each array
 TABLE_HASHES = 128 * 1024
 """Hashes in one file of the table of an array: 1 MiB for 1 GiB of tokens of two bytes."""
 HASH_BYTES = 8  # of an XXH3-64
-_TABLE = ".blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class ArrayInfo:
 
 def table_name(array: str, number: int) -> str:
     """Returns the name of a file with hashes of the blocks of an array: `train/tokens.blocks/0`."""
-    return f"{array}{_TABLE}/{number}"
+    return f"{array}.blocks/{number}"
 
 
 def table_sizes(array: str, blocks: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxinfra.data.store import layout
 from jaxinfra.data.store.layout import ArrayInfo, table_sizes
@@ -23,7 +23,6 @@ FILE_NAME = "manifest.json"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Kind = Literal["text", "pairs", "images"]
-KINDS: tuple[Kind, ...] = ("text", "pairs", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +87,7 @@ class Counts:
     duplicates: int = 0  # documents that repeat an earlier one
     overlap: int = 0  # validation documents that are in the training source too
     overlap_dropped: int = 0  # training documents that `on_overlap=drop` left out
+    repeated: float = 0.0  # share of the validation text that is in the training text too, measured with the baselines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,7 @@ class Manifest:
     # Metric -> simple model -> value on the validation split.
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     versions: Mapping[str, str]  # of Python and the packages that prepared the store
+    prepared_from: str = ""  # words after `data prepare`, of which hints make a command; "" if no command line did
     created: str  # time in UTC
 
     @property
@@ -175,7 +176,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         if tree["tokenizer"] is not None:
             tree["tokenizer"] = TokenizerInfo(**tree["tokenizer"])
         tree["shape"], tree["labels"] = tuple(tree["shape"]), tuple(tree["labels"])
-        manifest = Manifest(**{field.name: tree[field.name] for field in fields(Manifest)})
+        manifest = Manifest(**{field.name: tree[field.name] for field in fields(Manifest) if field.name in tree})
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -197,7 +198,7 @@ def _check(manifest: Manifest, fingerprint: str) -> None:
     counts = [manifest.block - 1, manifest.index_block - 1]  # a block has at least one element
     counts += [n for info in manifest.splits.values() for n in (info.documents, info.tokens, info.bytes, info.longest)]
     counts += [n for pack in manifest.packs.values() for n in (pack.rows, pack.segments)]
-    if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
+    if set(manifest.splits) != set(SPLITS) or manifest.kind not in get_args(Kind):
         raise ValueError(f"kind {manifest.kind}, splits {', '.join(manifest.splits) or 'none'}")
     if (manifest.tokenizer is None) != (manifest.kind == "images"):
         raise ValueError(f"{manifest.kind} {'without' if manifest.tokenizer is None else 'with'} a tokenizer")

@@ -23,7 +23,7 @@ from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.blocks import CheckedArray, read_file
 from jaxinfra.data.store.layout import IMAGES, MASK, OFFSETS, TOKENS, holds_blocks
-from jaxinfra.data.store.manifest import Kind, Manifest, Split, StoredFile
+from jaxinfra.data.store.manifest import Kind, Manifest, Split
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
@@ -31,7 +31,6 @@ from jaxinfra.storage.objects import ObjectStore
 
 PREPARE = f"{COMMAND} data prepare RECIPE"  # for messages
 _VERIFY_BATCH = 256  # blocks to read at once
-_WRONG_HASH = "does not match its hash"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -43,17 +42,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Damage:
     """A damaged file of the store, or a damaged block of an array."""
 
-    file: str
-    block: int | None = None
+    location: str  # the file or array, and the number of the block
     cause: str
-
-    @property
-    def location(self) -> str:
-        """The file, and the number of the block."""
-        return self.file if self.block is None else f"{self.file} block {self.block}"
-
-    def __str__(self) -> str:
-        return f"{self.location}: {self.cause}"
 
 
 class Store:
@@ -84,10 +74,8 @@ class Store:
             allow_missing_blocks: a file of blocks that is missing or short is an error only when it is read.
             kind: what the store must hold; None allows everything.
 
-        Raises:
-            ConfigError: there is no such store or version, or it holds something else.
-            DataError: it is damaged or has another format.
-            StorageError: it cannot be read.
+        Raises ConfigError if there is no such store or version, or it holds something else; DataError if it is damaged
+        or has another format; and StorageError if it cannot be read.
         """
         location = ObjectStore(dvc_tracking.resolve_path(str(path)))
         storage = versions.find_version(location, version, section=section, hint=hint)
@@ -120,16 +108,17 @@ class Store:
             if info.digest is not None:
                 content = self.storage.read(name)
                 is_intact = xxhash.xxh3_128_hexdigest(content) == info.digest
-                yield info.bytes, None if is_intact else Damage(file=name, cause=_WRONG_HASH)
+                yield info.bytes, None if is_intact else Damage(location=name, cause="does not match its hash")
         for name, info in self.manifest.arrays.items():
             try:
                 array = self._open(name)
                 for first in range(0, info.blocks, _VERIFY_BATCH):
                     numbers = range(first, min(first + _VERIFY_BATCH, info.blocks))
                     for block, (content, cause) in enumerate(array.check(numbers), first):
-                        yield content.nbytes, None if cause is None else Damage(file=name, block=block, cause=cause)
+                        damage = None if cause is None else Damage(location=f"{name} block {block}", cause=cause)
+                        yield content.nbytes, damage
             except DataError as error:
-                yield 0, Damage(file=name, cause=str(error))
+                yield 0, Damage(location=name, cause=str(error))
 
     def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ranges of an array of a split, such as `tokens` or `offsets`, concatenated.
@@ -191,10 +180,7 @@ class TokenStore(Store):
 
         DataError if tokens are outside the split, damaged, or not in the vocabulary.
         """
-        starts_P, lengths_P = np.asarray(starts, np.int64), np.full(len(starts), length)
-        tokens_N = self.read_ranges(split, TOKENS, starts_P, lengths_P)
-        self._check_ids(split, tokens_N, starts_P, lengths_P)
-        return tokens_N.reshape(-1, length)
+        return self._read_tokens(split, np.asarray(starts, np.int64), np.full(len(starts), length)).reshape(-1, length)
 
     def read_with_mask(
         self, split: Split, starts: np.ndarray, lengths: np.ndarray
@@ -203,8 +189,7 @@ class TokenStore(Store):
 
         Checks ids like `read`. The mask is uint8, and None if the store has none.
         """
-        tokens_N = self.read_ranges(split, TOKENS, starts, lengths)
-        self._check_ids(split, tokens_N, starts, lengths)
+        tokens_N = self._read_tokens(split, starts, lengths)
         return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
 
     def sample_tokens(self, split: Split, limit: int) -> np.ndarray:
@@ -216,8 +201,9 @@ class TokenStore(Store):
         starts = np.arange(num_chunks) * (tokens - arrays.CHUNK) // num_chunks
         return self.read(split, starts, arrays.CHUNK).reshape(-1)
 
-    def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
-        """Raises DataError, which names the range, if an id is not in the vocabulary."""
+    def _read_tokens(self, split: Split, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+        """Reads ranges of tokens; DataError, which names the range, if an id is not in the vocabulary."""
+        tokens_N = self.read_ranges(split, TOKENS, starts_P, lengths_P)
         vocab_size = self.manifest.tokenizer_info.vocab_size
         if tokens_N.size and int(tokens_N.max()) >= vocab_size:
             first_bad = int((tokens_N >= vocab_size).argmax())
@@ -227,14 +213,4 @@ class TokenStore(Store):
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {vocab_size} in tokens {starts_P[i]} to "
                 f"{starts_P[i] + lengths_P[i]}; {DAMAGED_VERSION_FIX}"
             )
-
-
-def hash_files(folder: Path) -> dict[str, StoredFile]:
-    """Returns length and hash of every file below a folder; no hash for files of blocks."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            digest = None if holds_blocks(name) else xxhash.xxh3_128_hexdigest(path.read_bytes())
-            files[name] = StoredFile(bytes=path.stat().st_size, digest=digest)
-    return files
+        return tokens_N

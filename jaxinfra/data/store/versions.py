@@ -41,9 +41,7 @@ def _parse_index(content: bytes, url: str) -> list[Version]:
 def find_version(store: ObjectStore, version: str | None, *, section: str, hint: str) -> ObjectStore:
     """Returns the folder of a version; `store` may be a version itself, other arguments are as in `Store.open`.
 
-    Raises:
-        ConfigError: no version starts with `version`, or several do.
-        DataError: the list is damaged.
+    ConfigError if no version starts with `version`, or several do; DataError if the list is damaged.
     """
     known = list_versions(store)
     if not known:

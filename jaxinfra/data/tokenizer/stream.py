@@ -52,13 +52,10 @@ class StopStrings:
     """Ends a text before the first of some strings; the text comes in pieces.
 
     Text is held back only while it may be the beginning of such a string.
-
-    Attributes:
-        found: whether a string was found; nothing belongs to the text any more.
     """
 
     def __init__(self, strings: Sequence[str]):
-        self.found = False
+        self.found = False  # whether a string was found; nothing belongs to the text any more
         self._strings, self._held = strings, ""  # `_held` is text that may be the beginning of a string
 
     def push(self, piece: str) -> str:

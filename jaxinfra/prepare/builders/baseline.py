@@ -13,12 +13,15 @@ import numpy as np
 
 from jaxinfra.data.store.layout import OFFSETS
 from jaxinfra.data.store.store import TokenStore
+from jaxinfra.prepare.documents.shingles import ngram_hashes
 
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
 """The n-gram model is trained on at most this many tokens, evenly spaced ranges of a longer text: 1.5 GB of memory."""
 VALIDATION_LIMIT_TOKENS = 4 * 1024 * 1024
 """Both baselines are measured on the first whole documents with at most this many tokens."""
+REPEATED_BYTES = 100
+"""Text that is as long and stands in both splits is taken for a copy: about two lines."""
 
 
 class NGram:
@@ -91,19 +94,32 @@ def xz_bits_per_byte(texts: Iterable[str]) -> float:
     return 8 * len(lzma.compress(content, preset=6)) / len(content)
 
 
-def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
-    """Returns bits per byte on the first validation documents within the limit, at least one; {} if all are empty.
+def repeated_share(train: np.ndarray, validation: np.ndarray, run: int) -> float:
+    """Returns the share of the tokens validation[N] in runs of at least `run` tokens that train[M] has too."""
+    starts, known = (ngram_hashes(tokens.astype(np.uint64), run) for tokens in (validation, train))
+    if not len(starts):
+        return 0.0
+    is_known = np.isin(starts, known).astype(np.int64)
+    return float(np.mean(np.convolve(is_known, np.ones(run, np.int64)) > 0))
 
-    The text is what the tokens decode to.
+
+def measure_baselines(store: TokenStore) -> tuple[dict[str, dict[str, float]], float]:
+    """Returns bits per byte, and the share of the validation text that is in the training text too.
+
+    They are those of the first validation documents within the limit, at least one; {} and 0 if all are empty. The text
+    is what the tokens decode to.
     """
-    offsets, info = store.read_all("validation", OFFSETS), store.manifest.tokenizer_info
+    info, offsets = store.manifest.tokenizer_info, store.read_all("validation", OFFSETS)
     documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
     validation = store.read("validation", [0], int(offsets[documents]))[0]
     ends = offsets[: documents + 1]
     texts = [store.tokenizer.decode(validation[a : b - 1].tolist()) for a, b in pairwise(ends.tolist())]
     validation_bytes = sum(len(text.encode()) for text in texts)
     if not validation_bytes:
-        return {}
+        return {}, 0.0
+    train = store.sample_tokens("train", TRAIN_LIMIT_TOKENS)
     sizes = {"validation_bytes": validation_bytes, "vocab_size": info.vocab_size, "eot_id": info.eot_id}
-    ngram = ngram_bits_per_byte(store.sample_tokens("train", TRAIN_LIMIT_TOKENS), validation, **sizes)
-    return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}
+    ngram = ngram_bits_per_byte(train, validation, **sizes)
+    run = max(1, round(REPEATED_BYTES * len(validation) / validation_bytes))
+    baselines = {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}
+    return baselines, repeated_share(train, validation, run)

@@ -84,7 +84,6 @@ class StoreBuilder[R: Recipe](ABC):
     def assemble(self, folder: Path, num_parts: int, build: Path, source_digest: str) -> Manifest:
         """Writes all files of the version but the manifest to `build`, from all parts of `folder` in order.
 
-        Raises:
-            EmptySplitError: a split has no documents.
-            DataError: a part is damaged, or a document is in both splits and the recipe forbids it.
+        Raises EmptySplitError if a split has no documents, and DataError if a part is damaged, or a document is in both
+        splits and the recipe forbids it.
         """

@@ -24,7 +24,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
-from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
+from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.baseline import measure_baselines
@@ -37,7 +37,7 @@ from jaxinfra.prepare.documents.encoding import EncodedDocument, encode_document
 from jaxinfra.prepare.documents.shingles import hash128
 from jaxinfra.prepare.parts import Arrays, PartMetadata, PartSplits, open_part
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import OtherStore, Tail, hash_to_unit
+from jaxinfra.prepare.recipes.validation import LastDocuments, OtherStore, Tail, hash_to_unit
 from jaxinfra.prepare.sources.record import Records, SourceShard
 from jaxinfra.prepare.sources.stream import Position, StreamBatch
 from jaxinfra.prepare.tokenizers import TrainBpe, convert_tokenizer, train_bpe
@@ -50,6 +50,7 @@ TOKENIZER_TRAINING_CHARS = 12_000_000
 _INFO_FILE = "tokenizer-info.json"  # beside the parts
 _BATCH_CHARS = _SAMPLE_SHARD_CHARS = 1_000_000
 _DECODE_TOKENS = 16  # tokens to decode before a cut, to see whether it splits a character
+_BREAK_TOKENS = 4096  # tokens to look for the begin of a line in; many paragraphs are one line
 _BYTES_PER_TOKEN = 2  # a trained vocabulary has 3 to 4; a low value makes the estimate of disk space safe
 _CHECKED_CHARS = 200_000  # characters of the source to compare a converted tokenizer on; takes seconds
 _SMALL_VOCAB = 512  # a byte-level BPE with fewer tokens has less than 2.1 bytes per token on its own text
@@ -60,9 +61,8 @@ type _Signatures = tuple[np.ndarray | None, np.ndarray | None]  # of a record: e
 def tokenize_job(folder: Path, job: PrepareJob[Corpus]) -> PartMetadata:
     """Makes and commits the part of a job, in a folder that has the tokenizer.
 
-    Raises:
-        DataError: a bad record, and the recipe does not skip them.
-        StorageError: the source cannot be read; OSError: the part cannot be written.
+    Raises DataError for a bad record if the recipe does not skip them, StorageError if the source cannot be read, and
+    OSError if the part cannot be written.
     """
     validation, builder = job.recipe.validation, _PartBuilder(job.recipe, folder)
     if job.validation and isinstance(validation, OtherStore):
@@ -210,16 +210,23 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     """Splits the tail off parts that hold training data only; DataError if a part is damaged.
 
     The document in which the tail begins is split between two tokens if it is plain text; other records stay whole.
+    `LastDocuments` moves the cut to the end of a document, or else to that of a line or word.
     """
-    if not splits.num_parts:  # nothing to split; `select_documents`, which the caller calls next, raises the error
-        return splits
     per_record = corpus.format.documents_per_record
     bytes_of_parts = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
+    if not any(map(len, bytes_of_parts)):  # `select_documents`, which the caller calls next, raises the error
+        return splits
     document_bytes = np.concatenate(bytes_of_parts)
     document_ends = np.cumsum(document_bytes)
     part_ends = np.cumsum([len(bytes_D) for bytes_D in bytes_of_parts])  # in documents
     # For documents of 40, 40 and 20 bytes and fraction=0.3, the tail begins after 70 bytes: 30 bytes into document 1.
     train_bytes = int(document_bytes.sum() * (1 - config.fraction))
+    keeps_whole = isinstance(config, LastDocuments)
+    if keeps_whole:
+        tail_bytes = document_ends[-1] - document_ends
+        least, most = config.fraction / 2 * document_ends[-1], _largest_fraction(config) * document_ends[-1]
+        fitting = document_ends[(least <= tail_bytes) & (tail_bytes <= most)]
+        train_bytes = min(fitting.tolist(), key=lambda end: abs(end - train_bytes), default=train_bytes)
     document = int(np.searchsorted(document_ends, train_bytes, side="right"))
     part_index = min(int(np.searchsorted(part_ends, document, side="right")), len(part_ends) - 1)
     with open_part(splits.folder, part_index) as part:
@@ -230,7 +237,8 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
         num_bytes = int(document_bytes[document])
         document_start = int(document_ends[document]) - num_bytes  # in bytes, like `train_bytes`
         fraction = (train_bytes - document_start) / num_bytes
-        if halved := _split_document(cut_part, cut, fraction, _PartBuilder(corpus, splits.folder)):
+        builder = _PartBuilder(corpus, splits.folder)
+        if halved := _split_document(cut_part, cut, fraction, builder, at_break=keeps_whole):
             cut_part, cut = halved, cut + 1
     cut = cut // per_record * per_record  # before the first document of its record
     if num_before + cut == 0:
@@ -244,10 +252,19 @@ def _split_tail(splits: PartSplits, corpus: Corpus, config: Tail) -> PartSplits:
     return replace(splits, tail={"train": [*range(part_index), train], "validation": [validation, *later_parts]})
 
 
-def _split_document(part: Arrays, document: int, fraction: float, builder: _PartBuilder) -> Arrays | None:
+def _largest_fraction(config: Tail) -> float:
+    """Returns the largest fraction of the text that a tail takes."""
+    fraction = config.fraction
+    return min(2 * fraction, (1 + fraction) / 2) if isinstance(config, LastDocuments) else fraction
+
+
+def _split_document(
+    part: Arrays, document: int, fraction: float, builder: _PartBuilder, *, at_break: bool
+) -> Arrays | None:
     """Splits a document of a part at the first token after `fraction` that begins a character.
 
-    Returns None without such a token. `builder` has no documents yet; it makes the arrays of the halves.
+    With `at_break` it is one that begins a line, else a word, if one is near. Returns None without such a token.
+    `builder` has no documents yet; it makes the arrays of the halves.
     """
     first_token = int(part["lengths_D"][:document].sum())
     end_token = first_token + int(part["lengths_D"][document])
@@ -258,6 +275,8 @@ def _split_document(part: Arrays, document: int, fraction: float, builder: _Part
         cut += 1
     if not 0 < cut < len(ids):
         return None
+    if at_break:
+        cut = _next_break(builder.tokenizer, ids, cut)
     texts = decode(ids[:cut]), decode(ids[cut:])
     first_bytes = len(texts[0].encode())
     sizes = first_bytes, int(part["bytes_D"][document]) - first_bytes
@@ -272,6 +291,18 @@ def _split_document(part: Arrays, document: int, fraction: float, builder: _Part
     return split
 
 
+def _next_break(tokenizer: Tokenizer, ids: Sequence[int], first: int) -> int:
+    """Returns the first token from `first` on that begins a line, else the first one that begins a word, else `first`.
+
+    It looks at no more than `_BREAK_TOKENS`, and half of those that are left.
+    """
+    looked_at = ids[first - 1 : first + 1 + min(_BREAK_TOKENS, (len(ids) - first) // 2)]
+    cuts = list(enumerate(itertools.pairwise(map(StreamDecoder(tokenizer).push, looked_at)), first))
+    lines = (cut for cut, (before, _) in cuts if before.endswith("\n"))
+    words = (cut for cut, (before, after) in cuts if before[-1:].isspace() or after[:1].isspace())
+    return next(lines, next(words, first))
+
+
 def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: int) -> Iterator[str]:
     """Yields about `limit_chars` of training text, without a validation tail. Raises as `tokenize_job`.
 
@@ -279,7 +310,7 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
     At most about `_SAMPLE_SHARD_CHARS` come from one shard.
     """
     if isinstance(corpus.validation, Tail):
-        train_fraction = 1 - corpus.validation.fraction
+        train_fraction = 1 - _largest_fraction(corpus.validation)
         shard_ends = np.cumsum([shard.size_bytes for shard in shards])
         num_before_tail = int(np.searchsorted(shard_ends, shard_ends[-1] * train_fraction, side="right"))
         if num_before_tail == 0:  # the tail begins in the first shard, for example the only file of a corpus
@@ -320,6 +351,8 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         """Reads an existing tokenizer; ConfigError if it or the template cannot be used, or not with each other."""
         self.corpus, config = corpus, corpus.tokenizer
         self.make_part = tokenize_job
+        if corpus.dedup is not None:
+            Signer(corpus.dedup)  # raises an error now if its package is missing
         if isinstance(config, TrainBpe):
             self._converted, special_tokens = None, {config.end_of_document, *config.special_tokens}
             tokenizer_digest = None  # not needed, because the recipe and the source determine the tokenizer
@@ -396,5 +429,6 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             **common_fields(build),
         )
         if corpus.baselines:
-            manifest = replace(manifest, baselines=measure_baselines(TokenStore(ObjectStore(build), manifest)))
+            baselines, repeated = measure_baselines(TokenStore(ObjectStore(build), manifest))
+            manifest = replace(manifest, baselines=baselines, counts=replace(counts, repeated=repeated))
         return manifest

@@ -12,23 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from jaxinfra.data.packing import PackSpec, pack_documents
-from jaxinfra.data.store import arrays
+from jaxinfra.data.store import arrays, layout
 from jaxinfra.data.store.blocks import hash_blocks
-from jaxinfra.data.store.layout import (
-    HASH_BYTES,
-    LENGTHS,
-    MASK,
-    OFFSETS,
-    PACKS,
-    ROWS,
-    SEGMENTS,
-    TOKENS,
-    table_sizes,
-)
-from jaxinfra.data.store.manifest import PackInfo, Split, SplitInfo
-from jaxinfra.data.store.store import hash_files
+from jaxinfra.data.store.manifest import PackInfo, Split, SplitInfo, StoredFile
 
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
@@ -37,10 +26,21 @@ def common_fields(build: Path) -> dict[str, Any]:
     """Returns the manifest fields that all kinds of stores have; `build` has every file but the manifest."""
     return {
         "index_block": arrays.SMALL_CHUNK,
-        "files": hash_files(build),
+        "files": _hash_files(build),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _hash_files(folder: Path) -> dict[str, StoredFile]:
+    """Returns length and hash of every file below a folder; no hash for files of blocks."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            digest = None if layout.holds_blocks(name) else xxhash.xxh3_128_hexdigest(path.read_bytes())
+            files[name] = StoredFile(bytes=path.stat().st_size, digest=digest)
+    return files
 
 
 def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarray) -> PackInfo:
@@ -48,8 +48,8 @@ def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarra
     packs = pack_documents(lengths_D, config.seq_len, by_length=config.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
     segments = np.stack([offsets_D[packs.segment_document] + packs.segment_start, packs.segment_length], axis=1)
-    for name, values in ((SEGMENTS, segments), (ROWS, packs.row_offsets)):
-        write_array(build / split / PACKS / config.name / name, values)
+    for name, values in ((layout.SEGMENTS, segments), (layout.ROWS, packs.row_offsets)):
+        write_array(build / split / layout.PACKS / config.name / name, values)
     return PackInfo(
         rows=packs.num_rows,
         segments=len(packs.segment_length),
@@ -87,7 +87,7 @@ class HashedArrayWriter:
         """Writes the last elements, and beside the array the hashes of its blocks."""
         self._flush(self._num_waiting)
         content, start = np.concatenate(self._hashes).astype("<u8").tobytes(), 0
-        for name, size_bytes in table_sizes(self._path.name, len(content) // HASH_BYTES).items():
+        for name, size_bytes in layout.table_sizes(self._path.name, len(content) // layout.HASH_BYTES).items():
             file = self._path.parent / name
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(content[start : start + size_bytes])
@@ -110,9 +110,9 @@ def write_split(
     texts; tokens_N; and, if masked, mask_N, which is 1 for tokens in the loss.
     """
     size = {"block": arrays.CHUNK, "shard": arrays.SHARD}
-    writers = [HashedArrayWriter(folder / TOKENS, dtype, shape=(), **size)]
+    writers = [HashedArrayWriter(folder / layout.TOKENS, dtype, shape=(), **size)]
     if masked:
-        writers.append(HashedArrayWriter(folder / MASK, np.dtype(np.uint8), shape=(), **size))
+        writers.append(HashedArrayWriter(folder / layout.MASK, np.dtype(np.uint8), shape=(), **size))
     length_parts, num_bytes = [np.empty(0, np.int64)], 0
     for lengths_D, bytes_D, *columns in documents:
         for writer, values_N in zip(writers, columns, strict=True):
@@ -123,7 +123,7 @@ def write_split(
         writer.close()
     lengths_D = np.concatenate(length_parts)
     offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
-    write_array(folder / OFFSETS, offsets)
-    write_array(folder / LENGTHS, lengths_D)
+    write_array(folder / layout.OFFSETS, offsets)
+    write_array(folder / layout.LENGTHS, lengths_D)
     longest = int(lengths_D.max(initial=0))
     return SplitInfo(documents=len(lengths_D), tokens=int(offsets[-1]), bytes=num_bytes, longest=longest), lengths_D

@@ -227,13 +227,9 @@ def _read(name: str) -> tuple[str, dict[str, str]]:
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     if not isinstance(source, str):
         raise ConfigError(f"template={path}: has no chat_template; use the .jinja file that came with it")
-    tokens = {}
-    for token_name in _TOKEN_NAMES:
-        token = config.get(token_name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            tokens[token_name] = text
-    return source, tokens
+    found = {name: config.get(name) for name in _TOKEN_NAMES}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return source, {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 class _Generation(Extension):

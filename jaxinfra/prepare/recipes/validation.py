@@ -43,6 +43,18 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LastDocuments(Tail):
+    """Takes the last documents, in source order, whole where there are enough.
+
+    They have between half and double the fraction of the text. If no documents do, as in a single file, plain text is
+    split where a line begins, else a word.
+
+    Attributes:
+        fraction: fraction of the bytes of text.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class OtherStore:
     """Copies a split of another store, which must have the same tokenizer and format.
 
@@ -86,7 +98,7 @@ def _describe(kind: str, masked: bool) -> str:
     return f"{kind} {'with' if masked else 'without'} a mask"
 
 
-AnyValidation = ByKey | Tail | OtherStore | BoundedSource
+AnyValidation = ByKey | Tail | LastDocuments | OtherStore | BoundedSource
 ImageValidation = ByKey | BoundedSource
 
 

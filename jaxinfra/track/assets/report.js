@@ -16,9 +16,10 @@ function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-function formatValue(value) {
+function formatValue(value, isMetric = false) {
   if (value == null) return "-";
   const size = Math.abs(value);
+  if (isMetric) return size >= 0.1 ? value.toFixed(4) : String(value);  // rounded already, as in tables
   if (size >= 1e4 && size < 1e15) return Math.round(value).toLocaleString("en");
   if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2);
   return String(Number(value.toPrecision(5)));
@@ -45,21 +46,9 @@ function position(run, step) {
   const axis = control("axis").value;
   if (axis === "steps") return step;
   if (axis !== "time") return step * run.unitsPerStep;
-  const [steps, times] = run.clock;
-  let low = 0, high = steps.length - 1;
-  if (step <= steps[low]) return times[low];
-  if (step >= steps[high]) return times[high];
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (steps[middle] < step) low = middle; else high = middle;
-  }
-  return times[low] + ((step - steps[low]) / (steps[high] - steps[low])) * (times[high] - times[low]);
-}
-
-function xLabel(value) {
-  const axis = control("axis").value;
-  if (value == null) return "last";
-  return axis === "time" ? formatTime(value) : formatValue(value);
+  const [steps, times] = run.clock, next = steps.findIndex((each) => each >= step), last = next - 1;
+  if (next < 1) return times.at(next);  // not after the first, or after the last
+  return times[last] + ((step - steps[last]) / (steps[next] - steps[last])) * (times[next] - times[last]);
 }
 
 // The nearest index at which a line has a value: lines have values at different steps.
@@ -173,28 +162,29 @@ function linesOf(chart) {
     y: line.values.map((value) => (typeof value === "number" ? value : null)),
     broken: line.values.flatMap((value, index) => (typeof value === "number" ? [] : [index])),
   }));
-  const [first, last] = wholeRange();
-  const levels = chart.levels.map(([label, value]) => ({ label, level: true, x: [first, last], y: [value, value], broken: [] }));
-  return [...lines, ...levels.map((line) => (first === last ? { ...line, x: [first], y: [line.y[0]] } : line))];
+  const ends = [...new Set(wholeRange())];  // one, if all lines have the same single step
+  return [...lines, ...chart.levels.map(([label, value]) => ({ label, level: true, x: ends, y: ends.map(() => value), broken: [] }))];
 }
 
 function options(chart, figure, lines, table) {
   const isFirst = figure.classList.contains("first");
   const values = lines.flatMap((line) => line.y.filter((value) => value != null));
+  const isTime = control("axis").value === "time";
   const isLogX = control("log-x").checked && wholeRange()[0] > 0;
   const isLogY = control("log-y").checked && !chart.zero && values.length > 0 && Math.min(...values) > 0;
   const axis = { stroke: () => color("--soft"), font: "12px system-ui, sans-serif", ticks: { show: false } };
+  const ticks = { values: (plot, ticks) => ticks.map(isTime ? formatTime : formatTick), incrs: isTime ? TIME_STEPS : WHOLE_STEPS };
   const grid = { stroke: () => color("--edge"), width: 1 };
   const log = (most) => ({ splits: (plot, _, low, high) => logTicks(low, high, most), filter: (plot, splits) => splits });
   const level = { stroke: () => color("--soft"), width: 1.2, dash: [3, 4], points: { show: false }, marker: "var(--soft)" };
   return {
     ...size(figure),
     series: [
-      { label: control("axis").value, value: (plot, value) => xLabel(value) },
+      { label: control("axis").value, value: (plot, value) => (value == null ? "last" : isTime ? formatTime(value) : formatValue(value)) },
       ...lines.map((line, i) => ({
         ...(line.level ? { ...level, label: line.label } : seriesOf(line)),
         // Without a pointer the legend shows the last values.
-        value: (plot, value, _, index) => formatValue(index == null ? line.y.findLast((each) => each != null) : value),
+        value: (plot, value, _, index) => formatValue(index == null ? line.y.findLast((each) => each != null) : value, chart.isMetric),
       })),
     ],
     scales: {
@@ -202,7 +192,7 @@ function options(chart, figure, lines, table) {
       y: { distr: isLogY ? 3 : 1, range: verticalRange(chart, isLogY) },
     },
     axes: [
-      { ...axis, grid: { show: false }, space: 70, size: 28, ...horizontalTicks(), ...(isLogX ? log(5) : {}) },
+      { ...axis, grid: { show: false }, space: 70, size: 28, ...ticks, ...(isLogX ? log(5) : {}) },
       { ...axis, grid, space: 36, size: 58, values: (plot, ticks) => ticks.map(formatTick), ...(isLogY ? log(isFirst ? 8 : 5) : {}) },
     ],
     legend: { markers: { width: 2, stroke: (plot, i) => plot.series[i].marker, fill: () => "transparent" } },
@@ -215,11 +205,6 @@ function options(chart, figure, lines, table) {
     padding: [10, 20, 0, 0],
     hooks: { draw: [drawBroken(lines), drawNames(lines)] },
   };
-}
-
-function horizontalTicks() {
-  const isTime = control("axis").value === "time";
-  return { values: (plot, ticks) => ticks.map(isTime ? formatTime : formatTick), incrs: isTime ? TIME_STEPS : WHOLE_STEPS };
 }
 
 function size(figure) {
@@ -298,7 +283,31 @@ function setPrinting(starts) {
   recolor();
 }
 
+const boxes = document.querySelectorAll(".controls input"), folds = document.querySelectorAll("details");
+
+// Loads the page of a run that goes on again, unless it is not looked at, or the pointer is busy.
+function reloadLater() {
+  setTimeout(() => {
+    if (document.hidden || document.documentElement.matches(":active") || getSelection().type === "Range") return reloadLater();
+    const [first, last] = wholeRange(), { min, max } = plots[0]?.plot.scales.x ?? {};
+    const zoomed = first < last && (min > first || max < last) ? { min, max } : null;
+    const checked = [...boxes].map((each) => each.checked), open = [...folds].map((each) => each.open);
+    history.replaceState({ axis: control("axis").value, checked, open, zoomed, top: scrollY }, "");
+    location.reload();
+  }, data.reload.everyMs);
+}
+
+const before = history.state;  // how the page looked before it has loaded itself again
+if (before) {
+  control("axis").value = before.axis;
+  boxes.forEach((each, i) => { each.checked = before.checked[i]; });
+  folds.forEach((each, i) => { each.open = before.open[i] ?? false; });
+}
 draw();
+if (before?.zoomed) for (const { plot } of plots) plot.setScale("x", before.zoomed);
+if (before) scrollTo(0, before.top);
+history.replaceState(null, "");
+if (Date.now() < data.reload?.untilMs) reloadLater();
 for (const { figure } of plots) figure.tabIndex = 0;
 document.addEventListener("keydown", onKey);
 document.querySelector(".controls").addEventListener("change", draw);

@@ -165,7 +165,7 @@ def test_a_missing_package_is_named_and_credentials_are_not(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
-    with raises(ConfigError, "root=s3://bucket/x: pip install s3fs>="):
+    with raises(ConfigError, "root=s3://bucket/x: pip install 'jaxinfra[s3]'"):
         list_files("s3://bucket/x", "*")
     with raises(ConfigError, "root=s3://***@bucket/x: credentials environment") as error:
         list_files("s3://key:secret@bucket/x?token=secret", "*")
