@@ -68,7 +68,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command of the README makes; the test has no registry to take hatchling from."""
+    """Builds the wheel by the command of the README, with the hatchling that is installed."""
     found = re.search("`pip (wheel .*) dist \\.`", (CLONE / "README.md").read_text())
     assert found is not None
     folder = tmp_path_factory.mktemp("wheel")

@@ -13,7 +13,8 @@ from typing import cast, override
 import numpy as np
 
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.storage.connection import ask_in_thread, retry_waits_s
+from jaxinfra.storage.background import ask_in_thread
+from jaxinfra.storage.connection import retry_waits_s
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.files import file_system
 from jaxinfra.storage.objects import ObjectStore

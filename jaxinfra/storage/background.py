@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 
 def in_thread[T](call: Callable[[], T], name: str, *, daemon: bool) -> Future[T]:
@@ -12,8 +12,15 @@ def in_thread[T](call: Callable[[], T], name: str, *, daemon: bool) -> Future[T]
     def run() -> None:
         try:
             result.set_result(call())
-        except Exception as error:
+        except BaseException as error:
             result.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=daemon).start()
     return result
+
+
+def ask_in_thread[T](ask: Callable[[], T], timeout_s: float) -> Future[T]:
+    """Asks in a thread, since clients may wait without an end; the answer is done unless that takes longer."""
+    answer = in_thread(ask, "answer", daemon=True)
+    wait([answer], timeout_s)
+    return answer

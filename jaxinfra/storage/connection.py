@@ -9,17 +9,15 @@ unless `TENSORSTORE_S3_REQUEST_CONCURRENCY` or `TENSORSTORE_GCS_REQUEST_CONCURRE
 import os
 import socket
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
 from functools import cache
 from pathlib import Path
-from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import tensorstore as ts
 
 from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.storage.background import ask_in_thread
 
 RETRY_S = 60.0  # back-off of a failing request in total, over about a dozen attempts
 RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that overrides it
@@ -153,21 +151,6 @@ def _refusal(host: str, port: int) -> OSError | None:
     except (OSError, UnicodeError):  # it is slow, or this is no name of a host: TensorStore finds out
         return None
     return None
-
-
-def ask_in_thread[T](ask: Callable[[], T], timeout_s: float) -> Future[T]:
-    """Asks in a thread, since clients may wait without an end; the answer is done unless that takes longer."""
-    answer = Future[T]()
-
-    def call() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    Thread(target=call, name="answer", daemon=True).start()
-    wait([answer], timeout_s)
-    return answer
 
 
 def _s3_settings() -> dict[str, object]:

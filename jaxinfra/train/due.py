@@ -11,7 +11,7 @@ type Save = Literal["asked", "checkpoint", "copy"]
 
 
 class Due(NamedTuple):
-    """What follows a step, in this order."""
+    """Says what to do after a step, in this order."""
 
     log: bool = False  # whether its metrics are logged, once the devices have computed it
     profile: bool = False  # whether a profile ends

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxinfra.train.job import Job
 from jaxinfra.user_code import is_out_of_memory
 
 _log = logging.getLogger(__name__)
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one for each start of a host
 _CERTAIN = 0.9  # of what the compiler has laid out: a part that is never written takes no memory
 _KEPT = 2.2  # times the buffers of a program: the heap that keeps what it frees, measured with the quickstart
 _CAUTIOUS = 0.5  # of the free memory: what a suggested value may need
@@ -40,7 +42,7 @@ def check_step(job: Job) -> None:
     if job.run.train.accumulate > 1:  # without it, an evaluation needs less than a step; it is always in one part
         check_evaluation(job)
     # Here, since gloo connects the processes at their first collective operation, and waits 30 s for the others.
-    job.peers.gather(None, wait_s=job.run.watchdog.compile_s or threading.TIMEOUT_MAX)
+    job.peers.gather(None, wait_s=_wait_s(job))
 
 
 def check_evaluation(job: Job) -> None:
@@ -63,20 +65,28 @@ def out_of_memory_errors(job: Job) -> Iterator[None]:
         raise ConfigError(f"train.global_batch={batch}: {cause}; {_fix(job, _UNKNOWN)}") from error
 
 
+def _wait_s(job: Job) -> float:
+    """Returns how long processes wait for others that still compile: as long as in their first step."""
+    return job.run.watchdog.compile_s or threading.TIMEOUT_MAX
+
+
 def _check(job: Job, what: str, lowered: jax.stages.Lowered) -> None:
     stats: Any = lowered.compile().memory_analysis()
     if stats is None:  # the platform does not tell
         return
     held = stats.argument_size_in_bytes  # by the processes, already
     added = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peers, warns = job.peers, job.is_main
     if job.program.partitioner.platform == "cpu":  # the devices of a host share its memory
-        where = job.peers.hosts[job.peers.index]
-        sharing = jax.local_device_count() * job.peers.hosts.count(where)
+        where = peers.hosts[peers.index]
+        own = [where, _BOOT.read_text() if _BOOT.exists() else ""]  # hosts may have the same name
+        hosts = peers.gather(own, wait_s=_wait_s(job))
+        sharing, warns = jax.local_device_count() * hosts.count(own), hosts.index(own) == peers.index
         held, added, total, available = sharing * held, sharing * added, total_bytes(), available_bytes()
         if sharing == 1 and _KEPT * added > available:
             return_freed_memory()
     else:
-        where = f"each device of {job.peers.name_of(job.peers.index)}"
+        where = f"each device of {peers.name_of(peers.index)}"
         total = device_memory({"limit": "bytes_limit"}).get("limit", math.inf)
         available = total - held
     fix, batch = _fix(job, added / max(_CAUTIOUS * available, 1.0)), job.run.train.global_batch
@@ -84,7 +94,7 @@ def _check(job: Job, what: str, lowered: jax.stages.Lowered) -> None:
     line = f"train.global_batch={batch}: {what} needs {format_bytes(held + added)} of memory, and {room}"
     if _CERTAIN * (held + added) > total:
         raise ConfigError(f"{line}; {fix}")
-    if added > available and job.is_main:
+    if added > available and warns:
         _log.warning("%s: the run may be killed; %s", line, fix)
 
 
