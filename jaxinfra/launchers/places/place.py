@@ -1,0 +1,106 @@
+"""What a place is: the verbs by which a run gets to machines elsewhere, and what it is told about them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Say = Callable[[str], None]
+"""Prints one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions:
+    """Where a run is to go, as the command line says it; recorded in the run directory, so it holds no secret."""
+
+    kind: str  # ssh, tpu-vm or gce
+    hosts: tuple[str, ...] = ()  # of ssh, in the order of ranks, as ssh takes them
+    workdir: str = ""  # folder of the hosts for code and packages; "" is ~/.cache/jaxinfra
+    name: str = ""  # of the cloud's resource
+    project: str = ""  # of the cloud; "" before it is known
+    zone: str = ""
+    create: str = ""  # the chips to make, as of `--on`: v6e-64, 2xv5e:4x4; "" takes the resource that exists
+    spot: bool = False
+    reservation: str = ""
+    image: str = ""  # TPU runtime version, or image of Compute Engine; "" is that of the table
+    service_account: str = ""  # email; "" is the default one of the project
+    network: str = ""  # "" is `default`
+    internal_ips: bool = False  # make hosts without public addresses, and connect to their private ones
+    user: str = ""  # user on hosts of a cloud; "" is that of the launching machine
+    ssh_key: str = ""  # private key for hosts of a cloud; "" is ~/.ssh/google_compute_engine, as of gcloud
+    wait_hours: float = 24.0  # the longest wait for capacity
+    max_hours: float = 0.0  # after which the run is stopped and what was made is deleted; 0 is no limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine that ssh reaches."""
+
+    address: str  # as ssh takes it: [USER@]NAME
+    name: str = ""  # for people; "" is the address
+    internal: str = ""  # the address by which the other hosts reach it; "" asks the host
+    slice: int = 0  # of TPUs
+
+    def __str__(self) -> str:
+        return self.name or self.address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A request to a cloud that `--dry-run` shows."""
+
+    method: str  # such as POST
+    url: str
+    body: str = ""  # JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resource:
+    """Something that exists in a project with this project's label."""
+
+    kind: str  # such as "queued resource", "managed instance group"
+    name: str
+    run: str  # directory of the run that made it; "" if unknown
+    zone: str
+    state: str  # in the cloud's words
+    chips: str  # such as v6e-64 or tpu7x:4x4x4; "" if unknown
+    spot: bool
+    created: str  # RFC 3339
+    notice: str = ""  # planned maintenance and the like
+
+
+class HostSource(Protocol):
+    """Where hosts come from: a list, or a cloud's API.
+
+    All methods may be called again, also by another machine after the first was lost: what exists is taken, and nothing
+    is made twice. Errors of a cloud are ConfigError (81: refused, with the fix) or StorageError (82: no answer).
+    """
+
+    def acquire(self, say: Say) -> Sequence[Host]:
+        """Finds or makes the hosts, waits until they are ready, and returns them by rank.
+
+        What was preempted or failed is deleted and made again. `say` gets a line whenever the wait changes.
+        """
+        ...
+
+    def current(self) -> Sequence[Host]:
+        """Returns the hosts that exist, by rank; makes and waits for nothing. () if there are none."""
+        ...
+
+    def lost(self) -> str:
+        """Returns why the hosts have to be made again, such as "preempted"; "" while they stand."""
+        ...
+
+    def release(self, say: Say) -> None:
+        """Deletes what was made for this run, and nothing else; a line for each resource that is gone."""
+        ...
+
+    def requests(self) -> Sequence[Request]:
+        """Returns what `acquire` would send if nothing exists yet."""
+        ...
+
+    def deletion(self) -> str:
+        """Returns the URL that deletes what was made for this run, for the host's own service account.
+
+        "" if nothing was made: the host then only stops the run at its deadline.
+        """
+        ...
