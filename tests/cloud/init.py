@@ -1,8 +1,8 @@
 """The first process of a host: makes its file system, runs sshd, and ends with the process that booted it.
 
-`hosts` starts it as a script, `python -I -S init.py SPEC`. Its parent stays outside, in the namespaces of the tests,
-and waits for it. When the first process of a PID namespace ends, Linux kills all others in it; its mounts and its
-network end with the last of them.
+`hosts` starts it as a script, `python -I -S init.py`, and tells it by its input what to boot. Its parent stays outside,
+in the namespaces of the tests, and waits for it. When the first process of a PID namespace ends, Linux kills all others
+in it; its mounts and its network end with the last of them.
 """
 
 import ctypes
@@ -34,6 +34,7 @@ def main(spec: dict[str, Any]) -> int:
     if first:
         _say(f"pid {first}")
         return os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     socket.sethostname(spec["name"])
     _make_root(Path(spec["lower"]), Path(spec["scratch"]), spec["firmware"])
@@ -133,4 +134,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(main(json.load(sys.stdin)))

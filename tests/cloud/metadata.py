@@ -130,14 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return self._answer("not found\n", HTTPStatus.NOT_FOUND)
         kind = query.get("alt") or ("json" if recursive or path.endswith(f"/{_SECRET}") else "text")
+        name = path.rstrip("/").rpartition("/")[2]
         if isinstance(found, str):
-            is_json = kind == "json" and not path.endswith(f"/{_SECRET}")
-            return self._answer(json.dumps(found) if is_json else found, kind=f"application/{kind}", etag=tag(found))
+            text = json.dumps(_json_value(name, found)) if kind == "json" and name != _SECRET else found
+            return self._answer(text, kind=f"application/{kind}", etag=tag(found))
         if not recursive and kind != "json" and not path.endswith("/"):
             return self._redirect(f"{url.path}/")
         if kind == "json":
-            is_plain = path.rstrip("/").endswith(("attributes", "upcoming-maintenance"))
-            text = json.dumps(found if is_plain else _camel_case(found))
+            text = json.dumps(_json_value(name, found))
         elif recursive:
             text = "".join(f"{path} {value}\n" for path, value in _flat(found))
         else:
@@ -168,15 +168,23 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def _camel_case(tree: Tree) -> Tree:
-    """Returns the keys as JSON has them, without secrets; those of users stay as they are."""
+def _as_json(tree: Tree) -> dict[str, object]:
+    """Returns it with the keys and types that JSON has, without secrets; the keys of users stay as they are."""
     return {
-        re.sub(r"-([a-z])", lambda match: match[1].upper(), key): value
-        if isinstance(value, str) or key in ("attributes", "upcoming-maintenance")
-        else _camel_case(value)
+        key if "@" in key else re.sub(r"-([a-z])", lambda match: match[1].upper(), key): _json_value(key, value)
         for key, value in tree.items()
         if key != _SECRET
     }
+
+
+def _json_value(key: str, value: Tree | str) -> object:
+    if isinstance(value, str):
+        if key in ("aliases", "scopes"):
+            return value.split()
+        return int(value) if key in ("id", "numeric-project-id") else value
+    if key in ("attributes", "upcoming-maintenance"):
+        return value
+    return list(_as_json(value).values()) if "0" in value else _as_json(value)  # by their numbers
 
 
 def _flat(tree: Tree, prefix: str = "") -> list[tuple[str, str]]:
