@@ -1,0 +1,279 @@
+"""What the places of Google Cloud share: clients, names and labels, keys, and waiting for capacity.
+
+JAXINFRA_GOOGLE_ENDPOINT=http://HOST:PORT sends all requests there, without credentials.
+"""
+
+import getpass
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.launchers.places.google_errors import Stockout, google_errors
+from jaxinfra.launchers.places.images import topology_of
+from jaxinfra.launchers.places.place import Host, PlaceOptions, Say
+from jaxinfra.packages import import_optional
+from jaxinfra.plan.topology import Topology
+
+ENDPOINT = "JAXINFRA_GOOGLE_ENDPOINT"
+INSTALL = "jaxinfra[places]"
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+LABEL, RUN_LABEL, SSH_KEYS = "jaxinfra", "jaxinfra-run", "ssh-keys"
+
+_TIMEOUT_S = 60.0  # of a request
+_MAX_BACKOFF_S = 600.0
+_REMIND_S = 600.0
+_MAX_RUN = 400  # characters of a run's location; a description of the Cloud TPU API has 512
+_ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]+-[a-z0-9]+")
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,52}[a-z0-9])?")  # with the numbers of slices and hosts up to 63 characters
+_ORIGIN = re.compile(r"made by jaxinfra for (?P<run>.*) on (?P<chips>\S+?)(?P<spot> \(spot\))?")
+
+
+def client_of(module: str, name: str) -> Any:
+    """Makes a client of `google.cloud.MODULE`, which speaks HTTP so that a proxy may be between."""
+    cls = getattr(import_optional(f"google.cloud.{module}", needed_by="--place", install=INSTALL), name)
+    endpoint = os.environ.get(ENDPOINT)
+    with google_errors("sign in"):
+        if not endpoint:
+            return cls(transport="rest")
+        anonymous = import_optional("google.auth.credentials", needed_by="--place", install=INSTALL)
+        transport = cls.get_transport_class("rest")
+        scheme = urlsplit(endpoint).scheme
+        return cls(transport=transport(host=endpoint, credentials=anonymous.AnonymousCredentials(), url_scheme=scheme))
+
+
+def api_url(service: str) -> str:
+    """Returns the address of an API, such as that of `tpu`."""
+    return os.environ.get(ENDPOINT, f"https://{service}.googleapis.com").rstrip("/")
+
+
+def call(what: str, method: Any, request: Mapping[str, Any] | Any) -> Any:
+    """Calls a method of a client; an error says that `what` was refused."""
+    with google_errors(what):
+        return method(request=request, timeout=_TIMEOUT_S)
+
+
+def find(what: str, method: Any, request: Mapping[str, Any] | Any) -> Any:
+    """Calls a method of a client; returns None if there is no such thing."""
+    exceptions = import_optional("google.api_core.exceptions", needed_by="--place", install=INSTALL)
+    with google_errors(what):
+        try:
+            return method(request=request, timeout=_TIMEOUT_S)
+        except exceptions.NotFound:
+            return None
+
+
+def items_of(what: str, method: Any, request: Mapping[str, Any] | Any) -> list[Any]:
+    """Calls a method that lists, to its last page."""
+    with google_errors(what):
+        return list(method(request=request, timeout=_TIMEOUT_S))
+
+
+def body_of(message: Any) -> str:
+    """Returns a message as the JSON that is sent, with the names of enums."""
+    return type(message).to_json(message, use_integers_for_enums=False, always_print_fields_with_no_presence=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the description of a resource says of the run that made it."""
+
+    run: str  # its location, the end of it if it is very long
+    chips: str  # as of `--create`
+    spot: bool
+
+    def __str__(self) -> str:
+        return f"made by jaxinfra for {self.run} on {self.chips}{' (spot)' if self.spot else ''}"
+
+    @classmethod
+    def parse(cls, description: str) -> "Origin | None":
+        """Reads a description; None if something else wrote it."""
+        match = _ORIGIN.fullmatch(description)
+        return match and cls(run=match["run"], chips=match["chips"], spot=bool(match["spot"]))
+
+
+def label_of(location: str) -> str:
+    """Returns a run's location as the value of a label: readable, and unique by a hash."""
+    name = re.sub(r"[^a-z0-9]+", "-", location.rstrip("/").rpartition("/")[2].lower()).strip("-")[:30].strip("-")
+    return f"{name or 'run'}-{hashlib.sha256(location.encode()).hexdigest()[:10]}"
+
+
+def located(options: PlaceOptions, run_location: str) -> PlaceOptions:
+    """Fills in project, zone and name, and checks them; raises ConfigError if one is not known."""
+    project = options.project or _project()
+    zone = options.zone or os.environ.get("CLOUDSDK_COMPUTE_ZONE") or _gcloud("compute/zone")
+    if not project:
+        raise ConfigError("--project: not set, and gcloud has none; use --project NAME, see `gcloud projects list`")
+    if not _ZONE.fullmatch(zone):
+        raise ConfigError(f"--zone {zone}: expected a zone of Google Cloud; use --zone us-east5-b or another".strip())
+    if not (options.create or options.name):
+        raise ConfigError(f"--place {options.kind}: needs machines; use --create v6e-8 or --name EXISTING")
+    name = options.name or f"run-{label_of(run_location)}"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"--name {name}: expected a-z, 0-9 and - from a letter on, at most 54; use --name my-run")
+    return replace(options, project=project, zone=zone, name=name)
+
+
+def _project() -> str:
+    for variable in ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT"):
+        if found := os.environ.get(variable):
+            return found
+    if os.environ.get(ENDPOINT):
+        return ""
+    auth = import_optional("google.auth", needed_by="--place", install=INSTALL)
+    with google_errors("sign in"):
+        return auth.default(scopes=[SCOPE])[1] or _gcloud("core/project")
+
+
+def _gcloud(key: str) -> str:
+    if not shutil.which("gcloud"):
+        return ""
+    command = ["gcloud", "config", "get-value", key]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def user_of(options: PlaceOptions) -> str:
+    """Returns the user on the hosts; root, who may not log in there, becomes `jaxinfra`."""
+    name = options.user or re.sub(r"[^a-z0-9_-]", "-", getpass.getuser().lower())
+    return "jaxinfra" if not options.user and name == "root" else name
+
+
+def key_of(options: PlaceOptions) -> Path:
+    """Returns the private key for the hosts."""
+    return Path(options.ssh_key or "~/.ssh/google_compute_engine").expanduser()
+
+
+def public_key(options: PlaceOptions) -> str:
+    """Returns the public key for the hosts, as it is in a .pub file; makes the pair if there is none."""
+    private = key_of(options)
+    public = private.with_name(private.name + ".pub")
+    if public.exists() and private.exists():
+        return public.read_text().strip()
+    if private.exists():
+        return _keygen("-y", "-f", str(private)).strip()
+    if options.ssh_key:
+        raise ConfigError(f"--ssh-key {private}: no such file; leave it out, and a key is made")
+    private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _keygen("-q", "-t", "ed25519", "-N", "", "-C", user_of(options), "-f", str(private))
+    return public.read_text().strip()
+
+
+def _keygen(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["ssh-keygen", *arguments], capture_output=True, text=True, check=False, input="")
+    except FileNotFoundError:
+        raise ConfigError("ssh-keygen: not installed; install OpenSSH's client") from None
+    if done.returncode:
+        raise ConfigError(f"ssh-keygen {' '.join(arguments)}: {' '.join(done.stderr.split())}; use --ssh-key KEY")
+    return done.stdout
+
+
+class Wait:
+    """Waits for the cloud, at most some hours, and says for what: whenever it changes, and every 10 minutes."""
+
+    def __init__(self, say: Say, hours: float, *, poll_s: float) -> None:
+        self._say, self._hours, self._poll_s = say, hours, poll_s
+        self._started = self._said = time.monotonic()
+        self._what, self._delay_s = "", poll_s
+
+    def pause(self, what: str) -> None:
+        """Sleeps until the next question; longer, while the answer stays the same."""
+        now = time.monotonic()
+        if now - self._started > self._hours * 3600:
+            raise ConfigError(f"--wait-hours {self._hours:g}: {what}; use --wait-hours with more, or another --zone")
+        if what != self._what:
+            self._say(f"waiting: {what}")
+            self._what, self._said, self._delay_s = what, now, self._poll_s
+        elif now - self._said > _REMIND_S:
+            self._say(f"waiting for {(now - self._started) / 60:.0f} minutes: {what}")
+            self._said = now
+        time.sleep(self._delay_s)
+        self._delay_s = min(self._delay_s * 1.5, 6 * self._poll_s)
+
+
+class GooglePlace:
+    """The base of `TpuVm` and `Gce`, which have a `step` towards the hosts."""
+
+    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 10.0) -> None:
+        self.options = located(options, run_location)
+        self.topology: Topology | None = topology_of(options.create) if options.create else None
+        run = run_location if len(run_location) <= _MAX_RUN else f"...{run_location[3 - _MAX_RUN :]}"
+        self.origin = Origin(run=run, chips=str(self.topology or ""), spot=options.spot)
+        self.labels = {LABEL: "1", RUN_LABEL: label_of(run_location)}
+        self.poll_s = poll_s
+        self._failures, self._retry_at = 0, 0.0
+
+    def acquire(self, say: Say) -> Sequence[Host]:
+        """See `HostSource.acquire`."""
+        wait, is_first = Wait(say, self.options.wait_hours, poll_s=self.poll_s), True
+        while True:
+            try:
+                done = self.step(say)
+            except StorageError as error:
+                if is_first and not isinstance(error, Stockout):
+                    raise
+                done = str(error)
+            if not isinstance(done, str):
+                self._failures = 0
+                return done
+            is_first = False
+            wait.pause(done)
+
+    def step(self, say: Say) -> Sequence[Host] | str:
+        """Looks at what exists, does what is next, and returns the hosts, or what is waited for."""
+        raise NotImplementedError
+
+    def may_retry(self) -> bool:
+        """Whether the pause after a failure is over; it doubles with each failure, up to ten minutes."""
+        now = time.monotonic()
+        if not self._retry_at:
+            self._failures += 1
+            self._retry_at = now + min(self.poll_s * 2**self._failures, _MAX_BACKOFF_S)
+        if now < self._retry_at:
+            return False
+        self._retry_at = 0.0
+        return True
+
+    def finish(self, what: str, operation: Any) -> None:
+        """Waits for the end of an operation."""
+        polling = import_optional("google.api_core.future.polling", needed_by="--place", install=INSTALL)
+        delays = polling.DEFAULT_POLLING.with_delay(initial=self.poll_s / 5, maximum=2 * self.poll_s, multiplier=1.5)
+        with google_errors(what):
+            operation.result(polling=delays)
+
+    def check_owner(self, what: str, description: str) -> None:
+        """Raises ConfigError if something of this name is not of this run."""
+        found = Origin.parse(description)
+        if found is None or found.run != self.origin.run:
+            owner = "something else" if found is None else f"the run {found.run}"
+            raise ConfigError(f"--name {self.options.name}: the {what} of this name is of {owner}; use another --name")
+
+    def is_ours(self, description: str) -> bool:
+        """Whether this run has made what has this description."""
+        found = Origin.parse(description)
+        return found is not None and found.run == self.origin.run
+
+    def key_line(self) -> str:
+        """Returns our line of the metadata `ssh-keys`."""
+        return f"{user_of(self.options)}:{public_key(self.options)}"
+
+    def with_key(self, ssh_keys: str) -> str | None:
+        """Returns the metadata `ssh-keys` with our line; None if it has it."""
+        lines, ours = ssh_keys.splitlines(), self.key_line()
+        # Google adds words after the key, and so may others.
+        if any(line.split()[:2] == ours.split()[:2] for line in lines):
+            return None
+        return "\n".join([*lines, ours])
+
+    def host(self, name: str, *, internal: str, external: str, slice: int) -> Host:
+        """Returns a host by the address that the options ask for."""
+        address = internal if self.options.internal_ips or not external else external
+        return Host(address=f"{user_of(self.options)}@{address}", name=name, internal=internal, slice=slice)
