@@ -122,8 +122,7 @@ class Host:
             assert process.stdout is not None
             process.stdout.close()
             self.metadata.close()
-            if self.link in leftovers.links(self.link):
-                ip(f"link delete {self.link}")
+            leftovers.delete_link(self.link)
             (self._folder / f"{self.name}.pid").unlink(missing_ok=True)
             (self._folder / self.name).rmdir()
 

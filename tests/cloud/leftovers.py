@@ -45,7 +45,7 @@ def remove(folder: Path) -> None:
         if pid := _alive(file):
             os.kill(pid, signal.SIGKILL)
     for link in links(folder.name):
-        ip(f"link delete {link}")
+        delete_link(link)
     shutil.rmtree(folder)
 
 
@@ -53,6 +53,13 @@ def links(folder: str = "") -> list[str]:
     """Returns the links of a folder, or of all."""
     done = subprocess.run(["ip", "-j", "link", "show"], check=True, capture_output=True, text=True)
     return [link["ifname"] for link in json.loads(done.stdout) if link["ifname"].startswith(PREFIX + folder)]
+
+
+def delete_link(link: str) -> None:
+    """Removes a link; Linux may remove it at the same time, with the network of a host that has ended."""
+    done = subprocess.run(["ip", "link", "delete", link], capture_output=True, text=True)
+    if done.returncode and link in links():
+        raise RuntimeError(f"ip link delete {link}: {done.stderr.strip()}")
 
 
 def ip(*commands: str, namespace: int | None = None) -> None:
