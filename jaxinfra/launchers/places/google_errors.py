@@ -10,15 +10,11 @@ from jaxinfra.packages import import_optional
 
 PERMISSIONS = {
     "tpu-vm": {
-        "tpu.queuedResources.create": "asks for a slice",
-        "tpu.nodes.create": "makes its TPU VMs",
-        "tpu.queuedResources.get": "sees whether it is ready, or preempted",
-        "tpu.queuedResources.list": "lists what runs have made",
-        "tpu.queuedResources.delete": "deletes it at the end of a run",
-        "tpu.nodes.delete": "deletes its TPU VMs with it",
-        "tpu.nodes.get": "reads the addresses of its hosts",
-        "tpu.nodes.list": "finds the TPU VMs of a slice",
+        "tpu.nodes.create": "asks for slices, and makes their TPU VMs",
+        "tpu.nodes.get": "sees whether they are ready, or preempted",
+        "tpu.nodes.list": "reads the addresses of the hosts, and lists what runs have made",
         "tpu.nodes.update": "adds an ssh key",
+        "tpu.nodes.delete": "deletes them at the end of a run",
         "tpu.operations.get": "waits for the end of a request",
         "iam.serviceAccounts.actAs": "gives the hosts their service account",
     },
@@ -71,6 +67,7 @@ _NO_ZONE = re.compile(
     r"(?:not found|may not exist|unknown|invalid)|(?:unknown|invalid)\b.*\b(?:zone|location)",
     re.I,
 )
+_NO_CHIP = re.compile(r"(accelerator|machine.?type)\b.*\bnot (be )?found", re.I)
 _LOGIN = "run `gcloud auth application-default login`"
 
 
@@ -117,10 +114,12 @@ def error_of(what: str, code: int, message: str) -> JaxinfraError:
         return ConfigError(f"{what}: not signed in to Google Cloud: {message}; {_LOGIN}")
     if "has not been used" in message or "SERVICE_DISABLED" in message or "is disabled" in message:
         return ConfigError(f"{what}: {message}; run `gcloud services enable tpu.googleapis.com compute.googleapis.com`")
-    if _NO_ZONE.search(message):
+    permission = _PERMISSION.search(message)
+    if _NO_ZONE.search(message) and not permission:
         return ConfigError(f"--zone: {what}: {message}; use a zone of `gcloud compute zones list`")
+    if _NO_CHIP.search(message):
+        return ConfigError(f"{what}: {message}; use a --zone of https://docs.cloud.google.com/tpu/docs/regions-zones")
     if code == 403:
-        permission = _PERMISSION.search(message)
         role = ROLES[permission[1]] if permission else " or ".join(ROLES.values())
         need = f"permission {permission[0]} is missing" if permission else "not permitted"
         return ConfigError(f"{what}: {need}: {message}; ask the project's owner for {role}")

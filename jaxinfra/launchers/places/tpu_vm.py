@@ -1,0 +1,337 @@
+"""TPU VMs of the Cloud TPU API: one that exists, or slices that a queued resource makes."""
+
+import re
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.google_cloud import (
+    INSTALL,
+    LABEL,
+    RUN_LABEL,
+    SCOPE,
+    SSH_KEYS,
+    GooglePlace,
+    Origin,
+    api_url,
+    body_of,
+    call,
+    client_of,
+    find,
+    items_of,
+)
+from jaxinfra.launchers.places.google_errors import Stockout, error_of
+from jaxinfra.launchers.places.images import accelerator_type, tpu_type
+from jaxinfra.launchers.places.place import Host, PlaceOptions, Request, Resource, Say
+from jaxinfra.packages import import_optional
+from jaxinfra.plan.topology import Topology
+
+_LOST = {"SUSPENDING", "SUSPENDED"}  # of a queued resource
+_LOST_NODE = {"PREEMPTED", "TERMINATED", "DELETING", "HIDING", "HIDDEN"}
+_STOPPED_NODE = {"STOPPING", "STOPPED"}
+_HTTP = {3: 400, 5: 404, 6: 409, 7: 403, 9: 400, 16: 401}  # HTTP's code by that of gRPC
+
+
+class TpuVm(GooglePlace):
+    """See `HostSource`."""
+
+    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 10.0) -> None:
+        super().__init__(options, run_location, poll_s=poll_s)
+        if self.topology is not None:
+            tpu_type(self.topology)  # raises for chips that this API does not have
+        self._zone = f"projects/{self.options.project}/locations/{self.options.zone}"
+        self._name = f"{self._zone}/queuedResources/{self.options.name}"
+        self._what = f"TPU VM {self.options.name} in {self.options.zone}"
+        self._creation: Any = None  # the operation, until it has ended
+
+    @cached_property
+    def _client(self) -> Any:
+        return client_of("tpu_v2", "TpuClient")
+
+    @cached_property
+    def _tpu(self) -> Any:
+        return import_optional("google.cloud.tpu_v2", needed_by="--place tpu-vm", install=INSTALL)
+
+    def step(self, say: Say) -> Sequence[Host] | str:
+        """See `GooglePlace.step`."""
+        if self.topology is None:
+            nodes = self._existing()
+            if waiting := self._waiting(nodes):
+                return waiting
+            return self._hosts(self._with_key(nodes))
+        resource = self._resource()
+        if resource is None:
+            return self._create(say, self.topology)
+        self._check_ours(resource)
+        state, name = resource.state.state.name, f"queued resource {self.options.name}"
+        if state == "FAILED":
+            failure = self._failure(resource)
+            if not self.may_retry():
+                return str(failure)
+        nodes = self._nodes_of(resource) if state == "ACTIVE" else []
+        lost = state if state in _LOST | {"FAILED"} else self._lost_nodes(nodes)
+        if lost:
+            say(f"{name}: {lost.lower()}; deletes it to make it again")
+            self._delete()
+            return f"{name} is being deleted"
+        if state != "ACTIVE":
+            return f"{name} is {state.lower().replace('_', ' ')}"
+        if waiting := self._waiting(nodes):
+            return waiting
+        return self._hosts(self._with_key(nodes))
+
+    def current(self) -> Sequence[Host]:
+        """See `HostSource.current`."""
+        if self.topology is None:
+            nodes = self._existing()
+        else:
+            resource = self._resource()
+            nodes = self._nodes_of(resource) if resource is not None and self._is_ours(resource) else []
+        return self._hosts([node for node in nodes if node.state.name == "READY"])
+
+    def lost(self) -> str:
+        """See `HostSource.lost`."""
+        if self.topology is None:
+            return self._lost_nodes(self._existing(), *_STOPPED_NODE)
+        resource = self._resource()
+        if resource is None:
+            return "deleted"
+        state = resource.state.state.name
+        if state in _LOST:
+            return "preempted"
+        if state != "ACTIVE":
+            return f"queued resource {state.lower().replace('_', ' ')}"
+        nodes = self._nodes_of(resource)
+        if len(nodes) < self.topology.slices:
+            return f"{self.topology.slices - len(nodes)} of {self.topology.slices} TPU VMs deleted"
+        return self._lost_nodes(nodes, *_STOPPED_NODE)
+
+    def release(self, say: Say) -> None:
+        """See `HostSource.release`."""
+        if self.topology is None:
+            return
+        resource = self._resource()
+        if resource is not None and self._is_ours(resource):
+            self._delete()
+            say(f"deleted queued resource {self.options.name} in {self.options.zone}, and its TPU VMs")
+
+    def requests(self) -> Sequence[Request]:
+        """See `HostSource.requests`."""
+        url = f"{api_url('tpu')}/v2/{self._zone}"
+        if self.topology is None:
+            return [Request(method="GET", url=f"{url}/nodes/{self.options.name}")]
+        url = f"{url}/queuedResources?queuedResourceId={self.options.name}"
+        return [Request(method="POST", url=url, body=body_of(self._message(self.topology)))]
+
+    def deletion(self) -> str:
+        """See `HostSource.deletion`."""
+        return "" if self.topology is None else f"{api_url('tpu')}/v2/{self._name}?force=true"
+
+    def _resource(self) -> Any:
+        return find(self._what, self._client.get_queued_resource, {"name": self._name})
+
+    def _create(self, say: Say, topology: Topology) -> str:
+        what, waiting = f"--create {topology}", f"queued resource {self.options.name} is requested"
+        if self._creation is not None:
+            if not self._has_ended(what, self._creation):
+                return waiting
+            self._creation = None
+        request = {
+            "parent": self._zone,
+            "queued_resource_id": self.options.name,
+            "queued_resource": self._message(topology),
+        }
+        self._creation = call(what, self._client.create_queued_resource, request)
+        say(f"requested {topology} in {self.options.zone} as queued resource {self.options.name}")
+        return waiting
+
+    def _message(self, topology: Topology) -> Any:
+        """Returns the queued resource to make."""
+        options, kind = self.options, tpu_type(topology)
+        node: dict[str, Any] = {
+            "description": str(self.origin),
+            "runtime_version": options.image or kind.runtime_version,
+            "network_config": {"enable_external_ips": not options.internal_ips},
+            "service_account": {"email": options.service_account, "scope": [SCOPE]},
+            "labels": self.labels,
+            "metadata": {SSH_KEYS: self.key_line()},
+        }
+        network = "subnetwork" if "subnetworks/" in options.network else "network"
+        node["network_config"][network] = options.network
+        if name := accelerator_type(topology):
+            node["accelerator_type"] = name
+        else:
+            sizes = "x".join(map(str, topology.shape))
+            node["accelerator_config"] = {"type_": kind.config_type, "topology": sizes}
+        spec: dict[str, Any] = {"parent": self._zone, "node": node}
+        if topology.slices > 1:
+            spec["multislice_params"] = {"node_count": topology.slices, "node_id_prefix": options.name}
+        else:
+            spec["node_id"] = options.name
+        resource: dict[str, Any] = {
+            "tpu": {"node_spec": [spec]},
+            "queueing_policy": {"valid_until_duration": {"seconds": round(options.wait_hours * 3600)}},
+        }
+        if options.spot:
+            resource["spot"] = {}
+        if options.reservation:
+            # `guaranteed` without its name would be for a reservation of the whole project.
+            resource["guaranteed"] = {}
+            is_path = "/" in options.reservation
+            name = options.reservation if is_path else f"{self._zone}/reservations/{options.reservation}"
+            resource["reservation_name"] = name
+        return self._tpu.QueuedResource(resource)
+
+    def _delete(self) -> None:
+        what = f"delete {self._what}"
+        operation = find(what, self._client.delete_queued_resource, {"name": self._name, "force": True})
+        if operation is not None:
+            self._finish(what, operation)
+
+    def _finish(self, what: str, operation: Any) -> None:
+        while not self._has_ended(what, operation):
+            time.sleep(self.poll_s / 5)
+
+    def _has_ended(self, what: str, operation: Any) -> bool:
+        """Whether an operation has ended; raises what it has failed with."""
+        # The client takes the answer of a deletion for something else than it is, and raises TypeError.
+        now = call(what, self._client.get_operation, {"name": operation.operation.name})
+        if now.done and now.error.code:
+            raise error_of(what, _HTTP.get(now.error.code, 500), " ".join(now.error.message.split()))
+        return now.done
+
+    def _failure(self, resource: Any) -> Stockout:
+        """Returns why the cloud has given up, if asking again may help; raises ConfigError if not."""
+        error = resource.state.failed_data.error
+        reason = " ".join(error.message.split()) or "no reason given"
+        found = error_of(f"--create {self.origin.chips}", _HTTP.get(error.code, 500), reason)
+        if isinstance(found, ConfigError):
+            raise found
+        return Stockout(f"queued resource {self.options.name} failed: {reason}")
+
+    def _is_ours(self, resource: Any) -> bool:
+        return any(spec.node.labels.get(RUN_LABEL) == self.labels[RUN_LABEL] for spec in resource.tpu.node_spec)
+
+    def _check_ours(self, resource: Any) -> None:
+        if not self._is_ours(resource):
+            specs = resource.tpu.node_spec
+            self.check_owner("queued resource", specs[0].node.description if specs else "")
+
+    def _nodes_of(self, resource: Any) -> list[Any]:
+        """Returns the TPU VMs of a queued resource by slice; those that are deleted are left out."""
+        names: list[str] = []
+        for spec in resource.tpu.node_spec:
+            if spec.node_id:
+                names.append(spec.node_id)
+            prefix = spec.multislice_params.node_id_prefix or resource.name.rpartition("/")[2]
+            names.extend(f"{prefix}-{index}" for index in range(spec.multislice_params.node_count))
+        found = {_id(node): node for node in self._all_nodes()}
+        return [found[name] for name in names if name in found]
+
+    def _all_nodes(self) -> list[Any]:
+        return items_of(self._what, self._client.list_nodes, {"parent": self._zone})
+
+    def _existing(self) -> list[Any]:
+        """Returns the TPU VM of this name, or those of the queued resource of this name."""
+        nodes = sorted(self._all_nodes(), key=_order)
+        name = self.options.name
+        found = [node for node in nodes if _id(node) == name]
+        found = found or [node for node in nodes if node.queued_resource.rpartition("/")[2] == name]
+        if not found:
+            others = ", ".join(_id(node) for node in nodes) or "none"
+            raise ConfigError(
+                f"--name {name}: no TPU VM of this name in {self.options.zone}, which has: {others}; use --create v6e-8"
+                " to make one"
+            )
+        for node in found:
+            if node.state.name in _STOPPED_NODE:
+                start = f"gcloud compute tpus tpu-vm start {_id(node)} --zone {self.options.zone}"
+                raise ConfigError(f"--name {name}: TPU VM {_id(node)} is {node.state.name}; run `{start}`")
+        return found
+
+    def _waiting(self, nodes: Sequence[Any]) -> str:
+        """Returns which TPU VM is waited for, "" if all have booted."""
+        if self.topology is not None and len(nodes) < self.topology.slices:
+            return f"{len(nodes)} of {self.topology.slices} TPU VMs of {self.options.name} exist"
+        for node in nodes:
+            if node.state.name in _LOST_NODE:  # of one that was not made for this run
+                raise ConfigError(f"--name {self.options.name}: TPU VM {_id(node)} is {node.state.name}; use --create")
+            if node.state.name != "READY" or not all(each.ip_address for each in node.network_endpoints):
+                return f"TPU VM {_id(node)} is {node.state.name.lower()}"
+        return ""
+
+    def _lost_nodes(self, nodes: Sequence[Any], *states: str) -> str:
+        for node in nodes:
+            if node.state.name in _LOST_NODE.union(states):
+                return f"TPU VM {_id(node)} {node.state.name.lower()}"
+        return ""
+
+    def _with_key(self, nodes: Sequence[Any]) -> Sequence[Any]:
+        """Adds our key to those that do not have it."""
+        for node in nodes:
+            keys = self.with_key(node.metadata.get(SSH_KEYS, ""))
+            if keys is not None:
+                changed = {"name": node.name, "metadata": {**node.metadata, SSH_KEYS: keys}}
+                request = {"node": changed, "update_mask": {"paths": ["metadata"]}}
+                what = f"add the ssh key to TPU VM {_id(node)}"
+                self._finish(what, call(what, self._client.update_node, request))
+        return nodes
+
+    def _hosts(self, nodes: Sequence[Any]) -> list[Host]:
+        return [
+            self.host(
+                f"{_id(node)}-w{index}",
+                internal=endpoint.ip_address,
+                external=endpoint.access_config.external_ip,
+                slice=number,
+            )
+            for number, node in enumerate(nodes)
+            for index, endpoint in enumerate(node.network_endpoints)
+        ]
+
+
+def list_resources(project: str, zone: str = "-") -> list[Resource]:
+    """Returns what runs have made in a zone, or in all."""
+    client, parent = client_of("tpu_v2", "TpuClient"), f"projects/{project}/locations/{zone}"
+    nodes: dict[str, list[Any]] = {}
+    for node in items_of(f"list TPU VMs of {project}", client.list_nodes, {"parent": parent}):
+        nodes.setdefault(node.queued_resource, []).append(node)
+    resources: list[Resource] = []
+    for each in items_of(f"list queued resources of {project}", client.list_queued_resources, {"parent": parent}):
+        specs = each.tpu.node_spec
+        if not specs or LABEL not in specs[0].node.labels:
+            continue
+        origin = Origin.parse(specs[0].node.description)
+        notices = [f"{_id(node)}: {_notice(node)}" for node in nodes.get(each.name, ()) if _notice(node)]
+        resources.append(
+            Resource(
+                kind="queued resource",
+                name=each.name.rpartition("/")[2],
+                run=origin.run if origin else "",
+                zone=each.name.split("/")[3],
+                state=each.state.state.name,
+                chips=origin.chips if origin else specs[0].node.accelerator_type,
+                spot="spot" in each,
+                created=each.create_time.rfc3339() if each.create_time else "",
+                notice="; ".join(notices),
+            )
+        )
+    return resources
+
+
+def _notice(node: Any) -> str:
+    if node.state.name != "READY":
+        return node.state.name
+    return node.health_description
+
+
+def _id(node: Any) -> str:
+    return node.name.rpartition("/")[2]
+
+
+def _order(node: Any) -> tuple[str, int]:
+    """Sorts NAME-2 before NAME-10."""
+    match = re.fullmatch(r"(.*?)-?([0-9]*)", _id(node))
+    return (match[1], int(match[2] or 0)) if match else (_id(node), 0)
