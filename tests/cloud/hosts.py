@@ -192,7 +192,7 @@ class Hosts:
                 raise ValueError(f"{name}: a machine of this name runs")
             number, self._count = self._count, self._count + 1
             address = f"{self.gateway.rpartition('.')[0]}.{number % 250 + 2}"
-            values = _values(name, address, attributes, zone, number, preemptible=preemptible)
+            values = values_of(name, address, attributes, zone, number, preemptible=preemptible)
             host = Host(name, address, Metadata(values), self._folder, f"{PREFIX}{self._folder.name}h{number}")
             self._hosts[name] = host
         try:
@@ -220,7 +220,7 @@ class Hosts:
                 (host.root / "etc/hosts").write_text("\n".join([*lines, ""]))
 
 
-def _values(
+def values_of(
     name: str, address: str, attributes: Mapping[str, str], zone: str, number: int, *, preemptible: bool
 ) -> dict[str, str]:
     """Returns what the metadata server says."""
