@@ -1,6 +1,7 @@
 """Places of Google Cloud against APIs that answer as the real ones do."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -208,10 +209,19 @@ def test_a_stockout_is_a_wait(cloud: Cloud) -> None:
     assert said.has("waiting", "waiting for resources")
 
 
-def test_a_request_that_has_expired_is_made_again(cloud: Cloud) -> None:
+def test_a_wait_that_ends_leaves_nothing(cloud: Cloud) -> None:
     cloud.stockout("us-east5-b", times=10**6)
     with raises(ConfigError, "--wait-hours demo"):
         place(replace(TPU, wait_hours=1 / 3600)).acquire(Said())
+    assert not cloud.remaining()
+
+
+def test_a_request_that_has_expired_is_made_again(cloud: Cloud) -> None:
+    cloud.stockout("us-east5-b", times=10**6)
+    TpuVm(replace(TPU, wait_hours=1 / 3600), RUN).step(Said())  # asks, and is killed
+    time.sleep(1.1)
+    for _ in range(3):  # reads move its state on
+        assert place(TPU).lost()
     cloud.stockout("us-east5-b", times=0)
     said = Said()
     assert len(place(TPU).acquire(said)) == 4

@@ -209,10 +209,11 @@ class GooglePlace:
         self.origin = Origin(run=run, chips=str(self.topology or ""), spot=options.spot)
         self.labels = {LABEL: "1", RUN_LABEL: label_of(run_location)}
         self.poll_s = poll_s
+        self.has_made = False  # whether this object has asked for machines; the run may live on those of another
         self._failures, self._retry_at = 0, 0.0
 
     def acquire(self, say: Say) -> Sequence[Host]:
-        """See `HostSource.acquire`."""
+        """See `HostSource.acquire`. What was made is deleted if the rest is refused, or does not come in time."""
         wait, is_first = Wait(say, self.options.wait_hours, poll_s=self.poll_s), True
         while True:
             try:
@@ -221,14 +222,26 @@ class GooglePlace:
                 if is_first and not isinstance(error, Stockout):
                     raise
                 done = str(error)
+            except ConfigError:
+                if self.has_made:
+                    self.release(say)
+                raise
             if not isinstance(done, str):
                 self._failures = 0
                 return done
             is_first = False
-            wait.pause(done)
+            try:
+                wait.pause(done)
+            except ConfigError:
+                self.release(say)
+                raise
 
     def step(self, say: Say) -> Sequence[Host] | str:
         """Looks at what exists, does what is next, and returns the hosts, or what is waited for."""
+        raise NotImplementedError
+
+    def release(self, say: Say) -> None:
+        """See `HostSource.release`."""
         raise NotImplementedError
 
     def may_retry(self) -> bool:

@@ -144,6 +144,7 @@ class TpuVm(GooglePlace):
             "queued_resource": self._message(topology),
         }
         self._creation = call(what, self._client.create_queued_resource, request)
+        self.has_made = True
         say(f"requested {topology} in {self.options.zone} as queued resource {self.options.name}")
         return waiting
 
