@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -37,8 +37,9 @@ class Host:
     def __init__(self, name: str, address: str, metadata: Metadata, folder: Path, link: str) -> None:
         self.name, self.address, self.metadata, self.link = name, address, metadata, link
         self.log = folder / f"{name}.log"
-        self.pid = 0
+        self.pid = 0  # of its first process, once it is up
         self._folder = folder
+        self._root: int | None = None  # a descriptor of its `/`
         self._process: subprocess.Popen[str] | None = None
         self._timer: threading.Timer | None = None
         self._lock = threading.RLock()
@@ -48,18 +49,13 @@ class Host:
         """Whether it has power."""
         return self._process is not None and self._process.poll() is None
 
-    @property
-    def root(self) -> Path:
-        """Its `/`, seen from outside."""
-        return Path(f"/proc/{self.pid}/root")
-
     def set(self, key: str, value: str) -> None:
         """See `Machine.set`."""
         self.metadata.set(f"instance/{key}", value)
         if key == "attributes/ssh-keys":
-            with self._lock:
-                if self.is_running:
-                    guest_agent.set_users(self.root, guest_agent.keys_by_user(value))
+            with self._inside() as root:
+                if root is not None:
+                    guest_agent.set_users(root, guest_agent.keys_by_user(value))
 
     def set_keys(self, text: str) -> None:
         """Says who may log in, with which keys: lines as `user:ssh-ed25519 AAAA... comment`."""
@@ -79,6 +75,12 @@ class Host:
         if self._timer is not None:
             self._timer.cancel()
         self.power_off()
+
+    def set_names(self, text: str) -> None:
+        """Writes `/etc/hosts`; does nothing before it is up, and when it has ended."""
+        with self._inside() as root:
+            if root is not None:
+                (root / "etc/hosts").write_text(text)
 
     def run(self, *command: str) -> str:
         """Runs a command as root, without ssh, and returns what it prints."""
@@ -105,7 +107,7 @@ class Host:
         ip(f"link add {self.link} type veth peer name eth0 netns {self.pid}",
            f"link set {self.link} master {network.bridge} up")  # fmt: skip
         ip("link set lo up", f"address add {ADDRESS}/32 dev lo", f"address add {self.address}/24 dev eth0",
-           "link set eth0 up", f"route add default via {network.gateway}", namespace=self.pid)  # fmt: skip
+           "link set eth0 up", namespace=self.pid)  # fmt: skip
         self.metadata.serve(_listener(self.pid, (ADDRESS, 80)))
         self.set_keys(self.metadata.get("instance/attributes/ssh-keys") or "")
         self._wait_for_sshd()
@@ -116,6 +118,9 @@ class Host:
             process, self._process = self._process, None
             if process is None:
                 return
+            if self._root is not None:
+                os.close(self._root)
+                self._root = None
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(self.pid or process.pid, signal.SIGKILL)
             process.wait()  # for the first process, which ends after all others
@@ -126,6 +131,16 @@ class Host:
             (self._folder / f"{self.name}.pid").unlink(missing_ok=True)
             (self._folder / self.name).rmdir()
 
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[Path | None]:
+        """Gives its `/` as seen from outside, None if it is not up, and holds off its end meanwhile.
+
+        It goes by a descriptor: `/proc/PID/root` is that of this machine until the host has its own, and again when
+        another process has the number.
+        """
+        with self._lock:
+            yield None if self._root is None else Path(f"/proc/self/fd/{self._root}")
+
     def _start(self, spec: Mapping[str, object]) -> None:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with self._process.stdin as told:  # rather than an argument, which a host's `ps` would show
@@ -135,8 +150,11 @@ class Host:
             line = self._process.stdout.readline()
             if not line:
                 raise RuntimeError(f"{self.name}: the host does not boot:\n{self.log.read_text()[-2000:]}")
-            key, _, said[key] = line.strip().partition(" ")
-            self.pid = int(said.get("pid", 0))
+            key, _, value = line.strip().partition(" ")
+            said[key] = value
+        self.pid = int(said["pid"])
+        with self._lock:
+            self._root = os.open(f"/proc/{self.pid}/root", os.O_PATH | os.O_DIRECTORY)
 
     def _wait_for_sshd(self) -> None:
         deadline = time.monotonic() + _BOOT_S
@@ -213,11 +231,11 @@ class Hosts:
     def _tell_names(self, zone: str) -> None:
         """Has each host know the names of all, as the cloud's DNS does."""
         with self._lock:
-            running = [host for host in self._hosts.values() if host.is_running]
+            running = [host for host in self._hosts.values() if host.is_running and host.pid]
             lines = ["127.0.0.1 localhost", f"{ADDRESS} metadata.google.internal metadata"]
             lines += [f"{host.address} {_full_name(host.name, zone)} {host.name}" for host in running]
             for host in running:
-                (host.root / "etc/hosts").write_text("\n".join([*lines, ""]))
+                host.set_names("\n".join([*lines, ""]))
 
 
 def values_of(

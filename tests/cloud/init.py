@@ -87,6 +87,7 @@ def _make_root(lower: Path, scratch: Path, firmware: dict[str, str]) -> None:
     _mount(".", Path("/"), flags=_MS_MOVE)
     os.chroot(".")
     os.chdir("/")
+    Path("/etc/resolv.conf").write_text("")  # else that of this machine, which no host reaches
 
 
 def _make_dev(dev: Path) -> None:
