@@ -22,6 +22,8 @@ Json = dict[str, Any]
 class Refused(Exception):
     """A request that the cloud answers with an error."""
 
+    compute_message = ""  # in the words of Compute Engine, if it has its own
+
     def __init__(self, http: int, status: str, message: str, *, reason: str = "", details: Sequence[Json] = ()) -> None:
         super().__init__(message)
         self.http, self.status, self.message, self.details = http, status, message, details
@@ -34,8 +36,9 @@ class Refused(Exception):
 
     def compute(self) -> Json:
         """Returns the error as Compute Engine gives it."""
-        one = {"message": self.message, "domain": "global", "reason": self.reason}
-        return {"error": {"code": self.http, "message": self.message, "errors": [one]}}
+        message = self.compute_message or self.message
+        one = {"message": message, "domain": "global", "reason": self.reason}
+        return {"error": {"code": self.http, "message": message, "errors": [one]}}
 
 
 def invalid(message: str) -> Refused:
@@ -63,7 +66,9 @@ def denied(permission: str, name: str) -> Refused:
     details = {"reason": "IAM_PERMISSION_DENIED", "domain": "iam.googleapis.com"}
     details |= {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "metadata": {"permission": permission}}
     message = f"Permission '{permission}' denied on resource '{name}' (or it may not exist)."
-    return Refused(403, "PERMISSION_DENIED", message, details=[details])
+    refused = Refused(403, "PERMISSION_DENIED", message, details=[details])
+    refused.compute_message = f"Required '{permission}' permission for '{name}'"
+    return refused
 
 
 def parse[M: Message](body: bytes, into: M) -> M:
