@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.launchers.places import images
+from jaxinfra.launchers.places.gce import Gce
+from jaxinfra.launchers.places.gce import list_resources as list_groups
 from jaxinfra.launchers.places.google_cloud import ENDPOINT, Origin, Wait, label_of, located, public_key
 from jaxinfra.launchers.places.google_errors import PERMISSIONS, ROLES, Stockout, error_of
 from jaxinfra.launchers.places.place import HostSource, PlaceOptions
@@ -25,6 +28,10 @@ TPU = PlaceOptions(
     kind="tpu-vm", name="demo", project="test-project", zone="us-east5-b", create="v6e-16", spot=True, user="ada"
 )
 MULTISLICE = replace(TPU, zone="us-west4-a", create="2xv5e:4x4")
+GCE = replace(TPU, kind="gce")
+GROUPS = replace(GCE, zone="us-central1-c", create="2xtpu7x:2x2x4")
+BOTH = pytest.mark.parametrize("options", [TPU, GCE], ids=["tpu-vm", "gce"])
+SLICES = pytest.mark.parametrize("options", [MULTISLICE, GROUPS], ids=["tpu-vm", "gce"])
 
 
 @pytest.fixture
@@ -47,11 +54,13 @@ class Said(list[str]):
 
 
 def place(options: PlaceOptions, run: str = RUN) -> HostSource:
-    return TpuVm(options, run, poll_s=0.01)
+    return {"tpu-vm": TpuVm, "gce": Gce}[options.kind](options, run, poll_s=0.01)
 
 
-def posts(cloud: Cloud) -> list[str]:
-    return [path for method, path, _ in cloud.log if method == "POST"]
+def changes(cloud: Cloud) -> list[tuple[str, Any]]:
+    """Path and body of the requests that make or change something."""
+    asked = [(path.partition("?")[0], body) for method, path, body in cloud.log if method in ("POST", "PATCH")]
+    return [each for each in asked if not each[0].endswith("/listManagedInstances")]
 
 
 def test_chips_without_an_api_name_the_other_place() -> None:
@@ -182,37 +191,42 @@ def test_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         place(TPU).acquire(Said())
 
 
-def test_slices_are_made_and_deleted(cloud: Cloud) -> None:
-    demo, said = place(MULTISLICE), Said()
+@SLICES
+def test_slices_are_made_and_deleted(cloud: Cloud, options: PlaceOptions) -> None:
+    demo, said = place(options), Said()
     assert not demo.current()
     hosts = demo.acquire(said)
-    assert [(host.name, host.slice) for host in hosts] == [
-        (f"demo-{slice}-w{worker}", slice) for slice in range(2) for worker in range(4)
-    ]
+    assert [host.slice for host in hosts] == [0] * 4 + [1] * 4
+    assert [host.name for host in hosts] == sorted(host.name for host in hosts)
+    assert hosts[0].name.startswith("demo-0-") and hosts[4].name.startswith("demo-1-")
     assert hosts[0].address.startswith("ada@34.") and hosts[0].internal.startswith("10.")
     assert demo.current() == hosts and demo.lost() == ""
-    assert said.has("requested 2xv5e:4x4 in us-west4-a") and said.has("waiting", "for resources")
+    assert said.has("requested", options.zone) and said.has("waiting")
     demo.release(said)
-    assert said.has("deleted queued resource demo") and not cloud.remaining() and demo.lost() == "deleted"
+    assert said.has("deleted", "demo") and not cloud.remaining() and "deleted" in demo.lost()
     demo.release(said)  # again, and nothing happens
 
 
-def test_a_second_start_takes_what_exists(cloud: Cloud) -> None:
-    hosts, asked = place(TPU).acquire(Said()), posts(cloud)
-    assert place(TPU).acquire(Said()) == hosts and posts(cloud) == asked
+@BOTH
+def test_a_second_start_takes_what_exists(cloud: Cloud, options: PlaceOptions) -> None:
+    hosts, asked = place(options).acquire(Said()), changes(cloud)
+    assert len(hosts) == 4
+    assert place(options).acquire(Said()) == hosts and changes(cloud) == asked
 
 
-def test_a_stockout_is_a_wait(cloud: Cloud) -> None:
+@BOTH
+def test_a_stockout_is_a_wait(cloud: Cloud, options: PlaceOptions) -> None:
     cloud.stockout("us-east5-b", times=3)
     said = Said()
-    assert len(place(TPU).acquire(said)) == 4
-    assert said.has("waiting", "waiting for resources")
+    assert len(place(options).acquire(said)) == 4
+    assert said.has("waiting", "waiting for resources" if options.kind == "tpu-vm" else "no capacity")
 
 
-def test_a_wait_that_ends_leaves_nothing(cloud: Cloud) -> None:
+@BOTH
+def test_a_wait_that_ends_leaves_nothing(cloud: Cloud, options: PlaceOptions) -> None:
     cloud.stockout("us-east5-b", times=10**6)
     with raises(ConfigError, "--wait-hours demo"):
-        place(replace(TPU, wait_hours=1 / 3600)).acquire(Said())
+        place(replace(options, wait_hours=1 / 3600)).acquire(Said())
     assert not cloud.remaining()
 
 
@@ -228,19 +242,22 @@ def test_a_request_that_has_expired_is_made_again(cloud: Cloud) -> None:
     assert said.has("demo failed", "valid") and said.has("to make it again")
 
 
-def test_what_was_preempted_is_made_again(cloud: Cloud) -> None:
-    demo, said = place(MULTISLICE), Said()
+@SLICES
+def test_what_was_preempted_is_made_again(cloud: Cloud, options: PlaceOptions) -> None:
+    demo, said = place(options), Said()
     first = demo.acquire(said)
     cloud.preempt("demo-1", after_s=0)
     assert "preempted" in demo.lost()
     second = demo.acquire(said)
-    assert len(second) == 8 and {host.address for host in second}.isdisjoint(host.address for host in first)
+    assert len(second) == 8
+    assert {host.address for host in second[4:]}.isdisjoint(host.address for host in first)
     assert said.has("to make it again") and demo.lost() == ""
 
 
-def test_another_run_is_left_alone(cloud: Cloud) -> None:
-    place(TPU).acquire(Said())
-    other = place(TPU, "/runs/other")
+@BOTH
+def test_another_run_is_left_alone(cloud: Cloud, options: PlaceOptions) -> None:
+    place(options).acquire(Said())
+    other = place(options, "/runs/other")
     with raises(ConfigError, f"--name demo {RUN}"):
         other.acquire(Said())
     exists = cloud.remaining()
@@ -248,42 +265,57 @@ def test_another_run_is_left_alone(cloud: Cloud) -> None:
     assert cloud.remaining() == exists and not other.current()
 
 
-def test_refusals(cloud: Cloud) -> None:
-    cloud.deny("tpu.nodes.create")
-    with raises(ConfigError, "v6e tpu.nodes.create roles/tpu.admin"):
-        place(TPU).acquire(Said())
-    cloud.allow("tpu.nodes.create")
+@pytest.mark.parametrize(
+    ("options", "permission", "role"),
+    [
+        (TPU, "tpu.nodes.create", "roles/tpu.admin"),
+        (GCE, "compute.instanceGroupManagers.create", "roles/compute.instanceAdmin.v1"),
+    ],
+    ids=["tpu-vm", "gce"],
+)
+def test_refusals(cloud: Cloud, options: PlaceOptions, permission: str, role: str) -> None:
+    cloud.deny(permission)
+    with raises(ConfigError, "v6e", permission, role):
+        place(options).acquire(Said())
+    cloud.allow(permission)
     cloud.quota["v6e"] = 8
-    with raises(ConfigError, "quota TPUV6E 8 --create"):
-        place(TPU).acquire(Said())
+    with raises(ConfigError, "quota V6E 8 --create"):
+        place(options).acquire(Said())
+    cloud.quota.clear()
     with raises(ConfigError, "--zone us-mars1-a"):
-        place(replace(TPU, zone="us-mars1-a")).acquire(Said())
-    with raises(ConfigError, "v6e-16 us-west4-a --zone"):
-        place(replace(TPU, zone="us-west4-a")).acquire(Said())
-    with raises(ConfigError, "runtime nope"):
-        cloud.quota.clear()
-        place(replace(TPU, image="nope")).acquire(Said())
+        place(replace(options, zone="us-mars1-a")).acquire(Said())
+    with raises(ConfigError, "us-west4-a --zone"):
+        place(replace(options, zone="us-west4-a")).acquire(Said())
     assert not cloud.remaining()
 
 
-def test_an_existing_tpu_vm_gets_our_key_and_stays(cloud: Cloud) -> None:
-    hosts, said = place(TPU).acquire(Said()), Said()
-    by_name = place(replace(TPU, create="", user="bob"), "/runs/other")
+def test_a_runtime_version_that_is_unknown(cloud: Cloud) -> None:
+    with raises(ConfigError, "runtime nope"):
+        place(replace(TPU, image="nope")).acquire(Said())
+
+
+@BOTH
+def test_what_exists_gets_our_key_and_stays(cloud: Cloud, options: PlaceOptions) -> None:
+    hosts, said = place(options).acquire(Said()), Said()
+    by_name = place(replace(options, create="", user="bob"), "/runs/other")
+    asked = len(changes(cloud))
     found = by_name.acquire(said)
     assert [host.internal for host in found] == [host.internal for host in hosts]
-    assert found[0].address.startswith("bob@")
-    keys = [body["metadata"]["ssh-keys"].splitlines() for method, _, body in cloud.log if method == "PATCH"]
-    assert len(keys) == 1 and [line.partition(":")[0] for line in keys[0]] == ["ada", "bob"]
+    assert found[0].address.startswith("bob@") and by_name.current() == found and by_name.lost() == ""
+    bodies = [json.dumps(body) for _, body in changes(cloud)[asked:]]
+    assert len(bodies) == (1 if options.kind == "tpu-vm" else 4)
+    assert all(0 < body.index("ada:ssh") < body.index("bob:ssh") for body in bodies)
+    asked = len(changes(cloud))
     by_name.acquire(said)  # has the key now
-    assert sum(method == "PATCH" for method, _, _ in cloud.log) == 1
+    assert len(changes(cloud)) == asked
     exists = cloud.remaining()
     by_name.release(said)
     assert cloud.remaining() == exists and by_name.deletion() == ""
     with raises(ConfigError, "--name nope demo --create"):
-        place(replace(TPU, create="", name="nope")).acquire(Said())
+        place(replace(options, create="", name="nope")).acquire(Said())
 
 
-def test_a_dry_run_shows_what_is_sent(cloud: Cloud) -> None:
+def test_a_dry_run_shows_the_queued_resource(cloud: Cloud) -> None:
     demo = place(replace(MULTISLICE, internal_ips=True, reservation="mine", spot=False))
     cloud.reservations.add("mine")
     (request,) = demo.requests()
@@ -292,14 +324,41 @@ def test_a_dry_run_shows_what_is_sent(cloud: Cloud) -> None:
     assert body["reservationName"].endswith("us-west4-a/reservations/mine") and body["guaranteed"] == {}
     assert body["queueingPolicy"] == {"validUntilDuration": "86400s"}
     demo.acquire(Said())
-    (sent,) = [body for method, _, body in cloud.log if method == "POST"]
-    assert sent == body
+    assert [sent for _, sent in changes(cloud)] == [body]
     assert request.url.startswith(cloud.endpoint) and request.url.endswith("/queuedResources?queuedResourceId=demo")
     assert demo.deletion().endswith("/queuedResources/demo?force=true")
 
 
+def test_a_dry_run_shows_policy_template_and_groups(cloud: Cloud) -> None:
+    demo = place(replace(GROUPS, max_hours=2.0))
+    requests = demo.requests()
+    assert not cloud.log
+    bodies = [json.loads(request.body) for request in requests]
+    assert bodies[0]["workloadPolicy"] == {"type": "HIGH_THROUGHPUT", "acceleratorTopology": "2x2x4"}
+    scheduling = bodies[1]["properties"]["scheduling"]
+    assert scheduling["provisioningModel"] == "SPOT" and scheduling["instanceTerminationAction"] == "DELETE"
+    assert scheduling["maxRunDuration"] == {"seconds": "7200"}
+    assert [(body["name"], body["targetSize"]) for body in bodies[2:]] == [("demo-0", 4), ("demo-1", 4)]
+    demo.acquire(Said())
+    urls = [request.url.removeprefix(cloud.endpoint) for request in requests]
+    assert changes(cloud) == list(zip(urls, bodies, strict=True))
+    assert [url.rpartition("/")[2] for url in demo.deletion().split()] == ["demo-0", "demo-1"]
+
+
+def test_a_reservation_and_gpus_of_compute_engine() -> None:
+    options = replace(GCE, zone="us-west1-c", create="b200:2x8", spot=False, reservation="mine", network="net")
+    policy, template, group = (json.loads(request.body) for request in place(options).requests())
+    assert policy["workloadPolicy"] == {"type": "HIGH_THROUGHPUT"} and group["targetSize"] == 2
+    properties = template["properties"]
+    assert properties["scheduling"]["provisioningModel"] == "RESERVATION_BOUND"
+    assert properties["reservationAffinity"]["values"] == ["mine"]
+    assert properties["networkInterfaces"][0]["network"] == "projects/test-project/global/networks/net"
+    assert len(place(replace(options, create="b200:1x8")).requests()) == 2  # one host is placed anywhere
+
+
 def test_a_list_has_what_runs_made(cloud: Cloud) -> None:
     place(TPU).acquire(Said())
+    place(GROUPS).acquire(Said())
     for zone in ("-", "us-east5-b"):
         (found,) = list_tpu_vms("test-project", zone)
         assert (found.name, found.run, found.zone, found.chips) == ("demo", RUN, "us-east5-b", "v6e:4x4")
@@ -307,3 +366,10 @@ def test_a_list_has_what_runs_made(cloud: Cloud) -> None:
     cloud.preempt("demo", after_s=0)
     assert "PREEMPTED" in list_tpu_vms("test-project")[0].notice
     assert not list_tpu_vms("test-project", "us-west4-a")
+    for zone in ("-", "us-central1-c"):
+        groups = list_groups("test-project", zone)
+        assert [group.name for group in groups] == ["demo-0", "demo-1"]
+        assert groups[0].run == RUN and groups[0].state == "4 of 4 RUNNING" and groups[0].chips == "2xtpu7x:2x2x4"
+    cloud.maintenance("demo-0", datetime(2030, 1, 1, tzinfo=UTC))
+    first, second = list_groups("test-project")
+    assert "2030-01-01" in first.notice and not second.notice

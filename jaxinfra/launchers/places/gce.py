@@ -1,0 +1,339 @@
+"""Machines of Compute Engine: a group or a machine that exists, or groups that a template makes, one for each slice."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places import gce_messages as messages
+from jaxinfra.launchers.places.gce_messages import compute_module, region_of
+from jaxinfra.launchers.places.google_cloud import (
+    LABEL,
+    RUN_LABEL,
+    SSH_KEYS,
+    GooglePlace,
+    Origin,
+    api_url,
+    body_of,
+    call,
+    client_of,
+    find,
+    items_of,
+)
+from jaxinfra.launchers.places.google_errors import Stockout, error_of
+from jaxinfra.launchers.places.images import Machines, machines_of
+from jaxinfra.launchers.places.place import Host, PlaceOptions, Request, Resource, Say
+
+_COMING = {"PENDING", "PROVISIONING", "STAGING", "REPAIRING"}
+_FATAL = ("PERMISSION", "FORBIDDEN", "INVALID", "NOT_FOUND", "UNSUPPORTED")  # parts of codes
+
+
+class Gce(GooglePlace):
+    """See `HostSource`."""
+
+    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 10.0) -> None:
+        super().__init__(options, run_location, poll_s=poll_s)
+        self._machines = machines_of(self.topology) if self.topology else None
+        name, slices = self.options.name, self.topology.slices if self.topology else 1
+        self._names = [f"{name}-{index}" for index in range(slices)] if slices > 1 else [name]
+        self._in_zone = {"project": self.options.project, "zone": self.options.zone}
+        self._in_region = {"project": self.options.project, "region": region_of(self.options.zone)}
+        self._what = f"{self.options.name} in {self.options.zone}"
+
+    @cached_property
+    def _groups(self) -> Any:
+        return client_of("compute_v1", "InstanceGroupManagersClient")
+
+    @cached_property
+    def _instances(self) -> Any:
+        return client_of("compute_v1", "InstancesClient")
+
+    @cached_property
+    def _templates(self) -> Any:
+        return client_of("compute_v1", "InstanceTemplatesClient")
+
+    @cached_property
+    def _policies(self) -> Any:
+        return client_of("compute_v1", "ResourcePoliciesClient")
+
+    def step(self, say: Say) -> Sequence[Host] | str:
+        """See `GooglePlace.step`."""
+        if self._machines is None:
+            return self._step_existing()
+        groups = {name: self._group(name) for name in self._names}
+        for group in groups.values():
+            if group is not None:
+                self.check_owner("managed instance group", group.description)
+        missing = [name for name, group in groups.items() if group is None]
+        if missing:
+            if len(missing) == len(groups):
+                self._delete_rest()  # of an earlier start, whose options may have been others
+            for name in missing:
+                self._make(say, self._machines, name)
+            return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} requested"
+        for name, group in groups.items():
+            if waiting := self._look(say, name, group):
+                return waiting
+        return self._hosts_of(self._names, add_key=True) or f"the addresses of {self._what} are not known"
+
+    def _look(self, say: Say, name: str, group: Any) -> str:
+        """Returns what a group lacks, "" if all its machines run; deletes it if it will not get them."""
+        members = self._members(name)
+        running = sum(member.instance_status == "RUNNING" for member in members)
+        if running == group.target_size:
+            return ""
+        lost, problem = self._lost_member(members), self._problem(name, group, members)
+        if lost or (problem and self.may_retry()):
+            say(f"{name}: {lost or problem}; deletes it to make it again")
+            self._delete_group(name)
+            return f"{name} is to be made again"
+        return problem or f"{running} of {group.target_size} machines of {name} are running"
+
+    def current(self) -> Sequence[Host]:
+        """See `HostSource.current`."""
+        if self._machines is None:
+            found = self._existing()
+            return self._hosts_of(found) if found else self._hosts([self._single()], 0)
+        groups = [self._group(name) for name in self._names]
+        if not all(group is not None and self.is_ours(group.description) for group in groups):
+            return ()
+        return self._hosts_of(self._names)
+
+    def lost(self) -> str:
+        """See `HostSource.lost`."""
+        names = self._names if self._machines is not None else self._existing()
+        if not names:
+            status = self._single().status
+            return "" if status == "RUNNING" else f"{self.options.name} {status.lower()}"
+        for name in names:
+            group = self._group(name)
+            if group is None:
+                return f"{name} deleted"
+            members = self._members(name)
+            if reason := self._lost_member(members):
+                return reason
+            running = sum(member.instance_status == "RUNNING" for member in members)
+            if running < group.target_size:
+                return f"{group.target_size - running} of {group.target_size} machines of {name} do not run"
+        return ""
+
+    def release(self, say: Say) -> None:
+        """See `HostSource.release`."""
+        if self._machines is None:
+            return
+        for name in self._names:
+            group = self._group(name)
+            if group is not None and self.is_ours(group.description):
+                self._delete_group(name)
+                say(f"deleted managed instance group {name} in {self.options.zone}, and its machines")
+        for deleted in self._delete_rest():
+            say(f"deleted {deleted}")
+
+    def _delete_rest(self) -> list[str]:
+        """Deletes the template and the policy, if they are of this run; returns what was deleted."""
+        name, deleted = self.options.name, list[str]()
+        for kind, client, request in (
+            ("instance template", self._templates, {"project": self.options.project, "instance_template": name}),
+            ("resource policy", self._policies, {**self._in_region, "resource_policy": name}),
+        ):
+            what = f"delete {kind} {name}"
+            found = find(what, client.get, request)
+            if found is not None and self.is_ours(found.description):
+                self.finish(what, call(what, client.delete, request))
+                deleted.append(f"{kind} {name}")
+        return deleted
+
+    def requests(self) -> Sequence[Request]:
+        """See `HostSource.requests`."""
+        options = self.options
+        base = f"{api_url('compute')}/compute/v1/projects/{options.project}"
+        groups = f"{base}/zones/{options.zone}/instanceGroupManagers"
+        if self._machines is None:
+            return [Request(method="GET", url=f"{groups}/{options.name}")]
+        region, sent = region_of(options.zone), list[tuple[str, Any]]()
+        if messages.needs_policy(self._machines):
+            sent.append((f"{base}/regions/{region}/resourcePolicies", self._policy(self._machines)))
+        sent.append((f"{base}/global/instanceTemplates", self._template(self._machines)))
+        sent.extend((groups, self._message(self._machines, name)) for name in self._names)
+        return [Request(method="POST", url=url, body=body_of(message)) for url, message in sent]
+
+    def deletion(self) -> str:
+        """Returns the URLs of the groups, with a space between them; the template and the policy cost nothing."""
+        if self._machines is None:
+            return ""
+        zone = f"{api_url('compute')}/compute/v1/projects/{self.options.project}/zones/{self.options.zone}"
+        return " ".join(f"{zone}/instanceGroupManagers/{name}" for name in self._names)
+
+    def _policy(self, machines: Machines) -> Any:
+        return messages.policy_message(self.options, machines, str(self.origin))
+
+    def _template(self, machines: Machines) -> Any:
+        return messages.template_message(self.options, machines, str(self.origin), self.labels, self.key_line())
+
+    def _message(self, machines: Machines, name: str) -> Any:
+        return messages.group_message(self.options, machines, str(self.origin), name)
+
+    def _make(self, say: Say, machines: Machines, name: str) -> None:
+        what = f"--create {self.topology} in {self.options.zone}"
+        if messages.needs_policy(machines):
+            request = {**self._in_region, "resource_policy": self.options.name}
+            if not self._has("resource policy", find(what, self._policies.get, request)):
+                body = {**self._in_region, "resource_policy_resource": self._policy(machines)}
+                self.finish(what, call(what, self._policies.insert, body))
+        project = {"project": self.options.project}
+        request = {**project, "instance_template": self.options.name}
+        if not self._has("instance template", find(what, self._templates.get, request)):
+            body = {**project, "instance_template_resource": self._template(machines)}
+            self.finish(what, call(what, self._templates.insert, body))
+        self.has_made = True
+        body = {**self._in_zone, "instance_group_manager_resource": self._message(machines, name)}
+        self.finish(what, call(what, self._groups.insert, body))
+        say(f"requested {machines.hosts} {machines.machine} in {self.options.zone} as managed instance group {name}")
+
+    def _has(self, kind: str, found: Any) -> bool:
+        if found is None:
+            self.has_made = True
+            return False
+        self.check_owner(kind, found.description)
+        return True
+
+    def _group(self, name: str) -> Any:
+        return find(self._what, self._groups.get, {**self._in_zone, "instance_group_manager": name})
+
+    def _members(self, name: str) -> list[Any]:
+        request = {**self._in_zone, "instance_group_manager": name}
+        return items_of(self._what, self._groups.list_managed_instances, request)
+
+    def _delete_group(self, name: str) -> None:
+        what = f"delete managed instance group {name}"
+        operation = find(what, self._groups.delete, {**self._in_zone, "instance_group_manager": name})
+        if operation is not None:
+            self.finish(what, operation)
+
+    def _lost_member(self, members: Sequence[Any]) -> str:
+        for member in members:
+            if member.current_action == "NONE" and member.instance_status not in _COMING | {"RUNNING"}:
+                status = (member.instance_status or "deleted").lower()
+                return f"machine {member.name} {'preempted' if self.options.spot else status}"
+        return ""
+
+    def _problem(self, name: str, group: Any, members: Sequence[Any]) -> str:
+        """Returns why machines could not be made, if that may change; raises ConfigError if it will not."""
+        checks = [group.status.bulk_instance_operation.last_progress_check.error]
+        errors = [error for check in checks for error in check.errors]
+        errors.extend(error for member in members for error in member.last_attempt.errors.errors)
+        for error in errors:
+            message = f"{error.code}: {' '.join(error.message.split())}"
+            found = error_of(f"--create {self.topology} in {self.options.zone}", 0, message)
+            is_fatal = "QUOTA" in message.upper() or any(word in error.code for word in _FATAL)
+            if is_fatal and isinstance(found, ConfigError):
+                raise found
+            reason = "no capacity" if isinstance(found, Stockout) else "not made"
+            return f"{name}: {reason}: {message}"
+        return ""
+
+    def _hosts_of(self, names: Sequence[str], *, add_key: bool = False) -> list[Host]:
+        """Returns the hosts of groups by slice; () if one is missing."""
+        request = dict(self._in_zone)
+        if self._machines is not None:
+            request["filter"] = f"labels.{RUN_LABEL}={self.labels[RUN_LABEL]}"
+        instances = {each.name: each for each in items_of(self._what, self._instances.list, request)}
+        hosts: list[Host] = []
+        for number, name in enumerate(names):
+            members = sorted(member.instance.rpartition("/")[2] for member in self._members(name))
+            found = [instances[member] for member in members if member in instances]
+            if len(found) < len(members) or any(each.status != "RUNNING" for each in found):
+                return []
+            hosts.extend(self._hosts([self._with_key(each) if add_key else each for each in found], number))
+        return hosts
+
+    def _hosts(self, instances: Sequence[Any], number: int) -> list[Host]:
+        hosts: list[Host] = []
+        for each in instances:
+            interface = each.network_interfaces[0]
+            external = interface.access_configs[0].nat_i_p if interface.access_configs else ""
+            hosts.append(self.host(each.name, internal=interface.network_i_p, external=external, slice=number))
+        return hosts
+
+    def _with_key(self, instance: Any) -> Any:
+        """Adds our key to a machine that does not have it."""
+        items = {item.key: item.value for item in instance.metadata.items}
+        keys = self.with_key(items.get(SSH_KEYS, ""))
+        if keys is not None:
+            what = f"add the ssh key to {instance.name}"
+            changed = [{"key": key, "value": value} for key, value in {**items, SSH_KEYS: keys}.items()]
+            metadata = compute_module().Metadata(fingerprint=instance.metadata.fingerprint, items=changed)
+            request = {**self._in_zone, "instance": instance.name, "metadata_resource": metadata}
+            self.finish(what, call(what, self._instances.set_metadata, request))
+        return instance
+
+    def _existing(self) -> list[str]:
+        """Returns the groups of this name: one, or NAME-0, NAME-1 and so on."""
+        if self._group(self.options.name) is not None:
+            return [self.options.name]
+        names: list[str] = []
+        while self._group(name := f"{self.options.name}-{len(names)}") is not None:
+            names.append(name)
+        return names
+
+    def _single(self) -> Any:
+        found = find(self._what, self._instances.get, {**self._in_zone, "instance": self.options.name})
+        if found is None:
+            groups = items_of(self._what, self._groups.list, self._in_zone)
+            others = ", ".join(group.name for group in groups) or "no groups"
+            raise ConfigError(
+                f"--name {self.options.name}: no group or machine of this name in {self.options.zone}, which has:"
+                f" {others}; use --create v6e-8 to make one"
+            )
+        return found
+
+    def _step_existing(self) -> Sequence[Host] | str:
+        names = self._existing()
+        if names:
+            return self._hosts_of(names, add_key=True) or f"machines of {', '.join(names)} do not run yet"
+        instance = self._single()
+        if instance.status in _COMING:
+            return f"{instance.name} is {instance.status.lower()}"
+        if instance.status != "RUNNING":
+            start = f"gcloud compute instances start {instance.name} --zone {self.options.zone}"
+            raise ConfigError(f"--name {instance.name}: the machine is {instance.status}; run `{start}`")
+        return self._hosts([self._with_key(instance)], 0)
+
+
+def list_resources(project: str, zone: str = "-") -> list[Resource]:
+    """Returns what runs have made in a zone, or in all."""
+    groups = _items(client_of("compute_v1", "InstanceGroupManagersClient"), "instance_group_managers", project, zone)
+    instances = _items(client_of("compute_v1", "InstancesClient"), "instances", project, zone, f"labels.{LABEL}=1")
+    resources: list[Resource] = []
+    for group in groups:
+        origin = Origin.parse(group.description)
+        if origin is None:
+            continue
+        mine = [each for each in instances if each.name.startswith(f"{group.base_instance_name}-")]
+        mine = [each for each in mine if each.zone.rpartition("/")[2] == group.zone.rpartition("/")[2]]
+        running = sum(each.status == "RUNNING" for each in mine)
+        starts = {each.name: each.resource_status.upcoming_maintenance.window_start_time for each in mine}
+        resources.append(
+            Resource(
+                kind="managed instance group",
+                name=group.name,
+                run=origin.run,
+                zone=group.zone.rpartition("/")[2],
+                state=f"{running} of {group.target_size} RUNNING",
+                chips=origin.chips,
+                spot=origin.spot,
+                created=group.creation_timestamp,
+                notice="; ".join(f"{name}: maintenance at {start}" for name, start in starts.items() if start),
+            )
+        )
+    return resources
+
+
+def _items(client: Any, name: str, project: str, zone: str, filter: str = "") -> list[Any]:
+    what, request = (
+        f"list {name.replace('_', ' ')} of {project}",
+        {"project": project, **({"filter": filter} if filter else {})},
+    )
+    if zone != "-":
+        return items_of(what, client.list, {**request, "zone": zone})
+    return [item for _, scope in items_of(what, client.aggregated_list, request) for item in getattr(scope, name)]
