@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxinfra.cli.places.arguments import add_place
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
 from jaxinfra.parity import PARITY_CONFIGS
@@ -103,6 +104,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
     add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
     add_processes(parser)
+    add_place(parser)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +268,24 @@ def _add_sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
 
 
+def _add_run_elsewhere(parser: argparse.ArgumentParser) -> None:
+    what = "its directory: s3://BUCKET/runs/NAME, gs://BUCKET/runs/NAME, or HOST:/path/to/runs/NAME"
+    parser.add_argument("run", metavar="RUN", help=what)
+    parser.add_argument("--workdir", metavar="DIR", default="", help="that of the start, if RUN is on a host's disk")
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    _add_run_elsewhere(parser)
+    add_int(parser, "--rank", 0, default=0, metavar="N", help="the process, which is the host (default %(default)s)")
+    add_int(parser, "--lines", 0, metavar="N", help="the last N lines (default: all of the last start)")
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    _add_run_elsewhere(parser)
+    parser.add_argument("--kill", action="store_true", help="at once, without a checkpoint")
+
+
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
     what = "also model the goodput for a mean time between failures, such as 3.1h, 90m or 2d"
@@ -323,6 +343,11 @@ COMMANDS = {
     "runs": Command(_add_runs, "list runs with their state, progress and results"),
     "runs sync": Command(
         _add_sync, "send MLflow what it lacks of a run: rows of metrics, and how it ended", "jaxinfra.cli.sync"
+    ),
+    "runs logs": Command(_add_logs, "show what a rank of a run elsewhere has printed", "jaxinfra.cli.places.logs"),
+    "runs stop": Command(_add_stop, "end a run elsewhere, and delete what was made for it", "jaxinfra.cli.places.stop"),
+    "runs resume": Command(
+        _add_run_elsewhere, "watch a run elsewhere, and go on with it if it does not live", "jaxinfra.cli.places.resume"
     ),
     "goodput": Command(_add_goodput, "say where the time of runs went: steps, restarts, saves, waits, steps redone"),
     "checkpoints": Command(_add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),

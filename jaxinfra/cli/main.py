@@ -21,6 +21,7 @@ from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli.arguments import COMMANDS, Command
+from jaxinfra.cli.places.arguments import is_elsewhere
 from jaxinfra.command import COMMAND, command_line
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError, quoted
 from jaxinfra.launchers.restart_policy import RULES
@@ -251,7 +252,9 @@ def _run_command(argv: Sequence[str]) -> int:
     try:
         options = parse_command_line(argv)
         failpoints.check_environment(os.environ)
-        joins, trains = "processes" in options, options.command == "train"
+        leaves = options.command == "train" and is_elsewhere(options)
+        trains = options.command == "train" and not leaves
+        joins = "processes" in options and not leaves
         signal_router.leave_start(interrupts=not trains, all_signals=not joins)
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
@@ -264,11 +267,10 @@ def _run_command(argv: Sequence[str]) -> int:
             if options.prints and options.notes:
                 print(*options.notes, sep="\n", file=sys.stderr)
             name = COMMANDS[options.command].module or f"jaxinfra.cli.{options.command.replace(' ', '.')}"
-            module = importlib.import_module(name)
+            module = importlib.import_module("jaxinfra.cli.places.start" if leaves else name)
             if "jax" in sys.modules:  # the command compiles, maybe
                 importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
-            module.run(options)
-        return 0
+            return module.run(options) or 0
     except Preempted as error:  # asked for: no error
         print(mask_credentials(str(error)), file=sys.stderr)
         return error.exit_code

@@ -1,6 +1,7 @@
 """Finds the git state and package versions for the run record. A value that cannot be found is None, not an error."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -9,13 +10,20 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+BUNDLE_FILE = ".jaxinfra-bundle.json"
+"""At the top of code that was sent without its git directory: the git state that it was packed with."""
+
 
 def git_state(directory: str | os.PathLike[str], timeout_s: float = 5.0) -> dict[str, str | bool | None]:
     """Returns `{"commit": hash, "dirty": bool}` of the git working tree that contains `directory`.
 
     It is dirty if tracked files differ from the commit or untracked files exist. Both are None outside a working tree,
-    before the first commit and without git; `dirty` alone is None if `git status` takes too long.
+    before the first commit and without git; `dirty` alone is None if `git status` takes too long. Code that was sent to
+    this machine has the state of where it came from.
     """
+    sent = next((path for folder in Path(directory).parents if (path := folder / BUNDLE_FILE).is_file()), None)
+    if sent is not None:
+        return json.loads(sent.read_text())
     commit = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
     changes = None if commit is None else _git(directory, timeout_s, "status", "--porcelain")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+KINDS = ("ssh", "tpu-vm", "gce")
 Say = Callable[[str], None]
 """Prints one line for the user."""
 
@@ -42,6 +43,15 @@ class Host:
 
     def __str__(self) -> str:
         return self.name or self.address
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostState:
+    """What one host says about the run."""
+
+    attempt: int
+    state: str  # none, live, ended, killed (without an exit code, as by a boot), or away (ssh gets no answer)
+    code: int | None = None  # exit code, if it has ended
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,106 @@
+"""The options that say where a run goes. Imports nothing heavy."""
+
+import argparse
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.place import KINDS, PlaceOptions
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a start elsewhere."""
+    place = parser.add_argument_group("another place than this machine (docs/places.md)")
+    what = "ssh: hosts that you have; tpu-vm: a Cloud TPU VM; gce: Compute Engine"
+    place.add_argument("--place", choices=KINDS, help=what)
+    what = "ssh: the hosts, in the order of ranks, as ssh takes them"
+    place.add_argument("--hosts", metavar="HOST[,HOST...]", default="", help=what)
+    what = "make these chips, and delete them when the run ends: v6e-64, 2xv5e:4x4, tpu7x:4x4x4, h100:2x8"
+    place.add_argument("--create", metavar="CHIPS", default="", help=what)
+    what = "name of the TPU VM or instance group (with --create default: that of the run)"
+    place.add_argument("--name", metavar="NAME", default="", help=what)
+    place.add_argument("--project", metavar="ID", default="", help="of Google Cloud (default: that of gcloud)")
+    place.add_argument("--zone", metavar="ZONE", default="", help="such as us-east5-a")
+    place.add_argument("--spot", action="store_true", help="spot machines: cheaper, and may be taken away at any time")
+    place.add_argument("--reservation", metavar="NAME", default="", help="make them in this reservation")
+    what = "TPU runtime version, or image of Compute Engine, in place of the usual one of the chip"
+    place.add_argument("--image", metavar="NAME", default="", help=what)
+    what = "what hosts may do in the cloud (default: the project's default service account)"
+    place.add_argument("--service-account", metavar="EMAIL", default="", help=what)
+    place.add_argument("--network", metavar="NAME", default="", help="of the cloud (default: default)")
+    what = "make hosts without public addresses; this machine must reach the private ones"
+    place.add_argument("--internal-ips", action="store_true", help=what)
+    place.add_argument("--user", metavar="NAME", default="", help="on hosts of a cloud (default: your name here)")
+    what = "private key for hosts of a cloud (default: ~/.ssh/google_compute_engine)"
+    place.add_argument("--ssh-key", metavar="FILE", default="", help=what)
+    what = "longest wait for chips (default %(default)s)"
+    place.add_argument("--wait-hours", type=_hours, metavar="H", default=24.0, help=what)
+    what = "after which the run saves, ends, and what was made is deleted, even if this machine is gone"
+    place.add_argument("--max-hours", type=_hours, metavar="H", default=0.0, help=what)
+    what = "folder on the hosts for code, Python and packages (default: ~/.cache/jaxinfra)"
+    place.add_argument("--workdir", metavar="DIR", default="", help=what)
+    what = "also install these packages; repeatable (those of the chips and of the trackers come by themselves)"
+    place.add_argument("--extra", metavar="NAME", action="append", default=[], help=what)
+    what = "a variable of the run on its hosts; UV_... also when packages are installed; repeatable"
+    place.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help=what)
+    what = "a variable whose value is read here at each start, and recorded nowhere; repeatable"
+    place.add_argument("--secret", metavar="NAME", action="append", default=[], help=what)
+    what = "refuse to send code that differs from the commit"
+    place.add_argument("--committed", action="store_true", help=what)
+    what = "show every request, command and file, and do nothing"
+    place.add_argument("--dry-run", action="store_true", help=what)
+    what = "start the run and leave; `runs resume RUN` watches it, and makes lost hosts again"
+    place.add_argument("--detach", action="store_true", help=what)
+
+
+def is_elsewhere(options: argparse.Namespace) -> bool:
+    """Returns whether a start goes to another place; raises ConfigError for options of a place without --place."""
+    if options.place:
+        return True
+    parser = argparse.ArgumentParser()
+    add_place(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(options, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: is for a run elsewhere; say where with --place {', '.join(KINDS)}")
+    return False
+
+
+def place_options(options: argparse.Namespace) -> PlaceOptions:
+    """Returns the options of the command line; raises ConfigError for those of another kind of place."""
+    kind = options.place
+    of_clouds = ("create", "name", "project", "zone", "spot", "reservation", "image", "service_account", "network")
+    of_clouds += ("internal_ips", "user", "ssh_key")
+    for name in of_clouds if kind == "ssh" else ("hosts",):
+        if value := getattr(options, name):
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise ConfigError(f"{option}: --place {kind} does not take it; leave it out")
+    for name in ("spot", "reservation", "image", "service_account"):
+        if getattr(options, name) and not options.create:
+            raise ConfigError(f"--{name.replace('_', '-')}: is for what --create makes; leave it out, or add --create")
+    if kind != "ssh" and not options.zone:
+        raise ConfigError(f"--place {kind}: which zone? add --zone, such as --zone us-east5-a")
+    if kind != "ssh" and not (options.create or options.name):
+        raise ConfigError(f"--place {kind}: which machines? add --name of those that exist, or --create v6e-8")
+    if kind == "ssh" and not options.hosts:
+        raise ConfigError("--place ssh: which hosts? add --hosts HOST[,HOST...], as ssh takes them")
+    hosts = tuple(host for host in options.hosts.split(",") if host)
+    names = [*of_clouds, "wait_hours", "max_hours", "workdir"]
+    return PlaceOptions(kind=kind, hosts=hosts, **{name: getattr(options, name) for name in names})
+
+
+def variables(words: list[str]) -> dict[str, str]:
+    """Parses NAME=VALUE; raises ConfigError for another form."""
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--env {word}: expected NAME=VALUE; use --env UV_DEFAULT_INDEX=https://...")
+    return dict(word.split("=", 1) for word in words)
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0.0 < hours < float("inf"):
+        raise ConfigError(f"{text} hours: expected a number above 0; use --max-hours 12")
+    return hours

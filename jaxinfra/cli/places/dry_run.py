@@ -1,0 +1,42 @@
+"""Shows what a start at a place would do: every request, command and file."""
+
+import json
+import shlex
+from dataclasses import asdict
+
+from jaxinfra.launchers.places.bundle import Bundle
+from jaxinfra.launchers.places.job import Job
+from jaxinfra.launchers.places.place import Host
+from jaxinfra.launchers.places.requirements import requirements_of, uv_version
+from jaxinfra.launchers.places.ssh_place import SshPlace
+
+
+def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> None:
+    """Prints the plan; asks nobody, so a cloud's hosts have no names yet."""
+    print(f"# run directory: {job.location}")
+    print(f"# code: {bundle.text}; its files, as of git ls-files in {bundle.top}")
+    for change in bundle.shown_changes:
+        print(f"#   {change}")
+    print("# packages, to be locked for the hosts' architecture, and those of their chips:")
+    print(*(f"#   {line}" for line in sorted(requirements_of(extras))), sep="\n")
+    for request in place.source.requests():
+        print(f"\n{request.method} {request.url}")
+        print(request.body, end="\n" * bool(request.body))
+    cloud = [Host(address="HOST0"), Host(address="HOST1"), Host(address="...")]
+    hosts = place.source.current() if job.place.kind == "ssh" else cloud
+    steps = [
+        ("probe", job.id, job.bundle, "PACKAGES", uv_version()),
+        ("unpack", job.bundle),
+        ("receive", f"bin/uv-{uv_version()}"),
+        ("receive", "environments/PACKAGES/requirements.txt"),
+        ("install", "PACKAGES", uv_version(), "PYTHON"),
+        ("start", job.id, "ATTEMPT", job.bundle, "PACKAGES", job.location),
+    ]
+    for action in steps:
+        print(f"\n# {action[0]}, on each host at once")
+        for host in hosts:
+            print(shlex.join(place.ssh.command(host, *action, script="$(cat jaxinfra/launchers/places/host.sh)")))
+    print(f"\n# file: {job.location}/place/bundle-{job.bundle}, place/requirements-PACKAGES")
+    print(f"# file: {job.location}/place/attempt-N.json")
+    print(json.dumps({"job": asdict(job)}, indent=2))
+    print(f"\n# on each host: python {shlex.join(job.command)}")

@@ -1,0 +1,43 @@
+"""`runs logs RUN`: shows what a rank of a run at a place has printed."""
+
+import argparse
+import sys
+
+from jaxinfra.cli.places.find import find
+from jaxinfra.cli.places.start import say
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.job import Job
+from jaxinfra.storage.location import is_remote
+from jaxinfra.storage.objects import ObjectStore
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints what a rank has printed: from its host, or from the run directory if that is gone."""
+    controller, job, number = find(options)
+    place = controller.place
+    place.hosts = place.source.current()
+    if place.hosts:
+        if options.rank >= len(place.hosts):
+            raise ConfigError(
+                f"--rank {options.rank}: the run has {len(place.hosts)} hosts; use 0 to {len(place.hosts) - 1}"
+            )
+        lines = "+1" if options.lines is None else str(options.lines)
+        arguments = (job.id, lines, "yes" if options.follow else "no")
+        process = place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=sys.stdout.fileno())
+        if process.wait() == 0:
+            return
+    if not is_remote(job.location):
+        raise ConfigError(f"{job.location}: rank {options.rank} has no console of attempt {number} on its host")
+    _from_bucket(job, options.rank)
+
+
+def _from_bucket(job: Job, rank: int) -> None:
+    """Prints the copy in the bucket of the rank's newest start."""
+    store = ObjectStore(f"{job.location}/logs")
+    names = [name for name in store.list_names() if name.partition("/")[2].startswith(f"rank-{rank}.log")]
+    if not names:
+        raise ConfigError(f"{job.location}/logs: no log of rank {rank}; see `runs logs` of another rank")
+    newest = max(names).partition("/")[0]
+    say(f"the host is gone; this is {job.location}/logs/{newest}, copied every ten seconds")
+    for name in sorted((each for each in names if each.startswith(f"{newest}/")), key=lambda name: (len(name), name)):
+        sys.stdout.write(store.read(name).decode(errors="replace"))

@@ -1,0 +1,188 @@
+"""`python -m launch CONFIG --place ...`: takes a run to other machines, and watches it there."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from jaxinfra.cli import config_argument
+from jaxinfra.cli.places.arguments import place_options, variables
+from jaxinfra.cli.places.dry_run import print_plan
+from jaxinfra.command import command_line
+from jaxinfra.config import validate
+from jaxinfra.config.codec import encode
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.bundle import Bundle, make_bundle
+from jaxinfra.launchers.places.controller import Controller
+from jaxinfra.launchers.places.job import Attempts, Job
+from jaxinfra.launchers.places.place import PlaceOptions
+from jaxinfra.launchers.places.requirements import lock
+from jaxinfra.launchers.places.run_files import HostFiles, files_of
+from jaxinfra.launchers.places.sources import place_of
+from jaxinfra.run import Run
+from jaxinfra.run_dir import join_location
+from jaxinfra.storage.location import is_remote
+
+
+def run(options: argparse.Namespace) -> int:
+    """Starts the run at its place; returns its exit code."""
+    place_config = place_options(options)
+    _check_processes(options)
+    config = _load(options)
+    location = _location(config, place_config)
+    _check_stores(config, place_config)
+    bundle = make_bundle(Path.cwd(), committed=options.committed)
+    job = Job(
+        location=location,
+        command=_command(options, bundle),
+        folder=Path.cwd().relative_to(bundle.top).as_posix(),
+        place=place_config,
+        bundle=bundle.hash,
+        environment=variables(options.env),
+        secrets=options.secret,
+        deadline=time.time() + 3600.0 * place_config.max_hours if place_config.max_hours else 0.0,
+    )
+    place = place_of(job, say)
+    extras = [*options.extra, *_trackers(config)]
+    if options.dry_run:
+        print_plan(job, place, bundle, extras)
+        return 0
+    job.secret_values()
+    say(f"code: {bundle.text}")
+    for change in bundle.shown_changes:
+        say(f"  {change}")
+    attempts = Attempts(files=files_of(location, place_config.workdir), location=location)
+    number, last = attempts.newest()
+    controller = Controller(place, attempts, say)
+    controller.check_free(number, last)
+    with watching(location):
+        return _start(controller, attempts, job, number + 1, bundle, extras, detach=options.detach)
+
+
+def _start(
+    controller: Controller,
+    attempts: Attempts,
+    job: Job,
+    number: int,
+    bundle: Bundle,
+    extras: list[str],
+    *,
+    detach: bool,
+) -> int:
+    place = controller.place
+    facts = place.prepare(job, boots=job.place.kind != "ssh")
+    if isinstance(attempts.files, HostFiles) and len(place.hosts) > 1:
+        place.check_shared(attempts.files.path)
+    of_chips = ["tpu"] if int(facts["tpus"] or 0) else ["cuda"] if facts["gpus"] else []
+    packages = lock(sorted({*extras, *of_chips}), facts["arch"], job.uv_variables)
+    job = replace(job, packages=packages.hash, python=packages.python, arch=facts["arch"])
+    attempts.keep("bundle", bundle.hash, bundle.content)
+    attempts.keep("requirements", packages.hash, packages.requirements.encode())
+    job = controller.start(job, number, prepared=True)
+    if detach:
+        say(f"next: {command_line('runs', 'resume', job.location)} watches it, and makes lost hosts again")
+        return 0
+    return controller.follow(job, number)
+
+
+def say(text: str) -> None:
+    """Prints a line about the place, apart from what the run prints."""
+    print(f"place: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def watching(location: str) -> Iterator[None]:
+    """Ctrl-C leaves the run alone, and says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again, end = command_line("runs", "resume", location), command_line("runs", "stop", location)
+        say(f"left; what was started goes on. {again} watches it, {end} ends it")
+        raise
+
+
+def _check_processes(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options of this machine's processes."""
+    for name, none in (("processes", 1), ("coordinator", None), ("process_id", None), ("of", None)):
+        if (value := getattr(options, name)) != none:
+            option = f"--{name.replace('_', '-')} {value}"
+            raise ConfigError(f"{option}: --place starts one process on each host; leave it out")
+
+
+def _load(options: argparse.Namespace) -> Run:
+    """Loads the config on the CPU of this machine, whatever the hosts have."""
+    before = os.environ.get("JAX_PLATFORMS")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        config = config_argument.load_config(options).run
+        validate(config)
+    finally:
+        if before is None:
+            del os.environ["JAX_PLATFORMS"]
+        else:
+            os.environ["JAX_PLATFORMS"] = before
+    return config
+
+
+def _location(config: Run, place: PlaceOptions) -> str:
+    """Returns the run directory, which must be where the hosts reach it."""
+    if is_remote(config.root):
+        return join_location(config.root, config.name)
+    if place.kind != "ssh":
+        fix = "use a bucket, which outlives them: root=gs://BUCKET/runs"
+        raise ConfigError(f"root={config.root}: a disk of hosts that may be deleted; {fix}")
+    if not os.path.isabs(config.root):
+        fix = "name a bucket or a folder that all hosts share: root=/shared/runs"
+        raise ConfigError(f"root={config.root}: the hosts do not have this folder; {fix}")
+    return f"{place.hosts[0] if place.hosts else ''}:{join_location(config.root, config.name)}"
+
+
+def _check_stores(config: Run, place: PlaceOptions) -> None:
+    """Raises ConfigError for a store that the hosts cannot have."""
+    for field, store in _stores(encode(config.data), "data"):
+        if is_remote(store) or (place.kind == "ssh" and os.path.isabs(store)):
+            continue
+        prepare = command_line("data", "prepare", "CONFIG", f"{field}=gs://BUCKET/{store.strip('/')}")
+        other = " or a folder that all hosts have" if place.kind == "ssh" else ""
+        raise ConfigError(f"{field}={store}: the hosts do not have it; use a bucket{other}: {prepare}")
+
+
+def _stores(encoded: object, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(encoded, Mapping):
+        for name, value in encoded.items():
+            if name == "store" and isinstance(value, str):
+                yield f"{path}.store", value
+            yield from _stores(value, f"{path}.{name}")
+    elif isinstance(encoded, list | tuple):
+        for index, value in enumerate(encoded):
+            yield from _stores(value, f"{path}.{index}")
+
+
+def _trackers(config: Run) -> list[str]:
+    """Returns the extras of the trackers that the run uses."""
+    used = {"wandb": config.track.wandb.project, "mlflow": config.track.mlflow.uri}
+    return [extra for extra, value in used.items() if value is not None]
+
+
+def _command(options: argparse.Namespace, bundle: Bundle) -> list[str]:
+    """Returns the words after the Python on a host: this command without its place, supervised."""
+
+    def sent(path: str) -> str:
+        """Returns the path of a file on the hosts: that below the code."""
+        if not os.path.exists(path) or not os.path.isabs(path):
+            return path
+        if not Path(path).resolve().is_relative_to(bundle.top.resolve()):
+            raise ConfigError(f"{path}: outside of {bundle.top}, whose files are sent; move it there")
+        return os.path.relpath(path)
+
+    words = [sent(options.config), *options.overrides]
+    words += [word for each in options.imports for word in ("--import", sent(each))]
+    words += ["--accept-change"] * options.accept_change
+    words += ["--devices", options.devices] if options.devices else []
+    words += ["--supervise", "--max-restarts-per-hour", str(options.max_restarts_per_hour)]
+    words += ["--join-timeout", str(options.join_timeout), "--heartbeat-timeout", str(options.heartbeat_timeout)]
+    return ["-m", "jaxinfra.cli", *words]

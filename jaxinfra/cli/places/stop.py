@@ -1,0 +1,16 @@
+"""`runs stop RUN`: ends a run at its place for good, and deletes what was made for it."""
+
+import argparse
+
+from jaxinfra.cli.places.find import find
+from jaxinfra.cli.places.start import say
+from jaxinfra.command import command_line
+
+
+def run(options: argparse.Namespace) -> None:
+    """Asks the run to save and leave, and waits for it."""
+    controller, job, number = find(options)
+    for host, state in controller.stop(job, number, kill=options.kill).items():
+        if state.state == "away":
+            say(f"host {host}: no answer; the run may go on there")
+    say(f"attempt {number} is stopped; {command_line('runs', 'resume', job.location)} goes on from its last checkpoint")

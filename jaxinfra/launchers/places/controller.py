@@ -1,0 +1,201 @@
+"""Brings a run to its end at a place: starts it, watches it, makes lost hosts again, and cleans up.
+
+All that it knows stands in the run directory and on the hosts, so another machine can take over at any moment, also
+while this one goes on: both claim the same next attempt, and a host starts an attempt once.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, RunInUseError
+from jaxinfra.launchers.places.job import Attempts, Job
+from jaxinfra.launchers.places.place import Host, HostState, Say
+from jaxinfra.launchers.places.ssh_place import SshPlace, code_of
+from jaxinfra.launchers.restart_policy import RULES, RestartLimits
+
+LEAVE_S = 60.0
+"""Time from the end of one host's run until the others are asked to leave, and again until they are killed."""
+AWAY_S = 600.0
+"""Time without an answer of a host, after all others have ended, until the run counts as lost."""
+_LOST_EVERY_S = 20.0  # between two questions to the cloud
+_LONG_S = 600.0  # an attempt that lasted so long counts as one with progress
+_POLL_S = 2.0
+
+
+class Controller:
+    """One run at one place."""
+
+    def __init__(self, place: SshPlace, attempts: Attempts, say: Say, *, poll_s: float = _POLL_S) -> None:
+        """Connects nothing yet."""
+        self.place, self._attempts, self._say, self._poll_s = place, attempts, say, poll_s
+        self._limits = RestartLimits()
+
+    def start(self, job: Job, number: int, *, prepared: bool = False) -> Job:
+        """Claims an attempt and starts it on prepared hosts; returns its job, which may be that of another machine."""
+        job = self._attempts.claim(number, job)
+        if not prepared:
+            self.place.prepare(job, boots=job.place.kind != "ssh")
+        self.place.ship(job, self._attempts)
+        self.place.start(job, number)
+        names = ", ".join(map(str, self.place.hosts[:4])) + (", ..." if len(self.place.hosts) > 4 else "")
+        self._say(f"attempt {number} runs on {len(self.place.hosts)} hosts: {names}")
+        return job
+
+    def take_over(self, job: Job, number: int) -> tuple[Job, int]:
+        """Goes on from what the hosts say: an attempt that lives, one that was claimed, or the next one."""
+        self.place.hosts = self.place.source.current()
+        states = self.place.watch(job) if self.place.hosts else {}
+        started = [each for each in states.values() if each.attempt >= number]
+        lost = self.place.source.lost()
+        if started and len(started) == len(states) and not lost:
+            code = code_of(states)
+            if code is None or code == 0:
+                self._say(f"attempt {number} {'is done' if code == 0 else 'is live'}")
+                return job, number
+            number += 1
+        elif self._attempts.is_stopped(number) or (started and lost):
+            number += 1
+        if job.place.max_hours:
+            job = replace(job, deadline=time.time() + 3600.0 * job.place.max_hours)
+        return self.start(job, number), number
+
+    def follow(self, job: Job, number: int) -> int:
+        """Watches until the run is done or would end so again; starts and makes it again; returns its exit code."""
+        while True:
+            began_s = time.monotonic()
+            with _Console(self.place, job):
+                code, number, job = self._until_end(job, number)
+            if code == 0:
+                break
+            if self._attempts.is_stopped(number):
+                self._say(f"attempt {number} was stopped")
+                return Preempted.exit_code
+            if job.deadline and time.time() >= job.deadline:
+                self._say("the time of --max-hours is over")
+                break
+            self._limits.count(progressed=time.monotonic() - began_s > _LONG_S)
+            rule = RULES.get(code, RULES[JaxinfraError.exit_code])
+            if not rule.restarts or self._limits.is_crash_loop or self._limits.is_used_up(time.monotonic()):
+                why = "the same command would end so again" if not rule.restarts else "too many starts in a row"
+                self._say(f"exit code {code} ({rule.meaning}): not started again, {why}")
+                break
+            wait_s = self._limits.restart(rule, time.monotonic())
+            self._say(f"exit code {code} ({rule.meaning}): starting again in {max(1, round(wait_s))} s")
+            time.sleep(wait_s)
+            number += 1
+            job = self.start(job, number)
+        if job.place.create:
+            self.place.remove()
+        return code
+
+    def _until_end(self, job: Job, number: int) -> tuple[int, int, Job]:
+        """Waits until no host runs; returns exit code, number and job of the attempt, which may be a later one."""
+        asked_s = time.monotonic()
+        failed_s: float | None = None
+        away_s: float | None = None
+        sent = ""
+        while True:
+            states, now_s = self.place.watch(job), time.monotonic()
+            if (latest := max(each.attempt for each in states.values())) > number:
+                number, found = self._attempts.newest()
+                job = found or job
+                self._say(f"another machine has started attempt {latest}")
+            code, away = code_of(states), [host for host, each in states.items() if each.state == "away"]
+            if code is not None:
+                return code, number, job
+            if (away and away_s is None) or now_s - asked_s > _LOST_EVERY_S:
+                asked_s = now_s
+                if why := self.place.source.lost():
+                    self._say(f"the hosts are lost: {why}")
+                    self.place.stop(job, number)
+                    return PeerLostError.exit_code, number, job
+            away_s = self._note_away(away, away_s, now_s)
+            ended = [each for each in states.values() if each.state in ("ended", "killed")]
+            failed_s = None if not ended else now_s if failed_s is None else failed_s
+            if failed_s is not None:
+                if away and len(ended) + len(away) == len(states) and now_s - (away_s or now_s) > AWAY_S:
+                    raise PeerLostError(f"host {away[0]}: no answer for {AWAY_S:.0f} s; mend it, then `runs resume`")
+                due = "KILL" if now_s - failed_s > 2 * LEAVE_S else "TERM" if now_s - failed_s > LEAVE_S else ""
+                if due != sent:
+                    self.place.stop(job, number, signal=due)
+                    sent = due
+            time.sleep(self._poll_s)
+
+    def _note_away(self, away: list[Host], since_s: float | None, now_s: float) -> float | None:
+        """Says once that hosts do not answer, and that they do again; returns since when."""
+        if away and since_s is None:
+            self._say(f"no answer from {', '.join(map(str, away))}; the run goes on there")
+            return now_s
+        if since_s is not None and not away:
+            self._say("all hosts answer again")
+        return since_s if away else None
+
+    def stop(self, job: Job, number: int, *, kill: bool = False) -> Mapping[Host, HostState]:
+        """Stops an attempt for good, waits until it has saved, and deletes what was made; returns how hosts ended."""
+        self._attempts.stop(number)
+        self.place.hosts = self.place.source.current()
+        states: Mapping[Host, HostState] = {}
+        if self.place.hosts:
+            self.place.stop(job, number, signal="KILL" if kill else "TERM")
+            self._say("asked to save and leave" if not kill else "killed")
+            states = self.place.watch(job)
+            while any(each.state == "live" for each in states.values()):
+                time.sleep(self._poll_s)
+                states = self.place.watch(job)
+        self.place.remove()
+        return states
+
+    def check_free(self, number: int, job: Job | None) -> None:
+        """Raises RunInUseError if the last attempt of this run still lives."""
+        if job is None:
+            return
+        self.place.hosts = self.place.source.current()
+        states = self.place.watch(job) if self.place.hosts else {}
+        if live := [str(host) for host, each in states.items() if each.state == "live"]:
+            fix = f"follow it with `runs resume {job.location}`, or end it with `runs stop {job.location}`"
+            raise RunInUseError(f"{job.location}: attempt {number} is live on {', '.join(live)}; {fix}")
+
+
+class _Console:
+    """Shows the console of rank 0 while an attempt runs; connects again when ssh was cut off, without a line twice."""
+
+    def __init__(self, place: SshPlace, job: Job) -> None:
+        self._place, self._job, self._ended = place, job, threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._show, name="console", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        """Shows what is left, then ends."""
+        self._ended.set()
+        self._thread.join(timeout=10.0)
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+
+    def _show(self) -> None:
+        shown = 0
+        while True:
+            is_last = self._ended.is_set()
+            arguments = (self._job.id, f"+{shown + 1}", "no" if is_last else "yes")
+            self._process = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                shown += 1
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
+            self._process.wait()
+            if is_last or self._ended.wait(1.0) and self._process.returncode != 0:
+                return
+
+
+def require_job(number: int, job: Job | None, location: str) -> Job:
+    """Returns the job of the newest attempt; raises ConfigError if the run was never started at a place."""
+    if job is None or not number:
+        raise ConfigError(f"{location}: was never started at a place; start it by its config and --place")
+    return job

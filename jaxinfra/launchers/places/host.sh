@@ -1,0 +1,141 @@
+# What the launching machine does on a host: `ssh HOST "sh -c SCRIPT host WORKDIR ACTION [ARGUMENT ...]"`. POSIX sh, with
+# flock of util-linux, tar and setsid. Below WORKDIR, ~/.cache/jaxinfra by default, lie
+#   bundles/HASH/         code                       bin/uv-VERSION  the uv that installs
+#   environments/HASH/    Python and packages        runs/RUN/       one run: attempt, console-ATTEMPT.log, exit
+# What is complete has its final name: a transfer that was cut off leaves nothing that counts.
+set -eu
+umask 077
+base=$1
+action=$2
+shift 2
+[ -n "$base" ] || base=$HOME/.cache/jaxinfra
+case $base in "~/"*) base=$HOME/${base#"~/"} ;; esac
+mkdir -p "$base/bundles" "$base/environments" "$base/bin" "$base/runs"
+
+fail() {
+    echo "$1" >&2
+    exit 64
+}
+
+# The runner holds a lock on this file for as long as it lives; a boot releases it, too.
+is_live() {
+    ! flock -n "$base/runs/$1/alive" true
+}
+
+state_of() {
+    folder=$base/runs/$1
+    attempt=$(cat "$folder/attempt" 2>/dev/null || echo 0)
+    if [ -e "$folder/alive" ] && is_live "$1"; then
+        echo "$attempt live -"
+    elif [ -e "$folder/exit" ]; then
+        echo "$attempt ended $(cat "$folder/exit")"
+    elif [ "$attempt" != 0 ]; then
+        echo "$attempt killed -"
+    else
+        echo "0 none -"
+    fi
+}
+
+case $action in
+probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
+    echo "arch=$(uname -m)"
+    echo "system=$(uname -s)"
+    echo "home=$HOME"
+    echo "free_kb=$(df -Pk "$base" | awk 'NR == 2 {print $4}')"
+    echo "memory_kb=$(awk '/^MemTotal/ {print $2}' /proc/meminfo)"
+    echo "shm_kb=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $4}')"
+    echo "address=$(hostname -I 2>/dev/null | awk '{print $1}')"
+    echo "gpus=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | paste -sd ';' - || true)"
+    echo "tpus=$(ls -d /dev/accel[0-9]* /dev/vfio/[0-9]* 2>/dev/null | wc -l)"
+    echo "bundle=$([ -d "$base/bundles/$2" ] && echo yes || echo no)"
+    echo "environment=$([ -e "$base/environments/$3/.complete" ] && echo yes || echo no)"
+    echo "uv=$([ -x "$base/bin/uv-$4" ] && echo yes || echo no)"
+    others=
+    for folder in "$base"/runs/*/; do
+        run=$(basename "$folder")
+        [ "$run" = "$1" ] || [ ! -e "$folder/alive" ] || ! is_live "$run" || others="$others $(cat "$folder/location")"
+    done
+    echo "others=$others"
+    ;;
+unpack) # BUNDLE: a tar archive on standard input
+    [ -d "$base/bundles/$1" ] && { cat >/dev/null && exit; }
+    new=$(mktemp -d "$base/bundles/.new-XXXXXX")
+    tar -xzf - -C "$new" && chmod 755 "$new" && { mv -T "$new" "$base/bundles/$1" 2>/dev/null || rm -rf "$new"; }
+    [ -d "$base/bundles/$1" ] || fail "the code was not unpacked"
+    ;;
+receive) # FILE: a program or file on standard input
+    mkdir -p "$(dirname "$base/$1")"
+    new=$(mktemp "$base/.new-XXXXXX")
+    cat >"$new" && chmod 700 "$new" && mv -f "$new" "$base/$1"
+    ;;
+install) # ENVIRONMENT UV PYTHON: variables of uv on standard input; the requirements were received before
+    folder=$base/environments/$1
+    mkdir -p "$folder"
+    exec 8>"$folder/.lock"
+    flock 8
+    [ -e "$folder/.complete" ] && exit
+    set -a
+    eval "$(cat)"
+    set +a
+    export UV_CACHE_DIR="${UV_CACHE_DIR:-$base/uv}" UV_PYTHON_INSTALL_DIR="${UV_PYTHON_INSTALL_DIR:-$base/pythons}"
+    export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}"
+    "$base/bin/uv-$2" venv --quiet --allow-existing --python "$3" "$folder" 8>&-
+    "$base/bin/uv-$2" pip install --quiet --python "$folder/bin/python" -r "$folder/requirements.txt" 8>&-
+    touch "$folder/.complete"
+    ;;
+start) # RUN ATTEMPT BUNDLE ENVIRONMENT LOCATION: the job on standard input
+    folder=$base/runs/$1
+    mkdir -p "$folder"
+    exec 9>"$folder/lock"
+    flock 9
+    [ "$(cat "$folder/attempt" 2>/dev/null || echo 0)" -lt "$2" ] || { cat >/dev/null && state_of "$1" && exit; }
+    touch "$folder/alive"
+    ! is_live "$1" || fail "an earlier start of this run is still ending"
+    cat >"$folder/job.json.new"
+    mv "$folder/job.json.new" "$folder/job.json"
+    echo "$5" >"$folder/location"
+    rm -f "$folder/exit"
+    echo "$2" >"$folder/attempt"
+    cd "$base/bundles/$3"
+    PYTHONPATH=$PWD setsid nohup "$base/environments/$4/bin/python" -m jaxinfra.launchers.places.on_host "$folder" \
+        </dev/null >>"$folder/console-$2.log" 2>&1 8>&- 9>&- &
+    child=$!
+    while ! is_live "$1" && [ ! -e "$folder/exit" ]; do
+        kill -0 "$child" 2>/dev/null || fail "the process ended at once: $(tail -n 1 "$folder/console-$2.log")"
+        sleep 0.05
+    done
+    state_of "$1"
+    ;;
+status) # RUN
+    state_of "$1"
+    ;;
+follow) # RUN LINES FOLLOW: the console of the last attempt, as tail -n LINES, then until it ends
+    folder=$base/runs/$1
+    console=$folder/console-$(cat "$folder/attempt" 2>/dev/null || echo 0).log
+    [ -e "$console" ] || exit 3
+    if [ "$3" = yes ] && is_live "$1"; then exec tail -n "$2" -f --pid "$(cat "$folder/pid")" "$console"; fi
+    exec tail -n "$2" "$console"
+    ;;
+stop) # RUN ATTEMPT SIGNAL: of this attempt alone
+    folder=$base/runs/$1
+    [ -e "$folder/alive" ] || exit 0
+    [ "$(cat "$folder/attempt")" = "$2" ] || exit 0
+    if is_live "$1"; then
+        if [ "$3" = KILL ]; then kill -KILL -- "-$(cat "$folder/pid")"; else kill "-$3" "$(cat "$folder/pid")"; fi
+    fi
+    ;;
+read) # FILE of a run directory on this host's disk; 3: missing
+    [ -e "$1" ] || exit 3
+    cat "$1"
+    ;;
+create) # FILE: a new file from standard input; 3: there is one
+    mkdir -p "$(dirname "$1")"
+    new=$(mktemp "$(dirname "$1")/.new-XXXXXX")
+    cat >"$new"
+    ln "$new" "$1" 2>/dev/null || { rm -f "$new" && exit 3; }
+    rm -f "$new"
+    ;;
+*)
+    fail "$action: no such action"
+    ;;
+esac

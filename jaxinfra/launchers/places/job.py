@@ -1,0 +1,125 @@
+"""What is to run at a place, and the attempts to run it, which the run directory records: any machine can go on."""
+
+import getpass
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.launchers.places.bundle import short_hash
+from jaxinfra.launchers.places.place import PlaceOptions
+from jaxinfra.launchers.places.run_files import RunFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run at a place. It names secrets, and holds none."""
+
+    location: str  # the run directory: a URL, or HOST:PATH
+    command: Sequence[str]  # words after the Python
+    folder: str  # below the top of the code, where the command was typed
+    place: PlaceOptions
+    bundle: str  # hash of the code
+    packages: str = ""  # hash of Python and packages
+    python: str = ""  # such as 3.13
+    arch: str = ""  # of the hosts, as `uname -m` says it
+    environment: Mapping[str, str] = field(default_factory=dict)  # of the processes, and of uv
+    secrets: Sequence[str] = ()  # names of variables, whose values are those of whoever starts the hosts
+    deadline: float = 0.0  # seconds since the epoch; 0 is none
+
+    @property
+    def id(self) -> str:
+        """The name of the run's folder on hosts."""
+        return run_id(self.location)
+
+    @property
+    def uv_variables(self) -> dict[str, str]:
+        """The variables of uv among those of the job, such as UV_PYTHON_INSTALL_MIRROR."""
+        return {name: value for name, value in self.environment.items() if name.startswith("UV_")}
+
+    def secret_values(self) -> dict[str, str]:
+        """Returns the secrets of this process; raises ConfigError for those that are not set."""
+        if missing := [name for name in self.secrets if name not in os.environ]:
+            raise ConfigError(f"--secret {missing[0]}: not set here, and never recorded; export {missing[0]}=...")
+        return {name: os.environ[name] for name in self.secrets}
+
+
+def run_id(location: str) -> str:
+    """Returns the name of a run's folder on hosts: that of the run, and a hash of where it is."""
+    name = "".join(char if char.isalnum() or char in "-_." else "-" for char in location.rpartition("/")[2])
+    return f"{name[:40]}-{short_hash(location.encode())[:10]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """The starts of a run at places, each a file that only one machine can make: nothing is started twice."""
+
+    files: RunFiles
+    location: str
+
+    def newest(self) -> tuple[int, Job | None]:
+        """Returns number and job of the last attempt; 0 and None before the first."""
+        number, content = 0, None
+        while (next_one := self.files.read_or_none(_attempt(number + 1))) is not None:
+            number, content = number + 1, next_one
+        return number, None if content is None else _parse(content, f"{self.location}/{_attempt(number)}")
+
+    def claim(self, number: int, job: Job) -> Job:
+        """Records an attempt, and returns its job: that of another machine, if it was faster."""
+        content = json.dumps({"job": asdict(job), **_signature()}, indent=2).encode()
+        if self.files.create(_attempt(number), content):
+            return job
+        found = self.files.read_or_none(_attempt(number))
+        return _parse(found or b"", f"{self.location}/{_attempt(number)}")
+
+    def stop(self, number: int) -> None:
+        """Records that the user has stopped an attempt, so that no machine starts another one."""
+        self.files.create(_stopped(number), json.dumps(_signature()).encode())
+
+    def is_stopped(self, number: int) -> bool:
+        """Returns whether the user has stopped an attempt."""
+        return self.files.read_or_none(_stopped(number)) is not None
+
+    def keep(self, kind: str, hash: str, content: bytes) -> None:
+        """Stores what hosts need, by its hash, for machines that go on without the checkout."""
+        self.files.create(f"place/{kind}-{hash}", content)
+
+    def kept(self, kind: str, hash: str) -> bytes:
+        """Returns what was stored; raises DataError if it is missing."""
+        if (content := self.files.read_or_none(f"place/{kind}-{hash}")) is None:
+            raise DataError(f"{self.location}/place/{kind}-{hash}: missing; start the run again by its config")
+        return content
+
+
+def _attempt(number: int) -> str:
+    return f"place/attempt-{number}.json"
+
+
+def _stopped(number: int) -> str:
+    return f"place/stopped-{number}.json"
+
+
+def _parse(content: bytes, where: str) -> Job:
+    try:
+        parsed: dict[str, Any] = json.loads(content)["job"]
+        place = {**parsed.pop("place")}
+        place["hosts"] = tuple(place.get("hosts", ()))
+        if unknown := [*(parsed.keys() - {f.name for f in fields(Job)}), *(place.keys() - _PLACE_FIELDS)]:
+            raise ValueError(f"unknown field {unknown[0]}")
+        return Job(**parsed, place=PlaceOptions(**place))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{where}: not the record of a start: {error}; start the run again by its config") from None
+
+
+_PLACE_FIELDS = {each.name for each in fields(PlaceOptions)}
+
+
+def _signature() -> dict[str, str | int]:
+    """Returns who does something now: two machines never sign alike."""
+    who = f"{getpass.getuser()}@{socket.gethostname()}"
+    return {"by": who, "pid": os.getpid(), "clock": time.monotonic_ns(), "at": datetime.now(UTC).isoformat()}

@@ -1,0 +1,72 @@
+"""Finds the source of hosts for a kind of place, and how ssh reaches what it yields."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.job import Job, run_id
+from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Request, Say
+from jaxinfra.launchers.places.ssh import Ssh
+from jaxinfra.launchers.places.ssh_place import SshPlace
+
+KNOWN_HOSTS = Path.home() / ".cache" / "jaxinfra" / "places" / "known_hosts"
+
+
+class HostList:
+    """Hosts that exist, by name; nothing is made or deleted."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        """Raises ConfigError for a host that stands there twice."""
+        if twice := sorted({each for each in addresses if addresses.count(each) > 1}):
+            raise ConfigError(f"--hosts: {twice[0]} stands there twice; name each host once, in the order of ranks")
+        self._hosts = [Host(address=address) for address in addresses]
+
+    def acquire(self, say: Say) -> Sequence[Host]:
+        """Returns the hosts."""
+        return self._hosts
+
+    def current(self) -> Sequence[Host]:
+        """Returns the hosts."""
+        return self._hosts
+
+    def lost(self) -> str:
+        """Returns "": a host that does not answer may come back."""
+        return ""
+
+    def release(self, say: Say) -> None:
+        """Deletes nothing."""
+
+    def requests(self) -> Sequence[Request]:
+        """Returns (): no cloud is asked."""
+        return ()
+
+    def deletion(self) -> str:
+        """Returns "": nothing was made."""
+        return ""
+
+
+def source_of(options: PlaceOptions, location: str) -> HostSource:
+    """Returns where the hosts of a run come from; raises ConfigError if the options do not fit the kind."""
+    if options.kind == "tpu-vm":
+        from jaxinfra.launchers.places.tpu_vm import TpuVm  # an extra has its packages
+
+        return TpuVm(options, location)
+    if options.kind == "gce":
+        from jaxinfra.launchers.places.gce import Gce
+
+        return Gce(options, location)
+    return HostList(options.hosts)
+
+
+def place_of(job: Job, say: Say) -> SshPlace:
+    """Returns the place of a job; nothing is asked or connected yet."""
+    source, options = source_of(job.place, job.location), list[str]()
+    if job.place.kind != "ssh":
+        from jaxinfra.launchers.places.google_cloud import ssh_key_path
+
+        # Addresses are used again for other machines, so each run has its own file of known hosts.
+        known = KNOWN_HOSTS / run_id(job.location)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        options = ["-i", str(ssh_key_path(job.place)), "-o", "IdentitiesOnly=yes"]
+        options += ["-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=accept-new"]
+    return SshPlace(source, Ssh(workdir=job.place.workdir, options=options), say)

@@ -1,0 +1,103 @@
+"""Runs the actions of `host.sh` on hosts through the user's own ssh, on many at once.
+
+Keys, known hosts, jump hosts and the agent are those that the user's OpenSSH has. `JAXINFRA_SSH` replaces the command,
+such as `ssh -F /path/to/config`.
+"""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from jaxinfra.errors import ConfigError, PeerLostError
+from jaxinfra.launchers.places.place import Host
+
+_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
+_ALIVE = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+_THREADS = 64  # connections at once
+_UNREACHABLE = 255  # ssh's own exit code
+MISSING = 3
+"""Exit code of `read` and `create` of host.sh, for what is not there, or there already."""
+
+
+class Unreachable(PeerLostError):
+    """A host does not answer ssh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ssh:
+    """Connections to the hosts of a place."""
+
+    workdir: str = ""  # on the hosts
+    options: Sequence[str] = ()  # of ssh, such as -i KEY
+
+    def command(self, host: Host, action: str, *arguments: str, script: str | None = None) -> list[str]:
+        """Returns the command line of an action; a dry run shows it with a name in place of the script."""
+        words = ["sh", "-c", _script() if script is None else script, "host", self.workdir, action, *arguments]
+        program = shlex.split(os.environ.get("JAXINFRA_SSH", "ssh"))
+        return [*program, *_OPTIONS, *_ALIVE, *self.options, host.address, shlex.join(words)]
+
+    def call(
+        self,
+        host: Host,
+        action: str,
+        *arguments: str,
+        stdin: bytes | Path = b"",
+        missing_ok: bool = False,
+        timeout_s: float | None = None,
+    ) -> bytes | None:
+        """Runs an action on a host and returns its output; None if it says that something is missing.
+
+        Raises Unreachable, or ConfigError with the last line of what the host said.
+        """
+        command = self.command(host, action, *arguments)
+        try:
+            if isinstance(stdin, Path):
+                with stdin.open("rb") as file:
+                    done = subprocess.run(command, stdin=file, capture_output=True, check=False, timeout=timeout_s)
+            else:
+                done = subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=timeout_s)
+        except FileNotFoundError:
+            raise ConfigError(f"{command[0]}: not installed; install OpenSSH's client") from None
+        except subprocess.TimeoutExpired:
+            raise Unreachable(f"host {host}: no answer within {timeout_s:.0f} s; check the host") from None
+        said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        if done.returncode == _UNREACHABLE:
+            reason = said[-1] if said else "no answer"
+            raise Unreachable(f"host {host}: ssh cannot reach it: {reason}; see that `ssh {host.address} true` works")
+        if done.returncode == MISSING and missing_ok:
+            return None
+        if done.returncode:
+            raise ConfigError(f"host {host}: {action} failed: {' '.join(said[-3:]) or f'exit code {done.returncode}'}")
+        return done.stdout
+
+    def stream(self, host: Host, action: str, *arguments: str, stdout: IO[bytes] | int) -> subprocess.Popen[bytes]:
+        """Starts an action whose output goes on, such as `follow`."""
+        command = self.command(host, action, *arguments)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
+
+
+def on_all[T](hosts: Sequence[Host], do: Callable[[Host], T]) -> Mapping[Host, T]:
+    """Calls `do` for each host, many at once; raises one error that names every host where it failed."""
+    results: dict[Host, T] = {}
+    errors: list[ConfigError | PeerLostError] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for host, future in [(host, pool.submit(do, host)) for host in hosts]:
+            try:
+                results[host] = future.result()
+            except (ConfigError, PeerLostError) as error:
+                errors.append(error)
+    if errors:
+        raise type(errors[0])(" | ".join(map(str, errors)))
+    return results
+
+
+@cache
+def _script() -> str:
+    lines = Path(__file__).with_name("host.sh").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.lstrip().startswith("#"))

@@ -1,0 +1,194 @@
+"""Runs a job on hosts that ssh reaches, wherever these come from: the verbs of every place."""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+
+from jaxinfra.errors import ConfigError, PeerLostError, RunInUseError
+from jaxinfra.launchers.places.job import Attempts, Job
+from jaxinfra.launchers.places.on_host import HostJob
+from jaxinfra.launchers.places.place import Host, HostSource, HostState, Say
+from jaxinfra.launchers.places.requirements import uv_for, uv_version
+from jaxinfra.launchers.places.ssh import Ssh, Unreachable, on_all
+
+PORT = 8476  # of process 0, as of JAX on Cloud TPU
+_NEEDED_GIB = 6  # for a Python, its packages and their cache
+_BOOT_S = 600.0  # from when a cloud says that a machine is ready until ssh answers
+_POLL_S = 2.0
+
+
+class SshPlace:
+    """Prepares, ships, starts, watches, stops and removes a run on hosts that ssh reaches."""
+
+    def __init__(self, source: HostSource, ssh: Ssh, say: Say) -> None:
+        """`source` says which hosts; nothing is connected yet."""
+        self.source, self.ssh, self._say = source, ssh, say
+        self.hosts: Sequence[Host] = ()
+        self._facts: Mapping[Host, Mapping[str, str]] = {}
+        self._probed: str | None = None  # packages that the facts are about
+
+    def prepare(self, job: Job, *, boots: bool) -> Mapping[str, str]:
+        """Finds or makes the hosts, checks each one, and returns the facts of the first. Nothing is started yet.
+
+        `boots`: hosts may be booting, so they are waited for. Raises an error that names every host that is
+        unreachable, of another architecture or driver than the first, or that another run has.
+        """
+        self.hosts = self.source.acquire(self._say)
+        deadline_s, told = time.monotonic() + (_BOOT_S if boots else 0.0), False
+        while True:
+            try:
+                self._probe(job)
+                break
+            except Unreachable as error:
+                if time.monotonic() > deadline_s:
+                    raise
+                if not told:
+                    self._say(f"waiting for ssh: {error}")
+                told = True
+                time.sleep(_POLL_S)
+        self._check()
+        return self._facts[self.hosts[0]]
+
+    def _probe(self, job: Job) -> None:
+        def ask(host: Host) -> Mapping[str, str]:
+            arguments = (job.id, job.bundle, job.packages or "-", uv_version())
+            lines = (self.ssh.call(host, "probe", *arguments, timeout_s=60) or b"").decode(errors="replace")
+            return dict(line.split("=", 1) for line in lines.splitlines() if "=" in line)
+
+        self._facts, self._probed = on_all(self.hosts, ask), job.packages
+
+    def _check(self) -> None:
+        first, problems = self._facts[self.hosts[0]], list[str]()
+        for host, facts in self._facts.items():
+            if facts["system"] != "Linux":
+                problems.append(f"host {host}: runs {facts['system']}, needs Linux")
+            for key, what in (("arch", "architecture"), ("gpus", "GPUs and driver"), ("tpus", "TPU devices")):
+                if facts[key] != first[key]:
+                    has = f"{self.hosts[0]} has {first[key] or 'none'}"
+                    problems.append(f"host {host}: {what} {facts[key] or 'none'}, {has}; take hosts that are alike")
+        if problems:
+            raise ConfigError(" | ".join(problems))
+        if used := [f"host {host}: trains{facts['others']}" for host, facts in self._facts.items() if facts["others"]]:
+            raise RunInUseError(f"{' | '.join(used)}; stop it with `runs stop`, or take other hosts")
+
+    def ship(self, job: Job, attempts: Attempts) -> None:
+        """Sends code and uv to the hosts that lack them, and installs Python and packages, all by content hash.
+
+        Raises ConfigError, before anything is sent, with every host that has no space for it.
+        """
+        if job.packages != self._probed:
+            self._probe(job)
+        lacking = {what: [h for h in self.hosts if self._facts[h][what] == "no"] for what in ("bundle", "environment")}
+        without = lacking["environment"]
+        free = {host: int(self._facts[host]["free_kb"] or 0) / 2**20 for host in without}
+        fix = f"{_NEEDED_GIB} are needed; free some, or name a folder on another disk with --workdir"
+        if full := [f"host {host}: {gib:.1f} GiB free, {fix}" for host, gib in free.items() if gib < _NEEDED_GIB]:
+            raise ConfigError(" | ".join(full))
+        if lacking["bundle"]:
+            bundle = attempts.kept("bundle", job.bundle)
+            self._say(f"sending the code to {_names(lacking['bundle'])}")
+            on_all(lacking["bundle"], lambda host: self.ssh.call(host, "unpack", job.bundle, stdin=bundle))
+        if not without:
+            return
+        requirements = attempts.kept("requirements", job.packages)
+        self._say(f"installing Python {job.python} and packages on {_names(without)}: minutes, once")
+        uv, variables = uv_for(job.arch), "\n".join(f"{k}={shlex.quote(v)}" for k, v in job.uv_variables.items())
+
+        def install(host: Host) -> None:
+            if self._facts[host]["uv"] == "no":
+                self.ssh.call(host, "receive", f"bin/uv-{uv_version()}", stdin=uv)
+            self.ssh.call(host, "receive", f"environments/{job.packages}/requirements.txt", stdin=requirements)
+            self.ssh.call(host, "install", job.packages, uv_version(), job.python, stdin=variables.encode())
+
+        on_all(without, install)
+
+    def start(self, job: Job, number: int) -> None:
+        """Starts an attempt on all hosts; on one that has had this attempt, nothing happens."""
+        secrets, several = job.secret_values(), len(self.hosts) > 1
+        slices = len({host.slice for host in self.hosts})
+        first = self.hosts[0].internal or self._facts[self.hosts[0]]["address"] if several else ""
+
+        def begin(host: Host) -> None:
+            rank, told = self.hosts.index(host), dict[str, str]()
+            if several:
+                told = {
+                    "JAX_COORDINATOR_ADDRESS": f"{_bracketed(first)}:{PORT}",
+                    "JAX_NUM_PROCESSES": str(len(self.hosts)),
+                    "JAX_PROCESS_ID": str(rank),
+                }
+            if slices > 1:  # libtpu's, for collectives between slices
+                told |= {
+                    "MEGASCALE_COORDINATOR_ADDRESS": first,
+                    "MEGASCALE_NUM_SLICES": str(slices),
+                    "MEGASCALE_SLICE_ID": str(host.slice),
+                }
+            what = HostJob(
+                command=[*job.command],
+                folder=job.folder,
+                environment={**told, **job.environment, **secrets},
+                deadline=job.deadline,
+                deletion=self.source.deletion() if rank == 0 else "",
+            )
+            content = json.dumps(asdict(what)).encode()
+            arguments = (job.id, str(number), job.bundle, job.packages, job.location)
+            self.ssh.call(host, "start", *arguments, stdin=content, timeout_s=120)
+
+        on_all(self.hosts, begin)
+
+    def watch(self, job: Job) -> Mapping[Host, HostState]:
+        """Returns what each host says now."""
+        return on_all(self.hosts, partial(self._state, job.id))
+
+    def _state(self, run: str, host: Host) -> HostState:
+        try:
+            output = self.ssh.call(host, "status", run, timeout_s=60) or b""
+        except Unreachable:
+            return HostState(attempt=0, state="away")
+        attempt, state, code = output.decode().split()
+        return HostState(attempt=int(attempt), state=state, code=None if code == "-" else int(code))
+
+    def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
+        """Asks an attempt to save and leave, or kills it; other attempts are left alone."""
+
+        def end(host: Host) -> None:
+            with suppress(Unreachable):  # what is away is not there to be stopped; a deadline may end it
+                self.ssh.call(host, "stop", job.id, str(number), signal, timeout_s=60)
+
+        on_all(self.hosts, end)
+
+    def remove(self) -> None:
+        """Deletes what was made for the run; on hosts that stay, code, packages and consoles stay."""
+        self.source.release(self._say)
+
+    def check_shared(self, path: str) -> None:
+        """Raises ConfigError if the disk of a run directory is not the same on all hosts."""
+        first, name = self.hosts[0], f"{path}/place/.seen-{time.time_ns()}"
+        self.ssh.call(first, "create", name, stdin=b"seen")
+        blind = [str(h) for h in self.hosts[1:] if self.ssh.call(h, "read", name, missing_ok=True) is None]
+        if blind:
+            fix = "use a folder that all hosts share (NFS, Lustre), or a bucket: root=gs://BUCKET/runs"
+            raise ConfigError(f"root: {path} of host {first} is not there on {', '.join(blind)}; {fix}")
+
+
+def code_of(states: Mapping[Host, HostState]) -> int | None:
+    """Returns the exit code of a run whose hosts have all ended; None while one has not.
+
+    That of a host that failed by itself comes before that of those that lost it, and a kill counts as a loss (76).
+    """
+    if any(each.state in ("live", "away") for each in states.values()):
+        return None
+    codes = [PeerLostError.exit_code if each.code is None else each.code for each in states.values()]
+    own = [code for code in codes if code not in (0, PeerLostError.exit_code)]
+    return own[0] if own else max(codes)
+
+
+def _names(hosts: Sequence[Host]) -> str:
+    return f"{len(hosts)} hosts" if len(hosts) > 3 else ", ".join(map(str, hosts))
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
