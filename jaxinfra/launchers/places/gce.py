@@ -82,11 +82,15 @@ class Gce(GooglePlace):
         running = sum(member.instance_status == "RUNNING" for member in members)
         if running == group.target_size:
             return ""
-        lost, problem = self._lost_member(members), self._problem(name, group, members)
+        # Errors of earlier tries are still told while machines boot.
+        is_coming = running or any(member.instance_status in _COMING for member in members)
+        lost, problem = self._lost_member(members), "" if is_coming else self._problem(name, group, members)
+        # A group tries again by itself, but how often is not said, and not after each error.
         if lost or (problem and self.may_retry()):
-            say(f"{name}: {lost or problem}; deletes it to make it again")
+            if lost:
+                say(f"{name}: {lost}; deletes it to make it again")
             self._delete_group(name)
-            return f"{name} is to be made again"
+            return problem or f"{name} is to be made again"
         return problem or f"{running} of {group.target_size} machines of {name} are running"
 
     def current(self) -> Sequence[Host]:
@@ -153,7 +157,7 @@ class Gce(GooglePlace):
         region, sent = region_of(options.zone), list[tuple[str, Any]]()
         if messages.needs_policy(self._machines):
             sent.append((f"{base}/regions/{region}/resourcePolicies", self._policy(self._machines)))
-        sent.append((f"{base}/global/instanceTemplates", self._template(self._machines)))
+        sent.append((f"{base}/global/instanceTemplates", self._template(self._machines, makes_key=False)))
         sent.extend((groups, self._message(self._machines, name)) for name in self._names)
         return [Request(method="POST", url=url, body=body_of(message)) for url, message in sent]
 
@@ -167,8 +171,9 @@ class Gce(GooglePlace):
     def _policy(self, machines: Machines) -> Any:
         return messages.policy_message(self.options, machines, str(self.origin))
 
-    def _template(self, machines: Machines) -> Any:
-        return messages.template_message(self.options, machines, str(self.origin), self.labels, self.key_line())
+    def _template(self, machines: Machines, *, makes_key: bool = True) -> Any:
+        key = self.key_line(makes_key=makes_key)
+        return messages.template_message(self.options, machines, str(self.origin), self.labels, key)
 
     def _message(self, machines: Machines, name: str) -> Any:
         return messages.group_message(self.options, machines, str(self.origin), name)

@@ -274,9 +274,11 @@ class GooglePlace:
         found = Origin.parse(description)
         return found is not None and found.run == self.origin.run
 
-    def key_line(self) -> str:
-        """Returns our line of the metadata `ssh-keys`."""
-        return f"{user_of(self.options)}:{public_key(self.options)}"
+    def key_line(self, *, makes_key: bool = True) -> str:
+        """Returns our line of the metadata `ssh-keys`; a dry run makes no key."""
+        known = makes_key or key_of(self.options).exists()
+        key = public_key(self.options) if known else f"(public key of {key_of(self.options)}, which is made)"
+        return f"{user_of(self.options)}:{key}"
 
     def with_key(self, ssh_keys: str) -> str | None:
         """Returns the metadata `ssh-keys` with our line; None if it has it."""

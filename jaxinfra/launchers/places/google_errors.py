@@ -63,11 +63,12 @@ _STOCKOUT = re.compile(
 _QUOTA = re.compile(r"quota", re.I)
 _RATE = re.compile(r"rate.?limit|per minute|per second", re.I)
 _NO_ZONE = re.compile(
-    r"\b(?:location|zone|region)s?\b[/' ]*(?:projects/[^/]+/\w+/)?(?P<zone>[a-z]+-[a-z]+[0-9]+(?:-[a-z0-9]+)?)\b.*"
-    r"(?:not found|may not exist|unknown|invalid)|(?:unknown|invalid)\b.*\b(?:zone|location)",
+    r"\b(location|zone)s?[/ ]'?[-a-z0-9]+'?\s*(\(or it may not exist|(is |was )?not found)|field 'zone'|unknown zone",
     re.I,
 )
-_NO_CHIP = re.compile(r"(accelerator|machine.?type)\b.*\bnot (be )?found", re.I)
+_NO_PROJECT = re.compile(r"resource project (\S+)|project (\S+) (was |is )?not found", re.I)
+_NO_CHIP = re.compile(r"(accelerator|machine.?type)\b.*\b(not (be )?found|not exist)", re.I)
+_REQUEST = re.compile(r"^[A-Z]+ https?://\S+: ")  # which the HTTP transport puts before a message
 _LOGIN = "run `gcloud auth application-default login`"
 
 
@@ -96,13 +97,14 @@ def google_errors(what: str) -> Iterator[None]:
     except api.GoogleAPICallError as error:
         # A failed operation of Compute Engine has its codes in the details alone.
         details = [f"{each.code}: {each.message}" for each in error.errors if hasattr(each, "message")]
-        raise error_of(what, int(error.code or 0), _one_line("; ".join(details) or error.message)) from None
+        raise error_of(what, int(error.code or 0), "; ".join(details) or error.message) from None
     except OSError as error:  # of the HTTP library
         raise StorageError(f"{what}: no answer from Google Cloud: {_one_line(error)}; check the network") from None
 
 
 def error_of(what: str, code: int, message: str) -> JaxinfraError:
     """Returns the error for an answer: `code` of HTTP, or 0, and the cloud's words."""
+    message, permission = _one_line(_REQUEST.sub("", message)), _PERMISSION.search(message)
     if is_stockout(message):
         return Stockout(f"{what}: no capacity: {message}")
     if _QUOTA.search(message) and not _RATE.search(message):
@@ -113,16 +115,22 @@ def error_of(what: str, code: int, message: str) -> JaxinfraError:
     if code == 401:
         return ConfigError(f"{what}: not signed in to Google Cloud: {message}; {_LOGIN}")
     if "has not been used" in message or "SERVICE_DISABLED" in message or "is disabled" in message:
-        return ConfigError(f"{what}: {message}; run `gcloud services enable tpu.googleapis.com compute.googleapis.com`")
-    permission = _PERMISSION.search(message)
-    if _NO_ZONE.search(message) and not permission:
+        apis = "tpu.googleapis.com compute.googleapis.com"
+        return ConfigError(f"{what}: {message}; run `gcloud services enable {apis}`")
+    if permission:
+        role = ROLES[permission[1]]
+        return ConfigError(f"{what}: lacks {permission[0]}: {message}; ask the project's owner for {role}")
+    if _NO_PROJECT.search(message):
+        return ConfigError(f"--project: {what}: {message}; use a project of `gcloud projects list`")
+    if _NO_ZONE.search(message):
         return ConfigError(f"--zone: {what}: {message}; use a zone of `gcloud compute zones list`")
     if _NO_CHIP.search(message):
-        return ConfigError(f"{what}: {message}; use a --zone of https://docs.cloud.google.com/tpu/docs/regions-zones")
+        page = "https://docs.cloud.google.com/compute/docs/regions-zones"
+        return ConfigError(f"--zone: {what}: {message}; use a zone that has them, see {page}")
     if code == 403:
-        role = ROLES[permission[1]] if permission else " or ".join(ROLES.values())
-        need = f"permission {permission[0]} is missing" if permission else "not permitted"
-        return ConfigError(f"{what}: {need}: {message}; ask the project's owner for {role}")
+        return ConfigError(
+            f"{what}: not permitted: {message}; ask the project's owner for {' and '.join(ROLES.values())}"
+        )
     if code == 409:
         return ConfigError(f"{what}: {message}; use another --name")
     return ConfigError(f"{what}: refused: {message}; see the options of --place")

@@ -71,9 +71,9 @@ class TpuVm(GooglePlace):
             if not self.may_retry():
                 return str(failure)
         nodes = self._nodes_of(resource) if state == "ACTIVE" else []
-        lost = state if state in _LOST | {"FAILED"} else self._lost_nodes(nodes)
+        lost = "failed" if state == "FAILED" else "preempted" if state in _LOST else self._lost_nodes(nodes)
         if lost:
-            say(f"{name}: {lost.lower()}; deletes it to make it again")
+            say(f"{name}: {lost}; deletes it to make it again")
             self._delete()
             return f"{name} is being deleted"
         if state != "ACTIVE":
@@ -123,7 +123,7 @@ class TpuVm(GooglePlace):
         if self.topology is None:
             return [Request(method="GET", url=f"{url}/nodes/{self.options.name}")]
         url = f"{url}/queuedResources?queuedResourceId={self.options.name}"
-        return [Request(method="POST", url=url, body=body_of(self._message(self.topology)))]
+        return [Request(method="POST", url=url, body=body_of(self._message(self.topology, makes_key=False)))]
 
     def deletion(self) -> str:
         """See `HostSource.deletion`."""
@@ -133,7 +133,10 @@ class TpuVm(GooglePlace):
         return find(self._what, self._client.get_queued_resource, {"name": self._name})
 
     def _create(self, say: Say, topology: Topology) -> str:
-        what, waiting = f"--create {topology}", f"queued resource {self.options.name} is requested"
+        what, waiting = (
+            f"--create {topology} in {self.options.zone}",
+            f"queued resource {self.options.name} is requested",
+        )
         if self._creation is not None:
             if not self._has_ended(what, self._creation):
                 return waiting
@@ -148,7 +151,7 @@ class TpuVm(GooglePlace):
         say(f"requested {topology} in {self.options.zone} as queued resource {self.options.name}")
         return waiting
 
-    def _message(self, topology: Topology) -> Any:
+    def _message(self, topology: Topology, *, makes_key: bool = True) -> Any:
         """Returns the queued resource to make."""
         options, kind = self.options, tpu_type(topology)
         node: dict[str, Any] = {
@@ -157,7 +160,7 @@ class TpuVm(GooglePlace):
             "network_config": {"enable_external_ips": not options.internal_ips},
             "service_account": {"email": options.service_account, "scope": [SCOPE]},
             "labels": self.labels,
-            "metadata": {SSH_KEYS: self.key_line()},
+            "metadata": {SSH_KEYS: self.key_line(makes_key=makes_key)},
         }
         network = "subnetwork" if "subnetworks/" in options.network else "network"
         node["network_config"][network] = options.network
@@ -207,7 +210,7 @@ class TpuVm(GooglePlace):
         """Returns why the cloud has given up, if asking again may help; raises ConfigError if not."""
         error = resource.state.failed_data.error
         reason = " ".join(error.message.split()) or "no reason given"
-        found = error_of(f"--create {self.origin.chips}", _HTTP.get(error.code, 500), reason)
+        found = error_of(f"--create {self.origin.chips} in {self.options.zone}", _HTTP.get(error.code, 500), reason)
         if isinstance(found, ConfigError):
             raise found
         return Stockout(f"queued resource {self.options.name} failed: {reason}")
