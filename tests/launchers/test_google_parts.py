@@ -81,6 +81,8 @@ def test_labels_are_valid_and_differ() -> None:
 )
 def test_options_that_are_wrong(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], named: str) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")  # so that no project is looked for
+    for variable in ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
     with raises(ConfigError, named):
         located(replace(TPU, **change), RUN)
 

@@ -84,14 +84,17 @@ class Gce(GooglePlace):
             return ""
         # Errors of earlier tries are still told while machines boot.
         is_coming = running or any(member.instance_status in _COMING for member in members)
-        lost, problem = self._lost_member(members), "" if is_coming else self._problem(name, group, members)
+        problem = "" if is_coming else self._problem(name, group, members)
+        lost, count = self._lost_member(members), f"{running} of {group.target_size} machines of {name} are running"
+        if group.status.is_stable and not group.status.bulk_instance_operation.in_progress:
+            lost = lost or f"only {count}"  # and nothing changes that
         # A group tries again by itself, but how often is not said, and not after each error.
         if lost or (problem and self.may_retry()):
             if lost:
                 say(f"{name}: {lost}; deletes it to make it again")
             self._delete_group(name)
             return problem or f"{name} is to be made again"
-        return problem or f"{running} of {group.target_size} machines of {name} are running"
+        return problem or count
 
     def current(self) -> Sequence[Host]:
         """See `HostSource.current`."""

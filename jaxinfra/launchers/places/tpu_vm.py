@@ -71,7 +71,8 @@ class TpuVm(GooglePlace):
             if not self.may_retry():
                 return str(failure)
         nodes = self._nodes_of(resource) if state == "ACTIVE" else []
-        lost = "failed" if state == "FAILED" else "preempted" if state in _LOST else self._lost_nodes(nodes)
+        lost = "preempted" if state in _LOST else self._lost_nodes(nodes, *_STOPPED_NODE)
+        lost = "failed" if state == "FAILED" else lost
         if lost:
             say(f"{name}: {lost}; deletes it to make it again")
             self._delete()
