@@ -62,11 +62,11 @@ def place_of(job: Job, say: Say) -> SshPlace:
     """Returns the place of a job; nothing is asked or connected yet."""
     source, options = source_of(job.place, job.location), list[str]()
     if job.place.kind != "ssh":
-        from jaxinfra.launchers.places.google_cloud import ssh_key_path
+        from jaxinfra.launchers.places.google_cloud import key_of
 
         # Addresses are used again for other machines, so each run has its own file of known hosts.
         known = KNOWN_HOSTS / run_id(job.location)
         known.parent.mkdir(parents=True, exist_ok=True)
-        options = ["-i", str(ssh_key_path(job.place)), "-o", "IdentitiesOnly=yes"]
+        options = ["-i", str(key_of(job.place)), "-o", "IdentitiesOnly=yes"]
         options += ["-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=accept-new"]
     return SshPlace(source, Ssh(workdir=job.place.workdir, options=options), say)
