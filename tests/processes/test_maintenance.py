@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
 GOOGLE, AZURE = "/computeMetadata/v1/instance", "/metadata/scheduledevents?api-version=2020-07-01"
-MAINTENANCE, EC2 = f"{GOOGLE}/maintenance-event", "/latest/meta-data/spot/instance-action"
+PLANNED, EC2 = f"{GOOGLE}/upcoming-maintenance?alt=json", "/latest/meta-data/spot/instance-action"
 
 
 class Cloud:
-    """A metadata server: answers by path, None for 404. It asks for the headers that the real ones need."""
+    """A metadata server: answers by path, None for 404 or `missing`. It needs the headers that the real ones need."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {
@@ -33,6 +34,7 @@ class Cloud:
             "/metadata/instance/compute/name?api-version=2021-02-01&format=text": "vm_1",
             AZURE: json.dumps({"DocumentIncarnation": 1, "Events": []}),
         }
+        self.missing: dict[str, int] = {}  # status in place of 404 by path
         self.asked = threading.Semaphore(0)
         cloud = self
 
@@ -47,7 +49,7 @@ class Cloud:
                 self._answer(cloud.answers[self.path] if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else None)
 
             def _answer(self, answer: str | None) -> None:
-                self.send_response(404 if answer is None else 200)
+                self.send_response(cloud.missing.get(self.path, 404) if answer is None else 200)
                 self.end_headers()
                 self.wfile.write((answer or "").encode())
                 cloud.asked.release()
@@ -79,6 +81,13 @@ def event(kind: str, machine: str) -> str:
     return json.dumps({"Events": [{"EventType": kind, "Resources": [machine], "NotBefore": "Mon, 19 Sep 2026"}]})
 
 
+def planned(minutes: float, status: str = "PENDING") -> str:
+    """Planned maintenance that begins in some minutes, as Google Cloud tells of it."""
+    start = datetime.now(UTC) + timedelta(minutes=minutes)
+    times = {"window_start_time": start.isoformat(), "window_end_time": (start + timedelta(hours=4)).isoformat()}
+    return json.dumps({**times, "can_reschedule": "TRUE", "type": "SCHEDULED", "maintenance_status": status})
+
+
 @pytest.mark.parametrize(
     ("name", "path", "quiet", "answer", "words"),
     [
@@ -90,6 +99,10 @@ def event(kind: str, machine: str) -> str:
             "TERMINATE_ON_HOST_MAINTENANCE",
             "host",
         ),
+        ("google", PLANNED, planned(60.0), planned(4.0), "planned maintenance begins at"),
+        ("google", PLANNED, planned(-2.0), planned(-2.0, "ONGOING"), "planned maintenance ongoing"),
+        ("google", PLANNED, '"NONE"', planned(4.0).replace("window_start_time", "windowStartTime"), "begins at"),
+        ("google", PLANNED, planned(4.0, "UNKNOWN"), planned(4.0), "begins at"),
         ("aws", EC2, None, json.dumps({"action": "terminate", "time": "2026-09-18T08:22:00Z"}), "terminate at 2026"),
         ("azure", AZURE, event("Preempt", "vm_2"), event("Preempt", "vm_1"), "Preempt, not before Mon"),
         ("azure", AZURE, event("Freeze", "vm_1"), event("Reboot", "vm_1"), "Reboot"),
@@ -110,7 +123,26 @@ def test_a_notice_is_heard_once(cloud: Cloud, name: str, path: str, quiet: str, 
         assert not heard
         cloud.answers[path] = answer
         assert arrived.wait(600)
-    assert len(heard) == 1 and words in heard[0]
+    assert len(heard) == 1 and all(word in heard[0] for word in words.split())
+
+
+def test_what_is_not_planned_is_no_warning(cloud: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+    cloud.missing[PLANNED] = 503
+    heard = list[str]()
+    with maintenance.listen(cloud.environment("google"), heard.append, poll_s=0.001):
+        for _ in range(30):
+            assert cloud.asked.acquire(timeout=600)
+    assert not heard and not caplog.messages
+
+
+def test_a_start_within_planned_maintenance_goes_on(cloud: Cloud) -> None:
+    """The start before it has saved; another notice in the same minutes would end each start."""
+    cloud.answers[PLANNED] = planned(3.0)
+    heard = list[str]()
+    with maintenance.listen(cloud.environment("google"), heard.append, poll_s=0.001):
+        for _ in range(30):
+            assert cloud.asked.acquire(timeout=600)
+    assert not heard
 
 
 def test_a_server_that_is_away_costs_a_warning(cloud: Cloud, caplog: pytest.LogCaptureFixture) -> None:
