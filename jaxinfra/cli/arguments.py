@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from jaxinfra.cli.places.arguments import add_place
 from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.place import KINDS
 from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
 from jaxinfra.parity import PARITY_CONFIGS
 
@@ -260,6 +261,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     what = "folder or URL of runs (default %(default)s)"
     parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help=what)
+    place = parser.add_argument_group("machines of runs elsewhere (docs/places.md)")
+    what = "list what runs have made in a project of Google Cloud"
+    place.add_argument("--place", choices=[kind for kind in KINDS if kind != "ssh"], help=what)
+    place.add_argument("--project", metavar="ID", default="", help="the project (default: that of gcloud)")
+    place.add_argument("--zone", metavar="ZONE", default="", help="such as us-east5-a (default: all)")
+    what = 'dollars of a chip and hour, as JSON or TOML, such as {"v6e": 2.7, "v6e-spot": 1.2}'
+    place.add_argument("--prices", metavar="FILE", default="", help=what)
 
 
 def _add_sync(parser: argparse.ArgumentParser) -> None:

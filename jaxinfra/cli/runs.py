@@ -1,9 +1,14 @@
-"""`python -m launch runs [ROOT]`: lists runs with their state, progress and results; uses no devices."""
+"""`python -m launch runs [ROOT]`: lists runs with their state, progress and results; uses no devices.
+
+With `--place` it lists the machines of runs in a cloud, which `cli.places.listing` does.
+"""
 
 import argparse
+import importlib
 import os
 
 from jaxinfra.command import COMMAND, command_line
+from jaxinfra.errors import ConfigError
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_age, format_count, format_metric
 from jaxinfra.track.runs import RunOverview, differences, list_runs
@@ -15,6 +20,14 @@ _COLUMNS = ("run", "state", "step", "loss", "differs in", "best validation", "ag
 def run(options: argparse.Namespace) -> None:
     """Prints a row for each run, newest first."""
     root = options.root
+    if options.place:
+        if root != "runs":
+            raise ConfigError(f"{root}: --place lists machines, of all runs; leave {root} out, or leave out --place")
+        importlib.import_module("jaxinfra.cli.places.listing").run(options)
+        return
+    for option in ("project", "zone", "prices"):
+        if value := getattr(options, option):
+            raise ConfigError(f"--{option} {value}: is for machines of a cloud; add --place tpu-vm or --place gce")
     runs = list_runs(root) if root != "runs" or os.path.exists(root) else []
     if not runs:
         example = "configs/quickstart.py" if os.path.exists("configs/quickstart.py") else "init"
