@@ -71,6 +71,12 @@ BENCHES = {
         parts=("prepare", "map"),
         options=("pairs", "text"),
     ),
+    "accelerator": BenchmarkSpec(
+        summary="what these devices do, in ten minutes and one file: collectives, kernels, saving, parity, train steps "
+        "and MFU; tiny on a CPU",
+        parts=("environment", "collectives", "kernels", "save", "parity", "models"),
+        options=("devices", "folder", "pairs", "processes"),
+    ),
 }
 """Benchmarks by name: the modules of `tests.bench`."""
 
@@ -85,6 +91,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     what = f"checkpoint, hub: size of the state or weights (default {DEFAULT_MEGABYTES})"
     add_int(parser, "--megabytes", 1, help=what)
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
+    what = "accelerator: save there, in a folder or bucket that all hosts share (default: a temporary folder)"
+    parser.add_argument("--folder", metavar="DIR", help=what)
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; repeatable ({parts})")
     parser.add_argument("--json", metavar="OUT", help="also write the table as JSON, to a file or URL")
@@ -104,7 +112,7 @@ def check_bench(options: argparse.Namespace) -> None:
         if part not in bench.parts:
             raise ConfigError(f"--only {part}: bench {name} has no such part; use one of {', '.join(bench.parts)}")
     allowed = (*bench.options, *(["devices"] if count > 1 else []))  # each process has its share of them
-    for option in ("config", "pairs", "against", "devices", "tokens", "megabytes", "text"):
+    for option in ("config", "pairs", "against", "devices", "tokens", "megabytes", "text", "folder"):
         value = getattr(options, option)
         if value is not None and option not in allowed:
             raise ConfigError(f"--{option} {value}: bench {name} does not take it; leave it out")
