@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from google.cloud import tpu_v2
 
 from jaxinfra.cli.places import listing
 from jaxinfra.errors import ConfigError
@@ -60,6 +61,16 @@ def test_a_run_of_tpu_vms(cloud: Cloud, gcs: Server, stopped: Path, tmp_path: Pa
     assert len(rest) == 2
     cloud.preempt("demo", after_s=0)
     names(listed("tpu-vm", "--prices", str(prices)).out.splitlines()[3], "SUSPEND PREEMPTED")
+
+
+def test_a_tpu_vm_that_is_not_well(cloud: Cloud) -> None:
+    TpuVm(TPU, "/runs/story", poll_s=0.01).acquire(lambda line: None)
+    (node,) = cloud.tpu._nodes.values()
+    node.message.health, node.message.health_description = tpu_v2.Node.Health.UNHEALTHY_MAINTENANCE, "under repair"
+    symptom = tpu_v2.Symptom(symptom_type=tpu_v2.Symptom.SymptomType.MESH_BUILD_FAIL, worker_id="2")
+    node.message.symptoms.append(symptom)
+    (row,) = [line for line in listed("tpu-vm").out.splitlines() if "ACTIVE" in line]
+    names(row, "demo: UNHEALTHY_MAINTENANCE, under repair, MESH_BUILD_FAIL of worker 2")
 
 
 def test_a_run_of_two_groups_that_has_not_begun(cloud: Cloud, gcs: Server, tmp_path: Path) -> None:

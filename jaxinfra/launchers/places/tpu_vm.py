@@ -327,9 +327,12 @@ def list_resources(project: str, zone: str = "-") -> list[Resource]:
 
 
 def _notice(node: Any) -> str:
+    """Returns what a person should know of a TPU VM. The client knows no maintenance that is only planned."""
     if node.state.name != "READY":
         return node.state.name
-    return node.health_description
+    health = "" if node.health.name in ("HEALTHY", "HEALTH_UNSPECIFIED") else node.health.name
+    symptoms = [f"{each.symptom_type.name} of worker {each.worker_id}" for each in node.symptoms]
+    return ", ".join(filter(None, [health, node.health_description, *symptoms]))
 
 
 def _id(node: Any) -> str:
