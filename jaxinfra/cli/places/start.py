@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         deadline=time.time() + 3600.0 * place_config.max_hours if place_config.max_hours else 0.0,
     )
     place = place_of(job, say)
+    job = replace(job, place=place.source.options)
     extras = [*options.extra, *_trackers(config)]
     if options.dry_run:
         print_plan(job, place, bundle, extras)
@@ -91,7 +92,7 @@ def _start(
 
 def say(text: str) -> None:
     """Prints a line about the place, apart from what the run prints."""
-    print(f"place: {text}", file=sys.stderr, flush=True)
+    print(f"place {time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

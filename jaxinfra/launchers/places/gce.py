@@ -31,7 +31,7 @@ _FATAL = ("PERMISSION", "FORBIDDEN", "INVALID", "NOT_FOUND", "UNSUPPORTED")  # p
 class Gce(GooglePlace):
     """See `HostSource`."""
 
-    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 10.0) -> None:
+    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 2.0) -> None:
         super().__init__(options, run_location, poll_s=poll_s)
         self._machines = machines_of(self.topology) if self.topology else None
         name, slices = self.options.name, self.topology.slices if self.topology else 1
@@ -74,7 +74,7 @@ class Gce(GooglePlace):
         for name, group in groups.items():
             if waiting := self._look(say, name, group):
                 return waiting
-        return self._hosts_of(self._names, add_key=True) or f"the addresses of {self._what} are not known"
+        return self._hosts_of(self._names) or f"the addresses of {self._what} are not known"
 
     def _look(self, say: Say, name: str, group: Any) -> str:
         """Returns what a group lacks, "" if all its machines run; deletes it if it will not get them."""
@@ -100,7 +100,7 @@ class Gce(GooglePlace):
         """See `HostSource.current`."""
         if self._machines is None:
             found = self._existing()
-            return self._hosts_of(found) if found else self._hosts([self._single()], 0)
+            return self._hosts_of(found) if found else self._hosts([self._with_key(self._single())], 0)
         groups = [self._group(name) for name in self._names]
         if not all(group is not None and self.is_ours(group.description) for group in groups):
             return ()
@@ -240,7 +240,7 @@ class Gce(GooglePlace):
             return f"{name}: {reason}: {message}"
         return ""
 
-    def _hosts_of(self, names: Sequence[str], *, add_key: bool = False) -> list[Host]:
+    def _hosts_of(self, names: Sequence[str]) -> list[Host]:
         """Returns the hosts of groups by slice; () if one is missing."""
         request = dict(self._in_zone)
         if self._machines is not None:
@@ -252,7 +252,7 @@ class Gce(GooglePlace):
             found = [instances[member] for member in members if member in instances]
             if len(found) < len(members) or any(each.status != "RUNNING" for each in found):
                 return []
-            hosts.extend(self._hosts([self._with_key(each) if add_key else each for each in found], number))
+            hosts.extend(self._hosts([self._with_key(each) for each in found], number))
         return hosts
 
     def _hosts(self, instances: Sequence[Any], number: int) -> list[Host]:
@@ -298,7 +298,7 @@ class Gce(GooglePlace):
     def _step_existing(self) -> Sequence[Host] | str:
         names = self._existing()
         if names:
-            return self._hosts_of(names, add_key=True) or f"machines of {', '.join(names)} do not run yet"
+            return self._hosts_of(names) or f"machines of {', '.join(names)} do not run yet"
         instance = self._single()
         if instance.status in _COMING:
             return f"{instance.name} is {instance.status.lower()}"

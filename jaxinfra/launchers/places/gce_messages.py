@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfra.launchers.places.google_cloud import INSTALL, SCOPE, SSH_KEYS
+from jaxinfra.launchers.places.google_cloud import BY_KEYS, INSTALL, SCOPE, SSH_KEYS
 from jaxinfra.launchers.places.images import Machines
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.packages import import_optional
@@ -61,7 +61,7 @@ def template_message(
         "scheduling": _scheduling(options, machines),
         "service_accounts": [{"email": options.service_account or "default", "scopes": [SCOPE]}],
         "labels": labels,
-        "metadata": {"items": [{"key": SSH_KEYS, "value": key_line}]},
+        "metadata": {"items": [{"key": key, "value": value} for key, value in {**BY_KEYS, SSH_KEYS: key_line}.items()]},
     }
     if options.reservation:
         properties["reservation_affinity"] = {

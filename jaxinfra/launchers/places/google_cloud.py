@@ -27,6 +27,8 @@ ENDPOINT = "JAXINFRA_GOOGLE_ENDPOINT"
 INSTALL = "jaxinfra[places]"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 LABEL, RUN_LABEL, SSH_KEYS = "jaxinfra", "jaxinfra-run", "ssh-keys"
+BY_KEYS = {"enable-oslogin": "FALSE"}
+"""Metadata that lets users of `ssh-keys` in, also where a project has OS Login."""
 
 _TIMEOUT_S = 60.0  # of a request
 _MAX_BACKOFF_S = 600.0
@@ -119,7 +121,7 @@ def located(options: PlaceOptions, run_location: str) -> PlaceOptions:
     name = options.name or f"run-{label_of(run_location)}"
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--name {name}: expected a-z, 0-9 and - from a letter on, at most 54; use --name my-run")
-    return replace(options, project=project, zone=zone, name=name)
+    return replace(options, project=project, zone=zone, name=name, user=user_of(options))
 
 
 def _project() -> str:
@@ -196,13 +198,13 @@ class Wait:
             self._say(f"waiting for {(now - self._started) / 60:.0f} minutes: {what}")
             self._said = now
         time.sleep(self._delay_s)
-        self._delay_s = min(self._delay_s * 1.5, 6 * self._poll_s)
+        self._delay_s = min(self._delay_s * 1.5, 30 * self._poll_s)
 
 
 class GooglePlace:
     """The base of `TpuVm` and `Gce`, which have a `step` towards the hosts."""
 
-    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 10.0) -> None:
+    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 2.0) -> None:
         self.options = located(options, run_location)
         self.topology: Topology | None = topology_of(options.create) if options.create else None
         run = run_location if len(run_location) <= _MAX_RUN else f"...{run_location[3 - _MAX_RUN :]}"

@@ -71,7 +71,7 @@ receive) # FILE: a program or file on standard input
 install) # ENVIRONMENT UV PYTHON: variables of uv on standard input; the requirements were received before
     folder=$base/environments/$1
     mkdir -p "$folder"
-    exec 8>"$folder/.lock"
+    exec 8>"$folder.lock" # uv has a lock of its own inside
     flock 8
     [ -e "$folder/.complete" ] && exit
     set -a

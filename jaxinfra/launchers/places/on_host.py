@@ -21,8 +21,10 @@ from typing import Any
 
 from jaxinfra.processes.maintenance import get
 
-GRACE_S = 300.0
-"""Time from the end of the run until the host deletes the place: the launching machine, if it is there, is faster."""
+GRACE_S = 600.0
+"""Time from the end of a run that may be started again until the host deletes the place, if nobody starts it."""
+DONE_S = 30.0
+"""The same for a run that is done: the launching machine, if it is there, is faster."""
 SAVE_S = 600.0
 """Time from the deadline until the run, which was asked to save, is killed."""
 _POLL_S = 0.5
@@ -39,6 +41,11 @@ class HostJob:
     deadline: float = 0.0  # seconds since the epoch; 0 is none
     deletion: str = ""  # the URL that deletes the place; "" on all hosts but one, and where nothing was made
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline is over."""
+        return bool(self.deadline) and time.time() >= self.deadline
+
 
 def main(folder: Path) -> int:
     """Runs the job of a folder and returns the exit code of the run."""
@@ -53,8 +60,9 @@ def main(folder: Path) -> int:
     (folder / "exit.new").replace(folder / "exit")
     alive.close()
     if job.deletion:
-        _say(f"the run has ended; this place is deleted in {GRACE_S:.0f} s, unless it is by then")
-        time.sleep(GRACE_S)
+        grace_s = 0.0 if job.is_over else GRACE_S if code else DONE_S
+        _say(f"the run has ended; this place is deleted in {grace_s:.0f} s, if it still is there")
+        time.sleep(grace_s)
         if (folder / "attempt").read_text() == attempt:  # else another start trains here
             delete_place(job.deletion)
     return code
@@ -68,7 +76,7 @@ def _run(job: HostJob) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     asked_at_s: float | None = None
     while (code := child.poll()) is None:
-        if job.deadline and asked_at_s is None and time.time() >= job.deadline:
+        if job.is_over and asked_at_s is None:
             asked_at_s = time.monotonic()
             _say("the deadline of --max-hours: the run saves and leaves")
             child.terminate()

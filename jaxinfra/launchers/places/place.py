@@ -85,6 +85,9 @@ class HostSource(Protocol):
     is made twice. Errors of a cloud are ConfigError (81: refused, with the fix) or StorageError (82: no answer).
     """
 
+    options: PlaceOptions
+    """With what the environment of this machine has added, such as project and user: what another machine needs."""
+
     def acquire(self, say: Say) -> Sequence[Host]:
         """Finds or makes the hosts, waits until they are ready, and returns them by rank.
 
@@ -93,7 +96,7 @@ class HostSource(Protocol):
         ...
 
     def current(self) -> Sequence[Host]:
-        """Returns the hosts that exist, by rank; makes and waits for nothing. () if there are none."""
+        """Returns the hosts that exist, by rank, which let this machine in; makes and waits for nothing."""
         ...
 
     def lost(self) -> str:

@@ -15,8 +15,9 @@ KNOWN_HOSTS = Path.home() / ".cache" / "jaxinfra" / "places" / "known_hosts"
 class HostList:
     """Hosts that exist, by name; nothing is made or deleted."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, options: PlaceOptions) -> None:
         """Raises ConfigError for a host that stands there twice."""
+        self.options, addresses = options, options.hosts
         if twice := sorted({each for each in addresses if addresses.count(each) > 1}):
             raise ConfigError(f"--hosts: {twice[0]} stands there twice; name each host once, in the order of ranks")
         self._hosts = [Host(address=address) for address in addresses]
@@ -55,7 +56,7 @@ def source_of(options: PlaceOptions, location: str) -> HostSource:
         from jaxinfra.launchers.places.gce import Gce
 
         return Gce(options, location)
-    return HostList(options.hosts)
+    return HostList(options)
 
 
 def place_of(job: Job, say: Say) -> SshPlace:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.google_cloud import (
+    BY_KEYS,
     INSTALL,
     LABEL,
     RUN_LABEL,
@@ -37,7 +38,7 @@ _HTTP = {3: 400, 5: 404, 6: 409, 7: 403, 9: 400, 16: 401}  # HTTP's code by that
 class TpuVm(GooglePlace):
     """See `HostSource`."""
 
-    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 10.0) -> None:
+    def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 2.0) -> None:
         super().__init__(options, run_location, poll_s=poll_s)
         if self.topology is not None:
             tpu_type(self.topology)  # raises for chips that this API does not have
@@ -90,7 +91,7 @@ class TpuVm(GooglePlace):
         else:
             resource = self._resource()
             nodes = self._nodes_of(resource) if resource is not None and self._is_ours(resource) else []
-        return self._hosts([node for node in nodes if node.state.name == "READY"])
+        return self._hosts(self._with_key([node for node in nodes if node.state.name == "READY"]))
 
     def lost(self) -> str:
         """See `HostSource.lost`."""
@@ -161,7 +162,7 @@ class TpuVm(GooglePlace):
             "network_config": {"enable_external_ips": not options.internal_ips},
             "service_account": {"email": options.service_account, "scope": [SCOPE]},
             "labels": self.labels,
-            "metadata": {SSH_KEYS: self.key_line(makes_key=makes_key)},
+            "metadata": {**BY_KEYS, SSH_KEYS: self.key_line(makes_key=makes_key)},
         }
         network = "subnetwork" if "subnetworks/" in options.network else "network"
         node["network_config"][network] = options.network

@@ -1,0 +1,160 @@
+"""The whole life of a run on a cloud: made, trained, preempted, made again, stopped, deleted; nothing is left."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.cloud.hosts import Hosts
+from tests.cloud.laptop import Laptop, power_off, until
+from tests.cloud.packages import PackageServer
+from tests.cloud.server import Cloud
+from tests.servers.fixtures import Server
+from tests.servers.seaweed import ACCESS_KEY, REGION, SECRET_KEY
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cloud"
+ZONE = "us-east5-b"
+STEPS = 4000  # more than a life has time for: the user stops it
+PLACES = {"tpu-vm": ("--create", "v6e-16"), "gce": ("--create", "v6e:4x4")}  # four hosts each
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+class World:
+    """Machines, packages, and a bucket with a user's data, for several lives; laptops know where all that is."""
+
+    def __init__(self, hosts: Hosts, packages: PackageServer, server: Server, folder: Path) -> None:
+        self.hosts, self.server, self.folder = hosts, server, folder
+        self.bucket = server.new_url().removesuffix("/store")
+        port = int(server.environment["AWS_ENDPOINT_URL_S3"].rpartition(":")[2])
+        self.told = {  # to hosts, by --env
+            "AWS_ENDPOINT_URL_S3": f"http://{hosts.gateway}:{hosts.forward(port)}",
+            "AWS_REGION": REGION,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            **QUICK,
+            **packages.environment,
+        }
+        self._laptops = 0
+        self._first = self.laptop()
+        self._first.checkout(self.bucket, STEPS)
+        prepared = self._first.run("data", "prepare", "life.py")
+        assert not prepared.returncode, prepared.stderr
+
+    def laptop(self, **environment: str) -> Laptop:
+        """Returns a machine that another user, or the same, has just unpacked, in the first one's checkout."""
+        self._laptops += 1
+        environment = {**self.told, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, **environment}
+        return Laptop(self.folder / f"laptop-{self._laptops}", environment, project=self.folder / "project")
+
+    def losses(self, name: str) -> dict[int, str]:
+        """Returns the loss of each logged step of a run, with all its digits; the last of several counts."""
+        found: dict[int, str] = {}
+        for part in ("", *(f".{number}" for number in range(1, 50))):
+            try:
+                text = self.server.get(f"{self.bucket}/runs/{name}/metrics.jsonl{part}").decode()
+            except Exception as error:  # botocore makes its classes when it runs
+                assert "NoSuchKey" in str(error), error
+                break
+            rows = [json.loads(line) for line in text.splitlines()]
+            found |= {row["step"]: json.dumps(row["loss"]) for row in rows if "loss" in row}
+        return found
+
+    def last_step(self, name: str) -> int:
+        """Returns the last logged step, 0 before the first."""
+        return max(self.losses(name), default=0)
+
+    def reference(self, steps: int) -> Mapping[int, str]:
+        """Returns the losses of the same run with as many processes, without a cloud or an interruption."""
+        if self.last_step("reference") < steps:
+            log = self.folder / "reference.log"
+            words = ("life.py", "name=reference", "--processes", "4", "--devices", "cpu:4")
+            process = self.laptop().start(*words, log=log)
+            until(lambda: self.last_step("reference") >= steps, "the reference", process, log)
+            power_off(process)
+        return self.losses("reference")
+
+
+@pytest.fixture(scope="module")
+def world(s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with Hosts() as hosts, PackageServer(hosts.gateway) as packages:
+        yield World(hosts, packages, s3_server, tmp_path_factory.mktemp("world"))
+
+
+class Life:
+    """A run, its cloud, and the log of who looks after it."""
+
+    def __init__(self, world: World, cloud: Cloud, name: str) -> None:
+        self.world, self.cloud, self.name = world, cloud, name
+        self.run, self.log = f"{world.bucket}/runs/{name}", world.folder / f"{name}.log"
+        self.endpoint = f"http://{world.hosts.gateway}:{world.hosts.forward(cloud.port)}"
+
+    def laptop(self) -> Laptop:
+        """Returns a new machine of a user."""
+        return self.world.laptop(JAXINFRA_GOOGLE_ENDPOINT=self.endpoint, GOOGLE_CLOUD_PROJECT=self.cloud.project)
+
+    def start(self, kind: str, *options: str) -> list[str]:
+        """Returns the words of a start."""
+        words = ["life.py", f"name={self.name}", "--place", kind, *PLACES[kind], "--zone", ZONE, "--name", self.name]
+        words += ["--secret", "AWS_SECRET_ACCESS_KEY", *options]
+        return [*words, *(word for each in self.world.told.items() for word in ("--env", "=".join(each)))]
+
+    @property
+    def last_step(self) -> int:
+        """The last logged step."""
+        return self.world.last_step(self.name)
+
+    def says(self, text: str) -> bool:
+        """Whether the log has this."""
+        return self.log.exists() and text in self.log.read_text(errors="replace")
+
+
+@pytest.fixture
+def life(world: World, request: pytest.FixtureRequest) -> Iterator[Life]:
+    with Cloud(world.hosts, delay_s=0.2) as cloud:
+        yield Life(world, cloud, request.node.name.replace("test_", "").translate(str.maketrans("[_", "--", "]")))
+        for machine in cloud.hosts():
+            machine.delete()
+
+
+@pytest.mark.slow(90)
+@pytest.mark.parametrize("kind", PLACES)
+def test_life(life: Life, kind: str) -> None:
+    """On Compute Engine the launching machine dies in the middle, and another one takes over."""
+    cloud, laptop = life.cloud, life.laptop()
+    cloud.stockout(ZONE)
+    process = laptop.start(*life.start(kind, "--spot"), log=life.log)
+    until(lambda: life.last_step > 15, "training", process, life.log)
+    assert life.says("waiting for resources" if kind == "tpu-vm" else "ZONE_RESOURCE_POOL"), life.log.read_text()
+
+    if kind == "gce":
+        power_off(process)
+    cloud.preempt(life.name, after_s=3.0)
+    before = life.last_step
+    if kind == "gce":
+        process = life.laptop().start("runs", "resume", life.run, log=life.log)
+    until(lambda: life.last_step > before + 15, "going on", process, life.log)
+
+    other = life.laptop()
+    logs = other.run("runs", "logs", life.run, "--rank", "3", "--lines", "5")
+    assert not logs.returncode and logs.stdout, logs.stderr
+    stopped = other.run("runs", "stop", life.run)
+    assert not stopped.returncode, stopped.stderr
+    assert process.wait(60) == 75, life.log.read_text()
+    assert cloud.remaining() == [] and cloud.hosts() == []
+
+    losses = life.world.losses(life.name)
+    reference = life.world.reference(max(losses))
+    assert losses == {step: reference[step] for step in range(1, max(losses) + 1)}
+    check_golden(life, kind)
+
+
+def check_golden(life: Life, kind: str) -> None:
+    """Compares all requests with those on record; WRITE_GOLDEN=1 records them."""
+    text = life.cloud.golden({life.endpoint: "ENDPOINT", life.world.bucket: "BUCKET"})
+    path = GOLDEN / f"{kind}.txt"
+    if os.environ.get("WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
