@@ -166,4 +166,4 @@ def cases(setting: Setting) -> Iterator[Case]:
                 yield Case(f"{name}, {axis.title}", partial(measure, setting, axis, collective, size))
 
 
-PART = Part(COLUMNS, 90, cases)
+PART = Part(COLUMNS, 80, cases)

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops import attention, gated_delta, quantized
-from jaxinfra.ops.attention import AttentionSpec, Kernel, KernelInputs
+from jaxinfra.ops.attention import AttentionSpec, Kernel
 from jaxinfra.ops.cross_entropy import CrossEntropyConfig, fused_cross_entropy
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.parallel.mesh import make_mesh
@@ -57,6 +58,12 @@ def _with_gradients(function: Function) -> Callable[..., tuple[jax.Array, ...]]:
     return both
 
 
+def _per_device(function: Function) -> Function:
+    """Returns a function that runs as in a model: on the shards of each device."""
+    spec = PartitionSpec()
+    return lambda *arrays: jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
 def _largest_error(actual: Sequence[jax.Array], exact: Sequence[jax.Array]) -> float:
     errors = [
         jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)) for a, b in zip(actual, exact, strict=True)
@@ -95,17 +102,18 @@ def attention_row(setting: Setting, kernel: Kernel, name: str) -> TableRow:
     """Compares an attention kernel with `reference`."""
     B, T, H, G, K = (1, 256, 4, 2, 64) if setting.is_small else (2, 2048, 16, 8, 128)
     spec, dtype = ATTENTION_SPECS[name], "bfloat16"
-    inputs = KernelInputs(q_len=T, kv_len=T, head_dim=K, value_dim=K, explicit_positions=False, dtype=jnp.dtype(dtype))
-    if reason := attention.KERNELS[kernel].unsupported(spec, inputs):
-        raise NotMeasuredError(reason)
     ids = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) * 3 // T, (B, T))  # three documents in a row
     segments = (ids, ids) if name == "documents" else None
 
-    def attend(attend: Function, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(q, k, v, spec, segments)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.dot_product_attention(
+            q, k, v, spec, platform=setting.platform, segments=segments, kernel=kernel
+        )
 
-    function, plain = (partial(attend, each) for each in (attention.KERNELS[kernel].attend, attention.reference))
-    return compare(setting, function, plain, random_arrays((B, T, H, K), (B, T, G, K), (B, T, G, K), dtype=dtype))
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.reference(q, k, v, spec, segments)
+
+    return compare(setting, attend, plain, random_arrays((B, T, H, K), (B, T, G, K), (B, T, G, K), dtype=dtype))
 
 
 def gated_delta_row(setting: Setting) -> TableRow:
@@ -125,20 +133,22 @@ def gated_delta_row(setting: Setting) -> TableRow:
         tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta))
         return jnp.moveaxis(jax.lax.scan(step, jnp.zeros((B, H, K, K)), tokens)[1], 0, 1)
 
-    return compare(setting, lambda *x: gated_delta.gated_delta_rule(*x)[0], recurrence, (q, k, v, g, beta))
+    rule = _per_device(lambda *x: gated_delta.gated_delta_rule(*x)[0])
+    return compare(setting, rule, recurrence, (q, k, v, g, beta))
 
 
 def grouped_row(setting: Setting) -> TableRow:
     """Compares the matmul of experts with one matmul of all rows for each expert."""
     M, K, N, E = (256, 32, 64, 4) if setting.is_small else (8192, 1024, 2048, 8)
-    sizes = jnp.array([M // E + (M // E // 2) * (-1) ** e for e in range(E)], jnp.int32)  # uneven
-    group = jnp.repeat(jnp.arange(E), sizes, total_repeat_length=M)[:, None]
+    sizes = np.array([M // E + (M // E // 2) * (-1) ** e for e in range(E)], np.int32)  # uneven
+    group = np.repeat(np.arange(E), sizes)[:, None]
 
     def plain(x: jax.Array, w: jax.Array) -> jax.Array:
         return sum((jnp.where(group == e, x, 0) @ w[e] for e in range(E)), jnp.zeros((), x.dtype))
 
     arrays = random_arrays((M, K), (E, K, N), dtype="bfloat16")
-    return compare(setting, lambda x, w: grouped_dot(x, w, sizes, platform=setting.platform), plain, arrays)
+    multiply = _per_device(lambda x, w: grouped_dot(x, w, jnp.asarray(sizes), platform=setting.platform))
+    return compare(setting, multiply, plain, arrays)
 
 
 def cross_entropy_row(setting: Setting) -> TableRow:
@@ -183,14 +193,21 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 
 def _rows(setting: Setting) -> Iterator[tuple[str, Callable[[], TableRow]]]:
-    for kernel in attention.FASTEST_FIRST[setting.platform]:
-        for name in ATTENTION_SPECS if kernel != "reference" else ():
-            yield (f"attention, {kernel}, {name}", partial(attention_row, setting, kernel, name))
-    yield ("matmul of experts", partial(grouped_row, setting))
-    yield ("head and cross-entropy", partial(cross_entropy_row, setting))
-    yield ("gated delta rule", partial(gated_delta_row, setting))
+    """Yields the platform's own attention kernel first, and the attention that is the same everywhere last."""
+    own, *others = [kernel for kernel in attention.FASTEST_FIRST[setting.platform] if kernel != "reference"]
+    yield from _attention_rows(setting, own)
+    yield "matmul of experts", partial(grouped_row, setting)
+    yield "head and cross-entropy", partial(cross_entropy_row, setting)
+    yield "gated delta rule", partial(gated_delta_row, setting)
     for quantize in quantized.FORMATS:
-        yield (f"matmul in {quantize}", partial(quantized_row, setting, quantize))
+        yield f"matmul in {quantize}", partial(quantized_row, setting, quantize)
+    for kernel in others:
+        yield from _attention_rows(setting, kernel)
 
 
-PART = Part(COLUMNS, 100, cases)
+def _attention_rows(setting: Setting, kernel: Kernel) -> Iterator[tuple[str, Callable[[], TableRow]]]:
+    for name in ATTENTION_SPECS:
+        yield f"attention, {kernel}, {name}", partial(attention_row, setting, kernel, name)
+
+
+PART = Part(COLUMNS, 120, cases)

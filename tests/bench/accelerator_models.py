@@ -1,5 +1,6 @@
 """`bench accelerator --only models`: whole train steps of three models on all devices, from random tokens."""
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -71,6 +72,7 @@ def make_run(setting: Setting, name: str, remat: Remat) -> Run:
 def model_row(setting: Setting, name: str) -> TableRow:
     """Times whole steps of a model, with less saved for the backward pass if memory is too small."""
     for remat in REMATS:
+        gc.collect()  # the arrays of what has found no memory
         try:
             return _time_model(setting, make_run(setting, name, remat))
         except jax.errors.JaxRuntimeError as error:

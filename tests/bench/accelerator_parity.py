@@ -98,4 +98,4 @@ def cases(setting: Setting) -> Iterator[Case]:
             yield Case(f"experts, {mesh_name(mesh)}", partial(_mesh_row, experts, overrides, mesh))
 
 
-PART = Part(COLUMNS, 110, cases)
+PART = Part(COLUMNS, 100, cases)

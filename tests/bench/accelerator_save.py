@@ -106,7 +106,8 @@ def save_row(setting: Setting) -> TableRow:
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Yields the one case."""
-    yield Case(f"checkpoint in {setting.folder or 'a temporary folder'}", partial(save_row, setting))
+    place = "a temporary folder" if setting.folder is None else "a bucket" if is_remote(setting.folder) else "--folder"
+    yield Case(f"checkpoint in {place}", partial(save_row, setting))
 
 
-PART = Part(COLUMNS, 60, cases)
+PART = Part(COLUMNS, 50, cases)
