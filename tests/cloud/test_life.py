@@ -137,8 +137,10 @@ def test_life(life: Life, kind: str) -> None:
     until(lambda: life.last_step > before + 15, "going on", process, life.log)
 
     other = life.laptop()
-    logs = other.run("runs", "logs", life.run, "--rank", "3", "--lines", "5")
-    assert not logs.returncode and logs.stdout, logs.stderr
+    logs = other.run("runs", "logs", life.run, "--lines", "5")
+    assert not logs.returncode and len(logs.stdout.splitlines()) == 5, logs.stderr
+    logs = other.run("runs", "logs", life.run, "--rank", "3")
+    assert not logs.returncode and "rank 0 prints for all" in logs.stderr, logs.stderr
     stopped = other.run("runs", "stop", life.run)
     assert not stopped.returncode, stopped.stderr
     assert process.wait(60) == 75, life.log.read_text()

@@ -181,7 +181,7 @@ def test_what_exists_gets_our_key_and_stays(cloud: Cloud, options: PlaceOptions)
     assert len(changes(cloud)) == asked
     exists = cloud.remaining()
     by_name.release(said)
-    assert cloud.remaining() == exists and by_name.deletion() == ""
+    assert cloud.remaining() == exists and not by_name.deletion()
     with raises(ConfigError, "--name nope demo --create"):
         place(replace(options, create="", name="nope")).acquire(Said())
 
@@ -239,7 +239,7 @@ def test_a_dry_run_shows_the_queued_resource(cloud: Cloud) -> None:
     demo.acquire(Said())
     assert [sent for _, sent in changes(cloud)] == [body]
     assert request.url.startswith(cloud.endpoint) and request.url.endswith("/queuedResources?queuedResourceId=demo")
-    assert demo.deletion().endswith("/queuedResources/demo?force=true")
+    assert demo.deletion()[0].endswith("/queuedResources/demo?force=true")
 
 
 def test_a_dry_run_shows_policy_template_and_groups(cloud: Cloud) -> None:
@@ -256,7 +256,7 @@ def test_a_dry_run_shows_policy_template_and_groups(cloud: Cloud) -> None:
     demo.acquire(Said())
     urls = [request.url.removeprefix(cloud.endpoint) for request in requests]
     assert changes(cloud) == list(zip(urls, bodies, strict=True))
-    assert [url.rpartition("/")[2] for url in demo.deletion().split()] == ["demo-0", "demo-1"]
+    assert [url.rpartition("/")[2] for url in demo.deletion()] == ["demo-0", "demo-1"]
 
 
 def test_a_reservation_and_gpus_of_compute_engine() -> None:

@@ -1,6 +1,7 @@
 """`runs logs RUN`: shows what a rank of a run at a place has printed."""
 
 import argparse
+import subprocess
 import sys
 
 from jaxinfra.cli.places.find import find
@@ -23,8 +24,15 @@ def run(options: argparse.Namespace) -> None:
             )
         lines = "+1" if options.lines is None else str(options.lines)
         arguments = (job.id, lines, "yes" if options.follow else "no")
-        process = place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=sys.stdout.fileno())
+        process = place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        printed = 0
+        for line in process.stdout:
+            printed += 1
+            print(line.decode(errors="replace"), end="", flush=True)
         if process.wait() == 0:
+            if not printed:
+                say(f"rank {options.rank} has printed nothing; rank 0 prints for all")
             return
     if not is_remote(job.location):
         raise ConfigError(f"{job.location}: rank {options.rank} has no console of attempt {number} on its host")

@@ -17,12 +17,12 @@ from jaxinfra.config import validate
 from jaxinfra.config.codec import encode
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.bundle import Bundle, make_bundle
-from jaxinfra.launchers.places.controller import Controller
+from jaxinfra.launchers.places.controller import Controller, check_free
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
-from jaxinfra.launchers.places.sources import place_of
+from jaxinfra.launchers.places.sources import Chips, chips_made, place_of
 from jaxinfra.run import Run
 from jaxinfra.run_dir import join_location
 from jaxinfra.storage.location import is_remote
@@ -44,7 +44,6 @@ def run(options: argparse.Namespace) -> int:
         bundle=bundle.hash,
         environment=variables(options.env),
         secrets=options.secret,
-        deadline=time.time() + 3600.0 * place_config.max_hours if place_config.max_hours else 0.0,
     )
     place = place_of(job, say)
     job = replace(job, place=place.source.options)
@@ -58,8 +57,9 @@ def run(options: argparse.Namespace) -> int:
         say(f"  {change}")
     attempts = Attempts(files=files_of(location, place_config.workdir), location=location)
     number, last = attempts.newest()
+    if last is not None:
+        check_free(place_of(last, say), last, number)
     controller = Controller(place, attempts, say)
-    controller.check_free(number, last)
     with watching(location):
         return _start(controller, attempts, job, number + 1, bundle, extras, detach=options.detach)
 
@@ -74,16 +74,17 @@ def _start(
     *,
     detach: bool,
 ) -> int:
-    place = controller.place
-    facts = place.prepare(job, boots=job.place.kind != "ssh")
-    if isinstance(attempts.files, HostFiles) and len(place.hosts) > 1:
-        place.check_shared(attempts.files.path)
-    of_chips = ["tpu"] if int(facts["tpus"] or 0) else ["cuda"] if facts["gpus"] else []
-    packages = lock(sorted({*extras, *of_chips}), facts["arch"], job.uv_variables)
-    job = replace(job, packages=packages.hash, python=packages.python, arch=facts["arch"])
+    place, made = controller.place, chips_made(job.place)
+    if made is None:  # look at what exists before anything is recorded; what costs is recorded before it is made
+        facts = place.prepare(job, boots=job.place.kind != "ssh")
+        made = Chips(arch=facts["arch"], extras=("tpu",) * (facts["tpus"] != "0") or ("cuda",) * bool(facts["gpus"]))
+        if isinstance(attempts.files, HostFiles) and len(place.hosts) > 1:
+            place.check_shared(attempts.files.path)
+    packages = lock(sorted({*extras, *made.extras}), made.arch, job.uv_variables)
+    job = replace(job, packages=packages.hash, python=packages.python, arch=made.arch, first=number)
     attempts.keep("bundle", bundle.hash, bundle.content)
     attempts.keep("requirements", packages.hash, packages.requirements.encode())
-    job = controller.start(job, number, prepared=True)
+    job = controller.start(job, number, prepared=not job.place.create)
     if detach:
         say(f"next: {command_line('runs', 'resume', job.location)} watches it, and makes lost hosts again")
         return 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from jaxinfra.command import command_line
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, RunInUseError
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import Host, HostState, Say
@@ -35,12 +36,15 @@ class Controller:
         self._limits = RestartLimits()
 
     def start(self, job: Job, number: int, *, prepared: bool = False) -> Job:
-        """Claims an attempt and starts it on prepared hosts; returns its job, which may be that of another machine."""
+        """Claims an attempt and starts it; returns its job, which may be that of another machine.
+
+        It is claimed before anything is made, so that `runs resume` and `runs stop` know of it from then on.
+        """
         job = self._attempts.claim(number, job)
         if not prepared:
             self.place.prepare(job, boots=job.place.kind != "ssh")
         self.place.ship(job, self._attempts)
-        self.place.start(job, number)
+        self.place.start(job, number, deadline=self._attempts.deadline(job))
         names = ", ".join(map(str, self.place.hosts[:4])) + (", ..." if len(self.place.hosts) > 4 else "")
         self._say(f"attempt {number} runs on {len(self.place.hosts)} hosts: {names}")
         return job
@@ -59,9 +63,7 @@ class Controller:
             number += 1
         elif self._attempts.is_stopped(number) or (started and lost):
             number += 1
-        if job.place.max_hours:
-            job = replace(job, deadline=time.time() + 3600.0 * job.place.max_hours)
-        return self.start(job, number), number
+        return self.start(replace(job, first=number), number), number
 
     def follow(self, job: Job, number: int) -> int:
         """Watches until the run is done or would end so again; starts and makes it again; returns its exit code."""
@@ -74,7 +76,7 @@ class Controller:
             if self._attempts.is_stopped(number):
                 self._say(f"attempt {number} was stopped")
                 return Preempted.exit_code
-            if job.deadline and time.time() >= job.deadline:
+            if 0.0 < self._attempts.deadline(job) <= time.time():
                 self._say("the time of --max-hours is over")
                 break
             self._limits.count(progressed=time.monotonic() - began_s > _LONG_S)
@@ -149,16 +151,6 @@ class Controller:
         self.place.remove()
         return states
 
-    def check_free(self, number: int, job: Job | None) -> None:
-        """Raises RunInUseError if the last attempt of this run still lives."""
-        if job is None:
-            return
-        self.place.hosts = self.place.source.current()
-        states = self.place.watch(job) if self.place.hosts else {}
-        if live := [str(host) for host, each in states.items() if each.state == "live"]:
-            fix = f"follow it with `runs resume {job.location}`, or end it with `runs stop {job.location}`"
-            raise RunInUseError(f"{job.location}: attempt {number} is live on {', '.join(live)}; {fix}")
-
 
 class _Console:
     """Shows the console of rank 0 while an attempt runs; connects again when ssh was cut off, without a line twice."""
@@ -192,6 +184,15 @@ class _Console:
             self._process.wait()
             if is_last or self._ended.wait(1.0) and self._process.returncode != 0:
                 return
+
+
+def check_free(place: SshPlace, job: Job, number: int) -> None:
+    """Raises RunInUseError if an attempt still lives at its place; what does not answer is left to the run's lease."""
+    place.hosts = place.source.current()
+    states = place.watch(job) if place.hosts else {}
+    if live := [str(host) for host, each in states.items() if each.state == "live"]:
+        resume, stop = command_line("runs", "resume", job.location), command_line("runs", "stop", job.location)
+        raise RunInUseError(f"{job.location}: attempt {number} is live on {', '.join(live)}; use {resume}, or {stop}")
 
 
 def require_job(number: int, job: Job | None, location: str) -> Job:

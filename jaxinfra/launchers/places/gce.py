@@ -1,5 +1,6 @@
 """Machines of Compute Engine: a group or a machine that exists, or groups that a template makes, one for each slice."""
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -99,8 +100,11 @@ class Gce(GooglePlace):
     def current(self) -> Sequence[Host]:
         """See `HostSource.current`."""
         if self._machines is None:
-            found = self._existing()
-            return self._hosts_of(found) if found else self._hosts([self._with_key(self._single())], 0)
+            if found := self._existing():
+                return self._hosts_of(found)
+            machine = self._machine()
+            running = machine is not None and machine.status == "RUNNING"
+            return self._hosts([self._with_key(machine)], 0) if running else ()
         groups = [self._group(name) for name in self._names]
         if not all(group is not None and self.is_ours(group.description) for group in groups):
             return ()
@@ -146,7 +150,7 @@ class Gce(GooglePlace):
             what = f"delete {kind} {name}"
             found = find(what, client.get, request)
             if found is not None and self.is_ours(found.description):
-                self.finish(what, call(what, client.delete, request))
+                self._finish(what, call(what, client.delete, request))
                 deleted.append(f"{kind} {name}")
         return deleted
 
@@ -164,12 +168,12 @@ class Gce(GooglePlace):
         sent.extend((groups, self._message(self._machines, name)) for name in self._names)
         return [Request(method="POST", url=url, body=body_of(message)) for url, message in sent]
 
-    def deletion(self) -> str:
-        """Returns the URLs of the groups, with a space between them; the template and the policy cost nothing."""
+    def deletion(self) -> Sequence[str]:
+        """Returns the URLs of the groups; the template and the policy cost nothing."""
         if self._machines is None:
-            return ""
+            return ()
         zone = f"{api_url('compute')}/compute/v1/projects/{self.options.project}/zones/{self.options.zone}"
-        return " ".join(f"{zone}/instanceGroupManagers/{name}" for name in self._names)
+        return [f"{zone}/instanceGroupManagers/{name}" for name in self._names]
 
     def _policy(self, machines: Machines) -> Any:
         return messages.policy_message(self.options, machines, str(self.origin))
@@ -187,16 +191,30 @@ class Gce(GooglePlace):
             request = {**self._in_region, "resource_policy": self.options.name}
             if not self._has("resource policy", find(what, self._policies.get, request)):
                 body = {**self._in_region, "resource_policy_resource": self._policy(machines)}
-                self.finish(what, call(what, self._policies.insert, body))
+                self._finish(what, call(what, self._policies.insert, body))
         project = {"project": self.options.project}
         request = {**project, "instance_template": self.options.name}
         if not self._has("instance template", find(what, self._templates.get, request)):
             body = {**project, "instance_template_resource": self._template(machines)}
-            self.finish(what, call(what, self._templates.insert, body))
+            self._finish(what, call(what, self._templates.insert, body))
         self.has_made = True
         body = {**self._in_zone, "instance_group_manager_resource": self._message(machines, name)}
-        self.finish(what, call(what, self._groups.insert, body))
+        self._finish(what, call(what, self._groups.insert, body))
         say(f"requested {machines.hosts} {machines.machine} in {self.options.zone} as managed instance group {name}")
+
+    def _finish(self, what: str, operation: Any) -> None:
+        """Waits for the end of an operation; its own `result` would ask the public endpoint, whatever the client's."""
+        scope, request = "Global", {"project": self.options.project, "operation": operation.name}
+        if operation.zone:
+            scope, request["zone"] = "Zone", self.options.zone
+        elif operation.region:
+            scope, request["region"] = "Region", region_of(self.options.zone)
+        client = client_of("compute_v1", f"{scope}OperationsClient")
+        while (now := call(what, client.get, request)).status != type(now).Status.DONE:
+            time.sleep(self.poll_s / 5)
+        if now.error.errors:
+            first = now.error.errors[0]
+            raise error_of(what, now.http_error_status_code, f"{first.code}: {first.message}")
 
     def _has(self, kind: str, found: Any) -> bool:
         if found is None:
@@ -216,7 +234,7 @@ class Gce(GooglePlace):
         what = f"delete managed instance group {name}"
         operation = find(what, self._groups.delete, {**self._in_zone, "instance_group_manager": name})
         if operation is not None:
-            self.finish(what, operation)
+            self._finish(what, operation)
 
     def _lost_member(self, members: Sequence[Any]) -> str:
         for member in members:
@@ -272,7 +290,7 @@ class Gce(GooglePlace):
             changed = [{"key": key, "value": value} for key, value in {**items, SSH_KEYS: keys}.items()]
             metadata = compute_module().Metadata(fingerprint=instance.metadata.fingerprint, items=changed)
             request = {**self._in_zone, "instance": instance.name, "metadata_resource": metadata}
-            self.finish(what, call(what, self._instances.set_metadata, request))
+            self._finish(what, call(what, self._instances.set_metadata, request))
         return instance
 
     def _existing(self) -> list[str]:
@@ -284,8 +302,11 @@ class Gce(GooglePlace):
             names.append(name)
         return names
 
+    def _machine(self) -> Any:
+        return find(self._what, self._instances.get, {**self._in_zone, "instance": self.options.name})
+
     def _single(self) -> Any:
-        found = find(self._what, self._instances.get, {**self._in_zone, "instance": self.options.name})
+        found = self._machine()
         if found is None:
             groups = items_of(self._what, self._groups.list, self._in_zone)
             others = ", ".join(group.name for group in groups) or "no groups"

@@ -257,13 +257,6 @@ class GooglePlace:
         self._retry_at = 0.0
         return True
 
-    def finish(self, what: str, operation: Any) -> None:
-        """Waits for the end of an operation."""
-        polling = import_optional("google.api_core.future.polling", needed_by="--place", install=INSTALL)
-        delays = polling.DEFAULT_POLLING.with_delay(initial=self.poll_s / 5, maximum=2 * self.poll_s, multiplier=1.5)
-        with google_errors(what):
-            operation.result(polling=delays)
-
     def check_owner(self, what: str, description: str) -> None:
         """Raises ConfigError if something of this name is not of this run."""
         found = Origin.parse(description)

@@ -1,7 +1,7 @@
 # What the launching machine does on a host: `ssh HOST "sh -c SCRIPT host WORKDIR ACTION [ARGUMENT ...]"`. POSIX sh, with
 # flock of util-linux, tar and setsid. Below WORKDIR, ~/.cache/jaxinfra by default, lie
 #   bundles/HASH/         code                       bin/uv-VERSION  the uv that installs
-#   environments/HASH/    Python and packages        runs/RUN/       one run: attempt, console-ATTEMPT.log, exit
+#   environments/HASH/    Python and packages        runs/HOST/RUN/  one run: attempt, console-ATTEMPT.log, exit
 # What is complete has its final name: a transfer that was cut off leaves nothing that counts.
 set -eu
 umask 077
@@ -10,7 +10,8 @@ action=$2
 shift 2
 [ -n "$base" ] || base=$HOME/.cache/jaxinfra
 case $base in "~/"*) base=$HOME/${base#"~/"} ;; esac
-mkdir -p "$base/bundles" "$base/environments" "$base/bin" "$base/runs"
+runs=$base/runs/$(uname -n) # of this host: several may share a home
+mkdir -p "$base/bundles" "$base/environments" "$base/bin" "$runs"
 
 fail() {
     echo "$1" >&2
@@ -19,11 +20,11 @@ fail() {
 
 # The runner holds a lock on this file for as long as it lives; a boot releases it, too.
 is_live() {
-    ! flock -n "$base/runs/$1/alive" true
+    ! flock -n "$runs/$1/alive" true
 }
 
 state_of() {
-    folder=$base/runs/$1
+    folder=$runs/$1
     attempt=$(cat "$folder/attempt" 2>/dev/null || echo 0)
     if [ -e "$folder/alive" ] && is_live "$1"; then
         echo "$attempt live -"
@@ -51,7 +52,7 @@ probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
     echo "environment=$([ -e "$base/environments/$3/.complete" ] && echo yes || echo no)"
     echo "uv=$([ -x "$base/bin/uv-$4" ] && echo yes || echo no)"
     others=
-    for folder in "$base"/runs/*/; do
+    for folder in "$runs"/*/; do
         run=$(basename "$folder")
         [ "$run" = "$1" ] || [ ! -e "$folder/alive" ] || ! is_live "$run" || others="$others $(cat "$folder/location")"
     done
@@ -68,7 +69,7 @@ receive) # FILE: a program or file on standard input
     new=$(mktemp "$base/.new-XXXXXX")
     cat >"$new" && chmod 700 "$new" && mv -f "$new" "$base/$1"
     ;;
-install) # ENVIRONMENT UV PYTHON: variables of uv on standard input; the requirements were received before
+install) # ENVIRONMENT UV PYTHON: variables on standard input; the requirements were received before
     folder=$base/environments/$1
     mkdir -p "$folder"
     exec 8>"$folder.lock" # uv has a lock of its own inside
@@ -84,7 +85,7 @@ install) # ENVIRONMENT UV PYTHON: variables of uv on standard input; the require
     touch "$folder/.complete"
     ;;
 start) # RUN ATTEMPT BUNDLE ENVIRONMENT LOCATION: the job on standard input
-    folder=$base/runs/$1
+    folder=$runs/$1
     mkdir -p "$folder"
     exec 9>"$folder/lock"
     flock 9
@@ -110,14 +111,14 @@ status) # RUN
     state_of "$1"
     ;;
 follow) # RUN LINES FOLLOW: the console of the last attempt, as tail -n LINES, then until it ends
-    folder=$base/runs/$1
+    folder=$runs/$1
     console=$folder/console-$(cat "$folder/attempt" 2>/dev/null || echo 0).log
     [ -e "$console" ] || exit 3
     if [ "$3" = yes ] && is_live "$1"; then exec tail -n "$2" -f --pid "$(cat "$folder/pid")" "$console"; fi
     exec tail -n "$2" "$console"
     ;;
 stop) # RUN ATTEMPT SIGNAL: of this attempt alone
-    folder=$base/runs/$1
+    folder=$runs/$1
     [ -e "$folder/alive" ] || exit 0
     [ "$(cat "$folder/attempt")" = "$2" ] || exit 0
     if is_live "$1"; then

@@ -30,7 +30,7 @@ class Job:
     arch: str = ""  # of the hosts, as `uname -m` says it
     environment: Mapping[str, str] = field(default_factory=dict)  # of the processes, and of uv
     secrets: Sequence[str] = ()  # names of variables, whose values are those of whoever starts the hosts
-    deadline: float = 0.0  # seconds since the epoch; 0 is none
+    first: int = 1  # the attempt from which --max-hours counts: a start, or the one of `runs resume`
 
     @property
     def id(self) -> str:
@@ -84,6 +84,14 @@ class Attempts:
     def is_stopped(self, number: int) -> bool:
         """Returns whether the user has stopped an attempt."""
         return self.files.read_or_none(_stopped(number)) is not None
+
+    def deadline(self, job: Job) -> float:
+        """Returns when --max-hours are over, in seconds since the epoch; 0.0 is never. They begin at the first call."""
+        if not job.place.max_hours:
+            return 0.0
+        name, ending = f"place/deadline-{job.first}", time.time() + 3600.0 * job.place.max_hours
+        self.files.create(name, str(ending).encode())
+        return float(self.files.read_or_none(name) or ending)
 
     def keep(self, kind: str, hash: str, content: bytes) -> None:
         """Stores what hosts need, by its hash, for machines that go on without the checkout."""

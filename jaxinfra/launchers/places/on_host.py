@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class HostJob:
     folder: str  # below the bundle, where the command was typed
     environment: dict[str, str]
     deadline: float = 0.0  # seconds since the epoch; 0 is none
-    deletion: str = ""  # the URL that deletes the place; "" on all hosts but one, and where nothing was made
+    # The URLs that delete the place; none on all hosts but one, and where nothing was made.
+    deletion: list[str] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -64,7 +65,8 @@ def main(folder: Path) -> int:
         _say(f"the run has ended; this place is deleted in {grace_s:.0f} s, if it still is there")
         time.sleep(grace_s)
         if (folder / "attempt").read_text() == attempt:  # else another start trains here
-            delete_place(job.deletion)
+            for url in job.deletion:
+                delete_place(url)
     return code
 
 

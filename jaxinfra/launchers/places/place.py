@@ -111,9 +111,9 @@ class HostSource(Protocol):
         """Returns what `acquire` would send if nothing exists yet."""
         ...
 
-    def deletion(self) -> str:
-        """Returns the URL that deletes what was made for this run, for the host's own service account.
+    def deletion(self) -> Sequence[str]:
+        """Returns the URLs that delete what was made for this run, for the host's own service account.
 
-        "" if nothing was made: the host then only stops the run at its deadline.
+        () if nothing was made: the host then only stops the run at its deadline.
         """
         ...

@@ -1,6 +1,7 @@
 """Finds the source of hosts for a kind of place, and how ssh reaches what it yields."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxinfra.errors import ConfigError
@@ -41,9 +42,9 @@ class HostList:
         """Returns (): no cloud is asked."""
         return ()
 
-    def deletion(self) -> str:
-        """Returns "": nothing was made."""
-        return ""
+    def deletion(self) -> Sequence[str]:
+        """Returns (): nothing was made."""
+        return ()
 
 
 def source_of(options: PlaceOptions, location: str) -> HostSource:
@@ -57,6 +58,23 @@ def source_of(options: PlaceOptions, location: str) -> HostSource:
 
         return Gce(options, location)
     return HostList(options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chips:
+    """What the packages of hosts depend on."""
+
+    arch: str  # as `uname -m` says it
+    extras: Sequence[str]  # of jaxinfra, for the chips
+
+
+def chips_made(options: PlaceOptions) -> Chips | None:
+    """Returns what hosts will have that are to be made; None for hosts that exist, which are asked."""
+    if not options.create:
+        return None
+    from jaxinfra.launchers.places.images import topology_of  # imports JAX
+
+    return Chips(arch="x86_64", extras=("tpu",) if topology_of(options.create).chip.platform == "tpu" else ("cuda",))
 
 
 def place_of(job: Job, say: Say) -> SshPlace:

@@ -50,7 +50,7 @@ class SshPlace:
                     self._say(f"waiting for ssh: {error}")
                 told = True
                 time.sleep(_POLL_S)
-        self._check()
+        self._check(job)
         return self._facts[self.hosts[0]]
 
     def _probe(self, job: Job) -> None:
@@ -61,8 +61,11 @@ class SshPlace:
 
         self._facts, self._probed = on_all(self.hosts, ask), job.packages
 
-    def _check(self) -> None:
+    def _check(self, job: Job) -> None:
         first, problems = self._facts[self.hosts[0]], list[str]()
+        if job.arch and first["arch"] != job.arch:
+            fix = "start it again by its config, which locks its packages anew"
+            raise ConfigError(f"host {self.hosts[0]}: {first['arch']}, the packages are for {job.arch}; {fix}")
         for host, facts in self._facts.items():
             if facts["system"] != "Linux":
                 problems.append(f"host {host}: runs {facts['system']}, needs Linux")
@@ -96,7 +99,7 @@ class SshPlace:
             return
         requirements = attempts.kept("requirements", job.packages)
         self._say(f"installing Python {job.python} and packages on {_names(without)}: minutes, once")
-        uv, variables = uv_for(job.arch), "\n".join(f"{k}={shlex.quote(v)}" for k, v in job.uv_variables.items())
+        uv, variables = uv_for(job.arch), "\n".join(f"{k}={shlex.quote(v)}" for k, v in job.environment.items())
 
         def install(host: Host) -> None:
             if self._facts[host]["uv"] == "no":
@@ -106,7 +109,7 @@ class SshPlace:
 
         on_all(without, install)
 
-    def start(self, job: Job, number: int) -> None:
+    def start(self, job: Job, number: int, *, deadline: float = 0.0) -> None:
         """Starts an attempt on all hosts; on one that has had this attempt, nothing happens."""
         secrets, several = job.secret_values(), len(self.hosts) > 1
         slices = len({host.slice for host in self.hosts})
@@ -130,8 +133,8 @@ class SshPlace:
                 command=[*job.command],
                 folder=job.folder,
                 environment={**told, **job.environment, **secrets},
-                deadline=job.deadline,
-                deletion=self.source.deletion() if rank == 0 else "",
+                deadline=deadline,
+                deletion=[*self.source.deletion()] if rank == 0 else [],
             )
             content = json.dumps(asdict(what)).encode()
             arguments = (job.id, str(number), job.bundle, job.packages, job.location)

@@ -87,7 +87,7 @@ class TpuVm(GooglePlace):
     def current(self) -> Sequence[Host]:
         """See `HostSource.current`."""
         if self.topology is None:
-            nodes = self._existing()
+            nodes = self._named(sorted(self._all_nodes(), key=_order))
         else:
             resource = self._resource()
             nodes = self._nodes_of(resource) if resource is not None and self._is_ours(resource) else []
@@ -127,9 +127,9 @@ class TpuVm(GooglePlace):
         url = f"{url}/queuedResources?queuedResourceId={self.options.name}"
         return [Request(method="POST", url=url, body=body_of(self._message(self.topology, makes_key=False)))]
 
-    def deletion(self) -> str:
+    def deletion(self) -> Sequence[str]:
         """See `HostSource.deletion`."""
-        return "" if self.topology is None else f"{api_url('tpu')}/v2/{self._name}?force=true"
+        return () if self.topology is None else [f"{api_url('tpu')}/v2/{self._name}?force=true"]
 
     def _resource(self) -> Any:
         return find(self._what, self._client.get_queued_resource, {"name": self._name})
@@ -241,10 +241,8 @@ class TpuVm(GooglePlace):
 
     def _existing(self) -> list[Any]:
         """Returns the TPU VM of this name, or those of the queued resource of this name."""
-        nodes = sorted(self._all_nodes(), key=_order)
-        name = self.options.name
-        found = [node for node in nodes if _id(node) == name]
-        found = found or [node for node in nodes if node.queued_resource.rpartition("/")[2] == name]
+        nodes, name = sorted(self._all_nodes(), key=_order), self.options.name
+        found = self._named(nodes)
         if not found:
             others = ", ".join(_id(node) for node in nodes) or "none"
             raise ConfigError(
@@ -256,6 +254,10 @@ class TpuVm(GooglePlace):
                 start = f"gcloud compute tpus tpu-vm start {_id(node)} --zone {self.options.zone}"
                 raise ConfigError(f"--name {name}: TPU VM {_id(node)} is {node.state.name}; run `{start}`")
         return found
+
+    def _named(self, nodes: Sequence[Any]) -> list[Any]:
+        found = [node for node in nodes if _id(node) == self.options.name]
+        return found or [node for node in nodes if node.queued_resource.rpartition("/")[2] == self.options.name]
 
     def _waiting(self, nodes: Sequence[Any]) -> str:
         """Returns which TPU VM is waited for, "" if all have booted."""
