@@ -194,15 +194,16 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def _rows(setting: Setting) -> Iterator[tuple[str, Callable[[], TableRow]]]:
     """Yields the platform's own attention kernel first, and the attention that is the same everywhere last."""
-    own, *others = [kernel for kernel in attention.FASTEST_FIRST[setting.platform] if kernel != "reference"]
-    yield from _attention_rows(setting, own)
+    kernels = attention.FASTEST_FIRST[setting.platform]
+    yield from _attention_rows(setting, kernels[0])
     yield "matmul of experts", partial(grouped_row, setting)
     yield "head and cross-entropy", partial(cross_entropy_row, setting)
     yield "gated delta rule", partial(gated_delta_row, setting)
     for quantize in quantized.FORMATS:
         yield f"matmul in {quantize}", partial(quantized_row, setting, quantize)
-    for kernel in others:
-        yield from _attention_rows(setting, kernel)
+    for kernel in kernels[1:]:
+        if kernel != "reference":
+            yield from _attention_rows(setting, kernel)
 
 
 def _attention_rows(setting: Setting, kernel: Kernel) -> Iterator[tuple[str, Callable[[], TableRow]]]:

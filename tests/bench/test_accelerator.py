@@ -45,7 +45,7 @@ def test_every_part_is_measured(repo_root: Path, tmp_path: Path, monkeypatch: py
     assert all(row["right"] == "yes" and row["gb_per_s"] > 0 for row in rows_of(out, "collectives"))
     assert {row["devices"] for row in rows_of(out, "collectives")} == {2, 4, 8}
     kernels = {row["case"]: row for row in rows_of(out, "kernels")}
-    assert kernels["attention, xla, soft cap"]["note"] == "not measured: it has no soft cap"
+    assert "it has no soft cap" in kernels["attention, xla, soft cap"]["note"]
     measured = [row for row in kernels.values() if row["note"] is None]
     assert len(measured) >= 6 and all(row["error"] < 0.1 and row["kernel_ms"] > 0 for row in measured)
     (saved,) = rows_of(out, "save")
