@@ -44,7 +44,7 @@ def lock(extras: Sequence[str], arch: str, uv_variables: Mapping[str, str]) -> E
     installed = {each.name.lower().replace("_", "-"): each.version for each in metadata.distributions()}
     pinned = sorted(f"{name}=={version}" for name, version in installed.items() if name not in _NOT_LOCKED)
     command = [uv_program(), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
-    command += ["--python-platform", f"{arch}-manylinux_2_28", "-"]
+    command += ["--python-platform", f"{arch}-manylinux_2_35", "-"]
     key = short_hash("\n".join([*command[1:], *wanted, *pinned, *sorted(uv_variables.values())]).encode())
     kept = _CACHE / "locks" / f"{key}.txt"
     if not kept.exists():
