@@ -19,6 +19,7 @@ from jaxinfra.cli.arguments import COMMANDS
 from jaxinfra.errors import ConfigError, PeerLostError, StorageError, error_of_code
 from jaxinfra.launchers.launcher import ProcessExit, launch
 from jaxinfra.launchers.local_processes import process_environments
+from jaxinfra.launchers.places.on_host import RUN_DIR
 from jaxinfra.launchers.restart_policy import RestartLimits
 from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
 from jaxinfra.processes.discovery import find_processes
@@ -65,7 +66,7 @@ def _run_again(options: argparse.Namespace) -> int:
         return process_environments(options.processes, options.devices) if is_several else [secret]
 
     command = child_command(options.argv, share_of_devices(options.devices, environments()))
-    location = ask_location(options.argv)
+    location = os.environ.pop(RUN_DIR, None) or ask_location(options.argv)
     assert location is not None
     if found is not None and not os.environ.get(SECRET):
         secret[SECRET] = run_secret(location)

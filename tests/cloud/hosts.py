@@ -92,7 +92,8 @@ class Host:
         scratch = self._folder / self.name
         scratch.mkdir(exist_ok=True)
         owner = os.pidfd_open(os.getpid())
-        spec = {"name": self.name, "lower": str(lower), "scratch": str(scratch), "owner": owner, "firmware": _FIRMWARE}
+        spec = {"name": self.name, "lower": str(lower), "scratch": str(scratch), "shared": str(network.shared)}
+        spec |= {"owner": owner, "firmware": _FIRMWARE}
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py"))]
         try:
             with self.log.open("w") as log:
@@ -172,12 +173,15 @@ class Host:
 
 
 class Hosts:
-    """A network of machines, see `machines.Machines`; `gateway` is the address at which they reach the tests."""
+    """A network of machines, see `machines.Machines`.
+
+    `gateway` is the address at which they reach the tests, `shared` what all have as `/shared`, as an NFS disk.
+    """
 
     def __init__(self) -> None:
         self.gateway = self.bridge = ""
         self._folder: Path | None = None
-        self._lower = Path()
+        self.shared = self._lower = Path()
         self._lock = threading.Lock()
         self._hosts: dict[str, Host] = {}
         self._count = 0
@@ -187,6 +191,9 @@ class Hosts:
         self._lower = debian_root()
         with locked(leftovers.LOCK):
             self._folder = leftovers.new_folder()
+            self.shared = self._folder / "shared"
+            self.shared.mkdir()
+            self.shared.chmod(0o777)
             self.bridge = f"{PREFIX}{self._folder.name}b"
             self.gateway = f"10.{_free_subnet()}.0.1"
             ip(f"link add {self.bridge} type bridge", f"address add {self.gateway}/24 dev {self.bridge}",

@@ -37,7 +37,7 @@ def main(spec: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     socket.sethostname(spec["name"])
-    _make_root(Path(spec["lower"]), Path(spec["scratch"]), spec["firmware"])
+    _make_root(Path(spec["lower"]), Path(spec["scratch"]), Path(spec["shared"]), spec["firmware"])
     _say("ready")
     _serve(spec["owner"])
     return 0
@@ -71,8 +71,8 @@ def _reap() -> bool:
         return False
 
 
-def _make_root(lower: Path, scratch: Path, firmware: dict[str, str]) -> None:
-    """Makes `/` of a layer in memory upon `lower`."""
+def _make_root(lower: Path, scratch: Path, shared: Path, firmware: dict[str, str]) -> None:
+    """Makes `/` of a layer in memory upon `lower`, with `/shared` as the disk that all hosts mount."""
     _mount("none", Path("/"), flags=_MS_REC | _MS_PRIVATE)
     _mount("tmpfs", scratch, "tmpfs", data="mode=755")
     root = scratch / "root"
@@ -83,6 +83,8 @@ def _make_root(lower: Path, scratch: Path, firmware: dict[str, str]) -> None:
     _mount("tmpfs", root / "run", "tmpfs", data="mode=755")
     _make_dev(root / "dev")
     _make_sys(root / "sys", root / "mnt", firmware)
+    (root / "shared").mkdir()
+    _mount(str(shared), root / "shared", flags=_MS_BIND)
     os.chdir(root)
     _mount(".", Path("/"), flags=_MS_MOVE)
     os.chroot(".")

@@ -30,8 +30,8 @@ def config() -> Run:
         data=TokenData(store="{bucket}/stores/text", recipe="text.py", seq_len=32),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=2), peak_lr=3e-3),
-        train=TrainConfig(steps={steps}, global_batch=8, compile_cache="{bucket}/compiled"),
-        checkpoint=CheckpointConfig(save_every=10),
+        train=TrainConfig(steps={steps}, global_batch=8),
+        checkpoint=CheckpointConfig(save_every=5),
         track=TrackConfig(log_every=1, console="plain", tensorboard=False),
     )
 '''

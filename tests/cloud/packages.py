@@ -55,6 +55,7 @@ class PackageServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 1024  # of connections; each uv opens many, and Linux waits seconds with one that is not taken
     log: list[str]
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxinfra.cli.places.start import say
+from jaxinfra.cli.places.lines import say
 from jaxinfra.launchers.places.controller import Controller, require_job
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.run_files import files_of

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from jaxinfra.cli.places.find import find
-from jaxinfra.cli.places.start import say
+from jaxinfra.cli.places.lines import say
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.job import Job
 from jaxinfra.storage.location import is_remote

@@ -3,7 +3,7 @@
 import argparse
 
 from jaxinfra.cli.places.find import find
-from jaxinfra.cli.places.start import watching
+from jaxinfra.cli.places.lines import watching
 
 
 def run(options: argparse.Namespace) -> int:

@@ -2,16 +2,14 @@
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.places.arguments import place_options, variables
 from jaxinfra.cli.places.dry_run import print_plan
+from jaxinfra.cli.places.lines import say, watching
 from jaxinfra.command import command_line
 from jaxinfra.config import validate
 from jaxinfra.config.codec import encode
@@ -89,22 +87,6 @@ def _start(
         say(f"next: {command_line('runs', 'resume', job.location)} watches it, and makes lost hosts again")
         return 0
     return controller.follow(job, number)
-
-
-def say(text: str) -> None:
-    """Prints a line about the place, apart from what the run prints."""
-    print(f"place {time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def watching(location: str) -> Iterator[None]:
-    """Ctrl-C leaves the run alone, and says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        again, end = command_line("runs", "resume", location), command_line("runs", "stop", location)
-        say(f"left; what was started goes on. {again} watches it, {end} ends it")
-        raise
 
 
 def _check_processes(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 
 from jaxinfra.cli.places.find import find
-from jaxinfra.cli.places.start import say
+from jaxinfra.cli.places.lines import say
 from jaxinfra.command import command_line
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 from jaxinfra.processes.maintenance import get
 
+RUN_DIR = "JAXINFRA_RUN_DIR"
+"""Tells the supervisor the run directory, which else takes loading the config, and seconds."""
 GRACE_S = 600.0
 """Time from the end of a run that may be started again until the host deletes the place, if nobody starts it."""
 DONE_S = 30.0

@@ -10,9 +10,10 @@ from functools import partial
 
 from jaxinfra.errors import ConfigError, PeerLostError, RunInUseError
 from jaxinfra.launchers.places.job import Attempts, Job
-from jaxinfra.launchers.places.on_host import HostJob
+from jaxinfra.launchers.places.on_host import RUN_DIR, HostJob
 from jaxinfra.launchers.places.place import Host, HostSource, HostState, Say
 from jaxinfra.launchers.places.requirements import uv_for, uv_version
+from jaxinfra.launchers.places.run_files import split_location
 from jaxinfra.launchers.places.ssh import Ssh, Unreachable, on_all
 
 PORT = 8476  # of process 0, as of JAX on Cloud TPU
@@ -116,9 +117,10 @@ class SshPlace:
         first = self.hosts[0].internal or self._facts[self.hosts[0]]["address"] if several else ""
 
         def begin(host: Host) -> None:
-            rank, told = self.hosts.index(host), dict[str, str]()
+            split = split_location(job.location)
+            rank, told = self.hosts.index(host), {RUN_DIR: split[1] if split else job.location}
             if several:
-                told = {
+                told |= {
                     "JAX_COORDINATOR_ADDRESS": f"{_bracketed(first)}:{PORT}",
                     "JAX_NUM_PROCESSES": str(len(self.hosts)),
                     "JAX_PROCESS_ID": str(rank),
