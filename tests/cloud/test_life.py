@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class World:
     def reference(self, steps: int) -> Mapping[int, str]:
         """Returns the losses of the same run with as many processes, without a cloud or an interruption."""
         if self.last_step("reference") < steps:
+            steps = max(steps, 100)  # enough for the other lives, too
             log = self.folder / "reference.log"
             words = ("life.py", "name=reference", "--processes", "4", "--devices", "cpu:4")
             process = self.laptop().start(*words, log=log)
@@ -92,11 +94,24 @@ class Life:
     def __init__(self, world: World, cloud: Cloud, name: str) -> None:
         self.world, self.cloud, self.name = world, cloud, name
         self.run, self.log = f"{world.bucket}/runs/{name}", world.folder / f"{name}.log"
+        self._commands: list[subprocess.Popen[bytes]] = []
         self.endpoint = f"http://{world.hosts.gateway}:{world.hosts.forward(cloud.port)}"
 
     def laptop(self) -> Laptop:
         """Returns a new machine of a user."""
         return self.world.laptop(JAXINFRA_GOOGLE_ENDPOINT=self.endpoint, GOOGLE_CLOUD_PROJECT=self.cloud.project)
+
+    def begin(self, *words: str) -> subprocess.Popen[bytes]:
+        """Starts a command on a new machine of a user."""
+        self._commands.append(self.laptop().start(*words, log=self.log))
+        return self._commands[-1]
+
+    def end(self) -> None:
+        """Ends what a test has left."""
+        for command in self._commands:
+            power_off(command)
+        for machine in self.cloud.hosts():
+            machine.delete()
 
     def start(self, kind: str, *options: str) -> list[str]:
         """Returns the words of a start."""
@@ -129,28 +144,32 @@ class Life:
 @pytest.fixture
 def life(world: World, request: pytest.FixtureRequest) -> Iterator[Life]:
     with Cloud(world.hosts, delay_s=0.2) as cloud:
-        yield Life(world, cloud, request.node.name.replace("test_", "").translate(str.maketrans("[_", "--", "]")))
-        for machine in cloud.hosts():
-            machine.delete()
+        name = request.node.name.replace("test_", "").translate(str.maketrans("[_", "--", "]"))
+        life = Life(world, cloud, name)
+        try:
+            yield life
+        finally:
+            life.end()
 
 
 @pytest.mark.slow(90)
 @pytest.mark.parametrize("kind", PLACES)
 def test_life(life: Life, kind: str) -> None:
     """On Compute Engine the launching machine dies in the middle, and another one takes over."""
-    cloud, laptop = life.cloud, life.laptop()
+    cloud = life.cloud
     cloud.stockout(ZONE)
-    process = laptop.start(*life.start(kind, "--spot"), log=life.log)
+    process = life.begin(*life.start(kind, "--spot"))
     until(lambda: life.last_step > 8, "training", process, life.log)
     assert life.says("waiting for resources" if kind == "tpu-vm" else "ZONE_RESOURCE_POOL"), life.log.read_text()
 
     if kind == "gce":
         power_off(process)
     cloud.preempt(life.name, after_s=2.0)
-    before = life.last_step
     if kind == "gce":
-        process = life.laptop().start("runs", "resume", life.run, log=life.log)
-    until(lambda: life.last_step > before + 8, "going on", process, life.log)
+        process = life.begin("runs", "resume", life.run)
+    until(lambda: life.says(f"resuming {life.run}"), "going on", process, life.log)
+    resumed = int(life.log.read_text().rpartition(f"resuming {life.run} at step ")[2].split()[0])
+    until(lambda: life.last_step > resumed + 8, "training again", process, life.log)
 
     other = life.laptop()
     logs = other.run("runs", "logs", life.run, "--lines", "5")

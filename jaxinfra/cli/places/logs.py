@@ -2,7 +2,6 @@
 
 import argparse
 import subprocess
-import sys
 
 from jaxinfra.cli.places.find import find
 from jaxinfra.cli.places.lines import say
@@ -36,10 +35,10 @@ def run(options: argparse.Namespace) -> None:
             return
     if not is_remote(job.location):
         raise ConfigError(f"{job.location}: rank {options.rank} has no console of attempt {number} on its host")
-    _from_bucket(job, options.rank)
+    _from_bucket(job, options.rank, options.lines)
 
 
-def _from_bucket(job: Job, rank: int) -> None:
+def _from_bucket(job: Job, rank: int, lines: int | None) -> None:
     """Prints the copy in the bucket of the rank's newest start."""
     store = ObjectStore(f"{job.location}/logs")
     names = [name for name in store.list_names() if name.partition("/")[2].startswith(f"rank-{rank}.log")]
@@ -47,5 +46,6 @@ def _from_bucket(job: Job, rank: int) -> None:
         raise ConfigError(f"{job.location}/logs: no log of rank {rank}; see `runs logs` of another rank")
     newest = max(names).partition("/")[0]
     say(f"the host is gone; this is {job.location}/logs/{newest}, copied every ten seconds")
-    for name in sorted((each for each in names if each.startswith(f"{newest}/")), key=lambda name: (len(name), name)):
-        sys.stdout.write(store.read(name).decode(errors="replace"))
+    parts = sorted((each for each in names if each.startswith(f"{newest}/")), key=lambda name: (len(name), name))
+    text = b"".join(map(store.read, parts)).decode(errors="replace").splitlines()
+    print(*(text if lines is None else text[len(text) - lines :]), sep="\n")
