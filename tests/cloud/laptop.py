@@ -66,6 +66,10 @@ class Laptop:
         for number in range(100):
             text = textwrap.fill(" ".join(words[number * 40 : (number + 1) * 40]), 80)
             (self.project / "text" / f"{number}.txt").write_text(text)
+        self.commit()
+
+    def commit(self) -> None:
+        """Makes a git repository of the project, with one commit."""
         author = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
         for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "Train"]):
             subprocess.run(["git", *words], cwd=self.project, check=True)
