@@ -187,6 +187,21 @@ def test_life(life: Life, kind: str) -> None:
     check_golden(life, kind)
 
 
+@pytest.mark.slow(40)
+def test_ends_when_everybody_has_gone(life: Life) -> None:
+    """The host itself deletes what was made, when the hours are over, by its service account."""
+    cloud = life.cloud
+    cloud.rights[cloud.service_account] = {"tpu.nodes.*", "tpu.operations.*"}
+    words = [*life.start("tpu-vm"), "--create", "v6e-8", "--max-hours", "0.005", "--detach"]
+    process = life.begin(*words)
+    until(lambda: life.says("watches it, and makes lost hosts again"), "starting", process, life.log)
+    assert process.wait(60) == 0 and cloud.remaining() != []
+    waiting = life.begin("runs", "logs", life.run, "--follow")
+    until(lambda: cloud.remaining() == [], "the end of what costs", waiting, life.log)
+    deletions = [path for method, path, _ in cloud.log if method == "DELETE"]
+    assert len(deletions) == 1 and cloud.hosts() == []
+
+
 def check_golden(life: Life, kind: str) -> None:
     """Compares all requests with those on record; WRITE_GOLDEN=1 records them."""
     asked = life.cloud.golden({life.endpoint: "ENDPOINT", life.world.bucket: "BUCKET"}).strip().split("\n\n")
