@@ -80,7 +80,8 @@ install) # ENVIRONMENT UV PYTHON: variables on standard input; the requirements 
     set +a
     export UV_CACHE_DIR="${UV_CACHE_DIR:-$base/uv}" UV_PYTHON_INSTALL_DIR="${UV_PYTHON_INSTALL_DIR:-$base/pythons}"
     export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}"
-    "$base/bin/uv-$2" venv --quiet --allow-existing --python "$3" "$folder" 8>&-
+    # Offline is for packages: uv would not even copy a Python from a mirror on a disk, file:///.
+    env -u UV_OFFLINE "$base/bin/uv-$2" venv --quiet --allow-existing --python "$3" "$folder" 8>&-
     "$base/bin/uv-$2" pip install --quiet --python "$folder/bin/python" -r "$folder/requirements.txt" 8>&-
     touch "$folder/.complete"
     ;;
