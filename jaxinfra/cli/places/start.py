@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     job = replace(job, place=place.source.options)
     extras = [*options.extra, *_trackers(config)]
     if options.dry_run:
-        print_plan(job, place, bundle, extras)
+        made = chips_made(job.place)
+        print_plan(job, place, bundle, [*extras, *(made.extras if made else ())])
         return 0
     job.secret_values()
     say(f"code: {bundle.text}")

@@ -10,7 +10,7 @@ from jaxinfra.launchers.places.ssh import Ssh
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 
-_ON_HOST = re.compile(r"(?P<host>(?:[^@:/]+@)?[^:/@]+):(?P<path>/.*)")
+_ON_HOST = re.compile(r"(?P<host>(?:[\w.][\w.-]*@)?[\w.][\w.-]*):(?P<path>/.*)")
 
 
 class RunFiles(Protocol):

@@ -1,15 +1,17 @@
 """Finds the source of hosts for a kind of place, and how ssh reaches what it yields."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.launchers.places.job import Job, run_id
 from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Request, Say
 from jaxinfra.launchers.places.ssh import Ssh
 from jaxinfra.launchers.places.ssh_place import SshPlace
 
+_ADDRESS = re.compile(r"(?:[\w.][\w.-]*@)?[\w.\[:][\w.:%\]-]*")
 KNOWN_HOSTS = Path.home() / ".cache" / "jaxinfra" / "places" / "known_hosts"
 
 
@@ -17,8 +19,10 @@ class HostList:
     """Hosts that exist, by name; nothing is made or deleted."""
 
     def __init__(self, options: PlaceOptions) -> None:
-        """Raises ConfigError for a host that stands there twice."""
+        """Raises ConfigError for a host that stands there twice, or that is no name of one."""
         self.options, addresses = options, options.hosts
+        if wrong := [each for each in addresses if not _ADDRESS.fullmatch(each)]:
+            raise ConfigError(f"--hosts: {quoted(wrong[0])} is no host; use [USER@]NAME[,...], as ssh takes them")
         if twice := sorted({each for each in addresses if addresses.count(each) > 1}):
             raise ConfigError(f"--hosts: {twice[0]} stands there twice; name each host once, in the order of ranks")
         self._hosts = [Host(address=address) for address in addresses]

@@ -40,7 +40,7 @@ class Ssh:
         """Returns the command line of an action; a dry run shows it with a name in place of the script."""
         words = ["sh", "-c", _script() if script is None else script, "host", self.workdir, action, *arguments]
         program = shlex.split(os.environ.get("JAXINFRA_SSH", "ssh"))
-        return [*program, *_OPTIONS, *_ALIVE, *self.options, host.address, shlex.join(words)]
+        return [*program, *_OPTIONS, *_ALIVE, *self.options, "--", host.address, shlex.join(words)]
 
     def call(
         self,

@@ -1,0 +1,87 @@
+"""The command line of runs elsewhere: what is refused before anybody is asked, and what a dry run shows."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.refusals import refused
+from tests.tiny_run import Ended, Tiny, launch
+
+ON_CLOUD = ("--place", "tpu-vm", "--create", "v6e-8", "--zone", "us-east5-b", "--project", "p")
+IN_BUCKET = ("root=gs://bucket/runs", "data.store=gs://bucket/stores/text")
+
+
+@pytest.fixture
+def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """The tiny run in a git checkout of its own, which is where the user is, with no key and no cloud."""
+    folder = tiny.config.parent
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.delenv("JAXINFRA_GOOGLE_ENDPOINT", raising=False)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return tiny
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--hosts", "a"), "--hosts --place"),
+        (("--dry-run",), "--dry-run --place"),
+        (("--place", "ssh"), "--place ssh --hosts"),
+        (("--place", "ssh", "--hosts", "a", "--spot"), "--spot ssh"),
+        (("--place", "ssh", "--hosts", "a,a"), "--hosts a twice"),
+        (("--place", "ssh", "--hosts", "a", "--processes", "2"), "--processes 2"),
+        (("--place", "ssh", "--hosts", "a", "root=runs"), "root=runs root=/shared/runs"),
+        (("--place", "ssh", "--hosts", "a", "data.store=s/t"), "data.store=s/t data prepare"),
+        (("--place", "ssh", "--hosts", "a", "--env", "X"), "--env X NAME=VALUE"),
+        (("--place", "ssh", "--hosts", "a", "--secret", "NOT_SET"), "--secret NOT_SET export"),
+        (("--place", "ssh", "--hosts", "a", "--committed"), "--committed"),
+        (("--place", "ssh", "--hosts", "a,-oProxyCommand=x"), "--hosts -oProxyCommand=x"),
+        (("--place", "tpu-vm", "--create", "v6e-8"), "--place tpu-vm --zone"),
+        (("--place", "tpu-vm", "--zone", "us-east5-b"), "--place tpu-vm --name --create"),
+        (("--place", "tpu-vm", "--name", "x", "--zone", "us-east5-b", "--spot"), "--spot --create"),
+        (ON_CLOUD, "root= gs://BUCKET/runs"),
+        ((*ON_CLOUD, "root=gs://bucket/runs"), "data.store= data prepare gs://BUCKET"),
+        ((*ON_CLOUD, *IN_BUCKET, "--create", "v6e-9"), "v6e-9 v6e-8"),
+        ((*ON_CLOUD, *IN_BUCKET, "--create", "tpu7x:2x2x1"), "tpu7x --place gce"),
+        ((*ON_CLOUD, *IN_BUCKET, "--max-hours", "-1"), "--max-hours"),
+    ],
+)
+def test_refuses_in_one_line(project: Tiny, words: tuple[str, ...], named: str) -> None:
+    refused(project.launch(*words), named)
+    assert not project.runs.exists()
+
+
+def test_commands_for_runs_elsewhere_need_one(project: Tiny) -> None:
+    for command in ("logs", "stop", "resume"):
+        refused(launch("runs", command, "runs/tiny"), "runs/tiny HOST:/path")
+
+
+def dry(project: Tiny, *words: str) -> Ended:
+    """A dry run: it succeeds, and changes nothing."""
+    before = sorted(project.config.parent.rglob("*"))
+    ended = project.launch(*words, "--dry-run")
+    assert ended.code == 0, ended
+    assert sorted(project.config.parent.rglob("*")) == before
+    return ended
+
+
+def test_dry_run_shows_requests_commands_and_files(
+    project: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TOKEN", "never-shown")
+    (tmp_path / "new.py").write_text("")
+    shown = dry(project, *ON_CLOUD, *IN_BUCKET, "--secret", "TOKEN", "--env", "A=b c").out
+    assert "POST https://tpu.googleapis.com/v2/projects/p/locations/us-east5-b/queuedResources" in shown
+    assert '"acceleratorType": "v6e-8"' in shown and "?? new.py" in shown
+    assert all(f" {action} " in shown for action in ("probe", "unpack", "receive", "install", "start"))
+    assert "gs://bucket/runs/tiny" in shown and "jax[tpu]" in shown
+    assert "TOKEN" in shown and "never-shown" not in shown
+    shown = dry(project, "--place", "gce", *ON_CLOUD[2:], *IN_BUCKET).out
+    assert [line.rpartition("/")[2] for line in shown.splitlines() if line.startswith("POST ")] == [
+        "instanceTemplates",
+        "instanceGroupManagers",
+    ]
+    shown = dry(project, "--place", "ssh", "--hosts", "one,ada@two").out
+    assert f"one:{project.directory()}" in shown and "ada@two" in shown and "POST" not in shown
