@@ -61,6 +61,7 @@ examples:
   {COMMAND} configs/quickstart.py --processes 2 --devices cpu:4
   {COMMAND} configs/story.py --supervise
   {COMMAND} configs/story.py root=s3://BUCKET/runs
+  {COMMAND} configs/story.py root=gs://BUCKET/runs --place tpu-vm --create v6e-16 --spot --zone us-east5-b
 
 {EXIT_CODES}
 """
