@@ -8,7 +8,16 @@ import pytest
 
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.launchers.places import images
-from jaxinfra.launchers.places.google_cloud import ENDPOINT, Origin, Wait, label_of, located, public_key
+from jaxinfra.launchers.places.google_cloud import (
+    ENDPOINT,
+    Origin,
+    Wait,
+    check_key,
+    key_of,
+    label_of,
+    located,
+    public_key,
+)
 from jaxinfra.launchers.places.google_errors import PERMISSIONS, ROLES, Stockout, error_of
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.tpu_vm import TpuVm
@@ -99,8 +108,11 @@ def test_the_key_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert private.stat().st_mode & 0o777 == 0o600
     private.with_suffix(".pub").unlink()  # made again from the private key
     assert public_key(TPU).split()[:2] == key.split()[:2]
+    elsewhere = replace(TPU, ssh_key=str(tmp_path / "missing"))  # the key of another launching machine
+    assert public_key(elsewhere).split()[:2] == key.split()[:2] and key_of(elsewhere) == private
     with raises(ConfigError, "--ssh-key missing"):
-        public_key(replace(TPU, ssh_key=str(tmp_path / "missing")))
+        check_key(elsewhere)
+    check_key(TPU)
 
 
 def test_a_wait_says_what_changes_and_ends() -> None:

@@ -1,7 +1,6 @@
 """Machines of Compute Engine: a group or a machine that exists, or groups that a template makes, one for each slice."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,15 +16,18 @@ from jaxinfra.launchers.places.google_cloud import (
     api_url,
     body_of,
     call,
+    change,
     client_of,
     find,
     items_of,
+    refusal,
 )
 from jaxinfra.launchers.places.google_errors import Stockout, error_of
 from jaxinfra.launchers.places.images import Machines, machines_of
 from jaxinfra.launchers.places.place import Host, PlaceOptions, Request, Resource, Say
 
 _COMING = {"PENDING", "PROVISIONING", "STAGING", "REPAIRING"}
+_TEMPLATE, _POLICY = "instance template", "resource policy"
 _FATAL = ("PERMISSION", "FORBIDDEN", "INVALID", "NOT_FOUND", "UNSUPPORTED")  # parts of codes
 
 
@@ -59,7 +61,7 @@ class Gce(GooglePlace):
 
     def step(self, say: Say) -> Sequence[Host] | str:
         """See `GooglePlace.step`."""
-        if self._machines is None:
+        if (machines := self._machines) is None:
             return self._step_existing()
         groups = {name: self._group(name) for name in self._names}
         for group in groups.values():
@@ -67,10 +69,10 @@ class Gce(GooglePlace):
                 self.check_owner("managed instance group", group.description)
         missing = [name for name, group in groups.items() if group is None]
         if missing:
-            if len(missing) == len(groups):
-                self._delete_rest()  # of an earlier start, whose options may have been others
+            if len(missing) == len(groups):  # those of an earlier start may have had other options
+                self._delete_rest(lambda kind, found: not self._is_alike(kind, found, machines))
             for name in missing:
-                self._make(say, self._machines, name)
+                self._make(say, machines, name)
             return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} requested"
         for name, group in groups.items():
             if waiting := self._look(say, name, group):
@@ -99,6 +101,7 @@ class Gce(GooglePlace):
 
     def current(self) -> Sequence[Host]:
         """See `HostSource.current`."""
+        self.has_asked = True
         if self._machines is None:
             if found := self._existing():
                 return self._hosts_of(found)
@@ -112,6 +115,7 @@ class Gce(GooglePlace):
 
     def lost(self) -> str:
         """See `HostSource.lost`."""
+        self.has_asked = True
         names = self._names if self._machines is not None else self._existing()
         if not names:
             status = self._single().status
@@ -128,31 +132,44 @@ class Gce(GooglePlace):
                 return f"{group.target_size - running} of {group.target_size} machines of {name} do not run"
         return ""
 
-    def release(self, say: Say) -> None:
-        """See `HostSource.release`."""
+    def delete(self, say: Say, only: Collection[str] | None) -> None:
+        """See `GooglePlace.delete`."""
         if self._machines is None:
             return
+        others = False
         for name in self._names:
             group = self._group(name)
-            if group is not None and self.is_ours(group.description):
+            if group is not None and only is not None and name not in only:
+                others = True
+            elif group is not None and self.is_ours(group.description):
                 self._delete_group(name)
                 say(f"deleted managed instance group {name} in {self.options.zone}, and its machines")
-        for deleted in self._delete_rest():
+        if others:  # which are made from the template
+            return
+        for deleted in self._delete_rest(lambda kind, _: only is None or kind in only):
             say(f"deleted {deleted}")
 
-    def _delete_rest(self) -> list[str]:
-        """Deletes the template and the policy, if they are of this run; returns what was deleted."""
+    def _delete_rest(self, is_due: Callable[[str, Any], bool]) -> list[str]:
+        """Deletes the template and the policy, if they are of this run and due; returns what was deleted."""
         name, deleted = self.options.name, list[str]()
         for kind, client, request in (
-            ("instance template", self._templates, {"project": self.options.project, "instance_template": name}),
-            ("resource policy", self._policies, {**self._in_region, "resource_policy": name}),
+            (_TEMPLATE, self._templates, {"project": self.options.project, "instance_template": name}),
+            (_POLICY, self._policies, {**self._in_region, "resource_policy": name}),
         ):
             what = f"delete {kind} {name}"
             found = find(what, client.get, request)
-            if found is not None and self.is_ours(found.description):
-                self._finish(what, call(what, client.delete, request))
+            is_due_now = found is not None and self.is_ours(found.description) and is_due(kind, found)
+            if is_due_now and (operation := self.ask_to_delete(what, client.delete, request)) is not None:
+                self._finish(what, operation)
                 deleted.append(f"{kind} {name}")
         return deleted
+
+    def _is_alike(self, kind: str, found: Any, machines: Machines) -> bool:
+        """Whether a template or policy is what this run would make, as that which another machine has just made."""
+        if kind == _TEMPLATE:
+            return messages.content_of(found) == messages.content_of(self._template(machines, makes_key=False))
+        has, wanted = found.workload_policy, self._policy(machines).workload_policy
+        return has.type_ == wanted.type_ and has.accelerator_topology == wanted.accelerator_topology
 
     def requests(self) -> Sequence[Request]:
         """See `HostSource.requests`."""
@@ -189,18 +206,23 @@ class Gce(GooglePlace):
         what = f"--create {self.topology} in {self.options.zone}"
         if messages.needs_policy(machines):
             request = {**self._in_region, "resource_policy": self.options.name}
-            if not self._has("resource policy", find(what, self._policies.get, request)):
+            if not self._has(_POLICY, find(what, self._policies.get, request)):
                 body = {**self._in_region, "resource_policy_resource": self._policy(machines)}
-                self._finish(what, call(what, self._policies.insert, body))
+                self._insert(what, self._policies, body, _POLICY)
         project = {"project": self.options.project}
         request = {**project, "instance_template": self.options.name}
-        if not self._has("instance template", find(what, self._templates.get, request)):
+        if not self._has(_TEMPLATE, find(what, self._templates.get, request)):
             body = {**project, "instance_template_resource": self._template(machines)}
-            self._finish(what, call(what, self._templates.insert, body))
-        self.has_made = True
+            self._insert(what, self._templates, body, _TEMPLATE)
         body = {**self._in_zone, "instance_group_manager_resource": self._message(machines, name)}
-        self._finish(what, call(what, self._groups.insert, body))
+        self._insert(what, self._groups, body, name)
         say(f"requested {machines.hosts} {machines.machine} in {self.options.zone} as managed instance group {name}")
+
+    def _insert(self, what: str, client: Any, request: dict[str, Any], made: str) -> None:
+        self.check_goes_on()
+        operation = change(what, client.insert, request)
+        self.made.add(made)
+        self._finish(what, operation)
 
     def _finish(self, what: str, operation: Any) -> None:
         """Waits for the end of an operation; its own `result` would ask the public endpoint, whatever the client's."""
@@ -210,30 +232,33 @@ class Gce(GooglePlace):
         elif operation.region:
             scope, request["region"] = "Region", region_of(self.options.zone)
         client = client_of("compute_v1", f"{scope}OperationsClient")
-        while (now := call(what, client.get, request)).status != type(now).Status.DONE:
-            time.sleep(self.poll_s / 5)
-        if now.error.errors:
-            first = now.error.errors[0]
-            raise error_of(what, now.http_error_status_code, f"{first.code}: {first.message}")
+
+        def has_ended() -> bool:
+            now = call(what, client.get, request)
+            is_done = now.status == type(now).Status.DONE
+            if is_done and now.error.errors:
+                first = now.error.errors[0]
+                raise refusal(what, now.http_error_status_code, f"{first.code}: {first.message}")
+            return is_done
+
+        self.wait_for(what, operation.name, has_ended)
 
     def _has(self, kind: str, found: Any) -> bool:
-        if found is None:
-            self.has_made = True
-            return False
-        self.check_owner(kind, found.description)
-        return True
+        if found is not None:
+            self.check_owner(kind, found.description)
+        return found is not None
 
     def _group(self, name: str) -> Any:
         return find(self._what, self._groups.get, {**self._in_zone, "instance_group_manager": name})
 
     def _members(self, name: str) -> list[Any]:
         request = {**self._in_zone, "instance_group_manager": name}
-        return items_of(self._what, self._groups.list_managed_instances, request)
+        return find(self._what, lambda **asked: list(self._groups.list_managed_instances(**asked)), request) or []
 
     def _delete_group(self, name: str) -> None:
         what = f"delete managed instance group {name}"
-        operation = find(what, self._groups.delete, {**self._in_zone, "instance_group_manager": name})
-        if operation is not None:
+        request = {**self._in_zone, "instance_group_manager": name}
+        if (operation := self.ask_to_delete(what, self._groups.delete, request)) is not None:
             self._finish(what, operation)
 
     def _lost_member(self, members: Sequence[Any]) -> str:
@@ -283,15 +308,23 @@ class Gce(GooglePlace):
 
     def _with_key(self, instance: Any) -> Any:
         """Adds our key to a machine that does not have it."""
-        items = {item.key: item.value for item in instance.metadata.items}
-        keys = self.with_key(items.get(SSH_KEYS, ""))
-        if keys is not None:
-            what = f"add the ssh key to {instance.name}"
-            changed = [{"key": key, "value": value} for key, value in {**items, SSH_KEYS: keys}.items()]
-            metadata = compute_module().Metadata(fingerprint=instance.metadata.fingerprint, items=changed)
-            request = {**self._in_zone, "instance": instance.name, "metadata_resource": metadata}
-            self._finish(what, call(what, self._instances.set_metadata, request))
-        return instance
+        what, request = f"add the ssh key to {instance.name}", {**self._in_zone, "instance": instance.name}
+
+        def items(found: Any) -> dict[str, str]:
+            return {item.key: item.value for item in found.metadata.items}
+
+        def write(found: Any, keys: str) -> None:
+            changed = [{"key": key, "value": value} for key, value in {**items(found), SSH_KEYS: keys}.items()]
+            metadata = compute_module().Metadata(fingerprint=found.metadata.fingerprint, items=changed)
+            self._finish(what, change(what, self._instances.set_metadata, {**request, "metadata_resource": metadata}))
+
+        return self.let_in(
+            what,
+            instance,
+            keys=lambda found: items(found).get(SSH_KEYS, ""),
+            write=write,
+            read=lambda: find(what, self._instances.get, request),
+        )
 
     def _existing(self) -> list[str]:
         """Returns the groups of this name: one, or NAME-0, NAME-1 and so on."""
@@ -359,10 +392,8 @@ def list_resources(project: str, zone: str = "-") -> list[Resource]:
 
 
 def _items(client: Any, name: str, project: str, zone: str, filter: str = "") -> list[Any]:
-    what, request = (
-        f"list {name.replace('_', ' ')} of {project}",
-        {"project": project, **({"filter": filter} if filter else {})},
-    )
+    what = f"list {name.replace('_', ' ')} of {project}"
+    request = {"project": project} | ({"filter": filter} if filter else {})
     if zone != "-":
         return items_of(what, client.list, {**request, "zone": zone})
     return [item for _, scope in items_of(what, client.aggregated_list, request) for item in getattr(scope, name)]

@@ -1,5 +1,6 @@
 """The messages that ask Compute Engine for slices: a workload policy, an instance template, and groups of machines."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,20 @@ def template_message(
             "values": [options.reservation],
         }
     return compute_module().InstanceTemplate(name=options.name, description=description, properties=properties)
+
+
+def content_of(template: Any) -> tuple[Any, ...]:
+    """Returns what options say of machines; the cloud adds more, and makes URLs of paths. Keys may differ."""
+    properties = template.properties
+    disk, interface, scheduling = properties.disks[0], properties.network_interfaces[0], properties.scheduling
+    paths = (disk.initialize_params.source_image, interface.subnetwork or interface.network)
+    return (
+        (template.description, properties.machine_type, bool(interface.access_configs)),
+        [re.sub(r".*/(?=projects/)", "", path) for path in paths],
+        (scheduling.provisioning_model, scheduling.max_run_duration.seconds),
+        [*properties.reservation_affinity.values],
+        [account.email for account in properties.service_accounts],
+    )
 
 
 def _scheduling(options: PlaceOptions, machines: Machines) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.launchers.places.google_errors import Stockout, google_errors
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError
+from jaxinfra.launchers.places.google_errors import Stockout, error_of, google_errors
 from jaxinfra.launchers.places.images import topology_of
 from jaxinfra.launchers.places.place import Host, PlaceOptions, Say
 from jaxinfra.packages import import_optional
@@ -33,10 +33,21 @@ BY_KEYS = {"enable-oslogin": "FALSE"}
 _TIMEOUT_S = 60.0  # of a request
 _MAX_BACKOFF_S = 600.0
 _REMIND_S = 600.0
+_OPERATION_S = 900.0  # the longest wait for the end of an operation
+_MAX_RACES = 8  # in a row, until a refusal is taken for one
+_KEY_TRIES = 3
+_DEFAULT_KEY = "~/.ssh/google_compute_engine"  # gcloud's
 _MAX_RUN = 400  # characters of a run's location; a description of the Cloud TPU API has 512
 _ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]+-[a-z0-9]+")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,52}[a-z0-9])?")  # with the numbers of slices and hosts up to 63 characters
+_RACE = re.compile(
+    r"already being used|not ready|/(instanceTemplates|resourcePolicies|instances|nodes)/\S+ was not found"
+)
 _ORIGIN = re.compile(r"made by jaxinfra for (?P<run>.*) on (?P<chips>\S+?)(?P<spot> \(spot\))?")
+
+
+class Raced(ConfigError):
+    """A change that was refused, maybe for what another machine of the run does now; the next look says more."""
 
 
 def client_of(module: str, name: str) -> Any:
@@ -71,6 +82,28 @@ def find(what: str, method: Any, request: Mapping[str, Any] | Any) -> Any:
             return method(request=request, timeout=_TIMEOUT_S)
         except exceptions.NotFound:
             return None
+
+
+def change(what: str, method: Any, request: Mapping[str, Any] | Any, *, missing_ok: bool = False) -> Any:
+    """Calls a method that makes, changes or deletes; returns None if there is no such thing, and there need not be."""
+    exceptions = import_optional("google.api_core.exceptions", needed_by="--place", install=INSTALL)
+    with google_errors(what):
+        try:
+            return method(request=request, timeout=_TIMEOUT_S)
+        except exceptions.GoogleAPICallError as error:
+            if missing_ok and isinstance(error, exceptions.NotFound):
+                return None
+            found = refusal(what, int(error.code or 0), error.message)
+            if isinstance(found, Raced):
+                raise found from None
+            raise
+
+
+def refusal(what: str, code: int, message: str) -> JaxinfraError:
+    """Returns the error of a change; Raced if another machine may be the reason, as for what exists by now (409)."""
+    found = error_of(what, code, message)
+    is_race = code in (409, 412) or _RACE.search(message)
+    return Raced(str(found)) if is_race and isinstance(found, ConfigError) else found
 
 
 def items_of(what: str, method: Any, request: Mapping[str, Any] | Any) -> list[Any]:
@@ -148,9 +181,16 @@ def user_of(options: PlaceOptions) -> str:
     return "jaxinfra" if not options.user and name == "root" else name
 
 
+def check_key(options: PlaceOptions) -> None:
+    """Raises ConfigError if the key of a new start is not there."""
+    if options.ssh_key and not Path(options.ssh_key).expanduser().exists():
+        raise ConfigError(f"--ssh-key {options.ssh_key}: no such file; leave it out, and a key is made")
+
+
 def key_of(options: PlaceOptions) -> Path:
-    """Returns the private key for the hosts."""
-    return Path(options.ssh_key or "~/.ssh/google_compute_engine").expanduser()
+    """Returns the private key for the hosts: the default one if that of the options is on another machine only."""
+    private = Path(options.ssh_key or _DEFAULT_KEY).expanduser()
+    return private if private.exists() else Path(_DEFAULT_KEY).expanduser()
 
 
 def public_key(options: PlaceOptions) -> str:
@@ -161,8 +201,6 @@ def public_key(options: PlaceOptions) -> str:
         return public.read_text().strip()
     if private.exists():
         return _keygen("-y", "-f", str(private)).strip()
-    if options.ssh_key:
-        raise ConfigError(f"--ssh-key {private}: no such file; leave it out, and a key is made")
     private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _keygen("-q", "-t", "ed25519", "-N", "", "-C", user_of(options), "-f", str(private))
     return public.read_text().strip()
@@ -211,32 +249,50 @@ class GooglePlace:
         self.origin = Origin(run=run, chips=str(self.topology or ""), spot=options.spot)
         self.labels = {LABEL: "1", RUN_LABEL: label_of(run_location)}
         self.poll_s = poll_s
-        self.has_made = False  # whether this object has asked for machines; the run may live on those of another
+        self.made: set[str] = set()  # what this object has made since `acquire`; the run may live on that of another
+        self.has_asked = False
+        self._go_on: Callable[[], bool] = lambda: True
         self._failures, self._retry_at = 0, 0.0
 
-    def acquire(self, say: Say) -> Sequence[Host]:
-        """See `HostSource.acquire`. What was made is deleted if the rest is refused, or does not come in time."""
-        wait, is_first = Wait(say, self.options.wait_hours, poll_s=self.poll_s), True
+    def acquire(self, say: Say, go_on: Callable[[], bool] = lambda: True) -> Sequence[Host]:
+        """See `HostSource.acquire`. What was made is deleted if the rest is refused, or does not come in time.
+
+        Without an answer it tries again, but not if there was never one: then the network of this machine may be bad.
+        """
+        wait, races = Wait(say, self.options.wait_hours, poll_s=self.poll_s), 0
+        self.made, self._go_on = set(), go_on
         while True:
             try:
-                done = self.step(say)
+                self.check_goes_on()
+                done, races = self.step(say), 0
+            except Preempted:
+                self.release(say)
+                raise
             except StorageError as error:
-                if is_first and not isinstance(error, Stockout):
+                if not (self.has_asked or self.made or isinstance(error, Stockout)):
                     raise
                 done = str(error)
-            except ConfigError:
-                if self.has_made:
-                    self.release(say)
-                raise
+            except ConfigError as error:
+                races += 1
+                if not isinstance(error, Raced) or races > _MAX_RACES:
+                    self.delete(say, self.made)  # and nothing that another machine may be using
+                    raise
+                done = f"another machine of the run may be at {self.options.name}, too"
+            self.has_asked = True
             if not isinstance(done, str):
                 self._failures = 0
                 return done
-            is_first = False
             try:
                 wait.pause(done)
             except ConfigError:
                 self.release(say)
                 raise
+
+    def check_goes_on(self) -> None:
+        """Raises Preempted if the user has stopped the run."""
+        if not self._go_on():
+            what = f"{self.origin.chips or self.options.name} in {self.options.zone}"
+            raise Preempted(f"stopped by the user while it waited for {what}")
 
     def step(self, say: Say) -> Sequence[Host] | str:
         """Looks at what exists, does what is next, and returns the hosts, or what is waited for."""
@@ -244,7 +300,32 @@ class GooglePlace:
 
     def release(self, say: Say) -> None:
         """See `HostSource.release`."""
+        self.delete(say, None)
+
+    def delete(self, say: Say, only: Collection[str] | None) -> None:
+        """Deletes what was made for this run; if `only` is given, no more than this part of it."""
         raise NotImplementedError
+
+    def ask_to_delete(self, what: str, method: Any, request: Mapping[str, Any]) -> Any:
+        """Asks again while something else uses it or is done to it; returns the operation, None if it is gone."""
+        races = 0
+        while True:
+            try:
+                return change(what, method, request, missing_ok=True)
+            except Raced:
+                races += 1
+                if races > _MAX_RACES:
+                    raise
+            time.sleep(self.poll_s)
+
+    def wait_for(self, what: str, operation: str, has_ended: Callable[[], bool]) -> None:
+        """Waits for the end of an operation; raises StorageError if it does not come."""
+        started = time.monotonic()
+        while not has_ended():
+            if time.monotonic() - started > _OPERATION_S:
+                limit = f"{_OPERATION_S / 60:g} minutes"
+                raise StorageError(f"{what}: operation {operation}: no end in {limit}; start the same command again")
+            time.sleep(self.poll_s / 5)
 
     def may_retry(self) -> bool:
         """Whether the pause after a failure is over; it doubles with each failure, up to ten minutes."""
@@ -282,6 +363,34 @@ class GooglePlace:
         if any(line.split()[:2] == ours.split()[:2] for line in lines):
             return None
         return "\n".join([*lines, ours])
+
+    def let_in(
+        self, what: str, found: Any, keys: Callable[[Any], str], write: Callable[[Any, str], None], read: Any
+    ) -> Any:
+        """Adds our key to a machine that lacks it, and looks whether it stays: others may add theirs now.
+
+        Args:
+            what: what is done, for errors.
+            found: the machine.
+            keys: returns its metadata `ssh-keys`.
+            write: changes them.
+            read: returns the machine as it is now, None if it is gone.
+        """
+        for _ in range(_KEY_TRIES):
+            changed = self.with_key(keys(found))
+            if changed is None:
+                return found
+            try:
+                write(found, changed)
+            except Raced:
+                time.sleep(self.poll_s)
+            now = read()
+            if now is None:
+                return found
+            found = now
+        if self.with_key(keys(found)) is not None:
+            raise StorageError(f"{what}: others change it at the same time; start the same command again")
+        return found
 
     def host(self, name: str, *, internal: str, external: str, slice: int) -> Host:
         """Returns a host by the address that the options ask for."""

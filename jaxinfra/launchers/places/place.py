@@ -88,10 +88,11 @@ class HostSource(Protocol):
     options: PlaceOptions
     """With what the environment of this machine has added, such as project and user: what another machine needs."""
 
-    def acquire(self, say: Say) -> Sequence[Host]:
+    def acquire(self, say: Say, go_on: Callable[[], bool] = lambda: True) -> Sequence[Host]:
         """Finds or makes the hosts, waits until they are ready, and returns them by rank.
 
-        What was preempted or failed is deleted and made again. `say` gets a line whenever the wait changes.
+        What was preempted or failed is deleted and made again. `say` gets a line whenever the wait changes. `go_on` is
+        asked again and again: once it is False, what was made for this run is deleted, and Preempted is raised.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Finds the source of hosts for a kind of place, and how ssh reaches what it yields."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class HostList:
             raise ConfigError(f"--hosts: {twice[0]} stands there twice; name each host once, in the order of ranks")
         self._hosts = [Host(address=address) for address in addresses]
 
-    def acquire(self, say: Say) -> Sequence[Host]:
+    def acquire(self, say: Say, go_on: Callable[[], bool] = lambda: True) -> Sequence[Host]:
         """Returns the hosts."""
         return self._hosts
 

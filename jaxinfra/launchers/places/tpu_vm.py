@@ -1,8 +1,7 @@
 """TPU VMs of the Cloud TPU API: one that exists, or slices that a queued resource makes."""
 
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +18,11 @@ from jaxinfra.launchers.places.google_cloud import (
     api_url,
     body_of,
     call,
+    change,
     client_of,
     find,
     items_of,
+    refusal,
 )
 from jaxinfra.launchers.places.google_errors import Stockout, error_of
 from jaxinfra.launchers.places.images import accelerator_type, tpu_type
@@ -66,6 +67,7 @@ class TpuVm(GooglePlace):
         if resource is None:
             return self._create(say, self.topology)
         self._check_ours(resource)
+        self._creation = None
         state, name = resource.state.state.name, f"queued resource {self.options.name}"
         if state == "FAILED":
             failure = self._failure(resource)
@@ -86,6 +88,7 @@ class TpuVm(GooglePlace):
 
     def current(self) -> Sequence[Host]:
         """See `HostSource.current`."""
+        self.has_asked = True
         if self.topology is None:
             nodes = self._named(sorted(self._all_nodes(), key=_order))
         else:
@@ -95,6 +98,7 @@ class TpuVm(GooglePlace):
 
     def lost(self) -> str:
         """See `HostSource.lost`."""
+        self.has_asked = True
         if self.topology is None:
             return self._lost_nodes(self._existing(), *_STOPPED_NODE)
         resource = self._resource()
@@ -110,12 +114,12 @@ class TpuVm(GooglePlace):
             return f"{self.topology.slices - len(nodes)} of {self.topology.slices} TPU VMs deleted"
         return self._lost_nodes(nodes, *_STOPPED_NODE)
 
-    def release(self, say: Say) -> None:
-        """See `HostSource.release`."""
-        if self.topology is None:
+    def delete(self, say: Say, only: Collection[str] | None) -> None:
+        """See `GooglePlace.delete`."""
+        if self.topology is None or (only is not None and self.options.name not in only):
             return
         resource = self._resource()
-        if resource is not None and self._is_ours(resource):
+        if resource is not None and self._is_ours(resource) and resource.state.state.name != "DELETING":
             self._delete()
             say(f"deleted queued resource {self.options.name} in {self.options.zone}, and its TPU VMs")
 
@@ -140,16 +144,18 @@ class TpuVm(GooglePlace):
             f"queued resource {self.options.name} is requested",
         )
         if self._creation is not None:
-            if not self._has_ended(what, self._creation):
+            creation, self._creation = self._creation, None  # one that has failed is not asked again
+            if not self._has_ended(what, creation):
+                self._creation = creation
                 return waiting
-            self._creation = None
         request = {
             "parent": self._zone,
             "queued_resource_id": self.options.name,
             "queued_resource": self._message(topology),
         }
-        self._creation = call(what, self._client.create_queued_resource, request)
-        self.has_made = True
+        self.check_goes_on()
+        self._creation = change(what, self._client.create_queued_resource, request)
+        self.made.add(self.options.name)
         say(f"requested {topology} in {self.options.zone} as queued resource {self.options.name}")
         return waiting
 
@@ -192,20 +198,20 @@ class TpuVm(GooglePlace):
 
     def _delete(self) -> None:
         what = f"delete {self._what}"
-        operation = find(what, self._client.delete_queued_resource, {"name": self._name, "force": True})
+        request = {"name": self._name, "force": True}
+        operation = self.ask_to_delete(what, self._client.delete_queued_resource, request)
         if operation is not None:
             self._finish(what, operation)
 
     def _finish(self, what: str, operation: Any) -> None:
-        while not self._has_ended(what, operation):
-            time.sleep(self.poll_s / 5)
+        self.wait_for(what, operation.operation.name, lambda: self._has_ended(what, operation))
 
     def _has_ended(self, what: str, operation: Any) -> bool:
         """Whether an operation has ended; raises what it has failed with."""
         # The client takes the answer of a deletion for something else than it is, and raises TypeError.
         now = call(what, self._client.get_operation, {"name": operation.operation.name})
         if now.done and now.error.code:
-            raise error_of(what, _HTTP.get(now.error.code, 500), " ".join(now.error.message.split()))
+            raise refusal(what, _HTTP.get(now.error.code, 500), " ".join(now.error.message.split()))
         return now.done
 
     def _failure(self, resource: Any) -> Stockout:
@@ -278,14 +284,21 @@ class TpuVm(GooglePlace):
 
     def _with_key(self, nodes: Sequence[Any]) -> Sequence[Any]:
         """Adds our key to those that do not have it."""
-        for node in nodes:
-            keys = self.with_key(node.metadata.get(SSH_KEYS, ""))
-            if keys is not None:
-                changed = {"name": node.name, "metadata": {**node.metadata, SSH_KEYS: keys}}
-                request = {"node": changed, "update_mask": {"paths": ["metadata"]}}
-                what = f"add the ssh key to TPU VM {_id(node)}"
-                self._finish(what, call(what, self._client.update_node, request))
-        return nodes
+        return [self._let_in(f"add the ssh key to TPU VM {_id(node)}", node) for node in nodes]
+
+    def _let_in(self, what: str, node: Any) -> Any:
+        def write(found: Any, keys: str) -> None:
+            changed = {"name": found.name, "metadata": {**found.metadata, SSH_KEYS: keys}}
+            request = {"node": changed, "update_mask": {"paths": ["metadata"]}}
+            self._finish(what, change(what, self._client.update_node, request))
+
+        return self.let_in(
+            what,
+            node,
+            keys=lambda found: found.metadata.get(SSH_KEYS, ""),
+            write=write,
+            read=lambda: find(what, self._client.get_node, {"name": node.name}),
+        )
 
     def _hosts(self, nodes: Sequence[Any]) -> list[Host]:
         return [
