@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.launchers.places import gce_messages as messages
+from jaxinfra.launchers.places import google_cloud
 from jaxinfra.launchers.places.gce import Gce
 from jaxinfra.launchers.places.gce import list_resources as list_groups
-from jaxinfra.launchers.places.google_cloud import ENDPOINT, client_of, public_key
-from jaxinfra.launchers.places.place import HostSource, PlaceOptions
+from jaxinfra.launchers.places.google_cloud import ENDPOINT, Raced, client_of, public_key
+from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.tpu_vm import TpuVm
 from jaxinfra.launchers.places.tpu_vm import list_resources as list_tpu_vms
+from tests.cloud.answers import Refused
 from tests.cloud.machines import PaperMachines
 from tests.cloud.server import Cloud
 from tests.refusals import raises
@@ -52,7 +54,7 @@ class Said(list[str]):
         return any(all(word in line for word in words) for line in self)
 
 
-def place(options: PlaceOptions, run: str = RUN) -> HostSource:
+def place(options: PlaceOptions, run: str = RUN) -> TpuVm | Gce:
     return {"tpu-vm": TpuVm, "gce": Gce}[options.kind](options, run, poll_s=0.01)
 
 
@@ -111,6 +113,113 @@ def test_a_request_that_has_expired_is_made_again(cloud: Cloud) -> None:
     said = Said()
     assert len(place(TPU).acquire(said)) == 4
     assert said.has("demo failed", "valid") and said.has("to make it again")
+
+
+def at(question: int, act: Callable[[], Any], answer: bool = True) -> Callable[[], bool]:
+    """Returns a `go_on` that acts at a question, as another machine would then, and answers True until then."""
+    asked = 0
+
+    def go_on() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == question:
+            act()
+        return answer or asked < question
+
+    return go_on
+
+
+@pytest.mark.parametrize("question", [1, 2, 3, 4, 5])
+@SLICES
+def test_two_machines_make_the_same(cloud: Cloud, options: PlaceOptions, question: int) -> None:
+    hosts = place(options).acquire(Said(), at(question, lambda: place(options).step(Said())))
+    assert len(hosts) == 8 and hosts == place(options).acquire(Said())
+    assert not [path for method, path, _ in cloud.log if method == "DELETE"]
+
+
+def test_a_name_that_stays_taken_is_refused(cloud: Cloud) -> None:
+    place(replace(MULTISLICE, create="v5e:4x4", name="demo-0"), "/runs/other").acquire(Said())
+    with raises(Raced, "nodes/demo-0 exists --name"):
+        place(MULTISLICE).acquire(Said())
+
+
+@BOTH
+def test_what_another_machine_has_made_stays(cloud: Cloud, options: PlaceOptions) -> None:
+    demo = place(options)
+    demo.acquire(Said())
+    cloud.preempt("demo", after_s=0)
+    place(options).acquire(Said())
+    exists, permission = cloud.remaining(), {"tpu-vm": "tpu.nodes.list", "gce": "compute.instances.list"}[options.kind]
+    cloud.deny(permission)
+    with raises(ConfigError, permission):
+        demo.acquire(Said())
+    assert cloud.remaining() == exists
+    cloud.allow(permission)
+    demo.release(Said())
+    cloud.deny(permission)
+    with raises(ConfigError, permission):
+        demo.acquire(Said())  # makes them itself
+    assert not cloud.remaining()
+
+
+@pytest.mark.parametrize("change", [{"max_hours": 2.0}, {"internal_ips": True}, {"spot": False}, {}])
+def test_a_template_of_other_options_is_made_again(cloud: Cloud, change: dict[str, Any]) -> None:
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        place(replace(GCE, **change)).acquire(Said(), at(4, die))
+    assert [path.rpartition("/")[2] for path, _ in changes(cloud)] == ["resourcePolicies", "instanceTemplates"]
+    asked = len(changes(cloud))
+    assert len(place(GCE).acquire(Said())) == 4
+    made = [path.rpartition("/")[2] for path, _ in changes(cloud)[asked:]]
+    assert made == [*(["instanceTemplates"] if change else []), "instanceGroupManagers"]
+
+
+@pytest.mark.parametrize("question", [1, 2, 3, 4, 5])
+@SLICES
+def test_a_run_that_is_stopped_while_it_waits(cloud: Cloud, options: PlaceOptions, question: int) -> None:
+    cloud.stockout(options.zone, times=10**6)
+    with raises(Preempted, f"stopped by the user {options.zone}"):
+        place(options).acquire(Said(), at(question, lambda: place(options).release(Said()), answer=False))
+    assert not cloud.remaining()
+
+
+@BOTH
+def test_no_answer_later_is_a_wait(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, options: PlaceOptions) -> None:
+    def fail() -> None:
+        raise StorageError("the network is away")
+
+    with raises(StorageError, "network"):
+        place(options).acquire(Said(), at(1, fail))
+    demo, said = place(options), Said()
+    assert not demo.current()
+    assert len(demo.acquire(said, at(1, fail))) == 4 and said.has("waiting", "network")
+    monkeypatch.setattr(google_cloud, "_OPERATION_S", 0.0)
+    cloud.delay_s = 60.0
+    with raises(StorageError, "delete demo operation-"):
+        demo.release(said)
+
+
+@BOTH
+def test_a_key_that_others_overwrite(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, options: PlaceOptions) -> None:
+    place(options).acquire(Said())
+    api, name = (cloud.tpu, "_update_nodes") if options.kind == "tpu-vm" else (cloud.compute, "_setMetadata_instances")
+    answer, lost = getattr(api, name), list[str]()
+
+    def race(asked: Any, parent: str, target: str) -> Any:
+        if target in lost:
+            return answer(asked, parent, target)
+        lost.append(target)
+        if options.kind == "gce":
+            raise Refused(412, "FAILED_PRECONDITION", "Supplied fingerprint does not match", reason="conditionNotMet")
+        return answer(replace(asked, body=asked.body.replace(b"bob:", b"eve:")), parent, target)
+
+    monkeypatch.setattr(api, name, race)
+    assert len(place(replace(options, user="bob")).current()) == 4 and lost
+    asked = len(changes(cloud))
+    place(replace(options, user="bob")).current()
+    assert len(changes(cloud)) == asked  # has the key now
 
 
 @SLICES
