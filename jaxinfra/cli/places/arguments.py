@@ -39,7 +39,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--workdir", metavar="DIR", default="", help=what)
     what = "also install these packages; repeatable (those of the chips and of the trackers come by themselves)"
     place.add_argument("--extra", metavar="NAME", action="append", default=[], help=what)
-    what = "a variable of the run on its hosts; UV_... also when packages are installed; repeatable"
+    what = "a variable of the run on its hosts; UV_... and proxies also when packages are installed; repeatable"
     place.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help=what)
     what = "a variable whose value is read here at each start, and recorded nowhere; repeatable"
     place.add_argument("--secret", metavar="NAME", action="append", default=[], help=what)
@@ -80,9 +80,9 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
         raise ConfigError(f"--place {kind}: which zone? add --zone, such as --zone us-east5-a")
     if kind != "ssh" and not (options.create or options.name):
         raise ConfigError(f"--place {kind}: which machines? add --name of those that exist, or --create v6e-8")
-    if kind == "ssh" and not options.hosts:
+    hosts = tuple(host.strip() for host in options.hosts.split(",") if host.strip())
+    if kind == "ssh" and not hosts:
         raise ConfigError("--place ssh: which hosts? add --hosts HOST[,HOST...], as ssh takes them")
-    hosts = tuple(host for host in options.hosts.split(",") if host)
     names = [*of_clouds, "wait_hours", "max_hours", "workdir"]
     return PlaceOptions(kind=kind, hosts=hosts, **{name: getattr(options, name) for name in names})
 

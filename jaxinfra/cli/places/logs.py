@@ -7,6 +7,7 @@ from jaxinfra.cli.places.find import find
 from jaxinfra.cli.places.lines import say
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.job import Job
+from jaxinfra.launchers.places.ssh import MARK
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 
@@ -25,8 +26,11 @@ def run(options: argparse.Namespace) -> None:
         arguments = (job.id, lines, "yes" if options.follow else "no")
         process = place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        printed = 0
+        printed, is_greeting = 0, True
         for line in process.stdout:
+            if is_greeting:
+                is_greeting = line != MARK
+                continue
             printed += 1
             print(line.decode(errors="replace"), end="", flush=True)
         if process.wait() == 0:
@@ -48,4 +52,4 @@ def _from_bucket(job: Job, rank: int, lines: int | None) -> None:
     say(f"the host is gone; this is {job.location}/logs/{newest}, copied every ten seconds")
     parts = sorted((each for each in names if each.startswith(f"{newest}/")), key=lambda name: (len(name), name))
     text = b"".join(map(store.read, parts)).decode(errors="replace").splitlines()
-    print(*(text if lines is None else text[len(text) - lines :]), sep="\n")
+    print(*(text if lines is None else text[max(0, len(text) - lines) :]), sep="\n")

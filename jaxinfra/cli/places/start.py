@@ -20,7 +20,7 @@ from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
-from jaxinfra.launchers.places.sources import Chips, chips_made, place_of
+from jaxinfra.launchers.places.sources import Chips, check_start, chips_made, place_of
 from jaxinfra.run import Run
 from jaxinfra.run_dir import join_location
 from jaxinfra.storage.location import is_remote
@@ -29,6 +29,7 @@ from jaxinfra.storage.location import is_remote
 def run(options: argparse.Namespace) -> int:
     """Starts the run at its place; returns its exit code."""
     place_config = place_options(options)
+    check_start(place_config)
     _check_processes(options)
     config = _load(options)
     location = _location(config, place_config)
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     job = Job(
         location=location,
         command=_command(options, bundle),
-        folder=Path.cwd().relative_to(bundle.top).as_posix(),
+        folder=bundle.folder,
         place=place_config,
         bundle=bundle.hash,
         environment=variables(options.env),
@@ -83,7 +84,7 @@ def _start(
     job = replace(job, packages=packages.hash, python=packages.python, arch=made.arch, first=number)
     attempts.keep("bundle", bundle.hash, bundle.content)
     attempts.keep("requirements", packages.hash, packages.requirements.encode())
-    job = controller.start(job, number, prepared=not job.place.create)
+    job = controller.start(job, number, is_new=True, prepared=not job.place.create)
     if detach:
         say(f"next: {command_line('runs', 'resume', job.location)} watches it, and makes lost hosts again")
         return 0
@@ -157,11 +158,12 @@ def _command(options: argparse.Namespace, bundle: Bundle) -> list[str]:
     """Returns the words after the Python on a host: this command without its place, supervised."""
 
     def sent(path: str) -> str:
-        """Returns the path of a file on the hosts: that below the code."""
-        if not os.path.exists(path) or not os.path.isabs(path):
+        """Returns the path of a file on the hosts: that below the code; a name that is no path stays."""
+        if not os.path.exists(path):
             return path
-        if not Path(path).resolve().is_relative_to(bundle.top.resolve()):
-            raise ConfigError(f"{path}: outside of {bundle.top}, whose files are sent; move it there")
+        name = os.path.relpath(os.path.realpath(path), os.path.realpath(bundle.top))
+        if name not in bundle.names and not os.path.isdir(path):
+            raise ConfigError(f"{path}: is not sent; it must be below {bundle.top}, and not ignored by git")
         return os.path.relpath(path)
 
     words = [sent(options.config), *options.overrides]

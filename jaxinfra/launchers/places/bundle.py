@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jaxinfra.machine.environment import BUNDLE_FILE
 
 MAX_BYTES = 200 * 2**20
 _SHOWN_CHANGES = 10
+_LISTS = (("--cached", "--recurse-submodules"), ("--others", "--exclude-standard"))  # of git ls-files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class Bundle:
     commit: str | None  # None before the first one
     changes: Sequence[str]  # lines of `git status --short`
     top: Path  # of the checkout
+    folder: str  # below it, where the user is
+    names: frozenset[str]  # of the files, below it
 
     @property
     def text(self) -> str:
@@ -54,7 +58,8 @@ def make_bundle(directory: Path, *, committed: bool = False) -> Bundle:
     changes = (_git(top, "status", "--short", "--untracked-files=all") or "").splitlines()
     if committed and changes:
         raise ConfigError(f"--committed: {len(changes)} files differ from the commit, first {changes[0]}; commit them")
-    names = (_git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard") or "").split("\0")
+    listed = (_git(top, "ls-files", "-z", *which) or "" for which in _LISTS)
+    names = [name for text in listed for name in text.split("\0")]
     files = {name: top / name for name in sorted({*names}) if name and (top / name).is_file()}
     package = Path(jaxinfra.__file__).parent
     if not package.is_relative_to(top):
@@ -69,8 +74,20 @@ def make_bundle(directory: Path, *, committed: bool = False) -> Bundle:
         fix = f"let .gitignore name {largest} ({sizes[largest] / 2**20:.0f} MiB), and keep data in a bucket"
         raise ConfigError(f"{top}: {total / 2**20:.0f} MiB of code, more than {MAX_BYTES // 2**20}; {fix}")
     described = json.dumps({"commit": commit, "dirty": bool(changes)})
-    content = _archive({**{name: path.read_bytes() for name, path in files.items()}, BUNDLE_FILE: described.encode()})
-    return Bundle(hash=short_hash(content), content=content, commit=commit, changes=changes, top=top)
+    contents = {name: (path.read_bytes(), os.access(path, os.X_OK)) for name, path in files.items()}
+    content = _archive({**contents, BUNDLE_FILE: (described.encode(), False)})
+    prefix = (_git(directory, "rev-parse", "--show-prefix") or "").rstrip("/") or "."
+    if prefix != "." and not any(name.startswith(f"{prefix}/") for name in files):
+        raise ConfigError(f"{directory}: git ignores all that is here, so it is not sent; start in {top}")
+    return Bundle(
+        hash=short_hash(content),
+        content=content,
+        commit=commit,
+        changes=changes,
+        top=top,
+        folder=prefix,
+        names=frozenset(files),
+    )
 
 
 def short_hash(content: bytes) -> str:
@@ -78,15 +95,15 @@ def short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _archive(files: Mapping[str, bytes]) -> bytes:
+def _archive(files: Mapping[str, tuple[bytes, bool]]) -> bytes:
     packed = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=packed, mode="wb", mtime=0, compresslevel=6) as compressed,
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
-        for name, content in sorted(files.items()):
+        for name, (content, is_program) in sorted(files.items()):
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(content), 0o644
+            entry.size, entry.mode = len(content), 0o755 if is_program else 0o644
             archive.addfile(entry, io.BytesIO(content))
     return packed.getvalue()
 

@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxinfra.command import command_line
-from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, RunInUseError
+from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, RunInUseError, StorageError
 from jaxinfra.launchers.places.job import Attempts, Job
+from jaxinfra.launchers.places.on_host import SAVE_S
 from jaxinfra.launchers.places.place import Host, HostState, Say
+from jaxinfra.launchers.places.sources import place_of
+from jaxinfra.launchers.places.ssh import MARK
 from jaxinfra.launchers.places.ssh_place import SshPlace, code_of
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
 
@@ -22,6 +25,7 @@ LEAVE_S = 60.0
 """Time from the end of one host's run until the others are asked to leave, and again until they are killed."""
 AWAY_S = 600.0
 """Time without an answer of a host, after all others have ended, until the run counts as lost."""
+_TRIES = 30  # to delete what was made
 _LOST_EVERY_S = 20.0  # between two questions to the cloud
 _LONG_S = 600.0  # an attempt that lasted so long counts as one with progress
 _POLL_S = 2.0
@@ -35,47 +39,96 @@ class Controller:
         self.place, self._attempts, self._say, self._poll_s = place, attempts, say, poll_s
         self._limits = RestartLimits()
 
-    def start(self, job: Job, number: int, *, prepared: bool = False) -> Job:
+    def start(self, job: Job, number: int, *, is_new: bool = False, prepared: bool = False) -> Job:
         """Claims an attempt and starts it; returns its job, which may be that of another machine.
 
-        It is claimed before anything is made, so that `runs resume` and `runs stop` know of it from then on.
+        It is claimed before anything is made, so that `runs resume` and `runs stop` know of it from then on. What was
+        made is deleted if the attempt cannot start. Raises RunInUseError if it `is_new`, and another machine was
+        faster; Preempted if the user has stopped it meanwhile.
         """
-        job = self._attempts.claim(number, job)
-        if not prepared:
-            self.place.prepare(job, boots=job.place.kind != "ssh")
-        self.place.ship(job, self._attempts)
-        self.place.start(job, number, deadline=self._attempts.deadline(job))
+        claimed, is_ours = self._attempts.claim(number, job)
+        if not is_ours and is_new:
+            resume = command_line("runs", "resume", job.location)
+            raise RunInUseError(f"{job.location}: another machine has just started attempt {number}; use {resume}")
+        if claimed.place != job.place:
+            self.place, prepared = place_of(claimed, self._say), False
+        job = claimed
+        try:
+            if not prepared:
+                boots = job.place.kind != "ssh"
+                self.place.prepare(job, boots=boots, go_on=lambda: not self._attempts.is_stopped(number))
+            self.place.ship(job, self._attempts)
+            self._check_stopped(number)
+            deadline = self._attempts.deadline(job)
+            left_s = max(1.0, deadline - time.time()) if deadline else 0.0
+            self.place.start(job, number, left_s=left_s)
+        except JaxinfraError as error:
+            self._give_up(job, number, error)
+            raise
         names = ", ".join(map(str, self.place.hosts[:4])) + (", ..." if len(self.place.hosts) > 4 else "")
         self._say(f"attempt {number} runs on {len(self.place.hosts)} hosts: {names}")
         return job
 
+    def _check_stopped(self, number: int) -> None:
+        if self._attempts.is_stopped(number):
+            raise Preempted(f"attempt {number} was stopped by `runs stop`")
+
+    def _give_up(self, job: Job, number: int, error: JaxinfraError) -> None:
+        """Deletes what was made for an attempt that cannot start, if that is sure; else says that it costs."""
+        if not job.place.create:
+            return
+        is_sure = isinstance(error, ConfigError) or self._attempts.is_stopped(number)
+        if is_sure and not any(each.state in ("live", "away") for each in self._states(job).values()):
+            self._remove()
+            return
+        stop = command_line("runs", "stop", job.location)
+        self._say(f"what was made is left, and costs: {stop} deletes it, runs resume goes on with it")
+
+    def _states(self, job: Job) -> Mapping[Host, HostState]:
+        return self.place.watch(job) if self.place.hosts else {}
+
+    def _remove(self) -> None:
+        """Deletes what was made; tries again for a while if the cloud does not answer."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return self.place.remove()
+            except StorageError as error:
+                if not left:
+                    raise
+                self._say(f"not deleted yet: {error}")
+                time.sleep(_LOST_EVERY_S)
+
     def take_over(self, job: Job, number: int) -> tuple[Job, int]:
-        """Goes on from what the hosts say: an attempt that lives, one that was claimed, or the next one."""
+        """Goes on from what the hosts and the run directory say.
+
+        That is an attempt that lives or is done, one that was claimed and has not started everywhere, or the next one.
+        """
         self.place.hosts = self.place.source.current()
-        states = self.place.watch(job) if self.place.hosts else {}
-        started = [each for each in states.values() if each.attempt >= number]
-        lost = self.place.source.lost()
-        if started and len(started) == len(states) and not lost:
-            code = code_of(states)
-            if code is None or code == 0:
-                self._say(f"attempt {number} {'is done' if code == 0 else 'is live'}")
-                return job, number
+        states, lost = self._states(job), self.place.source.lost()
+        started = bool(states) and all(each.attempt >= number for each in states.values()) and not lost
+        code = code_of(states) if started else self._attempts.ended(number)
+        if (started and code is None) or code == 0:
+            self._say(f"attempt {number} {'is done' if code == 0 else 'is live'}")
+            return job, number
+        is_over = 0.0 < self._attempts.deadline_or_zero(job) <= time.time()
+        if code is not None or is_over or self._attempts.is_stopped(number):
             number += 1
-        elif self._attempts.is_stopped(number) or (started and lost):
-            number += 1
-        return self.start(replace(job, first=number), number), number
+            job = replace(job, first=number)
+        return self.start(job, number), number
 
     def follow(self, job: Job, number: int) -> int:
         """Watches until the run is done or would end so again; starts and makes it again; returns its exit code."""
         while True:
-            began_s = time.monotonic()
-            with _Console(self.place, job):
-                code, number, job = self._until_end(job, number)
+            began_s, code = time.monotonic(), self._attempts.ended(number)
+            if code != 0:  # else it is done, and the hosts may be gone
+                with _Console(self.place, job):
+                    code, number, job = self._until_end(job, number)
             if code == 0:
                 break
             if self._attempts.is_stopped(number):
                 self._say(f"attempt {number} was stopped")
-                return Preempted.exit_code
+                code = Preempted.exit_code
+                break
             if 0.0 < self._attempts.deadline(job) <= time.time():
                 self._say("the time of --max-hours is over")
                 break
@@ -88,10 +141,11 @@ class Controller:
             wait_s = self._limits.restart(rule, time.monotonic())
             self._say(f"exit code {code} ({rule.meaning}): starting again in {max(1, round(wait_s))} s")
             time.sleep(wait_s)
+            self._check_stopped(number)
             number += 1
             job = self.start(job, number)
         if job.place.create:
-            self.place.remove()
+            self._remove()
         return code
 
     def _until_end(self, job: Job, number: int) -> tuple[int, int, Job]:
@@ -102,19 +156,21 @@ class Controller:
         sent = ""
         while True:
             states, now_s = self.place.watch(job), time.monotonic()
-            if (latest := max(each.attempt for each in states.values())) > number:
-                number, found = self._attempts.newest()
-                job = found or job
-                self._say(f"another machine has started attempt {latest}")
+            if max((each.attempt for each in states.values()), default=0) > number:
+                number, job = self._newest(job)
             code, away = code_of(states), [host for host, each in states.items() if each.state == "away"]
             if code is not None:
                 return code, number, job
             if (away and away_s is None) or now_s - asked_s > _LOST_EVERY_S:
                 asked_s = now_s
-                if why := self.place.source.lost():
+                if why := self._lost():
                     self._say(f"the hosts are lost: {why}")
+                    recorded = self._attempts.ended(number)
                     self.place.stop(job, number)
-                    return PeerLostError.exit_code, number, job
+                    return PeerLostError.exit_code if recorded is None else recorded, number, job
+                if away and self._attempts.newest()[0] > number:  # made again elsewhere by another machine
+                    number, job = self._newest(job)
+                    self.place.hosts = self.place.source.current() or self.place.hosts
             away_s = self._note_away(away, away_s, now_s)
             ended = [each for each in states.values() if each.state in ("ended", "killed")]
             failed_s = None if not ended else now_s if failed_s is None else failed_s
@@ -127,6 +183,23 @@ class Controller:
                     sent = due
             time.sleep(self._poll_s)
 
+    def _newest(self, job: Job) -> tuple[int, Job]:
+        """Returns number and job of the attempt that another machine has started."""
+        number, found = self._attempts.newest()
+        self._say(f"another machine has started attempt {number}")
+        if found is not None and found.place != job.place:
+            self.place = place_of(found, self._say)
+            self.place.hosts = self.place.source.current()
+        return number, found or job
+
+    def _lost(self) -> str:
+        """Returns why the hosts are lost; "" if they stand, or if the cloud does not answer now."""
+        try:
+            return self.place.source.lost()
+        except StorageError as error:
+            self._say(f"warning: {error}")
+            return ""
+
     def _note_away(self, away: list[Host], since_s: float | None, now_s: float) -> float | None:
         """Says once that hosts do not answer, and that they do again; returns since when."""
         if away and since_s is None:
@@ -137,18 +210,27 @@ class Controller:
         return since_s if away else None
 
     def stop(self, job: Job, number: int, *, kill: bool = False) -> Mapping[Host, HostState]:
-        """Stops an attempt for good, waits until it has saved, and deletes what was made; returns how hosts ended."""
+        """Stops a run for good, waits until it has saved, and deletes what was made; returns how hosts ended.
+
+        An attempt that another machine starts meanwhile is stopped, too. What does not leave in time is killed.
+        """
         self._attempts.stop(number)
-        self.place.hosts = self.place.source.current()
-        states: Mapping[Host, HostState] = {}
-        if self.place.hosts:
-            self.place.stop(job, number, signal="KILL" if kill else "TERM")
-            self._say("asked to save and leave" if not kill else "killed")
-            states = self.place.watch(job)
+        try:
+            self.place.hosts = self.place.source.current()
+            states, deadline_s, signal = self._states(job), time.monotonic() + SAVE_S, "KILL" if kill else "TERM"
+            if states:
+                self.place.stop(job, number, signal=signal)
+                self._say("killed" if kill else "asked to save and leave")
             while any(each.state == "live" for each in states.values()):
                 time.sleep(self._poll_s)
+                is_late = time.monotonic() > deadline_s
+                if (latest := self._attempts.newest()[0]) > number or is_late:
+                    number, deadline_s = latest, time.monotonic() + SAVE_S
+                    self._attempts.stop(number)
+                    self.place.stop(job, number, signal="KILL" if is_late else signal)
                 states = self.place.watch(job)
-        self.place.remove()
+        finally:
+            self._remove()
         return states
 
 
@@ -177,7 +259,11 @@ class _Console:
             arguments = (self._job.id, f"+{shown + 1}", "no" if is_last else "yes")
             self._process = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
             assert self._process.stdout is not None
+            is_greeting = True
             for line in self._process.stdout:
+                if is_greeting:
+                    is_greeting = line != MARK
+                    continue
                 shown += 1
                 sys.stdout.write(line.decode(errors="replace"))
                 sys.stdout.flush()

@@ -1,13 +1,15 @@
-# What the launching machine does on a host: `ssh HOST "sh -c SCRIPT host WORKDIR ACTION [ARGUMENT ...]"`. POSIX sh, with
-# flock of util-linux, tar and setsid. Below WORKDIR, ~/.cache/jaxinfra by default, lie
+# What the launching machine does on a host: `ssh HOST "sh -c SCRIPT host WORKDIR LENGTH ACTION [ARGUMENT ...]"`, with
+# LENGTH bytes on standard input. POSIX sh, with flock of util-linux, tar and setsid. Below WORKDIR, ~/.cache/jaxinfra by default, lie
 #   bundles/HASH/         code                       bin/uv-VERSION  the uv that installs
 #   environments/HASH/    Python and packages        runs/HOST/RUN/  one run: attempt, console-ATTEMPT.log, exit
 # What is complete has its final name: a transfer that was cut off leaves nothing that counts.
 set -eu
 umask 077
 base=$1
-action=$2
-shift 2
+length=$2
+action=$3
+shift 3
+echo "--- jaxinfra" # what comes before is a greeting of the host
 [ -n "$base" ] || base=$HOME/.cache/jaxinfra
 case $base in "~/"*) base=$HOME/${base#"~/"} ;; esac
 runs=$base/runs/$(uname -n) # of this host: several may share a home
@@ -18,14 +20,30 @@ fail() {
     exit 64
 }
 
+# Writes standard input to a new file; a transfer that was cut off fails.
+take() {
+    cat >"$1"
+    [ "$(wc -c <"$1")" -eq "$length" ] || { rm -f "$1" && fail "the transfer was cut off"; }
+}
+
 # The runner holds a lock on this file for as long as it lives; a boot releases it, too.
 is_live() {
-    ! flock -n "$runs/$1/alive" true
+    ! flock -n -s "$runs/$1/alive" true
+}
+
+attempt_of() {
+    number=$(cat "$runs/$1/attempt" 2>/dev/null || true)
+    echo "${number:-0}"
+}
+
+set_attempt() {
+    echo "$2" >"$runs/$1/attempt.new"
+    mv "$runs/$1/attempt.new" "$runs/$1/attempt"
 }
 
 state_of() {
     folder=$runs/$1
-    attempt=$(cat "$folder/attempt" 2>/dev/null || echo 0)
+    attempt=$(attempt_of "$1")
     if [ -e "$folder/alive" ] && is_live "$1"; then
         echo "$attempt live -"
     elif [ -e "$folder/exit" ]; then
@@ -41,16 +59,14 @@ case $action in
 probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
     echo "arch=$(uname -m)"
     echo "system=$(uname -s)"
-    echo "home=$HOME"
     echo "free_kb=$(df -Pk "$base" | awk 'NR == 2 {print $4}')"
-    echo "memory_kb=$(awk '/^MemTotal/ {print $2}' /proc/meminfo)"
-    echo "shm_kb=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $4}')"
     echo "address=$(hostname -I 2>/dev/null | awk '{print $1}')"
     echo "gpus=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | paste -sd ';' - || true)"
     echo "tpus=$(ls -d /dev/accel[0-9]* /dev/vfio/[0-9]* 2>/dev/null | wc -l)"
     echo "bundle=$([ -d "$base/bundles/$2" ] && echo yes || echo no)"
     echo "environment=$([ -e "$base/environments/$3/.complete" ] && echo yes || echo no)"
     echo "uv=$([ -x "$base/bin/uv-$4" ] && echo yes || echo no)"
+    [ ! -d "$runs/$1" ] || touch "$runs/$1/looked" # a host that is about to delete itself waits
     others=
     for folder in "$runs"/*/; do
         run=$(basename "$folder")
@@ -61,13 +77,16 @@ probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
 unpack) # BUNDLE: a tar archive on standard input
     [ -d "$base/bundles/$1" ] && { cat >/dev/null && exit; }
     new=$(mktemp -d "$base/bundles/.new-XXXXXX")
-    tar -xzf - -C "$new" && chmod 755 "$new" && { mv -T "$new" "$base/bundles/$1" 2>/dev/null || rm -rf "$new"; }
+    take "$new.tar"
+    tar -xzf "$new.tar" -C "$new" && rm "$new.tar" && chmod 755 "$new" && { mv -T "$new" "$base/bundles/$1" 2>/dev/null || rm -rf "$new"; }
     [ -d "$base/bundles/$1" ] || fail "the code was not unpacked"
     ;;
 receive) # FILE: a program or file on standard input
     mkdir -p "$(dirname "$base/$1")"
     new=$(mktemp "$base/.new-XXXXXX")
-    cat >"$new" && chmod 700 "$new" && mv -f "$new" "$base/$1"
+    take "$new"
+    chmod 700 "$new"
+    mv -f "$new" "$base/$1"
     ;;
 install) # ENVIRONMENT UV PYTHON: variables on standard input; the requirements were received before
     folder=$base/environments/$1
@@ -85,23 +104,22 @@ install) # ENVIRONMENT UV PYTHON: variables on standard input; the requirements 
     "$base/bin/uv-$2" pip install --quiet --python "$folder/bin/python" -r "$folder/requirements.txt" 8>&-
     touch "$folder/.complete"
     ;;
-start) # RUN ATTEMPT BUNDLE ENVIRONMENT LOCATION: the job on standard input
+start) # RUN ATTEMPT BUNDLE ENVIRONMENT LOCATION: the job on standard input, which lies in no file: it has secrets
     folder=$runs/$1
     mkdir -p "$folder"
-    exec 9>"$folder/lock"
+    exec 9>"$folder/lock" 3<&0
     flock 9
-    [ "$(cat "$folder/attempt" 2>/dev/null || echo 0)" -lt "$2" ] || { cat >/dev/null && state_of "$1" && exit; }
+    [ "$(attempt_of "$1")" -lt "$2" ] || { state_of "$1" && exit; }
     touch "$folder/alive"
     ! is_live "$1" || fail "an earlier start of this run is still ending"
-    cat >"$folder/job.json.new"
-    mv "$folder/job.json.new" "$folder/job.json"
     echo "$5" >"$folder/location"
     rm -f "$folder/exit"
-    echo "$2" >"$folder/attempt"
+    set_attempt "$1" "$2"
     cd "$base/bundles/$3"
-    PYTHONPATH=$PWD setsid nohup "$base/environments/$4/bin/python" -m jaxinfra.launchers.places.on_host "$folder" \
-        </dev/null >>"$folder/console-$2.log" 2>&1 8>&- 9>&- &
+    PYTHONPATH=$PWD setsid nohup "$base/environments/$4/bin/python" -m jaxinfra.launchers.places.on_host \
+        "$folder" "$length" <&3 >>"$folder/console-$2.log" 2>&1 8>&- 9>&- &
     child=$!
+    exec 3<&-
     while ! is_live "$1" && [ ! -e "$folder/exit" ]; do
         kill -0 "$child" 2>/dev/null || fail "the process ended at once: $(tail -n 1 "$folder/console-$2.log")"
         sleep 0.05
@@ -113,17 +131,21 @@ status) # RUN
     ;;
 follow) # RUN LINES FOLLOW: the console of the last attempt, as tail -n LINES, then until it ends
     folder=$runs/$1
-    console=$folder/console-$(cat "$folder/attempt" 2>/dev/null || echo 0).log
+    console=$folder/console-$(attempt_of "$1").log
     [ -e "$console" ] || exit 3
     if [ "$3" = yes ] && is_live "$1"; then exec tail -n "$2" -f --pid "$(cat "$folder/pid")" "$console"; fi
     exec tail -n "$2" "$console"
     ;;
-stop) # RUN ATTEMPT SIGNAL: of this attempt alone
+stop) # RUN ATTEMPT SIGNAL: of this attempt alone; if it has not started here, it never will
     folder=$runs/$1
-    [ -e "$folder/alive" ] || exit 0
-    [ "$(cat "$folder/attempt")" = "$2" ] || exit 0
-    if is_live "$1"; then
-        if [ "$3" = KILL ]; then kill -KILL -- "-$(cat "$folder/pid")"; else kill "-$3" "$(cat "$folder/pid")"; fi
+    mkdir -p "$folder"
+    exec 9>"$folder/lock"
+    flock 9
+    [ "$(attempt_of "$1")" -ge "$2" ] || set_attempt "$1" "$2"
+    if [ "$(attempt_of "$1")" = "$2" ] && [ -e "$folder/alive" ] && is_live "$1"; then
+        pid=$(cat "$folder/pid")
+        [ "$3" != KILL ] || pid=-$pid
+        kill "-$3" -- "$pid" 2>/dev/null || true # it has just ended
     fi
     ;;
 read) # FILE of a run directory on this host's disk; 3: missing
@@ -133,7 +155,7 @@ read) # FILE of a run directory on this host's disk; 3: missing
 create) # FILE: a new file from standard input; 3: there is one
     mkdir -p "$(dirname "$1")"
     new=$(mktemp "$(dirname "$1")/.new-XXXXXX")
-    cat >"$new"
+    take "$new"
     ln "$new" "$1" 2>/dev/null || { rm -f "$new" && exit 3; }
     rm -f "$new"
     ;;

@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.launchers.places.bundle import short_hash
+from jaxinfra.launchers.places.on_host import ENDED_FILE
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.run_files import RunFiles
 
@@ -39,8 +41,8 @@ class Job:
 
     @property
     def uv_variables(self) -> dict[str, str]:
-        """The variables of uv among those of the job, such as UV_PYTHON_INSTALL_MIRROR."""
-        return {name: value for name, value in self.environment.items() if name.startswith("UV_")}
+        """The variables of uv among those of the job, and what leads it through a proxy."""
+        return {name: value for name, value in self.environment.items() if _INSTALLS.fullmatch(name)}
 
     def secret_values(self) -> dict[str, str]:
         """Returns the secrets of this process; raises ConfigError for those that are not set."""
@@ -69,13 +71,18 @@ class Attempts:
             number, content = number + 1, next_one
         return number, None if content is None else _parse(content, f"{self.location}/{_attempt(number)}")
 
-    def claim(self, number: int, job: Job) -> Job:
-        """Records an attempt, and returns its job: that of another machine, if it was faster."""
+    def claim(self, number: int, job: Job) -> tuple[Job, bool]:
+        """Records an attempt; returns its job, and whether it is ours: another machine may have been faster."""
         content = json.dumps({"job": asdict(job), **_signature()}, indent=2).encode()
         if self.files.create(_attempt(number), content):
-            return job
+            return job, True
         found = self.files.read_or_none(_attempt(number))
-        return _parse(found or b"", f"{self.location}/{_attempt(number)}")
+        return _parse(found or b"", f"{self.location}/{_attempt(number)}"), False
+
+    def ended(self, number: int) -> int | None:
+        """Returns the exit code of an attempt that has ended, as its first host has recorded it; None if not."""
+        content = self.files.read_or_none(ENDED_FILE.format(attempt=number))
+        return None if content is None else int(json.loads(content)["code"])
 
     def stop(self, number: int) -> None:
         """Records that the user has stopped an attempt, so that no machine starts another one."""
@@ -92,6 +99,10 @@ class Attempts:
         name, ending = f"place/deadline-{job.first}", time.time() + 3600.0 * job.place.max_hours
         self.files.create(name, str(ending).encode())
         return float(self.files.read_or_none(name) or ending)
+
+    def deadline_or_zero(self, job: Job) -> float:
+        """Returns the deadline, 0.0 if there is none, or if the hours have not begun."""
+        return float(self.files.read_or_none(f"place/deadline-{job.first}") or 0.0)
 
     def keep(self, kind: str, hash: str, content: bytes) -> None:
         """Stores what hosts need, by its hash, for machines that go on without the checkout."""
@@ -124,6 +135,7 @@ def _parse(content: bytes, where: str) -> Job:
         raise DataError(f"{where}: not the record of a start: {error}; start the run again by its config") from None
 
 
+_INSTALLS = re.compile(r"UV_.*|SSL_CERT_(FILE|DIR)|(?i:.*_proxy)")
 _PLACE_FIELDS = {each.name for each in fields(PlaceOptions)}
 
 

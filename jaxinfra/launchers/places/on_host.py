@@ -1,8 +1,8 @@
 """Runs on a host: starts the supervised run, keeps the deadline, and leaves how it ended. Imports no JAX.
 
 `host.sh start` starts it in a session of its own, so that it lives when the launching machine is gone. It reads the
-job, which may hold secrets, and deletes the file. It ends with the run; nothing stays on the host but files. Where the
-place was made for the run, the first host then deletes it, by its own service account, if nobody has by then.
+job, which may hold secrets, from its standard input. It ends with the run; nothing stays on the host but files. Where
+the place was made for the run, the first host then deletes it, by its own service account, if nobody has by then.
 """
 
 import fcntl
@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxinfra.errors import JaxinfraError, PeerLostError
+from jaxinfra.launchers import tied_process
 from jaxinfra.processes.maintenance import get
 
+ENDED_FILE = "place/ended-{attempt}.json"
 RUN_DIR = "JAXINFRA_RUN_DIR"
 """Tells the supervisor the run directory, which else takes loading the config, and seconds."""
 GRACE_S = 600.0
@@ -35,52 +38,51 @@ _TRIES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class HostJob:
-    """What one host is to run, as `job.json` has it."""
+    """What one host is to run, as it gets it on its standard input."""
 
     command: list[str]  # words after the Python
     folder: str  # below the bundle, where the command was typed
     environment: dict[str, str]
-    deadline: float = 0.0  # seconds since the epoch; 0 is none
+    run_dir: str  # path or URL
+    attempt: int
+    is_first: bool  # whether this host tells the run directory how the attempt has ended
+    left_s: float = 0.0  # seconds until the deadline; 0 is none
     # The URLs that delete the place; none on all hosts but one, and where nothing was made.
     deletion: list[str] = field(default_factory=list)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the deadline is over."""
-        return bool(self.deadline) and time.time() >= self.deadline
 
-
-def main(folder: Path) -> int:
-    """Runs the job of a folder and returns the exit code of the run."""
+def main(folder: Path, length: int) -> int:
+    """Runs the job and returns the exit code of the run."""
     alive = (folder / "alive").open("a")
     fcntl.flock(alive, fcntl.LOCK_EX)
     (folder / "pid").write_text(str(os.getpid()))
-    attempt = (folder / "attempt").read_text()
-    job = HostJob(**json.loads((folder / "job.json").read_text()))
-    (folder / "job.json").unlink()
-    code = _run(job)
-    (folder / "exit.new").write_text(f"{code}\n")
-    (folder / "exit.new").replace(folder / "exit")
-    alive.close()
-    if job.deletion:
-        grace_s = 0.0 if job.is_over else GRACE_S if code else DONE_S
-        _say(f"the run has ended; this place is deleted in {grace_s:.0f} s, if it still is there")
-        time.sleep(grace_s)
-        if (folder / "attempt").read_text() == attempt:  # else another start trains here
-            for url in job.deletion:
-                delete_place(url)
+    told = sys.stdin.buffer.read()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if len(told) != length:
+        _say("error: the job was cut off on its way; the launching machine starts it again")
+        return PeerLostError.exit_code
+    job, code, is_over = HostJob(**json.loads(told)), JaxinfraError.exit_code, False
+    try:
+        code, is_over = _run(job)
+    finally:
+        if job.is_first:
+            _record_end(job, code, is_over=is_over)
+        (folder / "exit.new").write_text(f"{code}\n")
+        (folder / "exit.new").replace(folder / "exit")
+        alive.close()
+        _delete(folder, job, 0.0 if is_over else GRACE_S if code else DONE_S)
     return code
 
 
-def _run(job: HostJob) -> int:
-    """Starts the run and waits for its end; SIGTERM goes to it, and so does the deadline."""
-    child = subprocess.Popen(
-        [sys.executable, *job.command], cwd=Path.cwd() / job.folder, env={**os.environ, **job.environment}
-    )
+def _run(job: HostJob) -> tuple[int, bool]:
+    """Runs the job, and returns its exit code, and whether the deadline has ended it; SIGTERM goes to the run."""
+    tied = ["-I", "-S", tied_process.__file__, str(os.getpid()), sys.executable]
+    environment, deadline_s = {**os.environ, **job.environment}, time.monotonic() + job.left_s
+    child = subprocess.Popen([sys.executable, *tied, *job.command], cwd=Path.cwd() / job.folder, env=environment)
     signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     asked_at_s: float | None = None
     while (code := child.poll()) is None:
-        if job.is_over and asked_at_s is None:
+        if job.left_s and asked_at_s is None and time.monotonic() >= deadline_s:
             asked_at_s = time.monotonic()
             _say("the deadline of --max-hours: the run saves and leaves")
             child.terminate()
@@ -88,7 +90,32 @@ def _run(job: HostJob) -> int:
             _say(f"not gone {SAVE_S:.0f} s after the deadline: killed")
             child.kill()
         time.sleep(_POLL_S)
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else PeerLostError.exit_code, asked_at_s is not None
+
+
+def _record_end(job: HostJob, code: int, *, is_over: bool) -> None:
+    """Tells the run directory how the attempt has ended: the hosts may be gone before anybody asks them."""
+    from jaxinfra.storage.objects import ObjectStore  # takes a while to import
+
+    os.environ.update(job.environment)  # credentials
+    try:
+        end = {"code": code, "is_over": is_over}
+        ObjectStore(job.run_dir).create(ENDED_FILE.format(attempt=job.attempt), json.dumps(end).encode())
+    except JaxinfraError as error:
+        _say(f"warning: how this attempt has ended is not recorded: {error}")
+
+
+def _delete(folder: Path, job: HostJob, grace_s: float) -> None:
+    """Deletes the place in a while, unless another attempt has started, or somebody looks at this host to start one."""
+    if not job.deletion:
+        return
+    _say(f"the run has ended; this place is deleted in {grace_s:.0f} s, if it still is there")
+    ended_s, looked = time.time(), folder / "looked"
+    while time.time() < (max(ended_s, looked.stat().st_mtime) if looked.exists() and grace_s else ended_s) + grace_s:
+        time.sleep(1.0)
+    if (folder / "attempt").read_text().strip() == str(job.attempt):  # else another start trains here
+        for url in job.deletion:
+            delete_place(url)
 
 
 def delete_place(url: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -121,4 +148,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -40,6 +40,7 @@ class Host:
     name: str = ""  # for people; "" is the address
     internal: str = ""  # the address by which the other hosts reach it; "" asks the host
     slice: int = 0  # of TPUs
+    key_name: str = ""  # by which ssh keeps its key; addresses of a cloud are used again for other machines
 
     def __str__(self) -> str:
         return self.name or self.address

@@ -1,11 +1,11 @@
 """Locks the packages of a run for its hosts, and finds a uv that runs on them."""
 
+import http.client
 import os
 import platform
 import subprocess
 import sys
 import tarfile
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,5 +129,5 @@ def _fetch(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=120) as answer:
             return answer.read()
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise StorageError(f"{url}: cannot be read: {error}; it has the uv that installs Python on the hosts") from None

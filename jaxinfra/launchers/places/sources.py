@@ -81,6 +81,14 @@ def chips_made(options: PlaceOptions) -> Chips | None:
     return Chips(arch="x86_64", extras=("tpu",) if topology_of(options.create).chip.platform == "tpu" else ("cuda",))
 
 
+def check_start(options: PlaceOptions) -> None:
+    """Raises ConfigError if this machine lacks what the options of a new start name."""
+    if options.kind != "ssh":
+        from jaxinfra.launchers.places.google_cloud import check_key
+
+        check_key(options)
+
+
 def place_of(job: Job, say: Say) -> SshPlace:
     """Returns the place of a job; nothing is asked or connected yet."""
     source, options = source_of(job.place, job.location), list[str]()

@@ -21,6 +21,8 @@ _OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
 _ALIVE = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 _THREADS = 64  # connections at once
 _UNREACHABLE = 255  # ssh's own exit code
+MARK = b"--- jaxinfra\n"
+"""Comes before what an action prints, and after what a host greets with."""
 MISSING = 3
 """Exit code of `read` and `create` of host.sh, for what is not there, or there already."""
 
@@ -36,11 +38,13 @@ class Ssh:
     workdir: str = ""  # on the hosts
     options: Sequence[str] = ()  # of ssh, such as -i KEY
 
-    def command(self, host: Host, action: str, *arguments: str, script: str | None = None) -> list[str]:
+    def command(self, host: Host, action: str, *arguments: str, length: int = 0, script: str = "") -> list[str]:
         """Returns the command line of an action; a dry run shows it with a name in place of the script."""
-        words = ["sh", "-c", _script() if script is None else script, "host", self.workdir, action, *arguments]
+        words = ["sh", "-c", script or _script(), "host", self.workdir, str(length)]
+        words += [action, *arguments]
+        alias = ["-o", f"HostKeyAlias={host.key_name}"] if host.key_name else []
         program = shlex.split(os.environ.get("JAXINFRA_SSH", "ssh"))
-        return [*program, *_OPTIONS, *_ALIVE, *self.options, "--", host.address, shlex.join(words)]
+        return [*program, *_OPTIONS, *_ALIVE, *self.options, *alias, "--", host.address, shlex.join(words)]
 
     def call(
         self,
@@ -49,13 +53,14 @@ class Ssh:
         *arguments: str,
         stdin: bytes | Path = b"",
         missing_ok: bool = False,
-        timeout_s: float | None = None,
+        timeout_s: float = 300.0,
     ) -> bytes | None:
         """Runs an action on a host and returns its output; None if it says that something is missing.
 
         Raises Unreachable, or ConfigError with the last line of what the host said.
         """
-        command = self.command(host, action, *arguments)
+        length = stdin.stat().st_size if isinstance(stdin, Path) else len(stdin)
+        command = self.command(host, action, *arguments, length=length)
         try:
             if isinstance(stdin, Path):
                 with stdin.open("rb") as file:
@@ -74,7 +79,10 @@ class Ssh:
             return None
         if done.returncode:
             raise ConfigError(f"host {host}: {action} failed: {' '.join(said[-3:]) or f'exit code {done.returncode}'}")
-        return done.stdout
+        _, mark, output = done.stdout.partition(MARK)
+        if not mark:
+            raise ConfigError(f"host {host}: {action} has no answer; see that `ssh {host.address} sh -c true` works")
+        return output
 
     def stream(self, host: Host, action: str, *arguments: str, stdout: IO[bytes] | int) -> subprocess.Popen[bytes]:
         """Starts an action whose output goes on, such as `follow`."""

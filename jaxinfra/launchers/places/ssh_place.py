@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +19,7 @@ from jaxinfra.launchers.places.ssh import Ssh, Unreachable, on_all
 PORT = 8476  # of process 0, as of JAX on Cloud TPU
 _NEEDED_GIB = 6  # for a Python, its packages and their cache
 _BOOT_S = 600.0  # from when a cloud says that a machine is ready until ssh answers
+_SEND_S = 3600.0  # the longest transfer or installation
 _POLL_S = 2.0
 
 
@@ -32,20 +33,21 @@ class SshPlace:
         self._facts: Mapping[Host, Mapping[str, str]] = {}
         self._probed: str | None = None  # packages that the facts are about
 
-    def prepare(self, job: Job, *, boots: bool) -> Mapping[str, str]:
+    def prepare(self, job: Job, *, boots: bool, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
         """Finds or makes the hosts, checks each one, and returns the facts of the first. Nothing is started yet.
 
-        `boots`: hosts may be booting, so they are waited for. Raises an error that names every host that is
-        unreachable, of another architecture or driver than the first, or that another run has.
+        `boots`: hosts may be booting, so they are waited for; `go_on` says whether to go on waiting. Raises an error
+        that names every host that is unreachable, of another architecture or driver than the first, or that another
+        run has.
         """
-        self.hosts = self.source.acquire(self._say)
+        self.hosts = self.source.acquire(self._say, go_on)
         deadline_s, told = time.monotonic() + (_BOOT_S if boots else 0.0), False
         while True:
             try:
                 self._probe(job)
                 break
             except Unreachable as error:
-                if time.monotonic() > deadline_s:
+                if time.monotonic() > deadline_s or not go_on():
                     raise
                 if not told:
                     self._say(f"waiting for ssh: {error}")
@@ -95,30 +97,38 @@ class SshPlace:
         if lacking["bundle"]:
             bundle = attempts.kept("bundle", job.bundle)
             self._say(f"sending the code to {_names(lacking['bundle'])}")
-            on_all(lacking["bundle"], lambda host: self.ssh.call(host, "unpack", job.bundle, stdin=bundle))
+            on_all(
+                lacking["bundle"],
+                lambda host: self.ssh.call(host, "unpack", job.bundle, stdin=bundle, timeout_s=_SEND_S),
+            )
         if not without:
             return
         requirements = attempts.kept("requirements", job.packages)
         self._say(f"installing Python {job.python} and packages on {_names(without)}: minutes, once")
-        uv, variables = uv_for(job.arch), "\n".join(f"{k}={shlex.quote(v)}" for k, v in job.environment.items())
+        installs = job.uv_variables | {k: v for k, v in job.secret_values().items() if k.startswith("UV_")}
+        uv, variables = uv_for(job.arch), "\n".join(f"{k}={shlex.quote(v)}" for k, v in installs.items())
 
         def install(host: Host) -> None:
             if self._facts[host]["uv"] == "no":
-                self.ssh.call(host, "receive", f"bin/uv-{uv_version()}", stdin=uv)
+                self.ssh.call(host, "receive", f"bin/uv-{uv_version()}", stdin=uv, timeout_s=_SEND_S)
             self.ssh.call(host, "receive", f"environments/{job.packages}/requirements.txt", stdin=requirements)
-            self.ssh.call(host, "install", job.packages, uv_version(), job.python, stdin=variables.encode())
+            arguments = (job.packages, uv_version(), job.python)
+            self.ssh.call(host, "install", *arguments, stdin=variables.encode(), timeout_s=_SEND_S)
 
         on_all(without, install)
 
-    def start(self, job: Job, number: int, *, deadline: float = 0.0) -> None:
+    def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Starts an attempt on all hosts; on one that has had this attempt, nothing happens."""
         secrets, several = job.secret_values(), len(self.hosts) > 1
         slices = len({host.slice for host in self.hosts})
         first = self.hosts[0].internal or self._facts[self.hosts[0]]["address"] if several else ""
+        if several and not first:
+            raise ConfigError(f"host {self.hosts[0]}: `hostname -I` says no address; install hostname, or give it one")
+        split = split_location(job.location)
+        run_dir = split[1] if split else job.location
 
         def begin(host: Host) -> None:
-            split = split_location(job.location)
-            rank, told = self.hosts.index(host), {RUN_DIR: split[1] if split else job.location}
+            rank, told = self.hosts.index(host), {RUN_DIR: run_dir}
             if several:
                 told |= {
                     "JAX_COORDINATOR_ADDRESS": f"{_bracketed(first)}:{PORT}",
@@ -135,7 +145,10 @@ class SshPlace:
                 command=[*job.command],
                 folder=job.folder,
                 environment={**told, **job.environment, **secrets},
-                deadline=deadline,
+                run_dir=run_dir,
+                attempt=number,
+                is_first=rank == 0,
+                left_s=left_s,
                 deletion=[*self.source.deletion()] if rank == 0 else [],
             )
             content = json.dumps(asdict(what)).encode()
@@ -153,7 +166,7 @@ class SshPlace:
             output = self.ssh.call(host, "status", run, timeout_s=60) or b""
         except Unreachable:
             return HostState(attempt=0, state="away")
-        attempt, state, code = output.decode().split()
+        attempt, state, code = output.decode().splitlines()[-1].split()
         return HostState(attempt=int(attempt), state=state, code=None if code == "-" else int(code))
 
     def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
