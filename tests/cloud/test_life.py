@@ -176,7 +176,7 @@ def test_life(life: Life, kind: str) -> None:
     assert not logs.returncode and len(logs.stdout.splitlines()) == 5, logs.stderr
     logs = other.run("runs", "logs", life.run, "--rank", "3")
     assert not logs.returncode and "rank 0 prints for all" in logs.stderr, logs.stderr
-    stopped = other.run("runs", "stop", life.run)
+    stopped = other.run("runs", "stop", life.run, *(["--kill"] if kind == "gce" else []))
     assert not stopped.returncode, stopped.stderr
     assert process.wait(60) == 75, life.log.read_text()
     assert cloud.remaining() == [] and cloud.hosts() == []

@@ -1,6 +1,7 @@
 """The options that say where a run goes. Imports nothing heavy."""
 
 import argparse
+from collections.abc import Callable
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import KINDS, PlaceOptions
@@ -28,13 +29,15 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--network", metavar="NAME", default="", help="of the cloud (default: default)")
     what = "make hosts without public addresses; this machine must reach the private ones"
     place.add_argument("--internal-ips", action="store_true", help=what)
-    place.add_argument("--user", metavar="NAME", default="", help="on hosts of a cloud (default: your name here)")
+    place.add_argument(
+        "--user", metavar="NAME", default="", help="on hosts of a cloud (default: your name here, for root jaxinfra)"
+    )
     what = "private key for hosts of a cloud (default: ~/.ssh/google_compute_engine)"
     place.add_argument("--ssh-key", metavar="FILE", default="", help=what)
     what = "longest wait for chips (default %(default)s)"
-    place.add_argument("--wait-hours", type=_hours, metavar="H", default=24.0, help=what)
+    place.add_argument("--wait-hours", type=_hours("--wait-hours"), metavar="H", default=24.0, help=what)
     what = "after which the run saves, ends, and what was made is deleted, even if this machine is gone"
-    place.add_argument("--max-hours", type=_hours, metavar="H", default=0.0, help=what)
+    place.add_argument("--max-hours", type=_hours("--max-hours"), metavar="H", default=0.0, help=what)
     what = "folder on the hosts for code, Python and packages (default: ~/.cache/jaxinfra)"
     place.add_argument("--workdir", metavar="DIR", default="", help=what)
     what = "also install these packages; repeatable (those of the chips and of the trackers come by themselves)"
@@ -96,11 +99,14 @@ def variables(words: list[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def _hours(text: str) -> float:
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = 0.0
-    if not 0.0 < hours < float("inf"):
-        raise ConfigError(f"{text} hours: expected a number above 0; use --max-hours 12")
-    return hours
+def _hours(option: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            hours = float(text)
+        except ValueError:
+            hours = 0.0
+        if not 0.0 < hours < float("inf"):
+            raise ConfigError(f"{option} {text}: expected hours, a number above 0; use {option} 12")
+        return hours
+
+    return parse

@@ -47,7 +47,7 @@ def _from_bucket(job: Job, rank: int, lines: int | None) -> None:
     store = ObjectStore(f"{job.location}/logs")
     names = [name for name in store.list_names() if name.partition("/")[2].startswith(f"rank-{rank}.log")]
     if not names:
-        raise ConfigError(f"{job.location}/logs: no log of rank {rank}; see `runs logs` of another rank")
+        raise ConfigError(f"{job.location}/logs: no log of rank {rank} yet; it begins with the run")
     newest = max(names).partition("/")[0]
     say(f"the host is gone; this is {job.location}/logs/{newest}, copied every ten seconds")
     parts = sorted((each for each in names if each.startswith(f"{newest}/")), key=lambda name: (len(name), name))

@@ -15,7 +15,7 @@ from jaxinfra.config import validate
 from jaxinfra.config.codec import encode
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.bundle import Bundle, make_bundle
-from jaxinfra.launchers.places.controller import Controller, check_free
+from jaxinfra.launchers.places.controller import Controller, release_last
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     attempts = Attempts(files=files_of(location, place_config.workdir), location=location)
     number, last = attempts.newest()
     if last is not None:
-        check_free(place_of(last, say), last, number)
+        release_last(place_of(last, say), last, number, job.place, say)
     controller = Controller(place, attempts, say)
     with watching(location):
         return _start(controller, attempts, job, number + 1, bundle, extras, detach=options.detach)

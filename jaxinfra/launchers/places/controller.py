@@ -15,7 +15,7 @@ from jaxinfra.command import command_line
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, RunInUseError, StorageError
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.on_host import SAVE_S
-from jaxinfra.launchers.places.place import Host, HostState, Say
+from jaxinfra.launchers.places.place import Host, HostState, PlaceOptions, Say
 from jaxinfra.launchers.places.sources import place_of
 from jaxinfra.launchers.places.ssh import MARK
 from jaxinfra.launchers.places.ssh_place import SshPlace, code_of
@@ -66,7 +66,8 @@ class Controller:
             self._give_up(job, number, error)
             raise
         names = ", ".join(map(str, self.place.hosts[:4])) + (", ..." if len(self.place.hosts) > 4 else "")
-        self._say(f"attempt {number} runs on {len(self.place.hosts)} hosts: {names}")
+        count = len(self.place.hosts)
+        self._say(f"attempt {number} runs on {count} host{'s' * (count > 1)}: {names}")
         return job
 
     def _check_stopped(self, number: int) -> None:
@@ -272,13 +273,22 @@ class _Console:
                 return
 
 
-def check_free(place: SshPlace, job: Job, number: int) -> None:
-    """Raises RunInUseError if an attempt still lives at its place; what does not answer is left to the run's lease."""
-    place.hosts = place.source.current()
+def release_last(place: SshPlace, job: Job, number: int, new: PlaceOptions, say: Say) -> None:
+    """Makes way for a new start: deletes what the last attempt made, if the new one goes elsewhere.
+
+    Raises RunInUseError if the last one still lives; what does not answer is left to the run's lease.
+    """
+    try:
+        place.hosts = place.source.current()
+    except ConfigError as error:  # such as a zone that does not exist
+        say(f"attempt {number} cannot be looked at, so it counts as ended: {error}")
+        return
     states = place.watch(job) if place.hosts else {}
     if live := [str(host) for host, each in states.items() if each.state == "live"]:
         resume, stop = command_line("runs", "resume", job.location), command_line("runs", "stop", job.location)
         raise RunInUseError(f"{job.location}: attempt {number} is live on {', '.join(live)}; use {resume}, or {stop}")
+    if job.place != new:
+        place.source.release(say)
 
 
 def require_job(number: int, job: Job | None, location: str) -> Job:

@@ -303,7 +303,8 @@ class Gce(GooglePlace):
         for each in instances:
             interface = each.network_interfaces[0]
             external = interface.access_configs[0].nat_i_p if interface.access_configs else ""
-            hosts.append(self.host(each.name, internal=interface.network_i_p, external=external, slice=number))
+            address = {"internal": interface.network_i_p, "external": external}
+            hosts.append(self.host(each.name, made=str(each.id), **address, slice=number))
         return hosts
 
     def _with_key(self, instance: Any) -> Any:

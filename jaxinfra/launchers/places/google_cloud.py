@@ -392,7 +392,8 @@ class GooglePlace:
             raise StorageError(f"{what}: others change it at the same time; start the same command again")
         return found
 
-    def host(self, name: str, *, internal: str, external: str, slice: int) -> Host:
-        """Returns a host by the address that the options ask for."""
+    def host(self, name: str, *, made: str, internal: str, external: str, slice: int) -> Host:
+        """Returns a host by the address that the options ask for; `made` tells it from others of its name."""
         address = internal if self.options.internal_ips or not external else external
-        return Host(address=f"{user_of(self.options)}@{address}", name=name, internal=internal, slice=slice)
+        address, key_name = f"{user_of(self.options)}@{address}", f"{name}.{made}"
+        return Host(address=address, name=name, internal=internal, slice=slice, key_name=key_name)

@@ -144,8 +144,9 @@ stop) # RUN ATTEMPT SIGNAL: of this attempt alone; if it has not started here, i
     [ "$(attempt_of "$1")" -ge "$2" ] || set_attempt "$1" "$2"
     if [ "$(attempt_of "$1")" = "$2" ] && [ -e "$folder/alive" ] && is_live "$1"; then
         pid=$(cat "$folder/pid")
-        [ "$3" != KILL ] || pid=-$pid
-        kill "-$3" -- "$pid" 2>/dev/null || true # it has just ended
+        target=$pid
+        [ "$3" != KILL ] || target=-$pid # with all that it has started
+        kill "-$3" "$target" 2>/dev/null || ! kill -0 "$pid" 2>/dev/null || fail "process $pid was not reached"
     fi
     ;;
 read) # FILE of a run directory on this host's disk; 3: missing

@@ -304,6 +304,7 @@ class TpuVm(GooglePlace):
         return [
             self.host(
                 f"{_id(node)}-w{index}",
+                made=f"{node.create_time.timestamp():.0f}",
                 internal=endpoint.ip_address,
                 external=endpoint.access_config.external_ip,
                 slice=number,
