@@ -45,7 +45,8 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         ((*ON_CLOUD, "root=gs://bucket/runs"), "data.store= data prepare gs://BUCKET"),
         ((*ON_CLOUD, *IN_BUCKET, "--create", "v6e-9"), "v6e-9 v6e-8"),
         ((*ON_CLOUD, *IN_BUCKET, "--create", "tpu7x:2x2x1"), "tpu7x --place gce"),
-        ((*ON_CLOUD, *IN_BUCKET, "--max-hours", "-1"), "--max-hours"),
+        ((*ON_CLOUD, *IN_BUCKET, "--max-hours", "-1"), "--max-hours -1"),
+        ((*ON_CLOUD, *IN_BUCKET, "train.global_batch=3"), "train.global_batch=3 mesh.fsdp=8"),
     ],
 )
 def test_refuses_in_one_line(project: Tiny, words: tuple[str, ...], named: str) -> None:

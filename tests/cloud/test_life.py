@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "cloud"
 ZONE = "us-east5-b"
 STEPS = 4000  # more than a life has time for: the user stops it
 PLACES = {"tpu-vm": ("--create", "v6e-16"), "gce": ("--create", "v6e:4x4")}  # four hosts each
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 SHARED = {  # what hosts install lies on their shared disk: on two cores, four would unpack it for a minute
     "UV_CACHE_DIR": "/shared/uv",
     "UV_LINK_MODE": "symlink",
@@ -127,7 +127,7 @@ class Life:
             "--name",
             self.name,
         ]
-        words += ["--secret", "AWS_SECRET_ACCESS_KEY", *options]
+        words += ["--devices", "cpu:1", "--secret", "AWS_SECRET_ACCESS_KEY", *options]
         told = {**self.world.told, **QUICK, **SHARED}
         return [*words, *(word for each in told.items() for word in ("--env", "=".join(each)))]
 

@@ -21,7 +21,7 @@ from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
 from jaxinfra.launchers.places.sources import Chips, check_start, chips_made, place_of
-from jaxinfra.run import Run
+from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import join_location
 from jaxinfra.storage.location import is_remote
 
@@ -34,6 +34,9 @@ def run(options: argparse.Namespace) -> int:
     config = _load(options)
     location = _location(config, place_config)
     _check_stores(config, place_config)
+    made = chips_made(place_config)
+    if made is not None and not options.devices:
+        validate(with_mesh_size(config, made.devices))
     bundle = make_bundle(Path.cwd(), committed=options.committed)
     job = Job(
         location=location,
@@ -48,7 +51,6 @@ def run(options: argparse.Namespace) -> int:
     job = replace(job, place=place.source.options)
     extras = [*options.extra, *_trackers(config)]
     if options.dry_run:
-        made = chips_made(job.place)
         print_plan(job, place, bundle, [*extras, *(made.extras if made else ())])
         return 0
     job.secret_values()

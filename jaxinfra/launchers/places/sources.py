@@ -69,6 +69,7 @@ class Chips:
     """What the packages of hosts depend on."""
 
     arch: str  # as `uname -m` says it
+    devices: int = 0  # of JAX, on all hosts; 0 if unknown
     extras: Sequence[str]  # of jaxinfra, for the chips
 
 
@@ -78,7 +79,9 @@ def chips_made(options: PlaceOptions) -> Chips | None:
         return None
     from jaxinfra.launchers.places.images import topology_of  # imports JAX
 
-    return Chips(arch="x86_64", extras=("tpu",) if topology_of(options.create).chip.platform == "tpu" else ("cuda",))
+    topology = topology_of(options.create)
+    extra = "tpu" if topology.chip.platform == "tpu" else "cuda"
+    return Chips(arch="x86_64", devices=topology.num_devices, extras=(extra,))
 
 
 def check_start(options: PlaceOptions) -> None:
