@@ -55,7 +55,7 @@ def user(lab: Lab, tiny: Tiny) -> Laptop:
 def test_goes_on_without_the_launching_machine(lab: Lab, tiny: Tiny, user: Laptop, tmp_path: Path) -> None:
     run, log = f"a:{tiny.directory()}", tmp_path / "start.log"
     (tmp_path / "note.txt").write_text("not committed")
-    words = [tiny.config.name, "train.steps=600", "name=tiny", *lab.place("a", "b")]
+    words = [tiny.config.name, "train.steps=400", "name=tiny", *lab.place("a", "b")]
     process = user.start(*words, log=log)
     until(lambda: (tiny.directory() / "metrics.jsonl").exists() and len(tiny.losses()) > 5, "training", process, log)
     assert "note.txt" in log.read_text() and "attempt 1 runs on 2 hosts: a, b" in log.read_text()
@@ -75,15 +75,15 @@ def test_goes_on_without_the_launching_machine(lab: Lab, tiny: Tiny, user: Lapto
     stopped = other.run("runs", "stop", run)
     assert not stopped.returncode, stopped.stderr
     last = max(tiny.losses())
-    assert 5 < last < 600 and (tiny.directory() / "checkpoints" / str(last)).exists()
+    assert 5 < last < 400 and (tiny.directory() / "checkpoints" / str(last)).exists()
     for name in lab.hosts.names:
         processes = subprocess.run(["pgrep", "-f", f"{lab.hosts.home(name)}/"], capture_output=True, text=True).stdout
         assert not processes, f"left on {name}: {processes}"
 
     resumed = other.run("runs", "resume", run)  # names a secret that this machine has, too
     assert not resumed.returncode, resumed.stderr
-    assert "attempt 2 runs on 2 hosts" in resumed.stderr and max(tiny.losses()) == 600
-    assert f"at step {last} of 600" in resumed.stdout, resumed.stdout
+    assert "attempt 2 runs on 2 hosts" in resumed.stderr and max(tiny.losses()) == 400
+    assert f"at step {last} of 400" in resumed.stdout, resumed.stdout
     assert "is done" in other.run("runs", "resume", run).stderr
 
 

@@ -7,7 +7,7 @@ from jaxinfra.cli.places.find import find
 from jaxinfra.cli.places.lines import say
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.job import Job
-from jaxinfra.launchers.places.ssh import MARK
+from jaxinfra.launchers.places.ssh import after_mark
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 
@@ -24,16 +24,12 @@ def run(options: argparse.Namespace) -> None:
             )
         lines = "+1" if options.lines is None else str(options.lines)
         arguments = (job.id, lines, "yes" if options.follow else "no")
-        process = place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        printed, is_greeting = 0, True
-        for line in process.stdout:
-            if is_greeting:
-                is_greeting = line != MARK
-                continue
-            printed += 1
-            print(line.decode(errors="replace"), end="", flush=True)
-        if process.wait() == 0:
+        printed = 0
+        with place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=subprocess.PIPE) as process:
+            for line in after_mark(process):
+                printed += 1
+                print(line, end="", flush=True)
+        if process.returncode == 0:
             if not printed:
                 say(f"rank {options.rank} has printed nothing; rank 0 prints for all")
             return

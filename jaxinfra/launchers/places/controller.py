@@ -17,7 +17,7 @@ from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.on_host import SAVE_S
 from jaxinfra.launchers.places.place import Host, HostState, PlaceOptions, Say
 from jaxinfra.launchers.places.sources import place_of
-from jaxinfra.launchers.places.ssh import MARK
+from jaxinfra.launchers.places.ssh import after_mark
 from jaxinfra.launchers.places.ssh_place import SshPlace, code_of
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
 
@@ -258,18 +258,13 @@ class _Console:
         while True:
             is_last = self._ended.is_set()
             arguments = (self._job.id, f"+{shown + 1}", "no" if is_last else "yes")
-            self._process = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
-            assert self._process.stdout is not None
-            is_greeting = True
-            for line in self._process.stdout:
-                if is_greeting:
-                    is_greeting = line != MARK
-                    continue
-                shown += 1
-                sys.stdout.write(line.decode(errors="replace"))
-                sys.stdout.flush()
-            self._process.wait()
-            if is_last or self._ended.wait(1.0) and self._process.returncode != 0:
+            stream = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
+            with stream as self._process:
+                for line in after_mark(stream):
+                    shown += 1
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+            if is_last or self._ended.wait(1.0) and stream.returncode != 0:
                 return
 
 

@@ -7,7 +7,7 @@ such as `ssh -F /path/to/config`.
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -87,7 +87,17 @@ class Ssh:
     def stream(self, host: Host, action: str, *arguments: str, stdout: IO[bytes] | int) -> subprocess.Popen[bytes]:
         """Starts an action whose output goes on, such as `follow`."""
         command = self.command(host, action, *arguments)
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.DEVNULL)
+
+
+def after_mark(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Yields the lines of an action, without what the host greets with."""
+    assert process.stdout is not None
+    is_greeting = True
+    for line in process.stdout:
+        if not is_greeting:
+            yield line.decode(errors="replace")
+        is_greeting = is_greeting and line != MARK
 
 
 def on_all[T](hosts: Sequence[Host], do: Callable[[Host], T]) -> Mapping[Host, T]:
