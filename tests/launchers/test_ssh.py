@@ -61,6 +61,8 @@ def test_goes_on_without_the_launching_machine(lab: Lab, tiny: Tiny, user: Lapto
     assert "note.txt" in log.read_text() and "attempt 1 runs on 2 hosts: a, b" in log.read_text()
     again = user.run(*words)
     assert again.returncode == 84 and "attempt 1 is live on a, b" in again.stderr, again.stderr
+    second = user.run(tiny.config.name, "name=second", *lab.place("a"))
+    assert second.returncode == 84 and f"host a: trains {run}" in second.stderr, second.stderr
     power_off(process)
 
     before = max(tiny.losses())
