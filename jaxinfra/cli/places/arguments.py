@@ -62,8 +62,10 @@ def is_elsewhere(options: argparse.Namespace) -> bool:
     add_place(parser)
     for name, default in vars(parser.parse_args([])).items():
         if getattr(options, name) != default:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option}: is for a run elsewhere; say where with --place {', '.join(KINDS)}")
+            option, override = f"--{name.replace('_', '-')}", ""
+            if name == "name":  # also a field of a run
+                override = f"; overrides have no dashes: name={options.name}"
+            raise ConfigError(f"{option}: is for a run elsewhere; say where with --place {', '.join(KINDS)}{override}")
     return False
 
 

@@ -13,4 +13,7 @@ def run(options: argparse.Namespace) -> None:
     for host, state in controller.stop(job, number, kill=options.kill).items():
         if state.state == "away":
             say(f"host {host}: no answer; the run may go on there")
+    if controller.is_done(number):
+        say(f"attempt {number} was done; nothing goes on")
+        return
     say(f"attempt {number} is stopped; {command_line('runs', 'resume', job.location)} goes on from its last checkpoint")

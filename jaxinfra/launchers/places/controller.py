@@ -85,6 +85,10 @@ class Controller:
         stop = command_line("runs", "stop", job.location)
         self._say(f"what was made is left, and costs: {stop} deletes it, runs resume goes on with it")
 
+    def is_done(self, number: int) -> bool:
+        """Returns whether an attempt has trained to the end."""
+        return self._attempts.ended(number) == 0
+
     def _states(self, job: Job) -> Mapping[Host, HostState]:
         return self.place.watch(job) if self.place.hosts else {}
 
