@@ -1,4 +1,4 @@
-"""What commands for places say on the terminal."""
+"""Prints lines about places on the terminal."""
 
 import sys
 import time

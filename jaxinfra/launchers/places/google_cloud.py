@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,7 +240,7 @@ class Wait:
         self._delay_s = min(self._delay_s * 1.5, 30 * self._poll_s)
 
 
-class GooglePlace:
+class GooglePlace(ABC):
     """The base of `TpuVm` and `Gce`, which have a `step` towards the hosts."""
 
     def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 2.0) -> None:
@@ -294,17 +295,17 @@ class GooglePlace:
             what = f"{self.origin.chips or self.options.name} in {self.options.zone}"
             raise Preempted(f"stopped by the user while it waited for {what}")
 
+    @abstractmethod
     def step(self, say: Say) -> Sequence[Host] | str:
         """Looks at what exists, does what is next, and returns the hosts, or what is waited for."""
-        raise NotImplementedError
 
     def release(self, say: Say) -> None:
         """See `HostSource.release`."""
         self.delete(say, None)
 
+    @abstractmethod
     def delete(self, say: Say, only: Collection[str] | None) -> None:
         """Deletes what was made for this run; if `only` is given, no more than this part of it."""
-        raise NotImplementedError
 
     def ask_to_delete(self, what: str, method: Any, request: Mapping[str, Any]) -> Any:
         """Asks again while something else uses it or is done to it; returns the operation, None if it is gone."""
