@@ -88,7 +88,7 @@ OLDEST_PYTHON = for candidate in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/vers
 $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VENV)/.installed-test
 	"$(shell $(OLDEST_PYTHON))" -m venv $(OLDEST)
 	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python -c constraints-oldest.txt \
-		-c <(grep -v '^jax' constraints.txt) -e . pytest pytest-xdist
+		-c <(grep -v '^jax' constraints.txt) -e '.[places]' pytest pytest-xdist
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## run a small set with the oldest Python and JAX that are supported
