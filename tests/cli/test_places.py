@@ -80,9 +80,7 @@ def test_dry_run_shows_requests_commands_and_files(
     assert "gs://bucket/runs/tiny" in shown and "jax[tpu]" in shown
     assert "TOKEN" in shown and "never-shown" not in shown
     shown = dry(project, "--place", "gce", *ON_CLOUD[2:], *IN_BUCKET).out
-    assert [line.rpartition("/")[2] for line in shown.splitlines() if line.startswith("POST ")] == [
-        "instanceTemplates",
-        "instanceGroupManagers",
-    ]
+    made = [line.split() for line in shown.splitlines() if line.startswith("POST ") and "# makes" in line]
+    assert [words[1].rpartition("/")[2] for words in made] == ["instanceTemplates", "instanceGroupManagers"]
     shown = dry(project, "--place", "ssh", "--hosts", "one,ada@two").out
     assert f"one:{project.directory()}" in shown and "ada@two" in shown and "POST" not in shown

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_hosts_are_machines(hosts: Hosts, boot: Callable[[str], Host]) -> None:
     machines: Machines = hosts
     machine: Machine = boot("w-0")
     assert machines is hosts and machine.is_running
+
+
+def test_hosts_that_boot_at_once_leave_this_machine_alone(boot: Callable[[str], Host], key: Key) -> None:
+    """What they are told before they have a `/` of their own is not written to that of this machine."""
+    files = [Path("/etc", name) for name in ("hosts", "passwd", "group", "shadow", "resolv.conf")]
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    with ThreadPoolExecutor() as pool:
+        hosts = [*pool.map(boot, ("w-0", "w-1", "w-2"))]
+    assert [key.ssh(hosts[0], f"getent hosts {host.name}").split()[0] for host in hosts] == [
+        host.address for host in hosts
+    ]
+    assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
 
 
 def test_hosts_are_separate_and_reach_each_other(boot: Callable[[str], Host], key: Key) -> None:

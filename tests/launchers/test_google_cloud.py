@@ -1,6 +1,7 @@
 """Places of Google Cloud against APIs that answer as the real ones do."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from jaxinfra.launchers.places import google_cloud
 from jaxinfra.launchers.places.gce import Gce
 from jaxinfra.launchers.places.gce import list_resources as list_groups
 from jaxinfra.launchers.places.google_cloud import ENDPOINT, Raced, client_of, public_key
-from jaxinfra.launchers.places.place import PlaceOptions
+from jaxinfra.launchers.places.place import PlaceOptions, Request
 from jaxinfra.launchers.places.tpu_vm import TpuVm
 from jaxinfra.launchers.places.tpu_vm import list_resources as list_tpu_vms
 from tests.cloud.answers import Refused
@@ -56,6 +57,11 @@ class Said(list[str]):
 
 def place(options: PlaceOptions, run: str = RUN) -> TpuVm | Gce:
     return {"tpu-vm": TpuVm, "gce": Gce}[options.kind](options, run, poll_s=0.01)
+
+
+def makes(options: PlaceOptions) -> list[Request]:
+    """What a dry run says of the requests that make something."""
+    return [request for request in place(options).requests() if request.why.startswith("makes")]
 
 
 def changes(cloud: Cloud) -> list[tuple[str, Any]]:
@@ -306,7 +312,7 @@ def test_a_stopped_tpu_vm_says_how_to_start_it(cloud: Cloud) -> None:
 
 def test_a_machine_that_exists(cloud: Cloud) -> None:
     options = replace(GCE, create="v6e-8")
-    (template,) = (json.loads(request.body) for request in place(options).requests() if "Templates" in request.url)
+    (template,) = (json.loads(request.body) for request in makes(options) if "Templates" in request.url)
     types = messages.compute_module()
     machine = types.InstanceTemplate.from_json(json.dumps(template)).properties
     zone = "projects/test-project/zones/us-east5-b"
@@ -340,7 +346,7 @@ def test_a_dry_run_shows_the_queued_resource(cloud: Cloud) -> None:
     demo = place(replace(MULTISLICE, internal_ips=True, reservation="mine", spot=False))
     cloud.reservations.add("mine")
     public_key(TPU)
-    (request,) = demo.requests()
+    (request,) = makes(demo.options)
     assert not cloud.log
     body = json.loads(request.body)
     assert body["reservationName"].endswith("us-west4-a/reservations/mine") and body["guaranteed"] == {}
@@ -354,7 +360,7 @@ def test_a_dry_run_shows_the_queued_resource(cloud: Cloud) -> None:
 def test_a_dry_run_shows_policy_template_and_groups(cloud: Cloud) -> None:
     demo = place(replace(GROUPS, max_hours=2.0))
     public_key(TPU)
-    requests = demo.requests()
+    requests = makes(demo.options)
     assert not cloud.log
     bodies = [json.loads(request.body) for request in requests]
     assert bodies[0]["workloadPolicy"] == {"type": "HIGH_THROUGHPUT", "acceleratorTopology": "2x2x4"}
@@ -370,13 +376,25 @@ def test_a_dry_run_shows_policy_template_and_groups(cloud: Cloud) -> None:
 
 def test_a_reservation_and_gpus_of_compute_engine() -> None:
     options = replace(GCE, zone="us-west1-c", create="b200:2x8", spot=False, reservation="mine", network="net")
-    policy, template, group = (json.loads(request.body) for request in place(options).requests())
+    policy, template, group = (json.loads(request.body) for request in makes(options))
     assert policy["workloadPolicy"] == {"type": "HIGH_THROUGHPUT"} and group["targetSize"] == 2
     properties = template["properties"]
     assert properties["scheduling"]["provisioningModel"] == "RESERVATION_BOUND"
     assert properties["reservationAffinity"]["values"] == ["mine"]
     assert properties["networkInterfaces"][0]["network"] == "projects/test-project/global/networks/net"
-    assert len(place(replace(options, create="b200:1x8")).requests()) == 2  # one host is placed anywhere
+    assert len(makes(replace(options, create="b200:1x8"))) == 2  # one host is placed anywhere
+
+
+@BOTH
+def test_a_dry_run_shows_every_request_of_a_life(options: PlaceOptions) -> None:
+    """The golden file has those that a run of four hosts has sent until nothing was left."""
+    name = f"life-{options.kind}"
+    golden = (Path(__file__).parents[1] / "golden" / "cloud" / f"{options.kind}.txt").read_text()
+    golden = re.sub("operation-N", "OPERATION", re.sub(r"instances/life-gce-\w{4}", "instances/MACHINE", golden))
+    sent = {tuple(line.split()) for line in re.findall(r"^[A-Z]+ /.*", golden, re.M)}
+    shown = place(replace(options, name=name), f"s3://bucket-of-tests/cloud/runs/{name}").requests()
+    paths = [(request.method, *request.url.replace("https://", "").partition("/")[2].split("?")) for request in shown]
+    assert {(method, f"/{path}", *query) for method, path, *query in paths} == sent
 
 
 def test_a_list_has_what_runs_made(cloud: Cloud) -> None:

@@ -12,7 +12,7 @@ from jaxinfra.launchers.places.ssh_place import SshPlace
 
 
 def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> None:
-    """Prints the plan; asks nobody, so a cloud's hosts have no names yet."""
+    """Prints the plan; asks nobody, so HOST stands for all hosts of a cloud."""
     print(f"# run directory: {job.location}")
     print(f"# code: {bundle.text}; its files, as of git ls-files in {bundle.top}")
     for change in bundle.shown_changes:
@@ -20,10 +20,9 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
     print("# packages, to be locked for the hosts' architecture, and those of their chips:")
     print(*(f"#   {line}" for line in sorted(requirements_of(extras))), sep="\n")
     for request in place.source.requests():
-        print(f"\n{request.method} {request.url}")
+        print(f"\n{request.method} {request.url}    # {request.why}")
         print(request.body, end="\n" * bool(request.body))
-    cloud = [Host(address="HOST0"), Host(address="HOST1"), Host(address="...")]
-    hosts = place.source.current() if job.place.kind == "ssh" else cloud
+    hosts = place.source.current() if job.place.kind == "ssh" else [Host(address=f"{job.place.user}@HOST")]
     steps = [
         ("probe", job.id, job.bundle, "PACKAGES", uv_version()),
         ("unpack", job.bundle),

@@ -21,4 +21,4 @@ def watching(location: str) -> Iterator[None]:
     except KeyboardInterrupt:
         again, end = command_line("runs", "resume", location), command_line("runs", "stop", location)
         say(f"left; what was started goes on. {again} watches it, {end} ends it")
-        raise
+        sys.exit(130)  # as shells report SIGINT

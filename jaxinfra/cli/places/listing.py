@@ -56,9 +56,11 @@ def run(options: argparse.Namespace) -> None:
             print(f"next: {command_line('runs', 'stop', location)}    # {state}, and what was made for it remains")
     unread = [each for each in found if overviews.get(each.run) is None]
     if unread:
-        print("without a run that has begun and can be read here; the command that started it goes on. To delete it:")
+        print("Their runs have not begun, or cannot be read here:")
     for each in unread:
-        print(f"  {_deletion(each, project)}")
+        if is_remote(each.run):
+            print(f"next: {command_line('runs', 'resume', each.run)}    # goes on; `runs stop` deletes what was made")
+        print(f"{'or' if is_remote(each.run) else 'next'}: {_deletion(each, project)}")
 
 
 def read_prices(path: str) -> Mapping[str, float]:

@@ -280,7 +280,7 @@ def release_last(place: SshPlace, job: Job, number: int, new: PlaceOptions, say:
     try:
         place.hosts = place.source.current()
     except ConfigError as error:  # such as a zone that does not exist
-        say(f"attempt {number} cannot be looked at, so it counts as ended: {error}")
+        say(f"attempt {number} was at a place that is refused, so nothing runs there: {error}")
         return
     states = place.watch(job) if place.hosts else {}
     if live := [str(host) for host, each in states.items() if each.state == "live"]:

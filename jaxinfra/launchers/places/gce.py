@@ -173,17 +173,35 @@ class Gce(GooglePlace):
 
     def requests(self) -> Sequence[Request]:
         """See `HostSource.requests`."""
-        options = self.options
-        base = f"{api_url('compute')}/compute/v1/projects/{options.project}"
-        groups = f"{base}/zones/{options.zone}/instanceGroupManagers"
-        if self._machines is None:
-            return [Request(method="GET", url=f"{groups}/{options.name}")]
-        region, sent = region_of(options.zone), list[tuple[str, Any]]()
-        if messages.needs_policy(self._machines):
-            sent.append((f"{base}/regions/{region}/resourcePolicies", self._policy(self._machines)))
-        sent.append((f"{base}/global/instanceTemplates", self._template(self._machines, makes_key=False)))
-        sent.extend((groups, self._message(self._machines, name)) for name in self._names)
-        return [Request(method="POST", url=url, body=body_of(message)) for url, message in sent]
+        name, machines = self.options.name, self._machines
+        base = f"{api_url('compute')}/compute/v1/projects/{self.options.project}"
+        zone, region = f"{base}/zones/{self.options.zone}", f"{base}/regions/{region_of(self.options.zone)}"
+        groups, rest, scopes = [f"{zone}/instanceGroupManagers/{each}" for each in self._names], [], [zone]
+        if machines is not None:
+            rest.append((f"{base}/global/instanceTemplates", self._template(machines, makes_key=False)))
+            scopes.append(f"{base}/global")
+        if machines is not None and messages.needs_policy(machines):
+            rest.insert(0, (f"{region}/resourcePolicies", self._policy(machines)))
+            scopes.append(region)
+        sent = [Request("GET", group, "sees whether it exists") for group in groups]
+        for url, message in rest:
+            sent.append(Request("GET", f"{url}/{name}", "sees whether it exists"))
+            sent.append(Request("POST", url, f"makes {name}", body_of(message)))
+        for group, each in zip(groups, self._names, strict=True):
+            if machines is not None:
+                body = body_of(self._message(machines, each))
+                sent.append(Request("POST", group.rpartition("/")[0], f"makes {each}, and its machines", body))
+            sent.append(Request("POST", f"{group}/listManagedInstances", "sees whether its machines run"))
+        sent += [Request("GET", f"{scope}/operations/OPERATION", "sees whether it is done") for scope in scopes]
+        label = "" if machines is None else f"?filter=labels.{RUN_LABEL}={self.labels[RUN_LABEL]}"
+        machine, items = f"{zone}/instances/MACHINE", f'{{"items": [..., {{"key": "{SSH_KEYS}", "value": "..."}}]}}'
+        sent += [
+            Request("GET", f"{zone}/instances{label}", "reads the addresses"),
+            Request("POST", f"{machine}/setMetadata", "if it does not have this ssh key", items),
+            Request("GET", machine, "sees whether the key stays"),
+        ]
+        made = [] if machines is None else [*groups, *(f"{url}/{name}" for url, _ in reversed(rest))]
+        return [*sent, *(Request("DELETE", url, "at the end, or to make it again") for url in made)]
 
     def deletion(self) -> Sequence[str]:
         """Returns the URLs of the groups; the template and the policy cost nothing."""

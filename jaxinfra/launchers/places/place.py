@@ -55,12 +55,13 @@ class HostState:
     code: int | None = None  # exit code, if it has ended
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """A request to a cloud that `--dry-run` shows."""
 
     method: str  # such as POST
     url: str
+    why: str
     body: str = ""  # JSON
 
 
@@ -110,7 +111,7 @@ class HostSource(Protocol):
         ...
 
     def requests(self) -> Sequence[Request]:
-        """Returns what `acquire` would send if nothing exists yet."""
+        """Returns what would be sent from the start to the end of a run if nothing exists yet."""
         ...
 
     def deletion(self) -> Sequence[str]:

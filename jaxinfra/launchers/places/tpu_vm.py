@@ -125,11 +125,24 @@ class TpuVm(GooglePlace):
 
     def requests(self) -> Sequence[Request]:
         """See `HostSource.requests`."""
-        url = f"{api_url('tpu')}/v2/{self._zone}"
+        url, name = f"{api_url('tpu')}/v2/{self._zone}", self.options.name
+        queued, node = f"{url}/queuedResources", f"{url}/nodes/{name}"
+        keys = f'{{"metadata": {{..., "{SSH_KEYS}": "..."}}}}'
+        sent = [
+            Request("GET", f"{url}/nodes", "reads the addresses"),
+            Request("PATCH", f"{node}?updateMask=metadata", "if it does not have this ssh key", keys),
+            Request("GET", node, "sees whether the key stays"),
+            Request("GET", f"{url}/operations/OPERATION", "sees whether it is done"),
+        ]
         if self.topology is None:
-            return [Request(method="GET", url=f"{url}/nodes/{self.options.name}")]
-        url = f"{url}/queuedResources?queuedResourceId={self.options.name}"
-        return [Request(method="POST", url=url, body=body_of(self._message(self.topology, makes_key=False)))]
+            return sent
+        body = body_of(self._message(self.topology, makes_key=False))
+        return [
+            Request("GET", f"{queued}/{name}", "sees whether it exists, and is active"),
+            Request("POST", f"{queued}?queuedResourceId={name}", f"makes {name}, and its TPU VMs", body),
+            *sent,
+            Request("DELETE", f"{queued}/{name}?force=true", "at the end, or to make it again"),
+        ]
 
     def deletion(self) -> Sequence[str]:
         """See `HostSource.deletion`."""
