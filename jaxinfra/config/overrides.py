@@ -109,11 +109,8 @@ class _Assignment:
             parts = [join(override.path, name) for name, _, _ in schema.children(annotation, old)]
             fix = f"set one of {', '.join(parts)}" if parts else "it has none to set"
             raise ConfigError(f"{override}: {override.path} is not one value but a group of fields; {fix}")
-        names = schema.choices(annotation)
-        words = schema.allowed_words(annotation)  # some only describe a value, such as "int at least 1"
-        usable = [word for word in words if word in names or parse(annotation, word) is not MISMATCH]
-        near = nearest(override.text, usable)
-        hint = f"; did you mean {near}?" if near else ""
+        near = _nearest_text(annotation, override.text)
+        hint = f"; did you mean {override.path}={near}?" if near else ""
         raise ConfigError(f"{override}: expected {schema.describe(annotation)}{hint}")
 
     def _chosen_class(self, annotation: object, old: object) -> type | None:
@@ -206,3 +203,19 @@ def _names_below(names: Sequence[str], prefix: Sequence[str]) -> Sequence[str]:
         else:
             return []
     return names
+
+
+def _nearest_text(annotation: object, text: str) -> str | None:
+    """Returns the text most similar to one that does not fit; of a tuple, with its wrong items replaced."""
+    names = schema.choices(annotation)
+    words = schema.allowed_words(annotation)  # some only describe a value, such as "int at least 1"
+    usable = [word for word in words if word in names or parse(annotation, word) is not MISMATCH]
+    if near := nearest(text, usable):
+        return near
+    items = [item.strip() for item in text.strip("()[]").split(",")]
+    annotations = schema.item_annotations(annotation, len(items))
+    if annotations is None:
+        return None
+    pairs = zip(annotations, items, strict=True)
+    fitting = [item if parse(each, item) is not MISMATCH else _nearest_text(each, item) for each, item in pairs]
+    return None if None in fitting else ",".join(map(str, fitting))

@@ -18,6 +18,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.layers import SEQUENCE, HeadsNorm, Linear, Norm, ParamFactory
 from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
+from jaxinfra.models.remat import name_tensor
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
 from jaxinfra.ops.norm import rms_norm
@@ -161,7 +162,7 @@ class AttentionModule(nnx.Module):
         self.key = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.value = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         out = partial(linear, (num_heads, head_dim), hidden, ("heads", None, "embed"), parallelism="row")
-        self.out = out(bias=config.out_bias, scale=options.out_scale)
+        self.out = out(bias=config.out_bias, scale=options.out_scale, tensor="out_proj")
         self.sinks = params.param((num_heads,), ("heads",), constant(0.0), "bias") if config.sinks else None
 
         def qk_norm(heads: int, axis: str) -> Norm | HeadsNorm | None:
@@ -190,6 +191,8 @@ class AttentionModule(nnx.Module):
         if self.config.temperature is not None:
             assert tokens.positions is not None
             q_BTHK *= _temperature(self.config.temperature, tokens.positions).astype(q_BTHK.dtype)
+        q_BTHK, k_BTGK = name_tensor(q_BTHK, "query"), name_tensor(k_BTGK, "key")
+        v_BTGK = name_tensor(v_BTGK, "value")
         if cache is None:
             segments_BT = self._segments(tokens, *x_BTD.shape[:2])
             y_BTHK = self_attention(

@@ -24,7 +24,7 @@ from jaxinfra.models.layers import Norm, ParamFactory, lookup_embeddings
 from jaxinfra.models.mixer import MixerOptions, TokenInfo
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
-from jaxinfra.models.remat import Remat, remat
+from jaxinfra.models.remat import Remat, name_tensor, remat
 from jaxinfra.models.stack import Step, scan_pattern
 from jaxinfra.models.transformer import HasSeqLen, Layer, Stack, TransformerConfig
 from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_method, context_costs
@@ -159,7 +159,8 @@ class PeriodContext:
     def _layer(
         self, block: Block, x_BTD: jax.Array, index: jax.Array, cache: LayerCache
     ) -> tuple[jax.Array, LayerCache, LayerStats]:
-        return block(x_BTD, self.tokens._replace(rope=self.tables[block.rotary]), index, cache)
+        tokens = self.tokens._replace(rope=self.tables[block.rotary])
+        return block(name_tensor(x_BTD, "layer_input"), tokens, index, cache)
 
 
 def _keep_on_idle_stages(

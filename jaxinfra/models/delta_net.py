@@ -26,6 +26,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveInt
 from jaxinfra.models.layers import SEQUENCE, Linear, Norm, ParamFactory
 from jaxinfra.models.mixer import Mixer, MixerOptions, TokenInfo
+from jaxinfra.models.remat import name_tensor
 from jaxinfra.ops.gated_delta import Blocks, gated_delta_rule, l2_normalize, short_convolution
 from jaxinfra.ops.norm import rms_norm
 from jaxinfra.parallel.rules import LogicalAxes
@@ -132,9 +133,9 @@ class GatedDeltaNetModule(nnx.Module):
         hidden, num_heads = (options.hidden_size,), config.num_value_heads
         linear = partial(Linear, bias=False, params=params)
         column = partial(linear, hidden, parallelism="column")
-        self.query = column(self.key_shape, ("embed", "kv_heads", None))
-        self.key = column(self.key_shape, ("embed", "kv_heads", None))
-        self.value = column(self.value_shape, ("embed", "heads", None))
+        self.query = column(self.key_shape, ("embed", "kv_heads", None), tensor="query")
+        self.key = column(self.key_shape, ("embed", "kv_heads", None), tensor="key")
+        self.value = column(self.value_shape, ("embed", "heads", None), tensor="value")
         self.gate = column(self.value_shape, ("embed", "heads", None))
         self.decay = column((num_heads,), ("embed", "heads"))
         self.beta = column((num_heads,), ("embed", "heads"))
@@ -149,7 +150,8 @@ class GatedDeltaNetModule(nnx.Module):
         # The published weights of this norm are around one, also where those of other norms are around zero.
         self.norm = Norm(config.value_head_dim, replace(options.norm, type="rmsnorm", offset=0.0), params=params)
         out_axes = ("heads", None, "embed")
-        self.out = linear(self.value_shape, hidden, out_axes, parallelism="row", scale=options.out_scale)
+        out = partial(linear, self.value_shape, hidden, out_axes, parallelism="row", tensor="out_proj")
+        self.out = out(scale=options.out_scale)
 
     def __call__(
         self, x_BTD: jax.Array, tokens: TokenInfo, cache: DeltaCache | None
@@ -175,7 +177,7 @@ class GatedDeltaNetModule(nnx.Module):
 
         mapped = jax.shard_map(on_device, in_specs=specs, out_specs=(specs[0].value, specs[4]))
         y_BTHV, cache = mapped(*arrays)
-        return self.out(y_BTHV), cache
+        return self.out(name_tensor(y_BTHV, "attention_out")), cache
 
     def _weights(self) -> _Weights:
         def gather(param: nnx.Param, axes: LogicalAxes, activation_axes: LogicalAxes = SEQUENCE) -> jax.Array:

@@ -27,6 +27,7 @@ from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.attention import cached_positions, self_attention, update_cache
 from jaxinfra.models.layers import RESIDUAL, Linear, Norm, ParamFactory
 from jaxinfra.models.mixer import HeadSizes, Mixer, MixerOptions, TokenInfo, rope_problems
+from jaxinfra.models.remat import name_tensor
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
 from jaxinfra.ops.rope import Rope, rotate
 
@@ -133,7 +134,8 @@ class LatentAttentionModule(nnx.Module):
         self.key = up(config.kv_lora_rank, config.qk_nope_head_dim)
         self.value = up(config.kv_lora_rank, config.v_head_dim)
         out_axes = ("heads", None, "embed")
-        self.out = linear((heads, config.v_head_dim), (hidden,), out_axes, parallelism="row", scale=options.out_scale)
+        out = partial(linear, (heads, config.v_head_dim), (hidden,), out_axes, parallelism="row", tensor="out_proj")
+        self.out = out(scale=options.out_scale)
 
     def __call__(
         self, x_BTD: jax.Array, tokens: TokenInfo, cache: LatentCache | None
@@ -144,8 +146,8 @@ class LatentAttentionModule(nnx.Module):
         rotated_BTP = self.partitioner.gather_sequence(self.rotated_key(x_BTD), "heads")
         q_BTHK = rotate(self._queries(x_BTD), *tokens.rope)
         if cache is None:
-            k_BTHK = self._keys(self.key(latent_BTR), rotated_BTP, tokens.rope)
-            v_BTHV = self.value(latent_BTR)
+            k_BTHK = name_tensor(self._keys(self.key(latent_BTR), rotated_BTP, tokens.rope), "key")
+            q_BTHK, v_BTHV = name_tensor(q_BTHK, "query"), name_tensor(self.value(latent_BTR), "value")
             y_BTHV = self_attention(q_BTHK, k_BTHK, v_BTHV, self.spec, tokens.segments, self.options, self.partitioner)
             return self.out(y_BTHV), None
         assert tokens.start is not None

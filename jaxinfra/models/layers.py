@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Extensible
 from jaxinfra.config.limits import PositiveFloat, PositiveInt
-from jaxinfra.models.remat import save_dot
+from jaxinfra.models.remat import TensorName, name_tensor, save_dot
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
 from jaxinfra.parallel.rules import LogicalAxes, Role
@@ -147,7 +147,8 @@ class Linear(nnx.Module):
         bias: whether to add a bias.
         params: declares the parameters.
         scale: factor on the initial weights.
-        save_output: whether remat policies may save the output.
+        save_output: whether remat policies may save the output as that of a matmul.
+        tensor: the name of the output for remat policies.
     """
 
     def __init__(
@@ -161,9 +162,11 @@ class Linear(nnx.Module):
         params: ParamFactory,
         scale: float = 1.0,
         save_output: bool = True,
+        tensor: TensorName | None = None,
     ):
         self.in_dims, self.parallelism, self.axes = len(in_shape), parallelism, axes
         self.partitioner, self.save_output = params.partitioner, save_output
+        self.tensor: TensorName | None = tensor
         init = normal(scale * math.prod(in_shape) ** -0.5)
         self.weight = params.param((*in_shape, *out_shape), axes, init, "matrix", in_dims=self.in_dims)
         out_axes = axes[self.in_dims :]
@@ -188,10 +191,10 @@ class Linear(nnx.Module):
             y = partitioner.shard(y, *RESIDUAL, None)  # adds up the partial sums of the devices
         if self.save_output:
             y = save_dot(y)
-        if self.bias is None:
-            return y
-        bias = partitioner.gather_weight(self.bias[...], self.bias_axes, RESIDUAL if row_parallel else x_axes)
-        return partitioner.map_local(jnp.add, y, bias)
+        if self.bias is not None:
+            bias = partitioner.gather_weight(self.bias[...], self.bias_axes, RESIDUAL if row_parallel else x_axes)
+            y = partitioner.map_local(jnp.add, y, bias)
+        return y if self.tensor is None else name_tensor(y, self.tensor)
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -275,9 +278,10 @@ class MLPModule(nnx.Module):
         linear = partial(Linear, bias=config.bias, params=params)
         column = partial(linear, (hidden_size,), (config.dim,), ("embed", "mlp"), parallelism="column")
         self.activation: Activation = config.activation
-        self.gate = None if config.activation == "gelu" else column()
-        self.up = column()
-        self.down = linear((config.dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
+        self.gate = None if config.activation == "gelu" else column(tensor="mlp_gate")
+        self.up = column(tensor="mlp_up")
+        down = partial(linear, (config.dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", tensor="mlp_down")
+        self.down = down(scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Takes gathered positions; returns positions sharded like the residual stream."""

@@ -24,7 +24,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxinfra.models.layers import MLP, RESIDUAL, Activation, FeedForward, ParamFactory, activate, num_matrices
 from jaxinfra.models.module import LayerStats
-from jaxinfra.models.remat import save_dot
+from jaxinfra.models.remat import name_tensor, save_dot
 from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.ops.routing import ExpertChoice, RoutingRule
@@ -264,8 +264,8 @@ class MoE(nnx.Module):
             weights_NK1 = 1  # the outputs are summed as they are
         else:
             x_MD = plan.dispatch(x_ND)
-        y_NKD = save_dot(plan.combine(self._apply_experts(x_MD, weights, plan.group_sizes))).astype(FLOAT32)
-        y_ND = jnp.sum(y_NKD * weights_NK1, axis=1)
+        y_NKD = save_dot(plan.combine(self._apply_experts(x_MD, weights, plan.group_sizes)))
+        y_ND = jnp.sum(name_tensor(y_NKD, "mlp_down").astype(FLOAT32) * weights_NK1, axis=1)
         stats = self._layer_stats(logits_BTE, choice, mask_BTE, served_BTK)
         return y_ND.astype(x_BTD.dtype).reshape(B, T, D), stats
 
@@ -297,8 +297,8 @@ class MoE(nnx.Module):
             expert_of_row = jnp.repeat(jnp.arange(len(bias)), sizes_E, total_repeat_length=len(y))
             return y + bias[expert_of_row]
 
-        up_MF = save_dot(multiply(x_MD, "up"))
-        gate_MF = None if self.gate is None else save_dot(multiply(x_MD, "gate"))
+        up_MF = name_tensor(save_dot(multiply(x_MD, "up")), "mlp_up")
+        gate_MF = None if self.gate is None else name_tensor(save_dot(multiply(x_MD, "gate")), "mlp_gate")
         return multiply(activate(self.config.activation, gate_MF, up_MF), "down")
 
     def _layer_stats(

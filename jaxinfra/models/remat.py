@@ -1,16 +1,46 @@
-"""Rematerialization policies: what a layer saves for the backward pass, and what is recomputed."""
+"""Rematerialization: what a layer saves for the backward pass, and what is computed again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
-from jaxinfra.ops.attention import ATTENTION_RESIDUALS
+from jaxinfra.config import Problem
+from jaxinfra.ops.attention import ATTENTION_OUT, ATTENTION_RESIDUALS
 from jaxinfra.parallel.sharding import GATHERED_WEIGHT
 
-type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"]
+type TensorName = Literal[
+    "layer_input", "query", "key", "value", "attention_out", "out_proj", "mlp_gate", "mlp_up", "mlp_down"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Saves tensors by their names, and computes all others again.
+
+    Queries and keys are those that attention reads, after their norm and rotation. The names of an MLP are also those
+    of experts: their rows, and for `mlp_down` the outputs before they are weighted and summed. A layer that lacks a
+    tensor ignores its name. The input of a layer is saved unless it is offloaded.
+
+    Attributes:
+        save: stay in the memory of the device.
+        offload: go to the memory of the host, and come back in the backward pass.
+    """
+
+    save: tuple[TensorName, ...] = ()
+    offload: tuple[TensorName, ...] = ()
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields a name that is in both."""
+        for name in self.offload:
+            if name in self.save:
+                yield Problem(fields=("save", "offload"), message=f"{name} is in both", fix="leave it out of one")
+
+
+type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"] | Named
 
 DOT = "dot"
 """The name under which policies save the output of a matmul with a weight."""
@@ -23,10 +53,30 @@ def save_dot(y: jax.Array) -> jax.Array:
     return checkpoint_name(y, DOT)
 
 
+def name_tensor(x: jax.Array, name: TensorName) -> jax.Array:
+    """Names a tensor of a layer for `Named`."""
+    return checkpoint_name(x, name)
+
+
 def _all_but_gathered_weights(primitive: Primitive, *_: Any, **params: Any) -> bool:
     """The policy "weights": whether to save the output of a primitive."""
     # Resharded activations are saved by their own checkpoint name; a reshape costs nothing.
     return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED_WEIGHT
+
+
+def _by_name(save: Iterable[str], offload: Iterable[str]) -> Callable[..., Any]:
+    """Returns the JAX policy that saves and offloads by checkpoint name."""
+
+    def names(tensors: Iterable[str]) -> list[str]:
+        found = list(tensors)
+        return found + [ATTENTION_RESIDUALS] * (ATTENTION_OUT in found)  # of a kernel that names what it needs
+
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names(save),
+        names_which_can_be_offloaded=names(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -> Callable[P, R]:
@@ -38,24 +88,22 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
             weights, so the whole model on every device. "weights": everything but gathered weights, which are gathered
             again. "dots": outputs of matmuls with weights. "dots_and_attention": on TPUs also the output of attention,
             so that its kernel runs forward only once. "full": full rematerialization, only the input of the layer.
-            "offload": as "dots", but in host memory.
+            "offload": as "dots", but in host memory. `Named`: tensors by their names.
         alone: whether one step of the scan applies this layer only.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
         return layer
-    chosen = {
-        "weights": _all_but_gathered_weights,
-        "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names(DOT),
-        "dots_and_attention": policies.save_only_these_names(DOT, ATTENTION_RESIDUALS),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[DOT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }[policy]
+    if isinstance(policy, Named):
+        chosen = _by_name(policy.save, policy.offload)
+    else:
+        chosen = {
+            "weights": _all_but_gathered_weights,
+            "full": policies.nothing_saveable,
+            "dots": policies.save_only_these_names(DOT),
+            "dots_and_attention": policies.save_only_these_names(DOT, ATTENTION_RESIDUALS),
+            "offload": _by_name((), (DOT,)),
+        }[policy]
     # A scan keeps the compiler from merging recomputation with the forward pass (common subexpression elimination).
     # With several layers in a step, JAX must prevent it.
     return jax.checkpoint(layer, policy=chosen, prevent_cse=not alone)

@@ -29,7 +29,7 @@ from jaxinfra.models.layers import MLP, SEQUENCE, Norm, NormConfig, ParamFactory
 from jaxinfra.models.mixer import MixerOptions, TokenInfo
 from jaxinfra.models.model import LayeredModelConfig
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
-from jaxinfra.models.remat import Remat, remat
+from jaxinfra.models.remat import Remat, name_tensor, remat
 from jaxinfra.ops.attention import Kernel
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
@@ -194,7 +194,7 @@ class VisionTransformer(LayeredModule):
     ) -> tuple[jax.Array, LayerStats]:
         def layer(x_BTD: jax.Array, xs: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
             block, index = xs
-            return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), index)), None
+            return block(name_tensor(x_BTD, "layer_input"), layer_bits(batch.get(DROPOUT_FIELD), index)), None
 
         indices = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.indices
         step, unroll = remat(layer, self.config.remat), self.partitioner.unroll_loops

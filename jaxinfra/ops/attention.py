@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.ops.logits import softcapped
@@ -25,7 +26,10 @@ type Positions = tuple[jax.Array, jax.Array]
 """Positions of queries `[B or 1, T]` and of keys `[B or 1, S]`."""
 
 ATTENTION_RESIDUALS = "attention_residuals"
-"""The checkpoint name of the splash kernel's output and log-sum-exp, by which `models.remat` saves them."""
+"""The checkpoint name of an output and its log-sum-exp where a gradient needs both: `models.remat` saves them by it."""
+
+ATTENTION_OUT = "attention_out"
+"""The checkpoint name of the output of other kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,4 +303,5 @@ def dot_product_attention(
     # JAX cannot check over which mesh axes a value varies (vma) in kernels that are not written in JAX. For the others
     # the check stays on: without it, JAX sums gradients over all unnamed axes, a copy and a wait even on one device.
     check_vma = name in ("xla", "reference")
-    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=check_vma)(*arrays)
+    y_BTHV = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=check_vma)(*arrays)
+    return y_BTHV if name == "splash" else checkpoint_name(y_BTHV, ATTENTION_OUT)

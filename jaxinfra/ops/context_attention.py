@@ -28,9 +28,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.ops.attention import AttentionSpec, Kernel, KernelInputs, choose_kernel
+from jaxinfra.ops.attention import ATTENTION_RESIDUALS, AttentionSpec, Kernel, KernelInputs, choose_kernel
 from jaxinfra.ops.block_attention import (
     JAX_BLOCKS,
     KV,
@@ -213,7 +214,7 @@ def _forward(context: ContextSpec, q: jax.Array, kv: KV, sinks: jax.Array | None
     out, lse = forward(context, q, kv)
     if sinks is not None:  # see the module
         out, lse = out * jax.nn.sigmoid(lse - sinks)[..., None], jnp.logaddexp(lse, sinks)
-    out = out.astype(q.dtype)
+    out, lse = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in (out.astype(q.dtype), lse))
     return out, (q, kv, sinks, out, lse)
 
 

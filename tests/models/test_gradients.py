@@ -1,14 +1,18 @@
 """Gradients against finite differences of the NumPy reference, on meshes, and under every remat policy."""
 
 import functools
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import numpy as np
 import pytest
 
+from jaxinfra.config import load, validate
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.remat import Remat
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.remat import Named, Remat, TensorName
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
@@ -20,10 +24,13 @@ from tests.golden.proven import Unless
 from tests.models import numpy_reference
 from tests.models.harness import BASE, MODELS, ONE, build, random_tokens, relative_error, slow_but
 from tests.models.numpy_experts import ExpertStats
+from tests.refusals import raises
 
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
 ROWS, LENGTH = 4, 8
 type Policy = Remat | tuple[Remat, ...]
+CONFIG = Path(__file__).parents[2] / "configs" / "gpt2_124m.py"
+NAMES: tuple[TensorName, ...] = get_args(TensorName.__value__)
 
 
 def run_of(changes: dict[str, Any], mesh: MeshConfig, accumulate: int = 1) -> Run:
@@ -137,6 +144,13 @@ def assert_same_on_the_cube(model: str) -> None:
     ("model", "policy"),
     [
         *(("llama", policy) for policy in ("weights", "dots", "dots_and_attention", "full", "offload")),
+        ("llama", Named(save=("query", "mlp_up", "out_proj"), offload=("layer_input", "attention_out"))),
+        *(
+            pytest.param(model, policy, marks=pytest.mark.slow(6))
+            for model in MODELS
+            for policy in (Named(save=NAMES[::2], offload=NAMES[1::2]), Named(save=NAMES[1::2], offload=NAMES[::2]))
+        ),
+        pytest.param("gemma", (Named(save=("key",)), Named(offload=("value",))), marks=pytest.mark.slow(6)),
         pytest.param("gemma", ("full", "dots"), marks=pytest.mark.slow(6)),
         pytest.param("gemma", ("none", "offload", "weights"), marks=pytest.mark.slow(6)),
     ],
@@ -167,6 +181,37 @@ def test_remat_policies_recompute_matmuls() -> None:
     mixed = lowered(("full", "dots"), "cpu").count("dot_general")
     assert products["full"] < mixed < 2 * products["full"]
     assert products["dots"] + 5 <= products["full"] <= products["none"] + in_layer
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_family_names_its_tensors(model: str) -> None:
+    """Those that it has: only an MLP without gating lacks one."""
+    program = program_of(model, ONE, "full")
+    with program.on_mesh:
+        traced = str(jax.make_jaxpr(program.gradients)(program.params, program.batch))
+    missing = {"mlp_gate"} if model == "gpt-2" else set()
+    assert {name for name in NAMES if f"name={name}" in traced} == {*NAMES} - missing
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "out_proj", "mlp_gate", "mlp_up"])
+def test_a_tensor_that_is_saved_is_not_made_again(name: TensorName) -> None:
+    full, saved = (lowered(policy, "cpu").count("dot_general") for policy in ("full", Named(save=(name,))))
+    assert saved == full - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_offloaded_moves_to_host_memory(name: TensorName) -> None:
+    """The last one of a layer is read by no gradient, so it moves nowhere."""
+    assert ("pinned_host" in lowered(Named(offload=(name,)), "tpu")) == (name != "mlp_down")
+
+
+def test_a_name_that_no_layer_has() -> None:
+    with raises(ConfigError, "model.remat.save=key,querry did you mean key,query?"):
+        load(CONFIG, ["model.remat=named", "model.remat.save=key,querry"], root=Run)
+    model = load(CONFIG, ["model.remat=named", "model.remat.save=query,key"], root=Run).run.model
+    assert isinstance(model, TransformerConfig) and model.remat == Named(save=("query", "key"))
+    with raises(ConfigError, "model.remat.save model.remat.offload key is in both leave it out of one"):
+        validate(run_of({"remat": Named(save=("key",), offload=("key",))}, ONE))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
