@@ -17,8 +17,8 @@ from jaxinfra.models.transformer import TransformerConfig
 _decoder = partial(decoder, rope=None, qkv_bias=True, out_bias=True)
 
 
-def _gpt2(num_layers: int, hidden_size: int, num_heads: int) -> TransformerConfig:
-    """openai-community/gpt2 and gpt2-{medium,large,xl}."""
+def _gpt2(num_layers: int, hidden_size: int, num_heads: int, length: int = 1024) -> TransformerConfig:
+    """openai-community/gpt2 and gpt2-{medium,large,xl}; GPT-3's largest (Brown et al. 2020) with dense attention."""
     return _decoder(
         vocab_size=50257,
         num_layers=num_layers,
@@ -26,7 +26,7 @@ def _gpt2(num_layers: int, hidden_size: int, num_heads: int) -> TransformerConfi
         num_heads=num_heads,
         mlp=MLP(dim=4 * hidden_size, activation="gelu", bias=True),
         norm=NormConfig(type="layernorm"),
-        learned_positions=1024,
+        learned_positions=length,
         tie_embeddings=True,
     )
 
@@ -36,6 +36,7 @@ SHAPES: dict[str, TransformerConfig] = {
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),
     "gpt2-xl": _gpt2(48, 1600, 25),
+    "gpt3-175b": _gpt2(96, 12288, 96, length=2048),
 }
 
 

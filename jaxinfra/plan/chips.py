@@ -1,26 +1,33 @@
-"""Memory, peak compute and slice limits of the chips that `compile --on` accepts.
+"""The chips that `compile --on` and `plan --on` know: memory, peak compute, links, power, and limits of slices.
 
-All numbers are per JAX device. A device is a whole chip, except on v4 and TPU7x: there it is half a chip.
-
-TPU memory is from the system architecture pages of Google Cloud's TPU documentation, GPU memory from the device
-descriptions in XLA's CUDA plugin, and peak FLOP/s from `machine.peak_flops`, which names its source.
+The rows are in `chips.toml`, with their sources, for whole chips. A `Chip` here is one JAX device, which is a whole
+chip except on v4 and TPU7x: there it is half a chip.
 
 Google publishes no TPU clock. It is computed as peak FLOP/s / (matrix units x 2 x rows x columns). The number of matrix
 units was checked against the compiler's cycle estimate for the matmul of two 8192 x 8192 bfloat16 matrices: at this
 clock the matmul runs at 0.70 (v6e) to 0.90 of peak FLOP/s.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from jaxinfra.machine.peak_flops import PEAK_FLOPS
+from jaxinfra.config.text import nearest
+from jaxinfra.errors import ConfigError
 
 GIB = 2**30
+_GB = 10**9
+_TABLE = Path(__file__).with_name("chips.toml")
+_LINES = ("device_kind", "max_slice", "devices", "mxu", "tflops", "hbm_gib", "hbm_bytes", "hbm_gb_s")
+_LINES += ("ici_gb_s", "network_gb_s", "host", "watts", "dollars")
+PRICES = ("on_demand", "committed", "spot")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One JAX device of a TPU or GPU."""
+    """One JAX device of a TPU or GPU. What is None is not published."""
 
     name: str  # in `--on`
     platform: Literal["tpu", "cuda"]
@@ -29,46 +36,86 @@ class Chip:
     max_slice: tuple[int, ...] | None = None  # None for GPUs
     devices_per_chip: int = 1
     hbm_bytes: int
-    peak_flops: float  # dense bfloat16 FLOP/s
+    peaks: Mapping[str, float] = field(hash=False)  # dense FLOP/s by dtype: bf16, int8, fp8
     clock_hz: float | None = None  # of the matrix units; None for GPUs: their compiler estimates no cycles
+    hbm_bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None  # of one link of the chip, in one direction
+    network_bytes_per_s: float | None = None  # between slices or hosts, in one direction
+    host_bytes: float | None = None  # the device's part of its host's memory
+    watts: float | None = None
+    dollars: Mapping[str, float] = field(default_factory=dict, hash=False)  # of a chip and hour, by `PRICES`
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        return self.peaks["bf16"]
 
 
-def _tpu(
-    name: str, device_kind: str, max_slice: tuple[int, ...], *, hbm_gib: int, flops: float, num_mxu: int, mxu_size: int
-) -> Chip:
-    return Chip(
-        name=name,
-        platform="tpu",
-        device_kind=device_kind,
-        num_dims=len(max_slice),
-        max_slice=max_slice,
-        devices_per_chip=2 if name in ("v4", "tpu7x") else 1,
-        hbm_bytes=hbm_gib * GIB,
-        peak_flops=flops,
-        clock_hz=flops / (num_mxu * 2 * mxu_size**2),
-    )
+def load_chips(path: str | None = None) -> dict[str, Chip]:
+    """Returns the chips by name: the built-in rows, changed and extended by those of a file.
+
+    Raises ConfigError with the row and line of the file that is wrong.
+    """
+    return _chips(path) if path else dict(CHIPS)
 
 
-def _gpu(name: str, device_kind: str, hbm_bytes: int, flops: float) -> Chip:
-    return Chip(name=name, platform="cuda", device_kind=device_kind, num_dims=2, hbm_bytes=hbm_bytes, peak_flops=flops)
+def _chips(path: str | None) -> dict[str, Chip]:
+    rows: dict[str, dict[str, Any]] = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+    if path:
+        for name, row in _read(path).items():
+            rows[name] = {**rows.get(name, {}), **row}
+    return {name: _chip(name, row, path) for name, row in rows.items()}
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        # A chip has two cores, each with 16 GiB, half of 275 TFLOP/s and 4 matrix units at 1.05 GHz.
-        _tpu("v4", "TPU v4", (16, 16, 16), hbm_gib=16, flops=PEAK_FLOPS["TPU v4"] / 2, num_mxu=4, mxu_size=128),
-        # One core of 4 matrix units at 1.50 GHz.
-        _tpu("v5e", "TPU v5 lite", (16, 16), hbm_gib=16, flops=PEAK_FLOPS["TPU v5e"], num_mxu=4, mxu_size=128),
-        # Two cores of 4 matrix units at 1.75 GHz; JAX lists them as one device.
-        _tpu("v5p", "TPU v5", (16, 20, 28), hbm_gib=95, flops=PEAK_FLOPS["TPU v5p"], num_mxu=8, mxu_size=128),
-        # The cycle estimate of a matmul is 1.4 times what two matrix units of this size could do, so there are more.
-        _tpu("v6e", "TPU v6 lite", (16, 16), hbm_gib=32, flops=PEAK_FLOPS["TPU v6e"], num_mxu=4, mxu_size=256),
-        # A chip has 192 GiB and 2307 TFLOP/s.
-        _tpu("tpu7x", "TPU7x", (16, 24, 24), hbm_gib=96, flops=PEAK_FLOPS["TPU7x"], num_mxu=4, mxu_size=256),
-        _gpu("a100", "NVIDIA A100-SXM4-80GB", 85_100_068_864, PEAK_FLOPS["NVIDIA A100"]),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, PEAK_FLOPS["NVIDIA H100"]),
-        _gpu("h200", "NVIDIA H200 141GB HBM3e", 151_397_597_184, PEAK_FLOPS["NVIDIA H200"]),
-        _gpu("b200", "NVIDIA B200", 191_514_411_008, PEAK_FLOPS["NVIDIA B200"]),
-    )
-}
+def _read(path: str) -> dict[str, dict[str, Any]]:
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--chips {path}: {error.strerror}; name a file with rows such as [v5p]") from None
+    except ValueError as error:
+        raise ConfigError(f"--chips {path}: {' '.join(str(error).split())}; write it as TOML") from None
+    for name, row in found.items():
+        if not isinstance(row, dict):
+            raise ConfigError(f"--chips {path}: {name}: expected a row; use [v5p], and lines below it")
+        for line in row:
+            if line not in _LINES:
+                near = nearest(line, _LINES)
+                raise ConfigError(f"--chips {path}: {name}: no line {line}; use {near or ', '.join(_LINES)}")
+        if unknown := [price for price in row.get("dollars", {}) if price not in PRICES]:
+            raise ConfigError(f"--chips {path}: {name}: no price {unknown[0]}; use {', '.join(PRICES)}")
+    return found
+
+
+def _chip(name: str, row: Mapping[str, Any], path: str | None) -> Chip:
+    try:
+        devices, max_slice, mxu = row.get("devices", 1), row.get("max_slice"), row.get("mxu")
+        peaks = {dtype: tflops * 1e12 / devices for dtype, tflops in row["tflops"].items()}
+        chips, host_gb = row.get("host", (1, None))
+
+        def per_s(line: str, parts: int) -> float | None:
+            return None if line not in row else row[line] * _GB / parts
+
+        return Chip(
+            name=name,
+            platform="tpu" if max_slice else "cuda",
+            device_kind=row["device_kind"],
+            num_dims=len(max_slice) if max_slice else 2,
+            max_slice=tuple(max_slice) if max_slice else None,
+            devices_per_chip=devices,
+            hbm_bytes=(row["hbm_bytes"] if "hbm_bytes" in row else row["hbm_gib"] * GIB) // devices,
+            peaks=peaks,
+            clock_hz=peaks["bf16"] * devices / (mxu[0] * 2 * mxu[1] ** 2) if mxu else None,
+            hbm_bytes_per_s=per_s("hbm_gb_s", devices),
+            link_bytes_per_s=per_s("ici_gb_s", 1),
+            network_bytes_per_s=per_s("network_gb_s", devices),
+            host_bytes=None if host_gb is None else host_gb * _GB / (chips * devices),
+            watts=None if "watts" not in row else row["watts"] / devices,
+            dollars=row.get("dollars", {}),
+        )
+    except KeyError as error:
+        raise ConfigError(f"--chips {path}: {name}: has no line {error.args[0]}; add it") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"--chips {path}: {name}: a line has another type: {error}; see the built-in table") from None
+
+
+CHIPS: Mapping[str, Chip] = _chips(None)
