@@ -115,6 +115,24 @@ def run(lab: Lab, *script: int | None) -> int:
     return lab.controller.follow(lab.controller.start(lab.job, 1), 1)
 
 
+class EndlessConsoles(Consoles):
+    """A host that waits after its run before it deletes itself: until then what follows its console goes on."""
+
+    def stream(self, *words: object, **_: object) -> subprocess.Popen[bytes]:
+        lines, follow = words[-2:]
+        follows = r"printf 'step 1\nste' && exec sleep 600"
+        shows = rf"printf 'step 1\nstep 2\n' | tail -n {lines}"
+        shown = follows if follow == "yes" else shows
+        return subprocess.Popen(["sh", "-c", f"echo '--- jaxinfra' && {shown}"], stdout=subprocess.PIPE)
+
+
+def test_the_console_ends_with_the_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """No line is lost, doubled or cut, though the host goes on."""
+    lab.place.ssh = EndlessConsoles()
+    assert run(lab, 0) == 0
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
+
+
 def test_starts_again_by_the_table_and_deletes_at_the_end(lab: Lab) -> None:
     assert run(lab, 75, 76, 0) == 0
     assert [each for each in lab.place.done if each != "prepare"] == ["start 1", "start 2", "start 3", "remove"]

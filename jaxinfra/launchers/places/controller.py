@@ -245,6 +245,7 @@ class _Console:
     def __init__(self, place: SshPlace, job: Job) -> None:
         self._place, self._job, self._ended = place, job, threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._show, name="console", daemon=True)
 
     def __enter__(self) -> None:
@@ -252,7 +253,10 @@ class _Console:
 
     def __exit__(self, *error: object) -> None:
         """Shows what is left, then ends."""
-        self._ended.set()
+        with self._lock:
+            self._ended.set()
+            if self._process is not None:  # it goes on for as long as the host waits to delete itself
+                self._process.terminate()
         self._thread.join(timeout=10.0)
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
@@ -260,16 +264,21 @@ class _Console:
     def _show(self) -> None:
         shown = 0
         while True:
-            is_last = self._ended.is_set()
-            arguments = (self._job.id, f"+{shown + 1}", "no" if is_last else "yes")
-            stream = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
-            with stream as self._process:
+            with self._lock:
+                is_last = self._ended.is_set()
+                arguments = (self._job.id, f"+{shown + 1}", "no" if is_last else "yes")
+                stream = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
+                self._process = stream
+            with stream:
                 for line in after_mark(stream):
+                    if not (line.endswith("\n") or is_last):
+                        break  # cut off; it comes whole the next time
                     shown += 1
                     sys.stdout.write(line)
                     sys.stdout.flush()
-            if is_last or self._ended.wait(1.0) and stream.returncode != 0:
+            if is_last:
                 return
+            self._ended.wait(1.0)
 
 
 def release_last(place: SshPlace, job: Job, number: int, new: PlaceOptions, say: Say) -> None:
