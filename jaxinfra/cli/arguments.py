@@ -129,11 +129,16 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the files and of the run (default: that of PATH)")
 
 
-def _add_compile(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     examples = "v5p-128 or v5p:4x4x4 (a TPU slice), 2xv5e:2x4 (two slices), h100 (one host), h100:2x8 (hosts x GPUs)"
     parser.add_argument("--on", metavar="TOPOLOGY", required=True, help=examples)
+    parser.add_argument("--chips", metavar="FILE", help="rows of chips that add to the built-in ones (docs/plan.md)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers as JSON, to a file or URL")
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    _add_plan(parser)
     parser.add_argument("--dump", metavar="FILE", help="write the compiled program as text, to a file or URL")
 
 
@@ -338,6 +343,7 @@ COMMANDS = {
     "init": Command(_add_init, "write the quickstart's config and data recipe into a folder"),
     "explain": Command(_add_explain, "explain a config field, or list the fields"),
     "show": Command(_add_show, "print the resolved config and its statistics; uses no devices"),
+    "plan": Command(_add_plan, "say how long a step takes on hardware that is absent, and what limits it"),
     "compile": Command(_add_compile, "compile the train step for hardware that is absent: memory, cycles, collectives"),
     "data prepare": Command(_add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),
     "data show": Command(_add_data_show, "print the counts, lengths, versions and samples of a store"),

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from jaxinfra.cli import config_argument
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.aot import CompiledStep, compile_step
-from jaxinfra.plan.chips import Chip
+from jaxinfra.plan.chips import Chip, load_chips
 from jaxinfra.plan.compile_errors import out_of_memory, suggest_fix
 from jaxinfra.plan.topology import parse_topology
+from jaxinfra.run import Run
 from jaxinfra.storage import outputs
 from jaxinfra.track.formatting import format_bytes, format_percent
 
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     """Compiles, and prints memory, cycles, kernels and collectives; ConfigError if the step does not fit a device."""
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: compile uses no devices; name the hardware with --on")
-    topology = parse_topology(options.on)
+    topology = parse_topology(options.on, load_chips(options.chips))
     paths = [path for path in (options.dump, options.json) if path is not None]
     for path in paths:
         outputs.check_writable(path)
@@ -32,11 +33,16 @@ def run(options: argparse.Namespace) -> None:
     compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))
     print("\n".join(format_report(compiled, topology.chip)))
     outputs.write_json(options.json, asdict(compiled))
-    needed_bytes, hbm_bytes = compiled.memory.total, topology.chip.hbm_bytes
+    check_fits(loaded.run, compiled, topology.chip)
+
+
+def check_fits(run: Run, compiled: CompiledStep, chip: Chip) -> None:
+    """Raises ConfigError if a step needs more memory than a device has, with what would help."""
+    needed_bytes, hbm_bytes = compiled.memory.total, chip.hbm_bytes
     if needed_bytes > hbm_bytes:  # the TPU compiler raises this itself, the GPU compiler does not
         temporaries = compiled.memory.temporaries
         room = hbm_bytes - (needed_bytes - temporaries)
-        fix = suggest_fix(loaded.run, compiled.per_device_batch_size, temporaries / room if room > 0 else math.inf)
+        fix = suggest_fix(run, compiled.per_device_batch_size, temporaries / room if room > 0 else math.inf)
         raise ConfigError(f"{compiled.name} on {compiled.topology}: {out_of_memory(needed_bytes, hbm_bytes, fix)}")
 
 

@@ -18,9 +18,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh import Device, abstract_mesh, make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
+from jaxinfra.plan.collectives import CollectiveFinder, Traffic, summarize
 from jaxinfra.plan.compile_errors import explain, join_objections, out_of_memory
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, HloModule
 from jaxinfra.plan.topology import Topology, set_up_compiler, slice_ids, topology_devices
@@ -141,6 +141,45 @@ def _require_cudnn(run: Run) -> None:
         raise ConfigError(explain(str(error), run, program.rows_per_device)) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """A compiled train step, and what it was compiled for."""
+
+    program: Program
+    topology: Topology
+    module: HloModule
+    memory: Memory
+
+    @property
+    def devices(self) -> list[Device]:
+        """The devices by the number that they have in the text."""
+        return list(np.asarray(self.program.mesh.devices).flat)
+
+    @property
+    def collectives(self) -> CollectiveFinder:
+        """Finds the collectives of a part of the text."""
+        slices = slice_ids(self.topology, self.devices)
+        return CollectiveFinder(self.module, dict(self.program.mesh.shape), slices)
+
+    def summary(self) -> CompiledStep:
+        """Returns memory, cycles and collectives."""
+        module, mesh = self.module, dict(self.program.mesh.shape)
+        instructions = [i for call in module.calls() for i in call.computation.instructions.values()]
+        estimates = [instruction.cycles for instruction in instructions if instruction.cycles is not None]
+        return CompiledStep(
+            name=self.program.run.name,
+            topology=str(self.topology),
+            mesh={axis: size for axis, size in mesh.items() if size > 1},
+            per_device_batch_size=self.program.rows_per_device,
+            memory=self.memory,
+            cycles=module.cycles() if estimates else None,
+            unestimated=estimates.count(NO_ESTIMATE),
+            unknown_loops=module.unknown_loops(),
+            kernels=_kernels(module),
+            traffic=summarize(self.collectives.all()),
+        )
+
+
 def compile_step(
     run: Run,
     topology: Topology,
@@ -148,7 +187,18 @@ def compile_step(
     dump: Callable[[str], object] | None = None,
     on_progress: Callable[[str], object] = lambda line: None,
 ) -> CompiledStep:
-    """Compiles the train step of a run and reads its memory, cycles and collectives.
+    """Compiles the train step of a run and reads its memory, cycles and collectives; see `compile_for`."""
+    return compile_for(run, topology, dump=dump, on_progress=on_progress).summary()
+
+
+def compile_for(
+    run: Run,
+    topology: Topology,
+    *,
+    dump: Callable[[str], object] | None = None,
+    on_progress: Callable[[str], object] = lambda line: None,
+) -> Compilation:
+    """Compiles the train step of a run.
 
     `dump` receives the compiled text, `on_progress` a line before each slow part. Raises ConfigError if the run does
     not fit the topology or its memory, or if the compiler is missing or fails.
@@ -160,23 +210,7 @@ def compile_step(
     on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")
     if dump is not None:
         dump(compiled.text)
-    module = HloModule(compiled.text)
-    mesh = dict(program.mesh.shape)
-    slices = slice_ids(topology, list(np.asarray(program.mesh.devices).flat))
-    instructions = [i for call in module.calls() for i in call.computation.instructions.values()]
-    estimates = [instruction.cycles for instruction in instructions if instruction.cycles is not None]
-    return CompiledStep(
-        name=program.run.name,
-        topology=str(topology),
-        mesh={axis: size for axis, size in mesh.items() if size > 1},
-        per_device_batch_size=program.rows_per_device,
-        memory=compiled.memory,
-        cycles=module.cycles() if estimates else None,
-        unestimated=estimates.count(NO_ESTIMATE),
-        unknown_loops=module.unknown_loops(),
-        kernels=_kernels(module),
-        traffic=summarize(find_collectives(module, mesh, slices)),
-    )
+    return Compilation(program=program, topology=topology, module=HloModule(compiled.text), memory=compiled.memory)
 
 
 def memory_usage(executable: jax.stages.Compiled) -> Memory:

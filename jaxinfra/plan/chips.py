@@ -21,7 +21,7 @@ GIB = 2**30
 _GB = 10**9
 _TABLE = Path(__file__).with_name("chips.toml")
 _LINES = ("device_kind", "max_slice", "devices", "mxu", "tflops", "hbm_gib", "hbm_bytes", "hbm_gb_s")
-_LINES += ("ici_gb_s", "network_gb_s", "host", "watts", "dollars")
+_LINES += ("ici_gb_s", "network_gb_s", "host", "watts", "dollars", "rates")
 PRICES = ("on_demand", "committed", "spot")
 
 
@@ -44,6 +44,7 @@ class Chip:
     host_bytes: float | None = None  # the device's part of its host's memory
     watts: float | None = None
     dollars: Mapping[str, float] = field(default_factory=dict, hash=False)  # of a chip and hour, by `PRICES`
+    rates: Mapping[str, float] = field(default_factory=dict, hash=False)  # fitted, by field of `step_time.Rates`
 
     @property
     def peak_flops(self) -> float:
@@ -111,6 +112,7 @@ def _chip(name: str, row: Mapping[str, Any], path: str | None) -> Chip:
             host_bytes=None if host_gb is None else host_gb * _GB / (chips * devices),
             watts=None if "watts" not in row else row["watts"] / devices,
             dollars=row.get("dollars", {}),
+            rates=row.get("rates", {}),
         )
     except KeyError as error:
         raise ConfigError(f"--chips {path}: {name}: has no line {error.args[0]}; add it") from None

@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -50,6 +50,8 @@ class Collective:
     # Bytes of each array on one device: after a gather, before a reduce-scatter. Between slices they include padding to
     # the chip's tiles. A ragged all-to-all, whose number of rows is not static, counts as its smaller buffer.
     array_bytes: tuple[int, ...]
+    instruction: str = field(default="", compare=False)  # its name in the text
+    group: tuple[int, ...] = field(default=(), compare=False)  # one of the groups of devices that exchange data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +96,10 @@ def find_collectives(
         mesh: size of every mesh axis, in order.
         slice_ids: the number of the TPU slice or GPU host of each device of the mesh; None if all are in one.
     """
-    finder = _CollectiveFinder(module, mesh, slice_ids)
-
-    def moved_bytes(call: Call) -> int:
-        return sum(sum(each.array_bytes) * each.runs for each in finder.find(call))
-
-    return [each for call in module.calls(moved_bytes) for each in finder.find(call)]
+    return CollectiveFinder(module, mesh, slice_ids).all()
 
 
-class _CollectiveFinder:
+class CollectiveFinder:
     """Finds the collectives of one module; `slice_ids` has one number for each partition of the module."""
 
     def __init__(self, module: HloModule, mesh: Mapping[str, int], slice_ids: Sequence[int] | None):
@@ -118,6 +115,14 @@ class _CollectiveFinder:
             self.mesh[self.outer_axis] //= num_slices
             self.slice_ids = self.slice_ids[: module.num_partitions]
 
+    def all(self) -> list[Collective]:
+        """Returns those of the whole program; see `find_collectives`."""
+
+        def moved_bytes(call: Call) -> int:
+            return sum(sum(each.array_bytes) * each.runs for each in self.find(call))
+
+        return [each for call in self.module.calls(moved_bytes) for each in self.find(call)]
+
     def find(self, call: Call) -> Iterator[Collective]:
         """Yields the collectives of one computation; the computations that it calls are other calls."""
         instructions = call.computation.instructions.values()
@@ -127,7 +132,7 @@ class _CollectiveFinder:
             megascale = _MEGASCALE.search(instruction.attributes) if instruction.opcode == "send" else None
             if megascale:
                 kind = megascale[1].lower().replace("_", "-")  # ALL_REDUCE is all-reduce
-                axes, link = (self.outer_axis,), "network"
+                axes, link, groups = (self.outer_axis,), "network", [[]]
                 whole, sliced = instruction.array_bytes[:1], ()
             elif kind in KINDS and (has_async_start or "chain_id=" not in instruction.attributes):
                 # In a chain of asynchronous fusions every part names the collective; only its start is listed.
@@ -140,7 +145,14 @@ class _CollectiveFinder:
             for each_kind, sizes in ((kind, whole), (sliced_kind, sliced)):
                 if sizes:
                     yield Collective(
-                        kind=each_kind, axes=axes, link=link, loops=call.loops, runs=call.runs, array_bytes=sizes
+                        kind=each_kind,
+                        axes=axes,
+                        link=link,
+                        loops=call.loops,
+                        runs=call.runs,
+                        array_bytes=sizes,
+                        instruction=instruction.name,
+                        group=tuple(groups[0]),
                     )
 
     def _array_bytes(

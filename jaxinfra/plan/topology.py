@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,15 +79,15 @@ class Topology:
         return (x, y, False)
 
 
-def parse_topology(text: str) -> Topology:
+def parse_topology(text: str, chips: Mapping[str, Chip] = CHIPS) -> Topology:
     """Parses the value of `--on`; raises ConfigError if there is no such chip or slice."""
     match = _FORM.fullmatch(text)
     if match is None:
         raise _wrong_form(text)
     name, slices = {"v5litepod": "v5e"}.get(match["name"], match["name"]), int(match["slices"] or 1)
-    if name not in CHIPS:
-        raise ConfigError(f"--on {text}: unknown chip, must be one of {', '.join(CHIPS)}; use --on v5p:4x4x4")
-    chip = CHIPS[name]
+    if name not in chips:
+        raise ConfigError(f"--on {text}: unknown chip, must be one of {', '.join(chips)}; use --on v5p:4x4x4")
+    chip = chips[name]
     shape = tuple(map(int, (match["shape"] or _default_shape(text, chip, match["size"])).split("x")))
     if len(shape) != chip.num_dims or 0 in shape or not slices:
         example = _EXAMPLE_SHAPES[chip.platform, chip.num_dims]

@@ -1,0 +1,129 @@
+"""The plan of a run on hardware: the time of a step, with bounds, what limits it, and its MFU.
+
+It reads the program that `compile_for` has compiled, which is the one that trains.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.ops.attention import splash_block
+from jaxinfra.plan.aot import Compilation
+from jaxinfra.plan.chips import Chip
+from jaxinfra.plan.step_time import Attention, Cause, Rates, Spent, StepTimer
+from jaxinfra.program import Program
+from jaxinfra.train.statistics import step_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What a step is expected to take."""
+
+    name: str  # of the run
+    topology: str
+    mesh: Mapping[str, int]  # axes above 1
+    devices: int
+    chips: int
+    samples: int  # of a step, on all devices
+    units_per_sample: int  # such as tokens
+    lower_s: float  # if nothing waits
+    estimate_s: float
+    upper_s: float  # if nothing overlaps
+    work: Mapping[Cause, float]  # seconds of each unit in a step
+    waits: Mapping[Cause, float]  # seconds for which the cores wait for it
+    flops: float  # of a step on all devices, as of MFU
+    peak_flops: float  # of a device in bfloat16
+    memory_bytes: int
+    hbm_bytes: int
+    unknown_loops: tuple[str, ...]  # that count once
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the chips can do in bfloat16."""
+        return self.flops / (self.estimate_s * self.peak_flops * self.devices)
+
+    @property
+    def units_per_s(self) -> float:
+        """Such as tokens a second, on all devices."""
+        return self.samples * self.units_per_sample / self.estimate_s
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The seconds of a step by cause, which add up to the estimate; the longest first."""
+        cores = {cause: seconds for cause, seconds in self.work.items() if cause in ("matmuls", "memory", "attention")}
+        waits = {f"waits for {cause}": seconds for cause, seconds in self.waits.items()}
+        return dict(sorted({**cores, **waits}.items(), key=lambda part: -part[1]))
+
+    @property
+    def binds(self) -> str:
+        """What a step takes most of its time for."""
+        return next(iter(self.parts))
+
+
+def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
+    """Estimates the time of a compiled step; raises ConfigError for GPUs, whose compiler estimates no cycles."""
+    program, topology = compilation.program, compilation.topology
+    chip = topology.chip
+    spent = time_step(compilation, rates or rates_of(chip))
+    return StepPlan(
+        name=program.run.name,
+        topology=str(topology),
+        mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        devices=topology.num_devices,
+        chips=topology.num_devices // chip.devices_per_chip,
+        samples=program.run.train.global_batch,
+        units_per_sample=program.run.data.units_per_sample,
+        lower_s=spent.lower_s,
+        estimate_s=spent.estimate_s,
+        upper_s=spent.upper_s,
+        work=spent.work,
+        waits=spent.waits,
+        flops=step_flops(program),
+        peak_flops=chip.peak_flops,
+        memory_bytes=compilation.memory.total,
+        hbm_bytes=chip.hbm_bytes,
+        unknown_loops=tuple(compilation.module.unknown_loops()),
+    )
+
+
+def rates_of(chip: Chip) -> Rates:
+    """Returns what units of a chip reach, as fitted for it, else the usual rates."""
+    return Rates(**chip.rates)
+
+
+def time_step(compilation: Compilation, rates: Rates) -> Spent:
+    """Walks the compiled text."""
+    topology = compilation.topology
+    if topology.chip.platform == "cuda":
+        raise ConfigError(f"--on {topology}: plan needs cycles, which no compiler estimates for GPUs; use compile --on")
+    coords = np.array([device.coords for device in compilation.devices])
+    timer = StepTimer(
+        compilation.module,
+        compilation.collectives,
+        topology.chip,
+        coords,
+        topology.wrap,
+        rates,
+        attention_work(compilation.program, topology.chip),
+    )
+    return timer.run()
+
+
+def attention_work(program: Program, chip: Chip) -> Attention | None:
+    """Returns the work of attention in a step on one device; None for models whose attention is not known."""
+    run, model = program.run, program.run.model
+    seq_len = getattr(run.data, "seq_len", None)
+    if not isinstance(model, TransformerConfig) or seq_len is None:
+        return None
+    flops = 0.0
+    for layer in model.all_layers:
+        if (attention := layer.mixer.attention(model.hidden_size)) is not None:
+            _, heads = attention
+            # Kernels compute whole blocks, also where the mask hides half of one.
+            keys = layer.mixer.visible_keys(model.hidden_size, seq_len) + splash_block(seq_len) / 2
+            flops += 2 * seq_len * keys * heads.num_heads * (heads.head_dim + heads.value_dim) / 2
+    rows = run.train.global_batch / program.mesh.size
+    return Attention(matmul_flops=flops * rows, peak_flops=chip.peak_flops)
