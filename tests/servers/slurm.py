@@ -5,7 +5,6 @@ Addresses are the nodes' names, so that processes reach each other by them.
 
 import getpass
 import os
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
 NODES = ("127.0.0.1", "127.0.0.2")  # SLURM_NODELIST=127.0.0.[1-2]
 _CONFIG = """\
 ClusterName=tests
-SlurmctldHost=localhost({address})
+SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -36,7 +35,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
-NodeName={nodes} NodeHostname=localhost NodeAddr={address} Port={ports} CPUs=2 State=UNKNOWN
+NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports} CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
@@ -47,8 +46,6 @@ def slurm(folder: Path) -> Iterator[Mapping[str, str]]:
     port, *node_ports = free_ports(1 + len(NODES))
     config, key = folder / "slurm.conf", folder / "munge.key"
     values = {"nodes": ",".join(NODES), "ports": ",".join(map(str, node_ports))}
-    # With NoInAddrAny its daemons listen at the address of this machine's name: 127.0.0.1, 127.0.1.1 on a Debian.
-    values["address"] = socket.gethostbyname(socket.gethostname())
     config.write_text(_CONFIG.format(port=port, user=getpass.getuser(), folder=folder, **values))
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     for name in ("state", *(f"spool-{node}" for node in NODES)):
