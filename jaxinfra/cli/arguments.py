@@ -129,17 +129,56 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the files and of the run (default: that of PATH)")
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_compile(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    examples = "v5p-128 or v5p:4x4x4 (a TPU slice), 2xv5e:2x4 (two slices), h100 (one host), h100:2x8 (hosts x GPUs)"
-    parser.add_argument("--on", metavar="TOPOLOGY", required=True, help=examples)
+    parser.add_argument("--on", metavar="TOPOLOGY", required=True, help=_TOPOLOGIES)
+    _add_chips(parser)
+    parser.add_argument("--dump", metavar="FILE", help="write the compiled program as text, to a file or URL")
+
+
+_TOPOLOGIES = "v5p-128 or v5p:4x4x4 (a TPU slice), 2xv5e:2x4 (two slices), h100 (one host), h100:2x8 (hosts x GPUs)"
+
+
+def _add_chips(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chips", metavar="FILE", help="rows of chips that add to the built-in ones (docs/plan.md)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers as JSON, to a file or URL")
 
 
-def _add_compile(parser: argparse.ArgumentParser) -> None:
-    _add_plan(parser)
-    parser.add_argument("--dump", metavar="FILE", help="write the compiled program as text, to a file or URL")
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides, such as mesh.tensor=4")
+    _add_imports(parser)
+    what = f"{_TOPOLOGIES}; repeatable, to compare"
+    parser.add_argument("--on", metavar="TOPOLOGY", action="append", default=[], help=what)
+    _add_chips(parser)
+    cost = parser.add_argument_group("the run as a whole")
+    cost.add_argument("--tokens", type=_positive("--tokens"), metavar="N", help="how many to train on, such as 15e12")
+    cost.add_argument("--deadline", type=_positive("--deadline"), metavar="DAYS", help="say if it takes longer")
+    cost.add_argument("--budget", type=_positive("--budget"), metavar="DOLLARS", help="say if it costs more")
+    what = "energy of the building over that of the chips (default %(default)s)"
+    cost.add_argument("--pue", type=_positive("--pue"), metavar="X", default=1.1, help=what)
+    what = "one chip is lost in so many chip-hours: for the goodput of spot chips"
+    cost.add_argument("--chip-hours-per-loss", type=_positive("--chip-hours-per-loss"), metavar="H", help=what)
+    what = "seconds for which a save stalls training (default %(default)s)"
+    cost.add_argument("--save-s", type=_positive("--save-s"), metavar="S", default=5.0, help=what)
+    what = "from a loss to the next step (default %(default)s)"
+    cost.add_argument("--restart-minutes", type=_positive("--restart-minutes"), metavar="M", default=10.0, help=what)
+    exam = parser.add_argument_group("published step times")
+    exam.add_argument("--exam", metavar="ROWS.csv", help="predict these rows instead of a config, minutes for each")
+    exam.add_argument("--only", metavar="ID", nargs="+", default=[], help="of --exam: only these rows")
+
+
+def _positive(option: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text.removesuffix("d") if option == "--deadline" else text)
+        except ValueError:
+            number = 0.0
+        if not 0.0 < number < float("inf"):
+            raise ConfigError(f"{option} {text}: expected a number above 0; use {option} 30")
+        return number
+
+    return parse
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:

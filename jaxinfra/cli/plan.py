@@ -1,39 +1,70 @@
-"""`python -m launch plan CONFIG --on TOPOLOGY`: how long a step takes on absent hardware, and what limits it."""
+"""`python -m launch plan CONFIG --on TOPOLOGY`: how long a step takes on absent hardware, what binds, what it costs.
+
+`plan --exam ROWS.csv` does it for published step times, and says how far off it is.
+"""
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.compile import check_fits
+from jaxinfra.command import command_line
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.aot import compile_for
 from jaxinfra.plan.chips import load_chips
+from jaxinfra.plan.cost import Cost, Losses, cost_of
 from jaxinfra.plan.estimate import StepPlan, plan_step
-from jaxinfra.plan.topology import parse_topology
+from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.storage import outputs
+from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_percent
 
 _NOTHING_S = 0.0005  # parts below this are not shown
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compiles the train step, and prints its time and parts; ConfigError if it does not fit."""
+    """Compiles the step for each topology, and prints its time, parts and cost; ConfigError if it does not fit."""
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: plan uses no devices; name the hardware with --on")
-    topology = parse_topology(options.on, load_chips(options.chips))
-    if topology.chip.platform == "cuda":
-        raise ConfigError(f"--on {topology}: plan needs cycles, which no compiler estimates for GPUs; use compile --on")
     if options.json is not None:
         outputs.check_writable(options.json)
-    loaded = config_argument.load_config(options)
-    compiled = compile_for(loaded.run, topology, on_progress=functools.partial(print, flush=True))
-    check_fits(loaded.run, compiled.summary(), topology.chip)
-    plan = plan_step(compiled)
-    print("\n".join(format_plan(plan)))
-    values = {"mfu": plan.mfu, "units_per_s": plan.units_per_s, "binds": plan.binds, "parts": plan.parts}
-    outputs.write_json(options.json, asdict(plan) | values)
+    if options.exam is not None:
+        from jaxinfra.cli import plan_exam
+
+        return plan_exam.run(options)
+    if options.config is None or not options.on:
+        example = command_line("plan", options.config or "configs/llama3_8b.py", "--on", "v5p:4x4x4")
+        raise ConfigError(f"plan: needs a config and hardware; use {example}")
+    chips = load_chips(options.chips)
+    topologies = [parse_topology(text, chips) for text in options.on]
+    losses, loaded = _losses(options), config_argument.load_config(options)
+    rows: list[dict[str, Any]] = []
+    for topology in topologies:
+        compiled = compile_for(loaded.run, topology, on_progress=functools.partial(print, flush=True))
+        check_fits(loaded.run, compiled.summary(), topology.chip)
+        plan = plan_step(compiled)
+        cost = cost_of(plan, topology.chip, options.tokens, losses=losses, pue=options.pue) if options.tokens else None
+        print("\n".join([*format_plan(plan), *(_cost_lines(options, topology, cost) if cost else ())]), end="\n\n")
+        rows.append(_values(plan) | {"cost": cost and asdict(cost)})
+    if len(rows) > 1:
+        _print_comparison(rows)
+    outputs.write_json(options.json, rows)
+
+
+def _losses(options: argparse.Namespace) -> Losses | None:
+    if options.chip_hours_per_loss is None:
+        return None
+    return Losses(
+        per_chip_hour=1 / options.chip_hours_per_loss, save_s=options.save_s, restart_s=options.restart_minutes * 60
+    )
+
+
+def _values(plan: StepPlan) -> dict[str, Any]:
+    derived = {"mfu": plan.mfu, "units_per_s": plan.units_per_s, "binds": plan.binds, "parts": plan.parts}
+    return asdict(plan) | derived
 
 
 def format_plan(plan: StepPlan) -> Iterator[str]:
@@ -62,3 +93,47 @@ def format_plan(plan: StepPlan) -> Iterator[str]:
         hidden_s = seconds - plan.waits.get(cause, 0.0)
         if cause not in plan.parts and hidden_s > _NOTHING_S:
             yield f"  {cause:16}  {hidden_s:8.3f} s  at the same time"
+
+
+def _cost_lines(options: argparse.Namespace, topology: Topology, cost: Cost) -> Iterator[str]:
+    """Yields what all tokens take, and whether that is within the limits."""
+    days, hours = f"{cost.days:,.1f} days", f"{cost.chip_hours:,.0f} chip-hours"
+    yield f"\n{options.tokens:,.0f} tokens: {cost.steps:,} steps, {days}, {hours}"
+    if cost.goodput is not None:
+        days = f"{cost.spot_days:,.1f} days" if cost.spot_days else "it never ends"
+        yield f"  spot, where chips are lost: goodput {format_percent(cost.goodput)}, {days}"
+    for name, dollars in cost.dollars.items():
+        yield f"  {name.replace('_', ' '):10}  ${dollars:,.0f}"
+    if not cost.dollars:
+        yield f"  no price: {topology.chip.name} has no `dollars` in the file of --chips"
+    if cost.kwh is not None:
+        yield f"  energy      {cost.kwh:,.0f} kWh, at {options.pue:g} times what the chips take"
+    if options.deadline is not None and cost.days > options.deadline:
+        more = cost.days / options.deadline
+        yield f"  too late: {options.deadline:g} days are the limit, so {more:.1f} times the chips would be needed"
+    if options.budget is not None and cost.dollars and min(cost.dollars.values()) > options.budget:
+        yield f"  too much: ${options.budget:,.0f} are the limit"
+
+
+def _print_comparison(rows: Sequence[dict[str, Any]]) -> None:
+    names = ("on", "step", "MFU", "tokens/s", "memory", "binds", "days", "chip-hours", "least dollars", "kWh")
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        cost = row["cost"] or {}
+        dollars = cost.get("dollars") or {}
+        cells.append(
+            (
+                row["topology"],
+                f"{row['estimate_s']:.3f} s",
+                format_percent(row["mfu"]),
+                f"{row['units_per_s']:,.0f}",
+                format_percent(row["memory_bytes"] / row["hbm_bytes"]),
+                row["binds"],
+                f"{cost['days']:,.1f}" if cost else "",
+                f"{cost['chip_hours']:,.0f}" if cost else "",
+                f"{min(dollars.values()):,.0f}" if dollars else "",
+                f"{cost['kwh']:,.0f}" if cost.get("kwh") is not None else "",
+            )
+        )
+    console = stdout_console()
+    print_table(console, fitted_table(console, names, cells, texts=("on", "binds")))

@@ -30,6 +30,7 @@ _INSTRUCTION = re.compile(
 )
 _CALLEES = re.compile(r"\b(\w+)=\{?(%[\w.-]+(?:, ?%[\w.-]+)*)")  # `to_apply=%add`, `branch_computations={%a, %b}`
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")  # `f32[2,8]`, `f8e4m3fn[3]`, `token[]`
+_COMMENT = re.compile(r"/\*.*?\*/")  # such as `/*index=1*/`
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BITS = {"pred": 8, "token": 0}  # the names of other dtypes contain their number of bits
@@ -288,10 +289,15 @@ def _cycles(call: Call) -> int:
     return call.runs * sum(cycles for cycles in estimates if cycles not in (None, NO_ESTIMATE))
 
 
+def array_dims(shape: str) -> list[tuple[int, ...]]:
+    """Returns the sizes of each array of a shape: those of `(f32[2,8]{1,0}, s32[])` are (2, 8) and ()."""
+    return [tuple(int(dim) for dim in dims.split(",") if dim) for _, dims in _ARRAY.findall(_COMMENT.sub("", shape))]
+
+
 def array_bytes(shape: str) -> tuple[int, ...]:
     """Returns the bytes of each array of a shape: `(f32[2,8]{1,0}, s4[6]{0})` has 64 and 3; a token has none."""
     sizes = []
-    for dtype, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):  # without comments such as `/*index=1*/`
+    for dtype, dims in _ARRAY.findall(_COMMENT.sub("", shape)):
         num_elements = math.prod(int(dim) for dim in dims.split(",") if dim)
         sizes.append(math.ceil(_bits(dtype) / 8 * num_elements))
     return tuple(sizes)

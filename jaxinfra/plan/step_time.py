@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.collectives import Collective, CollectiveFinder
-from jaxinfra.plan.hlo import NO_ESTIMATE, Call, Computation, HloModule, Instruction
+from jaxinfra.plan.hlo import NO_ESTIMATE, Call, Computation, HloModule, Instruction, array_dims
 
 type Cause = Literal["matmuls", "memory", "attention", "ICI", "DCN", "host"]
 
@@ -25,6 +25,8 @@ CORES: tuple[Cause, ...] = ("matmuls", "memory", "attention")
 """What the cores do; the rest are transfers."""
 
 _HOST_SPACE = "S(5)"  # in a layout: memory of the host
+_GROUPED = "ragged-dot-none"  # the compiler's kernel of matmuls of experts
+_GROUPED_PART = 0.7  # of the peak, as the compiler's estimate of a large matmul on v6e
 _KERNEL_PASSES = {"fwd": 2, "dkv": 4, "dq": 3}  # matmuls of the scores' size in each splash kernel
 
 
@@ -199,6 +201,9 @@ class StepTimer:
                 clock.add(self._run(named[name]))
         elif (kind := _attention_kernel(instruction)) is not None:
             clock.compute("attention", _KERNEL_PASSES[kind] * self._seconds_of_pass)
+        elif opcode == "custom-call" and instruction.name.startswith(_GROUPED):
+            flops = _grouped_flops(computation, instruction)
+            clock.compute("matmuls", flops / (_GROUPED_PART * self._chip.peak_flops) * self._rates.compute)
         elif instruction.cycles not in (None, NO_ESTIMATE) and self._chip.clock_hz:
             cause = "matmuls" if self._has_matmul(instruction) else "memory"
             clock.compute(cause, (instruction.cycles or 0) * self._rates.compute / self._chip.clock_hz)
@@ -269,6 +274,17 @@ def _moved_bytes(computation: Computation, instruction: Instruction) -> float:
         return sum(computation.instructions[instruction.operands[1]].array_bytes)
     done = next((user for user in computation.users.get(instruction.name, ()) if user.opcode.endswith("-done")), None)
     return sum(done.array_bytes) if done else 0.0
+
+
+def _grouped_flops(computation: Computation, instruction: Instruction) -> float:
+    """Returns the FLOPs of a grouped matmul: rows [M, K] by matrices [E, K, N], or the gradient of these."""
+    operands = [array_dims(computation.instructions[name].shape) for name in instruction.operands]
+    (out,) = array_dims(instruction.shape)
+    arrays = [dims[0] for dims in operands if len(dims) == 1]
+    rows = next(dims for dims in arrays if len(dims) == 2)
+    if len(out) == 3:  # [E, K, N], of rows of K and of N
+        return 2.0 * rows[0] * out[1] * out[2]
+    return 2.0 * out[0] * out[1] * rows[1]
 
 
 def _attention_kernel(instruction: Instruction) -> str | None:

@@ -1,6 +1,8 @@
 """The time of a step from its scheduled text: what overlaps, what waits, and how long transfers take."""
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.collectives import Collective, CollectiveFinder
 from jaxinfra.plan.hlo import HloModule
-from jaxinfra.plan.step_time import Attention, Rates, Spent, StepTimer
+from jaxinfra.plan.step_time import Attention, Cause, Rates, Spent, StepTimer
 
 V5P = CHIPS["v5p"]
 RATES = Rates(compute=1.0, attention=0.5, links=1.0, host_bytes_per_s=1e9)
@@ -39,8 +41,8 @@ def spent(*lines: str, before: str = "", attention: Attention | None = None) -> 
     return timer(*lines, before=before, attention=attention).run()
 
 
-def milliseconds(parts: object) -> dict[str, float]:
-    return {cause: pytest.approx(1000 * seconds, abs=2e-3) for cause, seconds in dict(parts).items()}  # type: ignore
+def milliseconds(parts: Mapping[Cause, float]) -> dict[str, Any]:
+    return {cause: pytest.approx(1000 * seconds, abs=2e-3) for cause, seconds in parts.items()}
 
 
 def test_cycles_are_time_and_matmuls_are_told_apart() -> None:

@@ -1,0 +1,89 @@
+"""`python -m launch plan --exam ROWS.csv`: predicts published step times, and says how far off the predictions are."""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.remat import Named
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.plan.aot import Compilation, compile_for
+from jaxinfra.plan.estimate import plan_step
+from jaxinfra.plan.exam import Row, express, read_rows
+from jaxinfra.storage import outputs
+from jaxinfra.track.formatting import format_percent
+
+
+def run(options: argparse.Namespace) -> None:
+    """Predicts each row, in minutes for each; prints a line as soon as it is known, and the errors at the end."""
+    rows = read_rows(options.exam)
+    if options.only:
+        if unknown := [name for name in options.only if name not in {row.id for row in rows}]:
+            raise ConfigError(f"--only {unknown[0]}: {options.exam} has no such row; use an id of its first column")
+        rows = [row for row in rows if row.id in options.only]
+    constant = constant_tflops(read_rows(options.exam))
+    print(f"{'row':18}  {'split':5}  {'published':>9}  {'plan':>8}  {'error':>7}  {'constant':>8}  {'error':>7}  binds")
+    results: list[dict[str, Any]] = []
+    for row in rows:
+        results.append(_predict(row, constant.get(row.topology.partition(":")[0])))
+        print(_line(results[-1]), flush=True)
+    for split in ("fit", "test"):
+        for key, name in (("error", "plan"), ("constant_error", "a constant TFLOP/s of each chip")):
+            print(_summary([each for each in results if each["split"] == split], split, key, name))
+    expressed = sum("plan_s" in each for each in results)
+    print(f"{expressed} of {len(results)} rows are expressed")
+    outputs.write_json(options.json, results)
+
+
+def constant_tflops(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns the mean TFLOP/s of each chip over the rows to fit: what one would guess without a plan."""
+    by_chip: dict[str, list[float]] = {}
+    for row in rows:
+        if row.split == "fit" and row.tflops_per_s_per_chip:
+            by_chip.setdefault(row.topology.partition(":")[0], []).append(row.tflops_per_s_per_chip)
+    return {chip: statistics.mean(found) for chip, found in by_chip.items()}
+
+
+def _predict(row: Row, constant: float | None) -> dict[str, Any]:
+    result: dict[str, Any] = {"id": row.id, "split": row.split, "published_s": row.step_s}
+    if constant and row.tflops_per_s_per_chip:
+        result["constant_s"] = row.step_s * row.tflops_per_s_per_chip / constant
+        result["constant_error"] = result["constant_s"] / row.step_s - 1
+    try:
+        compiled, note = _compile(row)
+    except ConfigError as error:
+        return result | {"missing": str(error)}
+    plan = plan_step(compiled)
+    error = plan.estimate_s / row.step_s - 1
+    return result | {"plan_s": plan.estimate_s, "error": error, "binds": plan.binds, "note": note} | asdict(plan)
+
+
+def _compile(row: Row) -> tuple[Compilation, str]:
+    """Compiles the run of a row; where all layer inputs do not fit the device, they go to the host."""
+    run, topology = express(row)
+    try:
+        return compile_for(run, topology), ""
+    except ConfigError as error:
+        if not isinstance(run.model, TransformerConfig) or run.model.remat != "full" or "GiB" not in str(error):
+            raise
+        model = replace(run.model, remat=Named(offload=("layer_input",)))
+    return compile_for(replace(run, model=model), topology), "layer inputs on the host"
+
+
+def _line(result: dict[str, Any]) -> str:
+    constant = f"{result['constant_s']:8.3f}  {result['constant_error']:+7.1%}" if "constant_s" in result else " " * 17
+    start = f"{result['id']:18}  {result['split']:5}  {result['published_s']:9.3f}"
+    if "missing" in result:
+        return f"{start}  {'':8}  {'':7}  {constant}  missing: {result['missing']}"
+    note = f" ({result['note']})" if result["note"] else ""
+    return f"{start}  {result['plan_s']:8.3f}  {result['error']:+7.1%}  {constant}  {result['binds']}{note}"
+
+
+def _summary(results: Sequence[dict[str, Any]], split: str, key: str, name: str) -> str:
+    errors = [abs(each[key]) for each in results if key in each]
+    if not errors:
+        return f"{split}: {name}: no row"
+    mean, worst = format_percent(statistics.mean(errors)), format_percent(max(errors))
+    return f"{split}: {name}: {len(errors)} rows, mean error {mean}, worst {worst}"

@@ -1,0 +1,74 @@
+"""What training on a number of tokens takes: days, chip-hours, dollars and energy, each where its row exists."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxinfra.plan.chips import Chip
+from jaxinfra.plan.estimate import StepPlan
+
+_HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """How often hardware is lost, and what a loss and a save take.
+
+    Attributes:
+        per_chip_hour: losses of any chip or host that end an attempt, by chip and hour.
+        save_s: time for which a save stalls training.
+        restart_s: time from a loss to the next step.
+    """
+
+    per_chip_hour: float
+    save_s: float
+    restart_s: float
+
+    def save_every_s(self, chips: int) -> float:
+        """Returns the time between saves that loses least (Young 1974): `sqrt(2 x stall x time between losses)`."""
+        return math.sqrt(2 * self.save_s / (self.per_chip_hour * chips / _HOUR_S))
+
+    def goodput(self, chips: int) -> float:
+        """Returns the part of the time that trains: without saves, restarts, and steps that are done again."""
+        every_s, losses_per_s = self.save_every_s(chips), self.per_chip_hour * chips / _HOUR_S
+        return max(0.0, 1 - self.save_s / every_s - (every_s / 2 + self.restart_s) * losses_per_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run takes as a whole, on chips that stay; on spot chips `spot_days`."""
+
+    steps: int
+    days: float
+    chip_hours: float
+    goodput: float | None  # of chips that are lost, None if their losses are not known
+    spot_days: float | None
+    dollars: Mapping[str, float]  # by price of the chip's row
+    kwh: float | None
+
+
+def cost_of(plan: StepPlan, chip: Chip, tokens: float, *, losses: Losses | None, pue: float) -> Cost:
+    """Returns the cost of training on so many tokens.
+
+    Spot chips are paid while they are lost time, too; without known losses their price is taken as if none were lost.
+    `pue` is the energy of the building over that of its machines.
+    """
+    steps = math.ceil(tokens / (plan.samples * plan.units_per_sample))
+    hours = steps * plan.estimate_s / _HOUR_S
+    goodput = None if losses is None else losses.goodput(plan.chips)
+    spot_hours = hours / goodput if goodput else None
+    dollars = {
+        name: price * plan.chips * (spot_hours if name == "spot" and spot_hours is not None else hours)
+        for name, price in chip.dollars.items()
+        if name != "spot" or goodput != 0.0
+    }
+    watts = None if chip.watts is None else chip.watts * plan.devices * pue
+    return Cost(
+        steps=steps,
+        days=hours / 24,
+        chip_hours=hours * plan.chips,
+        goodput=goodput,
+        spot_days=None if spot_hours is None else spot_hours / 24,
+        dollars=dollars,
+        kwh=None if watts is None else watts * hours / 1000,
+    )
