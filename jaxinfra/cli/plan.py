@@ -16,7 +16,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.plan.aot import compile_for
 from jaxinfra.plan.chips import load_chips
 from jaxinfra.plan.cost import Cost, Losses, cost_of
-from jaxinfra.plan.estimate import StepPlan, plan_step
+from jaxinfra.plan.estimate import StepPlan, check_has_cycles, plan_step
 from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"plan: needs a config and hardware; use {example}")
     chips = load_chips(options.chips)
     topologies = [parse_topology(text, chips) for text in options.on]
+    for topology in topologies:
+        check_has_cycles(topology)
     losses, loaded = _losses(options), config_argument.load_config(options)
     rows: list[dict[str, Any]] = []
     for topology in topologies:

@@ -14,6 +14,7 @@ from jaxinfra.ops.attention import splash_block
 from jaxinfra.plan.aot import Compilation
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.step_time import Attention, Cause, Rates, Spent, StepTimer
+from jaxinfra.plan.topology import Topology
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops
 
@@ -97,8 +98,7 @@ def rates_of(chip: Chip) -> Rates:
 def time_step(compilation: Compilation, rates: Rates) -> Spent:
     """Walks the compiled text."""
     topology = compilation.topology
-    if topology.chip.platform == "cuda":
-        raise ConfigError(f"--on {topology}: plan needs cycles, which no compiler estimates for GPUs; use compile --on")
+    check_has_cycles(topology)
     coords = np.array([device.coords for device in compilation.devices])
     timer = StepTimer(
         compilation.module,
@@ -110,6 +110,14 @@ def time_step(compilation: Compilation, rates: Rates) -> Spent:
         attention_work(compilation.program, topology.chip),
     )
     return timer.run()
+
+
+def check_has_cycles(topology: Topology) -> None:
+    """Raises ConfigError for GPUs, whose compiler estimates no cycles."""
+    if topology.chip.platform == "cuda":
+        raise ConfigError(
+            f"--on {topology}: no compiler estimates cycles of GPUs, which a plan needs; use compile --on"
+        )
 
 
 def attention_work(program: Program, chip: Chip) -> Attention | None:

@@ -1,0 +1,127 @@
+"""`plan`: time, parts and cost of a step on hardware that is absent, and published step times as an exam."""
+
+import csv
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfra.cli.plan_exam import constant_tflops
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.attention import Attention
+from jaxinfra.models.remat import Named
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.plan.exam import Row, Unexpressed, express, read_rows
+from tests.refusals import raises, refused
+from tests.tiny_run import Tiny, launch
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+ON = ("--on", "v5e:2x4", "mesh.fsdp=-1")
+ROW = Row(
+    id="one", model="tiny", topology="v5e:2x4", slices=1, seq_len=128, sequences_per_chip=1, precision="bf16",
+    mesh="fsdp=8", remat="full", step_s=0.001, tflops_per_s_per_chip=1.0, split="fit",
+    compiler_flags="--xla_enable_async_all_gather=true",
+)  # fmt: skip
+
+
+@pytest.mark.slow(10)
+def test_a_plan_of_two_slices_with_its_cost(tiny: Tiny, tmp_path: Path) -> None:
+    chips, out = tmp_path / "chips.toml", tmp_path / "plan.json"
+    chips.write_text("[v5e]\nwatts = 200\ndollars = { on_demand = 1.2, spot = 0.5 }\n", encoding="utf-8")
+    words = (*ON, "--on", "v5e:2x2", "--chips", str(chips), "--json", str(out), "--tokens", "1e9", "--budget", "0.01")
+    ended = tiny.launch(*words, "--deadline", "0.001d", "--chip-hours-per-loss", "1000", command="plan")
+    assert ended.code == 0, ended
+    first, second = json.loads(out.read_text())
+    for plan in (first, second):
+        assert plan["lower_s"] <= 1.000001 * plan["estimate_s"] <= 1.000002 * plan["upper_s"]
+        assert sum(plan["parts"].values()) == pytest.approx(plan["estimate_s"])
+        assert plan["mfu"] == pytest.approx(plan["flops"] / (plan["estimate_s"] * 197e12 * plan["devices"]))
+        assert plan["cost"]["dollars"]["on_demand"] == pytest.approx(1.2 * plan["cost"]["chip_hours"])
+        assert plan["cost"]["kwh"] == pytest.approx(0.2 * 1.1 * plan["cost"]["chip_hours"])
+        assert f"{plan['estimate_s']:.3f} s" in ended.out and plan["binds"] in ended.out
+    assert first["devices"] == 2 * second["devices"] == 8
+    assert all(word in ended.out for word in ("too late", "too much", "goodput", "least dollars"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "needs a config and hardware plan --on v5p:4x4x4"),
+        (("--on", "h100"), "--on h100:1x8 cycles compile --on"),
+        (("--on", "v5e:3x3"), "--on v5e:3x3 v5e:2x4"),
+        (("--on", "v5e:2x4", "--tokens", "many"), "--tokens many"),
+        (("--on", "v5e:2x4", "--chips", "missing.toml"), "--chips missing.toml"),
+        (("--exam", "missing.csv"), "--exam missing.csv"),
+        (("--on", "v5e:2x4", "--devices", "cpu:8"), "--devices cpu:8 --on"),
+    ],
+)
+def test_bad_input(tiny: Tiny, words: tuple[str, ...], named: str) -> None:
+    refused(tiny.launch(*words, command="plan"), named)
+
+
+def write(path: Path, *rows: dict[str, object]) -> Path:
+    names = [field.name for field in fields(Row)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows({name: getattr(ROW, name) for name in names} | row for row in rows)
+    return path
+
+
+@pytest.mark.slow(10)
+def test_an_exam(tmp_path: Path) -> None:
+    """A row that a run stands for, and one that none does."""
+    rows = write(tmp_path / "rows.csv", {}, {"id": "two", "model": "gemma9-2b", "split": "test"}, {"id": "three"})
+    out = tmp_path / "exam.json"
+    ended = launch("plan", "--exam", str(rows), "--only", "one", "two", "--json", str(out))
+    assert ended.code == 0, ended
+    one, two = json.loads(out.read_text())
+    assert one["plan_s"] == one["estimate_s"] and one["error"] == pytest.approx(one["plan_s"] / 0.001 - 1)
+    assert one["constant_error"] == 0 and "gemma9-2b" in two["missing"] and "plan_s" not in two
+    assert all(word in ended.out for word in ("gemma9-2b", "1 of 2 rows are expressed", "mean error"))
+    refused(launch("plan", "--exam", str(rows), "--only", "four"), "--only four")
+
+
+def test_rows_are_read_or_refused(tmp_path: Path) -> None:
+    (row,) = read_rows(str(write(tmp_path / "rows.csv", {"tflops_per_s_per_chip": ""})))
+    assert row.tflops_per_s_per_chip is None and row.is_overlapped
+    with raises(ConfigError, "--exam line 2 fast a number"):
+        read_rows(str(write(tmp_path / "rows.csv", {"step_s": "fast"})))
+    (tmp_path / "rows.csv").write_text("id,model\n", encoding="utf-8")
+    with raises(ConfigError, "--exam no column topology"):
+        read_rows(str(tmp_path / "rows.csv"))
+    assert constant_tflops([ROW, row, ROW]) == {"v5e": 1.0}
+
+
+def test_rows_become_runs() -> None:
+    variant = "llama3.1-8b variant (head_dim=256 q_heads=16 kv_heads=4)"
+    custom = "custom: decoder_layer_input=offload context=device query_proj=remat"
+    run, topology = express(replace(ROW, model=variant, topology="tpu7x:4x4x4", mesh="context=2 fsdp=64", remat=custom))
+    assert isinstance(run.model, TransformerConfig) and str(topology) == "tpu7x:4x4x4"
+    mixer = run.model.layers[0].mixer
+    assert isinstance(mixer, Attention) and mixer.attention(4096)[1] == (16, 4, 256, 256)
+    assert run.mesh == MeshConfig(context=2, fsdp=64) and run.train.global_batch == 64
+    assert run.model.remat == Named(save=("attention_out",), offload=("layer_input",))
+    run, topology = express(
+        replace(ROW, model="gpt3-175b", topology="v6e:16x16", slices=2, precision="int8", mesh="fsdp=256")
+    )
+    assert run.mesh == MeshConfig(replica=2, fsdp=256) and run.precision.quantize == "int8"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"precision": "fp8_full"}, "fp8_full"),
+        ({"mesh": "fsdp=3"}, "fsdp=3 8 devices"),
+        ({"mesh": "pipeline=8"}, "pipeline axis"),
+        ({"remat": "custom"}, "custom what is kept"),
+        ({"remat": "custom: moe=device"}, "moe=device tensor"),
+    ],
+)
+def test_what_cannot_be_expressed_says_what_is_missing(values: dict[str, Any], named: str) -> None:
+    with raises(Unexpressed, named):
+        express(replace(ROW, **values))
