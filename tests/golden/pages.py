@@ -49,6 +49,7 @@ CONTEXT = {
     "llama-4-scout": 10485760,
     "llama-4-maverick": 1048576,
     "gpt2": 1024,
+    "gpt3": 2048,
     "olmo-2": 4096,
     "olmo-3": 65536,
     "phi-3": 4096,
