@@ -93,7 +93,9 @@ def test_a_run_of_two_groups_that_has_not_begun(cloud: Cloud, gcs: Server, tmp_p
         ]
         assert "in all $384.00/h" in lines
         delete = "gcloud compute instance-groups managed delete demo-1 --zone=us-central1-c --project=test-project"
-        assert f"  {delete}" in lines and not any(line.startswith("next:") for line in lines)
+        assert f"or: {delete}" in lines
+        (line,) = (line for line in lines if line.startswith("next:"))
+        names(line, f"runs resume {url} goes on")
     assert "cost" not in listed("gce").out
     prices.write_text("v6e = 12\n")
     assert "in all $0.00/h, without 2 of unknown price" in listed("gce", "--prices", str(prices)).out

@@ -22,6 +22,8 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
     for request in place.source.requests():
         print(f"\n{request.method} {request.url}    # {request.why}")
         print(request.body, end="\n" * bool(request.body))
+    for url in place.source.deletion():
+        print(f"\nDELETE {url}    # by the first host itself, if nobody does after the end, or at --max-hours")
     hosts = place.source.current() if job.place.kind == "ssh" else [Host(address=f"{job.place.user}@HOST")]
     steps = [
         ("probe", job.id, job.bundle, "PACKAGES", uv_version()),

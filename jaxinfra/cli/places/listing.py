@@ -53,14 +53,18 @@ def run(options: argparse.Namespace) -> None:
     for location, overview in overviews.items():
         if overview is not None and overview.state != "running":
             state = overview.state.partition(":")[0]
-            print(f"next: {command_line('runs', 'stop', location)}    # {state}, and what was made for it remains")
+            if state == "finished":
+                print(f"next: {command_line('runs', 'stop', location)}    # finished, and what was made for it remains")
+            else:
+                goes_on = f"{state}: goes on, unless somebody watches it already; `runs stop` deletes what was made"
+                print(f"next: {command_line('runs', 'resume', location)}    # {goes_on}")
     unread = [each for each in found if overviews.get(each.run) is None]
     if unread:
-        print("Their runs have not begun, or cannot be read here:")
+        print("Without a run that can be read here; a start that still waits or installs has none yet:")
+    for location in dict.fromkeys(each.run for each in unread if is_remote(each.run)):
+        print(f"next: {command_line('runs', 'resume', location)}    # goes on; `runs stop` deletes what was made")
     for each in unread:
-        if is_remote(each.run):
-            print(f"next: {command_line('runs', 'resume', each.run)}    # goes on; `runs stop` deletes what was made")
-        print(f"{'or' if is_remote(each.run) else 'next'}: {_deletion(each, project)}")
+        print(f"or: {_deletion(each, project)}")
 
 
 def read_prices(path: str) -> Mapping[str, float]:

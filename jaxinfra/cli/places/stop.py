@@ -11,9 +11,10 @@ def run(options: argparse.Namespace) -> None:
     """Asks the run to save and leave, and waits for it."""
     controller, job, number = find(options)
     for host, state in controller.stop(job, number, kill=options.kill).items():
-        if state.state == "away":
+        if state.state == "away" and not job.place.create:  # what was made is deleted by now
             say(f"host {host}: no answer; the run may go on there")
     if controller.is_done(number):
         say(f"attempt {number} was done; nothing goes on")
         return
-    say(f"attempt {number} is stopped; {command_line('runs', 'resume', job.location)} goes on from its last checkpoint")
+    again = command_line("runs", "resume", job.location)
+    say(f"attempt {number} is stopped; {again} goes on, from a checkpoint if it has one")

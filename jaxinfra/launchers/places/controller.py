@@ -223,7 +223,7 @@ class Controller:
         try:
             self.place.hosts = self.place.source.current()
             states, deadline_s, signal = self._states(job), time.monotonic() + SAVE_S, "KILL" if kill else "TERM"
-            if states:
+            if any(each.state in ("live", "away") for each in states.values()):
                 self.place.stop(job, number, signal=signal)
                 self._say("killed" if kill else "asked to save and leave")
             while any(each.state == "live" for each in states.values()):

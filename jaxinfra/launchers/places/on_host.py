@@ -115,13 +115,14 @@ def _delete(folder: Path, job: HostJob, grace_s: float) -> None:
         time.sleep(1.0)
     if (folder / "attempt").read_text().strip() == str(job.attempt):  # else another start trains here
         for url in job.deletion:
-            delete_place(url)
+            delete_place(url, job.run_dir)
 
 
-def delete_place(url: str, environment: Mapping[str, str] = os.environ) -> None:
+def delete_place(url: str, run: str, environment: Mapping[str, str] = os.environ) -> None:
     """Sends the request that deletes the place, with the token of this host's service account."""
     metadata = environment.get("GCE_METADATA_HOST", "metadata.google.internal")
     token_url = f"http://{metadata}/computeMetadata/v1/instance/service-accounts/default/token"
+    reason = ""
     for left in reversed(range(_TRIES)):
         try:
             token: dict[str, Any] = json.loads(get(token_url, {"Metadata-Flavor": "Google"}) or "{}")
@@ -140,7 +141,8 @@ def delete_place(url: str, environment: Mapping[str, str] = os.environ) -> None:
         if left:
             _say(f"{url} was not deleted: {reason}; trying again")
             time.sleep(10.0)
-    _say(f"error: {url} was NOT deleted and goes on costing; give the service account the right, or delete it by hand")
+    fix = f"run `jaxinfra runs stop {run}`, and give the service account of the hosts the right to delete"
+    _say(f"error: {url} was NOT deleted and goes on costing: {reason}; {fix}")
 
 
 def _say(text: str) -> None:
