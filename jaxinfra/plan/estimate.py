@@ -108,6 +108,7 @@ def time_step(compilation: Compilation, rates: Rates) -> Spent:
         topology.wrap,
         rates,
         attention_work(compilation.program, topology.chip),
+        topology.slices,
     )
     return timer.run()
 

@@ -37,7 +37,7 @@ class Rates:
     compute: float = 1.0  # time of operations, as a multiple of the compiler's estimate
     attention: float = 0.5  # FLOP/s of attention kernels, as a part of the peak
     links: float = 0.8  # bandwidth of collectives, as a part of that of the links
-    host_bytes_per_s: float = 25e9  # between a device and its host, in each direction
+    host_bytes_per_s: float = 50e9  # between a device and its host, in each direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +135,11 @@ class StepTimer:
         wrap: Sequence[bool],
         rates: Rates,
         attention: Attention | None,
+        slices: int = 1,
     ):
         """`coords` are those of the chip of each device, `[devices, dims]`, and `wrap` says which dims are rings."""
         self._module, self._finder, self._chip, self._rates = module, finder, chip, rates
-        self._coords, self._wrap, self._attention = coords, wrap, attention
+        self._coords, self._wrap, self._attention, self._slices = coords, wrap, attention, slices
         self._extent = coords.max(0) + 1
         self._spent: dict[str, Spent] = {}
         self._seconds_of_pass = self._attention_pass_s()
@@ -167,7 +168,7 @@ class StepTimer:
     def _walk(self, computation: Computation) -> Spent:
         clock = _Clock()
         found: dict[str, list[Collective]] = {}
-        for each in self._finder.find(Call(computation=computation, loops=0, runs=1, fused=False)):
+        for each in self._collectives(computation):
             found.setdefault(each.instruction, []).append(each)
         for instruction in computation.instructions.values():
             self._step(clock, computation, instruction, found.get(instruction.name, []))
@@ -204,9 +205,26 @@ class StepTimer:
         elif opcode == "custom-call" and instruction.name.startswith(_GROUPED):
             flops = _grouped_flops(computation, instruction)
             clock.compute("matmuls", flops / (_GROUPED_PART * self._chip.peak_flops) * self._rates.compute)
-        elif instruction.cycles not in (None, NO_ESTIMATE) and self._chip.clock_hz:
-            cause = "matmuls" if self._has_matmul(instruction) else "memory"
-            clock.compute(cause, (instruction.cycles or 0) * self._rates.compute / self._chip.clock_hz)
+        else:
+            self._operate(clock, instruction)
+
+    def _operate(self, clock: _Clock, instruction: Instruction) -> None:
+        """Runs an operation of the cores; a collective that is fused with it moves meanwhile, and is waited for."""
+        fused = [
+            each
+            for name in instruction.called_computations
+            if instruction.opcode == "fusion" and name in self._module.computations
+            for each in self._collectives(self._module.computations[name], fused=True)
+        ]
+        cause: Cause = "DCN" if any(each.link == "network" for each in fused) else "ICI"
+        end_s = clock.start(cause, sum(map(self.collective_s, fused))) if fused else 0.0
+        if instruction.cycles not in (None, NO_ESTIMATE) and self._chip.clock_hz:
+            seconds = (instruction.cycles or 0) * self._rates.compute / self._chip.clock_hz
+            clock.compute("matmuls" if self._has_matmul(instruction) else "memory", seconds)
+        clock.wait(cause, end_s)
+
+    def _collectives(self, computation: Computation, *, fused: bool = False) -> list[Collective]:
+        return list(self._finder.find(Call(computation=computation, loops=0, runs=1, fused=fused)))
 
     def _start(self, clock: _Clock, computation: Computation, instruction: Instruction) -> None:
         """Starts what runs beside the cores: copies to or from the host, and what is called elsewhere."""
@@ -218,8 +236,7 @@ class StepTimer:
             callee = self._module.computations.get(name)
             if callee is None:
                 continue
-            calls = Call(computation=callee, loops=0, runs=1, fused=False)
-            if seconds := sum(map(self.collective_s, self._finder.find(calls))):
+            if seconds := sum(map(self.collective_s, self._collectives(callee))):
                 clock.pending[instruction.name] = ("ICI", clock.start("ICI", seconds))
 
     def _start_of(self, computation: Computation, instruction: Instruction) -> str:
@@ -237,8 +254,7 @@ class StepTimer:
         """Returns the seconds of a collective that has its links for itself."""
         moved, kind, size = sum(collective.array_bytes), collective.kind, max(len(collective.group), 1)
         if collective.link == "network":
-            slices = len(set(self._finder.slice_ids[list(collective.group)])) if collective.group else 2
-            factor = (slices - 1) / slices * (2 if kind.startswith("all-reduce") else 1)
+            factor = (self._slices - 1) / self._slices * (2 if kind.startswith("all-reduce") else 1)
             return factor * moved / ((self._chip.network_bytes_per_s or np.inf) * self._rates.links)
         link_bytes_per_s = (self._chip.link_bytes_per_s or np.inf) * self._rates.links
         if size == 1 or not moved:

@@ -27,14 +27,14 @@ def compute(name: str, ms: int, calls: str = "") -> str:
     return f"%{name} = f32[8] fusion(%p), kind=kLoop{calls}, {cost}"
 
 
-def timer(*lines: str, before: str = "", attention: Attention | None = None) -> StepTimer:
+def timer(*lines: str, before: str = "", attention: Attention | None = None, slices: int = 1) -> StepTimer:
     body = "".join(f"  {line}\n" for line in ("%p = f32[8] parameter(0)", *lines))
     module = HloModule(
         f"HloModule jit_step, num_partitions=64\n{before}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}}}\n"
     )
     finder = CollectiveFinder(module, {"fsdp": 64}, None)
     coords = np.array(list(itertools.product(range(4), repeat=3)))
-    return StepTimer(module, finder, V5P, coords, (True, True, True), RATES, attention)
+    return StepTimer(module, finder, V5P, coords, (True, True, True), RATES, attention, slices)
 
 
 def spent(*lines: str, before: str = "", attention: Attention | None = None) -> Spent:
@@ -67,6 +67,16 @@ def test_an_asynchronous_one_hides_behind_what_is_computed_until_it_is_asked_for
     found = spent(start, compute("beside", beside_ms), f"%done = f32[{GB}] all-gather-done(%start)", compute("two", 2))
     assert 1000 * sum(found.waits.values()) == pytest.approx(waited_ms, abs=2e-3)
     assert milliseconds(found.work) == {"ICI": GATHER_MS, "memory": beside_ms + 2}
+
+
+@pytest.mark.parametrize(("beside_ms", "waited_ms"), [(1, 2 * GATHER_MS - 1), (9, 0)])
+def test_a_collective_that_is_fused_moves_while_its_fusion_computes(beside_ms: int, waited_ms: float) -> None:
+    """A sum that all devices get whole is sent twice as often as a gather."""
+    reduce = f"%sum = f32[{GB}] all-reduce(%a), {GROUPS}, to_apply=%add"
+    before = f"%reduced (a: f32[8]) -> f32[8] {{\n  {reduce}\n  ROOT %cast = f32[{GB}] convert(%sum)\n}}\n"
+    found = spent(compute("one", beside_ms, ", calls=%reduced"), before=before)
+    assert milliseconds(found.work) == {"ICI": 2 * GATHER_MS, "memory": beside_ms}
+    assert 1000 * sum(found.waits.values()) == pytest.approx(waited_ms, abs=2e-3)
 
 
 def test_transfers_of_one_unit_queue() -> None:
@@ -131,6 +141,6 @@ def test_collectives_use_the_links_of_the_dimensions_that_they_span(
 
 
 def test_between_slices_the_network_is_the_link() -> None:
-    """Two slices, so that half of each array is sent."""
+    """Four slices, so that three quarters of each array are sent."""
     one = Collective(kind="all-gather", axes=(), link="network", loops=0, runs=1, array_bytes=(10**9,))
-    assert timer().collective_s(one) == pytest.approx(0.5 / 6.25)
+    assert timer(slices=4).collective_s(one) == pytest.approx(0.75 / 6.25)
