@@ -18,6 +18,7 @@ from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
+from jaxinfra.models.remat import Named
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
@@ -55,6 +56,7 @@ RUNS = [
     *(replace(TEXT, optim=OptimConfig(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
     *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
     replace(TEXT, model=replace(DECODER, layers=(Layer(mixer=GatedDeltaNet(), mlp=MLP(dim=64)),))),
+    replace(TEXT, model=replace(DECODER, remat=Named(save=("query",)))),
     *(
         replace(TEXT, model=changed(DECODER, first_layers=(), rope=Rope(scaling=scaling)))
         for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling(), LongRopeScaling(divisors=(1.0,)))

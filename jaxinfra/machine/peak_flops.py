@@ -28,6 +28,8 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H200 NVL": 835e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA GB300": 2500e12,
 }
 
 _HIGHER = 1.05  # times the kept peak: less is noise
