@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxinfra.cli.numbers import positive
 from jaxinfra.cli.places.arguments import add_place
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import KINDS
@@ -152,33 +153,26 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", metavar="TOPOLOGY", action="append", default=[], help=what)
     _add_chips(parser)
     cost = parser.add_argument_group("the run as a whole")
-    cost.add_argument("--tokens", type=_positive("--tokens"), metavar="N", help="how many to train on, such as 15e12")
-    cost.add_argument("--deadline", type=_positive("--deadline"), metavar="DAYS", help="say if it takes longer")
-    cost.add_argument("--budget", type=_positive("--budget"), metavar="DOLLARS", help="say if it costs more")
+    cost.add_argument(
+        "--tokens", type=positive("--tokens", "15e12"), metavar="N", help="how many to train on, such as 15e12"
+    )
+    cost.add_argument(
+        "--deadline", type=positive("--deadline", "30d", unit="d"), metavar="DAYS", help="say if it takes longer"
+    )
+    cost.add_argument("--budget", type=positive("--budget", "2e6"), metavar="DOLLARS", help="say if it costs more")
     what = "energy of the building over that of the chips (default %(default)s)"
-    cost.add_argument("--pue", type=_positive("--pue"), metavar="X", default=1.1, help=what)
+    cost.add_argument("--pue", type=positive("--pue", "1.1"), metavar="X", default=1.1, help=what)
     what = "one chip is lost in so many chip-hours: for the goodput of spot chips"
-    cost.add_argument("--chip-hours-per-loss", type=_positive("--chip-hours-per-loss"), metavar="H", help=what)
+    cost.add_argument("--chip-hours-per-loss", type=positive("--chip-hours-per-loss", "50000"), metavar="H", help=what)
     what = "seconds for which a save stalls training (default %(default)s)"
-    cost.add_argument("--save-s", type=_positive("--save-s"), metavar="S", default=5.0, help=what)
+    cost.add_argument("--save-s", type=positive("--save-s", "5"), metavar="S", default=5.0, help=what)
     what = "from a loss to the next step (default %(default)s)"
-    cost.add_argument("--restart-minutes", type=_positive("--restart-minutes"), metavar="M", default=10.0, help=what)
+    cost.add_argument(
+        "--restart-minutes", type=positive("--restart-minutes", "10"), metavar="M", default=10.0, help=what
+    )
     exam = parser.add_argument_group("published step times")
     exam.add_argument("--exam", metavar="ROWS.csv", help="predict these rows instead of a config, minutes for each")
     exam.add_argument("--only", metavar="ID", nargs="+", default=[], help="of --exam: only these rows")
-
-
-def _positive(option: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            number = float(text.removesuffix("d") if option == "--deadline" else text)
-        except ValueError:
-            number = 0.0
-        if not 0.0 < number < float("inf"):
-            raise ConfigError(f"{option} {text}: expected a number above 0; use {option} 30")
-        return number
-
-    return parse
 
 
 def _add_data_prepare(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,7 @@ def test_hosts_are_machines(hosts: Hosts, boot: Callable[[str], Host]) -> None:
 
 
 def test_hosts_that_boot_at_once_leave_this_machine_alone(boot: Callable[[str], Host], key: Key) -> None:
-    """What they are told before they have a `/` of their own is not written to that of this machine."""
+    """Nothing is written to the `/` of this machine, also before hosts have their own."""
     files = [Path("/etc", name) for name in ("hosts", "passwd", "group", "shadow", "resolv.conf")]
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
     with ThreadPoolExecutor() as pool:

@@ -60,7 +60,7 @@ def place(options: PlaceOptions, run: str = RUN) -> TpuVm | Gce:
 
 
 def makes(options: PlaceOptions) -> list[Request]:
-    """What a dry run says of the requests that make something."""
+    """Returns the requests of a dry run that make something."""
     return [request for request in place(options).requests() if request.why.startswith("makes")]
 
 

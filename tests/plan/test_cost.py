@@ -1,4 +1,4 @@
-"""What a run costs as a whole, against values by hand."""
+"""The cost of a whole run, against values by hand."""
 
 from dataclasses import replace
 

@@ -1,8 +1,7 @@
 """The options that say where a run goes. Imports nothing heavy."""
 
 import argparse
-from collections.abc import Callable
-
+from jaxinfra.cli.numbers import positive
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import KINDS, PlaceOptions
 
@@ -35,9 +34,9 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     what = "private key for hosts of a cloud (default: ~/.ssh/google_compute_engine)"
     place.add_argument("--ssh-key", metavar="FILE", default="", help=what)
     what = "longest wait for chips (default %(default)s)"
-    place.add_argument("--wait-hours", type=_hours("--wait-hours"), metavar="H", default=24.0, help=what)
+    place.add_argument("--wait-hours", type=positive("--wait-hours", "12"), metavar="H", default=24.0, help=what)
     what = "after which the run saves, ends, and what was made is deleted, even if this machine is gone"
-    place.add_argument("--max-hours", type=_hours("--max-hours"), metavar="H", default=0.0, help=what)
+    place.add_argument("--max-hours", type=positive("--max-hours", "12"), metavar="H", default=0.0, help=what)
     what = "folder on the hosts for code, Python and packages (default: ~/.cache/jaxinfra)"
     place.add_argument("--workdir", metavar="DIR", default="", help=what)
     what = "also install these packages; repeatable (those of the chips and of the trackers come by themselves)"
@@ -99,16 +98,3 @@ def variables(words: list[str]) -> dict[str, str]:
         if not equals or not name.isidentifier():
             raise ConfigError(f"--env {word}: expected NAME=VALUE; use --env UV_DEFAULT_INDEX=https://...")
     return dict(word.split("=", 1) for word in words)
-
-
-def _hours(option: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            hours = float(text)
-        except ValueError:
-            hours = 0.0
-        if not 0.0 < hours < float("inf"):
-            raise ConfigError(f"{option} {text}: expected hours, a number above 0; use {option} 12")
-        return hours
-
-    return parse
