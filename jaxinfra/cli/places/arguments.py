@@ -1,6 +1,7 @@
 """The options that say where a run goes. Imports nothing heavy."""
 
 import argparse
+
 from jaxinfra.cli.numbers import positive
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import KINDS, PlaceOptions
