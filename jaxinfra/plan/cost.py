@@ -1,4 +1,4 @@
-"""What training on a number of tokens takes: days, chip-hours, dollars and energy, each where its row exists."""
+"""Estimates days, chip-hours, dollars and energy of training on a number of tokens, each where its row exists."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run takes as a whole, on chips that stay; on spot chips `spot_days`."""
+    """The cost of a whole run. `days` are those on chips that are never lost, `spot_days` those on spot chips."""
 
     steps: int
     days: float

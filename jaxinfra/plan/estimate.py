@@ -21,7 +21,7 @@ from jaxinfra.train.statistics import step_flops
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What a step is expected to take."""
+    """The estimated time of a step, and what it follows from. Times are in seconds."""
 
     name: str  # of the run
     topology: str
@@ -60,7 +60,7 @@ class StepPlan:
 
     @property
     def binds(self) -> str:
-        """What a step takes most of its time for."""
+        """The cause that takes the largest part of a step."""
         return next(iter(self.parts))
 
 

@@ -22,7 +22,7 @@ from jaxinfra.plan.hlo import NO_ESTIMATE, Call, Computation, HloModule, Instruc
 type Cause = Literal["matmuls", "memory", "attention", "ICI", "DCN", "host"]
 
 CORES: tuple[Cause, ...] = ("matmuls", "memory", "attention")
-"""What the cores do; the rest are transfers."""
+"""Work of the cores; the other causes are transfers."""
 
 _HOST_SPACE = "S(5)"  # in a layout: memory of the host
 _GROUPED = "ragged-dot-none"  # the compiler's kernel of matmuls of experts
@@ -32,7 +32,7 @@ _KERNEL_PASSES = {"fwd": 2, "dkv": 4, "dq": 3}  # matmuls of the scores' size in
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What units reach beside what is published, fitted to published step times (see docs/plan.md)."""
+    """The rates that units reach in practice, fitted to published step times (docs/plan.md)."""
 
     compute: float = 1.0  # time of operations, as a multiple of the compiler's estimate
     attention: float = 0.5  # FLOP/s of attention kernels, as a part of the peak
