@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmptyStr, PositiveInt
+from jaxinfra.config.limits import NonEmptyStr, PositiveFloat, PositiveInt
 from jaxinfra.storage.location import is_remote
 
 type Metrics = Mapping[str, float]
@@ -16,7 +16,10 @@ class CheckpointConfig:
     """When checkpoints are saved and which are kept.
 
     Attributes:
-        save_every: steps between two saves.
+        save_every: steps between two saves; auto for as many as lose least time, from the measured stall of a save and
+            the expected time between losses.
+        chip_hours_per_loss: for `save_every=auto`: hours of use after which one chip or its host is expected to fail.
+            The default is what the training of Llama 3 saw, 419 losses in 54 days on 16,384 GPUs.
         keep_last: number of newest checkpoints to keep.
         keep_every: also keeps the checkpoints whose step is a multiple of this, forever.
         keep_best: also keeps this number of checkpoints with the best `best_metric`, of those saved after an
@@ -31,7 +34,8 @@ class CheckpointConfig:
         local_every: steps between two copies.
     """
 
-    save_every: PositiveInt = 100
+    save_every: PositiveInt | Literal["auto"] = 100
+    chip_hours_per_loss: PositiveFloat = 50_000.0
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
     keep_best: PositiveInt | None = None
@@ -43,8 +47,8 @@ class CheckpointConfig:
     local_every: PositiveInt = 10
 
     def due_after(self, step: int) -> Literal["checkpoint", "copy"] | None:
-        """Returns what is saved after a step, counted from 1."""
-        if step % self.save_every == 0:
+        """Returns what is saved after a step, counted from 1; with `save_every=auto` only copies are (`Cadence`)."""
+        if self.save_every != "auto" and step % self.save_every == 0:
             return "checkpoint"
         return "copy" if self.local is not None and step % self.local_every == 0 else None
 
@@ -68,7 +72,13 @@ class CheckpointConfig:
 
     def problems(self) -> Iterable[Problem]:
         """Yields a problem if `keep_every` names steps that are never saved, or copies are in vain."""
-        if self.keep_every and self.keep_every % self.save_every:
+        if self.keep_every and self.save_every == "auto":
+            yield Problem(
+                fields=("keep_every", "save_every"),
+                message="keep_every must be a multiple of save_every, which is not known ahead with auto",
+                fix=f"use save_every={self.keep_every}",
+            )
+        elif self.keep_every and self.save_every != "auto" and self.keep_every % self.save_every:
             rounded = -(-self.keep_every // self.save_every) * self.save_every
             yield Problem(
                 fields=("keep_every", "save_every"),
@@ -81,7 +91,7 @@ class CheckpointConfig:
                 message=f"{self.local} is a URL, but copies are for the host's own disk or memory",
                 fix="use local=/dev/shm/jaxinfra",
             )
-        if self.local is not None and self.local_every >= self.save_every:
+        if self.local is not None and self.save_every != "auto" and self.local_every >= self.save_every:
             yield Problem(
                 fields=("local_every", "save_every"),
                 message="copies are saved between two checkpoints, so local_every must be less than save_every",

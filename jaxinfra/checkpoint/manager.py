@@ -114,7 +114,7 @@ class CheckpointManager(ClosedOnExit):
         call again) or if this one cannot start; older checkpoints are intact.
         """
         assert not self._read_only, "opened with read_only=True"
-        is_due = force or step % self.config.save_every == 0
+        is_due = force or self.config.due_after(step) == "checkpoint"
         # If a background save has failed, the next call raises its error, even if no save is due. With several
         # processes, which may see it after different steps, all raise it at the next save.
         if is_due or (jax.process_count() == 1 and not self._saver.is_saving()):

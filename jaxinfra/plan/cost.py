@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxinfra.checkpoint.cadence import best_interval_s
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.estimate import StepPlan
 
@@ -26,7 +27,7 @@ class Losses:
 
     def save_every_s(self, chips: int) -> float:
         """Returns the time between saves that loses least (Young 1974): `sqrt(2 x stall x time between losses)`."""
-        return math.sqrt(2 * self.save_s / (self.per_chip_hour * chips / _HOUR_S))
+        return best_interval_s(self.save_s, _HOUR_S / (self.per_chip_hour * chips))
 
     def goodput(self, chips: int) -> float:
         """Returns the part of the time that trains: without saves, restarts, and steps that are done again."""

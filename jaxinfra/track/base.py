@@ -33,6 +33,9 @@ class Tracker:
     def log_profile(self, step: int, text: str) -> None:
         """Receives the operations that take longest, as a table, from a profile that ends with a step."""
 
+    def log_note(self, step: int, text: str) -> None:
+        """Receives a line about the run after a step, such as how often it saves."""
+
     def finish_step(self, step: int) -> None:
         """Is called after every step, logged or not; must return at once."""
 

@@ -212,6 +212,10 @@ class ConsoleTracker(Tracker):
         self._line(step, [f"saving {self._run_dir}/checkpoints/{step}"], style="dim")
 
     @override
+    def log_note(self, step: int, text: str) -> None:
+        self._line(step, [text])
+
+    @override
     def log_profile(self, step: int, text: str) -> None:
         self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
 

@@ -101,6 +101,10 @@ class MultiTracker(Tracker):
         self._each(lambda tracker: tracker.log_profile(step, text))
 
     @override
+    def log_note(self, step: int, text: str) -> None:
+        self._each(lambda tracker: tracker.log_note(step, text))
+
+    @override
     def log_error(self, error: BaseException) -> None:
         self._each(lambda tracker: tracker.log_error(error))
 

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.train.profiler import Profiler
@@ -25,7 +26,7 @@ class Due(NamedTuple):
         return self.profile or self.evaluation or self.save is not None
 
 
-def due_after(step: int, run: Run, profiler: Profiler, requests: RunSignals) -> Due:
+def due_after(step: int, run: Run, cadence: Cadence, profiler: Profiler, requests: RunSignals) -> Due:
     """Returns what is due after a step, counted from 1.
 
     All processes must call it after each step, since `requests` may wait for them to agree.
@@ -36,5 +37,5 @@ def due_after(step: int, run: Run, profiler: Profiler, requests: RunSignals) -> 
         profile=profiler.ends_after(step),
         evaluation=run.train.evaluates_after(step),
         replicas=every is not None and step % every == 0,
-        save="asked" if requests.saves_after(step) is not None else run.checkpoint.due_after(step),
+        save="asked" if requests.saves_after(step) is not None else cadence.after(step),
     )

@@ -6,6 +6,7 @@ The devices never wait for the host: the host waits for a step only after it has
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 
+from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.failpoints import failpoint
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
@@ -27,6 +28,7 @@ class Loop:
         reporting: waits for the dispatched steps, and logs them.
         profiler: profiles some of the steps.
         waiting: waits for the batches, and counts the seconds.
+        cadence: says when checkpoints are due.
         requests: says when to save or to stop, because a signal or another process has asked for it.
         check_owner: raises RunInUseError if another start has taken over the run.
         after_step: does what is due after a step, given its metrics.
@@ -39,6 +41,7 @@ class Loop:
     reporting: Reporting
     profiler: Profiler
     waiting: Waiting
+    cadence: Cadence
     requests: RunSignals
     _: KW_ONLY
     check_owner: Callable[[], None]
@@ -65,7 +68,7 @@ class Loop:
             self.reporting.report_pending()  # of the step before, while the devices compute this one
             self.check_owner()
             self.completed_steps, self._has_stepped = step, True
-            due = due_after(step, self.job.run, self.profiler, self.requests)
+            due = due_after(step, self.job.run, self.cadence, self.profiler, self.requests)
             self.reporting.dispatched(step, metrics, log=due.log)
             if due.waits:
                 self.reporting.report_pending()

@@ -25,6 +25,7 @@ from jaxinfra.storage.checks import check_space, make_private, make_writable
 from jaxinfra.storage.closing import ClosedOnExit
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.location import is_remote
+from jaxinfra.train.due import Save
 
 _SAVE_S = 3600.0  # longest wait for another process to write its part of a checkpoint
 
@@ -99,25 +100,27 @@ class Saving(ClosedOnExit):
         step, state = found  # an older one if the newest is damaged
         return Restored(step, state, self.checkpoints.manifest(step).record, "")
 
-    def save(self, step: int, state: TrainState, record: Mapping[str, Any], *, metrics: Metrics, force: bool) -> bool:
-        """Saves what is due after a step, or with `force` a checkpoint; returns whether it saved a checkpoint.
+    def save(
+        self, step: int, state: TrainState, record: Mapping[str, Any], what: Save | None, *, metrics: Metrics
+    ) -> bool:
+        """Saves what is due after a step, if anything; returns whether it saved a checkpoint.
 
-        Without `force` a failed save is only logged, and the next one tries again. If several processes save on a disk,
-        a failure is always raised.
+        A failed save that nobody has asked for is only logged, and the next one tries again. If several processes save
+        on a disk, a failure is always raised.
         """
-        save_checkpoint = partial(self.checkpoints.save, step, state, record, metrics=metrics, force=force)
+        is_checkpoint = what in ("asked", "checkpoint")
         is_last = step == self._program.run.train.steps  # no copy then: the run ends with a checkpoint
-        if self._copies is not None and self._config.due_after(step) == "copy" and not (force or is_last):
+        if self._copies is not None and what == "copy" and not is_last:
             self._copies.save(step, state, {key: record[key] for key in ("guard", "interval")}, self._identity)
-        if force or self._config.due_after(step) == "checkpoint":
+        if is_checkpoint:
             try:  # waits for the save before this one; if that has failed, this one starts all the same
                 self.checkpoints.wait_until_finished()
             except StorageError as error:
                 self._go_on_after(error)
         try:
-            return save_checkpoint()
+            return self.checkpoints.save(step, state, record, metrics=metrics, force=is_checkpoint)
         except StorageError as error:
-            if force:
+            if what == "asked":
                 raise
             self._go_on_after(error)
             return False

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.config import Difference, fingerprint, write_record
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.errors import NonFiniteError, Preempted
@@ -206,6 +207,8 @@ class Training:
             job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
         self._reporting.interval.resume(restored.record)
+        devices = job.program.mesh.size
+        self._cadence = Cadence(job.run.checkpoint, step, devices, lambda every: job.peers.broadcast(every))
         self.loop = Loop(
             job,
             restored.state,
@@ -213,6 +216,7 @@ class Training:
             self._reporting,
             opened.profiler,
             Waiting(self._reporting),
+            self._cadence,
             opened.requests,
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
@@ -274,7 +278,12 @@ class Training:
         if due.replicas:
             self._numerics.replicas.check(self.loop.completed_steps, self.loop.state)
         with self._phases("step" if due.save is None else "save"):
+            start_s = time.monotonic()
             self._save(metrics, due.save)
+        if due.save == "checkpoint":
+            step_s, stall_s = self._phases.median_step_s(), time.monotonic() - start_s
+            if (line := self._cadence.saved(self.loop.completed_steps, stall_s, step_s)) is not None:
+                self._trackers.log_note(self.loop.completed_steps, line)
 
     def _save(self, metrics: Metrics | None, what: Save | None) -> None:
         """Saves a checkpoint or a copy of the state; with None, only reports a save that has failed meanwhile.
@@ -294,7 +303,7 @@ class Training:
         record = self._record | history | {"evaluated": self._is_evaluated}
         new = self._eval_metrics if self._eval_step == step else {}
         new = {name.removeprefix("eval/"): value for name, value in new.items()}
-        if self._saving.save(step, state, record, metrics=new, force=what == "asked"):
+        if self._saving.save(step, state, record, what, metrics=new):
             self._trackers.log_save(step)
 
     def _stops(self) -> bool:

@@ -2,8 +2,11 @@
 
 `numbers.json` has a hash for each such test: of its lowered programs, of JAX, and of the test's code.
 `python tests/golden/write.py parity` writes it. A changed program, or another JAX, computes its comparison again.
+
+It also has a hash of the code from which all programs follow. Where that is the recorded one, none is lowered.
 """
 
+import ast
 import functools
 import hashlib
 import json
@@ -32,6 +35,13 @@ CODE: dict[str, list[Path]] = {
 }
 """Files whose code the tests of a folder run, too: a test is computed again when one of them changes."""
 TESTED = ("parity", "models/test_gradients.py", "train/test_quantized_curve.py")
+SOURCES = "sources"
+"""The entry with the hash of all code."""
+PACKAGES = (
+    *("config", "data", "models", "objectives", "ops", "optim", "parallel", "program", "run"),
+    *("families", "machine", "parity"),
+)
+"""The packages from which programs follow: ring 1 (pyproject.toml), and what makes a config or a mesh."""
 RECORD = "RECORD_PARITY"
 """The environment variable with another file, into which tests that pass are recorded."""
 
@@ -52,14 +62,18 @@ def unless_proven(request: pytest.FixtureRequest) -> Unless:
         if request.node.get_closest_marker("jax_range") is not None:
             check()
             return
-        name = request.node.nodeid.rpartition("/")[2]
+        name, known, recorded = request.node.nodeid.rpartition("/")[2], read(PROOFS), os.environ.get(RECORD)
+        if recorded is None:
+            is_of_this_cpu = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0" and not any_cpu
+            if name in known and not is_of_this_cpu and known.get(SOURCES) == sources():
+                return
+        else:
+            known |= read(Path(recorded))
         found = fingerprint(request.path, programs, also, any_cpu=any_cpu)
-        proofs = Path(os.environ.get(RECORD, PROOFS))
-        if proofs.exists() and json.loads(proofs.read_text(encoding="utf-8")).get(name) == found:
-            return
-        check()
-        if RECORD in os.environ:
-            record(proofs, name, found)
+        if known.get(name) != found:
+            check()
+        if recorded is not None:
+            record(Path(recorded), name, found)
 
     return run
 
@@ -72,6 +86,27 @@ def fingerprint(test: Path, programs: tuple[Program, ...], also: tuple[str, ...]
         mode.append(cpu_features())
     hashes = [lowered(program, also) for program in programs]
     return hashlib.sha256(repr([*code, *mode, *hashes]).encode()).hexdigest()
+
+
+@functools.cache
+def sources() -> str:
+    """Hashes the code of these packages and of the tests, without comments and docstrings, and the versions of JAX."""
+    package = TESTS.parent / "jaxinfra"
+    files = [path for name in PACKAGES for path in sorted((package / name).rglob("*.py"))]
+    files += [path for each in TESTED for path in sorted((TESTS / each).rglob("*.py")) or [TESTS / each]]
+    files += [*sorted((package.parent / "configs").glob("*.py")), TESTS / "conftest.py", TESTS / "decoders.py"]
+    files += [*(path for paths in CODE.values() for path in paths)]
+    texts = [(str(path.relative_to(package.parent)), code_of(path)) for path in files]
+    return hashlib.sha256(repr((texts, version("jax"), version("jaxlib"))).encode()).hexdigest()
+
+
+def code_of(path: Path) -> str:
+    """Returns the syntax tree of a file without its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 OTHERS: dict[str, Callable[[Program], jax.stages.Lowered]] = {
@@ -92,14 +127,18 @@ def lowered(program: Program, also: tuple[str, ...] = ()) -> str:
 def record(path: Path, name: str, found: str) -> None:
     """Adds a test that has passed to a file, into which other processes may write, too."""
     with FileLock(f"{path}.lock"):
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_json(path, before | {name: found})
+        write_json(path, read(path) | {name: found})
+
+
+def read(path: Path) -> dict[str, str]:
+    """Reads the recorded hashes by test."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def record_all() -> None:
-    """Runs the tests, and records those that pass in place of those that have passed before."""
+    """Runs the tests, and records those that pass, or whose programs are still those that have passed."""
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, "proofs.json")
         words = ["-q", "-n", "2", *(str(TESTS / each) for each in TESTED)]
         subprocess.run([sys.executable, "-m", "pytest", *words], env={**os.environ, RECORD: str(new)}, check=True)
-        write_json(PROOFS, json.loads(new.read_text(encoding="utf-8")))
+        write_json(PROOFS, read(new) | {SOURCES: sources()})

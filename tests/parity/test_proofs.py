@@ -1,5 +1,6 @@
 """A comparison is left out only for the programs and the JAX for which it has passed."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,28 @@ def test_a_check_that_fails_is_not_recorded(
     with pytest.raises(ZeroDivisionError):
         unless_proven(lambda: 1 / 0, SimpleNamespace(text="a"))
     assert proofs.read_text() == "{}"
+
+
+def test_nothing_is_lowered_while_all_code_is_the_recorded_one(
+    request: pytest.FixtureRequest, unless_proven: Unless, proofs: Path
+) -> None:
+    name = request.node.nodeid.rpartition("/")[2]
+    for recorded, expected in (
+        ({name: "of another program", proven.SOURCES: proven.sources()}, False),
+        ({name: "of another program", proven.SOURCES: "of other code"}, True),
+        ({proven.SOURCES: proven.sources()}, True),
+    ):
+        proofs.write_text(json.dumps(recorded))
+        assert computes(unless_proven, "a") is expected, recorded
+
+
+def test_code_is_the_same_with_other_comments(tmp_path: Path) -> None:
+    codes = []
+    for number, text in enumerate(("def f():\n    'doc'\n    return 1\n", "def f():  # why\n    return 1\n", "f = 1")):
+        path = tmp_path / f"{number}.py"
+        path.write_text(text)
+        codes.append(proven.code_of(path))
+    assert codes[0] == codes[1] != codes[2]
 
 
 @pytest.mark.jax_range

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
@@ -53,6 +54,7 @@ class Recorded(MultiTracker):
             self.reporting,
             Profiler(run.profile, Path()),
             Waiting(self.reporting),
+            Cadence(run.checkpoint, done, 1),
             self.requests,
             check_owner=lambda: None,
             after_step=self.after_step,
