@@ -152,6 +152,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     what = f"{_TOPOLOGIES}; repeatable, to compare"
     parser.add_argument("--on", metavar="TOPOLOGY", action="append", default=[], help=what)
     _add_chips(parser)
+    layout = parser.add_argument_group("the fastest layout")
+    what = "try meshes, microbatches and remat, and take the fastest"
+    layout.add_argument("--search", action="store_true", help=what)
+    add_int(layout, "--limit", 1, default=12, help="layouts to compile (default %(default)s)")
+    add_int(layout, "--jobs", 1, help="layouts to compile at a time (default: half the cores)")
+    layout.add_argument("--write", metavar="FILE.py", help="write the config with the layout that --search finds")
+    what = "say what another value costs; repeatable"
+    layout.add_argument("--why", metavar="FIELD=VALUE", action="append", default=[], help=what)
     cost = parser.add_argument_group("the run as a whole")
     cost.add_argument(
         "--tokens", type=positive("--tokens", "15e12"), metavar="N", help="how many to train on, such as 15e12"

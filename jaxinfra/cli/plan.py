@@ -9,15 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jaxinfra.cli import config_argument
+from jaxinfra.cli import plan_search
 from jaxinfra.cli.compile import check_fits
 from jaxinfra.command import command_line
+from jaxinfra.config import load_file
 from jaxinfra.errors import ConfigError
-from jaxinfra.plan.aot import compile_for
+from jaxinfra.plan import aot, compiled_cache
 from jaxinfra.plan.chips import load_chips
 from jaxinfra.plan.cost import Cost, Losses, cost_of
 from jaxinfra.plan.estimate import StepPlan, check_has_cycles, plan_step
 from jaxinfra.plan.topology import Topology, parse_topology
+from jaxinfra.run import Run, with_fingerprint_name
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_percent
@@ -42,18 +44,32 @@ def run(options: argparse.Namespace) -> None:
     topologies = [parse_topology(text, chips) for text in options.on]
     for topology in topologies:
         check_has_cycles(topology)
-    losses, loaded = _losses(options), config_argument.load_config(options)
+    plan_search.check_options(options)
+    losses, file = _losses(options), load_file(options.config, Run, options.imports)
+    base = with_fingerprint_name(file.with_overrides(options.overrides), file.run).run
+    others = {override: plan_search.changed(base, override) for override in options.why}  # refuses what is wrong now
     rows: list[dict[str, Any]] = []
     for topology in topologies:
-        compiled = compile_for(loaded.run, topology, on_progress=functools.partial(print, flush=True))
-        check_fits(loaded.run, compiled.summary(), topology.chip)
-        plan = plan_step(compiled)
+        results = plan_search.find(options, base, topology) if options.search else []
+        run = results[0].layout.run if results else base
+        plan = _plan(run, topology)
         cost = cost_of(plan, topology.chip, options.tokens, losses=losses, pue=options.pue) if options.tokens else None
         print("\n".join([*format_plan(plan), *(_cost_lines(options, topology, cost) if cost else ())]), end="\n\n")
-        rows.append(_values(plan) | {"cost": cost and asdict(cost)})
+        for override in others:
+            other = _plan(plan_search.changed(run, override), topology)
+            print("\n".join(plan_search.format_difference(plan, other, override)), end="\n\n")
+        rows.append(_values(plan) | {"cost": cost and asdict(cost)} | plan_search.values(results))
     if len(rows) > 1:
         _print_comparison(rows)
     outputs.write_json(options.json, rows)
+
+
+def _plan(run: Run, topology: Topology) -> StepPlan:
+    """Compiles a run, or takes its program from the user's cache, and estimates its step."""
+    compiler = compiled_cache.cached(aot.compile_lowered, compiled_cache.folder())
+    compiled = aot.compile_for(run, topology, on_progress=functools.partial(print, flush=True), compiler=compiler)
+    check_fits(run, compiled.summary(), topology.chip)
+    return plan_step(compiled)
 
 
 def _losses(options: argparse.Namespace) -> Losses | None:

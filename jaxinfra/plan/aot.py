@@ -59,6 +59,10 @@ class CompiledProgram:
     memory: Memory
 
 
+type Compiler = Callable[[jax.stages.Lowered, Program, Topology], CompiledProgram]
+"""Compiles a lowered program, given the program and the topology that it is of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """All custom calls of one name and target at one loop depth, such as Pallas kernels; their cycles are unknown."""
@@ -197,16 +201,17 @@ def compile_for(
     *,
     dump: Callable[[str], object] | None = None,
     on_progress: Callable[[str], object] = lambda line: None,
+    compiler: Compiler | None = None,
 ) -> Compilation:
     """Compiles the train step of a run.
 
-    `dump` receives the compiled text, `on_progress` a line before each slow part. Raises ConfigError if the run does
-    not fit the topology or its memory, or if the compiler is missing or fails.
+    `dump` receives the compiled text, `on_progress` a line before each slow part. `compiler` may have a cache. Raises
+    ConfigError if the run does not fit the topology or its memory, or if the compiler is missing or fails.
     """
     start_s = time.monotonic()
     program = program_on(run, topology)
     on_progress(f"tracing {run.name} for {topology}, {topology.num_devices} devices")
-    compiled = _compile(program, topology, on_progress)
+    compiled = _compile(program, topology, compiler or compile_lowered, on_progress)
     on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")
     if dump is not None:
         dump(compiled.text)
@@ -240,7 +245,9 @@ def compile_lowered(lowered: jax.stages.Lowered, program: Program, topology: Top
     return CompiledProgram(text=text, memory=memory_usage(executable))
 
 
-def _compile(program: Program, topology: Topology, on_progress: Callable[[str], object]) -> CompiledProgram:
+def _compile(
+    program: Program, topology: Topology, compiler: Compiler, on_progress: Callable[[str], object]
+) -> CompiledProgram:
     """Compiles the train step; raises ConfigError if its state does not fit, or if the compiler fails."""
     where = f"{program.run.name} on {topology}"
     # A lower bound: the compiler pads arrays. State that is offloaded to the host does not count.
@@ -252,7 +259,7 @@ def _compile(program: Program, topology: Topology, on_progress: Callable[[str], 
     try:
         lowered = program.lower()
         on_progress("compiling: seconds for a small model, a minute or two for a large one, more on a busy machine")
-        return compile_lowered(lowered, program, topology)
+        return compiler(lowered, program, topology)
     except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
         held_bytes = state_bytes + per_device_bytes(jax.tree.leaves(program.params))  # with the sums of gradients
         cause = explain(str(error), program.run, program.rows_per_device, held_bytes)

@@ -48,6 +48,7 @@ RUN_ELSEWHERE = {
     "python -m launch runs sync runs/quickstart": "tests/track/test_mlflow.py",
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_aot.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_aot.py",
+    "python -m launch plan configs/llama3_8b.py --on v5p:4x4x4": "tests/cli/test_plan.py",
 }
 VARIATIONS = (
     "python -m launch configs/quickstart.py train.steps=800 optim.peak_lr=3e-3",

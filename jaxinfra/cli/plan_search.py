@@ -1,0 +1,160 @@
+"""`plan --search`: compiles the most promising layouts in processes of their own, and takes the fastest.
+
+`plan --why FIELD=VALUE` says what another value costs.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jaxinfra.config import apply
+from jaxinfra.config.overrides import read_overrides
+from jaxinfra.config.source_code import source_code
+from jaxinfra.errors import ConfigError
+from jaxinfra.machine.environment import usable_cores
+from jaxinfra.plan.estimate import StepPlan
+from jaxinfra.plan.search import MAX_RANKED, Layout, Result, layouts, search
+from jaxinfra.plan.topology import Topology
+from jaxinfra.run import Run
+from jaxinfra.storage import outputs
+from jaxinfra.track.console import fitted_table, print_table, stdout_console
+from jaxinfra.track.formatting import format_percent
+
+_MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
+_NOTHING_S = 0.0005  # differences below this are not shown
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not go together, or a file that is there already."""
+    if options.write is None:
+        return
+    if not options.search or len(options.on) > 1:
+        raise ConfigError(f"--write {options.write}: writes what --search finds for one topology; use --search")
+    if Path(options.write).exists():
+        raise ConfigError(f"--write {options.write}: is there already; name another file")
+    outputs.check_writable(options.write)
+
+
+def changed(run: Run, override: str) -> Run:
+    """Returns a run with an override, and fsdp over what other axes leave; ConfigError if the override is wrong."""
+    new = apply(run, [override])
+    if new.mesh != run.mesh and new.mesh.fsdp == run.mesh.fsdp:
+        new = replace(new, mesh=replace(new.mesh, fsdp=-1))
+    return new
+
+
+def values(results: Sequence[Result]) -> dict[str, Any]:
+    """Returns what became of the layouts, for `--json`; {} without a search."""
+    rows = [{"overrides": each.layout.overrides, "error": each.error, "plan": each.plan} for each in results]
+    return {"layouts": rows} if rows else {}
+
+
+def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Result]:
+    """Prints what became of each layout, and returns them, the fastest first; ConfigError if none fits.
+
+    What the command line sets stays as it is.
+    """
+    found = layouts(run, topology, {override.path for override in read_overrides(options.overrides)})
+    if not found:
+        raise ConfigError(
+            f"--search: {run.name} on {topology}: the state alone exceeds each layout's devices; use more chips"
+        )
+    jobs, limit = options.jobs or max(1, (usable_cores() or 1) // 2), min(options.limit, MAX_RANKED)
+    print(f"{topology}: {len(found)} layouts may fit; compiling up to {limit}, {jobs} at a time, minutes for each")
+    with TemporaryDirectory(prefix="jaxinfra-plans-") as folder, ThreadPoolExecutor(jobs) as pool:
+
+        def compile_one(numbered: tuple[int, Layout]) -> Result:
+            number, layout = numbered
+            return _compile(options, layout, Path(folder, f"{number}.json"))
+
+        numbers = iter(range(1, limit + 1))
+
+        def compile_all(wave: Sequence[Layout]) -> list[Result]:
+            results: list[Result] = []
+            for result in pool.map(compile_one, [(next(numbers), layout) for layout in wave]):
+                print(f"  {_line(result)}", flush=True)
+                results.append(result)
+            return results
+
+        results = search(found, compile_all, limit=limit)
+    best = results[0]
+    if best.plan is None:
+        raise ConfigError(f"--search: {run.name} on {topology}: none of {len(results)} layouts fits; {best.error}")
+    _print_table(results)
+    print(f"\nThe fastest: {' '.join(best.layout.overrides)}\n")
+    if options.write is not None:
+        text = source_code(best.layout.run, f"{run.name} with the fastest layout that plan has found for {topology}.")
+        outputs.write_text(options.write, text)
+    return results
+
+
+def _compile(options: argparse.Namespace, layout: Layout, file: Path) -> Result:
+    """Plans a layout in a process of its own, which a compiler that aborts ends alone."""
+    searched = {override.path for override in read_overrides(layout.overrides)}
+    kept = [
+        f"{override.path}={override.text}"
+        for override in read_overrides(options.overrides)
+        if override.path not in searched
+    ]
+    words = ["plan", options.config, *kept, *layout.overrides, "--on", str(layout.topology)]
+    words += ["--json", str(file), *(word for each in options.imports or () for word in ("--import", each))]
+    words += ["--chips", options.chips] if options.chips else []
+    command = [sys.executable, "-c", _MAIN, *words]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0:
+        return Result(layout=layout, plan=json.loads(file.read_text(encoding="utf-8"))[0])
+    if done.returncode < 0:
+        return Result(
+            layout=layout, plan=None, error=f"the compiler ended with {signal.Signals(-done.returncode).name}"
+        )
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return Result(layout=layout, plan=None, error=lines[-1].removeprefix("error: "))
+
+
+def _line(result: Result) -> str:
+    if result.plan is None:
+        return f"{'-':>10}  {result.layout}: {result.error.partition('; ')[0]}"
+    return f"{result.step_s:8.3f} s  {result.layout}"
+
+
+def _print_table(results: Sequence[Result]) -> None:
+    cells = [
+        (
+            str(number),
+            str(result.layout).partition(", accumulate")[0],
+            str(result.layout.run.train.accumulate),
+            str(result.layout).rpartition("remat ")[2],
+            f"{result.step_s:.3f} s",
+            format_percent(plan["mfu"]),
+            format_percent(plan["memory_bytes"] / plan["hbm_bytes"]),
+            plan["binds"],
+        )
+        for number, result in enumerate(results, start=1)
+        if (plan := result.plan) is not None
+    ]
+    console = stdout_console()
+    names = ("", "mesh", "accumulate", "remat", "step", "MFU", "memory", "binds")
+    print()
+    print_table(console, fitted_table(console, names, cells, texts=("mesh", "remat", "binds")))
+
+
+def format_difference(plan: StepPlan, other: StepPlan, override: str) -> Iterator[str]:
+    """Yields what an override costs, in milliseconds by cause."""
+    difference_s = other.estimate_s - plan.estimate_s
+    part = format_percent(abs(difference_s) / plan.estimate_s)
+    word = "slower" if difference_s > 0 else "faster"
+    yield f"{override}: {other.estimate_s:.3f} s, {1e3 * abs(difference_s):,.1f} ms or {part} {word}"
+    causes = dict.fromkeys([*plan.parts, *other.parts])
+    changes = {cause: other.parts.get(cause, 0.0) - plan.parts.get(cause, 0.0) for cause in causes}
+    for cause, seconds in sorted(changes.items(), key=lambda change: -abs(change[1])):
+        if abs(seconds) > _NOTHING_S:
+            yield f"  {cause:16}  {1e3 * seconds:+10,.1f} ms"
+    yield f"  memory            {(other.memory_bytes - plan.memory_bytes) / 2**30:+10,.2f} GiB"
