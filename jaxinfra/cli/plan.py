@@ -22,9 +22,9 @@ from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.run import Run, with_fingerprint_name
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
-from jaxinfra.track.formatting import format_bytes, format_percent
+from jaxinfra.track.formatting import format_bytes, format_percent, format_step
 
-_NOTHING_S = 0.0005  # parts below this are not shown
+_NOTHING = 0.0005  # parts of a step below this are not shown
 
 
 def run(options: argparse.Namespace) -> None:
@@ -91,9 +91,9 @@ def format_plan(plan: StepPlan) -> Iterator[str]:
     rows = plan.samples / plan.devices
     yield f"{plan.name} on {plan.topology}: {mesh}, {rows:g} sequences of {plan.units_per_sample:,} a device and step"
     peak = f"{plan.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16 a device"
-    bounds = f"{plan.lower_s:.3f} s if nothing waits, {plan.upper_s:.3f} s if nothing overlaps"
+    bounds = f"{format_step(plan.lower_s)} if nothing waits, {format_step(plan.upper_s)} if nothing overlaps"
     lines = {
-        "step": f"{plan.estimate_s:.3f} s    {bounds}",
+        "step": f"{format_step(plan.estimate_s)}    {bounds}",
         "MFU": f"{format_percent(plan.mfu)} of {peak}",
         "tokens": f"{plan.units_per_s / plan.chips:,.0f} a second and chip, {plan.units_per_s:,.0f} in all",
         "memory": f"{format_bytes(plan.memory_bytes)} of {format_bytes(plan.hbm_bytes)} a device",
@@ -105,12 +105,12 @@ def format_plan(plan: StepPlan) -> Iterator[str]:
         yield f"  counted once, because their trip count is unknown: loops {', '.join(plan.unknown_loops)}"
     yield "\nWhere the time of a step goes"
     for cause, seconds in plan.parts.items():
-        if seconds > _NOTHING_S:
-            yield f"  {cause:16}  {seconds:8.3f} s  {format_percent(seconds / plan.estimate_s):>7}"
+        if seconds > _NOTHING * plan.estimate_s:
+            yield f"  {cause:16}  {format_step(seconds):>10}  {format_percent(seconds / plan.estimate_s):>7}"
     for cause, seconds in plan.work.items():
         hidden_s = seconds - plan.waits.get(cause, 0.0)
-        if cause not in plan.parts and hidden_s > _NOTHING_S:
-            yield f"  {cause:16}  {hidden_s:8.3f} s  at the same time"
+        if cause not in plan.parts and hidden_s > _NOTHING * plan.estimate_s:
+            yield f"  {cause:16}  {format_step(hidden_s):>10}  at the same time"
 
 
 def _cost_lines(options: argparse.Namespace, topology: Topology, cost: Cost) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _print_comparison(rows: Sequence[dict[str, Any]]) -> None:
         cells.append(
             (
                 row["topology"],
-                f"{row['estimate_s']:.3f} s",
+                format_step(row["estimate_s"]),
                 format_percent(row["mfu"]),
                 f"{row['units_per_s']:,.0f}",
                 format_percent(row["memory_bytes"] / row["hbm_bytes"]),

@@ -26,10 +26,10 @@ from jaxinfra.plan.topology import Topology
 from jaxinfra.run import Run
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
-from jaxinfra.track.formatting import format_percent
+from jaxinfra.track.formatting import format_percent, format_step
 
 _MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
-_NOTHING_S = 0.0005  # differences below this are not shown
+_NOTHING = 0.0005  # differences below this part of a step are not shown
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
 
         def compile_one(numbered: tuple[int, Layout]) -> Result:
             number, layout = numbered
-            return _compile(options, layout, Path(folder, f"{number}.json"))
+            return plan_apart(options, layout, Path(folder, f"{number}.json"))
 
         numbers = iter(range(1, limit + 1))
 
@@ -96,7 +96,7 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
     return results
 
 
-def _compile(options: argparse.Namespace, layout: Layout, file: Path) -> Result:
+def plan_apart(options: argparse.Namespace, layout: Layout, file: Path) -> Result:
     """Plans a layout in a process of its own, which a compiler that aborts ends alone."""
     searched = {override.path for override in read_overrides(layout.overrides)}
     kept = [
@@ -122,7 +122,7 @@ def _compile(options: argparse.Namespace, layout: Layout, file: Path) -> Result:
 def _line(result: Result) -> str:
     if result.plan is None:
         return f"{'-':>10}  {result.layout}: {result.error.partition('; ')[0]}"
-    return f"{result.step_s:8.3f} s  {result.layout}"
+    return f"{format_step(result.step_s):>10}  {result.layout}"
 
 
 def _print_table(results: Sequence[Result]) -> None:
@@ -132,7 +132,7 @@ def _print_table(results: Sequence[Result]) -> None:
             str(result.layout).partition(", accumulate")[0],
             str(result.layout.run.train.accumulate),
             str(result.layout).rpartition("remat ")[2],
-            f"{result.step_s:.3f} s",
+            format_step(result.step_s),
             format_percent(plan["mfu"]),
             format_percent(plan["memory_bytes"] / plan["hbm_bytes"]),
             plan["binds"],
@@ -151,10 +151,10 @@ def format_difference(plan: StepPlan, other: StepPlan, override: str) -> Iterato
     difference_s = other.estimate_s - plan.estimate_s
     part = format_percent(abs(difference_s) / plan.estimate_s)
     word = "slower" if difference_s > 0 else "faster"
-    yield f"{override}: {other.estimate_s:.3f} s, {1e3 * abs(difference_s):,.1f} ms or {part} {word}"
+    yield f"{override}: {format_step(other.estimate_s)}, {1e3 * abs(difference_s):,.1f} ms or {part} {word}"
     causes = dict.fromkeys([*plan.parts, *other.parts])
     changes = {cause: other.parts.get(cause, 0.0) - plan.parts.get(cause, 0.0) for cause in causes}
     for cause, seconds in sorted(changes.items(), key=lambda change: -abs(change[1])):
-        if abs(seconds) > _NOTHING_S:
+        if abs(seconds) > _NOTHING * plan.estimate_s:
             yield f"  {cause:16}  {1e3 * seconds:+10,.1f} ms"
-    yield f"  memory            {(other.memory_bytes - plan.memory_bytes) / 2**30:+10,.2f} GiB"
+    yield f"  bytes on a device {(other.memory_bytes - plan.memory_bytes) / 2**30:+10,.2f} GiB"

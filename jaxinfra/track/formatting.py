@@ -78,6 +78,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"
 
 
+def format_step(seconds: float) -> str:
+    """Formats the time of a step or of its parts: milliseconds below a second."""
+    return f"{1e3 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.3f} s"
+
+
 def format_age(seconds: float) -> str:
     """Formats an age in its largest unit: "12 s", "5 min", "3 h", "2 d"."""
     for unit, unit_s in (("d", 86400), ("h", 3600), ("min", 60)):

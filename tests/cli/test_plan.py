@@ -2,12 +2,15 @@
 
 import csv
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from jaxinfra.cli import plan_search
 from jaxinfra.cli.plan_exam import constant_tflops
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.attention import Attention
@@ -15,10 +18,20 @@ from jaxinfra.models.remat import Named
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.exam import Row, Unexpressed, express, read_rows
+from jaxinfra.plan.search import Layout
+from jaxinfra.plan.topology import parse_topology
+from jaxinfra.track.formatting import format_step
 from tests.refusals import raises, refused
 from tests.tiny_run import Tiny, launch
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = pytest.mark.usefixtures("compile_cache", "own_cache")
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keeps what plans compile out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
 
 ON = ("--on", "v5e:2x4", "mesh.fsdp=-1")
 ROW = Row(
@@ -42,7 +55,7 @@ def test_a_plan_of_two_slices_with_its_cost(tiny: Tiny, tmp_path: Path) -> None:
         assert plan["mfu"] == pytest.approx(plan["flops"] / (plan["estimate_s"] * 197e12 * plan["devices"]))
         assert plan["cost"]["dollars"]["on_demand"] == pytest.approx(1.2 * plan["cost"]["chip_hours"])
         assert plan["cost"]["kwh"] == pytest.approx(0.2 * 1.1 * plan["cost"]["chip_hours"])
-        assert f"{plan['estimate_s']:.3f} s" in ended.out and plan["binds"] in ended.out
+        assert format_step(plan["estimate_s"]) in ended.out and plan["binds"] in ended.out
     assert first["devices"] == 2 * second["devices"] == 8
     assert all(word in ended.out for word in ("too late", "too much", "goodput", "least dollars"))
 
@@ -56,11 +69,47 @@ def test_a_plan_of_two_slices_with_its_cost(tiny: Tiny, tmp_path: Path) -> None:
         (("--on", "v5e:2x4", "--tokens", "many"), "--tokens many"),
         (("--on", "v5e:2x4", "--chips", "missing.toml"), "--chips missing.toml"),
         (("--exam", "missing.csv"), "--exam missing.csv"),
+        ((*ON, "--write", "best.py"), "--write best.py --search"),
+        ((*ON, "--search", "--write", "{config}"), "--write {config} there"),
+        ((*ON, "--search", "--on", "v5e:2x2", "--write", "best.py"), "--write best.py one topology"),
+        ((*ON, "--why", "mesh.tensr=2"), "mesh.tensr mesh.tensor"),
+        ((*ON, "--search", "model.vocab_size=1073741824"), "--search v5e:2x4 state more chips"),
         (("--on", "v5e:2x4", "--devices", "cpu:8"), "--devices cpu:8 --on"),
     ],
 )
 def test_bad_input(tiny: Tiny, words: tuple[str, ...], named: str) -> None:
-    refused(tiny.launch(*words, command="plan"), named)
+    words = tuple(word.format(config=tiny.config) for word in words)
+    refused(tiny.launch(*words, command="plan"), named.format(config=tiny.config))
+
+
+@pytest.mark.slow(30)
+def test_a_search(tiny: Tiny, tmp_path: Path) -> None:
+    """It compiles in processes of their own, takes the fastest, and writes a config that takes the same step."""
+    out, best = tmp_path / "plan.json", tmp_path / "best.py"
+    words = (*ON, "--search", "--limit", "2", "--jobs", "2", "--write", str(best), "--json", str(out))
+    ended = tiny.launch(*words, "--why", "mesh.tensor=2", command="plan")
+    assert ended.code == 0, ended
+    (plan,) = json.loads(out.read_text())
+    assert [layout["error"] for layout in plan["layouts"]] == ["", ""]
+    times = [layout["plan"]["estimate_s"] for layout in plan["layouts"]]
+    assert plan["estimate_s"] == times[0] <= times[1]
+    assert " ".join(plan["layouts"][0]["overrides"]) in ended.out
+    assert "mesh.tensor=2: " in ended.out and re.search(r"ms or [\d.]+% (slower|faster)", ended.out)
+    written = tiny.launch("--on", "v5e:2x4", "--json", str(out), command="plan", config=best)
+    assert written.code == 0, written
+    assert json.loads(out.read_text())[0]["estimate_s"] == times[0]
+
+
+def test_a_compiler_that_aborts_is_one_line(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(run=tiny.loaded(), topology=parse_topology("v5e:2x4"))
+    options = SimpleNamespace(config=str(tiny.config), overrides=["train.steps=3"], imports=None, chips=None)
+    for code, error in (
+        ("import os; os.abort()", "the compiler ended with SIGABRT"),
+        ("import sys; sys.exit('error: no memory')", "no memory"),
+    ):
+        monkeypatch.setattr(plan_search, "_MAIN", code)
+        found = plan_search.plan_apart(options, layout, tmp_path / "plan.json")
+        assert (found.plan, found.error) == (None, error)
 
 
 def write(path: Path, *rows: dict[str, object]) -> Path:
