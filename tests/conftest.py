@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "JAXINFRA_SECRET": "of all tests",
     # Ray kills its workers when the whole machine is short of memory, whoever takes it: here, other tests do.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Its workers are at 15 by default: beside other tests they would get no time for minutes.
+    "RAY_worker_niceness": "0",
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)
