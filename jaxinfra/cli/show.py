@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxinfra.cli import config_argument
+from jaxinfra.command import command_line
 from jaxinfra.config import dump, read_record, validate
 from jaxinfra.config.record import config_without_classes
 from jaxinfra.config.source import find_record
@@ -51,6 +52,8 @@ def run(options: argparse.Namespace) -> None:
     if options.changed:
         return
     print_table(console, statistics_table({**run_statistics(program), **time_statistic(program, run.train.steps)}))
+    plan = command_line("plan", options.config, *options.overrides, "--on", "v5p:4x4x4")
+    console.print(f"Time and cost on chips that are not here: {escape(plan)}", soft_wrap=True)
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
         for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):

@@ -9,16 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.machine.peak_flops import PEAK_FLOPS
 from jaxinfra.parallel.canonical import VirtualShards
 from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
 from jaxinfra.program.canonical_engine import CanonicalEngine
 from jaxinfra.program.pipeline_engine import PipelineEngine
 from jaxinfra.track.base import RunStatistics
-
-ASSUMED_MFU = 0.4
-"""Model FLOPs utilization (MFU) that large dense models reach, to estimate chip-hours before a run."""
 
 
 def per_device_bytes(tree: Any) -> int:
@@ -110,8 +106,4 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         numbers |= schedule_summary(run.pipeline.make_schedule(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")
-    for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):
-        hours = flops / (ASSUMED_MFU * PEAK_FLOPS[chip]) / 3600
-        note = f"chip-hours if {ASSUMED_MFU:.0%} of {PEAK_FLOPS[chip] / 1e12:.0f} TFLOP/s"
-        numbers[f"{chip} hours"] = (hours, note)
     return numbers

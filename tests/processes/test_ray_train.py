@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +16,30 @@ from jaxinfra.errors import PeerLostError
 from jaxinfra.processes import ray_train
 from tests.conftest import ROOT
 from tests.refusals import raises
-from tests.tiny_run import Ended, Tiny, ended, summary
+from tests.tiny_run import Tiny, summary
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
 pytest.importorskip("ray")
 
 LOCAL = """
+import json, sys, traceback
 import ray
+
 ray.init(
-    num_cpus=2, num_gpus={gpus}, include_dashboard=False, _node_ip_address="127.0.0.1",
+    num_cpus=2, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1",
     object_store_memory=200 * 2**20, log_to_driver=False,
 )
+for name, script in json.load(sys.stdin).items():
+    sys.argv[4:] = [f"name={name}"]
+    print(f"begin {name}")
+    try:
+        exec(compile(script, name, "exec"), {"__name__": "__main__"})
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+    print(f"end {name}", flush=True)
 """
+"""Runs scripts one after another in one Ray, whose start takes longer than they do."""
 FAIL = """
 import jaxinfra.train.trainer
 def train(config):
@@ -44,8 +56,8 @@ def documented() -> str:
     return script
 
 
-def run(folder: Path, tiny: Tiny, script: str, gpus: int, *overrides: str) -> Ended:
-    (folder / "ray_run.py").write_text(LOCAL.format(gpus=gpus) + script)
+def run(folder: Path, tiny: Tiny, scripts: Mapping[str, str]) -> dict[str, str]:
+    """Returns what each script has printed; their runs have their names."""
     env = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "2",
@@ -57,9 +69,12 @@ def run(folder: Path, tiny: Tiny, script: str, gpus: int, *overrides: str) -> En
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only
         "HOME": str(folder),  # for Ray's results
     }
-    words = [sys.executable, str(folder / "ray_run.py"), str(tiny.config), *overrides]
-    pipe = subprocess.PIPE
-    return ended(subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=folder, env=env), timeout_s=600)
+    words = [sys.executable, "-c", LOCAL, str(tiny.config), "train.steps=3", "optim.schedule.warmup_steps=1"]
+    done = subprocess.run(
+        words, input=json.dumps(scripts), capture_output=True, text=True, cwd=folder, env=env, check=False, timeout=900
+    )
+    assert done.returncode == 0, done
+    return {name: done.stdout.partition(f"begin {name}\n")[2].partition(f"end {name}\n")[0] for name in scripts}
 
 
 def test_the_wait_for_other_workers_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,27 +86,21 @@ def test_the_wait_for_other_workers_has_a_limit(monkeypatch: pytest.MonkeyPatch)
         ray_train.address({})
 
 
-@pytest.mark.slow(40)
-@pytest.mark.parametrize("gpus", [0, 2])
-def test_workers_train(tmp_path: Path, tiny: Tiny, gpus: int) -> None:
+@pytest.mark.slow(60)
+def test_workers_train_and_an_error_of_one_reaches_the_driver(tmp_path: Path, tiny: Tiny) -> None:
     """With GPUs, here only in name, JaxTrainer connects the devices before it calls the function."""
     script = documented()
     assert script.count("num_workers=2") == 1
-    if gpus:
-        script = script.replace("num_workers=2", "num_workers=2, use_gpu=True")
-    done = run(tmp_path, tiny, script, gpus, "train.steps=3", "optim.schedule.warmup_steps=1")
-    assert done.code == 0, done
-    record = json.loads((tiny.directory() / "run.json").read_text()) if tiny.directory().exists() else None
-    (directory,) = tiny.runs.iterdir()
-    record = record or json.loads((directory / "run.json").read_text())
-    assert (record["devices"]["processes"], record["devices"]["count"]) == (2, 4)
-    assert summary(directory)["steps"] == 3
-    assert "'steps': 3" in done.out
-
-
-@pytest.mark.slow(25)
-def test_an_error_of_one_worker_reaches_the_driver(tmp_path: Path, tiny: Tiny) -> None:
-    script = documented()
     function = script[script.index("def train(") : script.index("trainer = ")]
-    done = run(tmp_path, tiny, script.replace(function, FAIL + "\n"), 0)
-    assert done.code == 1 and "a mistake" in done.err, done
+    scripts = {
+        "cpus": script,
+        "gpus": script.replace("num_workers=2", "num_workers=2, use_gpu=True"),
+        "wrong": script.replace(function, FAIL + "\n"),
+    }
+    printed = run(tmp_path, tiny, scripts)
+    for name in ("cpus", "gpus"):
+        record = json.loads((tiny.directory(name) / "run.json").read_text())
+        assert (record["devices"]["processes"], record["devices"]["count"]) == (2, 4)
+        assert summary(tiny.directory(name))["steps"] == 3
+        assert "'steps': 3" in printed[name], printed
+    assert "a mistake" in printed["wrong"], printed
