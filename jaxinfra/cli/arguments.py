@@ -178,6 +178,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     cost.add_argument(
         "--restart-minutes", type=positive("--restart-minutes", "10"), metavar="M", default=10.0, help=what
     )
+    run = parser.add_argument_group("a run and its plan")
+    run.add_argument("--check", metavar="RUN", help="say whether the steps of a run are as planned, or what is off")
+    run.add_argument("--plan", metavar="FILE", help="of --check: the plan (default: track.plan of the run)")
+    run.add_argument("--fit", metavar="RUN", help="write a plan with what the steps of a run take, with --json")
     exam = parser.add_argument_group("published step times")
     exam.add_argument("--exam", metavar="ROWS.csv", help="predict these rows instead of a config, minutes for each")
     exam.add_argument("--only", metavar="ID", nargs="+", default=[], help="of --exam: only these rows")

@@ -12,7 +12,8 @@ from typing import Any
 from jaxinfra.cli import plan_search
 from jaxinfra.cli.compile import check_fits
 from jaxinfra.command import command_line
-from jaxinfra.config import load_file
+from jaxinfra.config import load_file, read_record
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan import aot, compiled_cache
 from jaxinfra.plan.chips import load_chips
@@ -21,9 +22,12 @@ from jaxinfra.plan.estimate import StepPlan, check_has_cycles, plan_step
 from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.run import Run, with_fingerprint_name
 from jaxinfra.storage import outputs
+from jaxinfra.track import planned
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step
+from jaxinfra.track.runs import local_files
 
+_LEAST_STEPS = 20
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
 
@@ -37,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
         from jaxinfra.cli import plan_exam
 
         return plan_exam.run(options)
+    if options.fit is not None or options.check is not None:
+        return _compare_run(options)
     if options.config is None or not options.on:
         example = command_line("plan", options.config or "configs/llama3_8b.py", "--on", "v5p:4x4x4")
         raise ConfigError(f"plan: needs a config and hardware; use {example}")
@@ -62,6 +68,27 @@ def run(options: argparse.Namespace) -> None:
     if len(rows) > 1:
         _print_comparison(rows)
     outputs.write_json(options.json, rows)
+
+
+def _compare_run(options: argparse.Namespace) -> None:
+    """Compares a run with its plan, or writes a plan with what the steps of a run take."""
+    location = (options.fit or options.check).rstrip("/")
+    with local_files(location) as folder:
+        found = planned.measure(folder)
+        record = folder / RECORD_FILE
+        own = read_record(record)["config"].get("track", {}).get("plan") if record.exists() else None
+    if found is None:
+        raise ConfigError(f"{location}: too few steps were made; name a run with {_LEAST_STEPS} or more")
+    if options.fit is not None:
+        if options.json is None:
+            raise ConfigError(f"--fit {location}: needs a file for the plan; add --json plan.json")
+        outputs.write_json(options.json, planned.values(found, location))
+        print(f"{location}: {format_step(found.estimate_s)} a step; wrote {options.json}")
+        return
+    path = options.plan or own
+    if path is None:
+        raise ConfigError(f"--check {location}: its config names no plan (track.plan); name one with --plan plan.json")
+    print(f"{location}: {planned.verdict(found, planned.read_plan(path))}")
 
 
 def _plan(run: Run, topology: Topology) -> StepPlan:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import PositiveInt
+from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.track.base import TrackerConfig
 
 _NOT_IN_PROJECTS = re.compile(r"[/\\#?%:]")  # W&B refuses these characters
@@ -83,6 +83,7 @@ class TrackConfig:
         wandb: Weights & Biases.
         mlflow: MLflow.
         trackers: your own trackers, besides these.
+        plan: a file of `plan --json`: after 100 steps a line says whether they are as planned, or what is off.
     """
 
     log_every: PositiveInt = 10
@@ -93,6 +94,7 @@ class TrackConfig:
     wandb: Wandb = Wandb()
     mlflow: Mlflow = Mlflow()
     trackers: tuple[TrackerConfig, ...] = ()
+    plan: NonEmptyStr | None = None
 
     def due(self, completed_steps: int, total_steps: int) -> bool:
         """Returns whether to log after this number of steps: the first, every `log_every`-th and the last."""

@@ -14,6 +14,7 @@ from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.json_lines import truncate_json_lines
 from jaxinfra.track.goodput import ledger_row
+from jaxinfra.train import compiles
 from jaxinfra.train.phases import Phases
 
 _BEAT_S = 10.0
@@ -62,6 +63,7 @@ class Ledger:
                 "saves": self._saves,
                 "from": phases.start_step,
                 "resumes": phases.resumes,
+                "compiles": compiles.count(),
                 "seconds": seconds,
             }
             try:

@@ -26,6 +26,7 @@ from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.goodput import GOODPUT_FILE
+from jaxinfra.track.planned import CHECKED_STEPS, Terms, measure, read_plan, verdict
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.due import Due, Save
@@ -207,6 +208,7 @@ class Training:
             job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
         self._reporting.interval.resume(restored.record)
+        self._plan = read_plan(job.run.track.plan) if job.run.track.plan is not None and job.is_main else None
         devices = job.program.mesh.size
         self._cadence = Cadence(job.run.checkpoint, step, devices, lambda every: job.peers.broadcast(every))
         self.loop = Loop(
@@ -284,6 +286,14 @@ class Training:
             step_s, stall_s = self._phases.median_step_s(), time.monotonic() - start_s
             if (line := self._cadence.saved(self.loop.completed_steps, stall_s, step_s)) is not None:
                 self._trackers.log_note(self.loop.completed_steps, line)
+
+        if self._plan is not None and self.loop.completed_steps == (self._phases.start_step or 0) + CHECKED_STEPS:
+            self._check_plan(self._plan)
+
+    def _check_plan(self, plan: Terms) -> None:
+        """Says in one line whether the steps are as planned, if the ledger has enough of them."""
+        if (found := measure(self._job.run_dir.path)) is not None:
+            self._trackers.log_note(self.loop.completed_steps, f"plan: {verdict(found, plan)}")
 
     def _save(self, metrics: Metrics | None, what: Save | None) -> None:
         """Saves a checkpoint or a copy of the state; with None, only reports a save that has failed meanwhile.
