@@ -55,6 +55,7 @@ VARIATIONS = (
     "python -m launch configs/quickstart.py name=mesh train.steps=50 mesh.fsdp=4 mesh.tensor=2 --devices cpu:8",
     "python -m launch configs/quickstart.py mesh.replica=2 mesh.fsdp=2 mesh.tensor=2 --devices cpu:8",
     "python -m launch configs/quickstart.py name=laptop train.steps=30",
+    "python -m launch configs/quickstart.py name=auto checkpoint.save_every=auto",
     "python -m launch configs/story.py train.steps=60 optim.peak_lr=5e-3",
     "python -m launch configs/story.py name=story-mesh train.steps=20 mesh.fsdp=2 mesh.tensor=2 --devices cpu:4",
     'python -m launch sample runs/story "Once upon a time"',

@@ -1,0 +1,86 @@
+"""A run compared with its plan: what is off is named in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.track.planned import Terms, measure, read_plan, values, verdict
+from tests.refusals import names, raises, refused
+from tests.tiny_run import Tiny, launch
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
+
+PLAN = Terms(
+    estimate_s=0.1, device_s=0.09, host_s=0.01, save_s=0.2, slowest=1, slow_process_s=0.001, memory_bytes=1e9
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"estimate_s": 0.11, "device_s": 0.1}, "as planned"),
+        ({"estimate_s": 0.16, "data_s": 0.06}, "waiting for data 60.0 ms 60.0%"),
+        ({"save_s": 2.2, "saves_per_step": 0.05}, "saves stall 100.0 ms"),
+        ({"estimate_s": 0.2, "device_s": 0.19}, "links between processes 100.0 ms"),
+        ({"estimate_s": 0.2, "device_s": 0.19, "slowest": None}, "devices take 100.0 ms"),
+        ({"estimate_s": 0.2, "device_s": 0.19, "slow_process_s": 0.09}, "process 1 slow 100.0 ms"),
+        ({"estimate_s": 0.2, "host_s": 0.11}, "host 100.0 ms"),
+        ({"estimate_s": 0.4, "host_s": 0.31, "compiles": 1.0}, "1 programs compiled 300.0 ms"),
+        ({"memory_bytes": 2e9}, "memory off 1.86 GiB 953.67 MiB"),
+    ],
+    ids=["noise", "data", "save", "link", "device", "rank", "host", "recompile", "memory"],
+)
+def test_what_is_off_is_named(changed: dict[str, float], named: str) -> None:
+    line = names(verdict(replace(PLAN, **changed), PLAN), named)
+    assert line.startswith("as planned") is (named == "as planned")
+
+
+def test_a_plan_for_chips_knows_neither_saves_nor_the_host() -> None:
+    plan = Terms(estimate_s=0.1, memory_bytes=1e9)
+    assert "devices" in verdict(replace(PLAN, estimate_s=0.2, save_s=9.0, saves_per_step=0.1), plan)
+
+
+def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(values(PLAN, "runs/x")))
+    assert read_plan(str(path)) == PLAN
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[1]", '[{"estimate_s": 1.0}, {"estimate_s": 2.0}]'])
+def test_what_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with raises(ConfigError, f"{path} one topology plan --on --json"):
+        read_plan(str(path))
+
+
+def test_bad_words(tiny: Tiny, tmp_path: Path) -> None:
+    for words, named in (
+        (("--check", str(tmp_path / "none")), f"{tmp_path}/none too few steps"),
+        (("--fit", str(tmp_path / "none")), f"{tmp_path}/none too few steps"),
+    ):
+        refused(launch("plan", *words), named)
+
+
+@pytest.mark.slow(25)
+def test_a_run_says_what_is_off(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, few = tmp_path / "plan.json", ("train.eval_every=none", "checkpoint.save_every=50", "track.log_every=5")
+    assert tiny.launch(*few, "name=sound", "train.steps=60").code == 0
+    sound = str(tiny.directory("sound"))
+    refused(launch("plan", "--fit", sound), "--fit --json")
+    refused(launch("plan", "--check", sound), "--check track.plan --plan")
+    assert launch("plan", "--fit", sound, "--json", str(plan)).code == 0
+    measured = measure(tiny.directory("sound"))
+    assert measured is not None and measured.compiles < 0.5
+
+    monkeypatch.setenv("JAXINFRA_FAIL", "data:0:*:sleep=1.5")  # several are read at a time
+    ended = tiny.launch(*few, "name=slow", "train.steps=102", f"track.plan={plan}")
+    assert ended.code == 0, ended
+    (line,) = [line for line in ended.out.splitlines() if "plan: " in line]
+    names(line, "step 100/102 waiting for data planned")
+    monkeypatch.delenv("JAXINFRA_FAIL")
+    checked = launch("plan", "--check", str(tiny.directory("slow")))
+    assert checked.code == 0 and "waiting for data" in checked.out, checked
