@@ -43,6 +43,28 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 add_commands()  # tests call those of a clone in this process, too
 
+
+class FailuresAtOnce:
+    """Prints a test that fails when it fails: a session that is ended from outside prints no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Is called in the process that prints, with the reports of all workers."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            errors = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            why = "; ".join(errors[:3])[:500]
+            terminal.write_line(f"\nfailed after {report.duration:.0f} s: {report.nodeid}: {why}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prints failures in the first process alone."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
 SLOW_S = 10
 """Of a slow test that does not say how long it takes."""
 
