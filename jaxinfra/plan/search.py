@@ -219,7 +219,7 @@ def meshes(run: Run, topology: Topology) -> Iterator[MeshConfig]:
     contexts = _sizes(min(devices, max(1, run.data.units_per_sample // _SHORT_SHARD)), run.mesh.context)
     experts = max((getattr(layer.mlp, "num_experts", 1) for layer in getattr(run.model, "layers", ())), default=1)
     for tensor, context, expert, stage in itertools.product(
-        tensors, contexts, _sizes(experts, run.mesh.expert), sorted({1, run.mesh.stage, slices})
+        tensors, contexts, _sizes(experts, run.mesh.expert), sorted({1, run.mesh.stage})
     ):
         others = tensor * context * expert * stage
         if devices % others:
@@ -229,7 +229,7 @@ def meshes(run: Run, topology: Topology) -> Iterator[MeshConfig]:
             mesh = MeshConfig(
                 replica=rest // fsdp, stage=stage, fsdp=fsdp, expert=expert, context=context, tensor=tensor
             )
-            if (mesh.replica * mesh.stage) % slices == 0:  # else a slice's links would be crossed in each layer
+            if mesh.replica % slices == 0:  # else the network would be crossed in each layer
                 yield mesh
 
 

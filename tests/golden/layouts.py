@@ -1,8 +1,10 @@
 """Layouts of small runs with the memory that the compiler lays out for them, in `compile/layouts.json`.
 
-`python tests/golden/write.py layouts` writes it.
+`python tests/golden/write.py layouts [CASE...]` writes it.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 from jaxinfra.config import apply
@@ -23,10 +25,13 @@ CASES: dict[str, tuple[Run, Topology]] = {
 _EACH = 14  # of a case
 
 
-def write() -> None:
-    """Compiles layouts from the whole order of each case, and records their memory."""
-    rows: list[dict[str, object]] = []
-    for name, (run, topology) in CASES.items():
+def write(names: Sequence[str]) -> None:
+    """Compiles layouts from the whole order of each case, or of some, and records their memory."""
+    names = names or [*CASES]
+    rows = json.loads(LAYOUTS.read_text(encoding="utf-8")) if LAYOUTS.exists() else []
+    rows = [row for row in rows if row["case"] not in names]
+    for name in names:
+        run, topology = CASES[name]
         found = layouts(run, topology)
         for sketch in found[:: max(1, len(found) // _EACH)][:_EACH]:
             overrides = list(sketch.layout.overrides)

@@ -5,7 +5,7 @@ python tests/golden/write.py                     # every config of configs/ as t
 python tests/golden/write.py docs                # generated pages of docs/, and the catalog of models
 python tests/golden/write.py picture RUN_DIR     # docs/images/report.png: the top of the report of a run
 python tests/golden/write.py compile [NAME...]   # what is compiled for hardware that is not here; minutes for all
-python tests/golden/write.py layouts             # the memory of layouts that `plan --search` may try; minutes
+python tests/golden/write.py layouts [CASE...]   # the memory of layouts that `plan --search` may try; minutes
 python tests/golden/write.py parity              # which programs have the numbers of one device; minutes
 """
 
@@ -52,10 +52,10 @@ def main(words: list[str]) -> None:
         if not words[1:]:
             proofs.record()
         return
-    if words == ["layouts"]:
+    if words[:1] == ["layouts"]:
         from tests.golden import layouts
 
-        layouts.write()
+        layouts.write(words[1:])
         return
     if words == ["parity"]:
         from tests.golden import proven
