@@ -18,7 +18,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.plan import aot, compiled_cache
 from jaxinfra.plan.chips import load_chips
 from jaxinfra.plan.cost import Cost, Losses, cost_of
-from jaxinfra.plan.estimate import StepPlan, check_has_cycles, plan_step
+from jaxinfra.plan.estimate import StepPlan, plan_step
 from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.run import Run, with_fingerprint_name
 from jaxinfra.storage import outputs
@@ -48,8 +48,6 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"plan: needs a config and hardware; use {example}")
     chips = load_chips(options.chips)
     topologies = [parse_topology(text, chips) for text in options.on]
-    for topology in topologies:
-        check_has_cycles(topology)
     plan_search.check_options(options)
     losses, file = _losses(options), load_file(options.config, Run, options.imports)
     base = with_fingerprint_name(file.with_overrides(options.overrides), file.run).run
@@ -128,6 +126,8 @@ def format_plan(plan: StepPlan) -> Iterator[str]:
     }
     for name, text in lines.items():
         yield f"  {name:8}  {text}"
+    if plan.is_roofline:
+        yield "  a roofline of FLOPs and bytes, since no compiler estimates the cycles of GPUs: the bounds are wide"
     if plan.unknown_loops:
         yield f"  counted once, because their trip count is unknown: loops {', '.join(plan.unknown_loops)}"
     yield "\nWhere the time of a step goes"

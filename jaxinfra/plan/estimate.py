@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block
+from jaxinfra.plan import roofline
 from jaxinfra.plan.aot import Compilation
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.step_time import Attention, Cause, Rates, Spent, StepTimer
-from jaxinfra.plan.topology import Topology
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops
 
@@ -40,6 +39,7 @@ class StepPlan:
     memory_bytes: int
     hbm_bytes: int
     unknown_loops: tuple[str, ...]  # that count once
+    is_roofline: bool = False  # whether times follow from FLOPs and bytes, not from the compiler's cycles
 
     @property
     def mfu(self) -> float:
@@ -65,7 +65,7 @@ class StepPlan:
 
 
 def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
-    """Estimates the time of a compiled step; raises ConfigError for GPUs, whose compiler estimates no cycles."""
+    """Estimates the time of a compiled step; for GPUs, whose compiler estimates no cycles, by a roofline."""
     program, topology = compilation.program, compilation.topology
     chip = topology.chip
     spent = time_step(compilation, rates or rates_of(chip))
@@ -77,9 +77,10 @@ def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
         chips=topology.num_devices // chip.devices_per_chip,
         samples=program.run.train.global_batch,
         units_per_sample=program.run.data.units_per_sample,
-        lower_s=spent.lower_s,
+        lower_s=spent.lower_s * (1.0 if chip.clock_hz else roofline.LOWER),
         estimate_s=spent.estimate_s,
-        upper_s=spent.upper_s,
+        upper_s=spent.upper_s * (1.0 if chip.clock_hz else roofline.UPPER),
+        is_roofline=chip.clock_hz is None,
         work=spent.work,
         waits=spent.waits,
         flops=step_flops(program),
@@ -97,9 +98,8 @@ def rates_of(chip: Chip) -> Rates:
 
 def time_step(compilation: Compilation, rates: Rates) -> Spent:
     """Walks the compiled text."""
-    topology = compilation.topology
-    check_has_cycles(topology)
-    coords = np.array([device.coords for device in compilation.devices])
+    topology, is_gpu = compilation.topology, compilation.topology.chip.platform == "cuda"
+    coords = np.array([[each.process_index] if is_gpu else each.coords for each in compilation.devices])
     timer = StepTimer(
         compilation.module,
         compilation.collectives,
@@ -111,14 +111,6 @@ def time_step(compilation: Compilation, rates: Rates) -> Spent:
         topology.slices,
     )
     return timer.run()
-
-
-def check_has_cycles(topology: Topology) -> None:
-    """Raises ConfigError for GPUs, whose compiler estimates no cycles."""
-    if topology.chip.platform == "cuda":
-        raise ConfigError(
-            f"--on {topology}: no compiler estimates cycles of GPUs, which a plan needs; use compile --on"
-        )
 
 
 def attention_work(program: Program, chip: Chip) -> Attention | None:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.collectives import Collective, CollectiveFinder
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, Computation, HloModule, Instruction, array_dims
+from jaxinfra.plan.roofline import Roofline
 
 type Cause = Literal["matmuls", "memory", "attention", "ICI", "DCN", "host"]
 
@@ -27,7 +28,7 @@ CORES: tuple[Cause, ...] = ("matmuls", "memory", "attention")
 _HOST_SPACE = "S(5)"  # in a layout: memory of the host
 _GROUPED = "ragged-dot-none"  # the compiler's kernel of matmuls of experts
 _GROUPED_PART = 0.7  # of the peak, as the compiler's estimate of a large matmul on v6e
-_KERNEL_PASSES = {"fwd": 2, "dkv": 4, "dq": 3}  # matmuls of the scores' size in each splash kernel
+_KERNEL_PASSES = {"fwd": 2, "dkv": 4, "dq": 3, "bwd": 5}  # matmuls of the scores' size in each kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +138,14 @@ class StepTimer:
         attention: Attention | None,
         slices: int = 1,
     ):
-        """`coords` are those of the chip of each device, `[devices, dims]`, and `wrap` says which dims are rings."""
+        """`coords` are those of the chip of each device, `[devices, dims]`, and `wrap` says which dims are rings.
+
+        Of GPUs they are the numbers of their hosts.
+        """
         self._module, self._finder, self._chip, self._rates = module, finder, chip, rates
         self._coords, self._wrap, self._attention, self._slices = coords, wrap, attention, slices
         self._extent = coords.max(0) + 1
+        self._roofline = Roofline(module.computations, chip)
         self._spent: dict[str, Spent] = {}
         self._seconds_of_pass = self._attention_pass_s()
 
@@ -157,7 +162,7 @@ class StepTimer:
                     runs[kind] += call.runs
         if self._attention is None or not runs:
             return 0.0
-        once = max(runs["dkv"], runs["dq"]) or runs["fwd"]  # backward kernels run once a step and block
+        once = max(runs["dkv"], runs["dq"], runs["bwd"]) or runs["fwd"]  # backward kernels run once a step and block
         return self._attention.matmul_flops / once / (self._attention.peak_flops * self._rates.attention)
 
     def _run(self, computation: Computation) -> Spent:
@@ -206,9 +211,9 @@ class StepTimer:
             flops = _grouped_flops(computation, instruction)
             clock.compute("matmuls", flops / (_GROUPED_PART * self._chip.peak_flops) * self._rates.compute)
         else:
-            self._operate(clock, instruction)
+            self._operate(clock, computation, instruction)
 
-    def _operate(self, clock: _Clock, instruction: Instruction) -> None:
+    def _operate(self, clock: _Clock, computation: Computation, instruction: Instruction) -> None:
         """Runs an operation of the cores; a collective that is fused with it moves meanwhile, and is waited for."""
         fused = [
             each
@@ -218,10 +223,16 @@ class StepTimer:
         ]
         cause: Cause = "DCN" if any(each.link == "network" for each in fused) else "ICI"
         end_s = clock.start(cause, sum(map(self.collective_s, fused))) if fused else 0.0
-        if instruction.cycles not in (None, NO_ESTIMATE) and self._chip.clock_hz:
-            seconds = (instruction.cycles or 0) * self._rates.compute / self._chip.clock_hz
-            clock.compute("matmuls" if self._has_matmul(instruction) else "memory", seconds)
+        if (seconds := self._operation_s(computation, instruction)) > 0:
+            clock.compute("matmuls" if self._has_matmul(computation, instruction) else "memory", seconds)
         clock.wait(cause, end_s)
+
+    def _operation_s(self, computation: Computation, instruction: Instruction) -> float:
+        """Returns the time of an operation: the compiler's cycles, or for a chip without them from FLOPs and bytes."""
+        if self._chip.clock_hz is None:
+            return self._roofline.seconds(computation, instruction)
+        cycles = 0 if instruction.cycles in (None, NO_ESTIMATE) else instruction.cycles or 0
+        return cycles * self._rates.compute / self._chip.clock_hz
 
     def _collectives(self, computation: Computation, *, fused: bool = False) -> list[Collective]:
         return list(self._finder.find(Call(computation=computation, loops=0, runs=1, fused=fused)))
@@ -244,24 +255,27 @@ class StepTimer:
             instruction = computation.instructions[instruction.operands[0]]
         return instruction.name
 
-    def _has_matmul(self, instruction: Instruction) -> bool:
-        if instruction.opcode in ("convolution", "dot"):
+    def _has_matmul(self, computation: Computation, instruction: Instruction) -> bool:
+        if instruction.opcode in ("convolution", "dot") or self._roofline.flops(computation, instruction) > 0:
             return True
         called = (self._module.computations.get(name) for name in instruction.called_computations)
-        return any(self._has_matmul(each) for inner in called if inner for each in inner.instructions.values())
+        return any(self._has_matmul(inner, each) for inner in called if inner for each in inner.instructions.values())
 
     def collective_s(self, collective: Collective) -> float:
         """Returns the seconds of a collective that has its links for itself."""
         moved, kind, size = sum(collective.array_bytes), collective.kind, max(len(collective.group), 1)
-        if collective.link == "network":
-            factor = (self._slices - 1) / self._slices * (2 if kind.startswith("all-reduce") else 1)
-            return factor * moved / ((self._chip.network_bytes_per_s or np.inf) * self._rates.links)
         link_bytes_per_s = (self._chip.link_bytes_per_s or np.inf) * self._rates.links
+        network_bytes_per_s = (self._chip.network_bytes_per_s or np.inf) * self._rates.links
+        twice = 2 if kind.startswith("all-reduce") else 1
+        if self._chip.platform == "cuda":
+            # What crosses hosts is shared out over the GPUs of each, and then moves inside of the host.
+            hosts = len(set(self._coords[list(collective.group), 0])) or 1
+            across_s = (hosts - 1) / hosts * moved / (max(size // hosts, 1) * network_bytes_per_s)
+            return twice * max(across_s, (size - 1) / size * moved / link_bytes_per_s)
+        if collective.link == "network":
+            return twice * (self._slices - 1) / self._slices * moved / network_bytes_per_s
         if size == 1 or not moved:
             return 0.0
-        if self._chip.platform == "cuda":
-            factor = (size - 1) / size * (2 if kind.startswith("all-reduce") else 1)
-            return factor * moved / link_bytes_per_s
         per_chip = self._chip.devices_per_chip
         coords = self._coords[list(collective.group)]
         spans = [len(set(coords[:, dim])) for dim in range(coords.shape[1])]
@@ -272,8 +286,7 @@ class StepTimer:
             span, ring = max(zip(spans, rings, strict=True))
             return moved * span * per_chip / ((8 if ring else 4) * link_bytes_per_s)
         links = sum(2 if ring else 1 for span, ring in zip(spans, rings, strict=True) if span > 1) or np.inf
-        factor = (size - 1) / size * (2 if kind.startswith("all-reduce") else 1)
-        return factor * moved * per_chip / (links * link_bytes_per_s)
+        return twice * (size - 1) / size * moved * per_chip / (links * link_bytes_per_s)
 
 
 def _is_to_host(instruction: Instruction) -> bool:
@@ -304,8 +317,9 @@ def _grouped_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _attention_kernel(instruction: Instruction) -> str | None:
-    """Returns which splash kernel an instruction calls: fwd, dkv or dq; None for anything else."""
-    if instruction.opcode != "custom-call" or instruction.quoted("custom_call_target") != "tpu_custom_call":
-        return None
-    match = re.match(r"splash_\w*?_(fwd|dkv|dq)_", instruction.name)
+    """Returns which kernel of attention an instruction calls: fwd, dkv, dq or bwd; None for anything else."""
+    target = instruction.quoted("custom_call_target") if instruction.opcode == "custom-call" else None
+    if target is not None and target.startswith("__cudnn$fmha"):
+        return "bwd" if "Backward" in target else "fwd"
+    match = re.match(r"splash_\w*?_(fwd|dkv|dq)_", instruction.name) if target == "tpu_custom_call" else None
     return match[1] if match else None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import require_text
@@ -139,6 +140,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
             reporting,
             profiler,
             Waiting(reporting),
+            Cadence(run.checkpoint, 0, 1),
             requests,
             check_owner=lambda: None,
             after_step=lambda due, metrics: None,

@@ -60,11 +60,23 @@ def test_a_plan_of_two_slices_with_its_cost(tiny: Tiny, tmp_path: Path) -> None:
     assert all(word in ended.out for word in ("too late", "too much", "goodput", "least dollars"))
 
 
+@pytest.mark.slow(15)
+def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
+    """Its bounds are wide."""
+    out = tmp_path / "plan.json"
+    words = ("--on", "h100:1x2", "mesh.fsdp=-1", "model.attention_kernel=xla", "--json", str(out))
+    ended = tiny.launch(*words, command="plan")
+    assert ended.code == 0, ended
+    (plan,) = json.loads(out.read_text())
+    assert plan["is_roofline"] and "a roofline" in ended.out
+    assert plan["lower_s"] < 0.75 * plan["estimate_s"] and plan["upper_s"] > 1.4 * plan["estimate_s"]
+    assert plan["work"]["matmuls"] > 0 and plan["work"]["memory"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         ((), "needs a config and hardware plan --on v5p:4x4x4"),
-        (("--on", "h100"), "--on h100:1x8 cycles compile --on"),
         (("--on", "v5e:3x3"), "--on v5e:3x3 v5e:2x4"),
         (("--on", "v5e:2x4", "--tokens", "many"), "--tokens many"),
         (("--on", "v5e:2x4", "--chips", "missing.toml"), "--chips missing.toml"),

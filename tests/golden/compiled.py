@@ -34,7 +34,7 @@ FOLDER = Path(__file__).resolve().parent / "compile"
 BUDGETS, PROGRAMS = FOLDER / "budgets.json", FOLDER / "programs.json"
 READERS = CONFIGS.parent / "jaxinfra" / "plan"
 """The code that reads figures from compiled programs."""
-ESTIMATES = ("compiled_cache.py", "cost.py", "estimate.py", "exam.py", "search.py", "step_time.py")
+ESTIMATES = ("compiled_cache.py", "cost.py", "estimate.py", "exam.py", "roofline.py", "search.py", "step_time.py")
 """The files there that only estimate time and cost from these figures, or keep them."""
 TOLERANCE = 0.01
 
