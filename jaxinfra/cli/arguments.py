@@ -172,6 +172,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--pue", type=positive("--pue", "1.1"), metavar="X", default=1.1, help=what)
     what = "one chip is lost in so many chip-hours: for the goodput of spot chips"
     cost.add_argument("--chip-hours-per-loss", type=positive("--chip-hours-per-loss", "50000"), metavar="H", help=what)
+    what = "what a host writes to the place of the checkpoints: for the time of a save"
+    cost.add_argument("--host-mb-s", type=positive("--host-mb-s", "500"), metavar="MB", help=what)
     what = "seconds for which a save stalls training (default %(default)s)"
     cost.add_argument("--save-s", type=positive("--save-s", "5"), metavar="S", default=5.0, help=what)
     what = "from a loss to the next step (default %(default)s)"

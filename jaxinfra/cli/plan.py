@@ -58,7 +58,10 @@ def run(options: argparse.Namespace) -> None:
         run = results[0].layout.run if results else base
         plan = _plan(run, topology)
         cost = cost_of(plan, topology.chip, options.tokens, losses=losses, pue=options.pue) if options.tokens else None
-        print("\n".join([*format_plan(plan), *(_cost_lines(options, topology, cost) if cost else ())]), end="\n\n")
+        print(
+            "\n".join([*format_plan(plan, options.host_mb_s), *(_cost_lines(options, topology, cost) if cost else ())]),
+            end="\n\n",
+        )
         for override in others:
             other = _plan(plan_search.changed(run, override), topology)
             print("\n".join(plan_search.format_difference(plan, other, override)), end="\n\n")
@@ -110,20 +113,25 @@ def _values(plan: StepPlan) -> dict[str, Any]:
     return asdict(plan) | derived
 
 
-def format_plan(plan: StepPlan) -> Iterator[str]:
-    """Yields the lines of a plan."""
+def format_plan(plan: StepPlan, host_mb_s: float | None = None) -> Iterator[str]:
+    """Yields the lines of a plan; `host_mb_s` is what a host writes, in MB/s."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "one device"
     rows = plan.samples / plan.devices
     yield f"{plan.name} on {plan.topology}: {mesh}, {rows:g} sequences of {plan.units_per_sample:,} a device and step"
     peak = f"{plan.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16 a device"
+    saved, of_host = format_bytes(plan.checkpoint_bytes), format_bytes(plan.checkpoint_bytes / plan.hosts)
     bounds = f"{format_step(plan.lower_s)} if nothing waits, {format_step(plan.upper_s)} if nothing overlaps"
     lines = {
         "step": f"{format_step(plan.estimate_s)}    {bounds}",
         "MFU": f"{format_percent(plan.mfu)} of {peak}",
         "tokens": f"{plan.units_per_s / plan.chips:,.0f} a second and chip, {plan.units_per_s:,.0f} in all",
         "memory": f"{format_bytes(plan.memory_bytes)} of {format_bytes(plan.hbm_bytes)} a device",
+        "data": f"{format_bytes(plan.batch_bytes / plan.estimate_s / plan.hosts)} a second on each host",
+        "save": f"{saved}, {of_host} on each host",
         "binds": plan.binds,
     }
+    if host_mb_s:
+        lines["save"] += f": {plan.checkpoint_bytes / plan.hosts / (1e6 * host_mb_s):,.1f} s beside the steps"
     for name, text in lines.items():
         yield f"  {name:8}  {text}"
     if plan.is_roofline:

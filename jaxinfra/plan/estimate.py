@@ -5,7 +5,9 @@ It reads the program that `compile_for` has compiled, which is the one that trai
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxinfra.models.transformer import TransformerConfig
@@ -13,7 +15,7 @@ from jaxinfra.ops.attention import splash_block
 from jaxinfra.plan import roofline
 from jaxinfra.plan.aot import Compilation
 from jaxinfra.plan.chips import Chip
-from jaxinfra.plan.step_time import Attention, Cause, Rates, Spent, StepTimer
+from jaxinfra.plan.step_time import CORES, Attention, Cause, Rates, Spent, StepTimer
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops
 
@@ -39,6 +41,10 @@ class StepPlan:
     memory_bytes: int
     hbm_bytes: int
     unknown_loops: tuple[str, ...]  # that count once
+    bubble: float = 0.0  # part of a step in which a pipeline stage idles, while its program goes on
+    hosts: int = 1
+    batch_bytes: int = 0  # that are read for a step, on all hosts
+    checkpoint_bytes: int = 0  # of the whole train state
     is_roofline: bool = False  # whether times follow from FLOPs and bytes, not from the compiler's cycles
 
     @property
@@ -54,9 +60,10 @@ class StepPlan:
     @property
     def parts(self) -> dict[str, float]:
         """The seconds of a step by cause, which add up to the estimate; the longest first."""
-        cores = {cause: seconds for cause, seconds in self.work.items() if cause in ("matmuls", "memory", "attention")}
+        cores = {cause: (1 - self.bubble) * seconds for cause, seconds in self.work.items() if cause in CORES}
+        idle = {"pipeline bubbles": sum(cores.values()) * self.bubble / (1 - self.bubble)} if self.bubble else {}
         waits = {f"waits for {cause}": seconds for cause, seconds in self.waits.items()}
-        return dict(sorted({**cores, **waits}.items(), key=lambda part: -part[1]))
+        return dict(sorted({**cores, **idle, **waits}.items(), key=lambda part: -part[1]))
 
     @property
     def binds(self) -> str:
@@ -80,6 +87,10 @@ def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
         lower_s=spent.lower_s * (1.0 if chip.clock_hz else roofline.LOWER),
         estimate_s=spent.estimate_s,
         upper_s=spent.upper_s * (1.0 if chip.clock_hz else roofline.UPPER),
+        bubble=_bubble(program),
+        hosts=len({device.process_index for device in compilation.devices}),
+        batch_bytes=_bytes(program.batch),
+        checkpoint_bytes=_bytes(program.state),
         is_roofline=chip.clock_hz is None,
         work=spent.work,
         waits=spent.waits,
@@ -89,6 +100,17 @@ def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
         hbm_bytes=chip.hbm_bytes,
         unknown_loops=tuple(compilation.module.unknown_loops()),
     )
+
+
+def _bubble(program: Program) -> float:
+    """Returns the part of a step in which a pipeline stage idles; 0 without a pipeline."""
+    stages = program.mesh.shape["stage"]
+    run = program.run
+    return run.pipeline.make_schedule(stages, run.train.accumulate).bubble if stages > 1 else 0.0
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def rates_of(chip: Chip) -> Rates:

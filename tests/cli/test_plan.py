@@ -61,6 +61,19 @@ def test_a_plan_of_two_slices_with_its_cost(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(15)
+def test_the_bubbles_of_a_pipeline_are_those_of_its_schedule(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    words = ("mesh.stage=2", "mesh.fsdp=4", "train.accumulate=2", "train.global_batch=16", "--host-mb-s", "1")
+    ended = tiny.launch("--on", "v5e:2x4", *words, "--json", str(out), command="plan")
+    assert ended.code == 0, ended
+    (plan,) = json.loads(out.read_text())
+    assert plan["bubble"] == pytest.approx(1 / 3) and sum(plan["parts"].values()) == pytest.approx(plan["estimate_s"])
+    cores_s = sum(plan["work"][cause] for cause in ("matmuls", "memory", "attention") if cause in plan["work"])
+    assert plan["parts"]["pipeline bubbles"] == pytest.approx(cores_s / 3)
+    assert f"{plan['checkpoint_bytes'] / plan['hosts'] / 1e6:.1f} s beside the steps" in ended.out
+
+
+@pytest.mark.slow(15)
 def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
     """Its bounds are wide."""
     out = tmp_path / "plan.json"
