@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jaxinfra.cli.processes import MAIN
 from jaxinfra.config import apply
 from jaxinfra.config.overrides import read_overrides
 from jaxinfra.config.source_code import source_code
@@ -28,7 +29,6 @@ from jaxinfra.storage import outputs
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_percent, format_step
 
-_MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
 _NOTHING = 0.0005  # differences below this part of a step are not shown
 
 
@@ -107,7 +107,7 @@ def plan_apart(options: argparse.Namespace, layout: Layout, file: Path) -> Resul
     words = ["plan", options.config, *kept, *layout.overrides, "--on", str(layout.topology)]
     words += ["--json", str(file), *(word for each in options.imports or () for word in ("--import", each))]
     words += ["--chips", options.chips] if options.chips else []
-    command = [sys.executable, "-c", _MAIN, *words]
+    command = [sys.executable, "-c", MAIN, *words]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
         return Result(layout=layout, plan=json.loads(file.read_text(encoding="utf-8"))[0])

@@ -30,7 +30,8 @@ from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.attempts import AttemptLog
 
-_MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
+MAIN = "import sys; from jaxinfra.cli.entry import main; sys.exit(main())"
+"""A program that is the command line, for a process that is started from elsewhere."""
 _OPTIONS_OF_ONE = ("coordinator", "process_id", "of")  # options of a process among several
 
 
@@ -148,5 +149,5 @@ def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
     words = parser.parse_known_args(argv)[1]
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(argv)]  # such as -m launch
     if [*program, *argv] != sys.orig_argv[1:]:  # a script has called `main`
-        program = ["-c", _MAIN]
+        program = ["-c", MAIN]
     return [sys.executable, *program, *words, *(["--devices", devices] if devices else [])]

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxinfra.checkpoint.cadence import best_interval_s
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.estimate import StepPlan
+from jaxinfra.track.goodput import best_interval_s, expected_goodput
 
 _HOUR_S = 3600.0
 
@@ -25,14 +25,10 @@ class Losses:
     save_s: float
     restart_s: float
 
-    def save_every_s(self, chips: int) -> float:
-        """Returns the time between saves that loses least (Young 1974): `sqrt(2 x stall x time between losses)`."""
-        return best_interval_s(self.save_s, _HOUR_S / (self.per_chip_hour * chips))
-
     def goodput(self, chips: int) -> float:
-        """Returns the part of the time that trains: without saves, restarts, and steps that are done again."""
-        every_s, losses_per_s = self.save_every_s(chips), self.per_chip_hour * chips / _HOUR_S
-        return max(0.0, 1 - self.save_s / every_s - (every_s / 2 + self.restart_s) * losses_per_s)
+        """Returns the part of the time that trains, with the saves that lose least (`track.goodput`)."""
+        loss_s = _HOUR_S / (self.per_chip_hour * chips)
+        return expected_goodput(best_interval_s(self.save_s, loss_s), self.save_s, self.restart_s, loss_s)
 
 
 @dataclass(frozen=True, kw_only=True)

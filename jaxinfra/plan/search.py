@@ -105,7 +105,7 @@ class Sketcher:
     def __init__(self, run: Run, topology: Topology) -> None:
         """Raises ConfigError if the run does not fit the mesh."""
         validate(run)
-        self._run, self._topology, self._chip = run, topology, topology.chip
+        self._topology, self._chip = topology, topology.chip
         self._program = Program(run, abstract_mesh(run.mesh), "gpu" if topology.chip.platform == "cuda" else "tpu")
         if self._program.rows_per_device < 1:
             raise ConfigError(f"train.global_batch={run.train.global_batch}: fewer samples than devices")

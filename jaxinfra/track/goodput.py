@@ -246,38 +246,48 @@ class Model:
     best_goodput: float
 
 
+def expected_goodput(interval_s: float, stall_s: float, restart_s: float, mtbf_s: float) -> float:
+    """Returns the part of the time in which steps are made that are not lost, of a run that fails at random.
+
+    It saves after each `interval_s` seconds of training, which stalls it for `stall_s`; from a failure to the next step
+    takes `restart_s`. After J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps"
+    (Future Generation Computer Systems 22, 2006): with exponentially distributed failures of mean M, an interval t with
+    its save d takes M exp(r/M) (exp((t + d)/M) - 1) on average (eq. 20), so the goodput is t divided by that.
+    """
+    exponents = restart_s / mtbf_s, (interval_s + stall_s) / mtbf_s
+    if not interval_s or sum(exponents) > 500:  # beyond the range of floats
+        return 0.0
+    return interval_s / (mtbf_s * math.exp(exponents[0]) * math.expm1(exponents[1]))
+
+
+def best_interval_s(stall_s: float, mtbf_s: float) -> float:
+    """Returns the training time between two saves with the highest expected goodput (Daly 2006, eq. 37).
+
+    It is sqrt(2 d M) (1 + sqrt(d/(2M))/3 + (d/(2M))/9) - d, or M if d is 2 M or more; its first term is that of J. W.
+    Young (Communications of the ACM 17, 1974).
+    """
+    ratio = stall_s / (2 * mtbf_s)
+    if ratio >= 1:
+        return mtbf_s
+    return math.sqrt(2 * stall_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
+
+
 def model(run: Goodput, mtbf_s: float) -> Model | None:
     """Models the goodput of a run that fails at random with a mean time between failures of `mtbf_s` seconds.
 
-    With the run's own medians of the stall d of a save, the training time t between two saves, and the restart time r.
-    After J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (Future Generation
-    Computer Systems 22, 2006): with exponentially distributed failures of mean M, an interval with its save takes
-    M exp(r/M) (exp((t + d)/M) - 1) on average (eq. 20), so the goodput is t divided by that. The best interval is
-    sqrt(2 d M) (1 + sqrt(d/(2M))/3 + (d/(2M))/9) - d, or M if d is 2 M or more (eq. 37); its first term is that of
-    J. W. Young (Communications of the ACM 17, 1974). Evaluations and waiting for data are left out.
-
-    Returns None if the run has not saved or not reached a step yet.
+    With the run's own medians of the stall of a save, the training time between two saves, and the restart time.
+    Evaluations and waiting for data are left out. Returns None if the run has not saved or not reached a step yet.
     """
     if not (run.stalls_s and run.restarts_s):
         return None
     stall_s, interval_s, restart_s = median(run.stalls_s), median(run.save_intervals_s), median(run.restarts_s)
-
-    def goodput(interval_s: float) -> float:
-        exponents = restart_s / mtbf_s, (interval_s + stall_s) / mtbf_s
-        if not interval_s or sum(exponents) > 500:  # beyond the range of floats
-            return 0.0
-        return interval_s / (mtbf_s * math.exp(exponents[0]) * math.expm1(exponents[1]))
-
-    ratio = stall_s / (2 * mtbf_s)
-    best_s = mtbf_s
-    if ratio < 1:
-        best_s = math.sqrt(2 * stall_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
+    best_s = best_interval_s(stall_s, mtbf_s)
     return Model(
         mtbf_s=mtbf_s,
         stall_s=stall_s,
         interval_s=interval_s,
         restart_s=restart_s,
-        goodput=goodput(interval_s),
+        goodput=expected_goodput(interval_s, stall_s, restart_s, mtbf_s),
         best_interval_s=best_s,
-        best_goodput=goodput(best_s),
+        best_goodput=expected_goodput(best_s, stall_s, restart_s, mtbf_s),
     )

@@ -2,9 +2,9 @@
 
 from typing import Literal, NamedTuple
 
-from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
+from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.profiler import Profiler
 
 type Save = Literal["asked", "checkpoint", "copy"]

@@ -6,10 +6,10 @@ The devices never wait for the host: the host waits for a step only after it has
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 
-from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.failpoints import failpoint
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
+from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.due import Due, due_after
 from jaxinfra.train.job import Job
 from jaxinfra.train.profiler import Profiler

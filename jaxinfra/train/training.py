@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.config import Difference, fingerprint, write_record
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.errors import NonFiniteError, Preempted
@@ -29,6 +28,7 @@ from jaxinfra.track.goodput import GOODPUT_FILE
 from jaxinfra.track.planned import CHECKED_STEPS, Terms, measure, read_plan, verdict
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
+from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.due import Due, Save
 from jaxinfra.train.duration import keep_step_time, time_statistic
 from jaxinfra.train.evaluation import evaluate, evaluated_params

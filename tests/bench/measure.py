@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 
-from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import require_text
@@ -27,6 +26,7 @@ from jaxinfra.program import TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.tracker import MultiTracker
+from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.loop import Loop
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler

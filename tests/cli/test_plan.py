@@ -132,7 +132,7 @@ def test_a_compiler_that_aborts_is_one_line(tiny: Tiny, tmp_path: Path, monkeypa
         ("import os; os.abort()", "the compiler ended with SIGABRT"),
         ("import sys; sys.exit('error: no memory')", "no memory"),
     ):
-        monkeypatch.setattr(plan_search, "_MAIN", code)
+        monkeypatch.setattr(plan_search, "MAIN", code)
         found = plan_search.plan_apart(options, layout, tmp_path / "plan.json")
         assert (found.plan, found.error) == (None, error)
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.checkpoint.cadence import Cadence
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.run import Run
 from jaxinfra.track.tracker import MultiTracker
+from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.due import Due
 from jaxinfra.train.interval import Interval
 from jaxinfra.train.loop import Loop

@@ -1,20 +1,15 @@
 """How often checkpoints are saved: every so many steps, or as often as loses least time. Imports no JAX."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.track.goodput import best_interval_s
 
 _FIRST_STEPS = 20
 """Steps from a start to the first save of `save_every=auto`, which is measured."""
 _LONGEST_LOSS_S = 7 * 24 * 3600.0
 """One host alone is expected to be lost once a week."""
-
-
-def best_interval_s(save_s: float, loss_s: float) -> float:
-    """Returns the time between saves that loses least (Young 1974): `sqrt(2 x stall x time between losses)`."""
-    return math.sqrt(2 * save_s * loss_s)
 
 
 class Cadence:
