@@ -15,8 +15,9 @@ from jaxinfra.command import command_line
 from jaxinfra.config import load_file, read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
-from jaxinfra.plan import aot, compiled_cache
+from jaxinfra.plan.aot import compile_for
 from jaxinfra.plan.chips import load_chips
+from jaxinfra.plan.compiled_cache import users_compiler
 from jaxinfra.plan.cost import Cost, Losses, cost_of
 from jaxinfra.plan.estimate import StepPlan, plan_step
 from jaxinfra.plan.topology import Topology, parse_topology
@@ -94,8 +95,8 @@ def _compare_run(options: argparse.Namespace) -> None:
 
 def _plan(run: Run, topology: Topology) -> StepPlan:
     """Compiles a run, or takes its program from the user's cache, and estimates its step."""
-    compiler = compiled_cache.cached(aot.compile_lowered, compiled_cache.folder())
-    compiled = aot.compile_for(run, topology, on_progress=functools.partial(print, flush=True), compiler=compiler)
+    progress = functools.partial(print, flush=True)
+    compiled = compile_for(run, topology, on_progress=progress, compiler=users_compiler())
     check_fits(run, compiled.summary(), topology.chip)
     return plan_step(compiled)
 

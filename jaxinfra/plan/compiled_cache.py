@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfra.machine.compile_cache import user_folder
+from jaxinfra.plan import aot
 from jaxinfra.plan.aot import CompiledProgram, Compiler, Memory
 from jaxinfra.run.compiler_options import OPTION_SETS
 
@@ -25,9 +26,9 @@ _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OLD_S = 30 * 24 * 3600.0  # entries that were not read for so long are deleted
 
 
-def folder() -> Path:
-    """Returns the folder of the user's plans."""
-    return user_folder().with_name("planned")
+def users_compiler() -> Compiler:
+    """Returns the compiler with a cache in the user's cache folder, beside that of programs which run here."""
+    return cached(aot.compile_lowered, user_folder().with_name("planned"))
 
 
 def cached(compiler: Compiler, folder: Path) -> Compiler:
