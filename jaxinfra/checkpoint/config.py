@@ -17,7 +17,7 @@ class CheckpointConfig:
 
     Attributes:
         save_every: steps between two saves; auto for as many as lose least time, from the measured stall of a save and
-            the expected time between losses.
+            the expected time between failures, a week at most.
         chip_hours_per_loss: for `save_every=auto`: hours of use after which one chip or its host is expected to fail.
             The default is what the training of Llama 3 saw, 419 losses in 54 days on 16,384 GPUs.
         keep_last: number of newest checkpoints to keep.
@@ -78,7 +78,13 @@ class CheckpointConfig:
                 message="keep_every must be a multiple of save_every, which is not known ahead with auto",
                 fix=f"use save_every={self.keep_every}",
             )
-        elif self.keep_every and self.save_every != "auto" and self.keep_every % self.save_every:
+        if self.keep_best and self.save_every == "auto":
+            yield Problem(
+                fields=("keep_best", "save_every"),
+                message="the best are of checkpoints that are saved after an evaluation, which auto does not look at",
+                fix="use save_every=STEPS, a multiple of train.eval_every",
+            )
+        if self.keep_every and self.save_every != "auto" and self.keep_every % self.save_every:
             rounded = -(-self.keep_every // self.save_every) * self.save_every
             yield Problem(
                 fields=("keep_every", "save_every"),

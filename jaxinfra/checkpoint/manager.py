@@ -108,10 +108,10 @@ class CheckpointManager(ClosedOnExit):
 
         `metrics` are those of an evaluation after this step, for `keep_best`.
 
-        It saves if `step`, the number of completed steps, is a multiple of `save_every`, or with `force`; but no step
-        twice. It waits for the previous save, then returns as soon as the arrays may be changed or donated; writing
-        continues in the background. Raises StorageError if the previous save failed (this one has then not started:
-        call again) or if this one cannot start; older checkpoints are intact.
+        It saves if `step`, the number of completed steps, is a multiple of `save_every`, or with `force`, which
+        `save_every=auto` always needs; but no step twice. It waits for the previous save, then returns as soon as the
+        arrays may be changed or donated; writing continues in the background. Raises StorageError if the previous save
+        failed (this one has then not started: call again) or if this one cannot start; older checkpoints are intact.
         """
         assert not self._read_only, "opened with read_only=True"
         is_due = force or self.config.due_after(step) == "checkpoint"

@@ -28,7 +28,6 @@ from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step
 from jaxinfra.track.runs import local_files
 
-_LEAST_STEPS = 20
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
 
@@ -55,18 +54,28 @@ def run(options: argparse.Namespace) -> None:
     others = {override: plan_search.changed(base, override) for override in options.why}  # refuses what is wrong now
     rows: list[dict[str, Any]] = []
     for topology in topologies:
-        results = plan_search.find(options, base, topology) if options.search else []
-        run = results[0].layout.run if results else base
-        plan = _plan(run, topology)
+        try:
+            results = plan_search.find(options, base, topology) if options.search else []
+            run = results[0].layout.run if results else base
+            plan = _plan(run, topology)
+        except ConfigError as error:
+            if len(topologies) == 1:
+                raise
+            print(f"{topology}: {error}\n")  # the others may fit
+            continue
         cost = cost_of(plan, topology.chip, options.tokens, losses=losses, pue=options.pue) if options.tokens else None
-        print(
-            "\n".join([*format_plan(plan, options.host_mb_s), *(_cost_lines(options, topology, cost) if cost else ())]),
-            end="\n\n",
-        )
+        cost_lines = _cost_lines(options, topology, cost) if cost else ()
+        print("\n".join([*format_plan(plan, options.host_mb_s), *cost_lines]), end="\n\n")
         for override in others:
-            other = _plan(plan_search.changed(run, override), topology)
-            print("\n".join(plan_search.format_difference(plan, other, override)), end="\n\n")
+            try:
+                other = _plan(plan_search.changed(run, override), topology)
+            except ConfigError as error:
+                print(f"{override}: {error}\n")
+            else:
+                print("\n".join(plan_search.format_difference(plan, other, override)), end="\n\n")
         rows.append(_values(plan) | {"cost": cost and asdict(cost)} | plan_search.values(results))
+    if not rows:
+        raise ConfigError(f"--on {' --on '.join(options.on)}: the step fits none of them; see the lines above")
     if len(rows) > 1:
         _print_comparison(rows)
     outputs.write_json(options.json, rows)
@@ -80,7 +89,8 @@ def _compare_run(options: argparse.Namespace) -> None:
         record = folder / RECORD_FILE
         own = read_record(record)["config"].get("track", {}).get("plan") if record.exists() else None
     if found is None:
-        raise ConfigError(f"{location}: too few steps were made; name a run with {_LEAST_STEPS} or more")
+        fix = f"name a run that has logged two steps or more after the first {planned.WARM_STEPS} of its last start"
+        raise ConfigError(f"{location}: too few steps are logged; {fix}")
     if options.fit is not None:
         if options.json is None:
             raise ConfigError(f"--fit {location}: needs a file for the plan; add --json plan.json")

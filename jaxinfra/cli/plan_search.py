@@ -46,7 +46,7 @@ def check_options(options: argparse.Namespace) -> None:
 def changed(run: Run, override: str) -> Run:
     """Returns a run with an override, and fsdp over what other axes leave; ConfigError if the override is wrong."""
     new = apply(run, [override])
-    if new.mesh != run.mesh and new.mesh.fsdp == run.mesh.fsdp:
+    if new.mesh != run.mesh and new.mesh.fsdp == run.mesh.fsdp and -1 not in new.mesh.sizes:
         new = replace(new, mesh=replace(new.mesh, fsdp=-1))
     return new
 
@@ -65,7 +65,8 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
     found = layouts(run, topology, {override.path for override in read_overrides(options.overrides)})
     if not found:
         raise ConfigError(
-            f"--search: {run.name} on {topology}: the state alone exceeds each layout's devices; use more chips"
+            f"--search: {run.name} on {topology}: no layout has the fields that the command line sets, and a state "
+            "that fits its devices; set fewer fields, or use more chips"
         )
     jobs, limit = options.jobs or max(1, (usable_cores() or 1) // 2), min(options.limit, MAX_RANKED)
     print(f"{topology}: {len(found)} layouts may fit; compiling up to {limit}, {jobs} at a time, minutes for each")

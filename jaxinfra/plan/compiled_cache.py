@@ -7,8 +7,11 @@ program, so a program that has changed is compiled again.
 import gzip
 import hashlib
 import json
+import logging
 import os
 import time
+import zlib
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,10 +23,15 @@ from jaxinfra.machine.compile_cache import user_folder
 from jaxinfra.plan import aot
 from jaxinfra.plan.aot import CompiledProgram, Compiler, Memory
 from jaxinfra.run.compiler_options import OPTION_SETS
+from jaxinfra.storage.atomic import write_bytes_atomic
 
 _COMPILERS = (*("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"),)
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_FORMAT = 1  # of the entries
 _OLD_S = 30 * 24 * 3600.0  # entries that were not read for so long are deleted
+
+
+_log = logging.getLogger(__name__)
 
 
 def users_compiler() -> Compiler:
@@ -35,26 +43,41 @@ def cached(compiler: Compiler, folder: Path) -> Compiler:
     """Wraps a compiler, so that its results are kept in a folder."""
 
     def found(lowered: Any, program: Any, topology: Any) -> CompiledProgram:
-        path = folder / f"{key(lowered, program, topology)}.json.gz"
-        if path.exists():
-            stored = json.loads(gzip.decompress(path.read_bytes()))
-            path.touch()
-            return CompiledProgram(text=stored["text"], memory=Memory(**stored["memory"]))
+        library = os.environ.get("TPU_LIBRARY_PATH", "")  # another libtpu than the installed one
+        name = hashlib.sha256(f"{key(lowered, program, topology)} {library} {_FORMAT}".encode()).hexdigest()
+        path = folder / f"{name}.json.gz"
+        if (kept := _read(path)) is not None:
+            return kept
         compiled = compiler(lowered, program, topology)
-        folder.mkdir(parents=True, exist_ok=True)
-        _delete_old(folder)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(gzip.compress(json.dumps(asdict(compiled)).encode(), compresslevel=3))
-        part.replace(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _delete_old(folder)
+            content = gzip.compress(json.dumps(asdict(compiled)).encode(), compresslevel=3)
+            write_bytes_atomic(path, content)
+        except OSError as error:
+            _log.warning("%s: %s; what was compiled is not kept", folder, error.strerror)
         return compiled
 
     return found
 
 
+def _read(path: Path) -> CompiledProgram | None:
+    """Returns an entry; None if there is none, or it is damaged."""
+    try:
+        stored = json.loads(gzip.decompress(path.read_bytes()))
+        program = CompiledProgram(text=stored["text"], memory=Memory(**stored["memory"]))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):
+        return None
+    with suppress(OSError):  # a folder that is only read
+        path.touch()
+    return program
+
+
 def _delete_old(folder: Path) -> None:
     for path in folder.iterdir():
-        if time.time() - path.stat().st_mtime > _OLD_S:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has written or deleted it
+            if time.time() - path.stat().st_mtime > _OLD_S:
+                path.unlink()
 
 
 def key(lowered: Any, program: Any, topology: Any) -> str:

@@ -7,6 +7,7 @@ bandwidth. The parts are usual ones, not fitted: bounds that follow from them ar
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.hlo import Computation, Instruction, array_dims
@@ -15,6 +16,7 @@ LOWER, UPPER = 0.7, 1.5
 """Bounds of a time from a roofline, as multiples of it."""
 
 _PEAK_PART, _MEMORY_PART = 0.65, 0.8
+_SLICES = ("dynamic-slice", "gather")
 _LAUNCH_S = 3e-6  # of a kernel
 _GEMM = re.compile(r"__cublas\$|__triton_gemm|__cudnn\$conv")
 _FREE = frozenset(
@@ -32,11 +34,16 @@ class Roofline:
         """Returns the time of an operation of a computation; 0 for one that runs nothing."""
         if instruction.opcode in _FREE:
             return 0.0
-        flops = self.flops(computation, instruction)
         n_bytes = self.moved_bytes(computation, instruction)
-        compute_s = flops / (_PEAK_PART * self._chip.peak_flops)
+        compute_s = self.flops(computation, instruction) / (_PEAK_PART * self._peak(computation, instruction))
         memory_s = n_bytes / (_MEMORY_PART * (self._chip.hbm_bytes_per_s or math.inf))
         return max(compute_s, memory_s) + _LAUNCH_S
+
+    def _peak(self, computation: Computation, instruction: Instruction) -> float:
+        """Returns the peak for the narrowest dtype that an operation multiplies."""
+        inputs = " ".join(computation.instructions[name].shape for name in instruction.operands[:2])
+        dtype = "fp8" if "f8e" in inputs else "int8" if re.search(r"\bs8\[", inputs) else "bf16"
+        return self._chip.peaks.get(dtype, self._chip.peak_flops)
 
     def flops(self, computation: Computation, instruction: Instruction) -> float:
         """Returns the FLOPs of the matmuls in an operation."""
@@ -58,19 +65,27 @@ class Roofline:
         fused = self._computations.get(names[0]) if names else None
         if fused is None:
             read = [sum(computation.instructions[name].array_bytes) for name in instruction.operands]
-            return sum(read) + sum(instruction.array_bytes)
+            return sum(read) + instruction.array_bytes[0]  # the others of a library are its scratch memory
         read_bytes = 0.0
         for number, name in enumerate(instruction.operands):
             inner = fused.parameter(number)
             users = fused.users.get(inner, []) if inner is not None else []
-            if users and all(user.opcode in ("dynamic-slice", "gather") for user in users):
-                read_bytes += sum(sum(user.array_bytes) for user in users)
-            elif not (users and all(user.opcode == "dynamic-update-slice" for user in users)):
+            sliced = [user for user in users if user.opcode in _SLICES and user.operands[0] == inner]
+            updated = [user for user in users if user.opcode == "dynamic-update-slice" and user.operands[0] == inner]
+            if users and len(sliced) + len(updated) == len(users):
+                read_bytes += sum(sum(user.array_bytes) for user in sliced)
+            else:
                 read_bytes += sum(computation.instructions[name].array_bytes)
-        root = fused.instructions.get(fused.root)
-        if root is not None and root.opcode == "dynamic-update-slice":
-            return read_bytes + sum(fused.instructions[root.operands[1]].array_bytes)
-        return read_bytes + sum(instruction.array_bytes)
+        root = fused.instructions[fused.root]
+        outputs = [fused.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        return read_bytes + sum(map(partial(_written_bytes, fused), outputs))
+
+
+def _written_bytes(fused: Computation, output: Instruction) -> int:
+    """Returns the bytes of an output of a fusion; of an array that is updated, those of the update."""
+    output = fused.source(output.name)
+    updates = output.opcode == "dynamic-update-slice"
+    return sum((fused.instructions[output.operands[1]] if updates else output).array_bytes)
 
 
 def _dot_flops(computation: Computation, instruction: Instruction) -> float:

@@ -202,14 +202,24 @@ def layouts(run: Run, topology: Topology, fixed: Collection[str] = ()) -> list[S
             sketcher = Sketcher(replace(run, mesh=mesh, train=replace(run.train, accumulate=mesh.stage)), topology)
         except ConfigError:
             continue  # such as heads that do not divide
-        accumulates = _accumulates(sketcher.rows, mesh)
+        accumulates = _accumulates(sketcher.rows, mesh, run.train.accumulate)
         if "train.accumulate" in fixed:
             accumulates = [number for number in accumulates if number == run.train.accumulate]
         for accumulate, policy in itertools.product(accumulates, _policies(run, fixed)):
             train = replace(run.train, accumulate=accumulate)
             model = replace(run.model, remat=policy) if isinstance(run.model, TransformerConfig) else run.model
-            found.append(sketcher.sketch(replace(run, mesh=mesh, train=train, model=model)))
+            changed = replace(run, mesh=mesh, train=train, model=model)
+            if _is_valid(changed):
+                found.append(sketcher.sketch(changed))
     return sorted((each for each in found if each.least_bytes <= topology.chip.hbm_bytes), key=lambda each: each.order)
+
+
+def _is_valid(run: Run) -> bool:
+    try:
+        validate(run)
+    except ConfigError:
+        return False
+    return True
 
 
 def meshes(run: Run, topology: Topology) -> Iterator[MeshConfig]:
@@ -238,9 +248,9 @@ def _sizes(largest: int, own: int) -> list[int]:
     return sorted({2**power for power in range(largest.bit_length()) if 2**power <= largest} | {max(own, 1)})
 
 
-def _accumulates(rows: int, mesh: MeshConfig) -> list[int]:
+def _accumulates(rows: int, mesh: MeshConfig, own: int) -> list[int]:
     """Returns the numbers of microbatches: as few as one row in each, and in a pipeline at least as many as stages."""
-    return [number for number in _sizes(rows, 1) if rows % number == 0 and number >= mesh.stage]
+    return [number for number in _sizes(rows, own) if rows % number == 0 and number >= mesh.stage]
 
 
 def _policies(run: Run, fixed: Collection[str]) -> list[Any]:

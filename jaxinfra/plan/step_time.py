@@ -268,9 +268,13 @@ class StepTimer:
         network_bytes_per_s = (self._chip.network_bytes_per_s or np.inf) * self._rates.links
         twice = 2 if kind.startswith("all-reduce") else 1
         if self._chip.platform == "cuda":
-            # What crosses hosts is shared out over the GPUs of each, and then moves inside of the host.
             hosts = len(set(self._coords[list(collective.group), 0])) or 1
-            across_s = (hosts - 1) / hosts * moved / (max(size // hosts, 1) * network_bytes_per_s)
+            per_host = max(size // hosts, 1)
+            if kind == "collective-permute":  # its group is one pair of many
+                return moved / (network_bytes_per_s if collective.link == "network" else link_bytes_per_s)
+            # What crosses hosts is shared out over the GPUs of each, unless every GPU sends its own.
+            shared = 1 if "all-to-all" in kind else per_host
+            across_s = (hosts - 1) / hosts * moved / (shared * network_bytes_per_s)
             return twice * max(across_s, (size - 1) / size * moved / link_bytes_per_s)
         if collective.link == "network":
             return twice * (self._slices - 1) / self._slices * moved / network_bytes_per_s

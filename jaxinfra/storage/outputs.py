@@ -60,6 +60,14 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
 
 
+def read_written(path: str) -> str:
+    """Reads a file that `write_text` has written, from a folder or a bucket; raises JaxinfraError if that fails."""
+    if not is_remote(path):
+        return read_text(Path(path))
+    store, name = _object_at(path)
+    return store.read(name).decode()
+
+
 def _object_at(url: str) -> tuple[ObjectStore, str]:
     parent, _, name = url.rpartition("/")
     if not name or parent.endswith("/"):

@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_PERF_METRICS = ("step_time_s", "data_wait_s", "mfu", "slowest_process", "slowest_process_s")
+_PERF_METRICS = (
+    "step_time_s",
+    "data_wait_s",
+    "mfu",
+    "slowest_process",
+    "slowest_process_s",
+    "slowest_process_excess_s",
+)
 _HOST_METRICS = ("open_files", "threads")
 
 

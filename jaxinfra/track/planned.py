@@ -5,20 +5,23 @@ a run that nothing disturbed.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import median, mode
 from typing import Any
 
-from jaxinfra.errors import ConfigError
-from jaxinfra.storage.json_lines import read_json_lines
+from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.storage import outputs
+from jaxinfra.storage.json_lines import is_number, read_json_lines
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step
 from jaxinfra.track.goodput import GOODPUT_FILE, ledger_row
 from jaxinfra.track.jsonl import METRICS_FILE, read_metrics
 
 CHECKED_STEPS = 100
 """Steps of a start after which a run looks at its plan."""
-_WARM_STEPS = 5  # of a start, which compile and fill caches
+WARM_STEPS = 5
+"""The first steps of a start, which compile and fill caches, do not count."""
 _TOLERANCE = 0.15  # of the planned time of a step
 _MEMORY_TOLERANCE = 0.1
 
@@ -28,18 +31,21 @@ class Terms:
     """What a step takes, in seconds on average; None is not known.
 
     Attributes:
+        source: what these are of, for people.
         estimate_s: all of it, without saves.
-        device_s: of it the devices compute, and wait for one another.
-        host_s: of it the host needs beside them.
+        device_s: of it the loop waits for the devices, which compute and exchange data.
+        host_s: of it the loop itself takes.
         data_s: of it the loop waits for batches.
         save_s: for which a save stalls the loop.
-        slow_process_s: for which the devices wait for the slowest process.
+        slow_process_s: for which the devices wait for the slowest process longer than for the others.
         slowest: the number of that process.
         compiles: programs that are compiled in each step.
         memory_bytes: of a device, or of the first process where devices do not tell.
-        saves_per_step: saves that are begun in a step.
+        is_device_memory: whether it is of a device.
+        saves_per_step: saves, of copies too, that are begun in a step.
     """
 
+    source: str = ""
     estimate_s: float
     device_s: float | None = None
     host_s: float | None = None
@@ -49,7 +55,11 @@ class Terms:
     slowest: int | None = None
     compiles: float = 0.0
     memory_bytes: float | None = None
+    is_device_memory: bool = True
     saves_per_step: float = 0.0
+
+
+_FIELDS = frozenset(each.name for each in fields(Terms))
 
 
 def measure(folder: Path) -> Terms | None:
@@ -59,8 +69,10 @@ def measure(folder: Path) -> Terms | None:
     """
     path = folder / GOODPUT_FILE
     rows = list(read_json_lines(path, ledger_row)) if path.exists() else []
-    rows = [row for row in rows if row["attempt"] == rows[-1]["attempt"] and row["from"] is not None]
-    warm = [row for row in rows if row["step"] >= row["from"] + _WARM_STEPS and row["phase"] != "end"]
+    # Of the last start, and since it last went back to a checkpoint.
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("attempt", "resumes"))]
+    rows = [row for row in rows if row["from"] is not None and row["phase"] != "end"]
+    warm = [row for row in rows if row["step"] >= row["from"] + WARM_STEPS]
     if not warm or warm[-1]["step"] <= warm[0]["step"]:
         return None
     first, last = warm[0], warm[-1]
@@ -72,80 +84,91 @@ def measure(folder: Path) -> Terms | None:
     logged = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
     logged = [row for row in logged if first["step"] <= row["step"] <= last["step"]]
     saves = last["saves"] - first["saves"]
-    slow = [row for row in logged if "slowest_process" in row]
+    slow = [row for row in logged if "slowest_process_excess_s" in row]
+    peaks = [row["device_peak_bytes"] for row in logged if "device_peak_bytes" in row]
     return Terms(
         estimate_s=sum(map(spent, ("step", "device", "data"))) / steps,
         device_s=spent("device") / steps,
         host_s=spent("step") / steps,
         data_s=spent("data") / steps,
         save_s=spent("save") / saves if saves else None,
-        slow_process_s=_median([row["slowest_process_s"] for row in slow]),
-        slowest=int(_median([row["slowest_process"] for row in slow])) if slow else None,
+        slow_process_s=median(row["slowest_process_excess_s"] for row in slow) if slow else 0.0,
+        slowest=int(mode(row["slowest_process"] for row in slow)) if slow else None,
         compiles=(last.get("compiles", 0) - first.get("compiles", 0)) / steps,
-        memory_bytes=max((row.get("device_peak_bytes", row.get("rss_bytes", 0.0)) for row in logged), default=None),
+        memory_bytes=max(peaks or (row["rss_bytes"] for row in logged if "rss_bytes" in row), default=None),
+        is_device_memory=bool(peaks),
         saves_per_step=saves / steps,
     )
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
-
-
 def read_plan(path: str) -> Terms:
-    """Reads the plan of one topology; raises ConfigError if there is none in the file."""
+    """Reads the plan of one topology, from a file or URL; raises ConfigError if there is none in it."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name a file of plan --json") from None
+        rows = json.loads(outputs.read_written(path))
+    except JaxinfraError as error:
+        raise ConfigError(f"{error}; name a file of plan --json") from None
     except ValueError:
         rows = None
     row = rows[0] if isinstance(rows, list) and len(rows) == 1 else None
-    if not isinstance(row, dict) or not isinstance(row.get("estimate_s"), float):
+    if not isinstance(row, dict) or not _is_plan(row):
         fix = f"write it by plan CONFIG --on TOPOLOGY --json {path}"
         raise ConfigError(f"{path}: has not the plan of one topology; {fix}")
-    return Terms(**{name: row[name] for name in Terms.__dataclass_fields__ if name in row})
+    values: dict[str, Any] = {name: row[name] for name in _FIELDS if name in row}
+    values.setdefault("source", f"{row['name']} on {row['topology']}" if "topology" in row else path)
+    return Terms(**values)
+
+
+def _is_plan(row: Mapping[str, Any]) -> bool:
+    """Whether the values of a row have the types of `Terms`, and a step takes time."""
+    names = _FIELDS - {"source", "is_device_memory"}
+    numbers = [value for name in names if (value := row.get(name)) is not None]
+    return all(map(is_number, [*numbers, row.get("estimate_s")])) and row["estimate_s"] > 0
 
 
 def values(terms: Terms, source: str) -> list[dict[str, Any]]:
     """Returns the contents of a plan that was measured on a run."""
-    return [{"measured_on": source, **asdict(terms)}]
+    return [asdict(replace(terms, source=source))]
 
 
 def verdict(found: Terms, plan: Terms) -> str:
-    """Returns one line: that a run is as planned, or which part is off, and by how much."""
-    excess = _excess(found, plan)
-    per_step_s, planned_s = (each.estimate_s + (each.save_s or 0.0) * found.saves_per_step for each in (found, plan))
-    if plan.save_s is None:
-        per_step_s = found.estimate_s
-    both = f"a step takes {format_step(per_step_s)}, planned {format_step(planned_s)}"
-    too_much = (found.memory_bytes or 0.0) - (plan.memory_bytes or float("inf"))
+    """Returns one line: that a run is as planned, or which part is off most, and by how much."""
+    takes_s, planned_s = found.estimate_s, plan.estimate_s
+    if plan.save_s is not None:
+        takes_s += (found.save_s or 0.0) * found.saves_per_step
+        planned_s += plan.save_s * found.saves_per_step
+    both = f"a step takes {format_step(takes_s)}, planned {format_step(planned_s)} ({plan.source})"
     memory = ""
-    if plan.memory_bytes and too_much > _MEMORY_TOLERANCE * plan.memory_bytes:
-        memory = f"; memory is off: {format_bytes(found.memory_bytes or 0)}, planned {format_bytes(plan.memory_bytes)}"
-    cause, seconds = max(excess.items(), key=lambda each: each[1])
-    if seconds < _TOLERANCE * planned_s:
-        if memory:
-            return f"{both}{memory}"
-        return f"as planned: {both}"
-    return f"{both}: {cause} {format_step(seconds)} more ({format_percent(seconds / planned_s)}){memory}"
+    if _needs_more(found, plan):
+        needed, planned = (format_bytes(each.memory_bytes or 0.0) for each in (found, plan))
+        memory = f"; memory is off: {needed}, planned {planned}"
+    cause, seconds = max(_excess(found, plan).items(), key=lambda each: each[1])
+    if max(seconds, takes_s - planned_s) >= _TOLERANCE * planned_s:
+        return f"{both}: {cause} {format_step(seconds)} more ({format_percent(seconds / planned_s)}){memory}"
+    return f"{both}{memory}" if memory else f"as planned: {both}"
+
+
+def _needs_more(found: Terms, plan: Terms) -> bool:
+    """Whether a run needs more memory than planned, of the same kind."""
+    if not plan.memory_bytes or not found.memory_bytes or plan.is_device_memory != found.is_device_memory:
+        return False
+    return found.memory_bytes > (1 + _MEMORY_TOLERANCE) * plan.memory_bytes
 
 
 def _excess(found: Terms, plan: Terms) -> Mapping[str, float]:
     """Returns what each part of a step takes beyond the plan, in seconds."""
-    total_s = found.estimate_s - plan.estimate_s
+    total_s, data_s = found.estimate_s - plan.estimate_s, found.data_s - plan.data_s
     saves_s = 0.0 if plan.save_s is None else ((found.save_s or 0.0) - plan.save_s) * found.saves_per_step
-    excess = {"waiting for data takes": found.data_s - plan.data_s, "saves stall it": saves_s}
+    excess = {"waiting for data takes": data_s, "saves stall it": saves_s}
     if found.compiles > plan.compiles + 0.5:
-        return {**excess, f"{found.compiles:.0f} programs are compiled in each: that takes": total_s}
+        return {**excess, f"{found.compiles:.0f} programs are compiled in each: that takes": total_s - data_s}
     slow_s = found.slow_process_s - plan.slow_process_s
-    rest_s = total_s - excess["waiting for data takes"]
-    if found.slowest is not None and slow_s > rest_s / 2:
-        return {**excess, f"process {found.slowest} is slow, all wait for it": rest_s}
-    if plan.host_s is None or found.host_s is None or plan.device_s is None or found.device_s is None:
-        return {**excess, "the devices take": rest_s}
+    if found.slowest is not None and slow_s > (total_s - data_s) / 2 > 0:
+        return {**excess, f"process {found.slowest} is slow, all wait for it": total_s - data_s}
+    # A plan for chips has the time of the devices alone.
+    devices_s, host_s = plan.device_s or plan.estimate_s, plan.host_s or 0.0
     devices = "the devices take" if found.slowest is None else "the devices, or the links between processes, take"
     return {
         **excess,
-        devices: found.device_s - plan.device_s,
-        "the host takes": found.host_s - plan.host_s,
+        devices: (found.device_s or 0.0) - devices_s,
+        "the host takes": (found.host_s or 0.0) - host_s,
     }

@@ -37,5 +37,5 @@ def due_after(step: int, run: Run, cadence: Cadence, profiler: Profiler, request
         profile=profiler.ends_after(step),
         evaluation=run.train.evaluates_after(step),
         replicas=every is not None and step % every == 0,
-        save="asked" if requests.saves_after(step) is not None else cadence.after(step),
+        save="asked" if requests.saves_after(step) is not None else cadence.due_after(step),
     )

@@ -46,7 +46,7 @@ class Loop:
     _: KW_ONLY
     check_owner: Callable[[], None]
     after_step: Callable[[Due, Metrics], None]
-    save: Callable[[], None]
+    save: Callable[[], object]
     _has_stepped: bool = field(default=False, init=False)
 
     def run(self, poll: Poll, last_step: int) -> str | None:

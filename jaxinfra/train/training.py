@@ -16,7 +16,7 @@ import jax
 
 from jaxinfra.config import Difference, fingerprint, write_record
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.errors import NonFiniteError, Preempted
+from jaxinfra.errors import ConfigError, NonFiniteError, Preempted
 from jaxinfra.failpoints import failpoint
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.machine.compile_cache import compile_cache
@@ -25,7 +25,7 @@ from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.goodput import GOODPUT_FILE
-from jaxinfra.track.planned import CHECKED_STEPS, Terms, measure, read_plan, verdict
+from jaxinfra.track.planned import CHECKED_STEPS, WARM_STEPS, Terms, measure, read_plan, verdict
 from jaxinfra.track.runs import parse_source
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.cadence import Cadence
@@ -172,6 +172,20 @@ def _accepted(job: Job, changed: Sequence[Difference], step: int) -> Mapping[str
     return {"step": step, "fields": fields}
 
 
+def _plan_of(job: Job, *, is_new: bool) -> Terms | None:
+    """Reads the plan of a run in process 0, if it has one; ConfigError if that fails, of an old run only a warning."""
+    path = job.run.track.plan
+    if path is None or not job.is_main:
+        return None
+    try:
+        return read_plan(path)
+    except ConfigError as error:
+        if is_new:
+            raise
+        _log.warning("track.plan=%s; the steps are not compared with it", error)
+        return None
+
+
 class Training:
     """The steps from a checkpoint, or from the start of the run, to the last one.
 
@@ -208,7 +222,7 @@ class Training:
             job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
         self._reporting.interval.resume(restored.record)
-        self._plan = read_plan(job.run.track.plan) if job.run.track.plan is not None and job.is_main else None
+        self._plan = _plan_of(job, is_new=newest_step == 0)
         devices = job.program.mesh.size
         self._cadence = Cadence(job.run.checkpoint, step, devices, lambda every: job.peers.broadcast(every))
         self.loop = Loop(
@@ -280,23 +294,28 @@ class Training:
         if due.replicas:
             self._numerics.replicas.check(self.loop.completed_steps, self.loop.state)
         with self._phases("step" if due.save is None else "save"):
-            start_s = time.monotonic()
-            self._save(metrics, due.save)
-        if due.save == "checkpoint":
-            step_s, stall_s = self._phases.median_step_s(), time.monotonic() - start_s
-            if (line := self._cadence.saved(self.loop.completed_steps, stall_s, step_s)) is not None:
+            stalled_s = self._phases.seconds()["save"]
+            saved = self._save(metrics, due.save)
+        if due.save in ("asked", "checkpoint"):
+            step_s, stall_s = self._phases.median_step_s(), self._phases.seconds()["save"] - stalled_s
+            line = self._cadence.measured(self.loop.completed_steps, stall_s, step_s, saved=saved)
+            if line is not None:
                 self._trackers.log_note(self.loop.completed_steps, line)
-
-        if self._plan is not None and self.loop.completed_steps == (self._phases.start_step or 0) + CHECKED_STEPS:
+        if self._plan is not None:
             self._check_plan(self._plan)
 
     def _check_plan(self, plan: Terms) -> None:
-        """Says in one line whether the steps are as planned, if the ledger has enough of them."""
-        if (found := measure(self._job.run_dir.path)) is not None:
-            self._trackers.log_note(self.loop.completed_steps, f"plan: {verdict(found, plan)}")
+        """Says once in a line whether the steps are as planned."""
+        steps = self.loop.completed_steps - (self._phases.start_step or 0)
+        if steps in (WARM_STEPS, CHECKED_STEPS):
+            self._opened.watch.ledger.write()
+        if steps == CHECKED_STEPS and (found := measure(self._job.run_dir.path)) is not None:
+            self._trackers.log_note(self.loop.completed_steps, verdict(found, plan))
 
-    def _save(self, metrics: Metrics | None, what: Save | None) -> None:
+    def _save(self, metrics: Metrics | None, what: Save | None) -> bool:
         """Saves a checkpoint or a copy of the state; with None, only reports a save that has failed meanwhile.
+
+        Returns whether it has saved a checkpoint.
 
         A failed save is only logged unless somebody has asked for it (see `Saving`). Given the metrics of the last
         step, it raises NonFiniteError instead of saving a state that is not finite.
@@ -304,7 +323,7 @@ class Training:
         step, state = self.loop.completed_steps, self.loop.state
         if what is not None:
             if self._numerics.guard.skipped and what != "asked":
-                return  # if the run goes back, it must be to a checkpoint from before the skipped steps
+                return False  # if the run goes back, it must be to a checkpoint from before the skipped steps
             self._skipped.collect(step)  # before the checkpoint: a resume does not repeat its steps
             if metrics is not None:
                 self._numerics.require_finite(step, metrics)
@@ -313,8 +332,10 @@ class Training:
         record = self._record | history | {"evaluated": self._is_evaluated}
         new = self._eval_metrics if self._eval_step == step else {}
         new = {name.removeprefix("eval/"): value for name, value in new.items()}
-        if self._saving.save(step, state, record, what, metrics=new):
+        saved = self._saving.save(step, state, record, what, metrics=new)
+        if saved:
             self._trackers.log_save(step)
+        return saved
 
     def _stops(self) -> bool:
         """Whether the run stops after the last completed step, and all processes know it."""

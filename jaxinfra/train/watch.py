@@ -152,6 +152,7 @@ class Stragglers:
         slowest = max(range(len(own_s)), key=own_s.__getitem__)
         excess_s = own_s[slowest] - median(own_s[:slowest] + own_s[slowest + 1 :])
         self.metrics = {"slowest_process": float(slowest), "slowest_process_s": own_s[slowest]}
+        self.metrics["slowest_process_excess_s"] = excess_s
         is_slow = excess_s > max(self.SHARE * step_s, self.LEAST_S)
         suspect, self._suspect = self._suspect, slowest if is_slow else None
         if is_slow and suspect == slowest and slowest not in self._named:

@@ -42,6 +42,10 @@ PACKAGES = (
     *("families", "machine", "parity"),
 )
 """The packages from which programs follow: ring 1 (pyproject.toml), and what makes a config or a mesh."""
+HELPERS = ("conftest.py", "decoders.py", "tiny_run.py", "golden/proven.py", "golden/compiled.py")
+HELPERS += ("models/conftest.py", "train/conftest.py", "bench/__init__.py")
+"""Other files of the tests that the proven ones run."""
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "qwix", "numpy")
 RECORD = "RECORD_PARITY"
 """The environment variable with another file, into which tests that pass are recorded."""
 
@@ -90,14 +94,14 @@ def fingerprint(test: Path, programs: tuple[Program, ...], also: tuple[str, ...]
 
 @functools.cache
 def sources() -> str:
-    """Hashes the code of these packages and of the tests, without comments and docstrings, and the versions of JAX."""
+    """Hashes the code of these packages and tests, without comments and docstrings, and the versions of libraries."""
     package = TESTS.parent / "jaxinfra"
     files = [path for name in PACKAGES for path in sorted((package / name).rglob("*.py"))]
     files += [path for each in TESTED for path in sorted((TESTS / each).rglob("*.py")) or [TESTS / each]]
-    files += [*sorted((package.parent / "configs").glob("*.py")), TESTS / "conftest.py", TESTS / "decoders.py"]
+    files += [*sorted((package.parent / "configs").glob("*.py")), *(TESTS / name for name in HELPERS)]
     files += [*(path for paths in CODE.values() for path in paths)]
     texts = [(str(path.relative_to(package.parent)), code_of(path)) for path in files]
-    return hashlib.sha256(repr((texts, version("jax"), version("jaxlib"))).encode()).hexdigest()
+    return hashlib.sha256(repr((texts, [(name, version(name)) for name in LIBRARIES])).encode()).hexdigest()
 
 
 def code_of(path: Path) -> str:
@@ -137,8 +141,12 @@ def read(path: Path) -> dict[str, str]:
 
 def record_all() -> None:
     """Runs the tests, and records those that pass, or whose programs are still those that have passed."""
+    before = sources()
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, "proofs.json")
         words = ["-q", "-n", "2", *(str(TESTS / each) for each in TESTED)]
         subprocess.run([sys.executable, "-m", "pytest", *words], env={**os.environ, RECORD: str(new)}, check=True)
-        write_json(PROOFS, read(new) | {SOURCES: sources()})
+        sources.cache_clear()
+        if sources() != before:
+            raise SystemExit("the code has changed meanwhile; record again")
+        write_json(PROOFS, read(new) | {SOURCES: before})

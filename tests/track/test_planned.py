@@ -27,11 +27,12 @@ PLAN = Terms(
         ({"estimate_s": 0.2, "device_s": 0.19}, "links between processes 100.0 ms"),
         ({"estimate_s": 0.2, "device_s": 0.19, "slowest": None}, "devices take 100.0 ms"),
         ({"estimate_s": 0.2, "device_s": 0.19, "slow_process_s": 0.09}, "process 1 slow 100.0 ms"),
+        ({"estimate_s": 0.126, "device_s": 0.104, "data_s": 0.012}, "processes 14.0 ms"),
         ({"estimate_s": 0.2, "host_s": 0.11}, "host 100.0 ms"),
         ({"estimate_s": 0.4, "host_s": 0.31, "compiles": 1.0}, "1 programs compiled 300.0 ms"),
         ({"memory_bytes": 2e9}, "memory off 1.86 GiB 953.67 MiB"),
     ],
-    ids=["noise", "data", "save", "link", "device", "rank", "host", "recompile", "memory"],
+    ids=["noise", "data", "save", "link", "device", "rank", "a bit of all", "host", "recompile", "memory"],
 )
 def test_what_is_off_is_named(changed: dict[str, float], named: str) -> None:
     line = names(verdict(replace(PLAN, **changed), PLAN), named)
@@ -40,16 +41,22 @@ def test_what_is_off_is_named(changed: dict[str, float], named: str) -> None:
 
 def test_a_plan_for_chips_knows_neither_saves_nor_the_host() -> None:
     plan = Terms(estimate_s=0.1, memory_bytes=1e9)
-    assert "devices" in verdict(replace(PLAN, estimate_s=0.2, save_s=9.0, saves_per_step=0.1), plan)
+    found = replace(PLAN, estimate_s=0.2, device_s=0.19, save_s=9.0, saves_per_step=0.1)
+    names(verdict(found, plan), "devices 90.0 ms")
+    names(verdict(replace(found, device_s=0.1, host_s=0.1), plan), "host 100.0 ms")
+    assert "memory" not in verdict(replace(found, memory_bytes=2e9, is_device_memory=False), plan)
 
 
 def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(values(PLAN, "runs/x")))
-    assert read_plan(str(path)) == PLAN
+    assert read_plan(str(path)) == replace(PLAN, source="runs/x")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "[1]", '[{"estimate_s": 1.0}, {"estimate_s": 2.0}]'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "[1]", '[{"estimate_s": 0.0}]', '[{"estimate_s": 1.0, "data_s": "x"}]', '[{"estimate_s": 1}, {}]'],
+)
 def test_what_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
