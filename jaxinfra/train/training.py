@@ -307,10 +307,10 @@ class Training:
     def _check_plan(self, plan: Terms) -> None:
         """Says once in a line whether the steps are as planned."""
         steps = self.loop.completed_steps - (self._phases.start_step or 0)
-        if steps in (WARM_STEPS, CHECKED_STEPS):
+        if steps in (WARM_STEPS + 1, CHECKED_STEPS):  # a step is reported one late
             self._opened.watch.ledger.write()
         if steps == CHECKED_STEPS and (found := measure(self._job.run_dir.path)) is not None:
-            self._trackers.log_note(self.loop.completed_steps, verdict(found, plan))
+            self._trackers.log_note(self.loop.completed_steps, f"plan: {verdict(found, plan)}")
 
     def _save(self, metrics: Metrics | None, what: Save | None) -> bool:
         """Saves a checkpoint or a copy of the state; with None, only reports a save that has failed meanwhile.
