@@ -35,7 +35,8 @@ def test_a_late_batch_is_one_wait_for_the_watchdog() -> None:
         raise AssertionError("nothing is due without a batch")
 
     waiting = Waiting(made)
-    loop = Loop(unused, unused, 0, made, unused, waiting, unused, check_owner=no_call, after_step=no_call, save=no_call)
+    calls = {"check_owner": no_call, "after_step": no_call, "save": no_call}
+    loop = Loop(unused, unused, 0, made, unused, waiting, unused, unused, **calls)
     with pytest.raises(EnoughError):
         loop.run(poll, 5)
     assert [phase for phase, _ in seen] == ["step", "data", "data", "data"]
