@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{override}: {error}\n")
             else:
                 print("\n".join(plan_search.format_difference(plan, other, override)), end="\n\n")
-        rows.append(_values(plan) | {"cost": cost and asdict(cost)} | plan_search.values(results))
+        rows.append(_values(plan) | {"cost": cost and asdict(cost)} | plan_search.layout_rows(results))
     if not rows:
         raise ConfigError(f"--on {' --on '.join(options.on)}: the step fits none of them; see the lines above")
     if len(rows) > 1:
@@ -94,7 +94,7 @@ def _compare_run(options: argparse.Namespace) -> None:
     if options.fit is not None:
         if options.json is None:
             raise ConfigError(f"--fit {location}: needs a file for the plan; add --json plan.json")
-        outputs.write_json(options.json, planned.values(found, location))
+        outputs.write_json(options.json, planned.plan_rows(found, location))
         print(f"{location}: {format_step(found.estimate_s)} a step; wrote {options.json}")
         return
     path = options.plan or own

@@ -10,6 +10,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.remat import Named
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.aot import Compilation, compile_for
+from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.compiled_cache import users_compiler
 from jaxinfra.plan.estimate import plan_step
 from jaxinfra.plan.exam import Row, express, read_rows
@@ -67,7 +68,7 @@ def _compile(row: Row) -> tuple[Compilation, str]:
     try:
         return compile_for(run, topology, compiler=users_compiler()), ""
     except ConfigError as error:
-        if not isinstance(run.model, TransformerConfig) or run.model.remat != "full" or "GiB" not in str(error):
+        if not isinstance(run.model, TransformerConfig) or run.model.remat != "full" or TOO_LARGE not in str(error):
             raise
         model = replace(run.model, remat=Named(offload=("layer_input",)))
     return compile_for(replace(run, model=model), topology, compiler=users_compiler()), "layer inputs on the host"

@@ -51,16 +51,16 @@ def changed(run: Run, override: str) -> Run:
     return new
 
 
-def values(results: Sequence[Result]) -> dict[str, Any]:
-    """Returns what became of the layouts, for `--json`; {} without a search."""
+def layout_rows(results: Sequence[Result]) -> dict[str, Any]:
+    """Returns the plans and errors of all layouts, for `--json`; {} without a search."""
     rows = [{"overrides": each.layout.overrides, "error": each.error, "plan": each.plan} for each in results]
     return {"layouts": rows} if rows else {}
 
 
 def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Result]:
-    """Prints what became of each layout, and returns them, the fastest first; ConfigError if none fits.
+    """Prints the result for each layout, and returns them, the fastest first; ConfigError if none fits.
 
-    What the command line sets stays as it is.
+    Fields that the command line sets stay as they are.
     """
     found = layouts(run, topology, {override.path for override in read_overrides(options.overrides)})
     if not found:
@@ -130,9 +130,9 @@ def _print_table(results: Sequence[Result]) -> None:
     cells = [
         (
             str(number),
-            str(result.layout).partition(", accumulate")[0],
+            result.layout.mesh,
             str(result.layout.run.train.accumulate),
-            str(result.layout).rpartition("remat ")[2],
+            result.layout.remat,
             format_step(result.step_s),
             format_percent(plan["mfu"]),
             format_percent(plan["memory_bytes"] / plan["hbm_bytes"]),

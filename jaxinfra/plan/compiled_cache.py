@@ -25,11 +25,10 @@ from jaxinfra.plan.aot import CompiledProgram, Compiler, Memory
 from jaxinfra.run.compiler_options import OPTION_SETS
 from jaxinfra.storage.atomic import write_bytes_atomic
 
-_COMPILERS = (*("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"),)
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _FORMAT = 1  # of the entries
 _OLD_S = 30 * 24 * 3600.0  # entries that were not read for so long are deleted
-
 
 _log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from jaxinfra.models.remat import Named
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
+from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.estimate import rates_of
 from jaxinfra.plan.topology import Topology
 from jaxinfra.program import Program
@@ -27,7 +28,7 @@ from jaxinfra.run import Run
 from jaxinfra.train.statistics import per_device_bytes, step_flops
 
 MAX_RANKED, WAVE = 30, 4
-"""Layouts that are ranked, and those that are compiled before the results are looked at."""
+"""Layouts of which some are compiled, the most promising; and those that are compiled before results are looked at."""
 _REMAT = ("none", "dots_and_attention", "dots", "full")
 _RECOMPUTED = {"none": 0.0, "weights": 0.0, "dots_and_attention": 0.02, "dots": 0.06, "offload": 0.06, "full": 0.33}
 """Work that is done again, as a part of that of a step without remat."""
@@ -53,11 +54,19 @@ class Layout:
             words.append(f"model.remat={policy}")
         return tuple(words)
 
-    def __str__(self) -> str:
-        mesh = " x ".join(f"{axis} {n}" for axis, n in asdict(self.run.mesh).items() if n > 1) or "one device"
+    @property
+    def mesh(self) -> str:
+        """The mesh for people: its axes above 1."""
+        return " x ".join(f"{axis} {n}" for axis, n in asdict(self.run.mesh).items() if n > 1) or "one device"
+
+    @property
+    def remat(self) -> str:
+        """The remat policy for people; "-" for a model without one."""
         policy = getattr(self.run.model, "remat", "-")
-        shown = policy if isinstance(policy, str) else format_value(policy)
-        return f"{mesh}, accumulate {self.run.train.accumulate}, remat {shown}"
+        return policy if isinstance(policy, str) else format_value(policy)
+
+    def __str__(self) -> str:
+        return f"{self.mesh}, accumulate {self.run.train.accumulate}, remat {self.remat}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,7 @@ class Sketch:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of a layout: the plan as `plan --json` writes it, or the line that says why it has none."""
+    """The plan of a layout, as `plan --json` writes it, or the line that says why it has none."""
 
     layout: Layout
     plan: dict[str, Any] | None
@@ -96,7 +105,7 @@ class Result:
     @property
     def is_too_large(self) -> bool:
         """Whether it needs more memory than a device has."""
-        return "GiB" in self.error
+        return TOO_LARGE in self.error
 
 
 class Sketcher:
@@ -168,7 +177,7 @@ class Sketcher:
         return inputs, (1.6 if kept in ("none", "weights") else 1.0) * width * per_token
 
     def _step_s(self, run: Run, tokens: float, recomputed: float) -> float:
-        """Returns the time of a step: its compute, and what it waits for where nothing hides it."""
+        """Returns a rough time of a step, to rank layouts: compute, and transfers that it hides in part."""
         mesh, chip, accumulate = run.mesh, self._chip, run.train.accumulate
         rates = rates_of(chip)
         link = (chip.link_bytes_per_s or chip.network_bytes_per_s or 1e11) * rates.links

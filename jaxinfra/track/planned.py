@@ -28,10 +28,10 @@ _MEMORY_TOLERANCE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a step takes, in seconds on average; None is not known.
+    """The mean time of a step and of its parts, in seconds. None means that it is not known.
 
     Attributes:
-        source: what these are of, for people.
+        source: the run or the plan that these are of, for people.
         estimate_s: all of it, without saves.
         device_s: of it the loop waits for the devices, which compute and exchange data.
         host_s: of it the loop itself takes.
@@ -125,7 +125,7 @@ def _is_plan(row: Mapping[str, Any]) -> bool:
     return all(map(is_number, [*numbers, row.get("estimate_s")])) and row["estimate_s"] > 0
 
 
-def values(terms: Terms, source: str) -> list[dict[str, Any]]:
+def plan_rows(terms: Terms, source: str) -> list[dict[str, Any]]:
     """Returns the contents of a plan that was measured on a run."""
     return [asdict(replace(terms, source=source))]
 

@@ -58,7 +58,7 @@ def test_a_run_that_no_layout_holds() -> None:
 
 
 def test_no_layout_that_fits_is_left_out() -> None:
-    """What a layout holds at least is no more than the compiler has laid out for it."""
+    """The lower bound of the memory of a layout is at most the memory that the compiler lays out for it."""
     recorded = json.loads(LAYOUTS.read_text(encoding="utf-8"))
     assert len(recorded) >= 40 and {each["case"] for each in recorded} == {*CASES}
     for each in recorded:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.track.planned import Terms, measure, read_plan, values, verdict
+from jaxinfra.track.planned import Terms, measure, plan_rows, read_plan, verdict
 from tests.refusals import names, raises, refused
 from tests.tiny_run import Tiny, launch
 from tests.tiny_run import tiny as tiny
@@ -49,7 +49,7 @@ def test_a_plan_for_chips_knows_neither_saves_nor_the_host() -> None:
 
 def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(values(PLAN, "runs/x")))
+    path.write_text(json.dumps(plan_rows(PLAN, "runs/x")))
     assert read_plan(str(path)) == replace(PLAN, source="runs/x")
 
 

@@ -19,10 +19,15 @@ ROWS = [{"text": f"row {number} é" * 20, "n": number} for number in range(500)]
 
 @pytest.fixture
 def fresh_clients():
-    """Clears the clients that fsspec caches, which are connected to the server of another test."""
+    """Clears the clients that fsspec caches, which are connected to the server of another test, also of one before."""
+
+    def clear():
+        for kind in ("s3", "gs"):
+            fsspec.get_filesystem_class(kind).clear_instance_cache()
+
+    clear()
     yield
-    for kind in ("s3", "gs"):
-        fsspec.get_filesystem_class(kind).clear_instance_cache()
+    clear()
 
 
 @pytest.fixture
