@@ -13,5 +13,5 @@ def config() -> Run:
         data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=8192),
         mesh=MeshConfig(fsdp=64),
         optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=2000), peak_lr=3e-4),
-        train=TrainConfig(steps=100000, global_batch=128, eval_every=1000, eval_samples=1024, compiler="large_blocks"),
+        train=TrainConfig(steps=100000, global_batch=128, eval_every=1000, eval_samples=1024, compiler="overlap"),
     )

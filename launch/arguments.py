@@ -46,6 +46,11 @@ BENCHES = {
         "mesh.replica",
         parts=("replica", "fsdp"),
     ),
+    "verdicts": BenchmarkSpec(
+        summary="how often `plan --check` names what slows a run down: a link, files, a process, programs",
+        parts=("nothing", "link", "read", "write", "process", "compile"),
+        options=("pairs",),
+    ),
     "llama": BenchmarkSpec(
         summary="the step of Llama 3.1 8B compiled for 64 TPU v5p chips: memory and cycles, beside other results",
         parts=("full", "dots", "best"),

@@ -57,16 +57,6 @@ class Row:
     step_s: float
     tflops_per_s_per_chip: float | None
     split: str  # fit or test
-    compiler_flags: str
-
-    @property
-    def is_overlapped(self) -> bool:
-        """Whether the flags of the recipe have collectives run beside computation."""
-        return bool(
-            re.search(
-                r"async_all_gather=true|async_collective_fusion=true|offload_all_gather=true", self.compiler_flags
-            )
-        )
 
 
 def read_rows(path: str) -> list[Row]:
@@ -88,7 +78,6 @@ def _row(path: str, line: int, values: Mapping[str, str]) -> Row:
         tflops = values["tflops_per_s_per_chip"]
         return Row(
             **{name: values[name] for name in ("id", "model", "topology", "precision", "mesh", "remat", "split")},
-            compiler_flags=values["compiler_flags"],
             slices=int(values["slices"]),
             seq_len=int(values["seq_len"]),
             sequences_per_chip=float(values["sequences_per_chip"]),
@@ -111,7 +100,7 @@ def express(row: Row) -> tuple[Run, Topology]:
         data=TokenData(store="none", seq_len=row.seq_len),
         mesh=_mesh(row.mesh, topology.num_devices),
         precision=Precision(quantize="int8" if row.precision == "int8" else "none"),
-        train=TrainConfig(global_batch=round(row.sequences_per_chip * chips), compiler="large_blocks"),
+        train=TrainConfig(global_batch=round(row.sequences_per_chip * chips), compiler="overlap"),
     )
     return run, topology
 

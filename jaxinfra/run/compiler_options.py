@@ -19,10 +19,19 @@ OPTION_SETS: Mapping[OptionSet, Mapping[str, Options]] = {
     # An operation may use 64 MiB of vector memory for its blocks, four times the default: large matmuls get closer to
     # the peak FLOPS, and take longer to compile.
     "large_blocks": {"tpu": {"xla_tpu_scoped_vmem_limit_kib": 64 * 1024}},
-    # Overlaps collectives with computation; loops over layers are unrolled by two, so that the weights of a layer are
-    # gathered during the computation of the one before.
+    # Overlaps collectives with computation. On GPUs loops over layers are unrolled by two, so that the weights of a
+    # layer are gathered during the computation of the one before. On TPUs the sparse cores gather and sum, while the
+    # matrix units compute, and blocks are larger yet than those of `large_blocks`, which v6e gains from.
     "overlap": {
-        "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_while_loop_double_buffering": True}
+        "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_while_loop_double_buffering": True},
+        "tpu": {
+            "xla_tpu_scoped_vmem_limit_kib": 96 * 1024,
+            "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+            "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,  # along two dimensions of the torus
+            "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+            "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+            "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+        },
     },
 }
 

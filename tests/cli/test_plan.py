@@ -37,7 +37,6 @@ ON = ("--on", "v5e:2x4", "mesh.fsdp=-1")
 ROW = Row(
     id="one", model="tiny", topology="v5e:2x4", slices=1, seq_len=128, sequences_per_chip=1, precision="bf16",
     mesh="fsdp=8", remat="full", step_s=0.001, tflops_per_s_per_chip=1.0, split="fit",
-    compiler_flags="--xla_enable_async_all_gather=true",
 )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def test_an_exam(tmp_path: Path) -> None:
 
 def test_rows_are_read_or_refused(tmp_path: Path) -> None:
     (row,) = read_rows(str(write(tmp_path / "rows.csv", {"tflops_per_s_per_chip": ""})))
-    assert row.tflops_per_s_per_chip is None and row.is_overlapped
+    assert row.tflops_per_s_per_chip is None
     with raises(ConfigError, "--exam line 2 fast a number"):
         read_rows(str(write(tmp_path / "rows.csv", {"step_s": "fast"})))
     (tmp_path / "rows.csv").write_text("id,model\n", encoding="utf-8")

@@ -95,7 +95,7 @@ TOPOLOGIES = {
     "gemma2_2b": ("v6e:4x4",),
     "gpt2_124m": ("h100:1x8", "model.attention_kernel=xla"),  # tests have no cuDNN
     "llama3_70b": ("2xv5p:4x4x8",),
-    "llama3_8b": ("v5p:4x4x4", "train.compiler=default"),  # large_blocks takes three times as long to compile
+    "llama3_8b": ("v5p:4x4x4", "train.compiler=default"),  # overlap takes three times as long to compile
     "llama3_8b_128k": ("v5p:4x4x4",),
     # Without cuDNN attention makes whole matrices, so the sequences are short.
     "llama3_8b_h100": ("h100", "model.attention_kernel=xla", "data.seq_len=1024", "train.compiler=default"),

@@ -163,6 +163,6 @@ def test_gpu_compiler_applies_option_set() -> None:
 
 
 def test_option_set_of_another_platform_is_an_error() -> None:
-    with raises(ConfigError, "train.compiler=overlap: gpu, tpu; use train.compiler=large"):
-        compiler_options("overlap", "tpu")
-    assert compiler_options("overlap", "cpu") == {}
+    with raises(ConfigError, "train.compiler=large_blocks: tpu gpu; use train.compiler=overlap"):
+        compiler_options("large_blocks", "gpu")
+    assert compiler_options("large_blocks", "cpu") == {}
