@@ -1,8 +1,10 @@
 """`python -m launch plan --exam ROWS.csv`: predicts published step times, and says how far off the predictions are."""
 
 import argparse
+import itertools
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +18,8 @@ from jaxinfra.plan.estimate import plan_step
 from jaxinfra.plan.exam import Row, express, read_rows
 from jaxinfra.storage import outputs
 from jaxinfra.track.formatting import format_percent
+
+_REPEATS = 0.06  # by which published repeats of one config differ
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,6 +38,9 @@ def run(options: argparse.Namespace) -> None:
     for split in ("fit", "test"):
         for key, name in (("error", "plan"), ("constant_error", "a constant TFLOP/s of each chip")):
             print(_summary([each for each in results if each["split"] == split], split, key, name))
+    right, pairs = order(results)
+    if pairs:
+        print(f"order of rows of one model and chip, by tokens a second and chip: right in {right} of {pairs} pairs")
     expressed = sum("plan_s" in each for each in results)
     print(f"{expressed} of {len(results)} rows are expressed")
     outputs.write_json(options.json, results)
@@ -48,8 +55,29 @@ def constant_tflops(rows: Sequence[Row]) -> dict[str, float]:
     return {chip: statistics.mean(found) for chip, found in by_chip.items()}
 
 
+def order(results: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Returns in how many pairs of rows of one model and chip the plan has the faster one right, and all such pairs.
+
+    Pairs whose published speeds differ by less than repeats of one config do (`_REPEATS`) have no order.
+    """
+    planned = [each for each in results if "plan_s" in each]
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(planned, 2)
+        if one["kind"] == other["kind"] and abs(math.log(_ratio(one, other, "published_s"))) > math.log(1 + _REPEATS)
+    ]
+    right = sum((_ratio(*pair, "published_s") > 1) == (_ratio(*pair, "plan_s") > 1) for pair in pairs)
+    return right, len(pairs)
+
+
+def _ratio(one: Mapping[str, Any], other: Mapping[str, Any], seconds: str) -> float:
+    """Returns the ratio of the tokens a second and chip of two rows."""
+    return (one["chip_tokens"] / one[seconds]) / (other["chip_tokens"] / other[seconds])
+
+
 def _predict(row: Row, constant: float | None) -> dict[str, Any]:
     result: dict[str, Any] = {"id": row.id, "split": row.split, "published_s": row.step_s}
+    result |= {"kind": [row.model, row.topology.partition(":")[0]], "chip_tokens": row.seq_len * row.sequences_per_chip}
     if constant and row.tflops_per_s_per_chip:
         result["constant_s"] = row.step_s * row.tflops_per_s_per_chip / constant
         result["constant_error"] = result["constant_s"] / row.step_s - 1

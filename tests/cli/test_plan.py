@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxinfra.cli import plan_search
-from jaxinfra.cli.plan_exam import constant_tflops
+from jaxinfra.cli.plan_exam import constant_tflops, order
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.remat import Named
@@ -157,6 +157,18 @@ def test_an_exam(tmp_path: Path) -> None:
     assert one["constant_error"] == 0 and "gemma9-2b" in two["missing"] and "plan_s" not in two
     assert all(word in ended.out for word in ("gemma9-2b", "1 of 2 rows are expressed", "mean error"))
     refused(launch("plan", "--exam", str(rows), "--only", "four"), "--only four")
+
+
+def test_the_order_of_rows_of_one_model_and_chip() -> None:
+    """Three of other speeds, one that is too alike, one of another chip, and one that is not expressed."""
+    rows = [
+        {"kind": ["tiny", chip], "chip_tokens": tokens, "published_s": 1.0, "plan_s": plan_s}
+        for chip, tokens, plan_s in (("v5e", 100, 1.0), ("v5e", 200, 1.0), ("v5e", 300, 2.0), ("v5e", 101, 9.0))
+    ]
+    rows += [{**rows[0], "kind": ["tiny", "v6e"]}, {"kind": ["tiny", "v5e"], "chip_tokens": 1, "published_s": 1.0}]
+    assert order(rows[:2]) == (1, 1) and order(rows[:3]) == (2, 3)
+    assert order([rows[0], rows[3]]) == (0, 0) == order(rows[-2:])
+    assert order(rows) == (4, 5)
 
 
 def test_rows_are_read_or_refused(tmp_path: Path) -> None:
