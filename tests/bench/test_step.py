@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.arguments import BENCHES
-from tests.bench import llama, parallel, slices
+from tests.bench import llama, parallel, slices, verdicts
 from tests.bench.commands import WorkerError, call_in_process, run_command
 from tests.bench.step import CASES, COLUMNS, first_step_s
 from tests.bench.table import format_table, ratio_row
@@ -29,6 +29,7 @@ PARTS = {
     "step": CASES,
     "parallel": parallel.CASES,
     "slices": slices.CASES,
+    "verdicts": verdicts.WAYS,
     "llama": llama.CASES,
     "data": ("speed", "first", "memory"),
 }
