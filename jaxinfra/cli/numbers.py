@@ -14,7 +14,8 @@ def positive(option: str, example: str, *, unit: str = "") -> Callable[[str], fl
         except ValueError:
             number = 0.0
         if not 0.0 < number < float("inf"):
-            raise ConfigError(f"{option} {text}: expected a number above 0; use {option} {example}")
+            of = " of days" if unit == "d" else ""
+            raise ConfigError(f"{option} {text}: expected a number{of} above 0; use {option} {example}")
         return number
 
     return parse

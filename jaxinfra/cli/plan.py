@@ -26,7 +26,7 @@ from jaxinfra.storage import outputs
 from jaxinfra.track import planned
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step
-from jaxinfra.track.runs import local_files
+from jaxinfra.track.runs import local_files, no_run_error
 
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--devices {options.devices}: plan uses no devices; name the hardware with --on")
     if options.json is not None:
         outputs.check_writable(options.json)
+    _check_options(options)
     if options.exam is not None:
         from jaxinfra.cli import plan_exam
 
@@ -81,13 +82,27 @@ def run(options: argparse.Namespace) -> None:
     outputs.write_json(options.json, rows)
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that would be ignored."""
+    of_cost = ("deadline", "budget", "chip_hours_per_loss")
+    for needs, names in (("tokens", of_cost), ("check", ("plan",))):
+        for name in names:
+            if getattr(options, name) is not None and getattr(options, needs) is None:
+                option, example = f"--{name.replace('_', '-')}", "15e12" if needs == "tokens" else "runs/quickstart"
+                raise ConfigError(f"{option}: goes with --{needs}; add --{needs} {example}, or leave {option} out")
+    if options.check is not None and (options.fit is not None or options.json is not None):
+        other = "--fit" if options.fit is not None else "--json"
+        raise ConfigError(f"--check {options.check}: goes without {other}; use one of them")
+
+
 def _compare_run(options: argparse.Namespace) -> None:
     """Compares a run with its plan, or writes a plan with what the steps of a run take."""
     location = (options.fit or options.check).rstrip("/")
     with local_files(location) as folder:
         found = planned.measure(folder)
-        record = folder / RECORD_FILE
-        own = read_record(record)["config"].get("track", {}).get("plan") if record.exists() else None
+        if not (folder / RECORD_FILE).exists():
+            raise no_run_error(location)
+        own = read_record(folder / RECORD_FILE)["config"].get("track", {}).get("plan")
     if found is None:
         fix = f"name a run that has logged two steps or more after the first {planned.WARM_STEPS} of its last start"
         raise ConfigError(f"{location}: too few steps are logged; {fix}")
@@ -161,22 +176,33 @@ def format_plan(plan: StepPlan, host_mb_s: float | None = None) -> Iterator[str]
 
 def _cost_lines(options: argparse.Namespace, topology: Topology, cost: Cost) -> Iterator[str]:
     """Yields what all tokens take, and whether that is within the limits."""
-    days, hours = f"{cost.days:,.1f} days", f"{cost.chip_hours:,.0f} chip-hours"
+    days, hours = f"{_amount(cost.days)} days", f"{_amount(cost.chip_hours)} chip-hours"
     yield f"\n{options.tokens:,.0f} tokens: {cost.steps:,} steps, {days}, {hours}"
     if cost.goodput is not None:
-        days = f"{cost.spot_days:,.1f} days" if cost.spot_days else "it never ends"
+        days = f"{_amount(cost.spot_days)} days" if cost.spot_days else "it never ends"
         yield f"  spot, where chips are lost: goodput {format_percent(cost.goodput)}, {days}"
     for name, dollars in cost.dollars.items():
-        yield f"  {name.replace('_', ' '):10}  ${dollars:,.0f}"
+        yield f"  {name.replace('_', ' '):10}  ${_amount(dollars)}"
     if not cost.dollars:
-        yield f"  no price: {topology.chip.name} has no `dollars` in the file of --chips"
+        judged = "" if options.budget is None else ", so the budget is not judged"
+        yield f"  no price: {topology.chip.name} has no `dollars` in the file of --chips{judged}"
     if cost.kwh is not None:
-        yield f"  energy      {cost.kwh:,.0f} kWh, at {options.pue:g} times what the chips take"
+        yield f"  energy      {_amount(cost.kwh)} kWh, at {options.pue:g} times what the chips take"
     if options.deadline is not None and cost.days > options.deadline:
         more = cost.days / options.deadline
-        yield f"  too late: {options.deadline:g} days are the limit, so {more:.1f} times the chips would be needed"
-    if options.budget is not None and cost.dollars and min(cost.dollars.values()) > options.budget:
-        yield f"  too much: ${options.budget:,.0f} are the limit"
+        yield f"  too late: {options.deadline:g} days are the limit; it needs at least {more:.2g} times the chips"
+    if options.budget is not None and cost.dollars:
+        within = [name.replace("_", " ") for name, dollars in cost.dollars.items() if dollars <= options.budget]
+        limit = f"${_amount(options.budget)} are the limit"
+        if not within:
+            yield f"  too much: {limit}"
+        elif len(within) < len(cost.dollars):
+            yield f"  {limit}: enough for {' and '.join(within)} alone"
+
+
+def _amount(number: float) -> str:
+    """Formats days, hours, dollars or energy with three digits at least."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _print_comparison(rows: Sequence[dict[str, Any]]) -> None:
@@ -193,10 +219,10 @@ def _print_comparison(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['units_per_s']:,.0f}",
                 format_percent(row["memory_bytes"] / row["hbm_bytes"]),
                 row["binds"],
-                f"{cost['days']:,.1f}" if cost else "",
-                f"{cost['chip_hours']:,.0f}" if cost else "",
-                f"{min(dollars.values()):,.0f}" if dollars else "",
-                f"{cost['kwh']:,.0f}" if cost.get("kwh") is not None else "",
+                _amount(cost["days"]) if cost else "",
+                _amount(cost["chip_hours"]) if cost else "",
+                _amount(min(dollars.values())) if dollars else "",
+                _amount(cost["kwh"]) if cost.get("kwh") is not None else "",
             )
         )
     console = stdout_console()

@@ -37,7 +37,8 @@ def check_options(options: argparse.Namespace) -> None:
     if options.write is None:
         return
     if not options.search or len(options.on) > 1:
-        raise ConfigError(f"--write {options.write}: writes what --search finds for one topology; use --search")
+        fix = "name one --on" if options.search else "add --search"
+        raise ConfigError(f"--write {options.write}: writes what --search finds for one topology; {fix}")
     if Path(options.write).exists():
         raise ConfigError(f"--write {options.write}: is there already; name another file")
     outputs.check_writable(options.write)
@@ -62,12 +63,13 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
 
     Fields that the command line sets stay as they are.
     """
-    found = layouts(run, topology, {override.path for override in read_overrides(options.overrides)})
+    kept = {override.path for override in read_overrides(options.overrides)}
+    found = layouts(run, topology, kept)
     if not found:
-        raise ConfigError(
-            f"--search: {run.name} on {topology}: no layout has the fields that the command line sets, and a state "
-            "that fits its devices; set fewer fields, or use more chips"
-        )
+        where = f"--search: {run.name} on {topology}"
+        if kept and layouts(run, topology):
+            raise ConfigError(f"{where}: no layout has {' '.join(options.overrides)}; leave some of them out")
+        raise ConfigError(f"{where}: no layout has a state that fits its devices; use more chips, or a smaller model")
     jobs, limit = options.jobs or max(1, (usable_cores() or 1) // 2), min(options.limit, MAX_RANKED)
     print(f"{topology}: {len(found)} layouts may fit; compiling up to {limit}, {jobs} at a time, minutes for each")
     with TemporaryDirectory(prefix="jaxinfra-plans-") as folder, ThreadPoolExecutor(jobs) as pool:
@@ -90,10 +92,12 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
     if best.plan is None:
         raise ConfigError(f"--search: {run.name} on {topology}: none of {len(results)} layouts fits; {best.error}")
     _print_table(results)
-    print(f"\nThe fastest: {' '.join(best.layout.overrides)}\n")
+    of = f" of the {len(results)} that were compiled" if len(results) < len(found) else ""
+    print(f"\nThe fastest{of}: {' '.join(best.layout.overrides)}\n")
     if options.write is not None:
         text = source_code(best.layout.run, f"{run.name} with the fastest layout that plan has found for {topology}.")
         outputs.write_text(options.write, text)
+        print(f"wrote {options.write}\n")
     return results
 
 
@@ -153,6 +157,9 @@ def format_difference(plan: StepPlan, other: StepPlan, override: str) -> Iterato
     part = format_percent(abs(difference_s) / plan.estimate_s)
     word = "slower" if difference_s > 0 else "faster"
     yield f"{override}: {format_step(other.estimate_s)}, {1e3 * abs(difference_s):,.1f} ms or {part} {word}"
+    if other.samples != plan.samples:
+        more = format_percent(abs(other.units_per_s / plan.units_per_s - 1))
+        yield f"  {more} {'more' if other.units_per_s > plan.units_per_s else 'fewer'} tokens a second"
     causes = dict.fromkeys([*plan.parts, *other.parts])
     changes = {cause: other.parts.get(cause, 0.0) - plan.parts.get(cause, 0.0) for cause in causes}
     for cause, seconds in sorted(changes.items(), key=lambda change: -abs(change[1])):

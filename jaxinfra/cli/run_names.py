@@ -24,10 +24,11 @@ def resolve(options: argparse.Namespace) -> list[str]:
             return word
         runs = f"{len(found)} run{'s' * (len(found) > 1)} of this config with overrides"
         notes.append(f"{name}: taking {found[0]}, the newest of {runs}")
-        options.argv[options.argv.index(word)] = f"{found[0]}{at}{step}"  # for the processes that this one starts
+        if word in options.argv:
+            options.argv[options.argv.index(word)] = f"{found[0]}{at}{step}"  # for the processes that this one starts
         return f"{found[0]}{at}{step}"
 
-    for field in ("run_dir", "runs", "config", "left", "right"):
+    for field in ("run_dir", "runs", "config", "left", "right", "check", "fit"):
         if (value := getattr(options, field, None)) is not None:
             setattr(options, field, [*map(newest, value)] if isinstance(value, list) else newest(value))
     return notes

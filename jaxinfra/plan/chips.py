@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage.json_lines import is_number
 
 GIB = 2**30
 _GB = 10**9
 _TABLE = Path(__file__).with_name("chips.toml")
 _LINES = ("device_kind", "max_slice", "devices", "mxu", "tflops", "hbm_gib", "hbm_bytes", "hbm_gb_s")
 _LINES += ("ici_gb_s", "network_gb_s", "host", "watts", "dollars", "rates")
+_NUMBERS = ("devices", "hbm_gib", "hbm_bytes", "hbm_gb_s", "ici_gb_s", "network_gb_s", "watts")
 PRICES = ("on_demand", "committed", "spot")
 
 
@@ -38,6 +40,7 @@ class Chip:
     hbm_bytes: int
     peaks: Mapping[str, float] = field(hash=False)  # dense FLOP/s by dtype: bf16, int8, fp8
     clock_hz: float | None = None  # of the matrix units; None for GPUs: their compiler estimates no cycles
+    mxu_columns: int | None = None  # and rows of a matrix unit
     hbm_bytes_per_s: float | None = None
     link_bytes_per_s: float | None = None  # of one link of the chip, in one direction
     network_bytes_per_s: float | None = None  # between slices or hosts, in one direction
@@ -82,9 +85,21 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
             if line not in _LINES:
                 near = nearest(line, _LINES)
                 raise ConfigError(f"--chips {path}: {name}: no line {line}; use {near or ', '.join(_LINES)}")
-        if unknown := [price for price in row.get("dollars", {}) if price not in PRICES]:
-            raise ConfigError(f"--chips {path}: {name}: no price {unknown[0]}; use {', '.join(PRICES)}")
+        _check_row(path, name, row)
     return found
+
+
+def _check_row(path: str, name: str, row: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a line of a row whose value is of another kind, or a number that is none."""
+    where, prices = f"--chips {path}: {name}", row.get("dollars", {})
+    if not isinstance(prices, dict):
+        raise ConfigError(f"{where}: dollars = {prices}: expected prices by name; use dollars = {{ on_demand = 4.2 }}")
+    if unknown := [price for price in prices if price not in PRICES]:
+        raise ConfigError(f"{where}: no price {unknown[0]}; use {', '.join(PRICES)}")
+    single = {line: row[line] for line in _NUMBERS if line in row}
+    for line, value in {**single, **{f"dollars.{price}": value for price, value in prices.items()}}.items():
+        if not is_number(value) or value <= 0:
+            raise ConfigError(f"{where}: {line} = {value!r}: expected a number above 0; write no quotes, no unit")
 
 
 def _chip(name: str, row: Mapping[str, Any], path: str | None) -> Chip:
@@ -106,6 +121,7 @@ def _chip(name: str, row: Mapping[str, Any], path: str | None) -> Chip:
             hbm_bytes=(row["hbm_bytes"] if "hbm_bytes" in row else row["hbm_gib"] * GIB) // devices,
             peaks=peaks,
             clock_hz=peaks["bf16"] * devices / (mxu[0] * 2 * mxu[1] ** 2) if mxu else None,
+            mxu_columns=mxu[1] if mxu else None,
             hbm_bytes_per_s=per_s("hbm_gb_s", devices),
             link_bytes_per_s=per_s("ici_gb_s", 1),
             network_bytes_per_s=per_s("network_gb_s", devices),
@@ -115,7 +131,9 @@ def _chip(name: str, row: Mapping[str, Any], path: str | None) -> Chip:
             rates=row.get("rates", {}),
         )
     except KeyError as error:
-        raise ConfigError(f"--chips {path}: {name}: has no line {error.args[0]}; add it") from None
+        near = nearest(name, tomllib.loads(_TABLE.read_text(encoding="utf-8")))
+        fix = f"did you mean [{near}]? A new chip needs it" if near and near != name else "add it"
+        raise ConfigError(f"--chips {path}: {name}: has no line {error.args[0]}; {fix}") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"--chips {path}: {name}: a line has another type: {error}; see the built-in table") from None
 

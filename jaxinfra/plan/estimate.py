@@ -28,6 +28,7 @@ class StepPlan:
     topology: str
     mesh: Mapping[str, int]  # axes above 1
     devices: int
+    device_kind: str  # JAX's, or how it begins
     chips: int
     samples: int  # of a step, on all devices
     units_per_sample: int  # such as tokens
@@ -81,6 +82,7 @@ def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
         topology=str(topology),
         mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
         devices=topology.num_devices,
+        device_kind=chip.device_kind,
         chips=topology.num_devices // chip.devices_per_chip,
         samples=program.run.train.global_batch,
         units_per_sample=program.run.data.units_per_sample,
@@ -147,6 +149,8 @@ def attention_work(program: Program, chip: Chip) -> Attention | None:
             _, heads = attention
             # Kernels compute whole blocks, also where the mask hides half of one.
             keys = layer.mixer.visible_keys(model.hidden_size, seq_len) + splash_block(seq_len) / 2
-            flops += 2 * seq_len * keys * heads.num_heads * (heads.head_dim + heads.value_dim) / 2
+            # A matrix unit takes a head that is narrower than it for as long as one that fills it.
+            filled = sum(max(dim, chip.mxu_columns or 1) for dim in (heads.head_dim, heads.value_dim))
+            flops += 2 * seq_len * keys * heads.num_heads * filled / 2
     rows = run.train.global_batch / program.mesh.size
     return Attention(matmul_flops=flops * rows, peak_flops=chip.peak_flops)

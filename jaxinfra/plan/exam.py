@@ -19,7 +19,10 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra.run.compiler_options import OptionSet
 
+FUSED_BACKWARD = 7 / 9
+"""Matmuls of the scores' size in attention of the recipes, whose backward pass is one kernel, over those of ours."""
 _MODELS = {"deepseek3671b": "deepseek-v3", "llama417b16e": "llama-4-scout"}  # whose published names are others
 _AXES = {"data": "replica", "fsdp": "fsdp", "fsdp_transpose": "fsdp", "context": "context", "tensor": "tensor"}
 _TENSORS: Mapping[str, tuple[TensorName, ...]] = {
@@ -57,6 +60,13 @@ class Row:
     step_s: float
     tflops_per_s_per_chip: float | None
     split: str  # fit or test
+    compiler_flags: str
+
+    @property
+    def compiler(self) -> OptionSet:
+        """The set of options that is nearest to the flags of the recipe: whether sparse cores gather its weights."""
+        offloads = re.search(r"sparse_core_collective_offload_\w*all_gather=true", self.compiler_flags)
+        return "overlap" if offloads else "large_blocks"
 
 
 def read_rows(path: str) -> list[Row]:
@@ -74,10 +84,17 @@ def read_rows(path: str) -> list[Row]:
 
 
 def _row(path: str, line: int, values: Mapping[str, str]) -> Row:
+    if any(value is None for value in values.values()):
+        raise ConfigError(f"--exam {path}: line {line}: has fewer cells than the first line; add commas")
+    if values["split"] not in ("fit", "test"):
+        raise ConfigError(
+            f"--exam {path}: line {line}: split {values['split']}: expected fit or test; write one of them"
+        )
     try:
         tflops = values["tflops_per_s_per_chip"]
         return Row(
             **{name: values[name] for name in ("id", "model", "topology", "precision", "mesh", "remat", "split")},
+            compiler_flags=values["compiler_flags"],
             slices=int(values["slices"]),
             seq_len=int(values["seq_len"]),
             sequences_per_chip=float(values["sequences_per_chip"]),
@@ -92,7 +109,7 @@ def express(row: Row) -> tuple[Run, Topology]:
     """Returns the run of a row and its hardware; raises Unexpressed."""
     topology = parse_topology(f"{row.slices}x{row.topology}" if row.slices > 1 else row.topology)
     if row.precision not in ("", "bf16", "int8"):
-        raise Unexpressed(f"{row.precision}: matmuls in this precision, the gradients of weights, too")
+        raise Unexpressed(f"{row.precision}: matmuls in this precision, with gradients (there are bf16 and int8)")
     chips = topology.num_devices // topology.chip.devices_per_chip
     run = Run(
         name=row.id,
@@ -100,7 +117,7 @@ def express(row: Row) -> tuple[Run, Topology]:
         data=TokenData(store="none", seq_len=row.seq_len),
         mesh=_mesh(row.mesh, topology.num_devices),
         precision=Precision(quantize="int8" if row.precision == "int8" else "none"),
-        train=TrainConfig(global_batch=round(row.sequences_per_chip * chips), compiler="overlap"),
+        train=TrainConfig(global_batch=round(row.sequences_per_chip * chips), compiler=row.compiler),
     )
     return run, topology
 
@@ -133,7 +150,7 @@ def _mesh(text: str, num_devices: int) -> MeshConfig:
         sizes[_AXES[name]] = sizes.get(_AXES[name], 1) * int(size)
     rest, remainder = divmod(num_devices, math.prod(sizes.values()))
     if remainder or not sizes:
-        raise Unexpressed(f"{text}: a mesh of {num_devices} devices")
+        raise Unexpressed(f"{text}: a mesh of {num_devices} devices (such as fsdp={num_devices})")
     sizes["replica"] = sizes.get("replica", 1) * rest
     return MeshConfig(**{"fsdp": 1, **sizes})
 
@@ -150,7 +167,7 @@ def _remat(text: str) -> Remat:
         if place in kept:
             kept[place].extend(_TENSORS[name])
     if policy not in ("full", "custom") or (policy == "custom" and not places):
-        raise Unexpressed(f"remat {text or 'not stated'}: what is kept")
+        raise Unexpressed(f"remat {text or 'not stated'}: what is kept (such as full, or custom: context=device)")
     if not any(kept.values()):
         return "full"
     return Named(save=tuple(dict.fromkeys(kept["device"])), offload=tuple(dict.fromkeys(kept["offload"])))

@@ -36,7 +36,7 @@ class Rates:
     """The rates that units reach in practice, fitted to published step times (docs/plan.md)."""
 
     compute: float = 1.0  # time of operations, as a multiple of the compiler's estimate
-    attention: float = 0.5  # FLOP/s of attention kernels, as a part of the peak
+    attention: float = 0.5  # FLOP/s of attention kernels, as a part of the peak, for heads that fill a matrix unit
     links: float = 0.8  # bandwidth of collectives, as a part of that of the links
     host_bytes_per_s: float = 50e9  # between a device and its host, in each direction
 

@@ -4,6 +4,7 @@ A plan is a file of `plan CONFIG --on TOPOLOGY --json FILE`, for chips, or of `p
 a run that nothing disturbed.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +12,8 @@ from pathlib import Path
 from statistics import median, mode
 from typing import Any
 
+from jaxinfra.config import read_record
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.json_lines import is_number, read_json_lines
@@ -43,6 +46,8 @@ class Terms:
         memory_bytes: of a device, or of the first process where devices do not tell.
         is_device_memory: whether it is of a device.
         saves_per_step: saves, of copies too, that are begun in a step.
+        devices: how many there are.
+        device_kind: their kind, by JAX, or how it begins.
     """
 
     source: str = ""
@@ -57,6 +62,8 @@ class Terms:
     memory_bytes: float | None = None
     is_device_memory: bool = True
     saves_per_step: float = 0.0
+    devices: int | None = None
+    device_kind: str = ""
 
 
 _FIELDS = frozenset(each.name for each in fields(Terms))
@@ -85,6 +92,11 @@ def measure(folder: Path) -> Terms | None:
     logged = [row for row in logged if first["step"] <= row["step"] <= last["step"]]
     saves = last["saves"] - first["saves"]
     slow = [row for row in logged if "slowest_process_excess_s" in row]
+    # Of steps alone: a save or an evaluation compiles when it is first run.
+    of_steps = [(one, two) for one, two in itertools.pairwise(warm) if two["step"] > one["step"]]
+    compiles = sum(two.get("compiles", 0) - one.get("compiles", 0) for one, two in of_steps)
+    record = folder / RECORD_FILE
+    hardware = read_record(record).get("devices", {}) if record.exists() else {}
     peaks = [row["device_peak_bytes"] for row in logged if "device_peak_bytes" in row]
     return Terms(
         estimate_s=sum(map(spent, ("step", "device", "data"))) / steps,
@@ -94,10 +106,12 @@ def measure(folder: Path) -> Terms | None:
         save_s=spent("save") / saves if saves else None,
         slow_process_s=median(row["slowest_process_excess_s"] for row in slow) if slow else 0.0,
         slowest=int(mode(row["slowest_process"] for row in slow)) if slow else None,
-        compiles=(last.get("compiles", 0) - first.get("compiles", 0)) / steps,
+        compiles=compiles / steps,
         memory_bytes=max(peaks or (row["rss_bytes"] for row in logged if "rss_bytes" in row), default=None),
         is_device_memory=bool(peaks),
         saves_per_step=saves / steps,
+        devices=hardware.get("count"),
+        device_kind=hardware.get("kind", ""),
     )
 
 
@@ -106,12 +120,13 @@ def read_plan(path: str) -> Terms:
     try:
         rows = json.loads(outputs.read_written(path))
     except JaxinfraError as error:
-        raise ConfigError(f"{error}; name a file of plan --json") from None
+        what, _, _ = str(error).partition("; ")
+        raise ConfigError(f"{what}; name a file of plan --json") from None
     except ValueError:
         rows = None
     row = rows[0] if isinstance(rows, list) and len(rows) == 1 else None
     if not isinstance(row, dict) or not _is_plan(row):
-        fix = f"write it by plan CONFIG --on TOPOLOGY --json {path}"
+        fix = "name a file that plan CONFIG --on TOPOLOGY --json FILE has written"
         raise ConfigError(f"{path}: has not the plan of one topology; {fix}")
     values: dict[str, Any] = {name: row[name] for name in _FIELDS if name in row}
     values.setdefault("source", f"{row['name']} on {row['topology']}" if "topology" in row else path)
@@ -120,7 +135,7 @@ def read_plan(path: str) -> Terms:
 
 def _is_plan(row: Mapping[str, Any]) -> bool:
     """Whether the values of a row have the types of `Terms`, and a step takes time."""
-    names = _FIELDS - {"source", "is_device_memory"}
+    names = _FIELDS - {"source", "is_device_memory", "device_kind"}
     numbers = [value for name in names if (value := row.get(name)) is not None]
     return all(map(is_number, [*numbers, row.get("estimate_s")])) and row["estimate_s"] > 0
 
@@ -132,6 +147,9 @@ def plan_rows(terms: Terms, source: str) -> list[dict[str, Any]]:
 
 def verdict(found: Terms, plan: Terms) -> str:
     """Returns one line: that a run is as planned, or which part is off most, and by how much."""
+    if _is_elsewhere(found, plan):
+        planned, is_of = (f"{each.devices} {each.device_kind}" for each in (plan, found))
+        return f"not comparable: the plan ({plan.source}) is of {planned}, this run of {is_of} devices"
     takes_s, planned_s = found.estimate_s, plan.estimate_s
     if plan.save_s is not None:
         takes_s += (found.save_s or 0.0) * found.saves_per_step
@@ -145,6 +163,13 @@ def verdict(found: Terms, plan: Terms) -> str:
     if max(seconds, takes_s - planned_s) >= _TOLERANCE * planned_s:
         return f"{both}: {cause} {format_step(seconds)} more ({format_percent(seconds / planned_s)}){memory}"
     return f"{both}{memory}" if memory else f"as planned: {both}"
+
+
+def _is_elsewhere(found: Terms, plan: Terms) -> bool:
+    """Whether a plan is of other hardware, or of more or fewer devices."""
+    if found.devices is None or plan.devices is None:
+        return False
+    return found.devices != plan.devices or not found.device_kind.startswith(plan.device_kind)
 
 
 def _needs_more(found: Terms, plan: Terms) -> bool:

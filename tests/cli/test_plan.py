@@ -37,6 +37,7 @@ ON = ("--on", "v5e:2x4", "mesh.fsdp=-1")
 ROW = Row(
     id="one", model="tiny", topology="v5e:2x4", slices=1, seq_len=128, sequences_per_chip=1, precision="bf16",
     mesh="fsdp=8", remat="full", step_s=0.001, tflops_per_s_per_chip=1.0, split="fit",
+    compiler_flags="--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
 )  # fmt: skip
 
 
@@ -95,7 +96,10 @@ def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
         (("--exam", "missing.csv"), "--exam missing.csv"),
         ((*ON, "--write", "best.py"), "--write best.py --search"),
         ((*ON, "--search", "--write", "{config}"), "--write {config} there"),
-        ((*ON, "--search", "--on", "v5e:2x2", "--write", "best.py"), "--write best.py one topology"),
+        ((*ON, "--search", "--on", "v5e:2x2", "--write", "best.py"), "--write best.py name one --on"),
+        ((*ON, "--search", "mesh.tensor=3"), "--search v5e:2x4 mesh.tensor=3 leave"),
+        ((*ON, "--deadline", "5h"), "--deadline 5h days 30d"),
+        ((*ON, "--budget", "5"), "--budget --tokens"),
         ((*ON, "--why", "mesh.tensr=2"), "mesh.tensr mesh.tensor"),
         ((*ON, "--search", "model.vocab_size=1073741824"), "--search v5e:2x4 state more chips"),
         (("--on", "v5e:2x4", "--devices", "cpu:8"), "--devices cpu:8 --on"),
@@ -174,12 +178,27 @@ def test_the_order_of_rows_of_one_model_and_chip() -> None:
 def test_rows_are_read_or_refused(tmp_path: Path) -> None:
     (row,) = read_rows(str(write(tmp_path / "rows.csv", {"tflops_per_s_per_chip": ""})))
     assert row.tflops_per_s_per_chip is None
+    assert (row.compiler, replace(row, compiler_flags="").compiler) == ("overlap", "large_blocks")
     with raises(ConfigError, "--exam line 2 fast a number"):
         read_rows(str(write(tmp_path / "rows.csv", {"step_s": "fast"})))
+    with raises(ConfigError, "--exam line 2 tset fit or test"):
+        read_rows(str(write(tmp_path / "rows.csv", {"split": "tset"})))
+    file = write(tmp_path / "rows.csv", {})
+    file.write_text(file.read_text().rpartition(",")[0] + "\n", encoding="utf-8")
+    with raises(ConfigError, "--exam line 2 fewer cells"):
+        read_rows(str(file))
     (tmp_path / "rows.csv").write_text("id,model\n", encoding="utf-8")
     with raises(ConfigError, "--exam no column topology"):
         read_rows(str(tmp_path / "rows.csv"))
     assert constant_tflops([ROW, row, ROW]) == {"v5e": 1.0}
+
+
+def test_the_row_of_the_page(repo_root: Path, tmp_path: Path) -> None:
+    page = (repo_root / "docs/plan.md").read_text(encoding="utf-8")
+    (tmp_path / "rows.csv").write_text(page[page.index("id,model,") :].partition("```")[0], encoding="utf-8")
+    (row,) = read_rows(str(tmp_path / "rows.csv"))
+    run, topology = express(row)
+    assert str(topology) == "v6e:4x4" and run.train.global_batch == 48 and run.train.compiler == "large_blocks"
 
 
 def test_rows_become_runs() -> None:

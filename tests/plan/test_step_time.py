@@ -2,15 +2,22 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.families.zoo import shape
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.collectives import Collective, CollectiveFinder
+from jaxinfra.plan.estimate import attention_work
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.plan.step_time import Attention, Cause, Rates, Spent, StepTimer
+from jaxinfra.program import Program
+from jaxinfra.run import Run, TrainConfig
 
 V5P = CHIPS["v5p"]
 RATES = Rates(compute=1.0, attention=0.5, links=1.0, host_bytes_per_s=1e9)
@@ -110,6 +117,17 @@ def test_copies_to_and_from_the_host_have_a_link_in_each_direction() -> None:
     found = spent(*lines)
     assert milliseconds(found.work) == {"host": 1000, "memory": 100}
     assert milliseconds(found.waits) == {"host": 400}
+
+
+def test_heads_that_do_not_fill_a_matrix_unit_take_as_long_as_those_that_do() -> None:
+    """Heads of 128 fill the units of v5p, and half of the rows and columns of those of v6e."""
+    model = replace(shape("llama-3.1-8b"), num_layers=1)
+    run = Run(name="one", model=model, data=TokenData(store="none", seq_len=8192), train=TrainConfig(global_batch=1))
+    program = cast(Program, SimpleNamespace(run=run, mesh=SimpleNamespace(size=1)))
+    v5p, v6e = (attention_work(program, CHIPS[name]) for name in ("v5p", "v6e"))
+    assert v5p is not None and v6e is not None
+    assert v5p.matmul_flops == pytest.approx(2 * 8192 * (8192 / 2 + 256) * 32 * 128, rel=1e-3)
+    assert v6e.matmul_flops == 2 * v5p.matmul_flops
 
 
 def test_kernels_of_attention_take_their_flops() -> None:

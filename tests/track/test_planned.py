@@ -47,6 +47,15 @@ def test_a_plan_for_chips_knows_neither_saves_nor_the_host() -> None:
     assert "memory" not in verdict(replace(found, memory_bytes=2e9, is_device_memory=False), plan)
 
 
+def test_a_plan_for_other_hardware_is_not_compared() -> None:
+    here = replace(PLAN, devices=1, device_kind="cpu")
+    assert verdict(here, here).startswith("as planned")
+    chips = replace(PLAN, devices=1, device_kind="TPU v5", source="one on v5p:1x1x1")
+    names(verdict(here, chips), "not comparable v5p:1x1x1 TPU cpu")
+    names(verdict(here, replace(here, devices=8)), "not comparable 8 cpu 1")
+    assert verdict(replace(chips, device_kind="TPU v5p"), chips).startswith("as planned")
+
+
 def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_rows(PLAN, "runs/x")))
@@ -66,8 +75,11 @@ def test_what_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_bad_words(tiny: Tiny, tmp_path: Path) -> None:
     for words, named in (
-        (("--check", str(tmp_path / "none")), f"{tmp_path}/none too few steps"),
-        (("--fit", str(tmp_path / "none")), f"{tmp_path}/none too few steps"),
+        (("--check", str(tmp_path / "none")), f"{tmp_path}/none no run.json"),
+        (("--fit", str(tmp_path / "none")), f"{tmp_path}/none no run.json"),
+        (("--check", "runs/a", "--json", "o.json"), "--check runs/a --json"),
+        (("--check", "runs/a", "--fit", "runs/b"), "--check runs/a --fit"),
+        (("--plan", "plan.json"), "--plan --check"),
     ):
         refused(launch("plan", *words), named)
 
