@@ -5,6 +5,7 @@
 
 import argparse
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -84,15 +85,20 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for an option that would be ignored."""
+    modes = [f"--{name}" for name in ("exam", "check", "fit") if getattr(options, name) is not None]
+    others = [f"--{name}" for name in ("on", "tokens", "search", "why") if getattr(options, name)]
+    if modes and modes + others != modes[:1]:
+        raise ConfigError(f"{modes[0]}: goes without {(modes + others)[1]}; use one of them")
+    if options.only and options.exam is None:
+        raise ConfigError("--only: goes with --exam; add --exam ROWS.csv, or leave --only out")
     of_cost = ("deadline", "budget", "chip_hours_per_loss")
     for needs, names in (("tokens", of_cost), ("check", ("plan",))):
         for name in names:
             if getattr(options, name) is not None and getattr(options, needs) is None:
                 option, example = f"--{name.replace('_', '-')}", "15e12" if needs == "tokens" else "runs/quickstart"
                 raise ConfigError(f"{option}: goes with --{needs}; add --{needs} {example}, or leave {option} out")
-    if options.check is not None and (options.fit is not None or options.json is not None):
-        other = "--fit" if options.fit is not None else "--json"
-        raise ConfigError(f"--check {options.check}: goes without {other}; use one of them")
+    if options.check is not None and options.json is not None:
+        raise ConfigError(f"--check {options.check}: goes without --json; leave it out")
 
 
 def _compare_run(options: argparse.Namespace) -> None:
@@ -189,8 +195,8 @@ def _cost_lines(options: argparse.Namespace, topology: Topology, cost: Cost) -> 
     if cost.kwh is not None:
         yield f"  energy      {_amount(cost.kwh)} kWh, at {options.pue:g} times what the chips take"
     if options.deadline is not None and cost.days > options.deadline:
-        more = cost.days / options.deadline
-        yield f"  too late: {options.deadline:g} days are the limit; it needs at least {more:.2g} times the chips"
+        more = math.ceil(10 * cost.days / options.deadline) / 10
+        yield f"  too late: {options.deadline:g} days are the limit; it needs at least {more:,.1f} times the chips"
     if options.budget is not None and cost.dollars:
         within = [name.replace("_", " ") for name, dollars in cost.dollars.items() if dollars <= options.budget]
         limit = f"${_amount(options.budget)} are the limit"
@@ -201,8 +207,8 @@ def _cost_lines(options: argparse.Namespace, topology: Topology, cost: Cost) -> 
 
 
 def _amount(number: float) -> str:
-    """Formats days, hours, dollars or energy with three digits at least."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    """Formats days, hours, dollars or energy with two decimals below 100, and with more below 0.1."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2f}" if number >= 0.1 else f"{number:.5f}"
 
 
 def _print_comparison(rows: Sequence[dict[str, Any]]) -> None:

@@ -14,8 +14,8 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.aot import Compilation, compile_for
 from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.compiled_cache import users_compiler
-from jaxinfra.plan.estimate import plan_step, rates_of
-from jaxinfra.plan.exam import FUSED_BACKWARD, Row, express, read_rows
+from jaxinfra.plan.estimate import plan_step
+from jaxinfra.plan.exam import Row, express, read_rows
 from jaxinfra.storage import outputs
 from jaxinfra.track.formatting import format_percent
 
@@ -85,21 +85,20 @@ def _predict(row: Row, constant: float | None) -> dict[str, Any]:
         compiled, note = _compile(row)
     except ConfigError as error:
         return result | {"missing": str(error)}
-    rates = rates_of(compiled.topology.chip)
-    plan = plan_step(compiled, replace(rates, attention=rates.attention / FUSED_BACKWARD))
+    plan = plan_step(compiled, fused_backward=True)
     error = plan.estimate_s / row.step_s - 1
     return result | {"plan_s": plan.estimate_s, "error": error, "binds": plan.binds, "note": note} | asdict(plan)
 
 
 def _compile(row: Row) -> tuple[Compilation, str]:
-    """Compiles the run of a row; one that does not fit overlaps more, or has its layer inputs on the host."""
+    """Compiles the run of a row; one that does not fit has its layer inputs on the host, or overlaps more."""
     run, topology = express(row)
     attempts = [(run, "")]
-    if run.train.compiler != "overlap":
-        attempts.append((replace(run, train=replace(run.train, compiler="overlap")), "by overlap"))
     if isinstance(run.model, TransformerConfig) and run.model.remat == "full":
         on_host = replace(run.model, remat=Named(offload=("layer_input",)))
         attempts.append((replace(run, model=on_host), "layer inputs on the host"))
+    if run.train.compiler != "overlap":
+        attempts.append((replace(run, train=replace(run.train, compiler="overlap")), "by overlap"))
     for attempt, note in attempts:
         try:
             return compile_for(attempt, topology, compiler=users_compiler()), note

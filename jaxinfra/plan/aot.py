@@ -258,7 +258,7 @@ def _compile(
         raise ConfigError(f"{where}: {out_of_memory(state_bytes, hbm_bytes, fix, ' for the train state')}")
     try:
         lowered = program.lower()
-        on_progress("compiling, if no cache has it: seconds for a small model, minutes for a large one, more on a busy machine")
+        on_progress("compiling, if no cache has it: seconds for a small model, minutes for a large one")
         return compiler(lowered, program, topology)
     except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
         held_bytes = state_bytes + per_device_bytes(jax.tree.leaves(program.params))  # with the sums of gradients

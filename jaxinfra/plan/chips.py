@@ -8,6 +8,7 @@ units was checked against the compiler's cycle estimate for the matmul of two 81
 clock the matmul runs at 0.70 (v6e) to 0.90 of peak FLOP/s.
 """
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ _GB = 10**9
 _TABLE = Path(__file__).with_name("chips.toml")
 _LINES = ("device_kind", "max_slice", "devices", "mxu", "tflops", "hbm_gib", "hbm_bytes", "hbm_gb_s")
 _LINES += ("ici_gb_s", "network_gb_s", "host", "watts", "dollars", "rates")
+_LISTS = {"max_slice": (int, None), "mxu": (int, 2), "host": (float, 2)}  # type and length of lists
+_RATES = ("compute", "attention", "links", "host_bytes_per_s")
 _NUMBERS = ("devices", "hbm_gib", "hbm_bytes", "hbm_gb_s", "ici_gb_s", "network_gb_s", "watts")
 PRICES = ("on_demand", "committed", "spot")
 
@@ -53,6 +56,13 @@ class Chip:
     def peak_flops(self) -> float:
         """Dense bfloat16 FLOP/s."""
         return self.peaks["bf16"]
+
+
+def chip_name(device_kind: str) -> str:
+    """Returns the name of the chip of a kind that JAX reports; the kind itself if there is no such row."""
+    rows = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
+    rows = rows or [chip for chip in CHIPS.values() if device_kind and chip.device_kind.startswith(device_kind)]
+    return max(rows, key=lambda chip: len(chip.device_kind)).name if rows else device_kind
 
 
 def load_chips(path: str | None = None) -> dict[str, Chip]:
@@ -96,10 +106,35 @@ def _check_row(path: str, name: str, row: Mapping[str, Any]) -> None:
         raise ConfigError(f"{where}: dollars = {prices}: expected prices by name; use dollars = {{ on_demand = 4.2 }}")
     if unknown := [price for price in prices if price not in PRICES]:
         raise ConfigError(f"{where}: no price {unknown[0]}; use {', '.join(PRICES)}")
+    for line, (kind, length) in _LISTS.items():
+        if line in row and not _is_list(row[line], kind, length):
+            what = f"{length} numbers" if length else "a list of numbers"
+            raise ConfigError(f"{where}: {line} = {row[line]!r}: expected {what} above 0; see the built-in table")
+    for line, names in (("tflops", ("bf16", "int8", "fp8")), ("rates", _RATES)):
+        values = row.get(line, {})
+        if not isinstance(values, dict) or not all(key in names and _is_positive(each) for key, each in values.items()):
+            fix = f"use numbers above 0 by {', '.join(names)}"
+            raise ConfigError(f"{where}: {line} = {values!r}: has another name or type; {fix}")
+    if not isinstance(row.get("device_kind", ""), str):
+        raise ConfigError(f"{where}: device_kind = {row['device_kind']!r}: expected a text; use JAX's device_kind")
     single = {line: row[line] for line in _NUMBERS if line in row}
     for line, value in {**single, **{f"dollars.{price}": value for price, value in prices.items()}}.items():
-        if not is_number(value) or value <= 0:
+        if not _is_positive(value):
             raise ConfigError(f"{where}: {line} = {value!r}: expected a number above 0; write no quotes, no unit")
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value) and 0 < value < math.inf
+
+
+def _is_list(value: object, kind: type, length: int | None) -> bool:
+    """Whether a value is a list of positive numbers of a kind, of a length if one is given."""
+    return (
+        isinstance(value, list)
+        and (length is None or len(value) == length)
+        and all(_is_positive(each) and isinstance(each, kind | int) for each in value)
+        and bool(value)
+    )
 
 
 def _chip(name: str, row: Mapping[str, Any], path: str | None) -> Chip:

@@ -3,8 +3,9 @@
 It reads the program that `compile_for` has compiled, which is the one that trains.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -72,11 +73,14 @@ class StepPlan:
         return next(iter(self.parts))
 
 
-def plan_step(compilation: Compilation, rates: Rates | None = None) -> StepPlan:
-    """Estimates the time of a compiled step; for GPUs, whose compiler estimates no cycles, by a roofline."""
+def plan_step(compilation: Compilation, *, fused_backward: bool = False) -> StepPlan:
+    """Estimates the time of a compiled step; for GPUs, whose compiler estimates no cycles, by a roofline.
+
+    `fused_backward` takes the backward pass of attention as if it were one kernel, as in others' programs.
+    """
     program, topology = compilation.program, compilation.topology
     chip = topology.chip
-    spent = time_step(compilation, rates or rates_of(chip))
+    spent = time_step(compilation, rates_of(chip), fused_backward=fused_backward)
     return StepPlan(
         name=program.run.name,
         topology=str(topology),
@@ -120,10 +124,13 @@ def rates_of(chip: Chip) -> Rates:
     return Rates(**chip.rates)
 
 
-def time_step(compilation: Compilation, rates: Rates) -> Spent:
+def time_step(compilation: Compilation, rates: Rates, *, fused_backward: bool = False) -> Spent:
     """Walks the compiled text."""
     topology, is_gpu = compilation.topology, compilation.topology.chip.platform == "cuda"
     coords = np.array([[each.process_index] if is_gpu else each.coords for each in compilation.devices])
+    attention = attention_work(compilation.program, topology.chip)
+    if attention is not None:
+        attention = replace(attention, fused_backward=fused_backward)
     timer = StepTimer(
         compilation.module,
         compilation.collectives,
@@ -131,7 +138,7 @@ def time_step(compilation: Compilation, rates: Rates) -> Spent:
         coords,
         topology.wrap,
         rates,
-        attention_work(compilation.program, topology.chip),
+        attention,
         topology.slices,
     )
     return timer.run()
@@ -149,8 +156,9 @@ def attention_work(program: Program, chip: Chip) -> Attention | None:
             _, heads = attention
             # Kernels compute whole blocks, also where the mask hides half of one.
             keys = layer.mixer.visible_keys(model.hidden_size, seq_len) + splash_block(seq_len) / 2
-            # A matrix unit takes a head that is narrower than it for as long as one that fills it.
-            filled = sum(max(dim, chip.mxu_columns or 1) for dim in (heads.head_dim, heads.value_dim))
+            # A matrix unit takes a head that does not fill it for as long as one that does.
+            columns = chip.mxu_columns or 1
+            filled = sum(columns * math.ceil(dim / columns) for dim in (heads.head_dim, heads.value_dim))
             flops += 2 * seq_len * keys * heads.num_heads * filled / 2
     rows = run.train.global_batch / program.mesh.size
     return Attention(matmul_flops=flops * rows, peak_flops=chip.peak_flops)

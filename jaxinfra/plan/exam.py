@@ -21,8 +21,6 @@ from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.run import Precision, Run, TrainConfig
 from jaxinfra.run.compiler_options import OptionSet
 
-FUSED_BACKWARD = 7 / 9
-"""Matmuls of the scores' size in attention of the recipes, whose backward pass is one kernel, over those of ours."""
 _MODELS = {"deepseek3671b": "deepseek-v3", "llama417b16e": "llama-4-scout"}  # whose published names are others
 _AXES = {"data": "replica", "fsdp": "fsdp", "fsdp_transpose": "fsdp", "context": "context", "tensor": "tensor"}
 _TENSORS: Mapping[str, tuple[TensorName, ...]] = {
@@ -73,26 +71,28 @@ def read_rows(path: str) -> list[Row]:
     """Reads a file of rows; raises ConfigError with the line that is wrong."""
     names, rows = [field.name for field in fields(Row)], list[Row]()
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if missing := [name for name in names if name not in (reader.fieldnames or ())]:
                 raise ConfigError(f"--exam {path}: no column {missing[0]}; expected {', '.join(names)}")
             rows.extend(_row(path, reader.line_num, each) for each in reader)
     except OSError as error:
         raise ConfigError(f"--exam {path}: {error.strerror}; name a CSV of published step times") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--exam {path}: is not UTF-8; save it as CSV in UTF-8") from None
     return rows
 
 
 def _row(path: str, line: int, values: Mapping[str, str]) -> Row:
-    if any(value is None for value in values.values()):
-        raise ConfigError(f"--exam {path}: line {line}: has fewer cells than the first line; add commas")
+    if None in values or None in values.values():
+        raise ConfigError(f"--exam {path}: line {line}: has more or fewer cells than the first line; check its commas")
     if values["split"] not in ("fit", "test"):
         raise ConfigError(
             f"--exam {path}: line {line}: split {values['split']}: expected fit or test; write one of them"
         )
     try:
         tflops = values["tflops_per_s_per_chip"]
-        return Row(
+        row = Row(
             **{name: values[name] for name in ("id", "model", "topology", "precision", "mesh", "remat", "split")},
             compiler_flags=values["compiler_flags"],
             slices=int(values["slices"]),
@@ -101,8 +101,12 @@ def _row(path: str, line: int, values: Mapping[str, str]) -> Row:
             step_s=float(values["step_s"]),
             tflops_per_s_per_chip=float(tflops) if tflops else None,
         )
+        for name in ("slices", "seq_len", "sequences_per_chip", "step_s"):
+            if not 0 < getattr(row, name) < math.inf:
+                raise ValueError(f"{name} {values[name]} is not above 0")
     except ValueError as error:
         raise ConfigError(f"--exam {path}: line {line}: {error}; write a number") from None
+    return row
 
 
 def express(row: Row) -> tuple[Run, Topology]:
@@ -117,7 +121,10 @@ def express(row: Row) -> tuple[Run, Topology]:
         data=TokenData(store="none", seq_len=row.seq_len),
         mesh=_mesh(row.mesh, topology.num_devices),
         precision=Precision(quantize="int8" if row.precision == "int8" else "none"),
-        train=TrainConfig(global_batch=round(row.sequences_per_chip * chips), compiler=row.compiler),
+        train=TrainConfig(
+            global_batch=round(row.sequences_per_chip * chips),
+            compiler=row.compiler if topology.chip.platform == "tpu" else "overlap",
+        ),
     )
     return run, topology
 
@@ -133,6 +140,8 @@ def _model(text: str) -> TransformerConfig:
     if not sizes:
         return model
     names = {"head_dim": "head_dim", "q_heads": "num_heads", "kv_heads": "num_kv_heads"}
+    if unknown := [key for key in sizes if key not in names]:
+        raise Unexpressed(f"{unknown[0]}: what a variant changes (there are {', '.join(names)})")
     layers = tuple(
         replace(layer, mixer=replace(layer.mixer, **{names[key]: size for key, size in sizes.items()}))
         for layer in model.layers
@@ -148,7 +157,7 @@ def _mesh(text: str, num_devices: int) -> MeshConfig:
         if name not in _AXES:
             raise Unexpressed(f"{name}: the mesh axis")
         sizes[_AXES[name]] = sizes.get(_AXES[name], 1) * int(size)
-    rest, remainder = divmod(num_devices, math.prod(sizes.values()))
+    rest, remainder = divmod(num_devices, math.prod(sizes.values()) or num_devices + 1)
     if remainder or not sizes:
         raise Unexpressed(f"{text}: a mesh of {num_devices} devices (such as fsdp={num_devices})")
     sizes["replica"] = sizes.get("replica", 1) * rest

@@ -47,6 +47,7 @@ class Attention:
 
     matmul_flops: float  # of one matmul of queries and keys, over all layers
     peak_flops: float
+    fused_backward: bool = False  # whether one kernel makes all gradients, with 5 matmuls in place of 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,8 @@ class StepTimer:
             for name in instruction.called_computations:
                 clock.add(self._run(named[name]))
         elif (kind := _attention_kernel(instruction)) is not None:
-            clock.compute("attention", _KERNEL_PASSES[kind] * self._seconds_of_pass)
+            fused = self._attention is not None and self._attention.fused_backward and kind in ("dkv", "dq")
+            clock.compute("attention", _KERNEL_PASSES[kind] * (5 / 7 if fused else 1) * self._seconds_of_pass)
         elif opcode == "custom-call" and instruction.name.startswith(_GROUPED):
             flops = _grouped_flops(computation, instruction)
             clock.compute("matmuls", flops / (_GROUPED_PART * self._chip.peak_flops) * self._rates.compute)

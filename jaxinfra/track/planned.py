@@ -15,6 +15,7 @@ from typing import Any
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.plan.chips import chip_name
 from jaxinfra.storage import outputs
 from jaxinfra.storage.json_lines import is_number, read_json_lines
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step
@@ -27,6 +28,7 @@ WARM_STEPS = 5
 """The first steps of a start, which compile and fill caches, do not count."""
 _TOLERANCE = 0.15  # of the planned time of a step
 _MEMORY_TOLERANCE = 0.1
+_STEP_PHASES = ("step", "device", "data", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +95,13 @@ def measure(folder: Path) -> Terms | None:
     saves = last["saves"] - first["saves"]
     slow = [row for row in logged if "slowest_process_excess_s" in row]
     # Of steps alone: a save or an evaluation compiles when it is first run.
-    of_steps = [(one, two) for one, two in itertools.pairwise(warm) if two["step"] > one["step"]]
-    compiles = sum(two.get("compiles", 0) - one.get("compiles", 0) for one, two in of_steps)
-    record = folder / RECORD_FILE
-    hardware = read_record(record).get("devices", {}) if record.exists() else {}
+    compiles = sum(
+        two.get("compiles", 0) - one.get("compiles", 0)
+        for one, two in itertools.pairwise(warm)
+        if two["step"] > one["step"] or _pauses_s(two) == _pauses_s(one)
+    )
+    hardware = read_record(folder / RECORD_FILE).get("devices") if (folder / RECORD_FILE).exists() else None
+    hardware = hardware if isinstance(hardware, dict) else {}
     peaks = [row["device_peak_bytes"] for row in logged if "device_peak_bytes" in row]
     return Terms(
         estimate_s=sum(map(spent, ("step", "device", "data"))) / steps,
@@ -115,6 +120,11 @@ def measure(folder: Path) -> Terms | None:
     )
 
 
+def _pauses_s(row: Mapping[str, Any]) -> float:
+    """Returns the seconds that a start has spent on all but steps."""
+    return sum(seconds for phase, seconds in row["seconds"].items() if phase not in _STEP_PHASES)
+
+
 def read_plan(path: str) -> Terms:
     """Reads the plan of one topology, from a file or URL; raises ConfigError if there is none in it."""
     try:
@@ -129,7 +139,7 @@ def read_plan(path: str) -> Terms:
         fix = "name a file that plan CONFIG --on TOPOLOGY --json FILE has written"
         raise ConfigError(f"{path}: has not the plan of one topology; {fix}")
     values: dict[str, Any] = {name: row[name] for name in _FIELDS if name in row}
-    values.setdefault("source", f"{row['name']} on {row['topology']}" if "topology" in row else path)
+    values.setdefault("source", f"{row.get('name')} on {row['topology']}" if "topology" in row else path)
     return Terms(**values)
 
 
@@ -137,7 +147,9 @@ def _is_plan(row: Mapping[str, Any]) -> bool:
     """Whether the values of a row have the types of `Terms`, and a step takes time."""
     names = _FIELDS - {"source", "is_device_memory", "device_kind"}
     numbers = [value for name in names if (value := row.get(name)) is not None]
-    return all(map(is_number, [*numbers, row.get("estimate_s")])) and row["estimate_s"] > 0
+    if not all(map(is_number, [*numbers, row.get("estimate_s")])) or row["estimate_s"] <= 0:
+        return False
+    return isinstance(row.get("device_kind", ""), str)
 
 
 def plan_rows(terms: Terms, source: str) -> list[dict[str, Any]]:
@@ -169,7 +181,7 @@ def _is_elsewhere(found: Terms, plan: Terms) -> bool:
     """Whether a plan is of other hardware, or of more or fewer devices."""
     if found.devices is None or plan.devices is None:
         return False
-    return found.devices != plan.devices or not found.device_kind.startswith(plan.device_kind)
+    return found.devices != plan.devices or chip_name(found.device_kind) != chip_name(plan.device_kind)
 
 
 def _needs_more(found: Terms, plan: Terms) -> bool:

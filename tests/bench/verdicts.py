@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import override
@@ -154,10 +154,11 @@ def _stopped_half_of_the_time(pid: int) -> Iterator[None]:
     ended = threading.Event()
 
     def stop() -> None:
-        while not ended.wait(_STOPPED_S):
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(_STOPPED_S)
-            os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it has ended
+            while not ended.wait(_STOPPED_S):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(_STOPPED_S)
+                os.kill(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=stop, name="stops")
     thread.start()
@@ -224,6 +225,8 @@ class Trials:
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """Judges runs of each way in turns, each by a plan that was measured a moment before."""
+    if options.overrides:
+        raise ConfigError(f"bench verdicts: {options.overrides[0]}: has a run of its own; leave overrides out")
     ways = {name: WAYS[name] for name in options.only or WAYS}
     if any(way.traced for way in ways.values()) and shutil.which("strace") is None:
         raise ConfigError("bench verdicts: needs strace, to slow system calls down; install it, or use --only link")

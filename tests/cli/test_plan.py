@@ -100,6 +100,8 @@ def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
         ((*ON, "--search", "mesh.tensor=3"), "--search v5e:2x4 mesh.tensor=3 leave"),
         ((*ON, "--deadline", "5h"), "--deadline 5h days 30d"),
         ((*ON, "--budget", "5"), "--budget --tokens"),
+        (("--exam", "rows.csv", "--tokens", "5"), "--exam --tokens"),
+        ((*ON, "--only", "a"), "--only --exam"),
         ((*ON, "--why", "mesh.tensr=2"), "mesh.tensr mesh.tensor"),
         ((*ON, "--search", "model.vocab_size=1073741824"), "--search v5e:2x4 state more chips"),
         (("--on", "v5e:2x4", "--devices", "cpu:8"), "--devices cpu:8 --on"),
@@ -183,9 +185,12 @@ def test_rows_are_read_or_refused(tmp_path: Path) -> None:
         read_rows(str(write(tmp_path / "rows.csv", {"step_s": "fast"})))
     with raises(ConfigError, "--exam line 2 tset fit or test"):
         read_rows(str(write(tmp_path / "rows.csv", {"split": "tset"})))
+    for values in ({"step_s": 0}, {"sequences_per_chip": "inf"}, {"seq_len": -5}):
+        with raises(ConfigError, f"--exam line 2 {next(iter(values))} above 0"):
+            read_rows(str(write(tmp_path / "rows.csv", values)))
     file = write(tmp_path / "rows.csv", {})
     file.write_text(file.read_text().rpartition(",")[0] + "\n", encoding="utf-8")
-    with raises(ConfigError, "--exam line 2 fewer cells"):
+    with raises(ConfigError, "--exam line 2 cells"):
         read_rows(str(file))
     (tmp_path / "rows.csv").write_text("id,model\n", encoding="utf-8")
     with raises(ConfigError, "--exam no column topology"):
@@ -221,6 +226,8 @@ def test_rows_become_runs() -> None:
     [
         ({"precision": "fp8_full"}, "fp8_full"),
         ({"mesh": "fsdp=3"}, "fsdp=3 8 devices"),
+        ({"mesh": "fsdp=0"}, "fsdp=0 8 devices"),
+        ({"model": "llama3.1-8b variant (headdim=256)"}, "headdim head_dim"),
         ({"mesh": "pipeline=8"}, "pipeline axis"),
         ({"remat": "custom"}, "custom what is kept"),
         ({"remat": "custom: moe=device"}, "moe=device tensor"),

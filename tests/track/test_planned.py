@@ -53,7 +53,10 @@ def test_a_plan_for_other_hardware_is_not_compared() -> None:
     chips = replace(PLAN, devices=1, device_kind="TPU v5", source="one on v5p:1x1x1")
     names(verdict(here, chips), "not comparable v5p:1x1x1 TPU cpu")
     names(verdict(here, replace(here, devices=8)), "not comparable 8 cpu 1")
-    assert verdict(replace(chips, device_kind="TPU v5p"), chips).startswith("as planned")
+    assert verdict(replace(chips, source=""), chips).startswith("as planned")
+    names(verdict(replace(chips, device_kind="TPU v5 lite"), chips), "not comparable lite")
+    h200 = replace(chips, device_kind="NVIDIA H200 141GB HBM3e")
+    assert verdict(replace(chips, device_kind="NVIDIA H200"), h200).startswith("as planned")
 
 
 def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
@@ -64,7 +67,16 @@ def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "[1]", '[{"estimate_s": 0.0}]', '[{"estimate_s": 1.0, "data_s": "x"}]', '[{"estimate_s": 1}, {}]'],
+    [
+        "",
+        "{}",
+        "[]",
+        "[1]",
+        '[{"estimate_s": 0.0}]',
+        '[{"estimate_s": 1.0, "data_s": "x"}]',
+        '[{"estimate_s": 1}, {}]',
+        '[{"estimate_s": 1.0, "device_kind": 3}]',
+    ],
 )
 def test_what_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
@@ -78,7 +90,7 @@ def test_bad_words(tiny: Tiny, tmp_path: Path) -> None:
         (("--check", str(tmp_path / "none")), f"{tmp_path}/none no run.json"),
         (("--fit", str(tmp_path / "none")), f"{tmp_path}/none no run.json"),
         (("--check", "runs/a", "--json", "o.json"), "--check runs/a --json"),
-        (("--check", "runs/a", "--fit", "runs/b"), "--check runs/a --fit"),
+        (("--check", "runs/a", "--fit", "runs/b"), "--check --fit"),
         (("--plan", "plan.json"), "--plan --check"),
     ):
         refused(launch("plan", *words), named)
