@@ -1,21 +1,17 @@
 """`python -m launch bench verdicts`: slows runs down in known ways, and counts how often `plan --check` names the way.
 
-A run has two processes, each on a host of its own (`slow_link`). Its plan is measured on one that nothing slows down.
-What slows the others down is real: packets that are late, system calls on files that take longer (strace), a process
-that is stopped for half of the time, a reader that compiles a new program for each batch.
+A run has one process, or two, each on a host of its own (`slow_link`). Its plan is measured on one that nothing slows.
+What slows the others down is real: packets that are late, files that are written slowly (strace delays the system
+calls), a reader that compiles a new program for each batch.
 """
 
 import argparse
-import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import override
@@ -40,16 +36,15 @@ COLUMNS: Columns = {
     "of": ("of", "{:.0f}"),
     "verdict": ("the last verdict", ""),
 }
-NOTE = "Each run on two hosts of one process, which are network namespaces"
+NOTE = "Runs of one process, or of two on hosts that are network namespaces (all but write)"
 _BITS_PER_S = 10e9
-_STOPPED_S = 0.05  # of twice as much
 _STEPS = 106
 _WORDS = (
     f"train.steps={_STEPS}",
     "train.global_batch=16",
     "train.eval_every=none",
     "data.seq_len=256",
-    "mesh.replica=2",
+    "mesh.replica=-1",
     "mesh.fsdp=1",
     "checkpoint.save_every=20",
     "checkpoint.keep_last=2",
@@ -87,9 +82,9 @@ class Way:
     Attributes:
         words: what the verdict has.
         link_delay_s: by which packets between the hosts are late.
-        traced: system calls that take longer, by `delay_s`; reads only those on files of the store.
+        traced: system calls that take longer, by `delay_s`.
         delay_s: of each of these.
-        stops: whether process 1 is stopped for half of the time.
+        hosts: of one process each.
         recompiles: whether the reader compiles a program for each batch.
     """
 
@@ -97,28 +92,25 @@ class Way:
     link_delay_s: float = 0.0
     traced: str = ""
     delay_s: float = 0.0
-    stops: bool = False
+    hosts: int = 1
     recompiles: bool = False
 
-    def prefix(self, store: Path) -> Sequence[str]:
-        """Returns the command before that of a run: strace, if system calls take longer."""
+    @property
+    def prefix(self) -> Sequence[str]:
+        """The command before that of a run: strace, if system calls take longer."""
         if not self.traced:
             return ()
         delay = f"inject={self.traced}:delay_enter={round(1e6 * self.delay_s)}"
-        reads = "read" in self.traced
-        paths = [word for path in store.rglob("*") if path.is_file() and reads for word in ("-P", str(path))]
-        quiet = ("-qqq", "-o", "/dev/null")
-        return ("strace", "-f", "--seccomp-bpf", *quiet, "-e", f"trace={self.traced}", "-e", delay, *paths)
+        return ("strace", "-f", "--seccomp-bpf", "-qqq", "-o", "/dev/null", "-e", f"trace={self.traced}", "-e", delay)
 
 
-SOUND = Way(words="as planned")
+_PLANS = {hosts: Way(words="as planned", hosts=hosts) for hosts in (1, 2)}
+"""The runs that plans are measured on, by number of hosts."""
 WAYS = {
-    "nothing": SOUND,
-    "link": Way(words="or the links between processes, take", link_delay_s=0.02),
-    "read": Way(words="waiting for data takes", traced="pread64", delay_s=0.05),
-    "write": Way(words="saves stall it", traced="fsync,fdatasync", delay_s=0.02),
-    "process": Way(words="process 1 is slow", stops=True),
-    "compile": Way(words="programs are compiled in each", recompiles=True),
+    "nothing": _PLANS[2],
+    "link": Way(words="or the links between processes, take", link_delay_s=0.005, hosts=2),
+    "write": Way(words="saves stall it", traced="fsync,fdatasync", delay_s=0.05),
+    "compile": Way(words="programs are compiled in each", hosts=2, recompiles=True),
 }
 """The ways, by names."""
 
@@ -148,27 +140,6 @@ class RecompiledTokens(TokenData):
         return dataset
 
 
-@contextmanager
-def _stopped_half_of_the_time(pid: int) -> Iterator[None]:
-    """Stops a process again and again, and lets it go on."""
-    ended = threading.Event()
-
-    def stop() -> None:
-        with suppress(ProcessLookupError):  # it has ended
-            while not ended.wait(_STOPPED_S):
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(_STOPPED_S)
-                os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=stop, name="stops")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 class Trials:
     """Runs in a folder that are slow in some way."""
 
@@ -178,10 +149,10 @@ class Trials:
         ended = self._harness.launch("data", "prepare", str(recipe), "--workers", "1")
         require(ended.code == 0, ended)
 
-    def plan(self) -> str:
+    def plan(self, hosts: int) -> str:
         """Trains a run that nothing slows down; returns the file of the plan that is measured on it."""
-        path = str(self._harness.folder / "plan.json")
-        with self._trained(SOUND) as location:
+        path = str(self._harness.folder / f"plan-{hosts}.json")
+        with self._trained(_PLANS[hosts]) as location:
             ended = self._harness.launch("plan", "--fit", location, "--json", path)
         require(ended.code == 0, ended)
         return path
@@ -200,20 +171,18 @@ class Trials:
         name, harness = f"run-{self._number}", self._harness
         config = harness.folder / f"config-{way.recompiles}.py"
         config.write_text(_CONFIG.format(recompiles=way.recompiles))
-        where = f"--coordinator={address_of(0)}:8476", "--of=2"
-        with SlowLink(delay_s=way.link_delay_s, bits_per_s=_BITS_PER_S) as link, ExitStack() as stack:
-            options = {
-                "config": config,
-                "prefix": way.prefix(harness.store),
-                "env": {SECRET: new_secret()},
-                "start": link.start,
-            }
-            children = [
-                stack.enter_context(harness.started(name, *_WORDS, *where, f"--process-id={index}", **options))
-                for index in (0, 1)
-            ]
-            if way.stops:
-                stack.enter_context(_stopped_half_of_the_time(children[1].pid))
+        several = [f"--coordinator={address_of(0)}:8476", f"--of={way.hosts}"] if way.hosts > 1 else []
+        env = {SECRET: new_secret()} if several else {}
+        with ExitStack() as stack:
+            start = None
+            if several:
+                link = stack.enter_context(SlowLink(delay_s=way.link_delay_s, bits_per_s=_BITS_PER_S))
+                start = link.start
+            children = []
+            for index in range(way.hosts):
+                where = [*several, f"--process-id={index}"] if several else []
+                options = {"config": config, "prefix": way.prefix, "env": env, "start": start}
+                children.append(stack.enter_context(harness.started(name, *_WORDS, *where, **options)))
             for ended in [*map(wait, children)]:
                 require(ended.code == 0, ended)
         location = harness.run(name).location
@@ -234,9 +203,9 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     with tempfile.TemporaryDirectory(prefix="jaxinfra-verdicts-", ignore_cleanup_errors=True) as folder:
         trials = Trials(Path(folder))
         for number in range(options.pairs):
-            plan = trials.plan()
+            plans = {hosts: trials.plan(hosts) for hosts in sorted({way.hosts for way in ways.values()})}
             for name, way in ways.items():
-                verdicts[name].append(trials.verdict(way, plan))
+                verdicts[name].append(trials.verdict(way, plans[way.hosts]))
             print(f"round {number + 1} of {options.pairs}", file=sys.stderr, flush=True)
     rows: list[TableRow] = [
         {

@@ -1,5 +1,6 @@
 import difflib
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -145,9 +146,12 @@ def test_option_set_type_lists_all_sets() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, of in OPTION_SETS.items() if "tpu" in of and name != "default"])
 def test_tpu_compiler_accepts_option_set(name: OptionSet) -> None:
-    """The budget of llama3_8b shows the effect of the set."""
+    """With `overlap` sparse cores gather the weights, which are large enough for it."""
+    texts: list[str] = []
     run = replace(SMALL, train=replace(SMALL.train, compiler=name))
-    assert compile_step(run, parse_topology(TPU)).traffic
+    assert compile_step(run, parse_topology(TPU), dump=texts.append).traffic
+    gathers = re.findall(r'all-gather\S*call-start = .*async_execution_thread="sparsecore"', texts[0])
+    assert bool(gathers) is (name == "overlap")
 
 
 H100 = parse_topology("h100:1x4")
