@@ -10,7 +10,8 @@ from jaxinfra.plan.estimate import StepPlan
 
 PLAN = StepPlan(
     name="demo", topology="v5p:4x4x4", mesh={"fsdp": 64}, devices=64, device_kind="TPU v5", chips=64,
-    samples=128, units_per_sample=8192, lower_s=3.0, estimate_s=3.6, upper_s=4.0, work={"matmuls": 3.0, "ICI": 1.0}, waits={"ICI": 0.6}, flops=1e17,
+    samples=128, units_per_sample=8192,
+    lower_s=3.0, estimate_s=3.6, upper_s=4.0, work={"matmuls": 3.0, "ICI": 1.0}, waits={"ICI": 0.6}, flops=1e17,
     peak_flops=459e12, memory_bytes=1, hbm_bytes=2, unknown_loops=(),
 )  # fmt: skip
 CHIP = replace(CHIPS["v5p"], watts=300.0, dollars={"on_demand": 4.0, "spot": 2.0})
