@@ -197,7 +197,8 @@ def _excess(found: Terms, plan: Terms) -> Mapping[str, float]:
     saves_s = 0.0 if plan.save_s is None else ((found.save_s or 0.0) - plan.save_s) * found.saves_per_step
     excess = {"waiting for data takes": data_s, "saves stall it": saves_s}
     if found.compiles > plan.compiles + 0.5:
-        return {**excess, f"{found.compiles:.0f} programs are compiled in each: that takes": total_s - data_s}
+        programs = "1 program is" if round(found.compiles) == 1 else f"{found.compiles:.0f} programs are"
+        return {**excess, f"{programs} compiled in each: that takes": total_s - data_s}
     slow_s = found.slow_process_s - plan.slow_process_s
     if found.slowest is not None and slow_s > (total_s - data_s) / 2 > 0:
         return {**excess, f"process {found.slowest} is slow, all wait for it": total_s - data_s}

@@ -1,8 +1,10 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.bench import verdicts
 from tests.bench.test_slices import refusal
 from tests.refusals import refused
 from tests.tiny_run import launch
@@ -14,6 +16,9 @@ def test_a_slow_link_is_named(repo_root: Path, tmp_path: Path, monkeypatch: pyte
     if reason := refusal():
         pytest.skip(reason)
     monkeypatch.chdir(repo_root)
+    monkeypatch.setattr(verdicts, "STEPS", 30)
+    # Late enough for a second a step, so that other work on this machine does not hide it.
+    monkeypatch.setitem(verdicts.WAYS, "link", replace(verdicts.WAYS["link"], link_delay_s=0.02))
     ended = launch("bench", "verdicts", "--only", "link", "--pairs", "1", "--json", str(tmp_path / "out.json"))
     assert ended.code == 0, ended
     found = json.loads((tmp_path / "out.json").read_text())

@@ -38,9 +38,8 @@ COLUMNS: Columns = {
 }
 NOTE = "Runs of one process, or of two on hosts that are network namespaces (all but write)"
 _BITS_PER_S = 10e9
-_STEPS = 106
+STEPS = 106  # of a run
 _WORDS = (
-    f"train.steps={_STEPS}",
     "train.global_batch=16",
     "train.eval_every=none",
     "data.seq_len=256",
@@ -77,7 +76,7 @@ def config() -> Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """What slows a run down, and the words of the verdict that name it.
+    """A way to slow a run down, and the words of the verdict that name it.
 
     Attributes:
         words: what the verdict has.
@@ -110,7 +109,7 @@ WAYS = {
     "nothing": _PLANS[2],
     "link": Way(words="or the links between processes, take", link_delay_s=0.005, hosts=2),
     "write": Way(words="saves stall it", traced="fsync,fdatasync", delay_s=0.05),
-    "compile": Way(words="programs are compiled in each", hosts=2, recompiles=True),
+    "compile": Way(words="compiled in each", hosts=2, recompiles=True),
 }
 """The ways, by names."""
 
@@ -173,6 +172,7 @@ class Trials:
         config.write_text(_CONFIG.format(recompiles=way.recompiles))
         several = [f"--coordinator={address_of(0)}:8476", f"--of={way.hosts}"] if way.hosts > 1 else []
         env = {SECRET: new_secret()} if several else {}
+        words = (f"train.steps={STEPS}", *_WORDS)
         with ExitStack() as stack:
             start = None
             if several:
@@ -182,7 +182,7 @@ class Trials:
             for index in range(way.hosts):
                 where = [*several, f"--process-id={index}"] if several else []
                 options = {"config": config, "prefix": way.prefix, "env": env, "start": start}
-                children.append(stack.enter_context(harness.started(name, *_WORDS, *where, **options)))
+                children.append(stack.enter_context(harness.started(name, *words, *where, **options)))
             for ended in [*map(wait, children)]:
                 require(ended.code == 0, ended)
         location = harness.run(name).location

@@ -29,7 +29,7 @@ PLAN = Terms(
         ({"estimate_s": 0.2, "device_s": 0.19, "slow_process_s": 0.09}, "process 1 slow 100.0 ms"),
         ({"estimate_s": 0.126, "device_s": 0.104, "data_s": 0.012}, "processes 14.0 ms"),
         ({"estimate_s": 0.2, "host_s": 0.11}, "host 100.0 ms"),
-        ({"estimate_s": 0.4, "host_s": 0.31, "compiles": 1.0}, "1 programs compiled 300.0 ms"),
+        ({"estimate_s": 0.4, "host_s": 0.31, "compiles": 1.0}, "1 program is compiled 300.0 ms"),
         ({"memory_bytes": 2e9}, "memory off 1.86 GiB 953.67 MiB"),
     ],
     ids=["noise", "data", "save", "link", "device", "rank", "a bit of all", "host", "recompile", "memory"],
