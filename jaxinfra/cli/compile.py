@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from jaxinfra.cli import config_argument
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine.chips import Chip, load_chips
 from jaxinfra.plan.aot import CompiledStep, compile_step
-from jaxinfra.plan.chips import Chip, load_chips
 from jaxinfra.plan.compile_errors import out_of_memory, suggest_fix
 from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run

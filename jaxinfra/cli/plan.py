@@ -16,8 +16,8 @@ from jaxinfra.command import command_line
 from jaxinfra.config import load_file, read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine.chips import load_chips
 from jaxinfra.plan.aot import compile_for
-from jaxinfra.plan.chips import load_chips
 from jaxinfra.plan.compiled_cache import users_compiler
 from jaxinfra.plan.cost import Cost, Losses, cost_of
 from jaxinfra.plan.estimate import StepPlan, plan_step

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxinfra.plan.chips import Chip
+from jaxinfra.machine.chips import Chip
 from jaxinfra.plan.estimate import StepPlan
 from jaxinfra.track.goodput import best_interval_s, expected_goodput
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfra.machine.chips import Chip
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block
 from jaxinfra.plan import roofline
 from jaxinfra.plan.aot import Compilation
-from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.step_time import CORES, Attention, Cause, Rates, Spent, StepTimer
 from jaxinfra.program import Program
 from jaxinfra.train.statistics import step_flops

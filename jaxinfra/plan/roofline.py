@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 
-from jaxinfra.plan.chips import Chip
+from jaxinfra.machine.chips import Chip
 from jaxinfra.plan.hlo import Computation, Instruction, array_dims
 
 LOWER, UPPER = 0.7, 1.5

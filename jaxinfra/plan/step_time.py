@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxinfra.plan.chips import Chip
+from jaxinfra.machine.chips import Chip
 from jaxinfra.plan.collectives import Collective, CollectiveFinder
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, Computation, HloModule, Instruction, array_dims
 from jaxinfra.plan.roofline import Roofline

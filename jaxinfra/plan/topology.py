@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine.chips import CHIPS, Chip
 from jaxinfra.packages import install_command
 from jaxinfra.parallel.mesh import Device
-from jaxinfra.plan.chips import CHIPS, Chip
 from jaxinfra.plan.slice_sizes import COUNTED_PER_CHIP, SLICES, nearest_sizes
 from jaxinfra.processes.signal_router import set_handlers
 

@@ -15,7 +15,7 @@ from typing import Any
 from jaxinfra.config import read_record
 from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.plan.chips import chip_name
+from jaxinfra.machine.chips import chip_name
 from jaxinfra.storage import outputs
 from jaxinfra.storage.json_lines import is_number, read_json_lines
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step

@@ -10,8 +10,8 @@ from importlib.metadata import version
 
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine.chips import GIB
 from jaxinfra.plan.aot import CompiledStep, compile_step
-from jaxinfra.plan.chips import GIB
 from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxinfra.plan.chips import CHIPS
+from jaxinfra.machine.chips import CHIPS
 from jaxinfra.plan.cost import Losses, cost_of
 from jaxinfra.plan.estimate import StepPlan
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxinfra.plan.chips import CHIPS
+from jaxinfra.machine.chips import CHIPS
 from jaxinfra.plan.collectives import CollectiveFinder
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.plan.roofline import Roofline

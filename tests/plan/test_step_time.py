@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.families.zoo import shape
-from jaxinfra.plan.chips import CHIPS
+from jaxinfra.machine.chips import CHIPS
 from jaxinfra.plan.collectives import Collective, CollectiveFinder
 from jaxinfra.plan.estimate import attention_work
 from jaxinfra.plan.hlo import HloModule

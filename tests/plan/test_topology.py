@@ -9,9 +9,9 @@ import pytest
 from jaxinfra import packages
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.machine.chips import CHIPS
 from jaxinfra.machine.peak_flops import PEAK_FLOPS
 from jaxinfra.packages import install_command
-from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.compile_errors import explain, suggest_fix
 from jaxinfra.plan.slice_sizes import SLICES
 from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices

@@ -17,7 +17,7 @@ from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.launchers.places import gce, tpu_vm
 from jaxinfra.launchers.places.google_cloud import located
 from jaxinfra.launchers.places.place import PlaceOptions, Resource
-from jaxinfra.plan.chips import CHIPS
+from jaxinfra.machine.chips import CHIPS
 from jaxinfra.plan.topology import Topology, parse_topology
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import fitted_table, print_table, stdout_console

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.plan.chips import CHIPS, load_chips
+from jaxinfra.machine.chips import CHIPS, load_chips
 from tests.refusals import raises
 
 
