@@ -47,8 +47,8 @@ BENCHES = {
         parts=("replica", "fsdp"),
     ),
     "verdicts": BenchmarkSpec(
-        summary="how often `plan --check` names what slows a run down: a link, files, programs",
-        parts=("nothing", "link", "write", "compile"),
+        summary="how often `plan --check` names what slows a run down: a link, files, a process, programs",
+        parts=("nothing", "link", "write", "rank", "compile"),
         options=("pairs",),
     ),
     "llama": BenchmarkSpec(

@@ -12,6 +12,8 @@ _PERF_METRICS = (
     "slowest_process",
     "slowest_process_s",
     "slowest_process_excess_s",
+    "slowest_devices",
+    "slowest_devices_slowdown",
 )
 _HOST_METRICS = ("open_files", "threads")
 

@@ -26,6 +26,8 @@ CHECKED_STEPS = 100
 """Steps of a start after which a run looks at its plan."""
 WARM_STEPS = 5
 """The first steps of a start, which compile and fill caches, do not count."""
+SLOW_DEVICES = 1.3
+"""Devices are slow if they take this many times as long for the same as the others' median."""
 _TOLERANCE = 0.15  # of the planned time of a step
 _MEMORY_TOLERANCE = 0.1
 _STEP_PHASES = ("step", "device", "data", "compile")
@@ -44,6 +46,8 @@ class Terms:
         save_s: for which a save stalls the loop.
         slow_process_s: for which the devices wait for the slowest process longer than for the others.
         slowest: the number of that process.
+        device_slowdown: how many times as long as those of the others the slowest devices of a process take.
+        slowest_devices: the number of that process.
         compiles: programs that are compiled in each step.
         memory_bytes: of a device, or of the first process where devices do not tell.
         is_device_memory: whether it is of a device.
@@ -60,6 +64,8 @@ class Terms:
     save_s: float | None = None
     slow_process_s: float = 0.0
     slowest: int | None = None
+    device_slowdown: float = 1.0
+    slowest_devices: int | None = None
     compiles: float = 0.0
     memory_bytes: float | None = None
     is_device_memory: bool = True
@@ -94,6 +100,7 @@ def measure(folder: Path) -> Terms | None:
     logged = [row for row in logged if first["step"] <= row["step"] <= last["step"]]
     saves = last["saves"] - first["saves"]
     slow = [row for row in logged if "slowest_process_excess_s" in row]
+    slowdowns = [row for row in logged if "slowest_devices_slowdown" in row]
     # Of steps alone: a save or an evaluation compiles when it is first run.
     compiles = sum(
         two.get("compiles", 0) - one.get("compiles", 0)
@@ -111,6 +118,8 @@ def measure(folder: Path) -> Terms | None:
         save_s=spent("save") / saves if saves else None,
         slow_process_s=median(row["slowest_process_excess_s"] for row in slow) if slow else 0.0,
         slowest=int(mode(row["slowest_process"] for row in slow)) if slow else None,
+        device_slowdown=median(row["slowest_devices_slowdown"] for row in slowdowns) if slowdowns else 1.0,
+        slowest_devices=int(mode(row["slowest_devices"] for row in slowdowns)) if slowdowns else None,
         compiles=compiles / steps,
         memory_bytes=max(peaks or (row["rss_bytes"] for row in logged if "rss_bytes" in row), default=None),
         is_device_memory=bool(peaks),
@@ -202,6 +211,8 @@ def _excess(found: Terms, plan: Terms) -> Mapping[str, float]:
     slow_s = found.slow_process_s - plan.slow_process_s
     if found.slowest is not None and slow_s > (total_s - data_s) / 2 > 0:
         return {**excess, f"process {found.slowest} is slow, all wait for it": total_s - data_s}
+    if found.slowest_devices is not None and found.device_slowdown > SLOW_DEVICES * plan.device_slowdown:
+        return {**excess, f"the devices of process {found.slowest_devices} compute slowly, all wait": total_s - data_s}
     # A plan for chips has the time of the devices alone.
     devices_s, host_s = plan.device_s or plan.estimate_s, plan.host_s or 0.0
     devices = "the devices take" if found.slowest is None else "the devices, or the links between processes, take"

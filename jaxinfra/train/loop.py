@@ -70,8 +70,11 @@ class Loop:
             self.completed_steps, self._has_stepped = step, True
             due = due_after(step, self.job.run, self.cadence, self.profiler, self.requests)
             self.reporting.dispatched(step, metrics, log=due.log)
-            if due.waits:
+            probes = self.reporting.stragglers.probes_after(step)
+            if due.waits or probes:
                 self.reporting.report_pending()
+            if probes:
+                self.reporting.stragglers.probe_devices(step)
             self.after_step(due, metrics)
             if (reason := self.requests.stops_after(step)) is not None:
                 return reason

@@ -19,6 +19,7 @@ class Reporting:
 
     Attributes:
         phases: the phases of the training.
+        stragglers: finds the processes that hold up the others.
         interval: the steps since the last log.
         data_wait_s: seconds for which the loop has waited for batches while the devices had nothing to do.
 
@@ -38,7 +39,8 @@ class Reporting:
     ) -> None:
         self._job, self._watch, self._numerics, self._trackers = job, watch, numerics, trackers
         self._peak_flops, self._skipped = peak_flops, skipped
-        self.phases, self.interval, self.data_wait_s = watch.phases, Interval(job.program), 0.0
+        self.phases, self.stragglers = watch.phases, watch.stragglers
+        self.interval, self.data_wait_s = Interval(job.program), 0.0
         self._pending: tuple[int, Metrics, bool] | None = None  # step, metrics, whether they are logged
 
     @property
@@ -62,7 +64,7 @@ class Reporting:
         with self.phases("device"):
             jax.block_until_ready(metrics)
         self.phases.finish_step(step)
-        self._watch.stragglers.finish_step(step, was_ready=was_ready)
+        self.stragglers.finish_step(step, was_ready=was_ready)
         self.interval.finish_step()
         self._trackers.finish_step(step)
         self._job.step_writer.complete(step)
@@ -83,5 +85,5 @@ class Reporting:
         values.pop("skipped", None)  # the interval counts them
         values |= self.interval.read(waited_s=self.data_wait_s, peak_flops=self._peak_flops)
         self._watch.ledger.write()
-        values |= process_metrics() | device_memory() | self._watch.stragglers.metrics | self._skipped(step)
+        values |= process_metrics() | device_memory() | self.stragglers.metrics | self._skipped(step)
         self._trackers.log(step, values)

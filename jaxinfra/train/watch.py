@@ -1,10 +1,8 @@
-"""Watches a training from the outside: its ledger of time, its deadlines, and its processes that hold up the others."""
+"""Watches a training from the outside: its ledger of time, and its deadlines."""
 
-import logging
 import math
 import threading
 import time
-from statistics import median
 from typing import Any, Self
 
 from jaxinfra.errors import Preempted
@@ -14,13 +12,12 @@ from jaxinfra.processes.peers import Peers
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.train.ledger import Ledger
 from jaxinfra.train.phases import Phases, attempt_start_s
+from jaxinfra.train.stragglers import Stragglers
 
 _LOOK_S = 1.0
 """Time between two looks at the progress."""
 _STOPPED_S = 5.0
 """A look that comes this much too late was held up by a stop of the whole process."""
-
-_log = logging.getLogger(__name__)
 
 
 class Watch:
@@ -99,69 +96,3 @@ def is_busy(array: Any) -> bool:
 def _in_words(phase: str) -> str:
     """Returns how messages name a phase."""
     return {"device": "step", "data": "waiting for data"}.get(phase, phase)
-
-
-class Stragglers:
-    """Finds the process that holds up the others: steps are collective, so that all take the time of the slowest.
-
-    Each process measures how long its devices had nothing to do because the process had not dispatched the next step:
-    the time of its loop outside of waiting for the devices, in steps that were done before the loop came to wait for
-    them. A process whose devices compute slowly is not found: the others wait for it inside of the step.
-    """
-
-    WINDOW = 5
-    """Steps of a measurement; two in a row must agree."""
-    SHARE = 0.15
-    """A process is slow if its time exceeds the median of the others by more than this share of the step time."""
-    LEAST_S = 0.005
-    """Smaller excesses do not count, since process 0 also logs."""
-
-    def __init__(self, phases: Phases, peers: Peers) -> None:
-        self._phases, self._peers = phases, peers
-        self.metrics: dict[str, float] = {}
-        self._steps, self._own_s, self._loop_s, self._since_s = 0, 0.0, 0.0, self._seconds()
-        self._suspect: int | None = None  # the slow process of the last measurement
-        self._named = set[int]()  # the processes that a warning has named
-
-    def _seconds(self) -> tuple[float, float]:
-        """Returns the time of the loop so far, first without and then with the waits for the devices."""
-        seconds = self._phases.seconds()
-        own_s = seconds["step"] + seconds["data"]
-        return own_s, own_s + seconds["device"]
-
-    def finish_step(self, step: int, *, was_ready: bool) -> None:
-        """Counts a step that has ended; `was_ready` says whether it had ended before the loop came to wait for it."""
-        if self._peers.count == 1:
-            return
-        own_s, loop_s = self._seconds()
-        if was_ready:
-            self._own_s += own_s - self._since_s[0]
-        self._loop_s += loop_s - self._since_s[1]
-        self._since_s, self._steps = (own_s, loop_s), self._steps + 1
-        if step % self.WINDOW == 0:
-            value = [self._own_s / self._steps, self._loop_s / self._steps]
-            self._peers.collect(value, "stragglers", lambda values: self.judge(step, values))
-            self._steps, self._own_s, self._loop_s = 0, 0.0, 0.0
-
-    def judge(self, step: int, values: list[list[float] | None]) -> None:
-        """Compares the own time and the step time of all processes; warns once of each that holds up the others."""
-        own_s = [value[0] for value in values if value is not None]
-        step_s = median(value[1] for value in values if value is not None)
-        if len(own_s) < len(values):  # a process has ended
-            return
-        slowest = max(range(len(own_s)), key=own_s.__getitem__)
-        excess_s = own_s[slowest] - median(own_s[:slowest] + own_s[slowest + 1 :])
-        self.metrics = {"slowest_process": float(slowest), "slowest_process_s": own_s[slowest]}
-        self.metrics["slowest_process_excess_s"] = excess_s
-        is_slow = excess_s > max(self.SHARE * step_s, self.LEAST_S)
-        suspect, self._suspect = self._suspect, slowest if is_slow else None
-        if is_slow and suspect == slowest and slowest not in self._named:
-            self._named.add(slowest)
-            _log.warning(
-                "step %d: %s holds up the others: the devices wait %.0f ms of each step of %.0f ms for its host, which "
-                "the others do not; look at its processor, its disk and its data",
-                step,
-                self._peers.name_of(slowest),
-                1e3 * own_s[slowest],
-                1e3 * step_s,
-            )

@@ -2,12 +2,15 @@
 
 A run has one process, or two, each on a host of its own (`slow_link`). Its plan is measured on one that nothing slows.
 What slows the others down is real: packets that are late, files that are written slowly (strace delays the system
-calls), a reader that compiles a new program for each batch.
+calls), other work on the core of one host, a reader that compiles a new program for each batch. Of two hosts each has a
+core of its own.
 """
 
 import argparse
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -84,6 +87,7 @@ class Way:
         traced: system calls that take longer, by `delay_s`.
         delay_s: of each of these.
         hosts: of one process each.
+        rivals: processes that compute without end on the core of the last host.
         recompiles: whether the reader compiles a program for each batch.
     """
 
@@ -92,15 +96,22 @@ class Way:
     traced: str = ""
     delay_s: float = 0.0
     hosts: int = 1
+    rivals: int = 0
     recompiles: bool = False
 
-    @property
-    def prefix(self) -> Sequence[str]:
-        """The command before that of a run: strace, if system calls take longer."""
+    def prefix(self, host: int) -> Sequence[str]:
+        """Returns the command before that of a run: taskset, if hosts share the machine; strace, to slow calls down."""
+        if self.hosts > 1:
+            return ("taskset", "-c", _core(host))
         if not self.traced:
             return ()
         delay = f"inject={self.traced}:delay_enter={round(1e6 * self.delay_s)}"
         return ("strace", "-f", "--seccomp-bpf", "-qqq", "-o", "/dev/null", "-e", f"trace={self.traced}", "-e", delay)
+
+
+def _core(host: int) -> str:
+    cores = sorted(os.sched_getaffinity(0))
+    return str(cores[host % len(cores)])
 
 
 _PLANS = {hosts: Way(words="as planned", hosts=hosts) for hosts in (1, 2)}
@@ -109,6 +120,7 @@ WAYS = {
     "nothing": _PLANS[2],
     "link": Way(words="or the links between processes, take", link_delay_s=0.005, hosts=2),
     "write": Way(words="saves stall it", traced="fsync,fdatasync", delay_s=0.05),
+    "rank": Way(words="process 1", hosts=2, rivals=2),
     "compile": Way(words="compiled in each", hosts=2, recompiles=True),
 }
 """The ways, by names."""
@@ -178,10 +190,16 @@ class Trials:
             if several:
                 link = stack.enter_context(SlowLink(delay_s=way.link_delay_s, bits_per_s=_BITS_PER_S))
                 start = link.start
+            for _ in range(way.rivals):
+                rival = subprocess.Popen(
+                    ["taskset", "-c", _core(way.hosts - 1), sys.executable, "-c", "while True: pass"]
+                )
+                stack.callback(rival.wait)
+                stack.callback(rival.kill)
             children = []
             for index in range(way.hosts):
                 where = [*several, f"--process-id={index}"] if several else []
-                options = {"config": config, "prefix": way.prefix, "env": env, "start": start}
+                options = {"config": config, "prefix": way.prefix(index), "env": env, "start": start}
                 children.append(stack.enter_context(harness.started(name, *words, *where, **options)))
             for ended in [*map(wait, children)]:
                 require(ended.code == 0, ended)

@@ -27,12 +27,16 @@ PLAN = Terms(
         ({"estimate_s": 0.2, "device_s": 0.19}, "links between processes 100.0 ms"),
         ({"estimate_s": 0.2, "device_s": 0.19, "slowest": None}, "devices take 100.0 ms"),
         ({"estimate_s": 0.2, "device_s": 0.19, "slow_process_s": 0.09}, "process 1 slow 100.0 ms"),
+        (
+            {"estimate_s": 0.2, "device_s": 0.19, "device_slowdown": 2.0, "slowest_devices": 1},
+            "devices process 1 compute slowly 100.0 ms",
+        ),
         ({"estimate_s": 0.126, "device_s": 0.104, "data_s": 0.012}, "processes 14.0 ms"),
         ({"estimate_s": 0.2, "host_s": 0.11}, "host 100.0 ms"),
         ({"estimate_s": 0.4, "host_s": 0.31, "compiles": 1.0}, "1 program is compiled 300.0 ms"),
         ({"memory_bytes": 2e9}, "memory off 1.86 GiB 953.67 MiB"),
     ],
-    ids=["noise", "data", "save", "link", "device", "rank", "a bit of all", "host", "recompile", "memory"],
+    ids=["noise", "data", "save", "link", "device", "rank", "chips", "a bit of all", "host", "recompile", "memory"],
 )
 def test_what_is_off_is_named(changed: dict[str, float], named: str) -> None:
     line = names(verdict(replace(PLAN, **changed), PLAN), named)

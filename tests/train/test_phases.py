@@ -157,6 +157,7 @@ def test_a_process_that_is_slow_and_then_hangs_is_named(tiny: Tiny) -> None:
     last_fast = max(row["step"] for row in rows if row["step"] < named_at and row.get("step_time_s", 0) < 0.25)
     assert 20 < named_at <= last_fast + 20, warning
     assert rows[-1]["slowest_process"] == 1
+    assert rows[-1]["slowest_devices_slowdown"] >= 1  # both have measured their devices
     for each in first, second:
         (line,) = (line for line in each.err.splitlines() if line.startswith("error: "))
         names(line, "process 1 is at step waiting for data others at step")
