@@ -48,7 +48,7 @@ BENCHES = {
     ),
     "verdicts": BenchmarkSpec(
         summary="how often `plan --check` names what slows a run down: a link, files, a process, programs",
-        parts=("nothing", "link", "write", "rank", "compile"),
+        parts=("nothing", "link", "write", "read", "rank", "compile"),
         options=("pairs",),
     ),
     "llama": BenchmarkSpec(

@@ -38,8 +38,10 @@ class Waiting:
     def while_busy(self, poll: Poll) -> NextBatch | None:
         """Returns the next batch if it comes while the devices are busy, so that it keeps nothing waiting."""
         found = poll(0.0)
-        while found is None and self._reporting.devices_are_busy:
-            found = poll(_BUSY_S)
+        if found is None and self._reporting.devices_are_busy:
+            with self._reporting.phases("device"):
+                while found is None and self._reporting.devices_are_busy:
+                    found = poll(_BUSY_S)
         return found
 
     @contextmanager

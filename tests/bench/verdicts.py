@@ -41,6 +41,8 @@ COLUMNS: Columns = {
 }
 NOTE = "Runs of one process, or of two on hosts that are network namespaces (all but write)"
 _BITS_PER_S = 10e9
+_WRITES, _READS = "fsync,fdatasync", "pread64"  # system calls
+_TEXTS, _TEXT_BYTES = 64, 1_000_000  # so many that rows lie in blocks that were not read before
 STEPS = 106  # of a run
 _WORDS = (
     "train.global_batch=16",
@@ -70,7 +72,7 @@ from jaxinfra.prepare.tokenizers import Bytes
 def config() -> Corpus:
     return Corpus(
         store={store!r},
-        source=TextFiles(root="stdlib", pattern="[a-d]*.py"),
+        source=TextFiles(root={texts!r}, pattern="*.txt"),
         tokenizer=Bytes(),
         validation=ByKey(fraction=0.2),
     )
@@ -84,7 +86,7 @@ class Way:
     Attributes:
         words: what the verdict has.
         link_delay_s: by which packets between the hosts are late.
-        traced: system calls that take longer, by `delay_s`.
+        delayed: system calls that take longer, by `delay_s`; of a run of one host.
         delay_s: of each of these.
         hosts: of one process each.
         rivals: processes that compute without end on the core of the last host.
@@ -93,20 +95,23 @@ class Way:
 
     words: str
     link_delay_s: float = 0.0
-    traced: str = ""
+    delayed: str = ""
     delay_s: float = 0.0
     hosts: int = 1
     rivals: int = 0
     recompiles: bool = False
 
     def prefix(self, host: int) -> Sequence[str]:
-        """Returns the command before that of a run: taskset, if hosts share the machine; strace, to slow calls down."""
+        """Returns the command before that of a run.
+
+        Each of several hosts has a core of its own. One host is watched by strace, which itself takes time, also while
+        its plan is measured.
+        """
         if self.hosts > 1:
             return ("taskset", "-c", _core(host))
-        if not self.traced:
-            return ()
-        delay = f"inject={self.traced}:delay_enter={round(1e6 * self.delay_s)}"
-        return ("strace", "-f", "--seccomp-bpf", "-qqq", "-o", "/dev/null", "-e", f"trace={self.traced}", "-e", delay)
+        delay = ("-e", f"inject={self.delayed}:delay_enter={round(1e6 * self.delay_s)}") if self.delayed else ()
+        calls = ("-e", f"trace={_WRITES},{_READS}")
+        return ("strace", "-f", "--seccomp-bpf", "-qqq", "-o", "/dev/null", *calls, *delay)
 
 
 def _core(host: int) -> str:
@@ -119,7 +124,8 @@ _PLANS = {hosts: Way(words="as planned", hosts=hosts) for hosts in (1, 2)}
 WAYS = {
     "nothing": _PLANS[2],
     "link": Way(words="or the links between processes, take", link_delay_s=0.005, hosts=2),
-    "write": Way(words="saves stall it", traced="fsync,fdatasync", delay_s=0.05),
+    "write": Way(words="saves stall it", delayed=_WRITES, delay_s=0.05),
+    "read": Way(words="waiting for data takes", delayed=_READS, delay_s=0.1),
     "rank": Way(words="process 1", hosts=2, rivals=2),
     "compile": Way(words="compiled in each", hosts=2, recompiles=True),
 }
@@ -155,8 +161,12 @@ class Trials:
     """Runs in a folder that are slow in some way."""
 
     def __init__(self, folder: Path) -> None:
-        self._harness, self._number, recipe = Harness(folder), 0, folder / "recipe.py"
-        recipe.write_text(_RECIPE.format(store=str(self._harness.store)))
+        self._harness, self._number = Harness(folder), 0
+        recipe, texts, random = folder / "recipe.py", folder / "texts", np.random.default_rng(0)
+        texts.mkdir()
+        for number in range(_TEXTS):
+            (texts / f"{number}.txt").write_bytes(random.integers(ord("a"), ord("z"), _TEXT_BYTES, np.uint8).tobytes())
+        recipe.write_text(_RECIPE.format(store=str(self._harness.store), texts=str(texts)))
         ended = self._harness.launch("data", "prepare", str(recipe), "--workers", "1")
         require(ended.code == 0, ended)
 
@@ -215,7 +225,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     if options.overrides:
         raise ConfigError(f"bench verdicts: {options.overrides[0]}: has a run of its own; leave overrides out")
     ways = {name: WAYS[name] for name in options.only or WAYS}
-    if any(way.traced for way in ways.values()) and shutil.which("strace") is None:
+    if any(way.hosts == 1 for way in ways.values()) and shutil.which("strace") is None:
         raise ConfigError("bench verdicts: needs strace, to slow system calls down; install it, or use --only link")
     verdicts: dict[str, list[str]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(prefix="jaxinfra-verdicts-", ignore_cleanup_errors=True) as folder:
