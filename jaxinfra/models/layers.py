@@ -22,6 +22,7 @@ from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.remat import TensorName, name_tensor, save_dot
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
+from jaxinfra.ops.quantized import gather_quantized
 from jaxinfra.parallel.rules import LogicalAxes, Role
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, ParamState, constant, normal
@@ -185,7 +186,7 @@ class Linear(nnx.Module):
             in_dims=self.in_dims,
             unreduced=frozenset(contracted_axes if row_parallel else ()),
             flatten=partitioner.platform != "tpu",  # see `ops.dot`
-            quantize=partitioner.quantize,
+            quantized_w=gather_quantized(partitioner, self.weight[...], self.axes, x_axes, in_dims=self.in_dims),
         )
         if row_parallel:
             y = partitioner.shard(y, *RESIDUAL, None)  # adds up the partial sums of the devices

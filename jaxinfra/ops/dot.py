@@ -14,7 +14,8 @@ H heads, K head dim, D hidden size.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 from jax import lax
@@ -22,8 +23,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops import quantized
-from jaxinfra.parallel.rules import Quantize
 from jaxinfra.parallel.sharding import axis_names, has_stage_dim
+
+if TYPE_CHECKING:
+    from qwix import QArray
 
 
 class DotSpec(NamedTuple):
@@ -32,7 +35,6 @@ class DotSpec(NamedTuple):
     unreduced: frozenset[str]
     in_dims: int
     stage_dims: int
-    quantize: Quantize
 
 
 def dot(
@@ -42,7 +44,7 @@ def dot(
     in_dims: int = 1,
     unreduced: frozenset[str] = frozenset(),
     flatten: bool = True,
-    quantize: Quantize = "none",
+    quantized_w: "QArray | None" = None,
 ) -> jax.Array:
     """Contracts the last dimensions of `x` with the first of `w`; returns `[..., *N]` in the dtype of `x`.
 
@@ -53,10 +55,11 @@ def dot(
         in_dims: number of dimensions in K.
         unreduced: mesh axes that shard K; the result is a partial sum over them.
         flatten: whether to flatten the operands to rank 2.
-        quantize: number format of the operands (see `ops.quantized`).
+        quantized_w: the weight in another number format, gathered (see `ops.quantized`). Then `x` is quantized as well,
+            and `w` only takes the gradient: its value is not used.
     """
     stage_dims = 1 if has_stage_dim(jax.typeof(w).sharding.spec) else 0
-    spec = DotSpec(unreduced, in_dims, stage_dims, quantize)
+    spec = DotSpec(unreduced, in_dims, stage_dims)
     out = _out_sharding(x, w, spec)
     lead, out_shape = x.shape[: x.ndim - in_dims], w.shape[stage_dims + in_dims :]  # "..." and N of the result
     assert x.shape[x.ndim - in_dims :] == w.shape[stage_dims : stage_dims + in_dims], (x.shape, w.shape)
@@ -67,12 +70,16 @@ def dot(
         stage_groups = [1] * stage_dims
         lead_groups = [len(lead)] if _merge_is_free(x, stage_dims, stage_dims + len(lead)) else [1] * len(lead)
         x = _merge(x, [*stage_groups, *lead_groups, in_dims])
-        w = _merge(w, [*stage_groups, in_dims, len(out_shape)])
-        y = _dot(x, w, spec._replace(in_dims=1))
-    elif quantize == "none":
+        w_groups = [*stage_groups, in_dims, len(out_shape)]
+        w = _merge(w, w_groups)
+        if quantized_w is not None:
+            value, scale = (_merge(each, w_groups) for each in (quantized_w.qvalue, quantized_w.scale))
+            quantized_w = replace(quantized_w, qvalue=value, scale=scale)
+        y = _dot(x, w, quantized_w, spec._replace(in_dims=1))
+    elif quantized_w is None:
         y = _dot_general(x, w, spec)  # JAX's own gradient is fast where operands are not flattened
     else:
-        y = _dot(x, w, spec)
+        y = _dot(x, w, quantized_w, spec)
     return y.reshape(*lead, *out_shape, out_sharding=out) if flatten or stage_dims else y
 
 
@@ -105,11 +112,11 @@ def _merge_is_free(x: jax.Array, first: int, last: int) -> bool:
     return all(mesh.shape[axis] == 1 for part in spec.partitions[first + 1 : last] for axis in axis_names(part))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x: jax.Array, w: jax.Array, spec: DotSpec) -> jax.Array:
-    if spec.quantize == "none":
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dot(x: jax.Array, w: jax.Array, quantized_w: "QArray | None", spec: DotSpec) -> jax.Array:
+    if quantized_w is None:
         return _dot_general(x, w, spec)
-    return quantized.dot_general(x, w, _dimension_numbers(x, spec), _out_sharding(x, w, spec), spec.quantize)
+    return quantized.dot_general(x, quantized_w, _dimension_numbers(x, spec), _out_sharding(x, w, spec))
 
 
 def _dot_general(x: jax.Array, w: jax.Array, spec: DotSpec) -> jax.Array:
@@ -129,22 +136,28 @@ def _out_sharding(x: jax.Array, w: jax.Array, spec: DotSpec) -> PartitionSpec:
     return PartitionSpec(*lead, *out_dims, unreduced=spec.unreduced)
 
 
-def _forward(x: jax.Array, w: jax.Array, spec: DotSpec) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dot(x, w, spec), (x, w)
+type _Operands = tuple[jax.Array, jax.Array | None, "QArray | None"]
+"""Of a backward pass: the activations, and the weight in one of two forms."""
 
 
-def _backward(spec: DotSpec, operands: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = operands
-    if spec.quantize == "none":
-        (dx,) = jax.vjp(lambda x: _dot_general(x, w, spec), x)[1](g)
+def _forward(x: jax.Array, w: jax.Array, quantized_w: "QArray | None", spec: DotSpec) -> tuple[jax.Array, _Operands]:
+    return _dot(x, w, quantized_w, spec), (x, w if quantized_w is None else None, quantized_w)
+
+
+def _backward(spec: DotSpec, operands: _Operands, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, quantized_w = operands
+    if quantized_w is not None:
+        dx = quantized.input_gradient(x, quantized_w, g, _dimension_numbers(x, spec))
+        w = quantized.cast_values(quantized_w, x.dtype)  # for its type; its values are not used
     else:
-        dx = quantized.input_gradient(x, w, g, _dimension_numbers(x, spec), spec.quantize)
+        assert w is not None
+        (dx,) = jax.vjp(lambda x: _dot_general(x, w, spec), x)[1](g)
+    w_spec = jax.typeof(w).sharding.spec
     if x.ndim > 2 or w.ndim > 2:  # `_transpose` is for matrices
         (dw,) = jax.vjp(lambda w: _dot_general(x, w, spec), w)[1](g)
-        return dx, dw
-    w_spec = jax.typeof(w).sharding.spec
+        return dx, dw, None
     out = w_spec.update(unreduced=w_spec.reduced, reduced=w_spec.unreduced)
-    return dx, lax.dot_general(_transpose(x), g, (((1,), (0,)), ((), ())), out_sharding=out)
+    return dx, lax.dot_general(_transpose(x), g, (((1,), (0,)), ((), ())), out_sharding=out), None
 
 
 _dot.defvjp(_forward, _backward)

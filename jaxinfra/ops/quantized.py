@@ -6,7 +6,8 @@ results do not depend on the mesh. No state is kept between steps.
 
 Two of the three matmuls of a training step are quantized: the forward pass and the gradient of the activations. The
 gradient of the weight is not: it contracts rows, so its scales would depend on the whole batch. It uses the
-unquantized activations.
+unquantized activations. So nothing needs a gathered weight in full precision: each device quantizes its shard, and the
+quantized shards are gathered.
 
 In JAX an *unreduced* array is a partial sum on each device; a *reduced* one is replicated, with *unreduced* gradients.
 """
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.rules import Quantize
+from jaxinfra.parallel.rules import LogicalAxes, Quantize
+from jaxinfra.parallel.sharding import Partitioner
 
 if TYPE_CHECKING:
     from qwix import QArray
@@ -37,8 +39,36 @@ Here it is 127.
 """
 
 
+def quantize_array(a: jax.Array, contracted: Sequence[int], quantize: Quantize) -> "QArray":
+    """Returns an array as numbers of a format and their scales; elements along the contracted dimensions share one."""
+    import qwix
+
+    dtype, calibration = FORMATS[quantize]
+    channels = [dim for dim in range(a.ndim) if dim not in contracted]
+    a = _without_reduced(a).astype(jnp.float32)
+    return qwix.quantize(a, dtype, channelwise_axes=channels, calibration_method=calibration)
+
+
+def gather_quantized(
+    partitioner: Partitioner, weight: jax.Array, names: LogicalAxes, activation_axes: LogicalAxes, *, in_dims: int
+) -> "QArray | None":
+    """Quantizes the shards of a stored weight and gathers them, if the partitioner says so; takes no gradient.
+
+    The arguments are those of `Partitioner.gather_weight`. The scales are float32, one for each output feature.
+    """
+    quantize, first = partitioner.quantize, weight.ndim - len(names)  # after a dimension of pipeline stages
+    if quantize == "none":
+        return None
+    weight = lax.stop_gradient(weight).astype(partitioner.compute_dtype)
+    shards = quantize_array(weight, range(first, first + in_dims), quantize)
+    scale_names = (*[None] * in_dims, *names[in_dims:])
+    value = partitioner.gather_weight(shards.qvalue, names, activation_axes, shards.qvalue.dtype)
+    scale = partitioner.gather_weight(shards.scale, scale_names, activation_axes, shards.scale.dtype)
+    return replace(shards, qvalue=value, scale=scale)
+
+
 def dot_general(
-    x: jax.Array, w: jax.Array, dimension_numbers: lax.DotDimensionNumbers, out: PartitionSpec, quantize: Quantize
+    x: jax.Array, weight: "QArray", dimension_numbers: lax.DotDimensionNumbers, out: PartitionSpec
 ) -> jax.Array:
     """Multiplies like `lax.dot_general` with quantized operands, summed in int32 or float32; in the dtype of `x`.
 
@@ -46,10 +76,10 @@ def dot_general(
     """
     import qwix
 
-    (x_in, w_in), _ = dimension_numbers
+    (x_in, _), _ = dimension_numbers
     y = qwix.dot_general(
-        _with_reduced_scales(_quantize(x, x_in, quantize), out.unreduced),
-        _with_reduced_scales(_quantize(w, w_in, quantize), out.unreduced),
+        _with_reduced_scales(quantize_array(x, x_in, _format_of(weight)), out.unreduced),
+        _with_reduced_scales(_usable(weight), out.unreduced),
         dimension_numbers,
         preferred_element_type=jnp.float32,
         out_sharding=out,
@@ -58,7 +88,7 @@ def dot_general(
 
 
 def input_gradient(
-    x: jax.Array, w: jax.Array, g: jax.Array, dimension_numbers: lax.DotDimensionNumbers, quantize: Quantize
+    x: jax.Array, weight: "QArray", g: jax.Array, dimension_numbers: lax.DotDimensionNumbers
 ) -> jax.Array:
     """Computes the gradient of `x` in `dot_general` with quantized operands; `g` is the gradient of the result.
 
@@ -70,12 +100,12 @@ def input_gradient(
     (_, w_in), (batch, _) = dimension_numbers
     spec = jax.typeof(x).sharding.spec
     out = spec.update(reduced=spec.unreduced, unreduced=spec.reduced)
-    w_out = tuple(dim for dim in range(w.ndim) if dim not in (*batch, *w_in))
+    weight = _usable(weight)
+    w_out = tuple(dim for dim in range(weight.qvalue.ndim) if dim not in (*batch, *w_in))
     g_out = tuple(range(g.ndim - len(w_out), g.ndim))
-    weight = _quantize(w, w_in, quantize)
     # From [batch, columns] to [batch, 1, ..., columns], to broadcast against `g`.
     column_scales = jnp.expand_dims(weight.scale.squeeze(w_in), tuple(range(len(batch), g_out[0])))
-    scaled_g = _quantize(_without_reduced(g).astype(jnp.float32) * column_scales, g_out, quantize)
+    scaled_g = quantize_array(_without_reduced(g).astype(jnp.float32) * column_scales, g_out, _format_of(weight))
     dx = qwix.dot_general(
         _with_reduced_scales(scaled_g, out.unreduced),
         weight.qvalue,
@@ -86,14 +116,18 @@ def input_gradient(
     return dx.astype(x.dtype)
 
 
-def _quantize(a: jax.Array, contracted: Sequence[int], quantize: Quantize) -> "QArray":
-    """Quantizes an array; elements along the contracted dimensions share a scale."""
-    import qwix
+def cast_values(weight: "QArray", dtype: jnp.dtype) -> jax.Array:
+    """Returns the numbers of a gathered weight, without their scales, in another dtype and the same sharding."""
+    return jax.reshard(_without_reduced(weight.qvalue).astype(dtype), jax.typeof(weight.qvalue).sharding.spec)
 
-    dtype, calibration = FORMATS[quantize]
-    channels = [dim for dim in range(a.ndim) if dim not in contracted]
-    a = _without_reduced(a).astype(jnp.float32)
-    return qwix.quantize(a, dtype, channelwise_axes=channels, calibration_method=calibration)
+
+def _format_of(weight: "QArray") -> Quantize:
+    return next(name for name, (dtype, _) in FORMATS.items() if dtype == weight.qvalue.dtype)
+
+
+def _usable(weight: "QArray") -> "QArray":
+    """Returns a gathered weight without *reduced* axes."""
+    return replace(weight, qvalue=_without_reduced(weight.qvalue), scale=_without_reduced(weight.scale))
 
 
 def _without_reduced(a: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ _TENSORS: Mapping[str, tuple[TensorName, ...]] = {
     "mlpwo": ("mlp_down",),
 }
 """MaxText's names of tensors, and ours."""
+_VOCAB_MULTIPLE = 128
 
 
 class Unexpressed(ConfigError):
@@ -117,7 +118,7 @@ def express(row: Row) -> tuple[Run, Topology]:
     chips = topology.num_devices // topology.chip.devices_per_chip
     run = Run(
         name=row.id,
-        model=replace(_model(row.model), remat=_remat(row.remat)),
+        model=_padded(replace(_model(row.model), remat=_remat(row.remat))),
         data=TokenData(store="none", seq_len=row.seq_len),
         mesh=_mesh(row.mesh, topology.num_devices),
         precision=Precision(quantize="int8" if row.precision == "int8" else "none"),
@@ -148,6 +149,11 @@ def _model(text: str) -> TransformerConfig:
         if isinstance(layer.mixer, Attention)
     )
     return replace(model, layers=layers)
+
+
+def _padded(model: TransformerConfig) -> TransformerConfig:
+    """Rounds the vocabulary up, as recipes do, so that a mesh can shard it."""
+    return replace(model, vocab_size=-(-model.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
 
 
 def _mesh(text: str, num_devices: int) -> MeshConfig:

@@ -174,7 +174,7 @@ def quantized_row(setting: Setting, quantize: Quantize) -> TableRow:
     dims = (((1,), (0,)), ((), ()))
 
     def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
-        return quantized.dot_general(x, w, dims, PartitionSpec(), quantize)
+        return quantized.dot_general(x, quantized.quantize_array(w, (0,), quantize), dims, PartitionSpec())
 
     arrays = random_arrays((size, size), (size, size), dtype="bfloat16")
     return compare(setting, multiply, jnp.matmul, arrays, gradients=False)

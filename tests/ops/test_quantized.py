@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxinfra.ops.dot import dot
+from jaxinfra.ops.quantized import gather_quantized, quantize_array
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize
 from jaxinfra.parallel.sharding import Partitioner
+
+type Array = np.ndarray | jax.Array
 
 ERRORS: dict[Quantize, float] = {"int8": 0.0106, "fp8": 0.0375}
 """Root mean square error of a product of normal numbers, K = 512, as a part of the product.
@@ -30,6 +33,13 @@ def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
     return float(np.sqrt(((actual - expected) ** 2).mean() / (expected**2).mean()))
 
 
+def multiply(x: Array, w: Array, quantize: Quantize, *, in_dims: int = 1, flatten: bool = True) -> jax.Array:
+    """Contracts the first `in_dims` dimensions of a weight of one device, quantized."""
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    quantized_w = quantize_array(jax.lax.stop_gradient(w), range(in_dims), quantize)
+    return dot(x, w, in_dims=in_dims, flatten=flatten, quantized_w=quantized_w)
+
+
 @pytest.fixture(autouse=True)
 def on_one_device():
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
@@ -40,7 +50,7 @@ def on_one_device():
 def test_errors_are_those_of_the_format(quantize: Quantize) -> None:
     """For the output and the gradient of activations; the gradient of the weight is exact."""
     x, w, g = normal(64, 512), normal(512, 512), normal(64, 512, seed=1)
-    y, vjp = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
+    y, vjp = jax.vjp(lambda x, w: multiply(x, w, quantize), x, w)
     dx, dw = vjp(g)
     for actual, expected in ((y, x @ w), (dx, g @ w.T)):
         assert relative_error(actual, expected) == pytest.approx(ERRORS[quantize], rel=0.06)
@@ -54,8 +64,8 @@ def test_every_row_and_column_has_a_scale(quantize: Quantize) -> None:
     rows, columns = (
         np.float32(2.0) ** np.array(powers, np.float32) for powers in ([[-20], [0], [5], [20]], [20, 0, -3, -20])
     )
-    y, vjp = jax.vjp(lambda x: dot(x, w, quantize=quantize), x)
-    scaled, vjp_scaled = jax.vjp(lambda x: dot(x, w * columns, quantize=quantize), x * rows)
+    y, vjp = jax.vjp(lambda x: multiply(x, w, quantize), x)
+    scaled, vjp_scaled = jax.vjp(lambda x: multiply(x, w * columns, quantize), x * rows)
     np.testing.assert_allclose(scaled, y * rows * columns, rtol=1e-6)
     np.testing.assert_allclose(vjp_scaled(g / columns * rows)[0], vjp(g)[0] * rows, rtol=1e-6)
 
@@ -63,7 +73,7 @@ def test_every_row_and_column_has_a_scale(quantize: Quantize) -> None:
 @pytest.mark.parametrize("quantize", ERRORS)
 def test_zeros_and_the_largest_number_are_exact(quantize: Quantize) -> None:
     x = jnp.array([[0.0, 0.0, 0.0], [3.0, -1e-9, -3.0]])
-    np.testing.assert_allclose(dot(x, jnp.eye(3), quantize=quantize), np.where(np.abs(x) > 1, x, 0), rtol=1e-6)
+    np.testing.assert_allclose(multiply(x, jnp.eye(3), quantize), np.where(np.abs(x) > 1, x, 0), rtol=1e-6)
 
 
 MESHES = [
@@ -86,7 +96,8 @@ def on_mesh(
     def run(x, w):
         if not row_parallel:
             x = partitioner.shard(x, "batch", "sequence", None, out_axis="mlp")
-        y = dot(x, partitioner.gather_weight(w, features), unreduced=unreduced, quantize=quantize)
+        quantized_w = gather_quantized(partitioner, w, features, ("batch", "sequence"), in_dims=1)
+        y = dot(x, partitioner.gather_weight(w, features), unreduced=unreduced, quantized_w=quantized_w)
         return partitioner.shard(y, "batch", "sequence", None if row_parallel else "mlp")
 
     made = make_mesh(mesh, jax.devices())
@@ -105,7 +116,7 @@ def test_results_do_not_depend_on_the_mesh(quantize: Quantize, mesh: MeshConfig,
     """To 1e-6 of the largest, far below a step of either format; int8 sums are exact where no shard is added up."""
     x, w, g = normal(8, 4, 64), normal(64, 128), normal(8, 4, 128, seed=1)
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        y, vjp = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
+        y, vjp = jax.vjp(lambda x, w: multiply(x, w, quantize), x, w)
         expected = (y, *vjp(g))
     actual = on_mesh(mesh, quantize, x, w, g, row_parallel=row_parallel)
     for one, other in zip(actual, expected, strict=True):
@@ -121,7 +132,7 @@ def test_unflattened_dimensions_share_their_scales(quantize: Quantize) -> None:
         x, w = jnp.asarray(normal(*x_shape)), jnp.asarray(normal(*w_shape))
         actual = []
         for flatten in (True, False):
-            y, vjp = jax.vjp(functools.partial(dot, in_dims=in_dims, flatten=flatten, quantize=quantize), x, w)
+            y, vjp = jax.vjp(functools.partial(multiply, quantize=quantize, in_dims=in_dims, flatten=flatten), x, w)
             actual.append((y, *vjp(jnp.asarray(normal(*y.shape, seed=1)))))
         for one, other in zip(*actual, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
