@@ -1,6 +1,7 @@
 """Quantized products are near the exact ones by what their formats say, and do not depend on the mesh."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,30 @@ def on_mesh(
         y, vjp = jax.vjp(jax.jit(run), *put)
         dx, dw = jax.jit(vjp)(jax.device_put(g, y.sharding))
     return tuple(np.asarray(a) for a in (y, dx, dw))
+
+
+def test_a_step_gathers_one_byte_a_number() -> None:
+    """Output and both gradients need no weight in full precision; only its shards are read.
+
+    Not tested with float8, which CPUs gather as float16.
+    """
+    mesh = MeshConfig(fsdp=8)
+    partitioner, made = Partitioner(mesh=mesh, quantize="int8"), make_mesh(mesh, jax.devices())
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        quantized_w = gather_quantized(partitioner, w, ("embed", "mlp"), ("batch", "sequence"), in_dims=1)
+        return (dot(x, partitioner.gather_weight(w, ("embed", "mlp")), quantized_w=quantized_w) ** 2).sum()
+
+    with jax.set_mesh(made):
+        specs = partitioner.spec("batch", "sequence", None), partitioner.spec("embed", "mlp")
+        arrays = [
+            jax.device_put(a, NamedSharding(made, spec))
+            for a, spec in zip((normal(8, 4, 64), normal(64, 128)), specs, strict=True)
+        ]
+        text = jax.jit(jax.grad(run, (0, 1))).lower(*arrays).compile().as_text()
+    assert text is not None
+    gathered = set(re.findall(r"= (\w+\[[\d,]+\])\S* all-gather\(", text))
+    assert gathered == {"s8[64,128]"}, gathered
 
 
 @pytest.mark.parametrize("row_parallel", [False, True], ids=["column", "row_parallel"])
