@@ -23,6 +23,8 @@ RUN_HELP = "directory or URL of a run, such as runs/quickstart"
 CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of step 200"
 HUB_HELP = "published weights: hf:DIR, hf:ORG/NAME of the Hugging Face Hub, or hf:s3://BUCKET/DIR"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
+PLAN_DEFAULTS = {"limit": 12, "pue": 1.1, "save_s": 5.0, "restart_minutes": 10.0}
+"""Of options of `plan` that only count beside another one."""
 CHECKPOINT_ACTIONS = {
     "verify": "verify [STEP ...]",
     "diff": "diff A B",
@@ -155,7 +157,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("the fastest layout")
     what = "try meshes, microbatches and remat, and take the fastest"
     layout.add_argument("--search", action="store_true", help=what)
-    add_int(layout, "--limit", 1, default=12, help="layouts to compile (default %(default)s)")
+    add_int(layout, "--limit", 1, help=f"layouts to compile (default {PLAN_DEFAULTS['limit']})")
     add_int(layout, "--jobs", 1, help="layouts to compile at a time (default: half the cores)")
     layout.add_argument("--write", metavar="FILE.py", help="write the config with the layout that --search finds")
     what = "say what another value costs; repeatable"
@@ -168,18 +170,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--deadline", type=positive("--deadline", "30d", unit="d"), metavar="DAYS", help="say if it takes longer"
     )
     cost.add_argument("--budget", type=positive("--budget", "2e6"), metavar="DOLLARS", help="say if it costs more")
-    what = "energy of the building over that of the chips (default %(default)s)"
-    cost.add_argument("--pue", type=positive("--pue", "1.1"), metavar="X", default=1.1, help=what)
+    what = f"energy of the building over that of the chips (default {PLAN_DEFAULTS['pue']:g})"
+    cost.add_argument("--pue", type=positive("--pue", "1.1"), metavar="X", help=what)
     what = "one chip is lost in so many chip-hours: for the goodput of spot chips"
     cost.add_argument("--chip-hours-per-loss", type=positive("--chip-hours-per-loss", "50000"), metavar="H", help=what)
     what = "what a host writes to the place of the checkpoints: for the time of a save"
     cost.add_argument("--host-mb-s", type=positive("--host-mb-s", "500"), metavar="MB", help=what)
-    what = "seconds for which a save stalls training (default %(default)s)"
-    cost.add_argument("--save-s", type=positive("--save-s", "5"), metavar="S", default=5.0, help=what)
-    what = "from a loss to the next step (default %(default)s)"
-    cost.add_argument(
-        "--restart-minutes", type=positive("--restart-minutes", "10"), metavar="M", default=10.0, help=what
-    )
+    what = f"seconds for which a save stalls training (default {PLAN_DEFAULTS['save_s']:g})"
+    cost.add_argument("--save-s", type=positive("--save-s", "5"), metavar="S", help=what)
+    what = f"from a loss to the next step (default {PLAN_DEFAULTS['restart_minutes']:g})"
+    cost.add_argument("--restart-minutes", type=positive("--restart-minutes", "10"), metavar="M", help=what)
     run = parser.add_argument_group("a run and its plan")
     run.add_argument("--check", metavar="RUN", help="say whether the steps of a run are as planned, or what is off")
     run.add_argument("--plan", metavar="FILE", help="of --check: the plan (default: track.plan of the run)")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jaxinfra.cli import plan_search
+from jaxinfra.cli.arguments import PLAN_DEFAULTS
 from jaxinfra.cli.compile import check_fits
 from jaxinfra.command import command_line
 from jaxinfra.config import load_file, read_record
@@ -29,6 +30,13 @@ from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_percent, format_step
 from jaxinfra.track.runs import local_files, no_run_error
 
+_COUNTS_BESIDE = {
+    "tokens": (("deadline", "budget", "chip_hours_per_loss", "pue"), "15e12"),
+    "chip_hours_per_loss": (("save_s", "restart_minutes"), "50000"),
+    "search": (("limit", "jobs"), ""),
+    "check": (("plan",), "runs/quickstart"),
+}
+"""An option, those that only count beside it, and an example of its value."""
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
 
@@ -91,12 +99,15 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"{modes[0]}: goes without {(modes + others)[1]}; use one of them")
     if options.only and options.exam is None:
         raise ConfigError("--only: goes with --exam; add --exam ROWS.csv, or leave --only out")
-    of_cost = ("deadline", "budget", "chip_hours_per_loss")
-    for needs, names in (("tokens", of_cost), ("check", ("plan",))):
+    for needs, (names, example) in _COUNTS_BESIDE.items():
         for name in names:
-            if getattr(options, name) is not None and getattr(options, needs) is None:
-                option, example = f"--{name.replace('_', '-')}", "15e12" if needs == "tokens" else "runs/quickstart"
-                raise ConfigError(f"{option}: goes with --{needs}; add --{needs} {example}, or leave {option} out")
+            if getattr(options, name) is not None and not getattr(options, needs):
+                option, needed = (f"--{each.replace('_', '-')}" for each in (name, needs))
+                fix = f"add {' '.join(filter(None, (needed, example)))}, or leave {option} out"
+                raise ConfigError(f"{option}: goes with {needed}; {fix}")
+    for name, default in PLAN_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     if options.check is not None and options.json is not None:
         raise ConfigError(f"--check {options.check}: goes without --json; leave it out")
 
