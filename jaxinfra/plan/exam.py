@@ -63,9 +63,12 @@ class Row:
 
     @property
     def compiler(self) -> OptionSet:
-        """The set of options that is nearest to the flags of the recipe: whether sparse cores gather its weights."""
-        offloads = re.search(r"sparse_core_collective_offload_\w*all_gather=true", self.compiler_flags)
-        return "overlap" if offloads else "large_blocks"
+        """The set of options that is nearest to the flags of the recipe.
+
+        `overlap` if sparse cores gather there, or matmuls begin with the parts that have arrived.
+        """
+        overlaps = r"sparse_core_collective_offload_\w*all_gather=true|decompose_all_gather_einsum=true"
+        return "overlap" if re.search(overlaps, self.compiler_flags) else "large_blocks"
 
 
 def read_rows(path: str) -> list[Row]:

@@ -20,9 +20,9 @@ from jaxinfra.plan.collectives import Collective, CollectiveFinder
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, Computation, HloModule, Instruction, array_dims
 from jaxinfra.plan.roofline import Roofline
 
-type Cause = Literal["matmuls", "memory", "attention", "ICI", "DCN", "host"]
+type Cause = Literal["matmuls", "HBM", "attention", "ICI", "DCN", "host"]
 
-CORES: tuple[Cause, ...] = ("matmuls", "memory", "attention")
+CORES: tuple[Cause, ...] = ("matmuls", "HBM", "attention")
 """Work of the cores; the other causes are transfers."""
 
 _HOST_SPACE = "S(5)"  # in a layout: memory of the host
@@ -226,7 +226,7 @@ class StepTimer:
         cause: Cause = "DCN" if any(each.link == "network" for each in fused) else "ICI"
         end_s = clock.start(cause, sum(map(self.collective_s, fused))) if fused else 0.0
         if (seconds := self._operation_s(computation, instruction)) > 0:
-            clock.compute("matmuls" if self._has_matmul(computation, instruction) else "memory", seconds)
+            clock.compute("matmuls" if self._has_matmul(computation, instruction) else "HBM", seconds)
         clock.wait(cause, end_s)
 
     def _operation_s(self, computation: Computation, instruction: Instruction) -> float:

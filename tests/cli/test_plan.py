@@ -68,7 +68,7 @@ def test_the_bubbles_of_a_pipeline_are_those_of_its_schedule(tiny: Tiny, tmp_pat
     assert ended.code == 0, ended
     (plan,) = json.loads(out.read_text())
     assert plan["bubble"] == pytest.approx(1 / 3) and sum(plan["parts"].values()) == pytest.approx(plan["estimate_s"])
-    cores_s = sum(plan["work"][cause] for cause in ("matmuls", "memory", "attention") if cause in plan["work"])
+    cores_s = sum(plan["work"][cause] for cause in ("matmuls", "HBM", "attention") if cause in plan["work"])
     assert plan["parts"]["pipeline bubbles"] == pytest.approx(cores_s / 3)
     assert f"{plan['checkpoint_bytes'] / plan['hosts'] / 1e6:.1f} s beside the steps" in ended.out
 
@@ -83,7 +83,7 @@ def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
     (plan,) = json.loads(out.read_text())
     assert plan["is_roofline"] and "a roofline" in ended.out
     assert plan["lower_s"] < 0.75 * plan["estimate_s"] and plan["upper_s"] > 1.4 * plan["estimate_s"]
-    assert plan["work"]["matmuls"] > 0 and plan["work"]["memory"] > 0
+    assert plan["work"]["matmuls"] > 0 and plan["work"]["HBM"] > 0
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,9 @@ def test_rows_become_runs() -> None:
         replace(ROW, model="gpt3-175b", topology="v6e:16x16", slices=2, precision="int8", mesh="fsdp=256")
     )
     assert run.mesh == MeshConfig(replica=2, fsdp=256) and run.precision.quantize == "int8"
+    assert isinstance(run.model, TransformerConfig) and run.model.vocab_size % 128 == 0
+    flags = {"": "large_blocks", "--xla_tpu_decompose_all_gather_einsum=true": "overlap"}
+    assert {each: replace(ROW, compiler_flags=each).compiler for each in flags} == flags
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def milliseconds(parts: Mapping[Cause, float]) -> dict[str, Any]:
 def test_cycles_are_time_and_matmuls_are_told_apart() -> None:
     before = "%product (a: f32[8]) -> f32[8] {\n  ROOT %dot = f32[8] convolution(%a, %a)\n}\n"
     found = spent(compute("one", 3), compute("two", 5, ", calls=%product"), before=before)
-    assert milliseconds(found.work) == {"memory": 3, "matmuls": 5} and not found.waits
+    assert milliseconds(found.work) == {"HBM": 3, "matmuls": 5} and not found.waits
     assert found.estimate_s == found.lower_s == found.upper_s == pytest.approx(0.008)
 
 
@@ -73,7 +73,7 @@ def test_an_asynchronous_one_hides_behind_what_is_computed_until_it_is_asked_for
     start = f"%start = (f32[8], f32[{GB}]) all-gather-start(%p), {GROUPS}"
     found = spent(start, compute("beside", beside_ms), f"%done = f32[{GB}] all-gather-done(%start)", compute("two", 2))
     assert 1000 * sum(found.waits.values()) == pytest.approx(waited_ms, abs=2e-3)
-    assert milliseconds(found.work) == {"ICI": GATHER_MS, "memory": beside_ms + 2}
+    assert milliseconds(found.work) == {"ICI": GATHER_MS, "HBM": beside_ms + 2}
 
 
 @pytest.mark.parametrize(("beside_ms", "waited_ms"), [(1, 2 * GATHER_MS - 1), (9, 0)])
@@ -82,7 +82,7 @@ def test_a_collective_that_is_fused_moves_while_its_fusion_computes(beside_ms: i
     reduce = f"%sum = f32[{GB}] all-reduce(%a), {GROUPS}, to_apply=%add"
     before = f"%reduced (a: f32[8]) -> f32[8] {{\n  {reduce}\n  ROOT %cast = f32[{GB}] convert(%sum)\n}}\n"
     found = spent(compute("one", beside_ms, ", calls=%reduced"), before=before)
-    assert milliseconds(found.work) == {"ICI": 2 * GATHER_MS, "memory": beside_ms}
+    assert milliseconds(found.work) == {"ICI": 2 * GATHER_MS, "HBM": beside_ms}
     assert 1000 * sum(found.waits.values()) == pytest.approx(waited_ms, abs=2e-3)
 
 
@@ -99,7 +99,7 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs() -> None:
     )
     loop = '%loop = f32[8] while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}'
     found = spent(loop, before=before)
-    assert milliseconds(found.work) == {"memory": 14, "ICI": 7 * GATHER_MS}
+    assert milliseconds(found.work) == {"HBM": 14, "ICI": 7 * GATHER_MS}
 
 
 def test_copies_to_and_from_the_host_have_a_link_in_each_direction() -> None:
@@ -115,7 +115,7 @@ def test_copies_to_and_from_the_host_have_a_link_in_each_direction() -> None:
         f"%sent = f32[9,{half}]{{1,0:S(5)}} dynamic-update-slice-done(%out)",
     ]
     found = spent(*lines)
-    assert milliseconds(found.work) == {"host": 1000, "memory": 100}
+    assert milliseconds(found.work) == {"host": 1000, "HBM": 100}
     assert milliseconds(found.waits) == {"host": 400}
 
 
