@@ -37,6 +37,12 @@ _COUNTS_BESIDE = {
     "check": (("plan",), "runs/quickstart"),
 }
 """An option, those that only count beside it, and an example of its value."""
+_MODES = {"exam": ("only", "json"), "check": ("plan",), "fit": ("json",)}
+"""What compiles no config, and the options that it reads."""
+_NOT_OF_MODES = (
+    *("exam", "check", "fit", "config", "on", "chips", "json", "search", "limit", "jobs", "write", "why", "tokens"),
+    *("deadline", "budget", "pue", "chip_hours_per_loss", "host_mb_s", "save_s", "restart_minutes", "plan", "only"),
+)
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
 
@@ -93,10 +99,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for an option that would be ignored."""
-    modes = [f"--{name}" for name in ("exam", "check", "fit") if getattr(options, name) is not None]
-    others = [f"--{name}" for name in ("on", "tokens", "search", "why") if getattr(options, name)]
-    if modes and modes + others != modes[:1]:
-        raise ConfigError(f"{modes[0]}: goes without {(modes + others)[1]}; use one of them")
+    for mode in [name for name in _MODES if getattr(options, name) is not None]:
+        for name in _NOT_OF_MODES:
+            if name not in (mode, *_MODES[mode]) and getattr(options, name) not in (None, False, []):
+                other = options.config if name == "config" else f"--{name.replace('_', '-')}"
+                raise ConfigError(f"--{mode} {getattr(options, mode)}: goes without {other}; leave it out")
     if options.only and options.exam is None:
         raise ConfigError("--only: goes with --exam; add --exam ROWS.csv, or leave --only out")
     for needs, (names, example) in _COUNTS_BESIDE.items():
@@ -108,8 +115,6 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, default in PLAN_DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-    if options.check is not None and options.json is not None:
-        raise ConfigError(f"--check {options.check}: goes without --json; leave it out")
 
 
 def _compare_run(options: argparse.Namespace) -> None:

@@ -52,6 +52,7 @@ class Loop:
     def run(self, poll: Poll, last_step: int) -> str | None:
         """Makes all steps, with the batches of `poll`; returns the reason to stop before the last one, or None."""
         failpoint("compile", self.completed_steps)
+        self.reporting.stragglers.begin(self.completed_steps, last_step)
         while self.completed_steps < last_step:
             found = self._wait(poll)
             if isinstance(found, str):
@@ -70,11 +71,11 @@ class Loop:
             self.completed_steps, self._has_stepped = step, True
             due = due_after(step, self.job.run, self.cadence, self.profiler, self.requests)
             self.reporting.dispatched(step, metrics, log=due.log)
-            probes = self.reporting.stragglers.probes_after(step)
+            probes = step < last_step and self.reporting.stragglers.probes_after(step)
             if due.waits or probes:
                 self.reporting.report_pending()
             if probes:
-                self.reporting.stragglers.probe_devices(step)
+                self.reporting.stragglers.probe_devices(step, skip=self.profiler.is_running)
             self.after_step(due, metrics)
             if (reason := self.requests.stops_after(step)) is not None:
                 return reason

@@ -62,6 +62,11 @@ class Profiler:
                 self._begin = completed_steps, time.perf_counter()
         self._has_compiled = True
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a profile has begun and not ended."""
+        return self._begin is not None
+
     def ends_after(self, completed_steps: int) -> bool:
         """Whether `finish` is due after this number of steps."""
         return self._begin is not None and completed_steps - self._begin[0] >= self._config.steps

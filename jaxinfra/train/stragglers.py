@@ -1,36 +1,39 @@
 """Finds the process that holds up the others: steps are collective, so that all take the time of the slowest."""
 
+import functools
 import logging
+import math
 import time
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfra.processes.peers import Peers
 from jaxinfra.track.planned import SLOW_DEVICES
 from jaxinfra.train.phases import Phases
 
-PROBE_EVERY = 50
+PROBE_EVERY = 40
 """Steps between two measurements of how fast the devices compute."""
-_PROBED_MATMULS = 8
-_PROBED_SHARE = 0.5
-"""Of a step that a measurement lasts on CPUs. Other programs get their turn only when one has computed for a while."""
+_PROBED_SHARE, _PROBED_S = 0.4, (0.03, 1.0)
+"""How long a measurement lasts: as a share of a step, so that it takes 1 % of the time; not at all below the first
+limit, where a thread of Python that is late would count, and never longer than the second."""
+_FIRST_MATMULS = 8  # to see how many fit in that time
 
 _log = logging.getLogger(__name__)
 
 
 class Stragglers:
-    """Measures in each process what holds up the others, and names the slowest one.
+    """Measures in each process what holds up the others, and names those that do.
 
     The host: how long the devices had nothing to do because the process had not dispatched the next step. That is the
     time of its loop outside of waiting for the devices, in steps that were done before the loop came to wait for them.
 
-    The devices: how long each takes for the same few matmuls, which exchange nothing. Within a step the others wait for
-    slow devices in a collective, which looks the same from all processes.
+    The devices: how long the slowest takes for matmuls, which exchange nothing. Within a step the others wait for slow
+    devices in a collective, which looks the same from all processes.
     """
 
     WINDOW = 5
@@ -45,7 +48,7 @@ class Stragglers:
         self._host_metrics: dict[str, float] = {}
         self._device_metrics: dict[str, float] = {}
         self._steps, self._own_s, self._loop_s, self._since_s = 0, 0.0, 0.0, self._seconds()
-        self._suspects: dict[str, int | None] = {}  # the slow process of the last measurement of the host, the devices
+        self._suspects: dict[str, set[int]] = {}  # the slow processes of the last measurement of the host, the devices
         self._named = set[tuple[str, int]]()  # what a warning has named
 
     @property
@@ -73,15 +76,26 @@ class Stragglers:
             self._peers.collect(value, "stragglers", lambda values: self.judge(step, values))
             self._steps, self._own_s, self._loop_s = 0, 0.0, 0.0
 
+    def begin(self, completed_steps: int, last_step: int) -> None:
+        """Compiles the matmuls, if there are enough steps to measure the devices after one."""
+        if any(map(self.probes_after, range(completed_steps + 1, min(last_step, completed_steps + PROBE_EVERY + 1)))):
+            with self._phases("compile"):
+                self._probe.measure(0.0)
+
     def probes_after(self, step: int) -> bool:
         """Whether all processes measure their devices after a step; they must have computed it."""
         return self._peers.count > 1 and step % PROBE_EVERY == 0
 
-    def probe_devices(self, step: int) -> None:
-        """Measures the devices of this process, and has process 0 compare them with those of the others."""
+    def probe_devices(self, step: int, *, skip: bool) -> None:
+        """Measures the devices of this process, and has process 0 compare them with those of the others.
+
+        With `skip` this process has nothing to compare, and no process is judged.
+        """
+        least_s, most_s = _PROBED_S
+        lasts_s = 0.0 if skip else min(_PROBED_SHARE * (self._phases.median_step_s() or 0.0), most_s)
         with self._phases("device"):
-            probe_s = self._probe.measure(self._phases.median_step_s() or 0.0)
-        self._peers.collect(probe_s, "devices", lambda values: self.judge_devices(step, values))
+            matmul_s = self._probe.measure(lasts_s) if lasts_s >= least_s else None
+        self._peers.collect(matmul_s, "devices", lambda values: self.judge_devices(step, values))
 
     def judge(self, step: int, values: list[list[float] | None]) -> None:
         """Compares the own time and the step time of all processes; warns once of each that holds up the others."""
@@ -89,93 +103,102 @@ class Stragglers:
         step_s = median(value[1] for value in values if value is not None)
         if len(own_s) < len(values):  # a process has ended
             return
-        slowest, others_s = _slowest(own_s)
-        excess_s = own_s[slowest] - others_s
+        slowest = max(range(len(own_s)), key=own_s.__getitem__)
         self._host_metrics = {"slowest_process": float(slowest), "slowest_process_s": own_s[slowest]}
-        self._host_metrics["slowest_process_excess_s"] = excess_s
-        if self._is_news("host", slowest, is_slow=excess_s > max(self.SHARE * step_s, self.LEAST_S)):
+        self._host_metrics["slowest_process_excess_s"] = own_s[slowest] - _others(own_s, slowest)
+        excess_s = max(self.SHARE * step_s, self.LEAST_S)
+        for process in self._news("host", own_s, lambda own, others: own - others > excess_s):
             _log.warning(
                 "step %d: %s holds up the others: the devices wait %.0f ms of each step of %.0f ms for its host, which "
                 "the others do not; look at its processor, its disk and its data",
                 step,
-                self._peers.name_of(slowest),
-                1e3 * own_s[slowest],
+                self._peers.name_of(process),
+                1e3 * own_s[process],
                 1e3 * step_s,
             )
 
     def judge_devices(self, step: int, values: list[float | None]) -> None:
-        """Compares the times of the same matmuls in all processes; warns once of each whose devices are slow."""
+        """Compares the seconds of a matmul in all processes; warns once of each whose devices are slow."""
         times_s = [value for value in values if value is not None]
-        if len(times_s) < len(values):
+        if len(times_s) < len(values):  # a process has ended, or could not measure them
             return
-        slowest, others_s = _slowest(times_s)
-        slowdown = times_s[slowest] / others_s
+        slowest = max(range(len(times_s)), key=times_s.__getitem__)
+        slowdown = times_s[slowest] / _others(times_s, slowest)
         self._device_metrics = {"slowest_devices": float(slowest), "slowest_devices_slowdown": slowdown}
-        if self._is_news("devices", slowest, is_slow=slowdown > SLOW_DEVICES):
+        for process in self._news("devices", times_s, lambda own, others: own > SLOW_DEVICES * others):
             _log.warning(
-                "step %d: the devices of %s compute slowly, and all wait for them: they take %.2f ms for matmuls that "
-                "take the others %.2f ms; look at their clock, their temperature, and what else runs there",
+                "step %d: the devices of %s compute slowly, and all wait for them: matmuls take them %.1f times as "
+                "long as the others; look at their clock, their temperature, and what else runs there",
                 step,
-                self._peers.name_of(slowest),
-                1e3 * times_s[slowest],
-                1e3 * others_s,
+                self._peers.name_of(process),
+                times_s[process] / _others(times_s, process),
             )
 
-    def _is_news(self, what: str, slowest: int, *, is_slow: bool) -> bool:
-        """Whether two measurements in a row found the same process slow, of which no warning was given yet."""
-        suspect, self._suspects[what] = self._suspects.get(what), slowest if is_slow else None
-        if not is_slow or suspect != slowest or (what, slowest) in self._named:
-            return False
-        self._named.add((what, slowest))
-        return True
+    def _news(self, what: str, times_s: Sequence[float], is_slow: Callable[[float, float], bool]) -> list[int]:
+        """Returns the processes that two measurements in a row found slow, and of which no warning was given yet.
+
+        `is_slow` compares the time of a process with the median of the others.
+        """
+        slow = {process for process, own_s in enumerate(times_s) if is_slow(own_s, _others(times_s, process))}
+        before, self._suspects[what] = self._suspects.get(what, set()), slow
+        news = [process for process in sorted(slow & before) if (what, process) not in self._named]
+        self._named |= {(what, process) for process in news}
+        return news
 
 
-def _slowest(times_s: list[float]) -> tuple[int, float]:
-    """Returns the process of the longest time, and the median time of the others."""
-    slowest = max(range(len(times_s)), key=times_s.__getitem__)
-    return slowest, median(times_s[:slowest] + times_s[slowest + 1 :])
+def _others(times_s: Sequence[float], process: int) -> float:
+    """Returns the median time of the other processes."""
+    return median([*times_s[:process], *times_s[process + 1 :]])
 
 
 class DeviceProbe:
-    """Times the same few matmuls on the devices of this process.
+    """Times matmuls on the devices of this process."""
 
-    Attributes:
-        runs: how often the last measurement ran them.
-    """
+    def __init__(self) -> None:
+        self._matmul_s: float | None = None
 
-    runs = 0
+    def measure(self, lasts_s: float) -> float | None:
+        """Returns the seconds that the slowest device takes for a matmul; None, with a warning, if that fails.
 
-    @cached_property
-    def _mesh(self) -> Mesh:
-        return Mesh(np.array(jax.local_devices()), ("local",))
+        It lasts for about as long as it should, at least for one matmul; the first time it also compiles. Nothing else
+        must be queued on the devices.
+        """
+        try:
+            if self._matmul_s is None:
+                self._run(1)
+                self._matmul_s = self._run(_FIRST_MATMULS) / _FIRST_MATMULS
+            matmuls = max(1, math.ceil(lasts_s / self._matmul_s))
+            self._matmul_s = self._run(matmuls) / matmuls
+        except jax.errors.JaxRuntimeError as error:  # such as no memory
+            _log.warning("the speed of the devices is not measured: %s; training goes on", str(error).splitlines()[0])
+            return None
+        return self._matmul_s
 
-    @property
-    def _is_cpu(self) -> bool:
-        return self._mesh.devices.flat[0].platform == "cpu"
+    def _run(self, matmuls: int) -> float:
+        """Returns the seconds of a number of matmuls on each device."""
+        begin_s = time.perf_counter()
+        with jax.set_mesh(_local_mesh()):  # the mesh of the run has devices of other processes, too
+            _multiply(matmuls).block_until_ready()
+        return time.perf_counter() - begin_s
 
-    @cached_property
-    def _matrices(self) -> jax.Array:
-        """The identity, float32 on CPUs and bfloat16 elsewhere, on each device: [devices, n, n]."""
-        identity = np.eye(256, dtype=np.float32) if self._is_cpu else np.eye(4096, dtype=jnp.bfloat16)
-        identities = np.broadcast_to(identity, (self._mesh.size, *identity.shape))
-        return jax.device_put(identities, NamedSharding(self._mesh, PartitionSpec("local")))
 
-    def measure(self, step_s: float) -> float:
-        """Returns the seconds that the slowest device takes for them. Nothing else must be queued on the devices."""
-        self._run()  # compiles the first time
-        least_s = _PROBED_SHARE * step_s if self._is_cpu else 0.0
-        self.runs, start_s, took_s = 0, time.perf_counter(), 0.0
-        while self.runs == 0 or took_s < least_s:
-            self._run()
-            self.runs, took_s = self.runs + 1, time.perf_counter() - start_s
-        return took_s / self.runs
-
-    def _run(self) -> None:
-        with jax.set_mesh(self._mesh):  # the mesh of the run has devices of other processes, too
-            _multiply(self._matrices).block_until_ready()
+@functools.cache
+def _local_mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), ("local",))
 
 
 @jax.jit
-def _multiply(matrices: jax.Array) -> jax.Array:
-    """Multiplies matrices [devices, n, n] with themselves a few times."""
-    return jax.lax.fori_loop(0, _PROBED_MATMULS, lambda _, product: product @ matrices, matrices)
+def _multiply(matmuls: int | jax.Array) -> jax.Array:
+    """Multiplies the identity with itself on each device of the mesh; returns one number of each product: [devices].
+
+    The matrices are float32 [256, 256] on CPUs, bfloat16 [2048, 2048] elsewhere, where the three of them take 24 MiB.
+    """
+    is_cpu = jax.local_devices()[0].platform == "cpu"
+    size, dtype = (256, jnp.float32) if is_cpu else (2048, jnp.bfloat16)
+
+    def multiply(matmuls: int | jax.Array) -> jax.Array:
+        identity = jnp.eye(size, dtype=dtype)
+        product = jax.lax.fori_loop(0, matmuls, lambda _, product: product @ identity, identity)
+        return product[:1, 0]
+
+    return jax.shard_map(multiply, in_specs=PartitionSpec(), out_specs=PartitionSpec("local"), check_vma=False)(matmuls)

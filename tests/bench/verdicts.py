@@ -39,11 +39,11 @@ COLUMNS: Columns = {
     "of": ("of", "{:.0f}"),
     "verdict": ("the last verdict", ""),
 }
-NOTE = "Runs of one process, or of two on hosts that are network namespaces (all but write)"
+NOTE = "Runs of one process (write, read), or of two on hosts that are network namespaces"
 _BITS_PER_S = 10e9
 _WRITES, _READS = "fsync,fdatasync", "pread64"  # system calls
 _TEXTS, _TEXT_BYTES = 64, 1_000_000  # so many that rows lie in blocks that were not read before
-STEPS = 106  # of a run
+STEPS = 106  # of a run, in which its devices are measured twice
 _WORDS = (
     "train.global_batch=16",
     "train.eval_every=none",
@@ -62,6 +62,7 @@ from tests.bench import verdicts
 def config() -> Run:
     return verdicts.config(recompiles={recompiles})
 """
+_RIVAL = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 _RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
@@ -115,8 +116,12 @@ class Way:
 
 
 def _core(host: int) -> str:
-    cores = sorted(os.sched_getaffinity(0))
+    cores = _cores()
     return str(cores[host % len(cores)])
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
 
 
 _PLANS = {hosts: Way(words="as planned", hosts=hosts) for hosts in (1, 2)}
@@ -202,7 +207,7 @@ class Trials:
                 start = link.start
             for _ in range(way.rivals):
                 rival = subprocess.Popen(
-                    ["taskset", "-c", _core(way.hosts - 1), sys.executable, "-c", "while True: pass"]
+                    ["taskset", "-c", _core(way.hosts - 1), sys.executable, "-c", _RIVAL]
                 )
                 stack.callback(rival.wait)
                 stack.callback(rival.kill)
@@ -227,6 +232,8 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     ways = {name: WAYS[name] for name in options.only or WAYS}
     if any(way.hosts == 1 for way in ways.values()) and shutil.which("strace") is None:
         raise ConfigError("bench verdicts: needs strace, to slow system calls down; install it, or use --only link")
+    if any(way.hosts > 1 for way in ways.values()) and (shutil.which("taskset") is None or len(_cores()) == 1):
+        raise ConfigError("bench verdicts: needs taskset and a core for each of two hosts; use --only write read")
     verdicts: dict[str, list[str]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(prefix="jaxinfra-verdicts-", ignore_cleanup_errors=True) as folder:
         trials = Trials(Path(folder))

@@ -103,7 +103,7 @@ def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
         ((*ON, "--save-s", "3"), "--save-s --chip-hours-per-loss 50000"),
         ((*ON, "--limit", "3"), "--limit --search"),
         ((*ON, "--budget", "5"), "--budget --tokens"),
-        (("--exam", "rows.csv", "--tokens", "5"), "--exam --tokens"),
+        (("--exam", "rows.csv", "--tokens", "5"), "--exam {config}"),
         ((*ON, "--only", "a"), "--only --exam"),
         ((*ON, "--why", "mesh.tensr=2"), "mesh.tensr mesh.tensor"),
         ((*ON, "--search", "model.vocab_size=1073741824"), "--search v5e:2x4 state more chips"),

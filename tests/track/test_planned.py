@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.track.planned import Terms, measure, plan_rows, read_plan, verdict
+from jaxinfra.track.planned import Terms, measure, plan_rows, read_plan, slow_devices, verdict
 from tests.refusals import names, raises, refused
 from tests.tiny_run import Tiny, launch
 from tests.tiny_run import tiny as tiny
@@ -31,16 +31,46 @@ PLAN = Terms(
             {"estimate_s": 0.2, "device_s": 0.19, "device_slowdown": 2.0, "slowest_devices": 1},
             "devices process 1 compute slowly 100.0 ms",
         ),
+        (  # they explain 30 of 100 ms
+            {"estimate_s": 0.2, "device_s": 0.19, "device_slowdown": 1.33, "slowest_devices": 1},
+            "links between processes 100.0 ms",
+        ),
         ({"estimate_s": 0.126, "device_s": 0.104, "data_s": 0.012}, "processes 14.0 ms"),
         ({"estimate_s": 0.2, "host_s": 0.11}, "host 100.0 ms"),
         ({"estimate_s": 0.4, "host_s": 0.31, "compiles": 1.0}, "1 program is compiled 300.0 ms"),
         ({"memory_bytes": 2e9}, "memory off 1.86 GiB 953.67 MiB"),
     ],
-    ids=["noise", "data", "save", "link", "device", "rank", "chips", "a bit of all", "host", "recompile", "memory"],
+    ids=[
+        "noise",
+        "data",
+        "save",
+        "link",
+        "device",
+        "rank",
+        "chips",
+        "hardly",
+        "a bit of all",
+        "host",
+        "recompile",
+        "memory",
+    ],
 )
 def test_what_is_off_is_named(changed: dict[str, float], named: str) -> None:
     line = names(verdict(replace(PLAN, **changed), PLAN), named)
     assert line.startswith("as planned") is (named == "as planned")
+
+
+def test_slow_devices_are_those_of_half_of_the_measurements() -> None:
+    """Each row of metrics repeats the last measurement."""
+
+    def rows(*measurements: tuple[int, float]) -> list[dict[str, float]]:
+        values = [{"slowest_devices": process, "slowest_devices_slowdown": slow} for process, slow in measurements]
+        return [{"loss": 1.0}, *(row for row in values for _ in range(3))]
+
+    assert slow_devices(rows()) == slow_devices(rows((1, 2.0))) == (None, 1.0)
+    assert slow_devices(rows((1, 2.0), (1, 1.6))) == (1, 1.6)
+    assert slow_devices(rows((1, 1.6), (0, 1.1), (0, 2.2))) == (0, 1.1)
+    assert slow_devices(rows((1, 1.6), (0, 2.2)))[1] == 1.0
 
 
 def test_a_plan_for_chips_knows_neither_saves_nor_the_host() -> None:
@@ -95,6 +125,10 @@ def test_bad_words(tiny: Tiny, tmp_path: Path) -> None:
         (("--fit", str(tmp_path / "none")), f"{tmp_path}/none no run.json"),
         (("--check", "runs/a", "--json", "o.json"), "--check runs/a --json"),
         (("--check", "runs/a", "--fit", "runs/b"), "--check --fit"),
+        (("--check", "runs/a", "--write", "best.py"), "--check runs/a --write"),
+        (("--fit", "runs/a", "--host-mb-s", "3"), "--fit runs/a --host-mb-s"),
+        (("--exam", "rows.csv", "--limit", "3"), "--exam rows.csv --limit"),
+        (("configs/quickstart.py", "model.remat=full", "--exam", "rows.csv"), "--exam rows.csv configs/quickstart.py"),
         (("--plan", "plan.json"), "--plan --check"),
     ):
         refused(launch("plan", *words), named)
