@@ -154,6 +154,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     what = f"{_TOPOLOGIES}; repeatable, to compare"
     parser.add_argument("--on", metavar="TOPOLOGY", action="append", default=[], help=what)
     _add_chips(parser)
+    what = "of a step that does not fit: say so, and look for nothing that does"
+    parser.add_argument("--as-is", action="store_true", help=what)
     layout = parser.add_argument_group("the fastest layout")
     what = "try meshes, microbatches and remat, and take the fastest"
     layout.add_argument("--search", action="store_true", help=what)
@@ -171,7 +173,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     cost.add_argument("--budget", type=positive("--budget", "2e6"), metavar="DOLLARS", help="say if it costs more")
     what = f"energy of the building over that of the chips (default {PLAN_DEFAULTS['pue']:g})"
-    cost.add_argument("--pue", type=positive("--pue", "1.1"), metavar="X", help=what)
+    cost.add_argument("--pue", type=positive("--pue", "1.1", least=1.0), metavar="X", help=what)
     what = "one chip is lost in so many chip-hours: for the goodput of spot chips"
     cost.add_argument("--chip-hours-per-loss", type=positive("--chip-hours-per-loss", "50000"), metavar="H", help=what)
     what = "what a host writes to the place of the checkpoints: for the time of a save"

@@ -19,6 +19,7 @@ from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.chips import load_chips
 from jaxinfra.plan.aot import compile_for
+from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.compiled_cache import users_compiler
 from jaxinfra.plan.cost import Cost, Losses, cost_of
 from jaxinfra.plan.estimate import StepPlan, plan_step
@@ -41,7 +42,18 @@ _MODES = {"exam": ("only", "json"), "check": ("plan",), "fit": ("json",)}
 """What compiles no config, and the options that it reads."""
 _NOT_OF_MODES = (
     *("exam", "check", "fit", "config", "on", "chips", "json", "search", "limit", "jobs", "write", "why", "tokens"),
-    *("deadline", "budget", "pue", "chip_hours_per_loss", "host_mb_s", "save_s", "restart_minutes", "plan", "only"),
+    *(
+        "deadline",
+        "budget",
+        "pue",
+        "chip_hours_per_loss",
+        "host_mb_s",
+        "save_s",
+        "restart_minutes",
+        "plan",
+        "only",
+        "as_is",
+    ),
 )
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
@@ -73,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         try:
             results = plan_search.find(options, base, topology) if options.search else []
             run = results[0].layout.run if results else base
-            plan = _plan(run, topology)
+            plan = _plan_or_advice(run, topology, options)
         except ConfigError as error:
             if len(topologies) == 1:
                 raise
@@ -138,6 +150,16 @@ def _compare_run(options: argparse.Namespace) -> None:
     if path is None:
         raise ConfigError(f"--check {location}: its config names no plan (track.plan); name one with --plan plan.json")
     print(f"{location}: {planned.verdict(found, planned.read_plan(path))}")
+
+
+def _plan_or_advice(run: Run, topology: Topology, options: argparse.Namespace) -> StepPlan:
+    """Plans a run; the ConfigError of one that does not fit says what does, compiled."""
+    try:
+        return _plan(run, topology)
+    except ConfigError as error:
+        if options.as_is or TOO_LARGE not in str(error):
+            raise
+        raise plan_search.with_what_fits(error, run, topology, lambda run: _plan(run, topology)) from None
 
 
 def _plan(run: Run, topology: Topology) -> StepPlan:
@@ -207,19 +229,22 @@ def _cost_lines(options: argparse.Namespace, topology: Topology, cost: Cost) -> 
         yield f"  {name.replace('_', ' '):10}  ${_amount(dollars)}"
     if not cost.dollars:
         judged = "" if options.budget is None else ", so the budget is not judged"
-        yield f"  no price: {topology.chip.name} has no `dollars` in the file of --chips{judged}"
+        yield f"  no price: --chips FILE with `dollars` of {topology.chip.name} adds it{judged}"
     if cost.kwh is not None:
         yield f"  energy      {_amount(cost.kwh)} kWh, at {options.pue:g} times what the chips take"
     if options.deadline is not None and cost.days > options.deadline:
         more = math.ceil(10 * cost.days / options.deadline) / 10
         yield f"  too late: {options.deadline:g} days are the limit; it needs at least {more:,.1f} times the chips"
+    elif options.deadline is not None:
+        yield f"  {options.deadline:g} days are the limit: enough"
     if options.budget is not None and cost.dollars:
         within = [name.replace("_", " ") for name, dollars in cost.dollars.items() if dollars <= options.budget]
         limit = f"${_amount(options.budget)} are the limit"
         if not within:
             yield f"  too much: {limit}"
-        elif len(within) < len(cost.dollars):
-            yield f"  {limit}: enough for {' and '.join(within)} alone"
+        else:
+            alone = " alone" if len(within) < len(cost.dollars) else ""
+            yield f"  {limit}: enough for {' and '.join(within)}{alone}"
 
 
 def _amount(number: float) -> str:

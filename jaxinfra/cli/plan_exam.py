@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.remat import Named
 from jaxinfra.models.transformer import TransformerConfig
@@ -27,7 +28,8 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(options.exam)
     if options.only:
         if unknown := [name for name in options.only if name not in {row.id for row in rows}]:
-            raise ConfigError(f"--only {unknown[0]}: {options.exam} has no such row; use an id of its first column")
+            ids = nearest(unknown[0], [row.id for row in rows]) or ", ".join(row.id for row in rows[:5])
+            raise ConfigError(f"--only {unknown[0]}: {options.exam} has no such row; use an id such as {ids}")
         rows = [row for row in rows if row.id in options.only]
     constant = constant_tflops(read_rows(options.exam))
     print(f"{'row':18}  {'split':5}  {'published':>9}  {'plan':>8}  {'error':>7}  {'constant':>8}  {'error':>7}  binds")

@@ -8,7 +8,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +21,26 @@ from jaxinfra.config.overrides import read_overrides
 from jaxinfra.config.source_code import source_code
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.environment import usable_cores
+from jaxinfra.parallel.mesh_config import AXES
+from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.estimate import StepPlan
 from jaxinfra.plan.search import MAX_RANKED, Layout, Result, layouts, search
 from jaxinfra.plan.topology import Topology
 from jaxinfra.run import Run
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
-from jaxinfra.track.formatting import format_percent, format_step
+from jaxinfra.track.formatting import format_bytes, format_percent, format_step
 
 _NOTHING = 0.0005  # differences below this part of a step are not shown
+_TRIED_FIXES = 3  # layouts that are compiled for a step that does not fit
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for options that do not go together, or a file that is there already."""
+    if options.limit > MAX_RANKED:
+        raise ConfigError(
+            f"--limit {options.limit}: at most {MAX_RANKED} layouts are compiled; use --limit {MAX_RANKED}"
+        )
     if options.write is None:
         return
     if not options.search or len(options.on) > 1:
@@ -46,7 +53,10 @@ def check_options(options: argparse.Namespace) -> None:
 
 def changed(run: Run, override: str) -> Run:
     """Returns a run with an override, and fsdp over what other axes leave; ConfigError if the override is wrong."""
-    new = apply(run, [override])
+    try:
+        new = apply(run, [override])
+    except ConfigError as error:
+        raise ConfigError(f"--why {override}: {str(error).removeprefix(f'{override}: ')}") from None
     if new.mesh != run.mesh and new.mesh.fsdp == run.mesh.fsdp and -1 not in new.mesh.sizes:
         new = replace(new, mesh=replace(new.mesh, fsdp=-1))
     return new
@@ -70,7 +80,7 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
         if kept and layouts(run, topology):
             raise ConfigError(f"{where}: no layout has {' '.join(options.overrides)}; leave some of them out")
         raise ConfigError(f"{where}: no layout has a state that fits its devices; use more chips, or a smaller model")
-    jobs, limit = options.jobs or max(1, (usable_cores() or 1) // 2), min(options.limit, MAX_RANKED)
+    jobs, limit = options.jobs or max(1, (usable_cores() or 1) // 2), options.limit
     print(f"{topology}: {len(found)} layouts may fit; compiling up to {limit}, {jobs} at a time, minutes for each")
     with TemporaryDirectory(prefix="jaxinfra-plans-") as folder, ThreadPoolExecutor(jobs) as pool:
 
@@ -101,6 +111,38 @@ def find(options: argparse.Namespace, run: Run, topology: Topology) -> list[Resu
     return results
 
 
+def with_what_fits(error: ConfigError, run: Run, topology: Topology, plan: Callable[[Run], StepPlan]) -> ConfigError:
+    """Returns the error of a step that does not fit, with the fastest remat and microbatches of its mesh that do.
+
+    They are compiled: `plan` raises ConfigError for what does not fit.
+    """
+    cause, tried = str(error).partition("; ")[0], list[str]()
+    for sketch in layouts(run, topology, {f"mesh.{axis}" for axis in AXES}):
+        words = _changes(sketch.layout, run)
+        if not words or not sketch.likely_fits:
+            continue
+        if len(tried) == _TRIED_FIXES:
+            break
+        print(f"it does not fit; trying {words}", flush=True)
+        try:
+            found = plan(sketch.layout.run)
+        except ConfigError as other:
+            if TOO_LARGE not in str(other):
+                raise
+            tried.append(words)
+        else:
+            needs = f"needs {format_bytes(found.memory_bytes)} and takes {format_step(found.estimate_s)}"
+            return ConfigError(f"{cause}; use {words}, which {needs}")
+    neither = f"; nor does it fit with {', or with '.join(tried)}" if tried else ""
+    return ConfigError(f"{cause}{neither}; use more devices, or --search, which tries other meshes")
+
+
+def _changes(layout: Layout, run: Run) -> str:
+    """Returns the overrides of microbatches and remat that make a layout of a run of the same mesh."""
+    own = Layout(run=replace(run, mesh=layout.run.mesh), topology=layout.topology).overrides
+    return " ".join(word for word in layout.overrides if word not in own)
+
+
 def plan_apart(options: argparse.Namespace, layout: Layout, file: Path) -> Result:
     """Plans a layout in a process of its own, which a compiler that aborts ends alone."""
     searched = {override.path for override in read_overrides(layout.overrides)}
@@ -109,7 +151,7 @@ def plan_apart(options: argparse.Namespace, layout: Layout, file: Path) -> Resul
         for override in read_overrides(options.overrides)
         if override.path not in searched
     ]
-    words = ["plan", options.config, *kept, *layout.overrides, "--on", str(layout.topology)]
+    words = ["plan", options.config, *kept, *layout.overrides, "--on", str(layout.topology), "--as-is"]
     words += ["--json", str(file), *(word for each in options.imports or () for word in ("--import", each))]
     words += ["--chips", options.chips] if options.chips else []
     command = [sys.executable, "-c", MAIN, *words]

@@ -7,8 +7,10 @@ import csv
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
@@ -94,23 +96,25 @@ def _row(path: str, line: int, values: Mapping[str, str]) -> Row:
         raise ConfigError(
             f"--exam {path}: line {line}: split {values['split']}: expected fit or test; write one of them"
         )
-    try:
-        tflops = values["tflops_per_s_per_chip"]
-        row = Row(
-            **{name: values[name] for name in ("id", "model", "topology", "precision", "mesh", "remat", "split")},
-            compiler_flags=values["compiler_flags"],
-            slices=int(values["slices"]),
-            seq_len=int(values["seq_len"]),
-            sequences_per_chip=float(values["sequences_per_chip"]),
-            step_s=float(values["step_s"]),
-            tflops_per_s_per_chip=float(tflops) if tflops else None,
+
+    def number(name: str, kind: type = float) -> Any:
+        with suppress(ValueError):
+            if 0 < kind(values[name]) < math.inf:
+                return kind(values[name])
+        example = "1" if kind is int else "3.44"
+        raise ConfigError(
+            f"--exam {path}: line {line}: {name} {values[name]}: is no number above 0; write one, such as {example}"
         )
-        for name in ("slices", "seq_len", "sequences_per_chip", "step_s"):
-            if not 0 < getattr(row, name) < math.inf:
-                raise ValueError(f"{name} {values[name]} is not above 0")
-    except ValueError as error:
-        raise ConfigError(f"--exam {path}: line {line}: {error}; write a number") from None
-    return row
+
+    return Row(
+        **{name: values[name] for name in ("id", "model", "topology", "precision", "mesh", "remat", "split")},
+        compiler_flags=values["compiler_flags"],
+        slices=number("slices", int),
+        seq_len=number("seq_len", int),
+        sequences_per_chip=number("sequences_per_chip"),
+        step_s=number("step_s"),
+        tflops_per_s_per_chip=number("tflops_per_s_per_chip") if values["tflops_per_s_per_chip"] else None,
+    )
 
 
 def express(row: Row) -> tuple[Run, Topology]:

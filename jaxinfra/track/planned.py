@@ -159,7 +159,8 @@ def read_plan(path: str) -> Terms:
     row = rows[0] if isinstance(rows, list) and len(rows) == 1 else None
     if not isinstance(row, dict) or not _is_plan(row):
         fix = "name a file that plan CONFIG --on TOPOLOGY --json FILE has written"
-        raise ConfigError(f"{path}: has not the plan of one topology; {fix}")
+        has = f"has {len(rows)} plans, not one" if isinstance(rows, list) and len(rows) > 1 else "has no plan"
+        raise ConfigError(f"{path}: {has} of one topology; {fix}")
     values: dict[str, Any] = {name: row[name] for name in _FIELDS if name in row}
     values.setdefault("source", f"{row.get('name')} on {row['topology']}" if "topology" in row else path)
     return Terms(**values)
@@ -188,7 +189,8 @@ def verdict(found: Terms, plan: Terms) -> str:
     if plan.save_s is not None:
         takes_s += (found.save_s or 0.0) * found.saves_per_step
         planned_s += plan.save_s * found.saves_per_step
-    both = f"a step takes {format_step(takes_s)}, planned {format_step(planned_s)} ({plan.source})"
+    saves = " with its part of the saves" if plan.save_s is not None and found.saves_per_step else ""
+    both = f"a step takes {format_step(takes_s)}{saves}, planned {format_step(planned_s)} ({plan.source})"
     memory = ""
     if _needs_more(found, plan):
         needed, planned = (format_bytes(each.memory_bytes or 0.0) for each in (found, plan))

@@ -181,7 +181,7 @@ def _plan_of(job: Job, *, is_new: bool) -> Terms | None:
         return read_plan(path)
     except ConfigError as error:
         if is_new:
-            raise
+            raise ConfigError(f"track.plan={error}") from None
         _log.warning("track.plan=%s; the steps are not compared with it", error)
         return None
 

@@ -206,9 +206,8 @@ class Trials:
                 link = stack.enter_context(SlowLink(delay_s=way.link_delay_s, bits_per_s=_BITS_PER_S))
                 start = link.start
             for _ in range(way.rivals):
-                rival = subprocess.Popen(
-                    ["taskset", "-c", _core(way.hosts - 1), sys.executable, "-c", _RIVAL]
-                )
+                command = ["taskset", "-c", _core(way.hosts - 1), sys.executable, "-c", _RIVAL]
+                rival = subprocess.Popen(command, start_new_session=True)  # it gets no interrupt of its own
                 stack.callback(rival.wait)
                 stack.callback(rival.kill)
             children = []
@@ -238,10 +237,12 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     with tempfile.TemporaryDirectory(prefix="jaxinfra-verdicts-", ignore_cleanup_errors=True) as folder:
         trials = Trials(Path(folder))
         for number in range(options.pairs):
+            where = f"round {number + 1} of {options.pairs}"
+            print(f"{where}: measuring what the plans are made of", file=sys.stderr, flush=True)
             plans = {hosts: trials.plan(hosts) for hosts in sorted({way.hosts for way in ways.values()})}
             for name, way in ways.items():
                 verdicts[name].append(trials.verdict(way, plans[way.hosts]))
-            print(f"round {number + 1} of {options.pairs}", file=sys.stderr, flush=True)
+                print(f"{where}: {name}: {_without_paths(verdicts[name][-1])}", file=sys.stderr, flush=True)
     rows: list[TableRow] = [
         {
             "case": name,

@@ -86,6 +86,22 @@ def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
     assert plan["work"]["matmuls"] > 0 and plan["work"]["HBM"] > 0
 
 
+@pytest.mark.slow(20)
+def test_a_step_that_does_not_fit_names_what_does(tmp_path: Path) -> None:
+    """It is compiled, so that its memory and its time are known."""
+    config, chips = tmp_path / "dense.py", tmp_path / "chips.toml"
+    config.write_text("from tests.golden.compiled import DENSE\n\ndef config():\n    return DENSE\n", encoding="utf-8")
+    chips.write_text("[v5e]\nhbm_gib = 0.05\n", encoding="utf-8")
+    words = ("plan", str(config), "--on", "v5e:2x2", "--chips", str(chips), "mesh.fsdp=4", "train.accumulate=1")
+    error = refused(
+        launch(*words, "model.remat=none"), "dense v5e:2x2 needs 0.21 GiB more than its 0.05 GiB; use which takes"
+    )
+    fix = error.partition("; use ")[2].partition(", which")[0].split()
+    ended = launch(*words[:-1], *fix)
+    assert ended.code == 0, ended
+    refused(launch(*words, "model.remat=none", "--as-is"), "needs 0.21 GiB use model.remat=full")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -102,10 +118,12 @@ def test_a_plan_for_gpus_is_a_roofline(tiny: Tiny, tmp_path: Path) -> None:
         ((*ON, "--pue", "1.2"), "--pue --tokens 15e12"),
         ((*ON, "--save-s", "3"), "--save-s --chip-hours-per-loss 50000"),
         ((*ON, "--limit", "3"), "--limit --search"),
+        ((*ON, "--search", "--limit", "31"), "--limit 31 30"),
+        ((*ON, "--tokens", "5", "--pue", "0.5"), "--pue 0.5 at least 1"),
         ((*ON, "--budget", "5"), "--budget --tokens"),
         (("--exam", "rows.csv", "--tokens", "5"), "--exam {config}"),
         ((*ON, "--only", "a"), "--only --exam"),
-        ((*ON, "--why", "mesh.tensr=2"), "mesh.tensr mesh.tensor"),
+        ((*ON, "--why", "mesh.tensr=2"), "--why mesh.tensr mesh.tensor"),
         ((*ON, "--search", "model.vocab_size=1073741824"), "--search v5e:2x4 state more chips"),
         (("--on", "v5e:2x4", "--devices", "cpu:8"), "--devices cpu:8 --on"),
     ],

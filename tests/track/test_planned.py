@@ -109,6 +109,7 @@ def test_a_plan_that_was_measured_is_read_again(tmp_path: Path) -> None:
         '[{"estimate_s": 0.0}]',
         '[{"estimate_s": 1.0, "data_s": "x"}]',
         '[{"estimate_s": 1}, {}]',
+        '[{"estimate_s": 1}, {"estimate_s": 2}]',
         '[{"estimate_s": 1.0, "device_kind": 3}]',
     ],
 )
