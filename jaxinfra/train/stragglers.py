@@ -22,6 +22,7 @@ _PROBED_SHARE, _PROBED_S = 0.4, (0.03, 1.0)
 """How long a measurement lasts: as a share of a step, so that it takes 1 % of the time; not at all below the first
 limit, where a thread of Python that is late would count, and never longer than the second."""
 _FIRST_MATMULS = 8  # to see how many fit in that time
+_LONG_ENOUGH = 0.8  # of that time
 
 _log = logging.getLogger(__name__)
 
@@ -167,8 +168,11 @@ class DeviceProbe:
             if self._matmul_s is None:
                 self._run(1)
                 self._matmul_s = self._run(_FIRST_MATMULS) / _FIRST_MATMULS
-            matmuls = max(1, math.ceil(lasts_s / self._matmul_s))
-            self._matmul_s = self._run(matmuls) / matmuls
+            matmuls, took_s = 0, 0.0
+            while matmuls == 0 or took_s < _LONG_ENOUGH * lasts_s:  # the last time they may have been slower
+                more = max(1, math.ceil((lasts_s - took_s) / self._matmul_s))
+                took_s, matmuls = took_s + self._run(more), matmuls + more
+                self._matmul_s = took_s / matmuls
         except jax.errors.JaxRuntimeError as error:  # such as no memory
             _log.warning("the speed of the devices is not measured: %s; training goes on", str(error).splitlines()[0])
             return None
