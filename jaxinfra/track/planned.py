@@ -230,7 +230,7 @@ def _excess(found: Terms, plan: Terms) -> Mapping[str, float]:
     devices_s, host_s = plan.device_s or plan.estimate_s, plan.host_s or 0.0
     slowdown = found.device_slowdown - plan.device_slowdown
     is_slow = found.device_slowdown > SLOW_DEVICES * plan.device_slowdown
-    if is_slow and slowdown * devices_s > (total_s - data_s) / 2 > 0:
+    if is_slow and slowdown * devices_s > (total_s - data_s) / 3 > 0:  # a step has more than matmuls
         return {**excess, f"the devices of process {found.slowest_devices} compute slowly, all wait": total_s - data_s}
     devices = "the devices take" if found.slowest is None else "the devices, or the links between processes, take"
     return {
