@@ -40,21 +40,9 @@ _COUNTS_BESIDE = {
 """An option, those that only count beside it, and an example of its value."""
 _MODES = {"exam": ("only", "json"), "check": ("plan",), "fit": ("json",)}
 """What compiles no config, and the options that it reads."""
-_NOT_OF_MODES = (
-    *("exam", "check", "fit", "config", "on", "chips", "json", "search", "limit", "jobs", "write", "why", "tokens"),
-    *(
-        "deadline",
-        "budget",
-        "pue",
-        "chip_hours_per_loss",
-        "host_mb_s",
-        "save_s",
-        "restart_minutes",
-        "plan",
-        "only",
-        "as_is",
-    ),
-)
+_LAYOUT = ("config", "on", "chips", "json", "search", "limit", "jobs", "write", "why", "as_is")
+_COST = ("tokens", "deadline", "budget", "pue", "chip_hours_per_loss", "host_mb_s", "save_s", "restart_minutes")
+_OPTIONS = (*_MODES, "only", "plan", *_LAYOUT, *_COST)
 _NOTHING = 0.0005  # parts of a step below this are not shown
 
 
@@ -112,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
 def _check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for an option that would be ignored."""
     for mode in [name for name in _MODES if getattr(options, name) is not None]:
-        for name in _NOT_OF_MODES:
+        for name in _OPTIONS:
             if name not in (mode, *_MODES[mode]) and getattr(options, name) not in (None, False, []):
                 other = options.config if name == "config" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"--{mode} {getattr(options, mode)}: goes without {other}; leave it out")
