@@ -60,8 +60,10 @@ def run(options: argparse.Namespace) -> None:
     if options.fit is not None or options.check is not None:
         return _compare_run(options)
     if options.config is None or not options.on:
-        example = command_line("plan", options.config or "configs/llama3_8b.py", "--on", "v5p:4x4x4")
-        raise ConfigError(f"plan: needs a config and hardware; use {example}")
+        given = [word for topology in options.on for word in ("--on", topology)]
+        example = command_line("plan", options.config or "configs/llama3_8b.py", *(given or ("--on", "v5p:4x4x4")))
+        missing = [what for what, value in (("a config", options.config), ("hardware", options.on)) if not value]
+        raise ConfigError(f"plan: needs {' and '.join(missing)}; use {example}")
     chips = load_chips(options.chips)
     topologies = [parse_topology(text, chips) for text in options.on]
     plan_search.check_options(options)

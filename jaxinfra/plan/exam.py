@@ -101,7 +101,7 @@ def _row(path: str, line: int, values: Mapping[str, str]) -> Row:
         with suppress(ValueError):
             if 0 < kind(values[name]) < math.inf:
                 return kind(values[name])
-        example = "1" if kind is int else "3.44"
+        example = "3.44" if name == "step_s" else "1"
         raise ConfigError(
             f"--exam {path}: line {line}: {name} {values[name]}: is no number above 0; write one, such as {example}"
         )
@@ -168,7 +168,7 @@ def _mesh(text: str, num_devices: int) -> MeshConfig:
     sizes: dict[str, int] = {}
     for name, size in re.findall(r"(\w+)=(\d+)", text):
         if name not in _AXES:
-            raise Unexpressed(f"{name}: the mesh axis")
+            raise Unexpressed(f"{name}: the mesh axis (there are {', '.join(_AXES)})")
         sizes[_AXES[name]] = sizes.get(_AXES[name], 1) * int(size)
     rest, remainder = divmod(num_devices, math.prod(sizes.values()) or num_devices + 1)
     if remainder or not sizes:
@@ -185,7 +185,7 @@ def _remat(text: str) -> Remat:
     kept: dict[str, list[TensorName]] = {"device": [], "offload": []}
     for name, place in re.findall(r"(\w+)=(\w+)", places):
         if name not in _TENSORS and place in kept:
-            raise Unexpressed(f"{name}={place}: the tensor")
+            raise Unexpressed(f"{name}={place}: the tensor (there are {', '.join(_TENSORS)})")
         if place in kept:
             kept[place].extend(_TENSORS[name])
     if policy not in ("full", "custom") or (policy == "custom" and not places):

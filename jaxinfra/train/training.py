@@ -75,6 +75,7 @@ class Opened(NamedTuple):
     numerics: Numerics  # checks losses and parameters, and keeps the decisions to go back
     peak: Mapping[str, Any]  # FLOP/s of one device, and where that number is from
     changes: Sequence[Mapping[str, Any]]  # the changes of the config between the starts of the run, for the run record
+    plan: Terms | None  # with which process 0 compares the steps
 
 
 def train(job: Job) -> Ended:
@@ -83,6 +84,7 @@ def train(job: Job) -> Ended:
     On a request to stop it saves the state, and the reason is in what it returns.
     """
     run, run_dir, peers = job.run, job.run_dir, job.peers
+    plan = _plan_of(job)  # before the directory is made
     profiler = Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main)
     with (
         RunSignals(peers, profile=profiler.request) as requests,
@@ -115,7 +117,7 @@ def train(job: Job) -> Ended:
         numerics.read_decisions(before)
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
-        opened = Opened(requests, watch, profiler, saving, numerics, peak, changes)
+        opened = Opened(requests, watch, profiler, saving, numerics, peak, changes, plan)
         with peers.naming_causes(), job.program.on_mesh, out_of_memory_errors(job):
             while True:
                 trackers = MultiTracker()  # logs nothing: only process 0 does
@@ -172,7 +174,7 @@ def _accepted(job: Job, changed: Sequence[Difference], step: int) -> Mapping[str
     return {"step": step, "fields": fields}
 
 
-def _plan_of(job: Job, *, is_new: bool) -> Terms | None:
+def _plan_of(job: Job) -> Terms | None:
     """Reads the plan of a run in process 0, if it has one; ConfigError if that fails, of an old run only a warning."""
     path = job.run.track.plan
     if path is None or not job.is_main:
@@ -180,7 +182,7 @@ def _plan_of(job: Job, *, is_new: bool) -> Terms | None:
     try:
         return read_plan(path)
     except ConfigError as error:
-        if is_new:
+        if not job.run_dir.existing_record():
             raise ConfigError(f"track.plan={error}") from None
         _log.warning("track.plan=%s; the steps are not compared with it", error)
         return None
@@ -222,7 +224,7 @@ class Training:
             job, opened.watch, opened.numerics, trackers, peak_flops=opened.peak["flops"], skipped=self._skipped.metrics
         )
         self._reporting.interval.resume(restored.record)
-        self._plan = _plan_of(job, is_new=newest_step == 0)
+        self._plan = opened.plan
         devices = job.program.mesh.size
         self._cadence = Cadence(job.run.checkpoint, step, devices, lambda every: job.peers.broadcast(every))
         self.loop = Loop(

@@ -105,7 +105,7 @@ def test_a_step_that_does_not_fit_names_what_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ((), "needs a config and hardware plan --on v5p:4x4x4"),
+        ((), "needs hardware plan {config} --on v5p:4x4x4"),
         (("--on", "v5e:3x3"), "--on v5e:3x3 v5e:2x4"),
         (("--on", "v5e:2x4", "--tokens", "many"), "--tokens many"),
         (("--on", "v5e:2x4", "--chips", "missing.toml"), "--chips missing.toml"),

@@ -131,8 +131,14 @@ def test_bad_words(tiny: Tiny, tmp_path: Path) -> None:
         (("--exam", "rows.csv", "--limit", "3"), "--exam rows.csv --limit"),
         (("configs/quickstart.py", "model.remat=full", "--exam", "rows.csv"), "--exam rows.csv configs/quickstart.py"),
         (("--plan", "plan.json"), "--plan --check"),
+        (("--on", "v5e:2x4"), "needs a config --on v5e:2x4"),
     ):
         refused(launch("plan", *words), named)
+
+
+def test_a_plan_that_cannot_be_read_is_refused_before_the_run_is_made(tiny: Tiny) -> None:
+    refused(tiny.launch("name=planned", "track.plan=none.json"), "track.plan=none.json cannot be read plan --json")
+    assert not tiny.directory("planned").exists()
 
 
 @pytest.mark.slow(25)
