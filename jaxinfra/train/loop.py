@@ -52,7 +52,6 @@ class Loop:
     def run(self, poll: Poll, last_step: int) -> str | None:
         """Makes all steps, with the batches of `poll`; returns the reason to stop before the last one, or None."""
         failpoint("compile", self.completed_steps)
-        self.reporting.stragglers.begin(self.completed_steps, last_step)
         while self.completed_steps < last_step:
             found = self._wait(poll)
             if isinstance(found, str):

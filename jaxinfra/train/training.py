@@ -268,6 +268,7 @@ class Training:
         if self._phases.resumes == 1:  # else the run has gone back, and its steps have fitted
             with self._phases("compile"):
                 check_step(self._job)
+                self._reporting.stragglers.begin(self.loop.completed_steps, self._job.run.train.steps)
         loop, reporting, last_step = self.loop, self._reporting, self._job.run.train.steps
         with Prefetcher(self._batches, self._job.data.place) as on_devices:
             start_s = time.monotonic()
