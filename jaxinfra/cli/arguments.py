@@ -24,7 +24,7 @@ CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of ste
 HUB_HELP = "published weights: hf:DIR, hf:ORG/NAME of the Hugging Face Hub, or hf:s3://BUCKET/DIR"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
 PLAN_DEFAULTS = {"limit": 12, "pue": 1.1, "save_s": 5.0, "restart_minutes": 10.0}
-"""Of options of `plan` that only count beside another one."""
+"""The values of options of `plan` that count only beside another option."""
 CHECKPOINT_ACTIONS = {
     "verify": "verify [STEP ...]",
     "diff": "diff A B",

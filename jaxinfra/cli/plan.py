@@ -39,7 +39,7 @@ _COUNTS_BESIDE = {
 }
 """An option, those that only count beside it, and an example of its value."""
 _MODES = {"exam": ("only", "json"), "check": ("plan",), "fit": ("json",)}
-"""What compiles no config, and the options that it reads."""
+"""The options that replace a config, each with the other options that it reads."""
 _LAYOUT = ("config", "on", "chips", "json", "search", "limit", "jobs", "write", "why", "as_is")
 _COST = ("tokens", "deadline", "budget", "pue", "chip_hours_per_loss", "host_mb_s", "save_s", "restart_minutes")
 _OPTIONS = (*_MODES, "only", "plan", *_LAYOUT, *_COST)
