@@ -137,7 +137,7 @@ def _out_sharding(x: jax.Array, w: jax.Array, spec: DotSpec) -> PartitionSpec:
 
 
 type _Operands = tuple[jax.Array, jax.Array | None, "QArray | None"]
-"""What a backward pass reads: the activations, and the weight, plain or quantized."""
+"""Of a backward pass: the activations, and the weight in one of two forms."""
 
 
 def _forward(x: jax.Array, w: jax.Array, quantized_w: "QArray | None", spec: DotSpec) -> tuple[jax.Array, _Operands]:
