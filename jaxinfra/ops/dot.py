@@ -137,7 +137,7 @@ def _out_sharding(x: jax.Array, w: jax.Array, spec: DotSpec) -> PartitionSpec:
 
 
 type _Operands = tuple[jax.Array, jax.Array | None, "QArray | None"]
-"""Of a backward pass: the activations, and the weight in one of two forms."""
+"""The activations that a backward pass reads, and the weight, plain or quantized."""
 
 
 def _forward(x: jax.Array, w: jax.Array, quantized_w: "QArray | None", spec: DotSpec) -> tuple[jax.Array, _Operands]:

@@ -16,9 +16,9 @@ from jaxinfra.processes.peers import Peers
 from jaxinfra.track.planned import SLOW_DEVICES
 from jaxinfra.train.phases import Phases
 
-PROBE_EVERY = 40
+PROBE_EVERY = 30
 """Steps between two measurements of how fast the devices compute."""
-_PROBED_SHARE, _PROBED_S = 0.4, (0.03, 1.0)
+_PROBED_SHARE, _PROBED_S = 0.3, (0.03, 1.0)
 """How long a measurement lasts: as a share of a step, so that it takes 1 % of the time; not at all below the first
 limit, where a thread of Python that is late would count, and never longer than the second."""
 _FIRST_MATMULS = 8  # to see how many fit in that time

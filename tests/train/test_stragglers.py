@@ -17,28 +17,28 @@ def _three_processes() -> Stragglers:
 
 def test_slow_devices_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     stragglers = _three_processes()
-    stragglers.judge_devices(40, [0.002, 0.009, None])  # a process has ended, or not measured them
+    stragglers.judge_devices(30, [0.002, 0.009, None])  # a process has ended, or not measured them
     assert not stragglers.metrics
-    stragglers.judge_devices(80, [0.002, 0.009, 0.002])
-    stragglers.judge_devices(120, [0.0022, 0.002, 0.002])
-    stragglers.judge_devices(160, [0.002, 0.009, 0.002])
+    stragglers.judge_devices(60, [0.002, 0.009, 0.002])
+    stragglers.judge_devices(90, [0.0022, 0.002, 0.002])
+    stragglers.judge_devices(120, [0.002, 0.009, 0.002])
     assert not caplog.records  # one measurement may be noise
-    for step in (200, 240, 280):
+    for step in (150, 180, 210):
         stragglers.judge_devices(step, [0.002, 0.008, 0.002])
     (record,) = caplog.records
-    names(record.getMessage(), "step 200 process 1 node2 compute slowly matmuls 4.0 times")
+    names(record.getMessage(), "step 150 process 1 node2 compute slowly matmuls 4.0 times")
     assert stragglers.metrics == {"slowest_devices": 1.0, "slowest_devices_slowdown": 4.0}
 
 
 def test_of_two_that_are_slow_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
     stragglers = _three_processes()
-    stragglers.judge_devices(40, [0.002, 0.0080, 0.0079])
-    stragglers.judge_devices(80, [0.002, 0.0079, 0.0080])
+    stragglers.judge_devices(30, [0.002, 0.0080, 0.0079])
+    stragglers.judge_devices(60, [0.002, 0.0079, 0.0080])
     stragglers.judge(5, [[0.0, 0.1], [0.3, 0.3], [0.0, 0.3]])
     stragglers.judge(10, [[0.0, 0.3], [0.3, 0.3], [0.0, 0.3]])
     devices, others, host = (record.getMessage() for record in caplog.records)
-    names(devices, "step 80 devices of process 1 node2")
-    names(others, "step 80 devices of process 2 node3")
+    names(devices, "step 60 devices of process 1 node2")
+    names(others, "step 60 devices of process 2 node3")
     names(host, "step 10 process 1 node2 holds up the others 300 ms")
 
 
@@ -48,11 +48,11 @@ def test_devices_are_measured_only_where_that_says_something(monkeypatch: pytest
     monkeypatch.setattr(Phases, "median_step_s", lambda phases: steps_s.pop(0))
     monkeypatch.setattr(Peers, "collect", lambda peers, value, channel, use: sent.append(value))
     for skip in (False, False, True):
-        stragglers.probe_devices(40, skip=skip)
+        stragglers.probe_devices(30, skip=skip)
     short, measured, skipped = sent
     assert short is None and isinstance(measured, float) and measured > 0 and skipped is None
-    assert stragglers.probes_after(40) and not stragglers.probes_after(41)
-    assert not Stragglers(Phases(), Peers()).probes_after(40)
+    assert stragglers.probes_after(30) and not stragglers.probes_after(31)
+    assert not Stragglers(Phases(), Peers()).probes_after(30)
 
 
 def test_devices_are_measured_beside_the_mesh_of_a_run() -> None:
