@@ -8,8 +8,10 @@ START identifies the start of the run that has written the copy. run.json says w
 copy it went on; no other copies are used, so those of a run that was deleted never are, nor those that the run has
 left behind.
 
-Unlike a checkpoint, a copy can only be read on the same layout of devices, and a failure to write one ends no run. It
-is not synced: it outlives the process, and if not the host, then its hashes tell.
+On another layout of devices each process puts its shards together from those of the copy. The manifest says where they
+are in their arrays; one of an earlier version does not, and is used on the same layout alone. Unlike with a checkpoint,
+a failure to write a copy ends no run. It is not synced: it outlives the process, and if not the host, then its hashes
+tell.
 """
 
 import logging
@@ -30,7 +32,7 @@ from jaxinfra.checkpoint.manifest import (
     read_manifest,
     verify_bytes,
 )
-from jaxinfra.checkpoint.shards import StateShards
+from jaxinfra.checkpoint.shards import Bounds, Place, StateShards
 from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.background import in_thread
 from jaxinfra.storage.checks import make_private
@@ -111,7 +113,11 @@ class LocalCopies[State](ClosedOnExit):
             Manifest,
             step=step,
             leaves=leaf_types(state),
-            record={"run": record, "identity": {**identity, "layout": self._shards.layout}},
+            record={
+                "run": record,
+                "identity": {**identity, "layout": self._shards.layout},
+                "places": [[number, *place] for number, place in self._shards.places.items()],
+            },
         )
 
         def write() -> None:
@@ -141,7 +147,7 @@ class LocalCopies[State](ClosedOnExit):
             identity: as in `save`.
             is_used: whether a copy of this name belongs to the run, so that it may be restored.
         """
-        found = self._find(newer_than, {**identity, "layout": self._shards.layout}, is_used)
+        found = self._find(newer_than, identity, is_used)
         names = {name for each in self._gather([*found]) for name in each}
         newest_first = sorted(names, key=lambda name: (_step_of(name), name), reverse=True)
         copies = (self._read(name, found.get(name)) for name in newest_first)
@@ -263,7 +269,11 @@ class LocalCopies[State](ClosedOnExit):
                 self._warn(f"copy of step {step}: not used: {cause_of(error)}")
                 continue
             saved = manifest.record["identity"]
-            if differing := [name for name, value in identity.items() if saved.get(name) != value]:
+            differing = [name for name, value in identity.items() if saved.get(name) != value]
+            is_other = saved.get("layout") != self._shards.layout
+            if is_other and ("places" not in manifest.record or manifest.leaves != self._shards.leaf_types):
+                differing.append("layout")
+            if differing:
                 self._warn(f"copy of step {step}: not used: was saved with another {' and '.join(differing)}")
                 continue
             found[path.name] = manifest
@@ -271,6 +281,9 @@ class LocalCopies[State](ClosedOnExit):
 
     def _read(self, name: str, manifest: Manifest | None) -> Copy[State] | None:
         """Reads a copy in all processes; what one lacks comes from the others. None if it is not whole."""
+        layouts = self._gather(None if manifest is None else manifest.record["identity"]["layout"])
+        if {*layouts} - {None, self._shards.layout}:
+            return self._read_other_layout(name, manifest)
         step, problem = _step_of(name), None
         contents, damage = self._read_files(name, manifest, self._shards.own)
         missing = [number for number in self._shards.own if number not in contents]
@@ -289,6 +302,49 @@ class LocalCopies[State](ClosedOnExit):
             return None
         record = next(record for _, _, record in answers if record is not None)
         return Copy(name, step, self._shards.to_devices(contents), record)
+
+    def _read_other_layout(self, name: str, manifest: Manifest | None) -> Copy[State] | None:
+        """Reads a copy that was saved on another layout of devices; None if it is not whole."""
+        own, step, record = self._peers.index, _step_of(name), None
+        held = dict[int, Place]()
+        if manifest is not None:
+            held = {number: (leaf, _bounds(bounds)) for number, leaf, bounds in manifest.record["places"]}
+            record = manifest.record["run"]
+        offered, damage = self._read_files(name, manifest, held)
+        answers = self._gather([[[number, *held[number]] for number in offered], damage, record])
+        places, sources = dict[int, Place](), dict[int, int]()
+        for index, (offers, _, _) in enumerate(answers):
+            for number, leaf, bounds in offers:
+                places[number] = leaf, _bounds(bounds)
+                sources.setdefault(number, index)
+        lacking = self._shards.lacks(places)
+        contents, problem = dict[int, Any](), f"{lacking} of its shards are nowhere" if lacking else None
+        problem = next((each for each in self._gather(problem) if each is not None), None)
+        if problem is None:
+            wanted = self._shards.needed(places, own)
+            contents = {number: offered[number] for number in wanted if sources[number] == own}
+            outgoing = {
+                target: [([number, hash_bytes(offered[number])], offered[number]) for number in numbers]
+                for target in range(len(answers))
+                if target != own
+                and (numbers := [each for each in self._shards.needed(places, target) if sources[each] == own])
+            }
+            try:
+                if len(answers) > 1:
+                    for (number, expected), content in self._swap(outgoing, {sources[each] for each in wanted} - {own}):
+                        _check_arrival(number, content, expected)
+                        contents[number] = content
+            except (OSError, DamageError) as error:
+                problem = cause_of(error)
+            problem = next((each for each in self._gather(problem) if each is not None), None)
+        damaged = [self._described(index, each) for index, (_, each, _) in enumerate(answers) if each is not None]
+        if damaged or problem is not None:
+            outcome = "its shards come from other processes" if problem is None else f"not used: {problem}"
+            self._warn(f"copy of step {step}: {', '.join([*damaged, outcome])}")
+        if problem is not None:
+            return None
+        record = next(record for _, _, record in answers if record is not None)
+        return Copy(name, step, self._shards.to_devices(self._shards.put_together(contents, places)), record)
 
     def _described(self, index: int, damage: str | None) -> str:
         return f"{self._peers.name_of(index)}: {damage or 'has none'}"
@@ -341,6 +397,10 @@ class LocalCopies[State](ClosedOnExit):
     def _warn(self, text: str) -> None:
         if self._peers.index == 0:
             _log.warning("%s: %s", self._folder.parent, text)
+
+
+def _bounds(values: Iterable[Iterable[int]]) -> Bounds:
+    return tuple((start, stop) for start, stop in values)
 
 
 def _step_of(name: str) -> int:

@@ -17,6 +17,9 @@ from jaxinfra.checkpoint.leaves import leaf_types
 type Bounds = tuple[tuple[int, int], ...]
 """First and last index, plus one, of a shard in each dimension of its array."""
 
+type Place = tuple[int, Bounds]
+"""The number of an array, and the part of it that a shard is."""
+
 
 class Shard(NamedTuple):
     """A part of an array, and the devices that hold it."""
@@ -46,6 +49,7 @@ class StateShards[State]:
         sent: numbers of the shards that it keeps for this process.
         received: numbers of the shards that this process keeps for others, by their index.
         exchanges: whether any process keeps shards for another.
+        leaf_types: the type of each array by name.
         layout: a hash of types and shards; equal numbers mean equal shards only where it is equal.
 
     Args:
@@ -69,14 +73,20 @@ class StateShards[State]:
         self.received = {
             source: numbers for source, numbers in sent.items() if numbers and neighbor_of(source, hosts) == index
         }
-        parts = [leaf_types(abstract_state), [(shard.leaf, shard.bounds) for shard in self._shards]]
+        self.leaf_types = leaf_types(abstract_state)
+        parts = [self.leaf_types, [(shard.leaf, shard.bounds) for shard in self._shards]]
         self.layout = xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the shards that this process keeps, its own and those of others."""
+        return sum(self._shards[number].num_bytes for number in self.places)
+
+    @property
+    def places(self) -> dict[int, Place]:
+        """Where the shards are that this process keeps, by number."""
         kept = {*self.own}.union(*self.received.values())
-        return sum(self._shards[number].num_bytes for number in kept)
+        return {number: (self._shards[number].leaf, self._shards[number].bounds) for number in sorted(kept)}
 
     def to_host(self, state: State) -> dict[int, memoryview]:
         """Returns the bytes of the own shards of a state by number, on the host.
@@ -112,6 +122,46 @@ class StateShards[State]:
             ],
         )
 
+    # Shards of another layout
+
+    def needed(self, places: Mapping[int, Place], process: int) -> list[int]:
+        """Returns the shards of another layout that have a part of the shards of a process."""
+        by_leaf = _by_leaf(places)
+        parts: dict[int, set[Bounds]] = {}
+        for shard in self._shards:
+            if any(device.process_index == process for device in shard.devices):
+                parts.setdefault(shard.leaf, set()).add(shard.bounds)
+        return [
+            number
+            for leaf, wanted in parts.items()
+            for number, bounds in by_leaf.get(leaf, ())
+            if any(_overlap(bounds, each) is not None for each in wanted)
+        ]
+
+    def lacks(self, places: Mapping[int, Place]) -> int:
+        """Returns how many own shards cannot be put together from shards of another layout."""
+        by_leaf, lacking = _by_leaf(places), 0
+        for number in self.own:
+            shard = self._shards[number]
+            others = {bounds for _, bounds in by_leaf.get(shard.leaf, ())}  # a layout has each element in one of them
+            overlaps = [overlap for each in others if (overlap := _overlap(each, shard.bounds)) is not None]
+            found = sum(math.prod(stop - start for start, stop in overlap) for overlap in overlaps)
+            lacking += found != math.prod(shard.shape)
+        return lacking
+
+    def put_together(self, contents: Mapping[int, Any], places: Mapping[int, Place]) -> dict[int, memoryview]:
+        """Returns the bytes of the own shards by number, from those of shards of another layout."""
+        by_leaf, found = _by_leaf({number: places[number] for number in contents}), dict[int, memoryview]()
+        for number in self.own:
+            shard = self._shards[number]
+            values = np.empty(shard.shape, shard.dtype)
+            for other, bounds in by_leaf.get(shard.leaf, ()):
+                if (overlap := _overlap(bounds, shard.bounds)) is not None:
+                    part = np.ndarray([stop - start for start, stop in bounds], shard.dtype, contents[other])
+                    values[_within(overlap, shard.bounds)] = part[_within(overlap, bounds)]
+            found[number] = _bytes_of(values)
+        return found
+
     def _own_devices(self, shard: Shard) -> list[Any]:
         return [device for device in shard.devices if device.process_index == self._index]
 
@@ -141,6 +191,24 @@ def _shards_of(leaf: int, array: jax.ShapeDtypeStruct) -> list[Shard]:
 
 def _bounds(index: tuple[slice, ...], shape: Sequence[int]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _by_leaf(places: Mapping[int, Place]) -> dict[int, list[tuple[int, Bounds]]]:
+    found: dict[int, list[tuple[int, Bounds]]] = {}
+    for number, (leaf, bounds) in places.items():
+        found.setdefault(leaf, []).append((number, bounds))
+    return found
+
+
+def _overlap(one: Bounds, other: Bounds) -> Bounds | None:
+    """Returns what two parts of an array have in common, None if that is nothing."""
+    found = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return found if all(start < stop for start, stop in found) else None
+
+
+def _within(part: Bounds, whole: Bounds) -> tuple[slice, ...]:
+    """Returns the indices of a part in a shard with these bounds."""
+    return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(part, whole, strict=True))
 
 
 def _bytes_of(values: np.ndarray) -> memoryview:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import pytest
 
 from jaxinfra.checkpoint.local_copies import Copy, LocalCopies
+from jaxinfra.checkpoint.manifest import read_manifest
 from jaxinfra.checkpoint.shards import StateShards, neighbor_of
 from jaxinfra.processes.peers import Peers
 from tests.refusals import names
@@ -66,7 +68,6 @@ def test_no_other_copy_is_restored(tmp_path: Path, caplog: pytest.LogCaptureFixt
     refuses(start="another")
     refuses("config", identity=IDENTITY | {"config": "b"})
     refuses("skip_batches", identity=IDENTITY | {"skip_batches": []})
-    refuses("layout", mesh=make_mesh(fsdp=4))
     for path in sorted(kept.glob("*/*")):
         changed = tmp_path / "own" / path.relative_to(kept)
         content = bytearray(path.read_bytes())
@@ -80,6 +81,37 @@ def test_no_other_copy_is_restored(tmp_path: Path, caplog: pytest.LogCaptureFixt
             is_partial = damage == "missing" and path.name == "manifest.json"  # as a kill leaves it
             refuses(*(() if is_partial else ("4", "not used")))
     assert restored(tmp_path) is not None
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 1}, {"tensor": 4}, {"fsdp": 2}])
+def test_a_copy_is_restored_on_another_mesh(tmp_path: Path, axes: Mapping[str, int]) -> None:
+    (state,) = saved(tmp_path, 4)
+    copy = restored(tmp_path, mesh=make_mesh(**axes))
+    assert copy is not None and (copy.step, copy.record) == (4, {"guard": [4]})
+    assert_same(copy.state, state)
+
+
+def test_on_another_mesh_a_copy_must_be_whole_and_of_this_version(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (state,) = saved(tmp_path, 4)
+    kept, other = shutil.copytree(tmp_path / "own", tmp_path / "kept"), make_mesh(fsdp=4)
+    for path in sorted(kept.glob("*/[0-9]*")):
+        (tmp_path / "own" / path.relative_to(kept)).unlink()
+        assert restored(tmp_path, mesh=other) is None
+        names(caplog.messages[-1], "step 4 not used nowhere")
+        shutil.copytree(kept, tmp_path / "own", dirs_exist_ok=True)
+    (path,) = (tmp_path / "own").glob("*/manifest.json")
+    manifest = read_manifest(path.parent, 4)
+    record = {name: value for name, value in manifest.record.items() if name != "places"}  # as before
+    path.write_bytes(replace(manifest, record=record).encode())
+    kept = shutil.copytree(tmp_path / "own", tmp_path / "old")
+    assert restored(tmp_path, mesh=other) is None
+    names(caplog.messages[-1], "step 4 not used another layout")
+    shutil.copytree(kept, tmp_path / "own", dirs_exist_ok=True)
+    copy = restored(tmp_path)
+    assert copy is not None
+    assert_same(copy.state, state)
 
 
 def test_a_full_disk_is_told_once_and_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
