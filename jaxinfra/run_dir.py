@@ -21,6 +21,7 @@ from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.processes.peers import Peers, current_peers
+from jaxinfra.processes.step_file import round_number
 from jaxinfra.run import Run
 from jaxinfra.storage.atomic import delete_temporaries
 from jaxinfra.storage.checks import make_writable
@@ -101,7 +102,10 @@ class RunDirectory:
             make_writable(self.path)
         # The lease may be missing where the checkpoints are not, as in a copy: its tokens go on from theirs.
         after = owner_token(str(self.checkpoints)) if self.is_remote else 0
-        with hold(self.location, after=after) as lease, self._peers.last_call(lease.release):
+        with (
+            hold(self.location, after=after, round_number=round_number()) as lease,
+            self._peers.last_call(lease.release),
+        ):
             if not self.is_remote:
                 with storage_errors(self.path):
                     delete_temporaries(self.path, lambda name: name != REPORT_FILE)  # `report` may be at work

@@ -102,13 +102,26 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     what = "go on with a run whose config was changed in a way that changes its numbers; the change is recorded"
     parser.add_argument("--accept-change", action="store_true", help=what)
+    what = "compile the steps of this config into the compile cache, and train nothing"
+    parser.add_argument("--compile-only", action="store_true", help=what)
     supervised = parser.add_argument_group("restarts")
     what = "start the run again when it is stopped, killed or loses a process, but not at an error that would recur"
     supervised.add_argument("--supervise", action="store_true", help=what)
     what = "restarts in any hour, after which the supervisor gives up (default %(default)s)"
     add_int(supervised, "--max-restarts-per-hour", 0, default=DEFAULT_MAX_PER_HOUR, metavar="N", help=what)
+    what = "go on with the hosts that are there, MIN at least, and with up to MAX when they come back"
+    supervised.add_argument("--elastic", type=_host_range, metavar="MIN..MAX", help=what)
+    what = "time that a lost host gets to come back before the others go on without it (default %(default)s)"
+    add_int(supervised, "--elastic-wait", 1, default=10, metavar="S", help=what)
     add_processes(parser)
     add_place(parser)
+
+
+def _host_range(text: str) -> tuple[int, int]:
+    """Parses MIN..MAX."""
+    if not (match := re.fullmatch(r"(\d+)\.\.(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--elastic {text}: expected the fewest and the most hosts; use --elastic 2..4")
+    return int(match[1]), int(match[2])
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from rich.table import Column
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import print_table, stdout_console, titled_table
-from jaxinfra.track.formatting import format_duration, format_number, format_percent
+from jaxinfra.track.formatting import format_counts, format_duration, format_number, format_percent
 from jaxinfra.track.goodput import CLASSES, GOODPUT_FILE, Goodput, Model, account, model, read_ledger, total
 from jaxinfra.track.runs import local_files
 
@@ -41,6 +41,7 @@ def _read(location: str) -> Goodput:
 def _values(run: Goodput, expected: Model | None) -> dict[str, Any]:
     values = {"attempts": run.attempts, "wall_s": run.wall_s, "goodput": run.fraction, "seconds": dict(run.seconds)}
     values["stops"] = [{"step": step, "reason": reason} for step, reason in run.stops]
+    values["processes"] = [*run.processes]
     return values if expected is None else values | {"model": asdict(expected)}
 
 
@@ -53,6 +54,8 @@ def _print(name: str, run: Goodput) -> None:
     starts = f"all, {run.attempts} start{'s' * (run.attempts > 1)}"
     table.add_row(starts, format_duration(run.wall_s), f"{run.wall_s:,.1f}", "100.0%")
     print_table(stdout_console(), table)
+    if run.processes:
+        print(f"processes of the starts: {format_counts(run.processes)}")
     for step, reason in run.stops:
         print(f"one start stopped after step {step} by {reason}")
     print(f"goodput {format_percent(run.fraction)}: time of steps that were not lost, of the whole\n")

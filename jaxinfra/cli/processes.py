@@ -14,17 +14,23 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from jaxinfra.cli.arguments import COMMANDS
 from jaxinfra.errors import ConfigError, PeerLostError, StorageError, error_of_code
+from jaxinfra.launchers.elastic import ElasticStarts
 from jaxinfra.launchers.launcher import ProcessExit, launch
 from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.launchers.places.on_host import RUN_DIR
+from jaxinfra.launchers.rendezvous import Bounds
 from jaxinfra.launchers.restart_policy import RestartLimits
-from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
-from jaxinfra.processes.discovery import find_processes
+from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Starts, Supervised, supervise
+from jaxinfra.machine.platforms import default_platform
+from jaxinfra.processes import tpu_metadata
+from jaxinfra.processes.discovery import Processes, find_processes
 from jaxinfra.processes.door import SECRET
 from jaxinfra.processes.run_secret import run_secret
+from jaxinfra.processes.schedulers import hosts_per_slice
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.mirror import Mirror
 from jaxinfra.storage.objects import ObjectStore
@@ -60,32 +66,83 @@ def _run_again(options: argparse.Namespace) -> int:
     is_several = options.processes > 1
     among = {"coordinator": options.coordinator, "process_id": options.process_id, "of": options.of}
     found = None if is_several else find_processes(os.environ, **among)
-    first_rank = 0 if found is None else found.index
+    if options.elastic is not None:
+        _check_elastic(options, found)
     secret: dict[str, str] = {}
 
     def environments() -> Sequence[Mapping[str, str]]:
         return process_environments(options.processes, options.devices) if is_several else [secret]
 
-    command = child_command(options.argv, share_of_devices(options.devices, environments()))
-    location = os.environ.pop(RUN_DIR, None) or ask_location(options.argv)
-    assert location is not None
+    devices, is_elastic = share_of_devices(options.devices, environments()), options.elastic is not None
+    command = child_command(options.argv, devices, is_elastic=is_elastic)
+    asked = ask_run(options.argv) if options.elastic or RUN_DIR not in os.environ else {}
+    location = os.environ.pop(RUN_DIR, None) or asked["location"]
     if found is not None and not os.environ.get(SECRET):
         secret[SECRET] = run_secret(location)
     attempts = AttemptLog(location)
+    starts: Starts = EqualStarts(
+        command=command, environments=environments, first_rank=0 if found is None else found.index
+    )
+    if found is not None and is_elastic:
+        starts = _elastic_starts(options, found, location, command, secret, asked["overrides"])
 
     def record(attempt: Attempt) -> None:
-        if first_rank == 0:
+        first = 0 if attempt.hosts is None else attempt.hosts["hosts"][0]["index"]
+        if found is None or found.index == first:
             attempts.append(asdict(attempt))
 
     with logs_folder(f"{location}/logs") as (logs, logs_location):
-        what = Supervised(
-            command=command, environments=environments, logs=logs, logs_location=logs_location, first_rank=first_rank
-        )
+        what = Supervised(starts=starts, logs=logs, logs_location=logs_location)
         return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
 
 
-def ask_location(argv: Sequence[str], tries: int = 3) -> str | None:
-    """Returns the directory or URL of the run, None without one; asks another process.
+def _elastic_starts(
+    options: argparse.Namespace,
+    found: Processes,
+    location: str,
+    command: Sequence[str],
+    secret: Mapping[str, str],
+    overrides: Mapping[str, Sequence[str]],
+) -> ElasticStarts:
+    slices = {name: value for name, value in os.environ.items() if name.startswith("MEGASCALE_")}
+    environment = {**secret, **slices, **tpu_metadata.read_variables(os.environ)}
+    least, most = options.elastic
+    bounds = Bounds(
+        least=least,
+        most=most,
+        together=hosts_per_slice(environment, most) if default_platform() == "tpu" else 1,
+        overrides={int(hosts): words for hosts, words in overrides.items()},
+        wait_s=options.elastic_wait,
+        join_s=options.join_timeout,
+    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    return ElasticStarts(location, found, bounds, command, environment, say)
+
+
+def _check_elastic(options: argparse.Namespace, found: Processes | None) -> None:
+    """Raises ConfigError unless there is one process a host, and as many as --elastic has at most."""
+    least, most = options.elastic
+    asked = f"--elastic {least}..{most}"
+    if options.processes > 1:
+        raise ConfigError(f"{asked}: is for several hosts with one process each; leave out --processes")
+    if found is None or found.count != most:
+        started = "one process" if found is None else f"{found.count} processes"
+        raise ConfigError(
+            f"{asked}: {started} of this run {'was' if found is None else 'were'} started; start the same command on "
+            f"{most} hosts, or with --coordinator HOST:PORT --process-id N --of {most} for each"
+        )
+
+
+def ask_location(argv: Sequence[str]) -> str | None:
+    """Returns the directory or URL of the run, None without one."""
+    return ask_run(argv)["location"]
+
+
+def ask_run(argv: Sequence[str], tries: int = 3) -> dict[str, Any]:
+    """Returns what `run_location` finds; asks another process.
 
     Loading a config imports JAX, and its file may ask that for devices, before the processes have joined.
     """
@@ -97,13 +154,13 @@ def ask_location(argv: Sequence[str], tries: int = 3) -> str | None:
         if tries == 1:
             raise PeerLostError(f"{end} each time; find out what kills it, such as too little memory, and start again")
         print(f"warning: {end}; starting it again", file=sys.stderr)
-        return ask_location(argv, tries - 1)
+        return ask_run(argv, tries - 1)
     if asked.returncode:
         raise SystemExit(asked.returncode)  # it has printed its traceback
     found = json.loads(asked.stdout)
     if "error" in found:
         raise error_of_code(*found["error"])
-    return found["location"]
+    return found
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -139,13 +196,17 @@ def logs_folder(location: str) -> Iterator[tuple[Path, str]]:
                 print(f"warning: {error}", file=sys.stderr)
 
 
-def child_command(argv: Sequence[str], devices: str | None) -> list[str]:
+def child_command(argv: Sequence[str], devices: str | None, *, is_elastic: bool = False) -> list[str]:
     """Returns the command line of one process: this one with other devices, alone and unsupervised."""
     parser = argparse.ArgumentParser(add_help=False)  # knows abbreviations, too
     parser.add_argument("--processes")
     parser.add_argument("--devices")
     parser.add_argument("--supervise", action="store_true")
-    parser.add_argument("--max-restarts-per-hour")
+    for option in ("--max-restarts-per-hour", "--elastic", "--elastic-wait"):
+        parser.add_argument(option)
+    if is_elastic:  # each start has other hosts
+        for option in ("--coordinator", "--process-id", "--of"):
+            parser.add_argument(option)
     words = parser.parse_known_args(argv)[1]
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(argv)]  # such as -m launch
     if [*program, *argv] != sys.orig_argv[1:]:  # a script has called `main`

@@ -1,4 +1,7 @@
-"""Finds the directory of the run that a command line names, which takes loading its config, and so importing JAX."""
+"""Finds the directory of the run that a command line names, which takes loading its config, and so importing JAX.
+
+For an elastic run it also finds the overrides for each number of hosts.
+"""
 
 import argparse
 import io
@@ -6,11 +9,15 @@ import json
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.main import parse_command_line
 from jaxinfra.config import validate
 from jaxinfra.interop.folder import is_published
+from jaxinfra.launchers.local_processes import local_devices
+from jaxinfra.run import Run
+from jaxinfra.run.elastic import elastic_overrides
 from jaxinfra.run_dir import join_location
 from jaxinfra.storage.credentials import mask_stderr
 from jaxinfra.track.runs import parse_source, record_of
@@ -29,6 +36,12 @@ def run_location(options: argparse.Namespace) -> str | None:
 
 
 def _location_of_config(options: argparse.Namespace) -> str:
+    run = _load(options)
+    return join_location(run.root, run.name)
+
+
+def _load(options: argparse.Namespace) -> Run:
+    """Returns the config, validated."""
     environment = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"  # a config file that asks JAX for devices must not take those of the processes
     try:
@@ -38,13 +51,17 @@ def _location_of_config(options: argparse.Namespace) -> str:
     finally:
         os.environ.clear()
         os.environ.update(environment)
-    return join_location(run.root, run.name)
+    return run
 
 
 def _print_location(argv: list[str]) -> None:
     """Prints where the run is, or the exit code and message of an error, as JSON."""
     try:
-        found = {"location": run_location(parse_command_line(argv))}
+        options = parse_command_line(argv)
+        found: dict[str, Any] = {"location": run_location(options)}
+        if (hosts := getattr(options, "elastic", None)) is not None:
+            least, most = hosts
+            found["overrides"] = elastic_overrides(_load(options), least, most, local_devices())
     except Exception as error:
         if (ending := ending_of(error)).code == 1:  # a bug
             raise

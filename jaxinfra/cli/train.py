@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from jaxinfra.cli import config_argument
 from jaxinfra.command import command_line
 from jaxinfra.config.classes import user_classes
+from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import is_text
 from jaxinfra.run import Run
 from jaxinfra.track.formatting import shown_metrics
@@ -16,11 +17,19 @@ from jaxinfra.train.trainer import Trainer
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains or resumes, plots the loss, and says what to do next."""
+    """Trains or resumes, plots the loss, and says what to do next; or only compiles."""
+    if options.elastic is not None:
+        raise ConfigError(f"--elastic {'..'.join(map(str, options.elastic))}: needs a supervisor; add --supervise")
     command = ["python", "-m", "launch", *options.argv]
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)
     trainer = Trainer(loaded, command=command, prepare_command=prepare, accept_change=options.accept_change)
+    if options.compile_only:
+        seconds = trainer.compile()
+        if options.prints:
+            mesh = ", ".join(f"{axis} {n}" for axis, n in trainer.program.mesh.shape.items() if n > 1) or "one device"
+            print(f"compiled for {mesh} in {seconds:.1f} s; nothing is trained")
+        return
     summary, run_dir = trainer.train(), trainer.run_dir.location
     if not options.prints:
         return

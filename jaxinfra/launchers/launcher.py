@@ -162,9 +162,16 @@ class Launcher:
         self._running: list[_Child] = []
 
     def run(
-        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], output: Output
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        output: Output,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> list[ProcessExit]:
-        """Starts the processes, waits until all have ended, and returns their ends in the order of time."""
+        """Starts the processes, waits until all have ended, and returns their ends in the order of time.
+
+        Once `is_over`, they get the time that they get when one of them has failed.
+        """
         self._output = output
         ends: list[ProcessExit] = []
         failed_at_s: float | None = None
@@ -176,7 +183,7 @@ class Launcher:
             while self._running:
                 output.relay(_POLL_S)
                 ends += self._collect()
-                if failed_at_s is None and any(end.is_failure for end in ends):
+                if failed_at_s is None and (any(end.is_failure for end in ends) or is_over()):
                     failed_at_s = time.monotonic()
                 self._urge(0.0 if failed_at_s is None else time.monotonic() - failed_at_s)
         finally:  # none is left but after a bug of ours

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.machine.platforms import default_platform
+from jaxinfra.machine.platforms import default_platform, num_tpu_chips
 from jaxinfra.processes.door import SECRET, new_secret
 from jaxinfra.processes.peer_connection import free_port
 
@@ -93,3 +93,14 @@ def visible_gpus() -> Sequence[str]:
         if listed.returncode == 0:
             return listed.stdout.split()
     return [str(number) for number in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def local_devices() -> int:
+    """Returns the number of devices that a process on this host will have; ConfigError if that is unknown."""
+    platform = default_platform()
+    if platform == "cpu":
+        return int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1)
+    count = len(visible_gpus()) if platform in ("cuda", "gpu") else num_tpu_chips()
+    if not count:
+        raise ConfigError(f"--elastic: no {platform} device is visible on this host; check the drivers, or --devices")
+    return count

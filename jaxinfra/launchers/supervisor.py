@@ -2,7 +2,8 @@
 
 What follows an exit code is in `restart_policy`. A request to stop goes to the processes, which save; then nothing is
 started again. On several hosts each has a supervisor: if one process is lost, all of them leave with 76, are started
-again by their supervisors, and meet as at the first start. Imports no JAX, so that it lives where a run does not.
+again by their supervisors, and meet as at the first start. In an elastic run (`elastic`) the supervisors meet first,
+and go on without those that are not there. Imports no JAX, so that it lives where a run does not.
 """
 
 import os
@@ -10,9 +11,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Protocol
 
 from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageError
 from jaxinfra.launchers.launcher import Launcher, ProcessExit, exit_code, find_cause, show_errors
@@ -42,6 +45,7 @@ class Attempt:
     log: str  # the file with all that it has printed
     first_step: int | None  # the first step that it completed, counted from 1; None if it completed none
     last_step: int | None  # the last one
+    hosts: Mapping[str, Any] | None = None  # the hosts of the start of an elastic run (`rendezvous.Round`)
 
     @property
     def rule(self) -> Rule:
@@ -57,17 +61,88 @@ class Attempt:
         return f"{self.reason} {'before its first step' if self.last_step is None else f'after step {self.last_step}'}"
 
 
+@dataclass(kw_only=True)
+class Watch:
+    """What other hosts ask for while the processes of this one run.
+
+    Attributes:
+        is_over: whether the start is over.
+        can_grow: whether the processes leave after a checkpoint, so that more hosts can join.
+        has_stepped: whether the processes have completed a step; set by the supervisor.
+    """
+
+    is_over: bool = False
+    can_grow: bool = False
+    has_stepped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A start of the processes on this host.
+
+    Attributes:
+        command: the same for all processes.
+        environments: for each rank, the variables to add to those of this process.
+        first_rank: rank of the first process in the run.
+        hosts: the hosts of the start, for the record of an elastic run.
+        watch: watches the hosts of an elastic run meanwhile.
+    """
+
+    command: Sequence[str]
+    environments: Sequence[Mapping[str, str]]
+    first_rank: int = 0
+    hosts: Mapping[str, Any] | None = None
+    watch: AbstractContextManager[Watch] = field(default_factory=lambda: nullcontext(Watch()))
+
+
+class Starts(Protocol):
+    """Says what each start is."""
+
+    def next_start(self, is_stopped: Callable[[], bool]) -> Start | int:
+        """Returns the next start, or the exit code of a run that is not started again on this host."""
+        ...
+
+    def end(self, code: int, *, only_here: bool) -> None:
+        """Is told that nothing is started again, on all hosts or `only_here`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualStarts:
+    """Starts of the same processes, each time.
+
+    Attributes:
+        command: the same for all processes.
+        environments: returns for each rank the variables to add to those of this process; it is called at each start,
+            so that a port that was free the last time is looked for again.
+        first_rank: rank of the first process in the run.
+    """
+
+    command: Sequence[str]
+    environments: Callable[[], Sequence[Mapping[str, str]]]
+    first_rank: int = 0
+
+    def next_start(self, is_stopped: Callable[[], bool]) -> Start | int:
+        """Returns the start."""
+        return Start(command=self.command, environments=self.environments(), first_rank=self.first_rank)
+
+    def end(self, code: int, *, only_here: bool) -> None:
+        """Does nothing: the other hosts find out when they meet."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """Names the processes to start."""
+    """Names the processes to start.
 
-    command: Sequence[str]  # the same for all processes
-    # Returns for each rank the variables to add to those of this process; it is called at each start, so that a
-    # port that was free the last time is looked for again.
-    environments: Callable[[], Sequence[Mapping[str, str]]]
-    logs: Path  # a folder for `rank-N.log`
-    logs_location: str  # its path or URL, for people
-    first_rank: int = 0  # rank of the first process in the run
+    Attributes:
+        starts: says what each start is.
+        logs: a folder for `rank-N.log`.
+        logs_location: its path or URL, for people.
+    """
+
+    starts: Starts
+    logs: Path
+    logs_location: str
 
 
 def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt], None]) -> int:
@@ -80,40 +155,53 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
     with launcher.handling_signals(), tempfile.TemporaryDirectory(prefix="jaxinfra-steps-") as folder:
         while True:
             number += 1
-            environments = [{**each, **anew} for each in what.environments()]
-            with _output(what, len(environments), is_first=number == 1) as output:
-                attempt = _run(what, environments, launcher, output, number, Path(folder, "steps"))
+            start = what.starts.next_start(lambda: launcher.stop_requested)
+            if isinstance(start, int):
+                return start
+            start = replace(start, environments=[{**each, **anew} for each in start.environments])
+            with start.watch as watch, _output(what, start, is_first=number == 1) as output:
+                attempt, has_grown = _run(what, start, watch, launcher, output, number, Path(folder, "steps"))
             if not attempt.is_refused:
                 record(attempt)
             if launcher.interrupted and attempt.signal is not None:
                 raise KeyboardInterrupt
             if launcher.stop_requested or attempt.exit_code == 0:
+                what.starts.end(attempt.exit_code, only_here=attempt.exit_code != 0)
                 return attempt.exit_code
             progressed = (attempt.last_step or 0) > best_step
-            limits.count(progressed=progressed)
+            if start.hosts is None or attempt.signal is not None or progressed:  # else another host is the cause
+                limits.count(progressed=progressed)
             best_step = max(best_step, attempt.last_step or 0)
             was_anew = not progressed and (was_anew or bool(anew))
             anew = {COMPILE_ANEW: "1"} if attempt.signal in CRASHES and not (progressed or was_anew) else {}
             if problem := _why_not(attempt, limits):
                 error = f"; last error: {attempt.error}" if attempt.error else ""
                 output.say(f"not started again: {problem}{error}; see {attempt.log}")
+                what.starts.end(attempt.exit_code, only_here=attempt.rule.restarts)
                 return attempt.exit_code
-            wait_s = limits.restart(attempt.rule, time.monotonic())
             how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""
+            if start.hosts is not None and progressed and attempt.rule.wait_s <= 1.0:
+                if not has_grown:
+                    limits.restart(attempt.rule, time.monotonic())
+                output.say(f"restart {number}: {attempt}; meeting the other hosts{how}")
+                continue
+            wait_s = limits.restart(attempt.rule, time.monotonic())
             output.say(f"restart {number}: {attempt}; starting again in {max(1, round(wait_s))} s{how}")
             launcher.wait(wait_s)
             if launcher.stop_requested:
+                what.starts.end(Preempted.exit_code, only_here=True)
                 return Preempted.exit_code
 
 
-def _output(what: Supervised, num_ranks: int, *, is_first: bool) -> Output:
+def _output(what: Supervised, start: Start, *, is_first: bool) -> Output:
     """Opens the logs; a restart goes on without them, since the run itself may not need their storage just now."""
+    num_ranks = len(start.environments)
     try:
-        return Output(what.logs, num_ranks, first_rank=what.first_rank)
+        return Output(what.logs, num_ranks, first_rank=start.first_rank)
     except StorageError as error:
         if is_first:
             raise
-        output = Output(None, num_ranks, first_rank=what.first_rank)
+        output = Output(None, num_ranks, first_rank=start.first_rank)
         output.say(f"warning: {error}")
         return output
 
@@ -131,26 +219,37 @@ def _why_not(attempt: Attempt, limits: RestartLimits) -> str:
 
 def _run(
     what: Supervised,
-    environments: Sequence[Mapping[str, str]],
+    start: Start,
+    watch: Watch,
     launcher: Launcher,
     output: Output,
     number: int,
     steps_file: Path,
-) -> Attempt:
-    """Starts the processes and waits for their end."""
+) -> tuple[Attempt, bool]:
+    """Starts the processes and waits for their end; returns also whether they have left for more hosts."""
+    leave_file = step_file.leave_file(steps_file)
+
+    def is_over() -> bool:
+        if watch.can_grow and not leave_file.exists():
+            leave_file.touch()
+        if start.hosts is not None and not watch.has_stepped:
+            watch.has_stepped = step_file.read_steps(steps_file).first is not None
+        return watch.is_over
+
     step_file.reset_steps(steps_file)
     told = [
-        {**each, step_file.VARIABLE: str(steps_file)} if not rank else each for rank, each in enumerate(environments)
+        {**each, step_file.VARIABLE: str(steps_file)} if not rank else each
+        for rank, each in enumerate(start.environments)
     ]
     started = _utc_now(), time.monotonic()
-    ends = launcher.run(what.command, told, output)
+    ends = launcher.run(start.command, told, output, is_over)
     ended = _utc_now(), time.monotonic()
     code = exit_code(ends, stop_requested=launcher.stop_requested)
     show_errors(ends, output)
     cause = find_cause(ends) or next((end for end in ends if end.code), None)
     rank = 0 if cause is None else cause.rank
     steps = step_file.read_steps(steps_file)
-    return Attempt(
+    attempt = Attempt(
         attempt=number,
         host=socket.gethostname(),
         supervisor=os.getpid(),
@@ -161,13 +260,15 @@ def _run(
         ended_monotonic_s=round(ended[1], 3),
         exit_code=code,
         signal=None if cause is None else cause.signal,
-        rank=None if cause is None else what.first_rank + rank,
-        reason=_reason(code, cause, what.first_rank),
+        rank=None if cause is None else start.first_rank + rank,
+        reason=_reason(code, cause, start.first_rank),
         error=output.last_error(rank),
-        log=f"{what.logs_location}/rank-{what.first_rank + rank}.log",
+        log=f"{what.logs_location}/rank-{start.first_rank + rank}.log",
         first_step=steps.first,
         last_step=steps.last,
+        hosts=start.hosts,
     )
+    return attempt, code == Preempted.exit_code and leave_file.exists()
 
 
 def _reason(code: int, cause: ProcessExit | None, first_rank: int) -> str:

@@ -54,3 +54,8 @@ def has_tpu_on_pci() -> bool:
         if vendor.read_text().strip() == _GOOGLE_PCI_VENDOR and device_class.read_text()[:4] not in ("0x01", "0x02"):
             return True
     return False
+
+
+def num_tpu_chips() -> int:
+    """Returns the number of TPU chips that Linux shows on this host; 0 without a driver."""
+    return sum(len(glob.glob(path)) for path in _TPU_PATHS)

@@ -205,6 +205,11 @@ def tpu_count(environment: Environment) -> int:
     return len(_tpu_slice_hosts(environment)) * _tpu_slices(environment)
 
 
+def hosts_per_slice(environment: Environment, count: int) -> int:
+    """Returns how many of `count` hosts with TPUs are in a slice; they can only be used together."""
+    return count // _tpu_slices(environment)
+
+
 def tpu_index(environment: Environment) -> int:
     """Returns the index of this host in all slices, slice by slice."""
     hosts, slices = len(_tpu_slice_hosts(environment)), _tpu_slices(environment)

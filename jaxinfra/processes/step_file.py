@@ -1,6 +1,7 @@
-"""Tells the supervisor how far the training is: the first and the last step that this start has completed.
+"""What a training and its supervisor tell each other in files of the supervisor, whatever the run directory is.
 
-They are in a file of the supervisor, which is there however the process ends, and whatever its run directory is.
+The training says how far it is: the first and the last step that this start has completed. The file is there however
+the process ends. The supervisor of an elastic run says when to leave, so that more hosts can join.
 """
 
 import os
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 VARIABLE = "JAXINFRA_STEP_FILE"
 """Environment variable with the path of the file."""
+ROUND = "JAXINFRA_ROUND"
+"""Environment variable with the number of a start of an elastic run, counted from 1, in all its processes."""
 _FORMAT = "<qq"
 
 
@@ -24,7 +27,7 @@ class StepWriter:
     """Writes the steps of this process; does nothing without a supervisor, or in what this process starts."""
 
     def __init__(self) -> None:
-        path = os.environ.pop(VARIABLE, None)
+        self._path = path = os.environ.pop(VARIABLE, None)
         self._file = None if path is None else os.open(path, os.O_WRONLY)
         self._first = 0
 
@@ -34,9 +37,25 @@ class StepWriter:
             self._first = self._first or step
             os.pwrite(self._file, struct.pack(_FORMAT, self._first, step), 0)
 
+    @property
+    def is_asked_to_leave(self) -> bool:
+        """Whether the supervisor has asked this process to leave after a checkpoint."""
+        return self._path is not None and leave_file(self._path).exists()
+
+
+def leave_file(path: str | Path) -> Path:
+    """Returns the file that is there once a training is asked to leave, by the path of its steps."""
+    return Path(f"{path}.leave")
+
+
+def round_number() -> int:
+    """Returns which start of an elastic run this process belongs to; 0 for other runs."""
+    return int(os.environ.get(ROUND, 0))
+
 
 def reset_steps(path: Path) -> None:
-    """Creates the file for the next start, or empties it."""
+    """Creates the file for the next start, or empties it; nobody is asked to leave."""
+    leave_file(path).unlink(missing_ok=True)
     path.write_bytes(struct.pack(_FORMAT, 0, 0))
 
 

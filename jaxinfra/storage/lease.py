@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -31,10 +31,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from jaxinfra.errors import JaxinfraError, RunInUseError, StorageError
-from jaxinfra.storage.atomic import create_file, delete_temporaries, write_bytes_atomic
-from jaxinfra.storage.errors import storage_errors
-from jaxinfra.storage.location import is_remote
-from jaxinfra.storage.objects import ObjectStore
+from jaxinfra.storage.shared_files import SharedFiles, SharedFolder, shared_files
 
 BEAT_S = 5.0
 """Seconds between two beats of an owner."""
@@ -60,14 +57,15 @@ class Owner:
     identity: str  # with the pid, identifies the process for all time, see `_process_identity`; "" if that is unknown
     since: str  # when it took the lease, in UTC by its own clock; for people only
     renewed: str  # when it renewed the lease last, in UTC by its own clock; a hint for people, no lease ends by it
+    round: int = 0  # the start of an elastic run that it belongs to, counted from 1; 0 for other runs
     beat: int = 0  # number of times that it has renewed the lease
     released: bool = False  # whether it has given the lease back
 
     @classmethod
-    def this_process(cls) -> Self:
+    def this_process(cls, round_number: int = 0) -> Self:
         """Returns this process as an owner."""
-        pid, now = os.getpid(), _utc_now()
-        return cls(host=socket.gethostname(), pid=pid, identity=_process_identity(pid), since=now, renewed=now)
+        pid, host, now = os.getpid(), socket.gethostname(), _utc_now()
+        return cls(host=host, pid=pid, identity=_process_identity(pid), since=now, renewed=now, round=round_number)
 
     @classmethod
     def of_damaged(cls, content: bytes) -> Self:
@@ -103,7 +101,7 @@ class Lease:
         token: its fencing token, larger than that of every earlier owner.
     """
 
-    def __init__(self, objects: "_Objects", where: str, token: int, owner: Owner, beat_s: float) -> None:
+    def __init__(self, objects: SharedFiles, where: str, token: int, owner: Owner, beat_s: float) -> None:
         self.token = token
         self._objects, self._where, self._owner, self._beat_s = objects, where, owner, beat_s
         self._lost: Exception | None = None
@@ -160,7 +158,14 @@ class Lease:
 
 
 @contextmanager
-def hold(where: str | Path, *, after: int = 0, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> Iterator[Lease]:
+def hold(
+    where: str | Path,
+    *,
+    after: int = 0,
+    round_number: int = 0,
+    beat_s: float = BEAT_S,
+    expiry_s: float = EXPIRY_S,
+) -> Iterator[Lease]:
     """Takes the lease on a folder or URL within this context.
 
     Waits up to `expiry_s` for the lease of an owner that may be dead. Raises RunInUseError, which names the owner, if
@@ -169,10 +174,12 @@ def hold(where: str | Path, *, after: int = 0, beat_s: float = BEAT_S, expiry_s:
     Args:
         where: the folder or URL.
         after: a token that an earlier owner is known to have had; the files of the lease may have been deleted.
+        round_number: the start of an elastic run. An owner of an earlier one is not waited for: the hosts have agreed
+            to go on without it.
         beat_s: seconds between two beats.
         expiry_s: seconds without a beat after which a lease ends.
     """
-    me = Owner.this_process()
+    me = Owner.this_process(round_number)
     _held.add(me.id)
     try:
         lease = _acquire(str(where), me, after=after, beat_s=beat_s, expiry_s=expiry_s)
@@ -189,7 +196,7 @@ def current_owner(where: str | Path) -> Owner | None:
 
     An owner on another host counts if it has renewed its lease within the last `EXPIRY_S`, by the clocks of both hosts.
     """
-    newest = _newest(_objects(str(where)))
+    newest = _newest(shared_files(str(where), _FOLDER))
     if newest is None or newest[1].state == "ended":
         return None
     owner = newest[1]
@@ -197,13 +204,14 @@ def current_owner(where: str | Path) -> Owner | None:
 
 
 def _acquire(where: str, me: Owner, *, after: int, beat_s: float, expiry_s: float) -> Lease:
-    objects = _objects(where)
+    objects = shared_files(where, _FOLDER)
     seen: tuple[int, Owner] | None = None  # what this process has first seen, and when
     seen_s = time.monotonic()
     while True:
         newest = _newest(objects)
         is_expired = newest == seen and time.monotonic() - seen_s > expiry_s
-        if newest is None or newest[1].state == "ended" or is_expired:
+        is_over = newest is not None and 0 < newest[1].round < me.round
+        if newest is None or newest[1].state == "ended" or is_expired or is_over:
             token = max(after, 0 if newest is None else newest[0]) + 1
             if objects.create(_file_name(token), _encode(me)):
                 _delete_older(objects, token)
@@ -234,52 +242,7 @@ def _process_identity(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot}/{namespace}/{fields[19]}"
 
 
-class _Folder:
-    """Stands in for an `ObjectStore` on a disk, where TensorStore locks files, which fails on NFS."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def list_names(self) -> Sequence[str]:
-        with storage_errors(self._folder, action="read"), suppress(FileNotFoundError):
-            return os.listdir(self._folder)
-        return ()
-
-    def read_or_none(self, name: str) -> bytes | None:
-        path = self._folder / name
-        with storage_errors(path, action="read"), suppress(FileNotFoundError):
-            if path.is_file():
-                return path.read_bytes()
-            path.lstat()  # raises FileNotFoundError if there is nothing; else it is a folder or a pipe
-            return b""
-        return None
-
-    def create(self, name: str, content: bytes) -> bool:
-        with storage_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            return create_file(self._folder / name, content)
-
-    def write(self, name: str, content: bytes) -> None:
-        with storage_errors(self._folder):
-            write_bytes_atomic(self._folder / name, content)
-
-    def delete(self, name: str) -> None:
-        with storage_errors(self._folder), suppress(IsADirectoryError):
-            (self._folder / name).unlink(missing_ok=True)
-
-    def delete_temporaries(self, token: int) -> None:
-        with storage_errors(self._folder):
-            delete_temporaries(self._folder, lambda target: 0 < _token(target) < token)
-
-
-type _Objects = ObjectStore | _Folder
-
-
-def _objects(where: str) -> _Objects:
-    return ObjectStore(where).child(_FOLDER) if is_remote(where) else _Folder(Path(where, _FOLDER))
-
-
-def _newest(objects: _Objects) -> tuple[int, Owner] | None:
+def _newest(objects: SharedFiles) -> tuple[int, Owner] | None:
     """Returns token and owner of the newest lease; None if there was never one."""
     missing = 0
     while token := max(map(_token, objects.list_names()), default=0):
@@ -290,13 +253,13 @@ def _newest(objects: _Objects) -> tuple[int, Owner] | None:
     return None
 
 
-def _delete_older(objects: _Objects, token: int) -> None:
+def _delete_older(objects: SharedFiles, token: int) -> None:
     """Deletes the files of earlier owners."""
     for name in objects.list_names():
         if 0 < _token(name) < token:
             objects.delete(name)
-    if isinstance(objects, _Folder):
-        objects.delete_temporaries(token)
+    if isinstance(objects, SharedFolder):
+        objects.delete_temporaries(lambda name: 0 < _token(name) < token)
 
 
 def _file_name(token: int) -> str:
@@ -316,7 +279,7 @@ def _encode(owner: Owner) -> bytes:
 def _parse(content: bytes) -> Owner:
     kinds = {each.name: each.type for each in fields(Owner)}
     try:
-        values = json.loads(content)
+        values = {"round": 0, **json.loads(content)}  # an earlier version writes none
         owner = Owner(**{name: values[name] for name in kinds})  # a later version may write more
         datetime.fromisoformat(owner.renewed).timestamp()
         has_types = all(type(values[name]) is kind for name, kind in kinds.items())

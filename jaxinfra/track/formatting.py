@@ -1,7 +1,8 @@
 """Formats numbers and metrics for people, the same way in the console, the tables and the report."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -76,6 +77,12 @@ def format_bytes(n_bytes: float) -> str:
 def format_files(count: int) -> str:
     """Formats a number of files: "1 file", "1,200 files"."""
     return "1 file" if count == 1 else f"{count:,} files"
+
+
+def format_counts(counts: Sequence[int | None]) -> str:
+    """Formats counts in their order, such as "4, 3, 2 x 3": those that follow on equal ones as one; None is unknown."""
+    runs = [(value, len([*group])) for value, group in itertools.groupby(counts)]
+    return ", ".join(f"{'?' if value is None else value}{f' x {times}' * (times > 1)}" for value, times in runs)
 
 
 def format_duration(seconds: float) -> str:

@@ -4,9 +4,9 @@ The ledger has a row at each log interval, after each save and evaluation, and a
 `{"attempt": 2, "t": 31.2, "phase": "step", "step": 40, "from": 20, "resumes": 1, "saves": 3, "seconds": {"init": 3.1,
 ...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed
 step, `from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart.
-The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed. The
-row after a request to stop has its reason, `stopped`, such as "SIGTERM" or the notice of a cloud. A kill loses what
-came after the last row: that counts as down.
+The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed, and
+the number of `processes`. The row after a request to stop has its reason, `stopped`, such as "SIGTERM" or the notice of
+a cloud. A kill loses what came after the last row: that counts as down.
 """
 
 import math
@@ -54,11 +54,12 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One start of a run: when, in seconds since 1970, its rows, and why it was asked to stop, None if it was not."""
+    """One start of a run."""
 
-    start_s: float
+    start_s: float  # when, in seconds since 1970
     rows: Sequence[Row]
-    stopped: str | None = None
+    stopped: str | None = None  # why it was asked to stop; None if it was not
+    processes: int | None = None  # their number; None in the ledger of an earlier version
 
     @property
     def from_step(self) -> int | None:
@@ -83,6 +84,7 @@ class Goodput:
     seconds: Mapping[str, float]  # of each class
     intervals: Sequence[Interval] = ()  # the time line
     starts_s: Sequence[float] = ()  # of each attempt, in seconds since the first
+    processes: Sequence[int | None] = ()  # of each attempt; () if it is the same number in all
     stops: Sequence[tuple[int, str]] = ()  # the last step of each attempt that was asked to stop, and the reason
     stalls_s: Sequence[float] = ()  # how long each save has blocked the training
     save_intervals_s: Sequence[float] = ()  # training time between two saves
@@ -122,7 +124,7 @@ def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
         for line in lines
     ]
     stopped = next((line["stopped"] for line in lines if "stopped" in line), None)
-    return Attempt(start_s=lines[0]["start"], rows=rows, stopped=stopped)
+    return Attempt(start_s=lines[0]["start"], rows=rows, stopped=stopped, processes=lines[0].get("processes"))
 
 
 def ledger_row(row: Any) -> dict[str, Any] | None:
@@ -132,6 +134,7 @@ def ledger_row(row: Any) -> dict[str, Any] | None:
     from_step = row.get("from", "")
     counts = [row.get(name) for name in ("attempt", "step", "resumes", "saves")]
     counts += [] if from_step is None else [from_step]
+    counts += [row["processes"]] if "processes" in row else []
     times_s = [row.get("t"), row.get("start", 0.0), *row["seconds"].values()]
     is_right = (
         all(is_integer(each) and each >= 0 for each in counts)
@@ -174,12 +177,14 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
         at_step = next((row.seconds for row in attempt.rows if row.step > first.step), None)
         if at_step is not None and (number > 0 or len(attempts) == 1):
             restarts_s.append(down_s + sum(at_step.get(name, 0.0) for name in ("init", "restore", "compile")))
+    processes = [attempt.processes for attempt in attempts]
     totals = {name: sum(each.seconds.get(name, 0.0) for each in intervals) for name in CLASSES}
     return Goodput(
         attempts=len(attempts),
         seconds={name: value for name, value in totals.items() if value > 0},
         intervals=intervals,
         starts_s=starts_s,
+        processes=processes if len({*processes}) > 1 else (),
         stops=[(attempt.rows[-1].step, attempt.stopped) for attempt in attempts if attempt.stopped is not None],
         stalls_s=stalls_s,
         save_intervals_s=save_intervals_s,

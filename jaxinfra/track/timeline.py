@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxinfra.track.formatting import format_duration, format_number, format_percent
+from jaxinfra.track.formatting import format_counts, format_duration, format_number, format_percent
 from jaxinfra.track.goodput import CLASSES, Goodput
 
 COLUMNS, HEIGHT = 120, 100
@@ -28,6 +28,7 @@ class Timeline:
 
     bars: Sequence[Bar]  # the parts of the columns
     starts: Sequence[float]  # the position of each start after the first
+    processes: str  # of each start, in words; "" if all have the same number
     legend: Sequence[tuple[str, str]]  # class and label, of those that the run has
     end: str  # the time at the right end, in words
     text: str  # what the picture shows, in words
@@ -57,6 +58,7 @@ def timeline(run: Goodput) -> Timeline:
     return Timeline(
         bars=_merged([bar for column, share in enumerate(shares) for bar in _column(column, share)]),
         starts=[round(start_s / width_s, 2) for start_s in run.starts_s[1:]],
+        processes=format_counts(run.processes),
         legend=legend,
         end=format_duration(run.wall_s),
         text=f"{format_duration(run.wall_s)} in {starts}, goodput {format_percent(run.fraction)}: {listed}",

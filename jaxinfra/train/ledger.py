@@ -36,14 +36,14 @@ class Ledger:
         self._written_s = math.inf  # the watchdog calls `beat`, which writes no row before the first one
         self._file: Appender | None = None
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, processes: int) -> None:
         """Opens the file and writes the first row; raises StorageError if that fails."""
         with storage_errors(path):
             rows = truncate_json_lines(path, ledger_row, lambda row: True)
             self._attempt = max((row["attempt"] for row in rows), default=0) + 1
             self._file = Appender(path)
         start_s = time.time() - (time.monotonic() - self._phases.start_s)
-        self.write(start=start_s, host=socket.gethostname(), pid=os.getpid())
+        self.write(start=start_s, host=socket.gethostname(), pid=os.getpid(), processes=processes)
         self._phases.on_leave = self._left
 
     def write(self, **more: object) -> None:

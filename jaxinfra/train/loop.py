@@ -33,6 +33,7 @@ class Loop:
         check_owner: raises RunInUseError if another start has taken over the run.
         after_step: does what is due after a step, given its metrics.
         save: saves a checkpoint of the last step, which somebody has asked for while a batch is late.
+        leaves: returns the reason to stop after a checkpoint, or None; all processes call it, and find the same.
     """
 
     job: Job
@@ -47,6 +48,7 @@ class Loop:
     check_owner: Callable[[], None]
     after_step: Callable[[Due, Metrics], None]
     save: Callable[[], object]
+    leaves: Callable[[], str | None] = lambda: None
     _has_stepped: bool = field(default=False, init=False)
 
     def run(self, poll: Poll, last_step: int) -> str | None:
@@ -77,6 +79,8 @@ class Loop:
                 self.reporting.stragglers.probe_devices(step, skip=self.profiler.is_running)
             self.after_step(due, metrics)
             if (reason := self.requests.stops_after(step)) is not None:
+                return reason
+            if due.save == "checkpoint" and step < last_step and (reason := self.leaves()) is not None:
                 return reason
         return None
 

@@ -7,6 +7,7 @@ All processes of a run make the same calls. Process 0 alone writes the run direc
 checkpoints, and what it reads there it tells the others.
 """
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.sampler import Sampler
+from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
@@ -26,7 +28,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, join_location
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.job import Job
-from jaxinfra.train.memory_check import check_evaluation, out_of_memory_errors
+from jaxinfra.train.memory_check import check_evaluation, check_step, out_of_memory_errors
 from jaxinfra.train.phases import Phases
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import existing_metrics, require_equal_processes
@@ -103,6 +105,14 @@ class Trainer:
         if ended.reason is not None:
             raise preempted(job, ended.reason, ended.step)
         return ended.summary
+
+    def compile(self) -> float:
+        """Compiles the train step and the evaluation into the compile cache; returns the seconds that it took."""
+        begin_s = time.monotonic()
+        with compile_cache(self.run.train.compile_cache), self.program.on_mesh, out_of_memory_errors(self.job):
+            check_step(self.job)
+            check_evaluation(self.job)
+        return time.monotonic() - begin_s
 
     def evaluate(self) -> dict[str, float]:
         """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".

@@ -22,6 +22,7 @@ from jaxinfra.inference.trained_params import load_params
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes import maintenance
 from jaxinfra.processes.requests import RunSignals
+from jaxinfra.processes.step_file import round_number
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.track.goodput import GOODPUT_FILE
@@ -110,7 +111,7 @@ def train(job: Job) -> Ended:
         if job.is_main:
             saving.check_space()
             before_owned_ends.callback(watch.ledger.close)
-            watch.ledger.open(run_dir.path / GOODPUT_FILE)
+            watch.ledger.open(run_dir.path / GOODPUT_FILE, peers.count)
         peak = peers.broadcast(find_peak(run_dir, run.precision.compute) if job.is_main else None)
         before = peers.broadcast(run_dir.existing_record() if job.is_main else None)
         numerics = Numerics(job.program, watch.phases)
@@ -239,6 +240,7 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
+            leaves=self._leaves,
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
 
@@ -339,6 +341,13 @@ class Training:
         if saved:
             self._trackers.log_save(step)
         return saved
+
+    def _leaves(self) -> str | None:
+        """Returns why the training leaves after this checkpoint, in all processes alike; None if it goes on."""
+        if not round_number():
+            return None
+        is_asked = self._job.peers.broadcast(self._job.step_writer.is_asked_to_leave)
+        return "its supervisor, as more hosts are there," if is_asked else None
 
     def _stops(self) -> bool:
         """Whether the run stops after the last completed step, and all processes know it."""

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from jaxinfra.track.remote import RemoteRun, RemoteTracker, Row
 STEPS, SAVE_EVERY, EVAL_EVERY, BATCH = 60, 10, 20, 8
 READS = "JAXINFRA_FAULTS_READS"
 """The variable that names the folder of what processes have read."""
+LAST_STEP = "JAXINFRA_FAULTS_LAST_STEP"
+"""The variable that names a file with a step, beyond which nothing is read: its batch is late."""
 
 _thread = threading.local()
 
@@ -76,7 +79,11 @@ class RecordedTokens(TokenData):
             return sample_ids(step, global_batch)
 
         def recorded_read(ids: np.ndarray, *, weighted: bool) -> Batch:
-            several = os.environ.get("JAX_COORDINATOR_ADDRESS", "joined") if current_peers().count > 1 else os.getpid()
+            start = os.environ.get("JAX_COORDINATOR_ADDRESS", "joined") + os.environ.get("JAXINFRA_ROUND", "")
+            several = start if current_peers().count > 1 else os.getpid()
+            if (gate := os.environ.get(LAST_STEP)) is not None:
+                while int(Path(gate).read_text()) < _thread.step:
+                    time.sleep(0.02)
             with open(f"{os.environ[READS]}/{several}-{os.getpid()}", "a") as file:
                 file.write(f"{' '.join(map(str, (_thread.step, *ids)))}\n")
             return read(ids, weighted=weighted)

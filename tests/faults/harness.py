@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints
+from jaxinfra.config import read_record
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import JaxinfraError
 from jaxinfra.storage.objects import ObjectStore
 from jaxinfra.track.attempts import ATTEMPTS_FILE
 from jaxinfra.track.goodput import GOODPUT_FILE, Goodput, account, read_ledger
 from jaxinfra.track.jsonl import METRICS_FILE
 from jaxinfra.track.runs import local_files
-from tests.faults.config import BATCH, READS, STEPS
+from tests.faults.config import READS, STEPS
 from tests.servers.bucket import Bucket, emulated_bucket
 
 TIMEOUT_S = 900.0  # of a command on a slow and busy machine
@@ -178,17 +180,23 @@ class Run:
             for line in path.read_text().splitlines():
                 step, *ids = map(int, line.split())
                 of_start[step] += ids
-        found: dict[int, list[int]] = {}
+        batch, found = self.batch, dict[int, list[int]]()
         # Of an epoch, if the run is that long; of all that was read, otherwise.
         num_samples = len({each for of_start in starts.values() for ids in of_start.values() for each in ids})
         for of_start in starts.values():
             for step, ids in of_start.items():
-                epochs = (step * BATCH - 1) // num_samples - (step - 1) * BATCH // num_samples + 1
+                epochs = (step * batch - 1) // num_samples - (step - 1) * batch // num_samples + 1
                 most = max(Counter(ids).values())
                 require(most <= epochs, f"{self.name}: a sample was read {most} times in step {step}: {ids}")
-                if len(ids) == BATCH:  # a start that was killed while it read ahead has read a part
+                if len(ids) == batch:  # a start that was killed while it read ahead has read a part
                     require(found.setdefault(step, sorted(ids)) == sorted(ids), f"{self.name}: other samples in {step}")
         return dict(sorted(found.items()))
+
+    @property
+    def batch(self) -> int:
+        """Samples of a step."""
+        with local_files(self.location) as folder:
+            return read_record(folder / RECORD_FILE)["config"]["train"]["global_batch"]
 
     def goodput(self) -> Goodput:
         """Returns what its time went to."""

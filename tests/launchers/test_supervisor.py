@@ -12,7 +12,7 @@ import pytest
 from jaxinfra.cli.main import EXIT_CODES
 from jaxinfra.launchers import launcher
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
-from jaxinfra.launchers.supervisor import Attempt, Supervised, supervise
+from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Supervised, supervise
 from tests.conftest import ROOT
 from tests.launchers.test_launcher import until
 from tests.tiny_run import is_running
@@ -47,13 +47,12 @@ def run(
     """Supervises a script in this process; returns the exit code and the attempts."""
     (folder / "stub.py").write_text(STUB + code)
     attempts: list[Attempt] = []
-    what = Supervised(
+    starts = EqualStarts(
         command=[sys.executable, str(folder / "stub.py")],
         environments=lambda: [{"RANK": str(rank), "FOLDER": str(folder)} for rank in range(ranks)],
-        logs=folder / "logs",
-        logs_location="LOGS",
         first_rank=first_rank,
     )
+    what = Supervised(starts=starts, logs=folder / "logs", logs_location="LOGS")
     return supervise(what, limits or RestartLimits(scale=0.01), attempts.append), attempts
 
 
@@ -164,14 +163,11 @@ DRIVER = """\
 import sys
 from pathlib import Path
 from jaxinfra.launchers.restart_policy import RestartLimits
-from jaxinfra.launchers.supervisor import Supervised, supervise
+from jaxinfra.launchers.supervisor import EqualStarts, Supervised, supervise
 folder = Path(sys.argv[1])
-what = Supervised(
-    command=[sys.executable, str(folder / "stub.py")],
-    environments=lambda: [{"RANK": "0", "FOLDER": str(folder)}],
-    logs=folder / "logs",
-    logs_location="LOGS",
-)
+command = [sys.executable, str(folder / "stub.py")]
+starts = EqualStarts(command=command, environments=lambda: [{"RANK": "0", "FOLDER": str(folder)}])
+what = Supervised(starts=starts, logs=folder / "logs", logs_location="LOGS")
 def record(attempt):
     with (folder / "attempts").open("a") as file:
         file.write(f"{attempt.exit_code} ")

@@ -156,7 +156,10 @@ def test_a_damaged_file_is_waited_out(tmp_path: Path, caplog: pytest.LogCaptureF
 OWNER = asdict(Owner(host="node1", pid=2**31 - 1, identity="", since="2026-11-29T00:00:00+00:00", renewed="2026-11-29"))
 ODD = (
     *(b"", b"\0" * 64, bytes(range(256)), b"7", b"9" * 5000, b'"x"', b"[]", b"[1, 2]", b"null", b"[" * 100_000, b"{}"),
-    *(json.dumps({name: value for name, value in OWNER.items() if name != missing}).encode() for missing in OWNER),
+    *(
+        json.dumps({name: value for name, value in OWNER.items() if name != missing}).encode()
+        for missing in OWNER.keys() - {"round"}  # which an earlier version does not write
+    ),
     *(
         json.dumps(OWNER | {name: value}).encode()
         for name in OWNER
@@ -188,6 +191,21 @@ def test_a_file_of_an_odd_shape_is_waited_out(tmp_path: Path, caplog: pytest.Log
         assert {path.name for path in (place / "lease").iterdir()} == {"00000008.json"} | left
         with hold(place) as lease:
             assert lease.token == 9
+
+
+def test_an_owner_of_an_earlier_round_is_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The hosts of an elastic run have agreed to go on without it; an owner outside of such runs is waited for."""
+    (tmp_path / "lease").mkdir()
+    file, others = tmp_path / "lease" / "00000007.json", OWNER | {"identity": "another/host/1"}
+    file.write_bytes(json.dumps(others | {"round": 2}).encode())
+    with hold(tmp_path, beat_s=1000, round_number=3) as lease:
+        assert lease.token == 8 and not caplog.messages
+    for owner, own in ((2, 2), (3, 2), (2, 0), (0, 2)):
+        caplog.clear()
+        (tmp_path / "lease" / "00000009.json").write_bytes(json.dumps(others | {"round": owner}).encode())
+        with hold(tmp_path, beat_s=1000, expiry_s=0.002, round_number=own) as lease:
+            names(caplog.messages[0], "held by process on node1")
+        (tmp_path / "lease" / f"{lease.token:08d}.json").unlink()
 
 
 def test_an_owner_of_a_later_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

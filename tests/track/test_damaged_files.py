@@ -37,7 +37,7 @@ def write_run(folder: Path) -> None:
     for start in (0, 6):
         phases = Phases()
         ledger = Ledger(phases)
-        ledger.open(folder / GOODPUT_FILE)
+        ledger.open(folder / GOODPUT_FILE, 1)
         tracker = JsonlTracker(folder)
         tracker.start({}, {}, start_step=start, total_steps=12)
         phases.resume(start)
@@ -119,7 +119,7 @@ def resume(folder: Path) -> None:
     RunDirectory(folder).summary()
     SkippedSamples(folder, Peers(), NO_BATCHES, start_step=6, is_on=True)
     ledger = Ledger(Phases())
-    ledger.open(folder / GOODPUT_FILE)
+    ledger.open(folder / GOODPUT_FILE, 1)
     tracker = JsonlTracker(folder)
     tracker.start({}, {}, start_step=6, total_steps=12)
     tracker.log(7, {"loss": 1.0})
