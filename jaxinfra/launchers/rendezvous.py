@@ -193,7 +193,8 @@ class Rendezvous:
 
         If it is for this host to decide, it does so.
         """
-        asked.number = asked.number or self._next_number()
+        # One that has trained looks at all decisions since then: the run may have ended. A new one begins with the next.
+        asked.number = asked.number or (self._round.number + 1 if self._round.number else self._next_number())
         if (decided := self._decided(asked.number)) is not None:
             if decided.code is not None or self._host.index in decided.indices:
                 self._delete_older(asked.number)
@@ -284,8 +285,8 @@ class Rendezvous:
                 each = Ready(**values | {"host": _host(values["host"])})
             except (ValueError, TypeError, KeyError, AttributeError):  # of another program, or a disk that was full
                 continue
-            is_own = each.host.index == self._host.index
-            if not is_own and (self._signs.is_alive(name, each.beat) or each.has_left):
+            is_other = 0 <= each.host.index < self._bounds.most and each.host.index != self._host.index
+            if is_other and (self._signs.is_alive(name, each.beat) or each.has_left):
                 found[each.host.index] = each
         return found
 

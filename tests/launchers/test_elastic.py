@@ -11,7 +11,8 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run, TrainConfig, with_mesh_size
 from jaxinfra.run.elastic import elastic_overrides
 from tests.faults.config import config
-from tests.refusals import names
+from tests.refusals import names, refused
+from tests.tiny_run import Tiny
 
 
 def run(mesh: MeshConfig, *, batch: int = 24, accumulate: int = 1, canonical: int | None = None) -> Run:
@@ -70,6 +71,26 @@ def test_fewer_hosts(name: str) -> None:
         train = replace(given.train, accumulate=accumulate)
         validate(with_mesh_size(replace(given, mesh=replace(given.mesh, **axes), train=train), hosts * devices))
     assert [*elastic_overrides(given, 3, 4, devices)] == [hosts for hosts in expected if hosts >= 3]
+
+
+ELASTIC = ("--elastic", "2..4")
+AMONG = ("--coordinator", "127.0.0.1:1", "--process-id", "0", "--of", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--elastic", "4", "--supervise"), "--elastic 4 fewest most --elastic 2..4"),
+        (("--elastic", "3..2", "--supervise"), "--elastic 3..2 fewest most"),
+        (("--elastic", "0..2", "--supervise"), "--elastic 0..2"),
+        (ELASTIC, "--elastic 2..4 supervisor add --supervise"),
+        ((*ELASTIC, "--supervise"), "--elastic 2..4 one process 4 hosts --of 4"),
+        ((*ELASTIC, "--supervise", "--processes", "4"), "--elastic 2..4 leave out --processes"),
+        ((*ELASTIC, "--supervise", *AMONG), "--elastic 2..4 3 processes were started 4 hosts"),
+    ],
+)
+def test_bad_bounds_are_refused(tiny: Tiny, words: Sequence[str], named: str) -> None:
+    refused(tiny.launch(*words), named)
 
 
 def test_a_mesh_without_a_data_axis_does_not_shrink() -> None:

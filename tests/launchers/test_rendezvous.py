@@ -11,6 +11,7 @@ from jaxinfra.errors import PeerLostError
 from jaxinfra.launchers import rendezvous
 from jaxinfra.launchers.rendezvous import Bounds, Host, Rendezvous, Round, RoundWatch
 from tests.launchers.test_launcher import until
+from tests.servers.bucket import emulated_bucket
 
 _BEAT_S = 0.02
 
@@ -25,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Supervisor:
     """A thread that meets the others, as a supervisor does before each start."""
 
-    def __init__(self, folder: Path, index: int, bounds: Bounds) -> None:
+    def __init__(self, folder: Path | str, index: int, bounds: Bounds) -> None:
         host = Host(index=index, name=f"node{index}", address=f"node{index}:8476")
         self.rendezvous = Rendezvous(str(folder), host, bounds)
         self.found: Round | Exception | None = None
@@ -152,6 +153,19 @@ def test_a_host_that_waits_already_waits_for_those_that_leave_a_round(tmp_path: 
     third.meet()
     assert again.ended() == second.ended() == third.ended()
     assert isinstance(again.found, Round) and again.found.indices == [0, 1, 2]
+
+
+def test_hosts_meet_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_BUCKET_BEAT_S", _BEAT_S)
+    with emulated_bucket() as bucket, monkeypatch.context() as context:
+        for name, value in bucket.environment.items():
+            context.setenv(name, value)
+        url = f"{bucket.url}/elastic"
+        hosts = [Supervisor(url, index, bounds(3)) for index in range(3)]
+        assert met(*hosts).indices == [0, 1, 2]
+        assert met(*hosts[1:]).indices == [1, 2]
+        hosts[1].rendezvous.end(0)
+        assert (found := hosts[2].meet().ended()) is not None and isinstance(found, Round) and found.code == 0
 
 
 def test_nobody_waits_for_a_host_that_was_stopped(tmp_path: Path) -> None:
