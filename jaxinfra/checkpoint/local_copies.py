@@ -312,30 +312,35 @@ class LocalCopies[State](ClosedOnExit):
             record = manifest.record["run"]
         offered, damage = self._read_files(name, manifest, held)
         answers = self._gather([[[number, *held[number]] for number in offered], damage, record])
-        places, sources = dict[int, Place](), dict[int, int]()
+        places, holders = dict[int, Place](), dict[int, list[int]]()
         for index, (offers, _, _) in enumerate(answers):
             for number, leaf, bounds in offers:
                 places[number] = leaf, _bounds(bounds)
-                sources.setdefault(number, index)
+                holders.setdefault(number, []).append(index)
+
+        def source(number: int, target: int) -> int:
+            return target if target in holders[number] else holders[number][0]
+
         lacking = self._shards.lacks(places)
         contents, problem = dict[int, Any](), f"{lacking} of its shards are nowhere" if lacking else None
         problem = next((each for each in self._gather(problem) if each is not None), None)
         if problem is None:
             wanted = self._shards.needed(places, own)
-            contents = {number: offered[number] for number in wanted if sources[number] == own}
+            contents = {number: offered[number] for number in wanted if number in offered}
             outgoing = {
                 target: [([number, hash_bytes(offered[number])], offered[number]) for number in numbers]
                 for target in range(len(answers))
                 if target != own
-                and (numbers := [each for each in self._shards.needed(places, target) if sources[each] == own])
+                and (numbers := [each for each in self._shards.needed(places, target) if source(each, target) == own])
             }
+            sources = {source(each, own) for each in wanted} - {own}
             try:
-                if len(answers) > 1:
-                    for (number, expected), content in self._swap(outgoing, {sources[each] for each in wanted} - {own}):
-                        _check_arrival(number, content, expected)
-                        contents[number] = content
+                for (number, expected), content in self._swap(outgoing, sources) if len(answers) > 1 else ():
+                    _check_arrival(number, content, expected)
+                    contents[number] = content
             except (OSError, DamageError) as error:
                 problem = cause_of(error)
+            assert problem is not None or contents.keys() == {*wanted}, "each shard that is needed has come"
             problem = next((each for each in self._gather(problem) if each is not None), None)
         damaged = [self._described(index, each) for index, (_, each, _) in enumerate(answers) if each is not None]
         if damaged or problem is not None:

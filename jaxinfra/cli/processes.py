@@ -114,6 +114,7 @@ def _elastic_starts(
         overrides={int(hosts): words for hosts, words in overrides.items()},
         wait_s=options.elastic_wait,
         join_s=options.join_timeout,
+        silence_s=options.heartbeat_timeout,
     )
 
     def say(line: str) -> None:
@@ -128,6 +129,10 @@ def _check_elastic(options: argparse.Namespace, found: Processes | None) -> None
     asked = f"--elastic {least}..{most}"
     if options.processes > 1:
         raise ConfigError(f"{asked}: is for several hosts with one process each; leave out --processes")
+    if found is not None and len({*found.hosts}) < len(found.hosts):
+        raise ConfigError(
+            f"{asked}: several processes were started on one host; start one on each, for all its devices"
+        )
     if found is None or found.count != most:
         started = "one process" if found is None else f"{found.count} processes"
         raise ConfigError(

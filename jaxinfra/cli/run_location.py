@@ -61,7 +61,9 @@ def _print_location(argv: list[str]) -> None:
         found: dict[str, Any] = {"location": run_location(options)}
         if (hosts := getattr(options, "elastic", None)) is not None:
             least, most = hosts
-            found["overrides"] = elastic_overrides(_load(options), least, most, local_devices())
+            listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+            devices = len(listed.split(",")) if listed else local_devices()
+            found["overrides"] = elastic_overrides(_load(options), least, most, devices)
     except Exception as error:
         if (ending := ending_of(error)).code == 1:  # a bug
             raise

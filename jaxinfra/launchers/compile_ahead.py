@@ -11,6 +11,8 @@ from jaxinfra.processes.door import SECRET, new_secret
 from jaxinfra.processes.peer_connection import free_port
 
 _LOOPBACK = "127.0.0.1"
+_MOST_HOSTS = 8
+"""As many processes have room on one host beside that which trains."""
 
 
 class CompileAhead:
@@ -33,11 +35,16 @@ class CompileAhead:
 
         What fails here is found again, and told, by a start that needs it.
         """
-        if hosts in is_done:
+        if hosts in is_done or hosts > _MOST_HOSTS:
             return
         if self._begun_s is None:
             self._begun_s = time.monotonic()
-            self._start(hosts, command)
+            try:
+                self._start(hosts, command)
+            except OSError as error:
+                self._say(f"warning: nothing is compiled ahead for fewer hosts: {error}")
+                self.stop()
+                is_done.add(hosts)
         elif self._running and all(each.poll() is not None for each in self._running):
             if all(each.returncode == 0 for each in self._running):
                 of_hosts = f"{hosts} {'host' if hosts == 1 else 'hosts'}"
@@ -47,7 +54,7 @@ class CompileAhead:
 
     def _start(self, hosts: int, command: Sequence[str]) -> None:
         coordinator, secret = f"{_LOOPBACK}:{free_port(_LOOPBACK)}", new_secret()
-        tied = ["nice", "-n", "19", sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid())]
+        tied = ["nice", "-n", "10", sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid())]
         for process in range(hosts):
             several = {"JAX_NUM_PROCESSES": str(hosts), "JAX_PROCESS_ID": str(process), SECRET: secret}
             environment = {**os.environ, **self._environment, **several, "JAX_COORDINATOR_ADDRESS": coordinator}

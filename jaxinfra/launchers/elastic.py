@@ -79,7 +79,7 @@ class ElasticStarts:
     def _command_for(self, overrides: Sequence[str]) -> Sequence[str]:
         """Returns the command of a process, with other values of some fields."""
         replaced = {word.partition("=")[0] for word in overrides}
-        return [*(word for word in self._command if word.partition("=")[0] not in replaced), *overrides]
+        return [*(word for word in self._command if word.partition("=")[0].strip() not in replaced), *overrides]
 
     @contextmanager
     def _watch(self, decided: Round, process: int) -> Iterator[Watch]:
@@ -122,7 +122,10 @@ def this_host(processes: Processes) -> Host:
 
 def _address_towards(host: str, port: int) -> str:
     """Returns the address of this machine in the network of another one; sends nothing."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    except OSError:  # its name has gone with it
+        return socket.gethostname()
     with socket.socket(family, kind, protocol) as channel:
         channel.connect(address)
         return channel.getsockname()[0]

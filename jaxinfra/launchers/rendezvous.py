@@ -3,7 +3,7 @@
 Starts are called rounds, as in torchelastic, and counted from 1 over the life of a run. In `RUN/elastic/` there are
 
     ready-ROUND-HOST.json   a host that is there for a round; it rewrites the file as a sign of life (`Ready`)
-    running-ROUND.json      a round that trains; the supervisor of its process 0 rewrites it as a sign of life
+    running-ROUND-HOST.json a host that trains in a round; its supervisor rewrites the file likewise (`Running`)
     round-ROUND.json        the decision: who trains, or how the run has ended (`Round`); created once, never changed
 
 No host is special, and none need know the address of another: of the hosts that are there, the one with the smallest
@@ -11,19 +11,24 @@ index decides. If two think that they are the one, the file is created by one of
 if its file changes while others watch, by their own clocks, so that neither clocks nor what is left of dead hosts
 matter.
 
-A round is over once one of its hosts is ready for the next. A host that was not in it waits until it is.
+A round is over once one of its hosts is ready for the next, or when all of them have been silent for as long as makes a
+process count as lost. A host that was not in it waits until it is.
 """
 
 import json
+import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from jaxinfra.errors import PeerLostError, StorageError
+from jaxinfra.errors import PeerLostError, RunInUseError, StorageError
 from jaxinfra.launchers.supervisor import Watch
+from jaxinfra.processes.connected_peers import SILENCE_S
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.shared_files import shared_files
 
@@ -61,16 +66,33 @@ class Ready:
     Attributes:
         host: which one.
         last_round: the last round that this supervisor has trained in; 0 if it has just begun.
-        is_leaving: whether its processes of that round have not ended yet.
-        has_left: whether somebody has stopped it: it will not be there.
+        is_leaving: whether its processes of that round have not ended yet, or it waits before it starts them again.
+        has_left: whether it has given up, or somebody has stopped it: it will not be there.
         beat: grows with each sign of life.
+        supervisor: identifies the supervisor.
     """
 
     host: Host
     last_round: int
+    supervisor: str
     is_leaving: bool = False
     has_left: bool = False
     beat: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What the supervisor of a host says while its processes train.
+
+    Attributes:
+        beat: grows with each sign of life.
+        supervisor: identifies it.
+        has_ended: whether its processes have ended.
+    """
+
+    beat: int
+    supervisor: str
+    has_ended: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +151,7 @@ class Bounds:
         overrides: of the config, by each number of hosts that it trains on.
         wait_s: time that a host gets to come back.
         join_s: time that all hosts get at the first start.
+        silence_s: silence after which the supervisor of a host that trains counts as lost.
     """
 
     least: int
@@ -137,15 +160,21 @@ class Bounds:
     overrides: Mapping[int, Sequence[str]]
     wait_s: float
     join_s: float
+    silence_s: float = SILENCE_S
 
-    def chosen(self, present: Sequence[int]) -> Sequence[int]:
-        """Returns the hosts that train, of those that are there: as many as the run can be divided among."""
+    def chosen(self, present: Sequence[int], before: Collection[int] = ()) -> Sequence[int]:
+        """Returns the hosts that train, of those that are there: as many as the run can be divided among.
+
+        Those that trained `before` come first: they have copies of the state, and compiled programs.
+        """
         groups: dict[int, list[int]] = {}
         for index in sorted(present):
             groups.setdefault(index // self.together, []).append(index)
-        whole = [index for group in groups.values() if len(group) == self.together for index in group]
-        fitting = [n for n in self.overrides if self.least <= n <= len(whole) and n % self.together == 0]
-        return whole[: max(fitting, default=0)]
+        whole = [group for group in groups.values() if len(group) == self.together]
+        whole.sort(key=lambda group: not {*group} <= {*before})
+        indices = [index for group in whole for index in group]
+        fitting = [n for n in self.overrides if self.least <= n <= len(indices) and n % self.together == 0]
+        return sorted(indices[: max(fitting, default=0)])
 
 
 class Rendezvous:
@@ -162,17 +191,20 @@ class Rendezvous:
         self._host, self._bounds = host, bounds
         self._beat_s = _BUCKET_BEAT_S if is_remote(location) else _BEAT_S
         self._round = Round(number=0)  # the last one that this supervisor has trained in
-        self._beat = 0
+        self._supervisor, self._beat = uuid.uuid4().hex, 0
         self._signs = _Signs(self._beat_s * _DEAD_BEATS)
+        self._left = set[tuple[int, int]]()  # rounds, and the hosts that have said that they will not be there
 
     def meet(self, *, is_stopped: Callable[[], bool], say: Callable[[str], None]) -> Round | None:
         """Waits for a round that this host trains in, or for the end of the run; None if it is stopped meanwhile.
 
-        Raises PeerLostError if there are too few hosts for too long.
+        Raises PeerLostError if there are too few hosts for too long, RunInUseError if another supervisor is this host.
         """
         asked, told = _Asked(begun_s=time.monotonic()), ""
         while not is_stopped():
             try:
+                if not asked.number:
+                    asked.number = self._first_number()
                 found = self._ask(asked)
             except StorageError as error:
                 if time.monotonic() - asked.begun_s > self._bounds.join_s:
@@ -185,32 +217,53 @@ class Rendezvous:
                 say(found)
                 told = found
             time.sleep(self._beat_s)
-        self.leave()
+        with suppress(StorageError):  # then the others wait for this host
+            self.leave()
         return None
+
+    def _first_number(self) -> int:
+        """Returns the number of the round to ask for first.
+
+        One that has trained looks at all decisions since then: the run may have ended. A new one begins with the next.
+        """
+        if self._round.number:
+            return self._round.number + 1
+        number, own = self._next_number(), self._host.index
+        names = (_running_file(number - 1, own), _ready_file(number, own))
+        before = [self._files.read_or_none(name) for name in names]
+        if any(before):
+            time.sleep(_LOOKS * self._beat_s)
+            if before != [self._files.read_or_none(name) for name in names]:
+                raise RunInUseError(
+                    f"{self._location}: host {own} of this run has another supervisor, which is alive; leave the run "
+                    "to it, or give this one another --process-id"
+                )
+        return number
 
     def _ask(self, asked: "_Asked") -> Round | str:
         """Returns the round, if it is decided and this host trains in it; else what this host waits for, if it knows.
 
         If it is for this host to decide, it does so.
         """
-        # One that has trained looks at all decisions since then: the run may have ended. A new one begins with the next.
-        asked.number = asked.number or (self._round.number + 1 if self._round.number else self._next_number())
         if (decided := self._decided(asked.number)) is not None:
             if decided.code is not None or self._host.index in decided.indices:
                 self._delete_older(asked.number)
                 return decided
-            asked.number, asked.begun_s, asked.is_over = asked.number + 1, time.monotonic(), False
+            asked.begin(asked.number + 1)
             return f"{decided}; this host waits until it is needed"
         self._write_ready(asked.number)
-        seen = self._others(asked.number)
-        present = {index: each for index, each in seen.items() if not each.has_left}
-        present[self._host.index] = Ready(host=self._host, last_round=self._round.number)
-        if min(present) < self._host.index or self._is_running(asked.number - 1, present):
+        others = self._others(asked.number)
+        present = {index: each for index, each in others.items() if not each.has_left}
+        present[self._host.index] = self._ready()
+        last = self._decided(asked.number - 1)
+        if last is not None and self._is_running(last, present):
+            asked.begin(asked.number)
+            return f"round {last.number} trains; this host waits for its next checkpoint, and until it is needed"
+        if min(present) < self._host.index:
             return ""
-        if any(each.last_round for each in present.values()) and not asked.is_over:
-            asked.is_over, asked.begun_s = True, time.monotonic()  # now the others of that round leave it
         waited_s = time.monotonic() - asked.begun_s
-        if (hosts := self._due(present, seen.keys(), waited_s)) is not None:
+        left = {index for number, index in self._left if number == asked.number}
+        if (hosts := self._due(last, present, left, waited_s)) is not None:
             self._decide(asked.number, present, hosts)
             return ""
         if waited_s > _PATIENCE * self._bounds.join_s:
@@ -234,18 +287,28 @@ class Rendezvous:
 
     # For `RoundWatch`
 
-    def look_at_round(self) -> tuple[bool, bool]:
-        """Returns whether the round of this host is over, and whether this one asks for a round of more hosts."""
+    def look_at_round(self, *, has_stepped: bool) -> tuple[bool, bool]:
+        """Returns whether the round of this host is over, and whether this one asks for a round of more hosts.
+
+        Until its processes have stepped, they may wait for a host that is lost; later they notice by themselves.
+        """
         number, hosts = self._round.number + 1, self._round.indices
-        if self._host.index == hosts[0]:
-            self._beat += 1
-            self._files.write(_running_file(self._round.number), json.dumps({"beat": self._beat}).encode())
+        self.say_running()
         others = self._others(number)
-        is_over = any(index in hosts and not each.has_left for index, each in others.items())
+        is_over = any(index in hosts and not (each.has_left and has_stepped) for index, each in others.items())
         is_over = is_over or self._decided(number) is not None
+        if not has_stepped:
+            lost = [index for index in hosts if index != self._host.index and not self._runs(self._round, index)]
+            is_over = is_over or bool(lost)
         there = [index for index, each in others.items() if index not in hosts and not each.has_left]
         can_grow = len(self._bounds.chosen([*hosts, *there])) > len(hosts)
         return is_over, can_grow and self._host.index == hosts[0]
+
+    def say_running(self, *, has_ended: bool = False) -> None:
+        """Tells the others that the processes of this host train, or have ended."""
+        self._beat += 1
+        running = Running(beat=self._beat, supervisor=self._supervisor, has_ended=has_ended)
+        self._files.write(_running_file(self._round.number, self._host.index), json.dumps(asdict(running)).encode())
 
     def say_leaving(self) -> None:
         """Tells the others that this host will be there, once its processes have ended."""
@@ -285,29 +348,44 @@ class Rendezvous:
                 each = Ready(**values | {"host": _host(values["host"])})
             except (ValueError, TypeError, KeyError, AttributeError):  # of another program, or a disk that was full
                 continue
-            is_other = 0 <= each.host.index < self._bounds.most and each.host.index != self._host.index
-            if is_other and (self._signs.is_alive(name, each.beat) or each.has_left):
-                found[each.host.index] = each
+            index = each.host.index
+            if not 0 <= index < self._bounds.most or index == self._host.index:
+                continue
+            if is_alive := self._signs.is_alive(name, each.beat):
+                (self._left.add if each.has_left else self._left.discard)((number, index))
+            if is_alive or (number, index) in self._left:
+                found[index] = each
         return found
+
+    def _ready(self) -> Ready:
+        return Ready(host=self._host, last_round=self._round.number, beat=self._beat, supervisor=self._supervisor)
 
     def _write_ready(self, number: int, *, is_leaving: bool = False, has_left: bool = False) -> None:
         self._beat += 1
-        last, beat = self._round.number, self._beat
-        ready = Ready(host=self._host, last_round=last, is_leaving=is_leaving, has_left=has_left, beat=beat)
-        self._files.write(f"ready-{number:06d}-{self._host.index}.json", json.dumps(asdict(ready)).encode())
+        ready = replace(self._ready(), is_leaving=is_leaving, has_left=has_left)
+        self._files.write(_ready_file(number, self._host.index), json.dumps(asdict(ready)).encode())
 
-    def _is_running(self, number: int, present: Mapping[int, Ready]) -> bool:
-        """Whether a round trains, as far as those know that are there for the next one: none of them was in it."""
-        if any(each.last_round == number > 0 for each in present.values()):
+    def _is_running(self, last: Round, present: Mapping[int, Ready]) -> bool:
+        """Whether a round trains, as far as those know that are there for the next one."""
+        if last.code is not None or any(each.last_round == last.number for each in present.values()):
             return False
+        return any(self._runs(last, index) for index in last.indices if index != self._host.index)
+
+    def _runs(self, of: Round, index: int) -> bool:
+        """Whether a host of a round may train: it shows signs of life, or was not watched for long enough."""
+        name = _running_file(of.number, index)
+        self._signs.look(name, [name])
+        content = self._files.read_or_none(name)
+        if content is None:  # not yet
+            return not self._signs.is_watched(name)
         try:
-            beat = json.loads(self._files.read_or_none(_running_file(number)) or b"{}").get("beat")
-        except (ValueError, AttributeError):
+            running = Running(**json.loads(content))
+        except (ValueError, TypeError):
             return False
-        name = _running_file(number)
-        self._signs.look(-number, [name])
-        # Until it was watched for long enough, it may train.
-        return beat is not None and (self._signs.is_alive(name, beat) or not self._signs.is_watched(name))
+        if running.has_ended:
+            return False
+        silence_s = self._bounds.silence_s
+        return self._signs.is_alive(name, running.beat, silence_s) or not self._signs.is_watched(name, silence_s)
 
     def _delete_older(self, number: int) -> None:
         """Deletes the files of earlier rounds but the decisions."""
@@ -317,21 +395,23 @@ class Rendezvous:
 
     # Decisions
 
-    def _due(self, present: Mapping[int, Ready], seen: Collection[int], waited_s: float) -> Sequence[int] | None:
+    def _due(
+        self, last: Round | None, present: Mapping[int, Ready], left: Collection[int], waited_s: float
+    ) -> Sequence[int] | None:
         """Returns the hosts that train in the next round; None if others may still come.
 
-        Nobody waits for hosts that were not in the last round, nor for those of `seen` that have left.
+        Nobody waits for hosts that were not in the last round, nor for those that have left.
         """
         if any(each.is_leaving for each in present.values()):
             return None
         expected, limit_s = range(self._bounds.most), self._bounds.join_s
-        if last := max(each.last_round for each in present.values()):
-            before = self._decided(last)
-            expected = before.indices if before else ()
+        before: Sequence[int] = ()
+        if last is not None and last.code is None and any(each.last_round for each in present.values()):
+            before = expected = last.indices
             limit_s = max(self._bounds.wait_s, _DEAD_BEATS * self._beat_s)  # sooner nobody can know
-        if {*expected} - {*seen} - present.keys() and waited_s < limit_s:
+        if {*expected} - {*left} - present.keys() and waited_s < limit_s:
             return None
-        return self._bounds.chosen([*present]) or None
+        return self._bounds.chosen([*present], before) or None
 
     def _decide(self, number: int, present: Mapping[int, Ready], hosts: Sequence[int]) -> None:
         decision = Round(
@@ -366,18 +446,20 @@ class RoundWatch(Watch):
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
+        with suppress(StorageError):  # then the others wait until it is silent
+            self._rendezvous.say_running(has_ended=True)
 
     def _look(self) -> None:
         while not self._ended.wait(self._rendezvous.beat_s):
-            if self.has_stepped and not self.is_over:
-                self._ahead()
             try:
                 if self.is_over:
                     self._rendezvous.say_leaving()
                 else:
-                    self.is_over, self.can_grow = self._rendezvous.look_at_round()
+                    self.is_over, self.can_grow = self._rendezvous.look_at_round(has_stepped=self.has_stepped)
             except StorageError:  # away: the training itself finds out
                 continue
+            if self.has_stepped and not self.is_over:
+                self._ahead()
 
 
 @dataclass
@@ -385,14 +467,16 @@ class _Asked:
     """What a host waits for.
 
     Attributes:
-        begun_s: since when it waits; once the last round is over, since it knows that.
+        begun_s: since when; while a round trains, since now.
         number: of the round; 0 if it does not know yet.
-        is_over: whether a host of the last round is there.
     """
 
     begun_s: float
     number: int = 0
-    is_over: bool = False
+
+    def begin(self, number: int) -> None:
+        """Begins to wait for a round."""
+        self.number, self.begun_s = number, time.monotonic()
 
 
 class _Signs:
@@ -401,27 +485,27 @@ class _Signs:
     def __init__(self, dead_s: float) -> None:
         self._dead_s = dead_s
         self._seen: dict[str, tuple[int, float]] = {}  # the last beat of a file, and when it was first seen
-        self._looked = set[int]()  # rounds whose files were looked for
-        self._old: dict[str, float] = {}  # files that were there at the first look, and when that was
+        self._looked = set[int | str]()  # what was looked for
+        self._old: dict[str, float] = {}  # files of the first look, and when that was
 
-    def look(self, number: int, names: Sequence[str]) -> None:
-        """Records what is there at the first look for a round: maybe what dead hosts have left."""
-        if number not in self._looked:
-            self._looked.add(number)
+    def look(self, what: int | str, names: Sequence[str]) -> None:
+        """Records what is there, or should be, at the first look for something: maybe what dead hosts have left."""
+        if what not in self._looked:
+            self._looked.add(what)
             self._old |= dict.fromkeys(names, time.monotonic())
 
-    def is_alive(self, name: str, beat: int) -> bool:
+    def is_alive(self, name: str, beat: int, dead_s: float | None = None) -> bool:
         """Whether a file is new, or has changed lately."""
         now_s = time.monotonic()
-        old, since_s = self._seen.get(name, (beat, -self._dead_s if name in self._old else now_s))
+        old, since_s = self._seen.get(name, (beat, -math.inf if name in self._old else now_s))
         if old != beat:
             since_s = now_s
         self._seen[name] = beat, since_s
-        return now_s - since_s < self._dead_s
+        return now_s - since_s < (dead_s or self._dead_s)
 
-    def is_watched(self, name: str) -> bool:
+    def is_watched(self, name: str, dead_s: float | None = None) -> bool:
         """Whether it was watched for long enough to say that it is dead."""
-        return time.monotonic() - self._old.get(name, 0.0) >= self._dead_s
+        return time.monotonic() - self._old[name] >= (dead_s or self._dead_s)
 
 
 def _host(values: Any) -> Host:
@@ -432,8 +516,12 @@ def _round_file(number: int) -> str:
     return f"round-{number:06d}.json"
 
 
-def _running_file(number: int) -> str:
-    return f"running-{number:06d}.json"
+def _running_file(number: int, index: int) -> str:
+    return f"running-{number:06d}-{index}.json"
+
+
+def _ready_file(number: int, index: int) -> str:
+    return f"ready-{number:06d}-{index}.json"
 
 
 def _number(name: str) -> int:

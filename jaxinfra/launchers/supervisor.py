@@ -17,12 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxinfra.errors import JaxinfraError, Preempted, RunInUseError, StorageError
+from jaxinfra.errors import JaxinfraError, PeerLostError, Preempted, RunInUseError, StorageError
 from jaxinfra.launchers.launcher import Launcher, ProcessExit, exit_code, find_cause, show_errors
 from jaxinfra.launchers.rank_output import Output
 from jaxinfra.launchers.restart_policy import CRASHES, RULES, RestartLimits, Rule
 from jaxinfra.machine import COMPILE_ANEW
 from jaxinfra.processes import step_file
+
+_SHORT_S = 2.0
+"""A shorter wait before a start of an elastic run is left out: the hosts wait for one another anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,11 @@ class Start:
     hosts: Mapping[str, Any] | None = None
     watch: AbstractContextManager[Watch] = field(default_factory=lambda: nullcontext(Watch()))
 
+    @property
+    def indices(self) -> Sequence[int]:
+        """Indices of the hosts of an elastic run."""
+        return [] if self.hosts is None else [host["index"] for host in self.hosts["hosts"]]
+
 
 class Starts(Protocol):
     """Says what each start is."""
@@ -152,45 +160,54 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
     """
     launcher, best_step, number = Launcher(), 0, 0
     anew, was_anew = dict[str, str](), False  # at the next start, and at one since the last progress
+    doubted: Start | None = None  # one that another host may have ended, before a new step
     with launcher.handling_signals(), tempfile.TemporaryDirectory(prefix="jaxinfra-steps-") as folder:
         while True:
             number += 1
             start = what.starts.next_start(lambda: launcher.stop_requested)
             if isinstance(start, int):
                 return start
+            if doubted is not None and doubted.indices == start.indices:  # no host was the cause
+                limits.count(progressed=False)
             start = replace(start, environments=[{**each, **anew} for each in start.environments])
             with start.watch as watch, _output(what, start, is_first=number == 1) as output:
-                attempt, has_grown = _run(what, start, watch, launcher, output, number, Path(folder, "steps"))
-            if not attempt.is_refused:
-                record(attempt)
-            if launcher.interrupted and attempt.signal is not None:
-                raise KeyboardInterrupt
-            if launcher.stop_requested or attempt.exit_code == 0:
-                what.starts.end(attempt.exit_code, only_here=attempt.exit_code != 0)
-                return attempt.exit_code
-            progressed = (attempt.last_step or 0) > best_step
-            if start.hosts is None or attempt.signal is not None or progressed:  # else another host is the cause
-                limits.count(progressed=progressed)
-            best_step = max(best_step, attempt.last_step or 0)
-            was_anew = not progressed and (was_anew or bool(anew))
-            anew = {COMPILE_ANEW: "1"} if attempt.signal in CRASHES and not (progressed or was_anew) else {}
-            if problem := _why_not(attempt, limits):
-                error = f"; last error: {attempt.error}" if attempt.error else ""
-                output.say(f"not started again: {problem}{error}; see {attempt.log}")
-                what.starts.end(attempt.exit_code, only_here=attempt.rule.restarts)
-                return attempt.exit_code
-            how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""
-            if start.hosts is not None and progressed and attempt.rule.wait_s <= 1.0:
-                if not has_grown:
-                    limits.restart(attempt.rule, time.monotonic())
-                output.say(f"restart {number}: {attempt}; meeting the other hosts{how}")
-                continue
-            wait_s = limits.restart(attempt.rule, time.monotonic())
-            output.say(f"restart {number}: {attempt}; starting again in {max(1, round(wait_s))} s{how}")
-            launcher.wait(wait_s)
-            if launcher.stop_requested:
-                what.starts.end(Preempted.exit_code, only_here=True)
-                return Preempted.exit_code
+                attempt = _run(what, start, watch, launcher, output, number, Path(folder, "steps"))
+                if not attempt.is_refused:
+                    record(attempt)
+                if launcher.interrupted and attempt.signal is not None:
+                    raise KeyboardInterrupt
+                if launcher.stop_requested or attempt.exit_code == 0:
+                    what.starts.end(attempt.exit_code, only_here=attempt.exit_code != 0)
+                    return attempt.exit_code
+                progressed = (attempt.last_step or 0) > best_step
+                is_others = start.hosts is not None and (watch.is_over or attempt.exit_code == PeerLostError.exit_code)
+                is_others = is_others and attempt.signal is None and not progressed
+                doubted = start if is_others else None
+                if not is_others:
+                    limits.count(progressed=progressed)
+                best_step = max(best_step, attempt.last_step or 0)
+                was_anew = not progressed and (was_anew or bool(anew))
+                anew = {COMPILE_ANEW: "1"} if attempt.signal in CRASHES and not (progressed or was_anew) else {}
+                if (problem := _why_not(attempt, limits)) and not (watch.is_over and not attempt.rule.restarts):
+                    error = f"; last error: {attempt.error}" if attempt.error else ""
+                    output.say(f"not started again: {problem}{error}; see {attempt.log}")
+                    is_late = attempt.last_step is None and number > 1  # others have trained without it
+                    only_here = attempt.rule.restarts or is_late or attempt.exit_code == RunInUseError.exit_code
+                    what.starts.end(attempt.exit_code, only_here=only_here)
+                    return attempt.exit_code
+                how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""
+                has_grown = start.hosts is not None and attempt.exit_code == Preempted.exit_code
+                wait_s = 0.0 if has_grown else limits.restart(attempt.rule, time.monotonic())
+                then = f"starting again in {max(1, round(wait_s))} s"
+                if start.hosts is not None:
+                    then = "meeting the other hosts" + (f" in {round(wait_s)} s" if wait_s > _SHORT_S else "")
+                    wait_s = wait_s if wait_s > _SHORT_S else 0.0
+                output.say(f"restart {number}: {attempt}; {then}{how}")
+                watch.is_over = True  # the others need not wait any longer
+                launcher.wait(wait_s)
+                if launcher.stop_requested:
+                    what.starts.end(Preempted.exit_code, only_here=True)
+                    return Preempted.exit_code
 
 
 def _output(what: Supervised, start: Start, *, is_first: bool) -> Output:
@@ -225,13 +242,13 @@ def _run(
     output: Output,
     number: int,
     steps_file: Path,
-) -> tuple[Attempt, bool]:
-    """Starts the processes and waits for their end; returns also whether they have left for more hosts."""
+) -> Attempt:
+    """Starts the processes and waits for their end."""
     leave_file = step_file.leave_file(steps_file)
 
     def is_over() -> bool:
-        if watch.can_grow and not leave_file.exists():
-            leave_file.touch()
+        if watch.can_grow != leave_file.exists():
+            leave_file.touch() if watch.can_grow else leave_file.unlink()
         if start.hosts is not None and not watch.has_stepped:
             watch.has_stepped = step_file.read_steps(steps_file).first is not None
         return watch.is_over
@@ -249,7 +266,7 @@ def _run(
     cause = find_cause(ends) or next((end for end in ends if end.code), None)
     rank = 0 if cause is None else cause.rank
     steps = step_file.read_steps(steps_file)
-    attempt = Attempt(
+    return Attempt(
         attempt=number,
         host=socket.gethostname(),
         supervisor=os.getpid(),
@@ -268,7 +285,6 @@ def _run(
         last_step=steps.last,
         hosts=start.hosts,
     )
-    return attempt, code == Preempted.exit_code and leave_file.exists()
 
 
 def _reason(code: int, cause: ProcessExit | None, first_rank: int) -> str:

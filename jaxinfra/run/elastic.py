@@ -60,7 +60,10 @@ def _rows_at_once(run: Run) -> float:
 
 def _with_fewer_rows(run: Run, most_rows: float) -> Run | None:
     """Returns a run with as many microbatches as it needs to compute at most these rows at once; None if none fits."""
-    for accumulate in range(run.train.accumulate, run.train.global_batch + 1):
+    rows, remainder = divmod(run.train.global_batch, run.mesh.shards(*run.rules.batch))  # of a device and a step
+    for accumulate in range(run.train.accumulate, rows + 1):
+        if remainder or rows % accumulate:
+            continue
         fitting = replace(run, train=replace(run.train, accumulate=accumulate))
         if run.train.canonical is None and _rows_at_once(fitting) > most_rows:
             continue

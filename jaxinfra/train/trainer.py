@@ -109,7 +109,8 @@ class Trainer:
     def compile(self) -> float:
         """Compiles the train step and the evaluation into the compile cache; returns the seconds that it took."""
         begin_s = time.monotonic()
-        with compile_cache(self.run.train.compile_cache), self.program.on_mesh, out_of_memory_errors(self.job):
+        cache = compile_cache(self.run.train.compile_cache, exact_lines=self.run.profile.at is not None)
+        with cache, self.program.on_mesh, out_of_memory_errors(self.job):
             check_step(self.job)
             check_evaluation(self.job)
         return time.monotonic() - begin_s

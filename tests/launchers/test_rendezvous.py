@@ -62,7 +62,9 @@ class Supervisor:
 def bounds(most: int, *numbers: int, least: int = 1, wait_s: float = 0.2, together: int = 1) -> Bounds:
     """A run that trains on these numbers of hosts."""
     overrides = {number: [f"mesh.replica={number}"] for number in numbers or range(1, most + 1)}
-    return Bounds(least=least, most=most, overrides=overrides, wait_s=wait_s, join_s=60.0, together=together)
+    return Bounds(
+        least=least, most=most, overrides=overrides, wait_s=wait_s, join_s=60.0, silence_s=1.0, together=together
+    )
 
 
 def supervisors(folder: Path, limits: Bounds) -> list[Supervisor]:
@@ -116,7 +118,7 @@ def test_hosts_beyond_what_the_run_can_be_divided_among_are_spares(tmp_path: Pat
     shrunk = met(first, second)
     assert (shrunk.indices, shrunk.spares, shrunk.absent) == ([0, 1], [2], [3])
     until(lambda: "needed" in "".join(spare.said))
-    assert spare.said[-1:] == ["round 2: 2 hosts, without 3, spare 2; this host waits until it is needed"]
+    assert "round 2: 2 hosts, without 3, spare 2; this host waits until it is needed" in spare.said
     with RoundWatch(first.rendezvous) as watch:
         time.sleep(20 * _BEAT_S)
         assert not watch.can_grow  # three hosts train as two do
@@ -171,7 +173,12 @@ def test_hosts_meet_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_waits_for_a_host_that_was_stopped(tmp_path: Path) -> None:
     first, second = supervisors(tmp_path, bounds(2, wait_s=3600.0))
     met(first, second)
-    second.rendezvous.leave()
+    with RoundWatch(first.rendezvous) as watch:
+        watch.has_stepped = True
+        time.sleep(10 * _BEAT_S)
+        second.rendezvous.leave()
+        time.sleep(10 * _BEAT_S)
+        assert not watch.is_over  # its processes end by themselves
     assert met(first).absent == [1]
 
 
@@ -193,7 +200,7 @@ def test_whole_slices_train_or_none(tmp_path: Path) -> None:
 def test_files_of_others_are_no_hosts(tmp_path: Path, content: bytes) -> None:
     folder = tmp_path / rendezvous.FOLDER
     folder.mkdir()
-    for name in ("ready-000001-1.json", "ready-000001-x.json", "running-000000.json", "other"):
+    for name in ("ready-000001-1.json", "ready-000001-x.json", "running-000000-1.json", "other"):
         (folder / name).write_bytes(content)
     first, second = supervisors(tmp_path, bounds(2))
     first.meet()
