@@ -1,5 +1,7 @@
 """Starts of a run that goes on with the hosts that are there: `--supervise --elastic MIN..MAX`. Imports no JAX."""
 
+import hmac
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +13,7 @@ from jaxinfra.launchers.rendezvous import Bounds, Host, Rendezvous, Round, Round
 from jaxinfra.launchers.supervisor import Start, Watch
 from jaxinfra.machine.platforms import default_platform
 from jaxinfra.processes.discovery import Processes
+from jaxinfra.processes.door import SECRET
 from jaxinfra.processes.peer_connection import free_port, is_loopback
 from jaxinfra.processes.step_file import ROUND
 
@@ -61,6 +64,7 @@ class ElasticStarts:
             "JAX_NUM_PROCESSES": str(len(decided.hosts)),
             "JAX_PROCESS_ID": str(process),
             ROUND: str(decided.number),
+            SECRET: self._secret_of(decided),
         }
         if "MEGASCALE_NUM_SLICES" in self._environment:  # of libtpu
             environment |= {
@@ -75,6 +79,11 @@ class ElasticStarts:
             hosts=asdict(decided),
             watch=self._watch(decided, process),
         )
+
+    def _secret_of(self, decided: Round) -> str:
+        """Returns the secret of a round: a process that is late, of an earlier one, does not get in."""
+        secret = self._environment.get(SECRET) or os.environ.get(SECRET, "")
+        return hmac.new(secret.encode(), str(decided.number).encode(), "sha256").hexdigest()
 
     def _command_for(self, overrides: Sequence[str]) -> Sequence[str]:
         """Returns the command of a process, with other values of some fields."""

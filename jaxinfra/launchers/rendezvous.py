@@ -250,6 +250,7 @@ class Rendezvous:
                 self._delete_older(asked.number)
                 return decided
             asked.begin(asked.number + 1)
+            asked.is_spare = True
             return f"{decided}; this host waits until it is needed"
         self._write_ready(asked.number)
         others = self._others(asked.number)
@@ -263,7 +264,8 @@ class Rendezvous:
             return ""
         waited_s = time.monotonic() - asked.begun_s
         left = {index for number, index in self._left if number == asked.number}
-        if (hosts := self._due(last, present, left, waited_s)) is not None:
+        is_first = not (asked.is_spare or any(each.last_round for each in present.values()))
+        if (hosts := self._due(None if is_first else last, present, left, waited_s)) is not None:
             self._decide(asked.number, present, hosts)
             return ""
         if waited_s > _PATIENCE * self._bounds.join_s:
@@ -373,19 +375,17 @@ class Rendezvous:
 
     def _runs(self, of: Round, index: int) -> bool:
         """Whether a host of a round may train: it shows signs of life, or was not watched for long enough."""
-        name = _running_file(of.number, index)
+        name, silence_s = _running_file(of.number, index), self._bounds.silence_s
         self._signs.look(name, [name])
+        is_watched = self._signs.is_watched(name, silence_s)
         content = self._files.read_or_none(name)
         if content is None:  # not yet
-            return not self._signs.is_watched(name)
+            return not is_watched
         try:
             running = Running(**json.loads(content))
         except (ValueError, TypeError):
             return False
-        if running.has_ended:
-            return False
-        silence_s = self._bounds.silence_s
-        return self._signs.is_alive(name, running.beat, silence_s) or not self._signs.is_watched(name, silence_s)
+        return not running.has_ended and (self._signs.is_alive(name, running.beat, silence_s) or not is_watched)
 
     def _delete_older(self, number: int) -> None:
         """Deletes the files of earlier rounds but the decisions."""
@@ -400,13 +400,14 @@ class Rendezvous:
     ) -> Sequence[int] | None:
         """Returns the hosts that train in the next round; None if others may still come.
 
-        Nobody waits for hosts that were not in the last round, nor for those that have left.
+        `last` is the round before; None for the first start of a job, at which all hosts are waited for. Nobody waits
+        for hosts that were not in the last round, nor for those that have left.
         """
         if any(each.is_leaving for each in present.values()):
             return None
         expected, limit_s = range(self._bounds.most), self._bounds.join_s
         before: Sequence[int] = ()
-        if last is not None and last.code is None and any(each.last_round for each in present.values()):
+        if last is not None and last.code is None:
             before = expected = last.indices
             limit_s = max(self._bounds.wait_s, _DEAD_BEATS * self._beat_s)  # sooner nobody can know
         if {*expected} - {*left} - present.keys() and waited_s < limit_s:
@@ -469,10 +470,12 @@ class _Asked:
     Attributes:
         begun_s: since when; while a round trains, since now.
         number: of the round; 0 if it does not know yet.
+        is_spare: whether a round was decided without it meanwhile.
     """
 
     begun_s: float
     number: int = 0
+    is_spare: bool = False
 
     def begin(self, number: int) -> None:
         """Begins to wait for a round."""
@@ -503,9 +506,9 @@ class _Signs:
         self._seen[name] = beat, since_s
         return now_s - since_s < (dead_s or self._dead_s)
 
-    def is_watched(self, name: str, dead_s: float | None = None) -> bool:
+    def is_watched(self, name: str, dead_s: float) -> bool:
         """Whether it was watched for long enough to say that it is dead."""
-        return time.monotonic() - self._old[name] >= (dead_s or self._dead_s)
+        return time.monotonic() - self._old[name] >= dead_s
 
 
 def _host(values: Any) -> Host:

@@ -7,7 +7,7 @@ from typing import Self
 
 import pytest
 
-from jaxinfra.errors import PeerLostError
+from jaxinfra.errors import PeerLostError, RunInUseError
 from jaxinfra.launchers import rendezvous
 from jaxinfra.launchers.rendezvous import Bounds, Host, Rendezvous, Round, RoundWatch
 from tests.launchers.test_launcher import until
@@ -40,7 +40,7 @@ class Supervisor:
         def run() -> None:
             try:
                 self.found = self.rendezvous.meet(is_stopped=lambda: self._is_stopped, say=self.said.append)
-            except PeerLostError as error:
+            except (PeerLostError, RunInUseError) as error:
                 self.found = error
 
         self.found, self._is_stopped = None, False
@@ -155,6 +155,50 @@ def test_a_host_that_waits_already_waits_for_those_that_leave_a_round(tmp_path: 
     third.meet()
     assert again.ended() == second.ended() == third.ended()
     assert isinstance(again.found, Round) and again.found.indices == [0, 1, 2]
+
+
+def test_a_spare_takes_over_only_when_all_hosts_that_train_are_silent(tmp_path: Path) -> None:
+    """It has trained in an earlier round, and has waited for longer than others get to come."""
+    limits = bounds(3, 2, 1, wait_s=0.1)
+    first, second, spare = supervisors(tmp_path, limits)
+    spare.meet()
+    met(first, second)
+    with RoundWatch(first.rendezvous) as watch, RoundWatch(second.rendezvous):
+        watch.has_stepped = True
+        time.sleep(2.0)
+        assert spare.found is None and "round 1 trains" in spare.said[-1] and not watch.is_over
+    assert met(first, second).number == 2
+    assert spare.found is None
+    taken = spare.ended()  # nobody watches round 2
+    assert isinstance(taken, Round) and (taken.number, taken.indices) == (3, [2])
+
+
+def test_what_a_job_has_left_does_not_shrink_the_next_one(tmp_path: Path) -> None:
+    first, second = supervisors(tmp_path, bounds(2))
+    met(first, second)
+    for each in (first, second):  # stopped by their scheduler
+        with RoundWatch(each.rendezvous):
+            each.rendezvous.leave()
+    first, second = supervisors(tmp_path, bounds(2))
+    first.meet()
+    time.sleep(2.0)
+    assert first.found is None
+    assert met(second) == first.ended()
+
+
+def test_a_second_supervisor_of_a_host_is_refused(tmp_path: Path) -> None:
+    first, second = supervisors(tmp_path, bounds(2))
+    met(first, second)
+    with RoundWatch(first.rendezvous) as watch, RoundWatch(second.rendezvous):
+        time.sleep(10 * _BEAT_S)
+        twin = Supervisor(tmp_path, 1, bounds(2)).meet()
+        assert isinstance(error := twin.ended(), RunInUseError) and "host 1" in str(error)
+        time.sleep(10 * _BEAT_S)
+        assert not watch.is_over
+    second.meet()
+    time.sleep(10 * _BEAT_S)
+    assert isinstance(Supervisor(tmp_path, 1, bounds(2)).meet().ended(), RunInUseError)
+    assert met(first) == second.ended()
 
 
 def test_hosts_meet_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
