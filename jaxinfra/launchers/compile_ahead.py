@@ -54,7 +54,7 @@ class CompileAhead:
 
     def _start(self, hosts: int, command: Sequence[str]) -> None:
         coordinator, secret = f"{_LOOPBACK}:{free_port(_LOOPBACK)}", new_secret()
-        tied = ["nice", "-n", "10", sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid())]
+        tied = ["nice", "-n", "5", sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid())]
         for process in range(hosts):
             several = {"JAX_NUM_PROCESSES": str(hosts), "JAX_PROCESS_ID": str(process), SECRET: secret}
             environment = {**os.environ, **self._environment, **several, "JAX_COORDINATOR_ADDRESS": coordinator}
