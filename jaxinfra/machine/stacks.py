@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.location import is_remote
 
@@ -65,6 +66,4 @@ class StackFiles:
             return
         path = Path(self._location, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(content)  # not synced: the process has little time, and a disk may be what hangs
-        part.replace(path)
+        write_bytes_atomic(path, content)
