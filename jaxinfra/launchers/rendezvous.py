@@ -38,8 +38,7 @@ _BEAT_S, _BUCKET_BEAT_S = 0.5, 2.0
 _LOOKS = 4
 """Looks after which a host says for whom it waits; the others may come at about the same time."""
 _PATIENCE = 5
-"""How many times as long as for all hosts at the first start the fewest ones are waited for: as many starts as without
-a new step are a crash loop."""
+"""The wait for the fewest hosts, in waits for all hosts at the first start."""
 _DEAD_BEATS = 6
 """Signs of life that may fail to come."""
 
@@ -61,7 +60,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """What a host says while it waits for a round.
+    """Sign of life of a host that waits for a round.
 
     Attributes:
         host: which one.
@@ -82,7 +81,7 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """What the supervisor of a host says while its processes train.
+    """Sign of life of a host whose processes train.
 
     Attributes:
         beat: grows with each sign of life.
@@ -141,7 +140,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """How many hosts a run may have.
+    """Limits of the number of hosts, and of waits for them.
 
     Attributes:
         least: the fewest hosts.
@@ -465,7 +464,7 @@ class RoundWatch(Watch):
 
 @dataclass
 class _Asked:
-    """What a host waits for.
+    """State of a host that waits for a round.
 
     Attributes:
         begun_s: since when; while a round trains, since now.

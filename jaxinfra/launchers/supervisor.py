@@ -66,7 +66,7 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class Watch:
-    """What other hosts ask for while the processes of this one run.
+    """Requests of other hosts while the processes of this one run.
 
     Attributes:
         is_over: whether the start is over.

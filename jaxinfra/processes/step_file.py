@@ -1,4 +1,4 @@
-"""What a training and its supervisor tell each other in files of the supervisor, whatever the run directory is.
+"""Passes messages between a training and its supervisor, in files of the supervisor.
 
 The training says how far it is: the first and the last step that this start has completed. The file is there however
 the process ends. The supervisor of an elastic run says when to leave, so that more hosts can join.
