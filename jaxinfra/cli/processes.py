@@ -22,8 +22,8 @@ from jaxinfra.launchers.elastic import ElasticStarts
 from jaxinfra.launchers.launcher import ProcessExit, launch
 from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.launchers.places.on_host import RUN_DIR
-from jaxinfra.launchers.rendezvous import Bounds
 from jaxinfra.launchers.restart_policy import RestartLimits
+from jaxinfra.launchers.rounds import Bounds
 from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Starts, Supervised, supervise
 from jaxinfra.machine.platforms import default_platform
 from jaxinfra.processes import tpu_metadata

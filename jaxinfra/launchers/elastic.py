@@ -9,7 +9,8 @@ from dataclasses import asdict
 
 from jaxinfra.errors import Preempted, StorageError
 from jaxinfra.launchers.compile_ahead import CompileAhead
-from jaxinfra.launchers.rendezvous import Bounds, Host, Rendezvous, Round, RoundWatch
+from jaxinfra.launchers.rendezvous import Rendezvous, RoundWatch
+from jaxinfra.launchers.rounds import Bounds, Host, Round
 from jaxinfra.launchers.supervisor import Start, Watch
 from jaxinfra.machine.platforms import default_platform
 from jaxinfra.processes.discovery import Processes

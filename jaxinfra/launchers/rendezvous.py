@@ -16,19 +16,18 @@ process count as lost. A host that was not in it waits until it is.
 """
 
 import json
-import math
 import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 from jaxinfra.errors import PeerLostError, RunInUseError, StorageError
+from jaxinfra.launchers.rounds import Bounds, Host, Ready, Round, Running, parse_host
+from jaxinfra.launchers.signs_of_life import Signs
 from jaxinfra.launchers.supervisor import Watch
-from jaxinfra.processes.connected_peers import SILENCE_S
 from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.shared_files import shared_files
 
@@ -41,139 +40,6 @@ _PATIENCE = 5
 """The wait for the fewest hosts, in waits for all hosts at the first start."""
 _DEAD_BEATS = 6
 """Signs of life that may fail to come."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """A host of an elastic run.
-
-    Attributes:
-        index: among all hosts that the run may have.
-        name: for people.
-        address: HOST:PORT at which the others reach its process, if that is process 0.
-    """
-
-    index: int
-    name: str
-    address: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ready:
-    """Sign of life of a host that waits for a round.
-
-    Attributes:
-        host: which one.
-        last_round: the last round that this supervisor has trained in; 0 if it has just begun.
-        is_leaving: whether its processes of that round have not ended yet, or it waits before it starts them again.
-        has_left: whether it has given up, or somebody has stopped it: it will not be there.
-        beat: grows with each sign of life.
-        supervisor: identifies the supervisor.
-    """
-
-    host: Host
-    last_round: int
-    supervisor: str
-    is_leaving: bool = False
-    has_left: bool = False
-    beat: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    """Sign of life of a host whose processes train.
-
-    Attributes:
-        beat: grows with each sign of life.
-        supervisor: identifies it.
-        has_ended: whether its processes have ended.
-    """
-
-    beat: int
-    supervisor: str
-    has_ended: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """A decision.
-
-    Attributes:
-        number: of the round, from 1.
-        hosts: those that train, in the order of their processes; () if the run has ended.
-        spares: indices of hosts that are there but not needed.
-        absent: indices of hosts that are not there.
-        overrides: of the config, for the mesh of these hosts.
-        code: the exit code of a run that has ended; None if it goes on.
-        decided: when, in UTC by the clock of the host that has decided.
-    """
-
-    number: int
-    hosts: Sequence[Host] = ()
-    spares: Sequence[int] = ()
-    absent: Sequence[int] = ()
-    overrides: Sequence[str] = ()
-    code: int | None = None
-    decided: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
-
-    @property
-    def indices(self) -> Sequence[int]:
-        """Indices of the hosts that train."""
-        return [host.index for host in self.hosts]
-
-    def __str__(self) -> str:
-        hosts = f"{len(self.hosts)} {'host' if len(self.hosts) == 1 else 'hosts'}"
-        more = "".join(
-            f", {what} {', '.join(map(str, indices))}"
-            for what, indices in (("without", self.absent), ("spare", self.spares))
-            if indices
-        )
-        return f"round {self.number}: {hosts}{more}"
-
-    @classmethod
-    def parse(cls, content: bytes) -> Self:
-        """Raises ValueError, TypeError or KeyError for what is no decision."""
-        values = json.loads(content)
-        values |= {"hosts": [_host(each) for each in values["hosts"]]}
-        return cls(**{each.name: values[each.name] for each in fields(cls)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Limits of the number of hosts, and of waits for them.
-
-    Attributes:
-        least: the fewest hosts.
-        most: the most; their indices are below it.
-        together: hosts that train together or not at all, such as those of a slice of TPUs; index // together says
-            which ones.
-        overrides: of the config, by each number of hosts that it trains on.
-        wait_s: time that a host gets to come back.
-        join_s: time that all hosts get at the first start.
-        silence_s: silence after which the supervisor of a host that trains counts as lost.
-    """
-
-    least: int
-    most: int
-    together: int = 1
-    overrides: Mapping[int, Sequence[str]]
-    wait_s: float
-    join_s: float
-    silence_s: float = SILENCE_S
-
-    def chosen(self, present: Sequence[int], before: Collection[int] = ()) -> Sequence[int]:
-        """Returns the hosts that train, of those that are there: as many as the run can be divided among.
-
-        Those that trained `before` come first: they have copies of the state, and compiled programs.
-        """
-        groups: dict[int, list[int]] = {}
-        for index in sorted(present):
-            groups.setdefault(index // self.together, []).append(index)
-        whole = [group for group in groups.values() if len(group) == self.together]
-        whole.sort(key=lambda group: not {*group} <= {*before})
-        indices = [index for group in whole for index in group]
-        fitting = [n for n in self.overrides if self.least <= n <= len(indices) and n % self.together == 0]
-        return sorted(indices[: max(fitting, default=0)])
 
 
 class Rendezvous:
@@ -191,7 +57,7 @@ class Rendezvous:
         self._beat_s = _BUCKET_BEAT_S if is_remote(location) else _BEAT_S
         self._round = Round(number=0)  # the last one that this supervisor has trained in
         self._supervisor, self._beat = uuid.uuid4().hex, 0
-        self._signs = _Signs(self._beat_s * _DEAD_BEATS)
+        self._signs = Signs(self._beat_s * _DEAD_BEATS)
         self._left = set[tuple[int, int]]()  # rounds, and the hosts that have said that they will not be there
 
     def meet(self, *, is_stopped: Callable[[], bool], say: Callable[[str], None]) -> Round | None:
@@ -346,7 +212,7 @@ class Rendezvous:
         for name in names:
             try:
                 values = json.loads(self._files.read_or_none(name) or b"")
-                each = Ready(**values | {"host": _host(values["host"])})
+                each = Ready(**values | {"host": parse_host(values["host"])})
             except (ValueError, TypeError, KeyError, AttributeError):  # of another program, or a disk that was full
                 continue
             index = each.host.index
@@ -479,39 +345,6 @@ class _Asked:
     def begin(self, number: int) -> None:
         """Begins to wait for a round."""
         self.number, self.begun_s = number, time.monotonic()
-
-
-class _Signs:
-    """Says by this host's clock which files show signs of life: those that change, and those that are new."""
-
-    def __init__(self, dead_s: float) -> None:
-        self._dead_s = dead_s
-        self._seen: dict[str, tuple[int, float]] = {}  # the last beat of a file, and when it was first seen
-        self._looked = set[int | str]()  # what was looked for
-        self._old: dict[str, float] = {}  # files of the first look, and when that was
-
-    def look(self, what: int | str, names: Sequence[str]) -> None:
-        """Records what is there, or should be, at the first look for something: maybe what dead hosts have left."""
-        if what not in self._looked:
-            self._looked.add(what)
-            self._old |= dict.fromkeys(names, time.monotonic())
-
-    def is_alive(self, name: str, beat: int, dead_s: float | None = None) -> bool:
-        """Whether a file is new, or has changed lately."""
-        now_s = time.monotonic()
-        old, since_s = self._seen.get(name, (beat, -math.inf if name in self._old else now_s))
-        if old != beat:
-            since_s = now_s
-        self._seen[name] = beat, since_s
-        return now_s - since_s < (dead_s or self._dead_s)
-
-    def is_watched(self, name: str, dead_s: float) -> bool:
-        """Whether it was watched for long enough to say that it is dead."""
-        return time.monotonic() - self._old[name] >= dead_s
-
-
-def _host(values: Any) -> Host:
-    return Host(index=int(values["index"]), name=str(values["name"]), address=str(values["address"]))
 
 
 def _round_file(number: int) -> str:

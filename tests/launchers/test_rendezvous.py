@@ -9,7 +9,8 @@ import pytest
 
 from jaxinfra.errors import PeerLostError, RunInUseError
 from jaxinfra.launchers import rendezvous
-from jaxinfra.launchers.rendezvous import Bounds, Host, Rendezvous, Round, RoundWatch
+from jaxinfra.launchers.rendezvous import Rendezvous, RoundWatch
+from jaxinfra.launchers.rounds import Bounds, Host, Round
 from tests.launchers.test_launcher import until
 from tests.servers.bucket import emulated_bucket
 
