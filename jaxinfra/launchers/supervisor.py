@@ -48,7 +48,7 @@ class Attempt:
     log: str  # the file with all that it has printed
     first_step: int | None  # the first step that it completed, counted from 1; None if it completed none
     last_step: int | None  # the last one
-    hosts: Mapping[str, Any] | None = None  # the hosts of the start of an elastic run (`rendezvous.Round`)
+    hosts: Mapping[str, Any] | None = None  # the hosts of the start of an elastic run (`rounds.Round`)
 
     @property
     def rule(self) -> Rule:
@@ -101,6 +101,11 @@ class Start:
     def indices(self) -> Sequence[int]:
         """Indices of the hosts of an elastic run."""
         return [] if self.hosts is None else [host["index"] for host in self.hosts["hosts"]]
+
+    @property
+    def round_number(self) -> int:
+        """Number of the start over the life of an elastic run, from 1; 0 for other runs."""
+        return 0 if self.hosts is None else self.hosts["number"]
 
 
 class Starts(Protocol):
@@ -191,7 +196,8 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
                 if (problem := _why_not(attempt, limits)) and not (watch.is_over and not attempt.rule.restarts):
                     error = f"; last error: {attempt.error}" if attempt.error else ""
                     output.say(f"not started again: {problem}{error}; see {attempt.log}")
-                    is_late = attempt.last_step is None and number > 1  # others have trained without it
+                    # Others have trained without this host, which lacks something.
+                    is_late = attempt.last_step is None and start.round_number > 1
                     only_here = attempt.rule.restarts or is_late or attempt.exit_code == RunInUseError.exit_code
                     what.starts.end(attempt.exit_code, only_here=only_here)
                     return attempt.exit_code
@@ -247,8 +253,10 @@ def _run(
     leave_file = step_file.leave_file(steps_file)
 
     def is_over() -> bool:
-        if watch.can_grow != leave_file.exists():
-            leave_file.touch() if watch.can_grow else leave_file.unlink()
+        if watch.can_grow:
+            leave_file.touch()
+        else:
+            leave_file.unlink(missing_ok=True)
         if start.hosts is not None and not watch.has_stepped:
             watch.has_stepped = step_file.read_steps(steps_file).first is not None
         return watch.is_over

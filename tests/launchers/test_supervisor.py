@@ -5,14 +5,17 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import override
 
 import pytest
 
 from jaxinfra.cli.main import EXIT_CODES
 from jaxinfra.launchers import launcher
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
-from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Supervised, supervise
+from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Start, Supervised, supervise
 from tests.conftest import ROOT
 from tests.launchers.test_launcher import until
 from tests.tiny_run import is_running
@@ -97,6 +100,35 @@ if number < 7: die([9, 11, 11, 6, 15, 4, 4][number])
     assert (ended, len(attempts)) == (0, 8)
     assert shown.out == "2\n7\n"
     assert [line.split()[1] for line in shown.err.splitlines() if "compiled anew" in line] == ["2:", "7:"]
+
+
+@pytest.mark.parametrize(
+    ("number", "steps", "code", "is_only_here"),
+    [(1, "", 78, False), (2, "", 78, True), (2, "complete(1, 7)", 78, False), (1, "", 84, True), (2, "", 0, False)],
+)
+def test_a_host_that_lacks_something_ends_the_run_only_where_others_did_not_train(
+    tmp_path: Path, number: int, steps: str, code: int, is_only_here: bool
+) -> None:
+    """Of an elastic run: `number` is that of the start over its life."""
+    (tmp_path / "stub.py").write_text(f"{STUB}{steps}\nsys.exit({code})")
+    told: list[tuple[int, bool]] = []
+
+    class Round(EqualStarts):
+        @override
+        def next_start(self, is_stopped: Callable[[], bool]) -> Start | int:
+            hosts = {"number": number, "hosts": [{"index": 0}]}
+            start = super().next_start(is_stopped)
+            return start if isinstance(start, int) else replace(start, hosts=hosts)
+
+        @override
+        def end(self, code: int, *, only_here: bool) -> None:
+            told.append((code, only_here))
+
+    command = [sys.executable, str(tmp_path / "stub.py")]
+    starts = Round(command=command, environments=lambda: [{"RANK": "0", "FOLDER": str(tmp_path)}])
+    what = Supervised(starts=starts, logs=tmp_path / "logs", logs_location="LOGS")
+    assert supervise(what, RestartLimits(scale=0.01), lambda attempt: None) == code
+    assert told == [(code, is_only_here)]
 
 
 def test_a_process_of_another_host_has_its_own_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
