@@ -1,13 +1,18 @@
 """The overrides with which a run trains on fewer hosts: what it can be divided among, and in how many microbatches."""
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from jaxinfra.config import validate
+from jaxinfra.cli.main import parse_command_line
+from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.processes.discovery import find_processes
 from jaxinfra.run import Run, TrainConfig, with_mesh_size
 from jaxinfra.run.elastic import elastic_overrides
 from tests.faults.config import config
@@ -91,6 +96,17 @@ AMONG = ("--coordinator", "127.0.0.1:1", "--process-id", "0", "--of", "3")
 )
 def test_bad_bounds_are_refused(tiny: Tiny, words: Sequence[str], named: str) -> None:
     refused(tiny.launch(*words), named)
+
+
+def test_the_command_of_the_page_is_right(repo_root: Path) -> None:
+    """It is run for real in row 47 of the fault matrix, with another config."""
+    (loop,) = re.findall(r"```bash\n(for .*?)```", (repo_root / "docs/survive.md").read_text(), re.DOTALL)
+    (command,) = re.findall(r"python -m launch (.*?) &", loop.replace("\\\n", " ").replace("$i", "3"))
+    options = parse_command_line(shlex.split(command))
+    found = find_processes({}, coordinator=options.coordinator, process_id=options.process_id, of=options.of)
+    assert found is not None and (found.index, found.count) == (3, 4) == (3, options.elastic[1])
+    run = load(repo_root / options.config, options.overrides, root=Run).run
+    assert {4, 2, 1} <= {*elastic_overrides(run, *options.elastic, 1)}
 
 
 def test_a_mesh_without_a_data_axis_does_not_shrink() -> None:
