@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxinfra.cli.numbers import positive
+from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.cli.places.arguments import add_place
 from jaxinfra.errors import ConfigError
-from jaxinfra.launchers.places.place import KINDS
+from jaxinfra.launchers.places.place import CLOUDS
 from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
 from jaxinfra.parity import PARITY_CONFIGS
 
@@ -46,28 +46,6 @@ class Command(NamedTuple):
     summary: str  # for --help
     module: str = ""  # by default the one of the command's name in this package
     check: Callable[[argparse.Namespace], None] = lambda options: None  # before `--processes` starts others
-
-
-def add_int(
-    parser: argparse._ActionsContainer,
-    option: str,
-    minimum: int,
-    *,
-    alias: str | None = None,
-    default: int | None = None,
-    metavar: str | None = None,
-    help: str,
-) -> None:
-    """Adds an integer option, maybe with another spelling; a value below `minimum` is a ConfigError."""
-
-    def parse(text: str) -> int:
-        if (value := int(text)) < minimum:
-            raise ConfigError(f"{option} {value}: must be {minimum} or more; use {option} {minimum}")
-        return value
-
-    parse.__name__ = "int"  # argparse's message for a text that is not a number shows this name
-    spellings = (option,) if alias is None else (option, alias)
-    parser.add_argument(*spellings, type=parse, default=default, metavar=metavar, help=help)
 
 
 def _add_config(
@@ -330,7 +308,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help=what)
     place = parser.add_argument_group("machines of runs elsewhere (docs/places.md)")
     what = "list what runs have made in a project of Google Cloud"
-    place.add_argument("--place", choices=[kind for kind in KINDS if kind != "ssh"], help=what)
+    place.add_argument("--place", choices=CLOUDS, help=what)
     place.add_argument("--project", metavar="ID", default="", help="the project (default: that of gcloud)")
     place.add_argument("--zone", metavar="ZONE", default="", help="such as us-east5-a (default: all)")
     what = 'dollars of a chip and hour, as JSON or TOML, such as {"v6e": 2.7, "v6e-spot": 1.2}'

@@ -30,13 +30,17 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
+SchedulerParameters=sched_interval=2
 ReturnToService=2
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports} CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -59,7 +63,7 @@ def slurm(folder: Path) -> Iterator[Mapping[str, str]]:
     log = folder / "slurmctld.out"
 
     def all_idle() -> None:
-        command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+        command = ["sinfo", "--noheader", "--partition=all", "--Node", "--format=%T"]
         states = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
         if states != ["idle"] * len(NODES):
             raise OSError(f"nodes are {states}")

@@ -2,18 +2,21 @@
 
 import argparse
 
-from jaxinfra.cli.numbers import positive
+from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.errors import ConfigError
-from jaxinfra.launchers.places.place import KINDS, PlaceOptions
+from jaxinfra.launchers.places.place import CLOUDS, KINDS, PlaceOptions
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a start elsewhere."""
     place = parser.add_argument_group("another place than this machine (docs/places.md)")
-    what = "ssh: hosts that you have; tpu-vm: a Cloud TPU VM; gce: Compute Engine"
+    what = "ssh: hosts that you have; slurm: a job of Slurm; tpu-vm: a Cloud TPU VM; gce: Compute Engine"
     place.add_argument("--place", choices=KINDS, help=what)
-    what = "ssh: the hosts, in the order of ranks, as ssh takes them"
+    what = "ssh: the hosts, in the order of ranks, as ssh takes them; slurm: a login node (default: this machine)"
     place.add_argument("--hosts", metavar="HOST[,HOST...]", default="", help=what)
+    add_int(place, "--nodes", 1, metavar="N", help="slurm: nodes of the job, with a process each")
+    what = "slurm: an option of sbatch, such as --sbatch=--gpus-per-node=8; repeatable"
+    place.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help=what)
     what = "make these chips, and delete them when the run ends: v6e-64, 2xv5e:4x4, tpu7x:4x4x4, h100:2x8"
     place.add_argument("--create", metavar="CHIPS", default="", help=what)
     what = "name of the TPU VM or instance group (with --create default: that of the run)"
@@ -74,22 +77,33 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
     kind = options.place
     of_clouds = ("create", "name", "project", "zone", "spot", "reservation", "image", "service_account", "network")
     of_clouds += ("internal_ips", "user", "ssh_key")
-    for name in of_clouds if kind == "ssh" else ("hosts",):
+    refused = ("hosts", "nodes", "sbatch") if kind in CLOUDS else of_clouds
+    refused += {"ssh": ("nodes", "sbatch"), "slurm": ("max_hours",)}.get(kind, ())
+    for name in refused:
         if value := getattr(options, name):
-            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            option = f"--{name.replace('_', '-')}" + (
+                "" if value is True else f" {value[0] if name == 'sbatch' else value}"
+            )
             raise ConfigError(f"{option}: --place {kind} does not take it; leave it out")
     for name in ("spot", "reservation", "image", "service_account"):
         if getattr(options, name) and not options.create:
             raise ConfigError(f"--{name.replace('_', '-')}: is for what --create makes; leave it out, or add --create")
-    if kind != "ssh" and not options.zone:
+    if kind in CLOUDS and not options.zone:
         raise ConfigError(f"--place {kind}: which zone? add --zone, such as --zone us-east5-a")
-    if kind != "ssh" and not (options.create or options.name):
+    if kind in CLOUDS and not (options.create or options.name):
         raise ConfigError(f"--place {kind}: which machines? add --name of those that exist, or --create v6e-8")
     hosts = tuple(host.strip() for host in options.hosts.split(",") if host.strip())
     if kind == "ssh" and not hosts:
         raise ConfigError("--place ssh: which hosts? add --hosts HOST[,HOST...], as ssh takes them")
+    if kind == "slurm" and len(hosts) > 1:
+        raise ConfigError(f"--hosts {options.hosts}: --place slurm takes one login node; use --hosts {hosts[0]}")
+    if kind == "slurm" and options.nodes is None:
+        raise ConfigError("--place slurm: how many nodes? add --nodes, such as --nodes 4")
+    if wrong := next((word for word in options.sbatch if not word.startswith("-") or "\n" in word), None):
+        raise ConfigError(f"--sbatch {wrong}: expected one option of sbatch; use --sbatch=--partition=NAME")
     names = [*of_clouds, "wait_hours", "max_hours", "workdir"]
-    return PlaceOptions(kind=kind, hosts=hosts, **{name: getattr(options, name) for name in names})
+    chosen = {name: getattr(options, name) for name in names}
+    return PlaceOptions(kind=kind, hosts=hosts, nodes=options.nodes or 0, sbatch=tuple(options.sbatch), **chosen)
 
 
 def variables(words: list[str]) -> dict[str, str]:

@@ -24,14 +24,14 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
         print(request.body, end="\n" * bool(request.body))
     for url in place.source.deletion():
         print(f"\nDELETE {url}    # by the first host itself, if nobody does after the end, or at --max-hours")
-    hosts = place.source.current() if job.place.kind == "ssh" else [Host(address=f"{job.place.user}@HOST")]
+    hosts = [Host(address=f"{job.place.user}@HOST")] if job.place.is_cloud else place.source.current()
     steps = [
         ("probe", job.id, job.bundle, "PACKAGES", uv_version()),
         ("unpack", job.bundle),
         ("receive", f"bin/uv-{uv_version()}"),
         ("receive", "environments/PACKAGES/requirements.txt"),
         ("install", "PACKAGES", uv_version(), "PYTHON"),
-        ("start", job.id, "ATTEMPT", job.bundle, "PACKAGES", job.location),
+        place.start_action(job),
     ]
     for action in steps:
         print(f"\n# {action[0]}, on each host at once")
@@ -40,4 +40,4 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
     print(f"\n# file: {job.location}/place/bundle-{job.bundle}, place/requirements-PACKAGES")
     print(f"# file: {job.location}/place/attempt-N.json")
     print(json.dumps({"job": asdict(job)}, indent=2))
-    print(f"\n# on each host: python {shlex.join(job.command)}")
+    print(f"\n{place.shown(job)}")

@@ -1,7 +1,6 @@
 """`runs logs RUN`: shows what a rank of a run at a place has printed."""
 
 import argparse
-import subprocess
 
 from jaxinfra.cli.places.find import find
 from jaxinfra.cli.places.lines import say
@@ -18,14 +17,10 @@ def run(options: argparse.Namespace) -> None:
     place = controller.place
     place.hosts = place.source.current()
     if place.hosts:
-        if options.rank >= len(place.hosts):
-            raise ConfigError(
-                f"--rank {options.rank}: the run has {len(place.hosts)} hosts; use 0 to {len(place.hosts) - 1}"
-            )
-        lines = "+1" if options.lines is None else str(options.lines)
-        arguments = (job.id, lines, "yes" if options.follow else "no")
-        printed = 0
-        with place.ssh.stream(place.hosts[options.rank], "follow", *arguments, stdout=subprocess.PIPE) as process:
+        if options.rank >= (count := place.ranks(job)):
+            raise ConfigError(f"--rank {options.rank}: the run has {count} hosts; use 0 to {count - 1}")
+        lines, printed = "+1" if options.lines is None else str(options.lines), 0
+        with place.console(job, rank=options.rank, lines=lines, follow=options.follow) as process:
             for line in after_mark(process):
                 printed += 1
                 print(line, end="", flush=True)

@@ -78,8 +78,8 @@ def _start(
 ) -> int:
     place, made = controller.place, chips_made(job.place)
     if made is None:  # look at what exists before anything is recorded; what costs is recorded before it is made
-        facts = place.prepare(job, boots=job.place.kind != "ssh")
-        made = Chips(arch=facts["arch"], extras=("tpu",) * (facts["tpus"] != "0") or ("cuda",) * bool(facts["gpus"]))
+        facts = place.prepare(job)
+        made = Chips(arch=facts["arch"], extras=place.extras(job))
         if isinstance(attempts.files, HostFiles) and len(place.hosts) > 1:
             place.check_shared(attempts.files.path)
     packages = lock(sorted({*extras, *made.extras}), made.arch, job.uv_variables)
@@ -120,22 +120,26 @@ def _location(config: Run, place: PlaceOptions) -> str:
     """Returns the run directory, which must be where the hosts reach it."""
     if is_remote(config.root):
         return join_location(config.root, config.name)
-    if place.kind != "ssh":
+    if place.is_cloud:
         fix = "use a bucket, which outlives them: root=gs://BUCKET/runs"
         raise ConfigError(f"root={config.root}: a disk of hosts that may be deleted; {fix}")
     if not os.path.isabs(config.root):
-        fix = "name a bucket or a folder that all hosts share: root=/shared/runs"
+        shared = "/shared/runs" if place.hosts else os.path.abspath(config.root)
+        fix = f"name a bucket or a folder that all hosts share: root={shared}"
         raise ConfigError(f"root={config.root}: the hosts do not have this folder; {fix}")
-    return f"{place.hosts[0] if place.hosts else ''}:{join_location(config.root, config.name)}"
+    path = join_location(config.root, config.name)
+    return f"{place.hosts[0]}:{path}" if place.hosts else path
 
 
 def _check_stores(config: Run, place: PlaceOptions) -> None:
     """Raises ConfigError for a store that the hosts cannot have."""
     for field, store in _stores(encode(config.data), "data"):
-        if is_remote(store) or (place.kind == "ssh" and os.path.isabs(store)):
+        if is_remote(store) or (not place.is_cloud and os.path.isabs(store)):
             continue
         prepare = command_line("data", "prepare", "CONFIG", f"{field}=gs://BUCKET/{store.strip('/')}")
-        other = " or a folder that all hosts have" if place.kind == "ssh" else ""
+        other = "" if place.is_cloud else " or a folder that all hosts have"
+        if place.kind == "slurm" and not place.hosts and os.path.exists(store):
+            prepare = f"{field}={os.path.abspath(store)}"
         raise ConfigError(f"{field}={store}: the hosts do not have it; use a bucket{other}: {prepare}")
 
 
@@ -173,5 +177,7 @@ def _command(options: argparse.Namespace, bundle: Bundle) -> list[str]:
     words += ["--accept-change"] * options.accept_change
     words += ["--devices", options.devices] if options.devices else []
     words += ["--supervise", "--max-restarts-per-hour", str(options.max_restarts_per_hour)]
+    if options.elastic is not None:
+        words += ["--elastic", "..".join(map(str, options.elastic)), "--elastic-wait", str(options.elastic_wait)]
     words += ["--join-timeout", str(options.join_timeout), "--heartbeat-timeout", str(options.heartbeat_timeout)]
     return ["-m", "jaxinfra.cli", *words]

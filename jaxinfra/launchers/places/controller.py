@@ -55,8 +55,7 @@ class Controller:
         job = claimed
         try:
             if not prepared:
-                boots = job.place.kind != "ssh"
-                self.place.prepare(job, boots=boots, go_on=lambda: not self._attempts.is_stopped(number))
+                self.place.prepare(job, go_on=lambda: not self._attempts.is_stopped(number))
             self.place.ship(job, self._attempts)
             self._check_stopped(number)
             deadline = self._attempts.deadline(job)
@@ -65,9 +64,7 @@ class Controller:
         except JaxinfraError as error:
             self._give_up(job, number, error)
             raise
-        names = ", ".join(map(str, self.place.hosts[:4])) + (", ..." if len(self.place.hosts) > 4 else "")
-        count = len(self.place.hosts)
-        self._say(f"attempt {number} runs on {count} host{'s' * (count > 1)}: {names}")
+        self._say(f"attempt {number} {self.place.started}")
         return job
 
     def _check_stopped(self, number: int) -> None:
@@ -178,7 +175,7 @@ class Controller:
                     self.place.hosts = self.place.source.current() or self.place.hosts
             away_s = self._note_away(away, away_s, now_s)
             ended = [each for each in states.values() if each.state in ("ended", "killed")]
-            failed_s = None if not ended else now_s if failed_s is None else failed_s
+            failed_s = None if not ended or job.is_elastic else now_s if failed_s is None else failed_s
             if failed_s is not None:
                 if away and len(ended) + len(away) == len(states) and now_s - (away_s or now_s) > AWAY_S:
                     raise PeerLostError(f"host {away[0]}: no answer for {AWAY_S:.0f} s; mend it, then `runs resume`")
@@ -266,8 +263,7 @@ class _Console:
         while True:
             with self._lock:
                 is_last = self._ended.is_set()
-                arguments = (self._job.id, f"+{shown + 1}", "no" if is_last else "yes")
-                stream = self._place.ssh.stream(self._place.hosts[0], "follow", *arguments, stdout=subprocess.PIPE)
+                stream = self._place.console(self._job, lines=f"+{shown + 1}", follow=not is_last)
                 self._process = stream
             with stream:
                 for line in after_mark(stream):

@@ -2,6 +2,7 @@
 # LENGTH bytes on standard input. POSIX sh, with flock of util-linux, tar and setsid. Below WORKDIR, ~/.cache/jaxinfra by default, lie
 #   bundles/HASH/         code                       bin/uv-VERSION  the uv that installs
 #   environments/HASH/    Python and packages        runs/HOST/RUN/  one run: attempt, console-ATTEMPT.log, exit
+# On a login node of Slurm a run's folder is runs/slurm/RUN/, which all nodes see; it also has the job's script and number.
 # What is complete has its final name: a transfer that was cut off leaves nothing that counts.
 set -eu
 umask 077
@@ -55,6 +56,35 @@ state_of() {
     fi
 }
 
+# The state of a job in Slurm's words, and why, such as "RUNNING None node[1-4]"; "" if it has ended.
+job_said() {
+    squeue --noheader --jobs="$(cat "$runs/$1/job" 2>/dev/null || echo 0)" --format='%T %r %N' 2>&1 || true
+}
+
+job_is_live() {
+    case $(job_state "$1" | tail -n 1) in *" live "* | *" away "*) return 0 ;; esac
+    return 1
+}
+
+# Two lines: one for people, and as state_of.
+job_state() {
+    folder=$runs/$1 attempt=$(attempt_of "$1") job=$(cat "$runs/$1/job" 2>/dev/null || true) said=$(job_said "$1")
+    case $attempt:$said in
+    0:*) echo "no job" && echo "0 none -" && return ;;
+    *"Invalid job id"* | *:) ;;
+    *"error:"*) echo "Slurm does not answer: $said" | tail -n 1 && echo "$attempt away -" && return ;;
+    *) echo "job $job is $said" | sed 's/ None / /' && echo "$attempt live -" && return ;;
+    esac
+    if [ -e "$folder/exit" ]; then
+        echo "job $job has ended" && echo "$attempt ended $(cat "$folder/exit")"
+    elif scontrol show job "$job" 2>/dev/null | grep -q JobState=CANCELLED; then
+        echo "job $job was canceled" && echo "$attempt ended 130"
+    else
+        echo "job $job is gone" && echo "$attempt killed -"
+    fi
+}
+
+case $action in submit | job-*) runs=$base/runs/slurm ;; esac # login nodes share it
 case $action in
 probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
     echo "arch=$(uname -m)"
@@ -159,6 +189,53 @@ create) # FILE: a new file from standard input; 3: there is one
     take "$new"
     ln "$new" "$1" 2>/dev/null || { rm -f "$new" && exit 3; }
     rm -f "$new"
+    ;;
+submit) # RUN ATTEMPT LOCATION: a job for Slurm; script and variables on standard input, as NAME='value'
+    folder=$runs/$1
+    mkdir -p "$folder"
+    exec 9>"$folder/lock"
+    flock 9
+    [ "$(attempt_of "$1")" -lt "$2" ] || { job_state "$1" && exit; }
+    told=$(cat && echo .) # the dot keeps the last line's end
+    [ "$(printf %s "${told%.}" | wc -c)" -eq "$length" ] || fail "the transfer was cut off"
+    eval "$(printf %s "${told%.}" | sed 's/^variable_\([A-Za-z_0-9]*=\)/export \1/')"
+    printf %s "$script" | sed "s|@BASE@|$base|g; s|@RUN@|$folder|g" >"$folder/job-$2.sh"
+    echo "$3" >"$folder/location"
+    rm -f "$folder/exit"
+    job=$(squeue --noheader --me --name="$1" --format=%A | head -n 1) # of an attempt that was cut off here
+    [ -n "$job" ] || job=$(sbatch --parsable "$folder/job-$2.sh")
+    echo "${job%%;*}" >"$folder/job"
+    set_attempt "$1" "$2"
+    job_state "$1"
+    ;;
+job-status) # RUN
+    job_state "$1"
+    ;;
+job-follow) # RUN LINES FOLLOW LOG: the console of the last attempt, or a log, as `follow`
+    console=${4:-$runs/$1/console-$(attempt_of "$1").log}
+    while [ "$3" = yes ] && [ ! -e "$console" ] && job_is_live "$1"; do sleep 2; done
+    [ -e "$console" ] || exit 3
+    [ "$3" = yes ] && job_is_live "$1" || exec tail -n "$2" "$console"
+    tail -n "$2" -F "$console" 2>/dev/null &
+    tail=$!
+    trap 'kill $tail; exit' INT TERM HUP
+    while job_is_live "$1" && kill -0 "$tail" 2>/dev/null; do sleep 2; done
+    sleep 1
+    kill "$tail" 2>/dev/null || true
+    ;;
+job-stop) # RUN ATTEMPT SIGNAL
+    folder=$runs/$1
+    mkdir -p "$folder"
+    exec 9>"$folder/lock"
+    flock 9
+    [ "$(attempt_of "$1")" -ge "$2" ] || set_attempt "$1" "$2"
+    touch "$folder/stopped-$2" # so that the job is not queued again
+    if [ "$(attempt_of "$1")" = "$2" ] && job_is_live "$1"; then
+        case $3:$(job_said "$1") in
+        TERM:*RUNNING*) scancel --signal=TERM "$(cat "$folder/job")" ;;
+        *) scancel "$(cat "$folder/job")" ;;
+        esac
+    fi
     ;;
 *)
     fail "$action: no such action"

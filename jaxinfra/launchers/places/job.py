@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.launchers.places.bundle import short_hash
-from jaxinfra.launchers.places.on_host import ENDED_FILE
+from jaxinfra.launchers.places.end_record import ENDED_FILE
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.run_files import RunFiles
 
@@ -38,6 +38,11 @@ class Job:
     def id(self) -> str:
         """The name of the run's folder on hosts."""
         return run_id(self.location)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the run goes on without hosts that are lost."""
+        return "--elastic" in self.command
 
     @property
     def uv_variables(self) -> dict[str, str]:
@@ -127,7 +132,7 @@ def _parse(content: bytes, where: str) -> Job:
     try:
         parsed: dict[str, Any] = json.loads(content)["job"]
         place = {**parsed.pop("place")}
-        place["hosts"] = tuple(place.get("hosts", ()))
+        place |= {name: tuple(place.get(name, ())) for name in ("hosts", "sbatch")}
         if unknown := [*(parsed.keys() - {f.name for f in fields(Job)}), *(place.keys() - _PLACE_FIELDS)]:
             raise ValueError(f"unknown field {unknown[0]}")
         return Job(**parsed, place=PlaceOptions(**place))

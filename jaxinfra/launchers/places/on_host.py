@@ -21,9 +21,9 @@ from typing import Any
 
 from jaxinfra.errors import JaxinfraError, PeerLostError
 from jaxinfra.launchers import tied_process
+from jaxinfra.launchers.places.end_record import record_end
 from jaxinfra.processes.maintenance import get
 
-ENDED_FILE = "place/ended-{attempt}.json"
 RUN_DIR = "JAXINFRA_RUN_DIR"
 """Tells the supervisor the run directory, which else takes loading the config, and seconds."""
 GRACE_S = 600.0
@@ -66,7 +66,8 @@ def main(folder: Path, length: int) -> int:
         code, is_over = _run(job)
     finally:
         if job.is_first:
-            _record_end(job, code, is_over=is_over)
+            os.environ.update(job.environment)  # credentials
+            _say(record_end(job.run_dir, job.attempt, code, is_over=is_over))
         (folder / "exit.new").write_text(f"{code}\n")
         (folder / "exit.new").replace(folder / "exit")
         alive.close()
@@ -91,18 +92,6 @@ def _run(job: HostJob) -> tuple[int, bool]:
             child.kill()
         time.sleep(_POLL_S)
     return code if code >= 0 else PeerLostError.exit_code, asked_at_s is not None
-
-
-def _record_end(job: HostJob, code: int, *, is_over: bool) -> None:
-    """Tells the run directory how the attempt has ended: the hosts may be gone before anybody asks them."""
-    from jaxinfra.storage.objects import ObjectStore  # takes a while to import
-
-    os.environ.update(job.environment)  # credentials
-    try:
-        end = {"code": code, "is_over": is_over}
-        ObjectStore(job.run_dir).create(ENDED_FILE.format(attempt=job.attempt), json.dumps(end).encode())
-    except JaxinfraError as error:
-        _say(f"warning: how this attempt has ended is not recorded: {error}")
 
 
 def _delete(folder: Path, job: HostJob, grace_s: float) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-KINDS = ("ssh", "tpu-vm", "gce")
+CLOUDS = ("tpu-vm", "gce")
+KINDS = ("ssh", "slurm", *CLOUDS)
 Say = Callable[[str], None]
 """Prints one line for the user."""
 
@@ -13,8 +14,11 @@ Say = Callable[[str], None]
 class PlaceOptions:
     """Where a run is to go, as the command line says it; recorded in the run directory, so it holds no secret."""
 
-    kind: str  # ssh, tpu-vm or gce
-    hosts: tuple[str, ...] = ()  # of ssh, in the order of ranks, as ssh takes them
+    kind: str  # ssh, slurm, tpu-vm or gce
+    # Of ssh: in the order of ranks, as ssh takes them. Of Slurm: a login node; () is this machine.
+    hosts: tuple[str, ...] = ()
+    nodes: int = 0  # of Slurm
+    sbatch: tuple[str, ...] = ()  # more options of sbatch, a word each
     workdir: str = ""  # folder of the hosts for code and packages; "" is ~/.cache/jaxinfra
     name: str = ""  # of the cloud's resource
     project: str = ""  # of the cloud; "" before it is known
@@ -31,19 +35,24 @@ class PlaceOptions:
     wait_hours: float = 24.0  # the longest wait for capacity
     max_hours: float = 0.0  # after which the run is stopped and what was made is deleted; 0 is no limit
 
+    @property
+    def is_cloud(self) -> bool:
+        """Whether hosts have disks of their own, boot, and may be deleted."""
+        return self.kind in CLOUDS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """A machine that ssh reaches."""
 
-    address: str  # as ssh takes it: [USER@]NAME
+    address: str  # as ssh takes it: [USER@]NAME; "" is this machine, without ssh
     name: str = ""  # for people; "" is the address
     internal: str = ""  # the address by which the other hosts reach it; "" asks the host
     slice: int = 0  # of TPUs
     key_name: str = ""  # by which ssh keeps its key; addresses of a cloud are used again for other machines
 
     def __str__(self) -> str:
-        return self.name or self.address
+        return self.name or self.address or "this machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class HostState:
     """What one host says about the run."""
 
     attempt: int
-    state: str  # none, live, ended, killed (without an exit code, as by a boot), or away (ssh gets no answer)
+    state: str  # none, live, ended, killed (without an exit code, as by a boot), or away (no answer)
     code: int | None = None  # exit code, if it has ended
 
 

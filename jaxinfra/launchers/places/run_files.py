@@ -1,10 +1,10 @@
 """The files of a run directory: in a bucket, or on a disk that the hosts share and ssh reaches as HOST:PATH."""
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import Host
 from jaxinfra.launchers.places.ssh import Ssh
 from jaxinfra.storage.location import is_remote
@@ -54,11 +54,9 @@ def split_location(location: str) -> tuple[str, str] | None:
 def files_of(location: str, workdir: str = "") -> RunFiles:
     """Returns the files of a run directory.
 
-    Raises ConfigError for a path of this machine: such a run is here, at no place.
+    A path without a host is one of this machine.
     """
     if is_remote(location):
         return ObjectStore(location)
-    if (split := split_location(location)) is None:
-        fix = "name a run elsewhere: s3://BUCKET/runs/NAME, gs://BUCKET/runs/NAME or HOST:/path/to/runs/NAME"
-        raise ConfigError(f"{location}: a run of this machine is at no place; {fix}")
-    return HostFiles(ssh=Ssh(workdir=workdir), host=Host(address=split[0]), path=split[1])
+    host, path = split_location(location) or ("", os.path.abspath(location))
+    return HostFiles(ssh=Ssh(workdir=workdir), host=Host(address=host), path=path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.launchers.places.job import Job, run_id
 from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Request, Say
+from jaxinfra.launchers.places.slurm import SlurmPlace
 from jaxinfra.launchers.places.ssh import Ssh
 from jaxinfra.launchers.places.ssh_place import SshPlace
 
@@ -16,7 +17,7 @@ KNOWN_HOSTS = Path.home() / ".cache" / "jaxinfra" / "places" / "known_hosts"
 
 
 class HostList:
-    """Hosts that exist, by name; nothing is made or deleted."""
+    """Hosts that exist, by name, or this machine; nothing is made or deleted."""
 
     def __init__(self, options: PlaceOptions) -> None:
         """Raises ConfigError for a host that stands there twice, or that is no name of one."""
@@ -25,7 +26,7 @@ class HostList:
             raise ConfigError(f"--hosts: {quoted(wrong[0])} is no host; use [USER@]NAME[,...], as ssh takes them")
         if twice := sorted({each for each in addresses if addresses.count(each) > 1}):
             raise ConfigError(f"--hosts: {twice[0]} stands there twice; name each host once, in the order of ranks")
-        self._hosts = [Host(address=address) for address in addresses]
+        self._hosts = [Host(address=address) for address in addresses or ("",)]
 
     def acquire(self, say: Say, go_on: Callable[[], bool] = lambda: True) -> Sequence[Host]:
         """Returns the hosts."""
@@ -86,7 +87,7 @@ def chips_made(options: PlaceOptions) -> Chips | None:
 
 def check_start(options: PlaceOptions) -> None:
     """Raises ConfigError if this machine lacks what the options of a new start name."""
-    if options.kind != "ssh":
+    if options.is_cloud:
         from jaxinfra.launchers.places.google_cloud import check_key
 
         check_key(options)
@@ -95,7 +96,7 @@ def check_start(options: PlaceOptions) -> None:
 def place_of(job: Job, say: Say) -> SshPlace:
     """Returns the place of a job; nothing is asked or connected yet."""
     source, options = source_of(job.place, job.location), list[str]()
-    if job.place.kind != "ssh":
+    if job.place.is_cloud:
         from jaxinfra.launchers.places.google_cloud import key_of
 
         # Addresses are used again for other machines, so each run has its own file of known hosts.
@@ -103,4 +104,5 @@ def place_of(job: Job, say: Say) -> SshPlace:
         known.parent.mkdir(parents=True, exist_ok=True)
         options = ["-i", str(key_of(job.place)), "-o", "IdentitiesOnly=yes"]
         options += ["-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=accept-new"]
-    return SshPlace(source, Ssh(workdir=job.place.workdir, options=options), say)
+    kind = SlurmPlace if job.place.kind == "slurm" else SshPlace
+    return kind(source, Ssh(workdir=job.place.workdir, options=options), say)

@@ -1,4 +1,4 @@
-"""Runs the actions of `host.sh` on hosts through the user's own ssh, on many at once.
+"""Runs the actions of `host.sh` on hosts through the user's own ssh, on many at once, or on this machine.
 
 Keys, known hosts, jump hosts and the agent are those that the user's OpenSSH has. `JAXINFRA_SSH` replaces the command,
 such as `ssh -F /path/to/config`.
@@ -42,6 +42,8 @@ class Ssh:
         """Returns the command line of an action; a dry run shows it with a name in place of the script."""
         words = ["sh", "-c", script or _script(), "host", self.workdir, str(length)]
         words += [action, *arguments]
+        if not host.address:
+            return words
         alias = ["-o", f"HostKeyAlias={host.key_name}"] if host.key_name else []
         program = shlex.split(os.environ.get("JAXINFRA_SSH", "ssh"))
         return [*program, *_OPTIONS, *_ALIVE, *self.options, *alias, "--", host.address, shlex.join(words)]

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,15 +34,21 @@ class SshPlace:
         self._facts: Mapping[Host, Mapping[str, str]] = {}
         self._probed: str | None = None  # packages that the facts are about
 
-    def prepare(self, job: Job, *, boots: bool, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
+    @property
+    def started(self) -> str:
+        """Where a start runs, for people."""
+        names = ", ".join(map(str, self.hosts[:4])) + (", ..." if len(self.hosts) > 4 else "")
+        return f"runs on {len(self.hosts)} host{'s' * (len(self.hosts) > 1)}: {names}"
+
+    def prepare(self, job: Job, *, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
         """Finds or makes the hosts, checks each one, and returns the facts of the first. Nothing is started yet.
 
-        `boots`: hosts may be booting, so they are waited for; `go_on` says whether to go on waiting. Raises an error
+        Hosts of a cloud may be booting, so they are waited for; `go_on` says whether to go on waiting. Raises an error
         that names every host that is unreachable, of another architecture or driver than the first, or that another
         run has.
         """
         self.hosts = self.source.acquire(self._say, go_on)
-        deadline_s, told = time.monotonic() + (_BOOT_S if boots else 0.0), False
+        deadline_s, told = time.monotonic() + (_BOOT_S if job.place.is_cloud else 0.0), False
         while True:
             try:
                 self._probe(job)
@@ -55,6 +62,11 @@ class SshPlace:
                 time.sleep(_POLL_S)
         self._check(job)
         return self._facts[self.hosts[0]]
+
+    def extras(self, job: Job) -> Sequence[str]:
+        """Returns the extras of jaxinfra for the chips that the first host was found to have."""
+        facts = self._facts[self.hosts[0]]
+        return ("tpu",) * (facts["tpus"] != "0") or ("cuda",) * bool(facts["gpus"])
 
     def _probe(self, job: Job) -> None:
         def ask(host: Host) -> Mapping[str, str]:
@@ -117,6 +129,14 @@ class SshPlace:
 
         on_all(without, install)
 
+    def start_action(self, job: Job) -> Sequence[str]:
+        """Returns the words of the action that starts an attempt, for a dry run."""
+        return ("start", job.id, "ATTEMPT", job.bundle, "PACKAGES", job.location)
+
+    def shown(self, job: Job) -> str:
+        """Returns what runs on the hosts, for a dry run."""
+        return f"# on each host: python {shlex.join(job.command)}"
+
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Starts an attempt on all hosts; on one that has had this attempt, nothing happens."""
         secrets, several = job.secret_values(), len(self.hosts) > 1
@@ -168,6 +188,15 @@ class SshPlace:
             return HostState(attempt=0, state="away")
         attempt, state, code = output.decode().splitlines()[-1].split()
         return HostState(attempt=int(attempt), state=state, code=None if code == "-" else int(code))
+
+    def console(self, job: Job, *, rank: int = 0, lines: str = "+1", follow: bool) -> subprocess.Popen[bytes]:
+        """Starts to show what a rank has printed: `lines` as of `tail -n`; `follow` until it ends."""
+        arguments = (job.id, lines, "yes" if follow else "no")
+        return self.ssh.stream(self.hosts[rank], "follow", *arguments, stdout=subprocess.PIPE)
+
+    def ranks(self, job: Job) -> int:
+        """Returns the number of processes."""
+        return len(self.hosts)
 
     def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
         """Asks an attempt to save and leave, or kills it; other attempts are left alone."""
