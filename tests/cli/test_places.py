@@ -38,6 +38,12 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         (("--place", "ssh", "--hosts", "a", "--secret", "NOT_SET"), "--secret NOT_SET export"),
         (("--place", "ssh", "--hosts", "a", "--committed"), "--committed"),
         (("--place", "ssh", "--hosts", "a,-oProxyCommand=x"), "--hosts -oProxyCommand=x"),
+        (("--place", "slurm"), "--place slurm --nodes 4"),
+        (("--place", "slurm", "--nodes", "2", "--hosts", "a,b"), "--hosts a,b --hosts a"),
+        (("--place", "slurm", "--nodes", "2", "--max-hours", "2"), "--max-hours 2.0 slurm"),
+        (("--place", "slurm", "--nodes", "2", "--sbatch", "gpus=8"), "--sbatch gpus=8 --sbatch=--partition=NAME"),
+        (("--place", "slurm", "--nodes", "2", "root=runs"), "root=runs root=/"),
+        (("--place", "ssh", "--hosts", "a", "--nodes", "2"), "--nodes 2 ssh"),
         (("--place", "tpu-vm", "--create", "v6e-8"), "--place tpu-vm --zone"),
         (("--place", "tpu-vm", "--zone", "us-east5-b"), "--place tpu-vm --name --create"),
         (("--place", "tpu-vm", "--name", "x", "--zone", "us-east5-b", "--spot"), "--spot --create"),
@@ -56,7 +62,7 @@ def test_refuses_in_one_line(project: Tiny, words: tuple[str, ...], named: str) 
 
 def test_commands_for_runs_elsewhere_need_one(project: Tiny) -> None:
     for command in ("logs", "stop", "resume"):
-        refused(launch("runs", command, "runs/tiny"), "runs/tiny HOST:/path")
+        refused(launch("runs", command, "runs/tiny"), "runs/tiny never --place")
 
 
 def dry(project: Tiny, *words: str) -> Ended:
@@ -84,3 +90,6 @@ def test_dry_run_shows_requests_commands_and_files(
     assert [words[1].rpartition("/")[2] for words in made] == ["instanceTemplates", "instanceGroupManagers"]
     shown = dry(project, "--place", "ssh", "--hosts", "one,ada@two").out
     assert f"one:{project.directory()}" in shown and "ada@two" in shown and "POST" not in shown
+    shown = dry(project, "--place", "slurm", "--nodes", "3", "--elastic", "2..3", "--sbatch=--gpus-per-node=8").out
+    assert "#SBATCH --nodes=3" in shown and "#SBATCH --gpus-per-node=8" in shown and "BatchMode" not in shown
+    assert "--elastic 2..3" in shown and "jax[cuda" in shown and " submit tiny-" in shown

@@ -14,6 +14,7 @@ from jaxinfra.cli.main import parse_command_line
 from jaxinfra.cli.places.arguments import place_options, variables
 from jaxinfra.config import load, validate
 from jaxinfra.launchers.places.google_errors import PERMISSIONS, ROLES
+from jaxinfra.launchers.places.place import KINDS
 from jaxinfra.launchers.places.run_files import files_of, split_location
 from jaxinfra.launchers.places.sources import source_of
 from jaxinfra.run import Run
@@ -49,14 +50,14 @@ def test_starts_fit_their_place(command: str, monkeypatch: pytest.MonkeyPatch, t
     place = place_options(options)
     run = load(ROOT / options.config, options.overrides, root=Run).run
     validate(run)
-    assert is_remote(run.root) or place.kind == "ssh"
+    assert is_remote(run.root) or not place.is_cloud
     requests = source_of(place, f"{run.root}/{run.name}").requests()
-    assert bool(requests) == (place.kind != "ssh")
+    assert bool(requests) == place.is_cloud
 
 
 def test_every_start_is_shown_before_it_is_made() -> None:
     shown = [command.removesuffix(" --dry-run") for command in STARTS if command.endswith("--dry-run")]
-    assert {parse_command_line(words_of(each)).place for each in shown} == {"ssh", "tpu-vm", "gce"}
+    assert {parse_command_line(words_of(each)).place for each in shown} == {*KINDS}
     assert {*shown} <= {*STARTS}
 
 
@@ -76,7 +77,7 @@ def test_the_options_of_the_page_exist() -> None:
         assert variables(words.replace("--env ", "").split())
     ours = {*re.findall(r"(?<![-\w])--([a-z][-a-z]+)", re.sub(r"^gcloud.*$", "", PAGE, flags=re.MULTILINE))}
     of_others = {"rank", "follow", "prices", "on", "shm-size", "member", "role", "permissions", "location"}
-    of_others |= {"uniform-bucket-level-access"}
+    of_others |= {"uniform-bucket-level-access", "kill", "no-kill", "partition", "gpus-per-node", "time"}
     missing = {name for name in ours if name.replace("-", "_") not in parsed} - of_others
     assert not missing
 

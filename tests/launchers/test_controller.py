@@ -11,8 +11,8 @@ import pytest
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, RunInUseError, StorageError
 from jaxinfra.launchers.places import controller as module
 from jaxinfra.launchers.places.controller import Controller, release_last
+from jaxinfra.launchers.places.end_record import ENDED_FILE
 from jaxinfra.launchers.places.job import Attempts, Job
-from jaxinfra.launchers.places.on_host import ENDED_FILE
 from jaxinfra.launchers.places.place import Host, HostState, PlaceOptions
 from jaxinfra.launchers.places.ssh_place import SshPlace
 from jaxinfra.storage.objects import ObjectStore
@@ -40,13 +40,6 @@ class Source:
         self.exists = False
 
 
-class Consoles:
-    """Hosts that print nothing."""
-
-    def stream(self, *_: object, **__: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["true"], stdout=subprocess.PIPE)
-
-
 @dataclass
 class Place:
     """A place on paper: hosts end with the codes of `script`, attempt by attempt; None lives until it is stopped."""
@@ -58,9 +51,12 @@ class Place:
     attempt: int = 0
     state: HostState = field(default_factory=lambda: HostState(attempt=0, state="none"))
     done: list[str] = field(default_factory=list)
-    ssh: Consoles = field(default_factory=Consoles)
+    started: str = "runs"
 
-    def prepare(self, job: Job, *, boots: bool, go_on: Any) -> Mapping[str, str]:
+    def console(self, job: Job, *, lines: str, follow: bool) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["true"], stdout=subprocess.PIPE)
+
+    def prepare(self, job: Job, *, go_on: Any) -> Mapping[str, str]:
         if not go_on():
             raise Preempted("stopped")
         self.source.exists, self.hosts = True, HOSTS
@@ -115,20 +111,19 @@ def run(lab: Lab, *script: int | None) -> int:
     return lab.controller.follow(lab.controller.start(lab.job, 1), 1)
 
 
-class EndlessConsoles(Consoles):
+def endless_console(job: Job, *, lines: str, follow: bool) -> subprocess.Popen[bytes]:
     """A host that waits after its run before it deletes itself: until then what follows its console goes on."""
-
-    def stream(self, *words: object, **_: object) -> subprocess.Popen[bytes]:
-        lines, follow = words[-2:]
-        follows = r"printf 'step 1\nste' && exec sleep 600"
-        shows = rf"printf 'step 1\nstep 2\n' | tail -n {lines}"
-        shown = follows if follow == "yes" else shows
-        return subprocess.Popen(["sh", "-c", f"echo '--- jaxinfra' && {shown}"], stdout=subprocess.PIPE)
+    follows = r"printf 'step 1\nste' && exec sleep 600"
+    shows = rf"printf 'step 1\nstep 2\n' | tail -n {lines}"
+    shown = follows if follow else shows
+    return subprocess.Popen(["sh", "-c", f"echo '--- jaxinfra' && {shown}"], stdout=subprocess.PIPE)
 
 
-def test_the_console_ends_with_the_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_ends_with_the_run(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No line is lost, doubled or cut, though the host goes on."""
-    lab.place.ssh = EndlessConsoles()
+    monkeypatch.setattr(lab.place, "console", endless_console)
     assert run(lab, 0) == 0
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
@@ -240,3 +235,11 @@ def test_lost_hosts_are_made_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
     lab.place.source.why_lost = "preempted"
     assert lab.controller.follow(job, 1) == 0
     assert lab.place.done.count("prepare") == 2 and any("preempted" in line for line in lab.said)
+
+
+def test_an_elastic_run_is_done_with_the_hosts_that_are_left(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, lost = HostState(attempt=1, state="ended", code=0), HostState(attempt=1, state="away")
+    monkeypatch.setattr(lab.place, "watch", lambda job: dict(zip(HOSTS, (lost, done), strict=True)))
+    job = replace(lab.job, command=["--elastic", "1..2"])
+    lab.place.script = [None]
+    assert lab.controller.follow(lab.controller.start(job, 1), 1) == 0 and "stop 1" not in lab.place.done

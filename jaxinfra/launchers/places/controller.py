@@ -108,7 +108,7 @@ class Controller:
         self.place.hosts = self.place.source.current()
         states, lost = self._states(job), self.place.source.lost()
         started = bool(states) and all(each.attempt >= number for each in states.values()) and not lost
-        code = code_of(states) if started else self._attempts.ended(number)
+        code = code_of(states, is_elastic=job.is_elastic) if started else self._attempts.ended(number)
         if (started and code is None) or code == 0:
             self._say(f"attempt {number} {'is done' if code == 0 else 'is live'}")
             return job, number
@@ -160,7 +160,10 @@ class Controller:
             states, now_s = self.place.watch(job), time.monotonic()
             if max((each.attempt for each in states.values()), default=0) > number:
                 number, job = self._newest(job)
-            code, away = code_of(states), [host for host, each in states.items() if each.state == "away"]
+            code, away = (
+                code_of(states, is_elastic=job.is_elastic),
+                [host for host, each in states.items() if each.state == "away"],
+            )
             if code is not None:
                 return code, number, job
             if (away and away_s is None) or now_s - asked_s > _LOST_EVERY_S:

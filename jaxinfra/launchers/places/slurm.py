@@ -30,6 +30,8 @@ rm -f "$run/done"
 srun {srun} {task}
 code=$?
 [ ! -e "$run/done" ] || code=0
+# Else Slurm is ending the job: one that was canceled, or that it queues again itself because it was preempted.
+[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit "$code"
 again() {{
     echo "[slurm] exit code $code: queued again"
     scontrol requeue "$SLURM_JOB_ID" && exit "$code"

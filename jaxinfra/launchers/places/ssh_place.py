@@ -221,11 +221,14 @@ class SshPlace:
             raise ConfigError(f"root: {path} of host {first} is not there on {', '.join(blind)}; {fix}")
 
 
-def code_of(states: Mapping[Host, HostState]) -> int | None:
+def code_of(states: Mapping[Host, HostState], *, is_elastic: bool = False) -> int | None:
     """Returns the exit code of a run whose hosts have all ended; None while one has not.
 
-    That of a host that failed by itself comes before that of those that lost it, and a kill counts as a loss (76).
+    That of a host that failed by itself comes before that of those that lost it, and a kill counts as a loss (76). An
+    elastic run is done once one host is.
     """
+    if is_elastic and any(each.code == 0 for each in states.values()):
+        return 0
     if any(each.state in ("live", "away") for each in states.values()):
         return None
     codes = [PeerLostError.exit_code if each.code is None else each.code for each in states.values()]
