@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     job = replace(job, place=place.source.options)
     extras = [*options.extra, *_trackers(config)]
     if options.dry_run:
-        print_plan(job, place, bundle, [*extras, *(made.extras if made else ())])
+        print_plan(job, place, bundle, [*extras, *(made.extras if made else place.extras(job))])
         return 0
     job.secret_values()
     say(f"code: {bundle.text}")

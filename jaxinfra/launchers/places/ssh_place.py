@@ -64,7 +64,9 @@ class SshPlace:
         return self._facts[self.hosts[0]]
 
     def extras(self, job: Job) -> Sequence[str]:
-        """Returns the extras of jaxinfra for the chips that the first host was found to have."""
+        """Returns the extras of jaxinfra for the chips that the first host was found to have; () before it is asked."""
+        if not self.hosts:
+            return ()
         facts = self._facts[self.hosts[0]]
         return ("tpu",) * (facts["tpus"] != "0") or ("cuda",) * bool(facts["gpus"])
 
