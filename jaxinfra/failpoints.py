@@ -37,7 +37,7 @@ POINTS = {
 }
 """Where each failpoint is."""
 
-ACTIONS = ("kill", "stop", "term", "raise", "enospc", "oom", "sleep=SECONDS")
+ACTIONS = ("kill", "stop", "term", "raise", "enospc", "edquot", "oom", "sleep=SECONDS")
 _MAX_BYTES, _BLOCK_BYTES = 4 << 30, 16 << 20  # `oom` takes up to 4 GiB, in blocks of 16 MiB
 _VARIABLE, _LOG = "JAXINFRA_FAIL", "JAXINFRA_FAIL_LOG"
 
@@ -113,8 +113,9 @@ def _act(armed: Failpoint, step: int) -> None:
         time.sleep(float(seconds))
     elif kind == "raise":
         raise RuntimeError(f"failpoint {armed} at step {step}")
-    elif kind == "enospc":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), armed.point)
+    elif kind in ("enospc", "edquot"):
+        code = getattr(errno, kind.upper())
+        raise OSError(code, os.strerror(code), armed.point)
     elif kind == "oom":
         taken = [b"x" * _BLOCK_BYTES for _ in range(_MAX_BYTES // _BLOCK_BYTES)]
         raise MemoryError(f"failpoint {armed}: took {len(taken) * _BLOCK_BYTES:,} bytes, and no limit was met")

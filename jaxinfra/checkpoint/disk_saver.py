@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from jaxinfra.checkpoint.manifest import (
 )
 from jaxinfra.checkpoint.saver import Gather, Saver
 from jaxinfra.checkpoint.step_store import step_health
+from jaxinfra.errors import ConfigError
 from jaxinfra.failpoints import failpoint
 from jaxinfra.parallel.spec import leaf_name, leaves_by_name
 from jaxinfra.patches import mend_orbax
@@ -44,6 +46,7 @@ from jaxinfra.storage.lease import Lease
 
 _TIMEOUT_S = 10 * 365 * 24 * 3600
 """Seconds that Orbax may wait: more than any change of the clock, by which it measures. `gather` limits the wait."""
+_PATTERNS = "*?[]\\"
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 
@@ -59,6 +62,10 @@ class DiskSaver(Saver):
         lease: Lease | None = None,
         gather: Gather = lambda value: [value],
     ) -> None:
+        folder = str(store.folder(0).parent.absolute())
+        if not read_only and any(char in folder for char in _PATTERNS):
+            why = f"Orbax, which finds its files by patterns, does not find them below one of {' '.join(_PATTERNS)}"
+            raise ConfigError(f"{folder}: {why}; use another root")
         self._store, self._config, self._lease, self._gather = store, config, lease, gather
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)
@@ -307,8 +314,9 @@ class _Hashed(ocp.Future):
         """Writes the hashes beside the files."""
         self._start_writing()
         failpoint("save.write", self._step)
-        for future in self._futures:
-            future.result(timeout)
+        with ExitStack() as waits:  # for all, also if one fails: what goes on would log after the end
+            for future in self._futures:
+                waits.callback(future.result, timeout)
         index = jax.process_index()
         own = self._directory.glob(f"*/ocdbt.process_{index}/**/*")
         names = [path.relative_to(self._directory).as_posix() for path in own if path.is_file()]

@@ -57,7 +57,8 @@ class DiskSteps(StepStore):
     @override
     def read_leaf(self, step: int, manifest: Manifest, name: str) -> np.ndarray:
         part, _, within = name.partition(".")
-        kvstore: dict[str, object] = {"driver": "ocdbt", "base": f"file://{self.folder(step).absolute() / part}/"}
+        base = {"driver": "file", "path": f"{self.folder(step).absolute() / part}/"}  # a URL would need its escapes
+        kvstore: dict[str, object] = {"driver": "ocdbt", "base": base}
         spec = {"driver": "zarr", "kvstore": kvstore | ({"path": f"{within}/"} if within else {})}
         try:
             return ts.open(spec, open=True, read=True).result().read().result()

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +20,9 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
     If anything raises, `path` is unchanged and the temporary file is deleted.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+    handle, temporary = _create_temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
             yield file
             file.flush()
             os.fsync(handle)
@@ -50,10 +49,9 @@ def read_file(path: Path) -> bytes:
 
 def create_file(path: Path, data: bytes, mode: int = 0o644) -> bool:
     """Creates a file with `data`, all at once; returns False if there is one. Holds on network file systems, too."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+    handle, temporary = _create_temporary(path, mode)
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, mode)
             file.write(data)
             file.flush()
             os.fsync(handle)
@@ -63,6 +61,12 @@ def create_file(path: Path, data: bytes, mode: int = 0o644) -> bool:
         return os.stat(temporary).st_nlink == 2
     finally:
         os.unlink(temporary)
+
+
+def _create_temporary(path: Path, mode: int = 0o644) -> tuple[int, Path]:
+    """Creates a temporary file beside `path`, with a mode that the umask limits; returns its descriptor and path."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_SUFFIX}")
+    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), temporary
 
 
 def delete_temporaries(folder: Path, is_left: Callable[[str], bool] = lambda name: True) -> None:

@@ -44,10 +44,11 @@ def _remove(group: Path) -> None:
 
 
 @contextmanager
-def small_disk(num_bytes: int, *, read_only: bool = False) -> Iterator[Path | None]:
-    """Mounts a disk of this size in memory; None where that is not allowed."""
+def small_disk(num_bytes: int, *, read_only: bool = False, inodes: int | None = None) -> Iterator[Path | None]:
+    """Mounts a disk of this size, or with so many files, in memory; None where that is not allowed."""
     with tempfile.TemporaryDirectory(prefix="jaxinfra-disk-") as name:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}{',ro' * read_only}", "jaxinfra", name]
+        options = [f"size={num_bytes}", *["ro"] * read_only, *([] if inodes is None else [f"nr_inodes={inodes}"])]
+        mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "jaxinfra", name]
         if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
             yield None
             return
