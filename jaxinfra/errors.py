@@ -5,6 +5,8 @@ with `exit_code`; `--debug` adds the traceback. Codes 75 to 77 mean "run the sam
 person. All codes lie between those of Python (1 and 2) and those of a process that a signal has ended (128 and above).
 """
 
+from collections.abc import Collection
+
 
 class JaxinfraError(Exception):
     """Base class of all errors for the user; never raised itself."""
@@ -61,9 +63,17 @@ class StorageError(JaxinfraError):
 
 
 class CorruptionError(JaxinfraError):
-    """Devices that should hold the same values do not: one of them, or a link between them, computes wrong."""
+    """Devices that should hold the same values do not: one of them, or a link between them, computes wrong.
+
+    Attributes:
+        processes: indices of those that have a device that may be the cause.
+    """
 
     exit_code = 83
+
+    def __init__(self, message: str, processes: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.processes = processes
 
 
 class RunInUseError(JaxinfraError):

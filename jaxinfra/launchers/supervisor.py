@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxinfra.errors import JaxinfraError, PeerLostError, Preempted, RunInUseError, StorageError
+from jaxinfra.errors import CorruptionError, JaxinfraError, PeerLostError, Preempted, RunInUseError, StorageError
 from jaxinfra.launchers.launcher import Launcher, ProcessExit, exit_code, find_cause, show_errors
 from jaxinfra.launchers.rank_output import Output
 from jaxinfra.launchers.restart_policy import CRASHES, RULES, RestartLimits, Rule
@@ -193,12 +193,15 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
                 best_step = max(best_step, attempt.last_step or 0)
                 was_anew = not progressed and (was_anew or bool(anew))
                 anew = {COMPILE_ANEW: "1"} if attempt.signal in CRASHES and not (progressed or was_anew) else {}
-                if (problem := _why_not(attempt, limits)) and not (watch.is_over and not attempt.rule.restarts):
+                is_wrong = attempt.exit_code == CorruptionError.exit_code  # whatever the other hosts do
+                ends_elsewhere = watch.is_over and not attempt.rule.restarts and not is_wrong
+                if (problem := _why_not(attempt, limits)) and not ends_elsewhere:
                     error = f"; last error: {attempt.error}" if attempt.error else ""
                     output.say(f"not started again: {problem}{error}; see {attempt.log}")
                     # Others have trained without this host, which lacks something.
                     is_late = attempt.last_step is None and start.round_number > 1
-                    only_here = attempt.rule.restarts or is_late or attempt.exit_code == RunInUseError.exit_code
+                    is_own = is_wrong or attempt.exit_code == RunInUseError.exit_code
+                    only_here = attempt.rule.restarts or is_late or is_own
                     what.starts.end(attempt.exit_code, only_here=only_here)
                     return attempt.exit_code
                 how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""

@@ -25,10 +25,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxinfra.parallel.bits import digest
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.rounding import rounded, unknown_zero
 from jaxinfra.parallel.sharding import axes_by_dim, axis_names
 from jaxinfra.parallel.spec import Batch, PyTree
+
+DIGESTS = ("weights", "shards", "sums", "parts")
+"""What `VirtualShards.gradients` has digests of (`bits.digest`), in the order of the computation: the weights that each
+device has gathered, what each virtual shard has computed, the sum of each device, its part of the sum of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +69,18 @@ class VirtualShards:
         return PartitionSpec(self.axes or None)
 
     def gradients(
-        self, fun: Callable[..., tuple[PyTree, PyTree]], weights: PyTree, stored: PyTree, batch: Batch, out: PyTree
-    ) -> tuple[PyTree, PyTree]:
+        self,
+        fun: Callable[..., tuple[PyTree, PyTree]],
+        weights: PyTree,
+        stored: PyTree,
+        batch: Batch,
+        out: PyTree,
+        *,
+        with_digests: bool = False,
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         """Adds what `fun(weights, batch) -> (sums, gradients)` returns for each virtual shard.
+
+        Also returns `DIGESTS` of what was computed on the way, by name, if they are asked for.
 
         Args:
             fun: computes a virtual shard on one device; it cannot use mesh axes.
@@ -74,13 +88,20 @@ class VirtualShards:
             stored: the `PartitionSpec`s of the weights.
             batch: arrays with the sharding `rows`.
             out: the `PartitionSpec`s in which the gradients are returned.
+            with_digests: whether to return digests.
         """
 
-        def on_device(weights: PyTree, batch: Batch) -> tuple[PyTree, PyTree]:
-            sums, grads = self._sum_own(fun, jax.tree.map(_gather, weights, stored), batch)
-            return jax.tree.map(self._sum_devices, sums), jax.tree.map(self._sum_and_scatter, grads, out)
+        def on_device(weights: PyTree, batch: Batch) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+            whole = jax.tree.map(_gather, weights, stored)
+            own, shards = self._sum_own(fun, whole, batch, with_digests=with_digests)
+            sums, grads = jax.tree.map(self._sum_devices, own[0]), jax.tree.map(self._sum_and_scatter, own[1], out)
+            if not with_digests:
+                return sums, grads, {}
+            of_device = digest(whole), shards, digest(own), digest((sums, grads))
+            gathered = (jax.lax.all_gather(each, self.axes, tiled=True) if self.axes else each for each in of_device)
+            return sums, grads, dict(zip(DIGESTS, gathered, strict=True))
 
-        return self._map(on_device, (stored, self.rows), (PartitionSpec(), out))(weights, batch)
+        return self._map(on_device, (stored, self.rows), (PartitionSpec(), out, PartitionSpec()))(weights, batch)
 
     def sums(self, fun: Callable[..., PyTree], weights: PyTree, stored: PyTree, batch: Batch) -> PyTree:
         """Adds what `fun(weights, batch) -> sums` returns for each virtual shard; arguments as in `gradients`."""
@@ -115,28 +136,33 @@ class VirtualShards:
 
     # On one device, in a `shard_map`
 
-    def _sum_own(self, fun: Callable[[PyTree, Batch], PyTree], weights: PyTree, batch: Batch) -> PyTree:
-        """Adds what `fun` returns for each virtual shard of this device."""
+    def _sum_own(
+        self, fun: Callable[[PyTree, Batch], PyTree], weights: PyTree, batch: Batch, *, with_digests: bool
+    ) -> tuple[PyTree, PyTree]:
+        """Adds what `fun` returns for each virtual shard of this device; also returns its digests: [virtual shards]."""
         zero = _zero_of(weights)
 
-        def add(batch: Batch, count: int) -> PyTree:
+        def add(batch: Batch, count: int) -> tuple[PyTree, PyTree]:
             """Adds `count` virtual shards: the two halves of the batch, each of which is added in the same way."""
             if count == 1:
                 # The barriers keep the compiler from merging a virtual shard with what comes before and after it, which
                 # differs between meshes.
                 found = jax.lax.optimization_barrier(fun(*jax.lax.optimization_barrier((weights, batch))))
-                return jax.tree.map(lambda x: rounded(x, zero), found)
+                found = jax.tree.map(lambda x: rounded(x, zero), found)
+                return found, digest(found) if with_digests else ()
             halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
             half = partial(add, count=count // 2)
-            shapes = jax.eval_shape(half, jax.tree.map(lambda x: x[0], halves))
+            shapes, _ = jax.eval_shape(half, jax.tree.map(lambda x: x[0], halves))
 
-            def step(total: PyTree, xs: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
+            def step(total: PyTree, xs: tuple[jax.Array, Batch]) -> tuple[PyTree, PyTree]:
                 is_first, batch = xs
+                found, digests = half(batch)
                 # Not `zeros + first`, which would change the sign of a zero.
-                return jax.tree.map(lambda t, x: jnp.where(is_first, x, t + x), total, half(batch)), None
+                return jax.tree.map(lambda t, x: jnp.where(is_first, x, t + x), total, found), digests
 
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            return jax.lax.scan(step, zeros, (jnp.array([True, False]), halves))[0]
+            total, digests = jax.lax.scan(step, zeros, (jnp.array([True, False]), halves))
+            return total, jax.tree.map(lambda x: x.reshape(-1), digests)
 
         return add(batch, self.per_device)
 

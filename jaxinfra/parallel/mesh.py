@@ -101,6 +101,6 @@ def reshape_mesh(mesh: Mesh, config: MeshConfig) -> Mesh:
 
 
 def permute_devices(mesh: Mesh, order: Sequence[int]) -> Mesh:
-    """Returns the mesh with its devices in another order, for tests: results on it must not change."""
+    """Returns the mesh with its devices in another order; in canonical mode results on it have the same bits."""
     grid = np.asarray(mesh.devices).reshape(-1)[list(order)].reshape(mesh.devices.shape)
     return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

@@ -28,6 +28,7 @@ from jaxinfra import __version__
 from jaxinfra.errors import (
     CheckpointError,
     ConfigError,
+    CorruptionError,
     HungError,
     JaxinfraError,
     PeerLostError,
@@ -42,6 +43,7 @@ from jaxinfra.processes.peer_hub import Hub
 from jaxinfra.processes.peers import GRACE_S, INTERRUPTED, Peers
 from jaxinfra.processes.progress import compare, hung_error
 from jaxinfra.processes.step_agreement import Action
+from jaxinfra.processes.step_file import round_number
 from jaxinfra.user_code import Ending, ending_of
 
 SILENCE_S = 30.0
@@ -201,6 +203,8 @@ class ConnectedPeers(Peers):
                 self.raise_if_lost()
                 return
         ending = ending_of(error)
+        if isinstance(error, CorruptionError) and round_number():  # the other hosts start again without this one
+            ending = ending._replace(code=PeerLostError.exit_code)
         try:
             if error is None or ending.code in (0, Preempted.exit_code):  # all stop after the same step
                 late = "has ended its program, but another one has not"

@@ -23,10 +23,15 @@ class CanonicalEngine(GradientEngine):
 
     Attributes:
         virtual_shards: how a batch is split, and the sums over its parts.
+
+    `with_digests` says whether gradients have digests.
     """
 
-    def __init__(self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> None:
+    def __init__(
+        self, loss: ModelLoss, partitioner: Partitioner, stored: PyTree, *, with_digests: bool = False
+    ) -> None:
         super().__init__(loss, partitioner, stored)
+        self._with_digests = with_digests
         assert loss.run.train.canonical is not None
         self.virtual_shards = VirtualShards(count=loss.run.train.canonical, mesh=partitioner.mesh)
 
@@ -50,10 +55,15 @@ class CanonicalEngine(GradientEngine):
             sums, stats, grads = self.loss.with_gradients(weights[0], batch, weights[1])
             return (sums, stats), grads
 
-        (sums, stats), grads = self.virtual_shards.gradients(
-            of_one, (params, reference), self._stored_as(reference), batch, select_trainable(self.stored, self.specs)
+        (sums, stats), grads, digests = self.virtual_shards.gradients(
+            of_one,
+            (params, reference),
+            self._stored_as(reference),
+            batch,
+            select_trainable(self.stored, self.specs),
+            with_digests=self._with_digests,
         )
-        return Gradients(grads, sums, stats)
+        return Gradients(grads, sums, stats, digests)
 
     @override
     def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:

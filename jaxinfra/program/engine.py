@@ -32,11 +32,13 @@ class Gradients(NamedTuple):
         grads: gradients of the trained parameters, float32, sharded like them.
         sums: sums of the objective.
         stats: statistics of the layers.
+        digests: of what was computed on the way, by name (`parallel.canonical.DIGESTS`); {} without them.
     """
 
     grads: Params
     sums: Sums
     stats: LayerStats
+    digests: dict[str, jax.Array] = {}
 
 
 class GradientEngine(ABC):

@@ -83,7 +83,7 @@ class Program:
         state: the train state as `ShapeDtypeStruct`s.
     """
 
-    def __init__(self, run: Run, mesh: Mesh | AbstractMesh, platform: str | None = None):
+    def __init__(self, run: Run, mesh: Mesh | AbstractMesh, platform: str | None = None, *, with_digests: bool = False):
         """Declares parameters and functions; compiles nothing.
 
         Raises ConfigError if a parameter does not fit the mesh, or `train.compiler` does not fit the platform.
@@ -92,6 +92,7 @@ class Program:
             run: a validated config.
             mesh: a mesh with the axes of `MeshConfig`.
             platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
+            with_digests: in canonical mode, whether the metrics of a step have digests of what was computed on the way.
         """
         self.run, self.mesh, self.objective = run, mesh, run.objective
         platform = _platform(mesh) if platform is None else platform
@@ -124,7 +125,7 @@ class Program:
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         self.loss = ModelLoss(run, self.module, self.graphdef, self.specs, unroll_loops=self.partitioner.unroll_loops)
-        self.engine = _make_engine(self.loss, self.partitioner, self._stored)
+        self.engine = _make_engine(self.loss, self.partitioner, self._stored, with_digests=with_digests)
         trainable_specs = select_trainable(self.specs, self.specs)
         self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable_specs)
         self._schedule = optax_schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
@@ -311,11 +312,11 @@ class Program:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = self.with_dropout_bits(batch, state.step)
-        grads, sums, stats = self._gradients(state.params, batch, state.reference)
+        grads, sums, stats, digests = self._gradients(state.params, batch, state.reference)
         metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
         model = self.model(state.params)
         metrics |= model.metrics(stats, sums["weight"])
-        metrics |= {"weight": sums["weight"], "lr": jnp.asarray(self._schedule(state.step))}
+        metrics |= {"weight": sums["weight"], "lr": jnp.asarray(self._schedule(state.step)), **digests}
         clip = partial(clip_by_global_norm, max_norm=self.run.optim.clip_norm)
         clip, update = self.engine.with_exact_rounding(clip, self._apply_gradients, grads)
         grads, metrics["grad_norm"] = clip(grads)
@@ -347,9 +348,9 @@ class Program:
         return self.engine.sums(params, self._to_shard_order(batch), reference)
 
 
-def _make_engine(loss: ModelLoss, partitioner: Partitioner, stored: PyTree) -> GradientEngine:
+def _make_engine(loss: ModelLoss, partitioner: Partitioner, stored: PyTree, *, with_digests: bool) -> GradientEngine:
     if loss.run.train.canonical is not None:
-        return CanonicalEngine(loss, partitioner, stored)
+        return CanonicalEngine(loss, partitioner, stored, with_digests=with_digests)
     if partitioner.mesh.stage > 1:
         return PipelineEngine(loss, partitioner, stored)
     return PlainEngine(loss, partitioner, stored)

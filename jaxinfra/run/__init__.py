@@ -159,9 +159,17 @@ class Run:
             yield Problem(fields=("objective", "mesh.stage"), message=message, fix="use mesh.stage=1")
 
     def _canonical_problems(self) -> Iterable[Problem]:
-        """Yields what cannot have the same bits on every mesh."""
+        """Yields what cannot have the same bits on every mesh, or needs them but has no other devices."""
+        devices = math.prod(self.mesh.sizes)
         if (count := self.train.canonical) is None:
+            if self.guard.replay_every is not None:
+                message = "other devices compute a step with the same bits only in canonical mode"
+                fix = "use train.canonical=8, or guard.replay_every=none"
+                yield Problem(fields=("guard.replay_every", "train.canonical"), message=message, fix=fix)
             return
+        if devices == 1 and self.guard.replay_every is not None:
+            message = "there is one device, and no other one to compute a step again"
+            yield Problem(fields=("guard.replay_every",), message=message, fix="use guard.replay_every=none")
         # Read from the class itself: a subclass of an elementwise optimizer may add up elements.
         if not vars(type(self.optim.optimizer)).get("elementwise", False):
             message = "its update adds up elements that the mesh spreads over devices"
@@ -170,7 +178,7 @@ class Run:
         if self.optim.offload:
             message = "an offloaded state is updated in a loop, whose products are rounded as the compiler likes"
             yield Problem(fields=("optim.offload", "train.canonical"), message=message, fix="use optim.offload=false")
-        axes, devices = asdict(self.mesh), math.prod(self.mesh.sizes)
+        axes = asdict(self.mesh)
         if -1 not in self.mesh.sizes and count % devices:
             # `n & -n` is the largest power of two that divides n, and `n & (n - 1)` is 0 for a power of two.
             smaller = [f"mesh.{axis}={size & -size}" for axis, size in axes.items() if size & (size - 1)]

@@ -29,6 +29,9 @@ class GuardConfig:
         compare_replicas_every: steps between two comparisons of what several devices hold the same copy of, and before
             each save. A difference means that a device computes wrong; the run ends with exit code 83 and names it.
             None compares nothing.
+        replay_every: in canonical mode, steps between two that are computed again on other devices, and before each
+            checkpoint that is due. If any bit differs, a third computation elsewhere names the device that computes
+            wrong; the run ends with exit code 83, or goes on without its host (`--elastic`). None replays nothing.
     """
 
     skip_nonfinite: bool = False
@@ -37,3 +40,4 @@ class GuardConfig:
     window: Annotated[int, Ge(8), Le(10_000)] = 64
     skip_batches: NonNegativeInt = 0
     compare_replicas_every: PositiveInt | None = None
+    replay_every: PositiveInt | None = None

@@ -25,6 +25,7 @@ CLASSES = {
     "data": "waiting for data",
     "save": "checkpoint stall",
     "evaluation": "evaluation",
+    "replay": "replay",
     "sample": "sampling",
     "profile": "profile",
     "compile": "compile",

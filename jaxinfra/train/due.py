@@ -26,6 +26,13 @@ class Due(NamedTuple):
         return self.profile or self.evaluation or self.save is not None
 
 
+def replays(step: int, run: Run, cadence: Cadence) -> bool:
+    """Whether a step, counted from 1, is computed again on other devices: also each one that a checkpoint follows."""
+    if (every := run.guard.replay_every) is None:
+        return False
+    return step % every == 0 or step == run.train.steps or cadence.due_after(step) == "checkpoint"
+
+
 def due_after(step: int, run: Run, cadence: Cadence, profiler: Profiler, requests: RunSignals) -> Due:
     """Returns what is due after a step, counted from 1.
 

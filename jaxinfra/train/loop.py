@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 
 from jaxinfra.failpoints import failpoint
+from jaxinfra.parallel.spec import Batch
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.program import Metrics, TrainState
 from jaxinfra.train.cadence import Cadence
-from jaxinfra.train.due import Due, due_after
+from jaxinfra.train.due import Due, due_after, replays
 from jaxinfra.train.job import Job
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
@@ -33,6 +34,7 @@ class Loop:
         check_owner: raises RunInUseError if another start has taken over the run.
         after_step: does what is due after a step, given its metrics.
         save: saves a checkpoint of the last step, which somebody has asked for while a batch is late.
+        replay: makes a step, and computes it again on other devices; None without replays.
         leaves: returns the reason to stop after a checkpoint, or None; all processes call it, and find the same.
     """
 
@@ -48,6 +50,7 @@ class Loop:
     check_owner: Callable[[], None]
     after_step: Callable[[Due, Metrics], None]
     save: Callable[[], object]
+    replay: Callable[[int, TrainState, Batch], tuple[TrainState, Metrics]] | None = None
     leaves: Callable[[], str | None] = lambda: None
     _has_stepped: bool = field(default=False, init=False)
 
@@ -62,8 +65,7 @@ class Loop:
             if not self.job.peers.agreement.begins(step):  # all processes stop before it
                 return self.requests.stops_after(self.completed_steps)
             self.profiler.begin_step(step - 1, self.state)
-            with self.reporting.phases.first("train_step"):
-                self.state, metrics = self.job.program.train_step(self.state, batch)
+            self.state, metrics = self._step(step, batch)
             self.reporting.phases.begun = step
             self.job.peers.agreement.dispatches(step)
             failpoint("step", step)
@@ -83,6 +85,15 @@ class Loop:
             if due.save == "checkpoint" and step < last_step and (reason := self.leaves()) is not None:
                 return reason
         return None
+
+    def _step(self, step: int, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Dispatches a step; one that is computed twice has ended when this returns."""
+        if self.replay is not None and replays(step, self.job.run, self.cadence):
+            self.reporting.report_pending()
+            self.reporting.interval.pause()
+            return self.replay(step, self.state, batch)
+        with self.reporting.phases.first("train_step"):
+            return self.job.program.train_step(self.state, batch)
 
     def _wait(self, poll: Poll) -> NextBatch | str:
         """Returns the next batch; or the reason to stop before it, for the loop acts on requests while it is late."""

@@ -105,6 +105,8 @@ def _fix(job: Job, ratio: float) -> str:
     parts = next((parts for parts in range(2, rows + 1) if parts >= ratio and rows % parts == 0), None)
     use = "a smaller model, or more devices" if parts is None else f"train.global_batch={train.global_batch // parts}"
     tries = ["model.remat=full"] if getattr(job.run.model, "remat", "full") != "full" else []
+    if job.run.guard.replay_every is not None:  # which needs the state twice
+        tries.append("guard.replay_every=none")
     if parts is not None and train.canonical is None:
         tries.insert(0, f"train.accumulate={train.accumulate * parts}")
     return f"use {use}{f', or try {" or ".join(tries)}' if tries else ''}"

@@ -17,7 +17,8 @@ from statistics import median
 from typing import Self
 
 PHASES: tuple[str, ...] = (
-    *("init", "compile", "restore", "step", "device", "data", "save", "evaluation", "sample", "profile", "end"),
+    *("init", "compile", "restore", "step", "device", "data", "save", "evaluation", "replay", "sample", "profile"),
+    "end",
 )
 """The phases; "device" is the part of "step" in which the loop waits for the devices."""
 LOOP_PHASES = frozenset({"step", "device", "data"})

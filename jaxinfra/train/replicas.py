@@ -1,8 +1,7 @@
 """Compares what several devices hold a copy of, to find a device that computes wrong.
 
-Each device sums the bits of its own shards, with a weight for each position, modulo 2**32: a flipped bit changes the
-sum for certain, other differences with a probability of all but 2**-32. Only the sums leave the devices. Shards that
-one device alone holds, such as those of fully sharded parameters without `mesh.replica`, cannot be compared.
+Each device sums the bits of its own shards, and only the sums leave the devices. Shards that one device alone holds,
+such as those of fully sharded parameters without `mesh.replica`, cannot be compared.
 """
 
 from collections import Counter, defaultdict
@@ -16,38 +15,44 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.errors import CorruptionError
+from jaxinfra.parallel.bits import UNSIGNED, sum_bits
 from jaxinfra.parallel.spec import PyTree, leaf_name
-
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
-_ODD = np.uint32(2654435761)  # 2**32 / golden ratio; odd, so that no weight is 0 modulo 2**32
 
 
 class ReplicaCheck:
     """Compares the copies of a state's shards on a mesh, but for those in host memory.
 
     `state` is the train state as `ShapeDtypeStruct`s.
+
+    Attributes:
+        leaves: the parts of the state that are compared, with their names.
     """
 
     def __init__(self, mesh: Mesh, state: PyTree) -> None:
         self._mesh = mesh
         paths = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
         self._compared = [index for index, (_, leaf) in enumerate(paths) if _is_on_device(leaf)]
-        self._leaves = [paths[index] for index in self._compared]
+        self.leaves = [paths[index] for index in self._compared]
 
     def check(self, step: int, state: PyTree) -> None:
         """Raises CorruptionError, in all processes, if copies differ; it names the devices. Waits for the devices."""
-        leaves = jax.tree.leaves(state)
-        with jax.set_mesh(self._mesh):
-            sums = np.asarray(jax.device_get(self._sums([leaves[index] for index in self._compared])))
+        sums = self.sums(state)
         devices = self._mesh.devices.reshape(-1)
         column = {device: index for index, device in enumerate(devices)}
-        for (name, leaf), row in zip(self._leaves, sums, strict=True):
+        for (name, leaf), row in zip(self.leaves, sums, strict=True):
             groups: dict[str, list[Any]] = defaultdict(list)  # part of the array -> devices that hold a copy of it
             for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
                 groups[str(index)].append(device)
             for copies in groups.values():
-                if suspects := _minority({device: int(row[column[device]]) for device in copies}):
-                    raise CorruptionError(_message(step, name, suspects, len(copies)))
+                if suspects := minority({device: int(row[column[device]]) for device in copies}):
+                    processes = {each.process_index for each in suspects}
+                    raise CorruptionError(_message(step, name, suspects, len(copies)), processes)
+
+    def sums(self, state: PyTree) -> np.ndarray:
+        """Returns the sums of the bits of each device's shards: uint32[leaves, devices]. Waits for the devices."""
+        leaves = jax.tree.leaves(state)
+        with jax.set_mesh(self._mesh):
+            return np.asarray(jax.device_get(self._sums([leaves[index] for index in self._compared])))
 
     @cached_property
     def _sums(self) -> Any:
@@ -55,10 +60,10 @@ class ReplicaCheck:
         axes = self._mesh.axis_names
 
         def of_device(*leaves: jax.Array) -> jax.Array:
-            return jnp.stack([_weighted_sum(leaf) for leaf in leaves])[:, None]
+            return jnp.stack([sum_bits(leaf) for leaf in leaves])[:, None]
 
         def sums(leaves: Sequence[jax.Array]) -> jax.Array:
-            specs = tuple(leaf.sharding.spec for _, leaf in self._leaves)
+            specs = tuple(leaf.sharding.spec for _, leaf in self.leaves)
             by_device = jax.shard_map(of_device, in_specs=specs, out_specs=PartitionSpec(None, axes), check_vma=False)
             return jax.reshard(by_device(*leaves), NamedSharding(self._mesh, PartitionSpec()))
 
@@ -68,19 +73,10 @@ class ReplicaCheck:
 def _is_on_device(leaf: jax.ShapeDtypeStruct) -> bool:
     """Whether a part of the state is in device memory, and of a type whose bits can be summed."""
     kind = leaf.sharding.memory_kind if leaf.sharding is not None else None
-    return leaf.dtype.itemsize in _UNSIGNED and kind not in ("pinned_host", "unpinned_host")
+    return leaf.dtype.itemsize in UNSIGNED and kind not in ("pinned_host", "unpinned_host")
 
 
-def _weighted_sum(values: jax.Array) -> jax.Array:
-    """Returns the sum of the bits of each value times a weight that depends on its position, modulo 2**32."""
-    if values.dtype == jnp.bool_:
-        values = values.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(values, _UNSIGNED[values.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
-    weights = (2 * jax.lax.iota(jnp.uint32, bits.size) + 1) * _ODD
-    return jnp.sum(bits * weights, dtype=jnp.uint32)
-
-
-def _minority(sums: dict[Any, int]) -> list[Any]:
+def minority(sums: dict[Any, int]) -> list[Any]:
     """Returns the devices whose sum is not that of most; all devices if there is no majority."""
     counts = Counter(sums.values()).most_common()
     if len(counts) == 1:
@@ -91,7 +87,4 @@ def _minority(sums: dict[Any, int]) -> list[Any]:
 
 def _message(step: int, name: str, suspects: Sequence[Any], copies: int) -> str:
     devices = " or ".join(f"device {each.id} of process {each.process_index}" for each in suspects)
-    return (
-        f"step {step}: {devices}: holds other bits of {name} than the rest of its {copies} copies; nothing was saved "
-        "since the last comparison: test this device, then start the same command without it"
-    )
+    return f"step {step}: {devices}: holds other bits of {name} than the rest of its {copies} copies"

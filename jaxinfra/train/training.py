@@ -16,7 +16,14 @@ import jax
 
 from jaxinfra.config import Difference, fingerprint, write_record
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.errors import ConfigError, NonFiniteError, Preempted
+from jaxinfra.errors import (
+    ConfigError,
+    CorruptionError,
+    JaxinfraError,
+    NonFiniteError,
+    PeerLostError,
+    Preempted,
+)
 from jaxinfra.failpoints import failpoint
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.machine.compile_cache import compile_cache
@@ -39,6 +46,7 @@ from jaxinfra.train.loop import Loop
 from jaxinfra.train.memory_check import check_step, out_of_memory_errors
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
+from jaxinfra.train.replay import Replay
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.run_record import (
     existing_metrics,
@@ -130,6 +138,8 @@ def train(job: Job) -> Ended:
                         return training.run()
                     except Rewind as rewind:
                         step = go_back(job, opened, rewind)
+                    except CorruptionError as error:
+                        raise left_by_devices(job, opened, error) from None
 
 
 def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
@@ -147,6 +157,20 @@ def go_back(job: Job, opened: Opened, rewind: Rewind) -> int:
     if job.is_main:
         _log.warning("%s; going back to step %d, without the batches %d to %d", rewind, to, *decision.skip)
     return to
+
+
+def left_by_devices(job: Job, opened: Opened, error: CorruptionError) -> JaxinfraError:
+    """Returns the error with which this process ends, at the same time as the others, after one that names devices.
+
+    In an elastic run only the hosts of such devices end for good; all others start again without them.
+    """
+    opened.saving.checkpoints.wait_until_finished()
+    opened.saving.forget_copies()
+    newest = job.peers.broadcast(max(opened.saving.checkpoints.all_steps(), default=0))
+    line = f"{error}; its step is not saved, the newest checkpoint is {newest or 'none'}"
+    if round_number() and job.peers.index not in error.processes:
+        return PeerLostError(f"{line}; the other hosts go on without this one")
+    return CorruptionError(f"{line}; test this device, then start the same command without it")
 
 
 def lacks_evaluation(job: Job, step: int, record: Mapping[str, Any]) -> bool:
@@ -240,6 +264,7 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
+            replay=None if job.run.guard.replay_every is None else self._replay().step,
             leaves=self._leaves,
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
@@ -288,6 +313,10 @@ class Training:
         if (warning := input_bound_warning(wait_s, total_s, stages_s)) is not None:
             _log.warning("%s", warning)
         return reason
+
+    def _replay(self) -> Replay:
+        job = self._job
+        return Replay(job.program, job.peers, self._phases, self._trackers.log_note)
 
     # After a step
 
