@@ -369,6 +369,14 @@ def _size_bytes(text: str) -> int:
     return size
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"{CONFIG_HELP} (default: this folder, no mesh)")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides, such as root=s3://BUCKET/runs")
+    _add_imports(parser)
+    parser.add_argument("--json", metavar="FILE", help="also write what is found as JSON, to a file or URL")
+    add_processes(parser)
+
+
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
@@ -384,6 +392,7 @@ COMMANDS = {
     "explain": Command(_add_explain, "explain a config field, or list the fields"),
     "show": Command(_add_show, "print the resolved config and its statistics; uses no devices"),
     "plan": Command(_add_plan, "say how long a step takes on hardware that is absent, and what limits it"),
+    "doctor": Command(_add_doctor, "check hosts, packages, limits, clocks, disks and links of a run before its start"),
     "compile": Command(_add_compile, "compile the train step for hardware that is absent: memory, cycles, collectives"),
     "data prepare": Command(_add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),
     "data show": Command(_add_data_show, "print the counts, lengths, versions and samples of a store"),

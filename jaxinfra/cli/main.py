@@ -53,6 +53,7 @@ examples:
   {COMMAND} configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
   {COMMAND} show configs/llama3_8b.py mesh.fsdp=64
   {COMMAND} compile configs/llama3_8b.py --on v5p:4x4x4
+  {COMMAND} doctor configs/llama3_8b.py
   {COMMAND} data prepare configs/data/python_stdlib.py
   {COMMAND} data peek configs/quickstart.py --step 1234 --rank 3 --of 8
   {COMMAND} sample runs/quickstart "def main("

@@ -1,5 +1,6 @@
 """Messages between a process of a run and the hub of process 0: JSON over TCP, one a line."""
 
+import errno
 import json
 import socket
 import sys
@@ -8,6 +9,7 @@ import time
 from contextlib import ExitStack, suppress
 
 from jaxinfra.errors import ConfigError, PeerLostError
+from jaxinfra.machine.ports import listener_of
 from jaxinfra.processes.door import HELLO_S, SECRET, Json, OtherSecretError, ProtocolError, knock
 
 JOIN_S = 300.0
@@ -97,8 +99,9 @@ def listen(address: str) -> socket.socket:
             (host if is_local else "", port), family=family, dualstack_ipv6=both and not is_local
         )
     except OSError as error:
+        cause = f"{error.strerror}{listener_of(port) if error.errno == errno.EADDRINUSE else ''}"
         raise ConfigError(
-            f"{address}: process 0 cannot listen there: {error.strerror}; use another port: in all processes set "
+            f"{address}: process 0 cannot listen there: {cause}; use another port: in all processes set "
             "JAX_COORDINATOR_PORT, or --coordinator HOST:PORT if you use that"
         ) from None
 

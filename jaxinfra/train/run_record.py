@@ -105,9 +105,8 @@ def require_equal_processes(peers: Peers, loaded: Loaded[Run], dataset: Dataset)
     """Raises ConfigError if the processes of the run differ in what decides its numbers."""
     if peers.count == 1:
         return
-    fields = flatten(encode(loaded.run))
     peers.require_equal(
-        {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
+        equal_fields(loaded.run)
         | {
             "the data": dataset.fingerprint,
             "the code of jaxinfra": code_digest(Path(__file__).parents[1]),
@@ -119,6 +118,12 @@ def require_equal_processes(peers: Peers, loaded: Loaded[Run], dataset: Dataset)
     digests = user_code_digests(loaded.run)
     everywhere = set[str].intersection(*map(set, peers.gather([*digests])))  # some import more, for plots
     peers.require_equal({name: digests[name] for name in sorted(everywhere)})
+
+
+def equal_fields(run: Run) -> dict[str, str]:
+    """Returns the fields of a config that all processes must have alike, by their paths."""
+    fields = flatten(encode(run))
+    return {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
 
 
 def user_code_digests(run: Run) -> dict[str, str]:

@@ -159,7 +159,7 @@ class Saving(ClosedOnExit):
         if isinstance(peers, ConnectedPeers):
             swap = self._opened.enter_context(Exchange(peers)).swap
         number = peers.hosts[: peers.index].count(peers.hosts[peers.index])  # of the processes on this host
-        folder = _folder_of_copies(self._config.local, self._run_dir.location, number)
+        folder = folder_of_copies(self._config.local, self._run_dir.location, number)
         shards = StateShards(self._program.state, peers.hosts, peers.index)
         self._copies = self._opened.enter_context(
             LocalCopies(folder, self._start, shards, peers, swap, owned.secure if owned else lambda: None)
@@ -184,7 +184,7 @@ class Saving(ClosedOnExit):
             _log.warning("%s; training goes on without copies until then", error)
 
 
-def _folder_of_copies(local: str, location: str, number: int) -> Path:
+def folder_of_copies(local: str, location: str, number: int) -> Path:
     """Returns the folder of the copies of a run; each process on a host has its own."""
     full = location if is_remote(location) else os.path.realpath(location)
     return Path(os.path.abspath(local), f"{os.path.basename(full)}-{xxhash.xxh3_64_hexdigest(full.encode())}-{number}")

@@ -16,6 +16,7 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Loaded, validate
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.interfaces import Dataset
+from jaxinfra.doctor.compare import check_hosts
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.sampler import Sampler
 from jaxinfra.machine.compile_cache import compile_cache
@@ -92,6 +93,7 @@ class Trainer:
         Preempted; the same call resumes.
         """
         job = self.job
+        check_hosts(job.peers, job.run_dir.location)
         with read_by_first(job.peers):
             _ = job.data.dataset
         job.data.check_host_memory()

@@ -1,0 +1,3 @@
+from tests.tiny_run import tiny, tiny_data
+
+__all__ = ["tiny", "tiny_data"]
