@@ -8,7 +8,6 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.location import is_remote
 
@@ -66,4 +65,6 @@ class StackFiles:
             return
         path = Path(self._location, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(path, content)
+        part = path.with_suffix(".part")
+        part.write_bytes(content)  # not synced: the process has little time, and a disk may be what hangs
+        part.replace(path)
