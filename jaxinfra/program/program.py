@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.module import Module
+from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
@@ -244,9 +244,13 @@ class Program:
         return jax.jit(check)
 
     @cached_property
-    def gradients(self) -> Callable[..., Gradients]:
-        """`gradients(params, batch, reference=None) -> Gradients`, of the mean loss; compiled."""
-        return jax.jit(self._gradients)
+    def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
+        """`gradients(params, batch, reference=None)`: those of the mean loss, with sums and statistics; compiled."""
+
+        def gradients(params: Params, batch: Batch, reference: Params | None = None) -> tuple[Params, Sums, LayerStats]:
+            return self._gradients(params, batch, reference)[:3]
+
+        return jax.jit(gradients)
 
     def lower(self) -> jax.stages.Lowered:
         """Lowers the train step for the platform, from shapes alone."""
