@@ -67,6 +67,16 @@ BENCHES = {
         parts=("jaxinfra", "compress", "copy", "orbax", "tensorstore", "raw"),
         options=("pairs", "megabytes"),
     ),
+    "memory": BenchmarkSpec(
+        summary="host memory of a save and of a restore, on a disk and in a bucket, in 1, 2 and 4 processes",
+        parts=("disk", "bucket"),
+        options=("megabytes",),
+    ),
+    "mixture": BenchmarkSpec(
+        summary="a mixture of 40 sources in 8 processes, beside one source: threads, files, memory, requests, time",
+        parts=("disk", "bucket"),
+        options=("pairs",),
+    ),
     "hub": BenchmarkSpec(
         summary="published weights of 1 GB read onto a device and written, against raw reads and writes",
         parts=("read", "write"),
@@ -94,7 +104,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
     add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
     add_int(parser, "--tokens", MIN_TOKENS, help="data: tokens in the store (default 200 million)")
-    what = f"checkpoint, hub: size of the state or weights (default {DEFAULT_MEGABYTES})"
+    what = f"checkpoint, hub, memory: size of the state or weights (default {DEFAULT_MEGABYTES})"
     add_int(parser, "--megabytes", 1, help=what)
     parser.add_argument("--text", help="prepare: folder of text files (default: Python's standard library)")
     what = "accelerator: save there, in a folder or bucket that all hosts share (default: a temporary folder)"

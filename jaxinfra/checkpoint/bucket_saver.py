@@ -20,17 +20,18 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, cast, override
+from typing import Any, override
 
 import jax
 import numpy as np
 import xxhash
 
 from jaxinfra.checkpoint.bucket_index import folders, leftover_folders, require_index, update_index
-from jaxinfra.checkpoint.bucket_steps import BucketSteps, in_window
+from jaxinfra.checkpoint.bucket_steps import BucketSteps
 from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
-from jaxinfra.checkpoint.leaves import PyTree, leaf_types
+from jaxinfra.checkpoint.leaves import PyTree, from_shards, leaf_types, local_shards, pending_bytes, place
 from jaxinfra.checkpoint.manifest import MANIFEST_FILE, FileHash, Manifest, decode_hashes, encode_hashes, hash_bytes
+from jaxinfra.checkpoint.pending import in_window
 from jaxinfra.checkpoint.saver import Gather, Saver
 from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Index, Shard, relative
 from jaxinfra.errors import RunInUseError, StorageError
@@ -79,11 +80,12 @@ class BucketSaver(Saver):
         with jax.transfer_guard("allow"):
             chunks = [chunk for name, leaf in leaves.items() for chunk in _own_chunks(name, leaf, arrays[name])]
         manifest = partial(Manifest, step=step, leaves=leaf_types(state), record=record, metrics=metrics)
+        max_bytes = pending_bytes(state)
         failpoint("save.copy", step)
 
         def write() -> None:
             failpoint("save.write", step)
-            self._write(folder, arrays, chunks)
+            self._write(folder, arrays, chunks, max_bytes)
             failpoint("save.manifest", step)
             self._commit(folder, manifest)
 
@@ -110,7 +112,7 @@ class BucketSaver(Saver):
         with jax.transfer_guard("allow"):
             readers = [_ArrayReader(*leaf, array) for leaf, array in zip(leaves.items(), arrays, strict=True)]
             uses = {name: use for reader in readers for name, use in reader.uses()}
-            for name, content in self._store.read(step, manifest, uses):
+            for name, content in self._store.read(step, manifest, uses, pending_bytes(abstract)):
                 uses[name](content)
             return jax.tree.unflatten(tree, [reader.array() for reader in readers])
 
@@ -147,11 +149,11 @@ class BucketSaver(Saver):
         index = self._gather(index)[0]
         self._token, self._store.known = index["token"], index["steps"]
 
-    def _write(self, folder: str, arrays: Mapping[str, ChunkedArray], chunks: _Chunks) -> None:
+    def _write(self, folder: str, arrays: Mapping[str, ChunkedArray], chunks: _Chunks, max_bytes: int) -> None:
         """Writes the chunks of this process, and waits for those of the others; raises the first error of all."""
         problem = None
         try:
-            hashes = self._write_chunks(folder, chunks)
+            hashes = self._write_chunks(folder, chunks, max_bytes)
             if _is_main():
                 for name, array in arrays.items():
                     content = array.encode()
@@ -166,20 +168,22 @@ class BucketSaver(Saver):
             if each is not None:
                 raise StorageError(f"process {index}: {each}")
 
-    def _write_chunks(self, folder: str, chunks: _Chunks) -> dict[str, FileHash]:
-        """Writes chunks and reads them back; returns the hash of each."""
+    def _write_chunks(self, folder: str, chunks: _Chunks, max_bytes: int) -> dict[str, FileHash]:
+        """Writes chunks, as many at once as have `max_bytes`, and reads them back; returns the hash of each."""
         hashes: dict[str, FileHash] = {}
 
-        def writes() -> Iterator[tuple[Any, int]]:
-            for name, values in chunks:
-                content = values.tobytes()
-                hashes[name] = hash_bytes(content)
-                yield self._objects.start_write(f"{folder}/{name}", content), len(content)
+        def start_write(name: str, values: np.ndarray) -> Any:
+            content = values.tobytes()
+            hashes[name] = hash_bytes(content)
+            return self._objects.start_write(f"{folder}/{name}", content)
 
-        for write in in_window(writes()):
+        writes = ((partial(start_write, *chunk), chunk[1].nbytes) for chunk in chunks)
+        for write in in_window(writes, max_bytes):
             write.result()
-        reads = ((self._objects.start_read(f"{folder}/{name}"), each.num_bytes) for name, each in hashes.items())
-        for (name, expected), read in zip(hashes.items(), in_window(reads), strict=True):
+        reads = (
+            (partial(self._objects.start_read, f"{folder}/{name}"), each.num_bytes) for name, each in hashes.items()
+        )
+        for (name, expected), read in zip(hashes.items(), in_window(reads, max_bytes), strict=True):
             result = read.result()
             if result.state != "value" or hash_bytes(result.value) != expected:
                 raise StorageError(f"{self._objects.url_of(folder)}/{name}: does not hold what was just written")
@@ -255,13 +259,8 @@ class _ArrayReader:
 
     def __init__(self, name: str, abstract: jax.ShapeDtypeStruct, stored: ChunkedArray) -> None:
         self._name, self._abstract, self._stored = name, abstract, stored
-        self._sharding = cast(jax.sharding.Sharding, abstract.sharding)
         self._on_devices: list[jax.Array] = []
-        devices: dict[str, tuple[Index, list[Any]]] = {}  # by index in the array: replicas have the same
-        for device, index in self._sharding.addressable_devices_indices_map(abstract.shape).items():
-            assert index is not None
-            devices.setdefault(str(index), (index, []))[1].append(device)
-        self._shards = [(index, onto) for index, onto in devices.values()]
+        self._shards = local_shards(abstract)
 
     def uses(self) -> Iterator[tuple[str, Callable[[bytes], None]]]:
         """Yields the name of each object to read, and what to do with its content; each is read once."""
@@ -286,9 +285,7 @@ class _ArrayReader:
 
     def array(self) -> jax.Array:
         """Returns the array, once all objects have been used."""
-        return jax.make_array_from_single_device_arrays(self._abstract.shape, self._sharding, self._on_devices)
+        return from_shards(self._abstract, self._on_devices)
 
     def _place(self, shard: Shard, onto: Sequence[Any]) -> None:
-        values = shard.take().astype(self._abstract.dtype, copy=False)
-        places = [jax.sharding.SingleDeviceSharding(each, memory_kind=self._sharding.memory_kind) for each in onto]
-        self._on_devices.extend(jax.device_put(values, each) for each in places)
+        self._on_devices += place(shard.take(), self._abstract, onto)

@@ -1,14 +1,14 @@
 """The checkpoints in a bucket as objects. Imports no JAX."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, override
 
 import numpy as np
-import tensorstore as ts
 
 from jaxinfra.checkpoint.bucket_index import FOLDER, Steps, leftover_folders, read_manifest, require_index, update_index
 from jaxinfra.checkpoint.manifest import MANIFEST_FILE, DamageError, Manifest, in_threads, verify_bytes
+from jaxinfra.checkpoint.pending import in_window
 from jaxinfra.checkpoint.step_store import Leftover, StepStore
 from jaxinfra.checkpoint.zarr_chunks import METADATA_FILE, ChunkedArray, Shard
 from jaxinfra.errors import DataError
@@ -17,7 +17,7 @@ from jaxinfra.storage.lease import Lease
 from jaxinfra.storage.objects import ObjectStore
 
 _THREADS = 16  # each asks for the size of an object
-_MAX_PENDING_BYTES = 1 << 30  # of host memory, for objects on their way
+_PENDING_BYTES = 1 << 30  # of host memory, for objects on their way to a command, which has no state
 
 
 class BucketSteps(StepStore):
@@ -94,24 +94,30 @@ class BucketSteps(StepStore):
         """Returns the folder of a step."""
         return self._entry(step)["folder"]
 
-    def read(self, step: int, manifest: Manifest, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Reads objects of a step, several at once, and yields the content of each, as its hash says.
+    def read(
+        self, step: int, manifest: Manifest, names: Iterable[str], max_bytes: int = _PENDING_BYTES
+    ) -> Iterator[tuple[str, bytes]]:
+        """Reads objects of a step, as many at once as have `max_bytes`, and yields the content of each, as hashed.
 
         Raises DamageError for the first that is missing or damaged, or StorageError while the bucket cannot be reached,
         which says nothing about the step.
         """
-        for name, found in self._read(step, manifest, names):
+        for name, found in self._read(step, manifest, names, max_bytes):
             if isinstance(found, DamageError):
                 raise found
             yield name, found
 
-    def _read(self, step: int, manifest: Manifest, names: Iterable[str]) -> Iterator[tuple[str, bytes | DamageError]]:
+    def _read(
+        self, step: int, manifest: Manifest, names: Iterable[str], max_bytes: int = _PENDING_BYTES
+    ) -> Iterator[tuple[str, bytes | DamageError]]:
         """Yields what is wrong with an object in place of its content."""
         folder, names = self.folder(step), [*names]
         if unknown := [name for name in names if name not in manifest.files]:
             raise DamageError(f"{folder}/{MANIFEST_FILE} has no {unknown[0]}")
-        reads = ((self.objects.start_read(f"{folder}/{name}"), manifest.files[name].num_bytes) for name in names)
-        for name, read in zip(names, in_window(reads), strict=True):
+        reads = (
+            (partial(self.objects.start_read, f"{folder}/{name}"), manifest.files[name].num_bytes) for name in names
+        )
+        for name, read in zip(names, in_window(reads, max_bytes), strict=True):
             found: bytes | DamageError
             try:
                 result = call_storage(self.objects.url_of(f"{folder}/{name}"), read.result)
@@ -143,20 +149,3 @@ class BucketSteps(StepStore):
             return Manifest.decode(content, int(match["step"])).num_bytes
         except DamageError:
             return None
-
-
-def in_window[T](started: Iterable[tuple[ts.Future[T], int]]) -> Iterator[ts.Future[T]]:
-    """Yields reads or writes in order, to wait for the result of each; the next ones are on their way meanwhile.
-
-    Each begins when `started` is asked for it, which tells its bytes: all on their way fit in `_MAX_PENDING_BYTES`.
-    """
-    pending, pending_bytes = deque[tuple[ts.Future[T], int]](), 0
-    for future, num_bytes in started:
-        pending.append((future, num_bytes))
-        pending_bytes += num_bytes
-        while pending_bytes > _MAX_PENDING_BYTES:
-            first, first_bytes = pending.popleft()
-            yield first
-            pending_bytes -= first_bytes
-    while pending:
-        yield pending.popleft()[0]

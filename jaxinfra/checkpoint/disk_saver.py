@@ -11,7 +11,7 @@ Exceptions of Orbax, TensorStore and the operating system pass through, StorageE
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +19,23 @@ from pathlib import Path
 from typing import Any, override
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
 from jaxinfra.checkpoint.disk_steps import DiskSteps
-from jaxinfra.checkpoint.leaves import PyTree, leaf_types, split_parts
+from jaxinfra.checkpoint.leaves import (
+    PyTree,
+    from_shards,
+    leaf_types,
+    local_shards,
+    pending_bytes,
+    place,
+    split_parts,
+)
 from jaxinfra.checkpoint.manifest import (
     MANIFEST_FILE,
     DamageError,
@@ -35,11 +45,12 @@ from jaxinfra.checkpoint.manifest import (
     hash_files,
     verify_files,
 )
+from jaxinfra.checkpoint.pending import in_window, read_bytes
 from jaxinfra.checkpoint.saver import Gather, Saver
 from jaxinfra.checkpoint.step_store import step_health
 from jaxinfra.errors import ConfigError
 from jaxinfra.failpoints import failpoint
-from jaxinfra.parallel.spec import leaf_name, leaves_by_name
+from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.patches import mend_orbax
 from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.lease import Lease
@@ -106,26 +117,27 @@ class DiskSaver(Saver):
 
     @override
     def restore[T](self, step: int, abstract: T) -> T:
-        # A reader is alone: Orbax does not wait for other processes.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="reader"
-        )
-        parts, join = split_parts(abstract)
+        parts, _ = split_parts(abstract)
         self._verify_together(step, [*parts])
         failpoint("restore", step)
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with jax.transfer_guard("allow"), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        paths, tree = jax.tree.flatten_with_path(abstract)
+        leaves = {leaf_name(path): leaf for path, leaf in paths}
+        found: dict[str, list[jax.Array]] = {name: [] for name in leaves}
+        targets: list[tuple[str, Sequence[Any]]] = []
 
-            def read(name: str) -> Any:
-                """Reads a part in the structure that it was saved in: a copy has dicts in place of tuples."""
-                folder, wanted = epath.Path(self._store.folder(step) / name), leaves_by_name(parts[name])
-                item = jax.tree.map_with_path(lambda path, _: wanted[leaf_name(path)], handler.metadata(folder).tree)
-                restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-                saved = reader.restore(folder, args=ocp.args.PyTreeRestore(item, restore_args=restore_args))
-                found = leaves_by_name(saved)
-                return jax.tree.unflatten(jax.tree.structure(parts[name]), [found[each] for each in wanted])
+        def reads() -> Iterator[tuple[Callable[[], ts.Future[np.ndarray]], int]]:
+            for name, leaf in leaves.items():
+                stored = self._store.open_leaf(step, name)
+                for index, devices in local_shards(leaf):
+                    targets.append((name, devices))
+                    yield stored[index].read, read_bytes(stored, index)
 
-            return join({name: read(name) for name in parts})
+        with jax.transfer_guard("allow"):
+            # What is under way is there twice: as it is stored, and as an array.
+            for number, read in enumerate(in_window(reads(), pending_bytes(abstract) // 2)):
+                name, devices = targets[number]
+                found[name] += place(read.result(), leaves[name], devices)
+            return jax.tree.unflatten(tree, [from_shards(leaf, found[name]) for name, leaf in leaves.items()])
 
     @override
     def set_aside(self, step: int) -> str:

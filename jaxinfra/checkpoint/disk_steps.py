@@ -9,6 +9,7 @@ STEP.orbax-checkpoint-tmp...  a save or a copy in progress, or what an interrupt
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, override
 
@@ -27,6 +28,12 @@ _DELETED = ".deleted-"
 _STEP = re.compile(r"0|[1-9]\d*", re.ASCII)
 _INCOMPLETE = re.compile(rf"\d+{re.escape(TEMPORARY)}.*|{re.escape(_DELETED)}.*", re.ASCII)
 _DAMAGED = re.compile(r"\d+\.damaged(-\d+)?", re.ASCII)
+
+
+@cache
+def _context() -> ts.Context:
+    """Returns a context that caches where arrays are in the files of a step, and nothing of them."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#tree": {"total_bytes_limit": 16 << 20}})
 
 
 class DiskSteps(StepStore):
@@ -56,14 +63,23 @@ class DiskSteps(StepStore):
 
     @override
     def read_leaf(self, step: int, manifest: Manifest, name: str) -> np.ndarray:
-        part, _, within = name.partition(".")
-        base = {"driver": "file", "path": f"{self.folder(step).absolute() / part}/"}  # a URL would need its escapes
-        kvstore: dict[str, object] = {"driver": "ocdbt", "base": base}
-        spec = {"driver": "zarr", "kvstore": kvstore | ({"path": f"{within}/"} if within else {})}
         try:
-            return ts.open(spec, open=True, read=True).result().read().result()
+            return self.open_leaf(step, name).read().result()
         except ValueError as error:
             raise DamageError(f"{name}: {error}") from error
+
+    def open_leaf(self, step: int, name: str) -> ts.TensorStore:
+        """Opens an array of a step; raises ValueError of TensorStore if it is missing or damaged."""
+        part, _, within = name.partition(".")
+        base = {"driver": "file", "path": f"{self.folder(step).absolute() / part}/"}  # a URL would need its escapes
+        kvstore = {
+            "driver": "ocdbt",
+            "base": base,
+            "path": f"{within}/" if within else "",
+            "cache_pool": "cache_pool#tree",
+        }
+        spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": "open"}
+        return ts.open(spec, open=True, read=True, context=_context()).result()
 
     @override
     def leftovers(self) -> list[Leftover]:

@@ -3,12 +3,14 @@
 A leaf's name is its path, such as `params.layers.w` or `opt_state.0.mu`, whether its parents are dicts or tuples.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
 
+from jaxinfra.checkpoint.zarr_chunks import Index
 from jaxinfra.parallel.spec import leaf_name, leaves_by_name
 
 type PyTree = object  # of arrays, or of anything with a shape and a dtype
@@ -56,6 +58,41 @@ def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str
             in_run, in_checkpoint = wanted.get(name, "missing"), saved.get(name, "missing")
             return f"{name} is {in_run} in this run and {in_checkpoint} in the checkpoint"
     return None
+
+
+def local_shards(leaf: jax.ShapeDtypeStruct) -> list[tuple[Index, list[Any]]]:
+    """Returns the parts of an array that this process has, each with its devices, which are several for replicas."""
+    devices: dict[str, tuple[Index, list[Any]]] = {}
+    for device, index in cast(jax.sharding.Sharding, leaf.sharding).addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None
+        devices.setdefault(str(index), (index, []))[1].append(device)
+    return [*devices.values()]
+
+
+def place(values: np.ndarray, leaf: jax.ShapeDtypeStruct, devices: Sequence[Any]) -> list[jax.Array]:
+    """Copies a part of an array onto devices; returns once the values may be freed."""
+    kind = cast(jax.sharding.Sharding, leaf.sharding).memory_kind
+    places = [jax.sharding.SingleDeviceSharding(each, memory_kind=kind) for each in devices]
+    values = values.astype(leaf.dtype, copy=False)
+    return jax.block_until_ready([jax.device_put(values, each, may_alias=False) for each in places])
+
+
+def from_shards(leaf: jax.ShapeDtypeStruct, shards: Sequence[jax.Array]) -> jax.Array:
+    """Returns the array that has these parts on the devices of this process."""
+    return jax.make_array_from_single_device_arrays(leaf.shape, cast(jax.sharding.Sharding, leaf.sharding), shards)
+
+
+def pending_bytes(tree: PyTree) -> int:
+    """Returns how many bytes of a state, of arrays with shardings, a process may read or write at once.
+
+    They come on top of its share of the state, in host memory. With the share it grows, so that a large state has
+    many reads under way, as a network needs.
+    """
+    own = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
+        for leaf in jax.tree.leaves(tree)
+    )
+    return (128 << 20) + own // 10
 
 
 def tree_bytes(tree: PyTree) -> int:

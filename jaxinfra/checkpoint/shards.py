@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import xxhash
 
-from jaxinfra.checkpoint.leaves import leaf_types
+from jaxinfra.checkpoint.leaves import leaf_types, place
 
 type Bounds = tuple[tuple[int, int], ...]
 """First and last index, plus one, of a shard in each dimension of its array."""
@@ -102,18 +102,15 @@ class StateShards[State]:
                 part.copy_to_host_async()
             return {number: _bytes_of(np.asarray(part)) for number, part in parts.items()}
 
-    def to_devices(self, contents: Mapping[int, Any]) -> State:
-        """Returns the state whose own shards have these bytes."""
+    def to_devices(self, contents: dict[int, Any]) -> State:
+        """Returns the state whose own shards have these bytes, and takes each out once it is on its devices."""
         leaves, structure = jax.tree.flatten(self._abstract_state)
         arrays: list[list[jax.Array]] = [[] for _ in leaves]
         with jax.transfer_guard("allow"):
             for number in self.own:
                 shard = self._shards[number]
-                values = np.ndarray(shard.shape, shard.dtype, contents[number])
-                memory_kind = leaves[shard.leaf].sharding.memory_kind
-                for device in self._own_devices(shard):
-                    place = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
-                    arrays[shard.leaf].append(jax.device_put(values, place))
+                values = np.ndarray(shard.shape, shard.dtype, contents.pop(number))
+                arrays[shard.leaf] += place(values, leaves[shard.leaf], self._own_devices(shard))
         return jax.tree.unflatten(
             structure,
             [

@@ -21,7 +21,15 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
 from jaxinfra.data.store_data import resolve_version
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import PackingMode, TokenData, TokenDataset, TokenRows, TokenSamples, packing_problems
+from jaxinfra.data.tokens import (
+    ConcatSamples,
+    PackingMode,
+    TokenData,
+    TokenDataset,
+    TokenRows,
+    TokenSamples,
+    packing_problems,
+)
 from jaxinfra.errors import ConfigError
 
 
@@ -129,14 +137,25 @@ class MixtureSamples(Samples):
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         source_B = self.source_of(ids)
         batch: Batch = {}
-        for source in np.unique(source_B):
-            own_B = source_B == source
-            own_rows = self._parts[source].read(ids[own_B] - self.offsets[source], weighted=weighted)
-            for name, array in own_rows.items():
+
+        def add(rows: np.ndarray, found: Batch) -> None:
+            for name, array in found.items():
                 if name not in batch:
                     # Unlike `np.empty`, it reuses the memory of earlier batches.
                     batch[name] = buffers.empty((len(ids), *array.shape[1:]), array.dtype)
-                batch[name][own_B] = array
+                batch[name][rows] = array
+
+        together = list[tuple[np.ndarray, ConcatSamples, np.ndarray]]()
+        for source in np.unique(source_B):
+            part, rows = self._parts[source], np.flatnonzero(source_B == source)
+            own = ids[rows] - self.offsets[source]
+            if isinstance(part, ConcatSamples) and not part.is_masked:
+                together.append((rows, part, own))
+            else:
+                add(rows, part.read(own, weighted=weighted))
+        if together:
+            found = ConcatSamples.read_together([(part, own) for _, part, own in together], weighted=weighted)
+            add(np.concatenate([rows for rows, _, _ in together]), found)
         return batch
 
     def source_of(self, ids: np.ndarray) -> np.ndarray:

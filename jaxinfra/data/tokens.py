@@ -4,7 +4,7 @@ Shape suffixes: B rows of a batch, W = seq_len + 1 tokens of a row, P packed seg
 V ids of the vocabulary, 2 a first element and a second one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ClassVar, Literal, override
@@ -20,7 +20,7 @@ from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.sequences import num_sequences, packed_batch, split_inputs_targets
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import PREPARE, TokenStore
+from jaxinfra.data.store.store import PREPARE, TokenStore, read_tokens_together
 from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
@@ -138,15 +138,34 @@ class ConcatSamples(TokenSamples):
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        data, store, rows = self._data, self._store, len(ids)
         with self._read_time.running():
-            starts, lengths = ids * data.seq_len, np.full(rows, data.seq_len + 1)
-            tokens_N, mask_N = store.read_with_mask(self._split, starts, lengths)
+            tokens_N, mask_N = self._store.read_with_mask(self._split, *self._ranges(ids))
+        return self._batch(tokens_N, mask_N, weighted)
+
+    @staticmethod
+    def read_together(parts: "Sequence[tuple[ConcatSamples, np.ndarray]]", *, weighted: bool) -> Batch:
+        """Reads samples of the same split of several stores, in their order, which have one tokenizer and no masks."""
+        first, _ = parts[0]
+        with first._read_time.running():
+            reads = [(part._store, *part._ranges(ids)) for part, ids in parts]
+            tokens_N = read_tokens_together(first._split, reads)
+        return first._batch(tokens_N, None, weighted)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the store has a mask of the tokens that count in the loss."""
+        return self._store.manifest.masked
+
+    def _ranges(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return ids * self._data.seq_len, np.full(len(ids), self._data.seq_len + 1)
+
+    def _batch(self, tokens_N: np.ndarray, mask_N: np.ndarray | None, weighted: bool) -> Batch:
+        width = self._data.seq_len + 1
         batch = split_inputs_targets(
-            tokens_N.reshape(rows, -1),
-            eot_id=store.manifest.tokenizer_info.eot_id,
-            mask_documents=data.mask_documents,
-            mask_BW=None if mask_N is None else mask_N.reshape(rows, -1),
+            tokens_N.reshape(-1, width),
+            eot_id=self._store.manifest.tokenizer_info.eot_id,
+            mask_documents=self._data.mask_documents,
+            mask_BW=None if mask_N is None else mask_N.reshape(-1, width),
         )
         if weighted and "weights" not in batch:
             batch["weights"] = np.ones(batch["targets"].shape, np.float32)

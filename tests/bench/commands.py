@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from jaxinfra.errors import ConfigError
@@ -45,6 +46,12 @@ def run_command(command: Sequence[str], env: Mapping[str, str]) -> str:
     if not process.stdout.strip():
         raise command_error(command, process.stderr)
     return process.stdout
+
+
+def run_together(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[str]:
+    """Runs a command at once in each of these environments; returns their stdouts, raises as `run_command`."""
+    with ThreadPoolExecutor(len(environments)) as threads:
+        return [*threads.map(partial(run_command, command), environments)]
 
 
 def require_success(command: Sequence[str], code: int, stderr: str) -> None:

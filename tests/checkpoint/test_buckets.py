@@ -280,10 +280,10 @@ def test_no_such_step(server: Server) -> None:
 
 
 def test_large_arrays_have_several_chunks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxinfra.checkpoint import bucket_steps, zarr_chunks
+    from jaxinfra.checkpoint import bucket_saver, zarr_chunks
 
     monkeypatch.setattr(zarr_chunks, "MAX_CHUNK_BYTES", 300)
-    monkeypatch.setattr(bucket_steps, "_MAX_PENDING_BYTES", 1000)
+    monkeypatch.setattr(bucket_saver, "pending_bytes", lambda state: 1000)
     url = server.new_url()
     expected = saved(url, 1, fsdp=2)
     sizes = {name: len(server.get(f"{url}/{name}")) for name in ObjectStore(url).list_names() if "/c/" in name}

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.tokenizers import Bytes
+from jaxinfra.track.memory import process_metrics
 from tests.refusals import names, problem, raises
 from tests.stores import bytes_recipe, jsonl
 
@@ -62,6 +64,33 @@ def batches(data, *, start_step=0, steps=30):
 def letters(batch):
     """Returns the letter of each row, which names its store."""
     return ["abc"[int(row[row < 128].max()) - ord("a")] for row in batch["inputs"]]
+
+
+def test_forty_sources_take_no_more_threads_and_files_than_one(data):
+    def taken(mixture):
+        opened = mixture.open()
+        options = {"global_batch": 12, "rows": slice(None), "start_step": 0, "steps": 1000}
+        with closing(iter(BatchLoader(mixture, opened.train, sample_ids=opened.sample_ids, **options))) as batches:
+            for _ in range(30):
+                next(batches)
+            found = process_metrics()
+        return {name: found[name] for name in ("threads", "open_files") if name in found}
+
+    one = taken(replace(data, sources=data.sources[:1], stages=()))
+    forty = taken(replace(data, sources=14 * data.sources, stages=()))
+    assert all(forty[name] <= one[name] + 8 for name in one), (one, forty)
+
+
+def test_a_damaged_store_of_a_mixture_is_named(stores, tmp_path):
+    copies = [shutil.copytree(store, tmp_path / Path(store).name) for store in stores]
+    data = Mixture(sources=tuple(MixSource(store=str(copy)) for copy in copies), seq_len=T)
+    (damaged,) = copies[1].glob("*/train/tokens/c/0")
+    content = bytearray(damaged.read_bytes())
+    content[0] ^= 1
+    damaged.write_bytes(content)
+    with raises(DataError) as caught:
+        batches(data)
+    assert str(copies[1]) in str(caught.value) and "twice" in str(caught.value)
 
 
 def test_stages_set_the_shares(data):

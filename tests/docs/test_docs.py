@@ -43,6 +43,8 @@ RUN_ELSEWHERE = {
     "python -m launch bench prepare": "tests/bench",
     "python -m launch bench checkpoint": "tests/bench",
     "python -m launch bench hub": "tests/bench",
+    "python -m launch bench memory --megabytes 2000": "tests/bench",
+    "python -m launch bench mixture": "tests/bench",
     "python -m launch bench verdicts": "tests/bench",
     "python -m launch faults --only 19,20": "tests/faults",
     "python -m launch parity --write docs/parallelism.md": "tests/cli/test_parity.py",

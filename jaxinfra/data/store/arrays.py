@@ -11,7 +11,7 @@ with 64 Ki. One read of all ranges takes a third less than separate reads. Zstan
 costs a third to two thirds of the speed, so chunks are not compressed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorstore as ts
@@ -92,9 +92,18 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
     """
     if not len(starts):
         return np.empty((0, *array.shape[1:]), array.dtype.numpy_dtype)
+    return read_several([(array, starts, lengths)], path)
+
+
+def read_several(parts: Iterable[tuple[ts.TensorStore, Sequence[int], Sequence[int]]], path: str) -> np.ndarray:
+    """Reads ranges of several arrays of one type in one request, concatenated; raises as `read_ranges`."""
 
     def read() -> np.ndarray:
-        ranges = [array[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+        ranges = [
+            array[start : start + n]
+            for array, starts, lengths in parts
+            for start, n in zip(starts, lengths, strict=True)
+        ]
         with ts.Batch() as batch:  # opens each shard once, not once for each range
             future = ts.concat(ranges, axis=0).read(batch=batch)
         return future.result()

@@ -21,7 +21,7 @@ import xxhash
 from jaxinfra.command import COMMAND
 from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
-from jaxinfra.data.store.blocks import CheckedArray, read_file
+from jaxinfra.data.store.blocks import CheckedArray, read_file, read_together
 from jaxinfra.data.store.layout import IMAGES, MASK, OFFSETS, TOKENS, holds_blocks
 from jaxinfra.data.store.manifest import Kind, Manifest, Split
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
@@ -214,3 +214,15 @@ class TokenStore(Store):
                 f"{starts_P[i] + lengths_P[i]}; {DAMAGED_VERSION_FIX}"
             )
         return tokens_N
+
+
+def read_tokens_together(split: Split, parts: Sequence[tuple[TokenStore, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Reads ranges (starts and lengths) of tokens of several stores with one tokenizer, concatenated.
+
+    Raises as `TokenStore.read`.
+    """
+    name = f"{split}/{TOKENS}"
+    tokens_N = read_together([(store._open(name), starts_P, lengths_P) for store, starts_P, lengths_P in parts])
+    if tokens_N.size and int(tokens_N.max()) >= parts[0][0].manifest.tokenizer_info.vocab_size:
+        return np.concatenate([store._read_tokens(split, *ranges) for store, *ranges in parts])  # tells where
+    return tokens_N
