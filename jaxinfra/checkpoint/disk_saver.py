@@ -134,7 +134,7 @@ class DiskSaver(Saver):
 
         with jax.transfer_guard("allow"):
             # What is under way is there twice: as it is stored, and as an array.
-            for number, read in enumerate(in_window(reads(), pending_bytes(abstract) // 2)):
+            for number, read in enumerate(in_window(reads(), pending_bytes(abstract) * 2 // 3)):
                 name, devices = targets[number]
                 found[name] += place(read.result(), leaves[name], devices)
             return jax.tree.unflatten(tree, [from_shards(leaf, found[name]) for name, leaf in leaves.items()])

@@ -92,7 +92,7 @@ def pending_bytes(tree: PyTree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
         for leaf in jax.tree.leaves(tree)
     )
-    return (128 << 20) + own // 10
+    return (96 << 20) + own // 16
 
 
 def tree_bytes(tree: PyTree) -> int:
