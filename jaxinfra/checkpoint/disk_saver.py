@@ -1,4 +1,4 @@
-"""Saves and restores checkpoints on a disk with Orbax.
+"""Saves checkpoints on a disk with Orbax, and restores them with TensorStore.
 
 A step is a folder, with a folder for each part of the state ("params", "opt_state"), which Orbax can read without this
 package, and the manifest. Orbax writes into a temporary folder. Each process hashes the files that it has written,

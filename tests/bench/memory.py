@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     found = [row for kind in options.only or CASES for row in CASES[kind](options)]
     return BenchmarkResult(
         text=format_table(COLUMNS, found),
-        note=f"{options.megabytes:,} MB in {3 * len(LEAVES)} float32 arrays; one call each, the highest of all processes",
+        note=f"{options.megabytes:,} MB in {3 * len(LEAVES)} float32 arrays; one call each, the highest of the processes",
         measurements={"rows": found, "megabytes": options.megabytes},
     )
 
