@@ -290,7 +290,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
 
     @override
     def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("each part is restored by Orbax's own handler")
+        raise NotImplementedError("checkpoints are restored with TensorStore")
 
     @override
     def finalize(self, directory: epath.Path) -> None:
