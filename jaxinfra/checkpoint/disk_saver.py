@@ -57,7 +57,7 @@ from jaxinfra.storage.lease import Lease
 
 _TIMEOUT_S = 10 * 365 * 24 * 3600
 """Seconds that Orbax may wait: more than any change of the clock, by which it measures. `gather` limits the wait."""
-_PATTERNS = "*?[]\\"
+_PATTERNS = "*?[\\"
 _HASHES = "hashes."  # the file of the hashes of one process, before process 0 writes the manifest
 
 

@@ -93,7 +93,7 @@ class _Examination:
         digests = {name: digests[name] for name in sorted(everywhere)}
         self._compare("code", digests, f"the same in {len(digests)} modules", "copy the same code to all hosts")
         offsets = compare.clock_offsets(self._peers)
-        self.findings.append(compare.judge_clocks(offsets, self._names, signs=is_remote(self._root)))
+        self.findings.append(compare.judge_clocks(offsets, self._names, signs=self._root.startswith("s3://")))
         if isinstance(self._peers, ConnectedPeers):
             self.findings.append(speeds.judge_links(speeds.link_speeds(self._peers), self._names))
 

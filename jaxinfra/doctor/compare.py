@@ -10,7 +10,6 @@ from jaxinfra.doctor.host import host_findings
 from jaxinfra.errors import error_of_code
 from jaxinfra.machine.platforms import default_platform
 from jaxinfra.processes.peers import Peers
-from jaxinfra.storage.location import is_remote
 
 _CLOCK_ROUNDS = 3
 _CLOCK_S, _SIGNATURE_S = 5.0, 900.0  # S3 refuses signatures that are 15 minutes off (RequestTimeTooSkewed)
@@ -66,7 +65,7 @@ def check_hosts(peers: Peers, location: str) -> None:
     found = peers.gather(host_findings(location, default_platform()))
     findings = merge([[Finding(*each) for each in of_process] for of_process in found], peers.name_of)
     names = [peers.name_of(index) for index in range(peers.count)]
-    findings.append(judge_clocks(clock_offsets(peers), names, signs=is_remote(location)))
+    findings.append(judge_clocks(clock_offsets(peers), names, signs=location.startswith("s3://")))
     said = [(each.level, f"doctor: {each.check}: {each.found}; {each.fix}") for each in findings if each.level != "ok"]
     if code := exit_code(findings):
         raise error_of_code(code, listed(line for level, line in said if level == "fail"))

@@ -48,7 +48,7 @@ def host_findings(location: str, platform: str) -> list[Finding]:
     if math.isfinite(total := total_bytes()):
         found.append(Finding("memory", "ok", f"{format_bytes(available_bytes())} of {format_bytes(total)} free"))
     if not is_remote(location) and _MOUNTS.exists():
-        found.append(mount_options(_MOUNTS.read_text(), location))
+        found.append(mount_options(_MOUNTS.read_text(errors="surrogateescape"), location))
     return found
 
 

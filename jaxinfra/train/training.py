@@ -164,7 +164,10 @@ def left_by_devices(job: Job, opened: Opened, error: CorruptionError) -> Jaxinfr
 
     In an elastic run only the hosts of such devices end for good; all others start again without them.
     """
-    opened.saving.checkpoints.wait_until_finished()
+    try:
+        opened.saving.checkpoints.wait_until_finished()
+    except JaxinfraError as problem:  # it must not hide the device
+        _log.warning("%s", problem)
     opened.saving.forget_copies()
     newest = job.peers.broadcast(max(opened.saving.checkpoints.all_steps(), default=0))
     line = f"{error}; its step is not saved, the newest checkpoint is {newest or 'none'}"

@@ -77,7 +77,18 @@ def test_the_options_of_the_page_exist() -> None:
         assert variables(words.replace("--env ", "").split())
     ours = {*re.findall(r"(?<![-\w])--([a-z][-a-z]+)", re.sub(r"^gcloud.*$", "", PAGE, flags=re.MULTILINE))}
     of_others = {"rank", "follow", "prices", "on", "shm-size", "member", "role", "permissions", "location"}
-    of_others |= {"uniform-bucket-level-access", "kill", "no-kill", "partition", "gpus-per-node", "time"}
+    of_others |= {
+        "uniform-bucket-level-access",
+        "kill",
+        "no-kill",
+        "partition",
+        "gpus-per-node",
+        "cpus-per-task",
+        "time",
+        "gpus",
+        "gres",
+        "tres",
+    }
     missing = {name for name in ours if name.replace("-", "_") not in parsed} - of_others
     assert not missing
 

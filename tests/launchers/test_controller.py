@@ -52,6 +52,7 @@ class Place:
     state: HostState = field(default_factory=lambda: HostState(attempt=0, state="none"))
     done: list[str] = field(default_factory=list)
     started: str = "runs"
+    poll_s: float = 0.0
 
     def console(self, job: Job, *, lines: str, follow: bool) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["true"], stdout=subprocess.PIPE)

@@ -6,6 +6,12 @@ from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import CLOUDS, KINDS, PlaceOptions
 
+_OWN_OPTIONS = {
+    f"--{name}" for name in ("array", "nodes", "output", "error", "job-name", "signal", "open-mode", "wrap")
+}
+_OWN_OPTIONS |= {"--requeue", "--no-requeue", "--clusters", "--cluster", "--ntasks", "--ntasks-per-node", "--parsable"}
+_OWN_LETTERS = {"-a", "-N", "-o", "-e", "-J", "-M", "-n"}
+
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a start elsewhere."""
@@ -99,8 +105,11 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
         raise ConfigError(f"--hosts {options.hosts}: --place slurm takes one login node; use --hosts {hosts[0]}")
     if kind == "slurm" and options.nodes is None:
         raise ConfigError("--place slurm: how many nodes? add --nodes, such as --nodes 4")
-    if wrong := next((word for word in options.sbatch if not word.startswith("-") or "\n" in word), None):
-        raise ConfigError(f"--sbatch {wrong}: expected one option of sbatch; use --sbatch=--partition=NAME")
+    for word in options.sbatch:
+        if not word.startswith("-") or "\n" in word:
+            raise ConfigError(f"--sbatch {word}: expected one option of sbatch; use --sbatch=--partition=NAME")
+        if word.partition("=")[0] in _OWN_OPTIONS or word[:2] in _OWN_LETTERS:
+            raise ConfigError(f"--sbatch {word}: the script of the job sets it; leave it out")
     names = [*of_clouds, "wait_hours", "max_hours", "workdir"]
     chosen = {name: getattr(options, name) for name in names}
     return PlaceOptions(kind=kind, hosts=hosts, nodes=options.nodes or 0, sbatch=tuple(options.sbatch), **chosen)

@@ -40,7 +40,7 @@ def _from_bucket(job: Job, rank: int, lines: int | None) -> None:
     if not names:
         raise ConfigError(f"{job.location}/logs: no log of rank {rank} yet; it begins with the run")
     newest = max(names).partition("/")[0]
-    say(f"the host is gone; this is {job.location}/logs/{newest}, copied every ten seconds")
+    say(f"this is {job.location}/logs/{newest}, copied every ten seconds")
     parts = sorted((each for each in names if each.startswith(f"{newest}/")), key=lambda name: (len(name), name))
     text = b"".join(map(store.read, parts)).decode(errors="replace").splitlines()
     print(*(text if lines is None else text[max(0, len(text) - lines) :]), sep="\n")

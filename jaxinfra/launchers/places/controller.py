@@ -28,15 +28,14 @@ AWAY_S = 600.0
 _TRIES = 30  # to delete what was made
 _LOST_EVERY_S = 20.0  # between two questions to the cloud
 _LONG_S = 600.0  # an attempt that lasted so long counts as one with progress
-_POLL_S = 2.0
 
 
 class Controller:
     """One run at one place."""
 
-    def __init__(self, place: SshPlace, attempts: Attempts, say: Say, *, poll_s: float = _POLL_S) -> None:
+    def __init__(self, place: SshPlace, attempts: Attempts, say: Say) -> None:
         """Connects nothing yet."""
-        self.place, self._attempts, self._say, self._poll_s = place, attempts, say, poll_s
+        self.place, self._attempts, self._say = place, attempts, say
         self._limits = RestartLimits()
 
     def start(self, job: Job, number: int, *, is_new: bool = False, prepared: bool = False) -> Job:
@@ -178,7 +177,8 @@ class Controller:
                     self.place.hosts = self.place.source.current() or self.place.hosts
             away_s = self._note_away(away, away_s, now_s)
             ended = [each for each in states.values() if each.state in ("ended", "killed")]
-            failed_s = None if not ended or job.is_elastic else now_s if failed_s is None else failed_s
+            goes_on = job.is_elastic and any(each.state == "live" for each in states.values())
+            failed_s = None if not ended or goes_on else now_s if failed_s is None else failed_s
             if failed_s is not None:
                 if away and len(ended) + len(away) == len(states) and now_s - (away_s or now_s) > AWAY_S:
                     raise PeerLostError(f"host {away[0]}: no answer for {AWAY_S:.0f} s; mend it, then `runs resume`")
@@ -186,7 +186,7 @@ class Controller:
                 if due != sent:
                     self.place.stop(job, number, signal=due)
                     sent = due
-            time.sleep(self._poll_s)
+            time.sleep(self.place.poll_s)
 
     def _newest(self, job: Job) -> tuple[int, Job]:
         """Returns number and job of the attempt that another machine has started."""
@@ -227,7 +227,7 @@ class Controller:
                 self.place.stop(job, number, signal=signal)
                 self._say("killed" if kill else "asked to save and leave")
             while any(each.state == "live" for each in states.values()):
-                time.sleep(self._poll_s)
+                time.sleep(self.place.poll_s)
                 is_late = time.monotonic() > deadline_s
                 if (latest := self._attempts.newest()[0]) > number or is_late:
                     number, deadline_s = latest, time.monotonic() + SAVE_S
@@ -301,5 +301,6 @@ def release_last(place: SshPlace, job: Job, number: int, new: PlaceOptions, say:
 def require_job(number: int, job: Job | None, location: str) -> Job:
     """Returns the job of the newest attempt; raises ConfigError if the run was never started at a place."""
     if job is None or not number:
-        raise ConfigError(f"{location}: was never started at a place; start it by its config and --place")
+        fix = "start it by its config and --place, or name one elsewhere, such as HOST:/path/to/runs/NAME"
+        raise ConfigError(f"{location}: was never started at a place; {fix}")
     return job

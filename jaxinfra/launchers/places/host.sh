@@ -56,9 +56,10 @@ state_of() {
     fi
 }
 
-# The state of a job in Slurm's words, and why, such as "RUNNING None node[1-4]"; "" if it has ended.
+# The state of a job in Slurm's words, and why, such as "RUNNING None node[1-4]"; "" if it has ended. Fails without an answer.
 job_said() {
-    squeue --noheader --jobs="$(cat "$runs/$1/job" 2>/dev/null || echo 0)" --format='%T %r %N' 2>&1 || true
+    squeue --noheader --jobs="$(cat "$runs/$1/job")" --format='%T %r %N' 2>"$runs/$1/squeue.err" ||
+        grep -q "Invalid job id" "$runs/$1/squeue.err"
 }
 
 job_is_live() {
@@ -68,19 +69,19 @@ job_is_live() {
 
 # Two lines: one for people, and as state_of.
 job_state() {
-    folder=$runs/$1 attempt=$(attempt_of "$1") job=$(cat "$runs/$1/job" 2>/dev/null || true) said=$(job_said "$1")
-    case $attempt:$said in
-    0:*) echo "no job" && echo "0 none -" && return ;;
-    *"Invalid job id"* | *:) ;;
-    *"error:"*) echo "Slurm does not answer: $said" | tail -n 1 && echo "$attempt away -" && return ;;
-    *) echo "job $job is $said" | sed 's/ None / /' && echo "$attempt live -" && return ;;
-    esac
-    if [ -e "$folder/exit" ]; then
+    folder=$runs/$1 attempt=$(attempt_of "$1")
+    [ -e "$folder/job" ] || { echo "no job" && echo "0 none -" && return; }
+    job=$(cat "$folder/job")
+    if ! said=$(job_said "$1"); then
+        echo "Slurm does not answer: $(tail -n 1 "$folder/squeue.err")" && echo "$attempt away -"
+    elif [ -n "$said" ]; then
+        echo "job $job is $said" | sed 's/ None / /' && echo "$attempt live -"
+    elif [ -e "$folder/exit" ]; then
         echo "job $job has ended" && echo "$attempt ended $(cat "$folder/exit")"
-    elif scontrol show job "$job" 2>/dev/null | grep -q JobState=CANCELLED; then
-        echo "job $job was canceled" && echo "$attempt ended 130"
+    elif scontrol show job "$job" 2>/dev/null | grep -qE 'JobState=(FAILED|TIMEOUT|OUT_OF_MEMORY|NODE_FAIL|BOOT_FAIL)'; then
+        echo "job $job has failed" && echo "$attempt killed -"
     else
-        echo "job $job is gone" && echo "$attempt killed -"
+        echo "job $job was canceled" && echo "$attempt ended 130"
     fi
 }
 
@@ -198,12 +199,14 @@ submit) # RUN ATTEMPT LOCATION: a job for Slurm; script and variables on standar
     [ "$(attempt_of "$1")" -lt "$2" ] || { job_state "$1" && exit; }
     told=$(cat && echo .) # the dot keeps the last line's end
     [ "$(printf %s "${told%.}" | wc -c)" -eq "$length" ] || fail "the transfer was cut off"
-    eval "$(printf %s "${told%.}" | sed 's/^variable_\([A-Za-z_0-9]*=\)/export \1/')"
+    case $base$folder in *[!A-Za-z0-9_./+@:,=-]*) fail "$base: sbatch needs a plain path; use another --workdir" ;; esac
+    eval "${told%.}"
     printf %s "$script" | sed "s|@BASE@|$base|g; s|@RUN@|$folder|g" >"$folder/job-$2.sh"
     echo "$3" >"$folder/location"
-    rm -f "$folder/exit"
-    job=$(squeue --noheader --me --name="$1" --format=%A | head -n 1) # of an attempt that was cut off here
-    [ -n "$job" ] || job=$(sbatch --parsable "$folder/job-$2.sh")
+    rm -f "$folder/exit" "$folder/failures"
+    job=$(squeue --noheader --me --name="$1-$2" --format=%A) # of an attempt that was cut off here
+    sbatch=$(command -v sbatch) || fail "sbatch: not found; this is no login node of Slurm"
+    [ -n "$job" ] || job=$(eval "$exports" && "$sbatch" --parsable "$folder/job-$2.sh") || exit 64
     echo "${job%%;*}" >"$folder/job"
     set_attempt "$1" "$2"
     job_state "$1"
@@ -213,13 +216,16 @@ job-status) # RUN
     ;;
 job-follow) # RUN LINES FOLLOW LOG: the console of the last attempt, or a log, as `follow`
     console=${4:-$runs/$1/console-$(attempt_of "$1").log}
-    while [ "$3" = yes ] && [ ! -e "$console" ] && job_is_live "$1"; do sleep 2; done
+    for _ in 1 2 3 4 5 6; do # then whoever follows connects again
+        [ "$3" = yes ] && [ ! -e "$console" ] && job_is_live "$1" || break
+        sleep 5
+    done
     [ -e "$console" ] || exit 3
     [ "$3" = yes ] && job_is_live "$1" || exec tail -n "$2" "$console"
     tail -n "$2" -F "$console" 2>/dev/null &
     tail=$!
     trap 'kill $tail; exit' INT TERM HUP
-    while job_is_live "$1" && kill -0 "$tail" 2>/dev/null; do sleep 2; done
+    while job_is_live "$1" && kill -0 "$tail" 2>/dev/null; do sleep 5; done
     sleep 1
     kill "$tail" 2>/dev/null || true
     ;;
@@ -231,7 +237,7 @@ job-stop) # RUN ATTEMPT SIGNAL
     [ "$(attempt_of "$1")" -ge "$2" ] || set_attempt "$1" "$2"
     touch "$folder/stopped-$2" # so that the job is not queued again
     if [ "$(attempt_of "$1")" = "$2" ] && job_is_live "$1"; then
-        case $3:$(job_said "$1") in
+        case $3:$(job_said "$1" || true) in
         TERM:*RUNNING*) scancel --signal=TERM "$(cat "$folder/job")" ;;
         *) scancel "$(cat "$folder/job")" ;;
         esac

@@ -4,6 +4,7 @@ The login node and the nodes of the job share `workdir` and the run directory. T
 it was preempted, came to its time limit, or lost a node; so it goes on when the launching machine is gone.
 """
 
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,12 @@ from jaxinfra.launchers.places.place import Host, HostState
 from jaxinfra.launchers.places.run_files import split_location
 from jaxinfra.launchers.places.ssh import Unreachable
 from jaxinfra.launchers.places.ssh_place import SshPlace
+from jaxinfra.storage.location import is_remote
 
-_RESTARTS = 20  # times that a job is queued again after a failure: it may fail at the same place
+_RESTARTS = 20  # times in a row that a job is queued again after a failure, or before it could train
+_LONG_S = 600  # an allocation that ended with a save, and lasted so long, counts as one with progress
 _SAVE_S = 300  # from Slurm's signal until the time limit of the job
+_GPUS = re.compile(r"--gpus|-G|--(gres|tres)[-a-z]*=.*gpu")
 # The login node replaces @BASE@ by `workdir`, and @RUN@ by the run's folder in it.
 _SCRIPT = """\
 #!/bin/sh
@@ -24,33 +28,54 @@ run="@RUN@"
 python="@BASE@/environments/{packages}/bin/python"
 export PYTHONPATH="@BASE@/bundles/{bundle}" JAXINFRA_RUN_DIR={run_dir}
 export JAXINFRA_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 cd "$PYTHONPATH"/{folder}
 trap : TERM # a signal to all of the job; the tasks get it, too
-rm -f "$run/done"
-srun {srun} {task}
-code=$?
+rm -f "$run/done" "$run/saved"
+began=$(date +%s)
+code=75
+[ -e "$run/stopped-{number}" ] || {{
+    srun {srun} {task}
+    code=$?
+}}
+[ ! -e "$run/saved" ] || code=75
 [ ! -e "$run/done" ] || code=0
-# Else Slurm is ending the job: one that was canceled, or that it queues again itself because it was preempted.
-[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit "$code"
+tries=0
+until state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || [ $((tries += 1)) -ge 30 ]; do sleep 10; done
+case $state in
+RUNNING | "") ;;
+*) exit "$code" ;; # Slurm is ending the job: it was canceled, or preempted, and then Slurm queues it again itself
+esac
 again() {{
+    [ ! -e "$run/stopped-{number}" ] || return 0
+    failures=$(($(cat "$run/failures" 2>/dev/null || echo 0) + 1))
+    [ "$code" != 75 ] || [ $(($(date +%s) - began)) -lt {long} ] || failures=0
+    echo "$failures" >"$run/failures"
+    if [ "$failures" -gt {restarts} ]; then
+        echo "[slurm] exit code $code: not queued again, {restarts} times in a row are enough; see --time and the log"
+        return 0
+    fi
     echo "[slurm] exit code $code: queued again"
     scontrol requeue "$SLURM_JOB_ID" && exit "$code"
 }}
-case $code in
-75) [ -e "$run/stopped-{number}" ] || again ;;
-76 | 77 | 82 | 134 | 137 | 143) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ] || again ;;
-esac
+case $code in 75 | 76 | 77 | 82 | 134 | 137 | 143) again ;; esac
 "$python" -m jaxinfra.launchers.places.end_record "$JAXINFRA_RUN_DIR" {number} "$code"
 echo "$code" >"$run/exit"
 exit "$code"
 """
 # srun returns the highest code of its tasks: that of a node that was lost, although the others have trained to the end.
-_ELASTIC_TASK = 'trap : TERM; "$@"; code=$?; [ $code != 0 ] || : >"$0/done"; exit $code'
+_ELASTIC_TASK = """\
+trap : TERM
+"$@"
+code=$?
+case $code in 0) : >"$0/done" ;; 75) : >"$0/saved" ;; esac
+exit $code"""
 
 
 class SlurmPlace(SshPlace):
     """A run as one job of Slurm, with a process on each of its nodes. Its one host is the login node."""
 
+    poll_s = 5.0  # slurmctld is not to be asked often
     _told = ""
 
     @property
@@ -60,12 +85,12 @@ class SlurmPlace(SshPlace):
 
     def extras(self, job: Job) -> Sequence[str]:
         """Returns the extra for GPUs if the job asks for some: the login node need not have any."""
-        return ("cuda",) * any("gpu" in option for option in job.place.sbatch)
+        return ("cuda",) * any(_GPUS.match(option) for option in job.place.sbatch)
 
     def script(self, job: Job, number: int | str) -> str:
         """Returns what sbatch gets, before the login node has filled in its own paths."""
         split, no_kill = split_location(job.location), ["--no-kill"] * job.is_elastic
-        options = [f"--job-name={job.id}", f"--nodes={job.place.nodes}", "--ntasks-per-node=1"]
+        options = [f"--job-name={job.id}-{number}", f"--nodes={job.place.nodes}", "--ntasks-per-node=1"]
         options += [f"--output=@RUN@/console-{number}.log", "--open-mode=append", "--requeue"]
         options += [f"--signal=TERM@{_SAVE_S}", *no_kill, *job.place.sbatch]
         task = f'"$python" {shlex.join(job.command)}'
@@ -79,6 +104,7 @@ class SlurmPlace(SshPlace):
             task=f'sh -c {shlex.quote(_ELASTIC_TASK)} "$run" {task}' if job.is_elastic else task,
             number=number,
             restarts=_RESTARTS,
+            long=_LONG_S,
         )
 
     def start_action(self, job: Job) -> Sequence[str]:
@@ -92,11 +118,8 @@ class SlurmPlace(SshPlace):
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Submits an attempt; nothing happens if it has been submitted. ConfigError with what sbatch says."""
         variables = {**job.environment, **job.secret_values()}
-        content = {
-            "script": self.script(job, number),
-            **{f"variable_{name}": value for name, value in variables.items()},
-        }
-        told = "".join(f"{name}={shlex.quote(value)}\n" for name, value in content.items())
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+        told = f"script={shlex.quote(self.script(job, number))}\nexports={shlex.quote(exports)}\n"
         arguments = (job.id, str(number), job.location)
         self.ssh.call(self.hosts[0], "submit", *arguments, stdin=told.encode(), timeout_s=120)
 
@@ -124,7 +147,7 @@ class SlurmPlace(SshPlace):
         """Starts to show what the tasks have printed, or one rank's own log; `follow` until the job ends."""
         split = split_location(job.location)
         log = f"{split[1] if split else job.location}/logs/rank-{rank}.log" if rank else ""
-        arguments = (job.id, lines, "yes" if follow else "no", log)
+        arguments = (job.id, lines, "yes" if follow and not is_remote(log) else "no", log)
         return self.ssh.stream(self.hosts[0], "job-follow", *arguments, stdout=subprocess.PIPE)
 
     def ranks(self, job: Job) -> int:

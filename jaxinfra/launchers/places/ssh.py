@@ -74,7 +74,7 @@ class Ssh:
         except subprocess.TimeoutExpired:
             raise Unreachable(f"host {host}: no answer within {timeout_s:.0f} s; check the host") from None
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        if done.returncode == _UNREACHABLE:
+        if done.returncode == _UNREACHABLE and host.address:
             reason = said[-1] if said else "no answer"
             raise Unreachable(f"host {host}: ssh cannot reach it: {reason}; see that `ssh {host.address} true` works")
         if done.returncode == MISSING and missing_ok:

@@ -27,6 +27,9 @@ _POLL_S = 2.0
 class SshPlace:
     """Prepares, ships, starts, watches, stops and removes a run on hosts that ssh reaches."""
 
+    poll_s = _POLL_S
+    """Seconds between two questions to the hosts."""
+
     def __init__(self, source: HostSource, ssh: Ssh, say: Say) -> None:
         """`source` says which hosts; nothing is connected yet."""
         self.source, self.ssh, self._say = source, ssh, say
