@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -30,10 +31,12 @@ def run(options: argparse.Namespace) -> None:
         insert_table(options.write, "faults", "")
     kept = nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory(prefix="jaxinfra-faults-")
     outcomes: list[Outcome] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that disks are unmounted
     with kept as folder:
         _require_empty(Path(folder))
         seed = int(time.time()) if options.seed is None else options.seed
         harness = Harness(Path(folder), is_long=options.long, soak_events=options.soak or 0, seed=seed)
+        print(f"injecting {', '.join(each.label for each in rows)}; a row takes about a minute", file=sys.stderr)
         for outcome in run_rows(harness, rows):
             outcomes.append(outcome)
             print(_line(outcome), flush=True)

@@ -5,7 +5,9 @@ All processes look at their own host at the same time; process 0 compares what t
 
 import argparse
 import math
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -31,6 +33,7 @@ from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
 from jaxinfra.storage.checks import check_space
+from jaxinfra.storage.connection import RETRY_ENV
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import print_table, stdout_console, titled_table
@@ -40,6 +43,7 @@ from jaxinfra.train.run_record import PACKAGES, equal_fields, user_code_digests
 from jaxinfra.train.saving import folder_of_copies
 from jaxinfra.train.trainer import Trainer
 
+_RETRY_S = "10"  # seconds for which requests that fail are tried again: not as long as by a run
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -47,10 +51,14 @@ def run(options: argparse.Namespace) -> int:
     """Prints a row for each check; returns 0, or the exit code of those that have failed."""
     if options.prints:
         outputs.check_writable(options.json)
+    os.environ.setdefault(RETRY_ENV, _RETRY_S)
     examination = _Examination(options)
+    _say(options, "looking at hosts and links")
     examination.look_at_hosts()
     if not examination.has_failed("driver", "packages", "command"):  # else the devices may not connect
+        _say(options, "looking at devices, and at what the run needs")
         examination.look_at_devices()
+    _say(options, f"writing and reading {examination.root}")
     examination.measure_storage()
     if options.prints:
         table = titled_table("", "check", "level", *(Column(each, overflow="fold") for each in ("found", "what to do")))
@@ -61,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
     return current_peers().broadcast(exit_code(examination.findings))
 
 
+def _say(options: argparse.Namespace, what: str) -> None:
+    if options.prints:
+        print(f"doctor: {what}", file=sys.stderr, flush=True)
+
+
 class _Examination:
     """What is known so far; all processes make the same calls, and have the same findings."""
 
@@ -68,7 +81,7 @@ class _Examination:
         self._options, self._peers, self.findings = options, current_peers(), list[Finding]()
         self._names = [self._peers.name_of(index) for index in range(self._peers.count)]
         self._loaded = None if options.config is None else config_argument.load_config(options)
-        self._root = "." if self._loaded is None else self._loaded.run.root
+        self.root = "." if self._loaded is None else self._loaded.run.root
         self._job: Job | None = None  # once the mesh fits
 
     def has_failed(self, *checks: str) -> bool:
@@ -78,7 +91,7 @@ class _Examination:
     def look_at_hosts(self) -> None:
         """Checks what needs no devices."""
         kind, same = default_platform(), "install the same versions on all hosts"
-        own = host.host_findings(self._root, kind)
+        own = host.host_findings(self.root, kind)
         if not (self._options.devices or "").startswith("cpu") and (gpus := host.driver(kind)) is not None:
             own.append(gpus)
         self._merge(own)
@@ -88,12 +101,15 @@ class _Examination:
         self._compare("packages", versions, ", ".join(f"{name} {version}" for name, version in versions.items()), same)
         if self._loaded is not None:
             digests |= user_code_digests(self._loaded.run)
+        if self._peers.count == 1:
+            return
+        if self._loaded is not None:
             self._compare("command", equal_fields(self._loaded.run), "the same", "start all with the same command")
         everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more
         digests = {name: digests[name] for name in sorted(everywhere)}
         self._compare("code", digests, f"the same in {len(digests)} modules", "copy the same code to all hosts")
         offsets = compare.clock_offsets(self._peers)
-        self.findings.append(compare.judge_clocks(offsets, self._names, signs=self._root.startswith("s3://")))
+        self.findings.append(compare.judge_clocks(offsets, self._names, signs=self.root.startswith("s3://")))
         if isinstance(self._peers, ConnectedPeers):
             self.findings.append(speeds.judge_links(speeds.link_speeds(self._peers), self._names))
 
@@ -139,10 +155,10 @@ class _Examination:
     def measure_storage(self) -> None:
         """Writes and reads as the run does, in all processes at the same time."""
         measured, own = (math.nan, math.nan), list[Finding]()
-        check, root = "bucket" if is_remote(self._root) else "disk", Path(self._root).absolute()
+        check, root = "bucket" if is_remote(self.root) else "disk", Path(self.root).absolute()
         try:
             if check == "bucket":
-                measured = speeds.object_speeds(self._root)
+                measured = speeds.object_speeds(self.root)
             elif not self.has_failed("space"):
                 measured = speeds.disk_speeds(next(path for path in (root, *root.parents) if path.is_dir()))
         except JaxinfraError as error:

@@ -29,7 +29,7 @@ from jaxinfra.storage.objects import ObjectStore
 
 _FILE_BYTES, _OBJECT_BYTES, _LINK_BYTES = 2**25, 2**23, 2**22
 _CPU_BYTES, _CHIP_BYTES = 2**22, 2**28  # of an all-gather: on chips so many that latency does not count
-_TRIES, _ENOUGH_S, _LINK_S = 3, 10.0, 0.5  # no further try once they have taken so long together
+_TRIES, _ENOUGH_S, _LINK_S, _SLOW_LINK_S = 3, 10.0, 0.5, 4.0  # no further try once they have taken so long together
 _SLOW_DISK, _SLOW_BUCKET, _SLOW_LINK = 20e6, 2e6, 12.5e6  # bytes/s: a link of 100 Mbit/s
 _FAST = 125e6  # bytes/s, a link of 1 Gbit/s: not slow, however fast the others are
 _TIMES_SLOWER = 4.0  # than the median of the others
@@ -122,7 +122,9 @@ def link_speeds(peers: ConnectedPeers) -> list[float]:
                 with suppress(OSError):  # the link does not work: nothing arrives
                     for _ in exchange.swap(outgoing, [before] if turns[before] == turn else []):
                         best_s = min(best_s, time.monotonic() - since_s)
-                is_enough = peers.broadcast(time.monotonic() - begin_s > _LINK_S)
+                speeds = [speed for speed in peers.gather(_LINK_BYTES / best_s) if speed]
+                limit_s = _LINK_S if min(speeds, default=0.0) >= _FAST else _SLOW_LINK_S
+                is_enough = peers.broadcast(time.monotonic() - begin_s > limit_s)
     return peers.gather(_LINK_BYTES / best_s)
 
 
