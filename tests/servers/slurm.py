@@ -16,6 +16,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
 NODES = ("127.0.0.1", "127.0.0.2")  # SLURM_NODELIST=127.0.0.[1-2]
 _CONFIG = """\
 ClusterName=tests
+FirstJobId={port}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
