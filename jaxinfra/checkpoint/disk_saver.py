@@ -101,7 +101,7 @@ class DiskSaver(Saver):
                 self._delete_incomplete_steps()
             self._writer = self._open_writer()
         self._new_manifest = partial(Manifest, step=step, leaves=leaf_types(state), record=record, metrics=metrics)
-        parts, _ = split_parts(state)
+        parts = split_parts(state)
         # A save has to move arrays to the host, even if the training loop forbids transfers.
         with jax.transfer_guard("allow"):
             self._writer.start(epath.Path(self._store.folder(step)), parts)
@@ -117,8 +117,7 @@ class DiskSaver(Saver):
 
     @override
     def restore[T](self, step: int, abstract: T) -> T:
-        parts, _ = split_parts(abstract)
-        self._verify_together(step, [*parts])
+        self._verify_together(step, [*split_parts(abstract)])
         failpoint("restore", step)
         paths, tree = jax.tree.flatten_with_path(abstract)
         leaves = {leaf_name(path): leaf for path, leaf in paths}

@@ -4,7 +4,7 @@ A leaf's name is its path, such as `params.layers.w` or `opt_state.0.mu`, whethe
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -36,19 +36,10 @@ def leaf_types(tree: PyTree) -> dict[str, str]:
     }
 
 
-def split_parts[T](tree: T) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], T]]:
-    """Splits a tree at its top: "params", "opt_state" and so on; returns the parts, and what joins such parts again.
-
-    A part without leaves is left out.
-    """
-    children, structure = jax.tree.flatten_with_path(tree, is_leaf=lambda node: node is not tree)
-    parts = {leaf_name(path): child for path, child in children}
-    names = [*parts]
-
-    def join(found: Mapping[str, Any]) -> T:
-        return jax.tree.unflatten(structure, [found.get(name, parts[name]) for name in names])
-
-    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}, join
+def split_parts(tree: PyTree) -> dict[str, Any]:
+    """Splits a tree at its top into "params", "opt_state" and so on; a part without leaves is left out."""
+    children = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is not tree)
+    return {leaf_name(path): child for path, child in children if jax.tree.leaves(child)}
 
 
 def first_difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:

@@ -75,7 +75,7 @@ def _say(options: argparse.Namespace, what: str) -> None:
 
 
 class _Examination:
-    """What is known so far; all processes make the same calls, and have the same findings."""
+    """Collects findings; all processes make the same calls, and have the same findings."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options, self._peers, self.findings = options, current_peers(), list[Finding]()

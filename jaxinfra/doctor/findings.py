@@ -1,4 +1,4 @@
-"""What the checks of `doctor` have found, in one process and in all of them."""
+"""Holds findings of the checks of `doctor`, and merges those of all processes."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ _NAMED = 4  # processes in a row of the table
 
 
 class Finding(NamedTuple):
-    """What a check has found: its level, what there is, what to do, and the exit code if it is a "fail"."""
+    """Holds the result of a check: its level, the facts, the fix, and the exit code if it is a "fail"."""
 
     check: str
     level: Level

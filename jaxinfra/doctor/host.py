@@ -31,7 +31,7 @@ _MOUNT_FIXES = {
     r"^nfs.*,(nolock|local_lock=all|local_lock=flock),": "mount it without: `data prepare` locks files of all hosts",
     r"^lustre(?!.*,flock,)()": "mount it with flock: `data prepare` locks files of all hosts",
 }
-"""What harms a run, in type and options of a mount, and what to do. From nfs(5); `flock` from mount.lustre(8)."""
+"""Fixes for mounts that harm a run, by a pattern of type and options. From nfs(5); `flock` from mount.lustre(8)."""
 _DRIVERS = {"jax-cuda12-plugin": 525, "jax-cuda13-plugin": 580}
 """The oldest driver of each plugin (docs.jax.dev/en/latest/installation.html)."""
 

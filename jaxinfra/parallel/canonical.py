@@ -32,8 +32,8 @@ from jaxinfra.parallel.sharding import axes_by_dim, axis_names
 from jaxinfra.parallel.spec import Batch, PyTree
 
 DIGESTS = ("weights", "shards", "sums", "parts")
-"""What `VirtualShards.gradients` has digests of (`bits.digest`), in the order of the computation: the weights that each
-device has gathered, what each virtual shard has computed, the sum of each device, its part of the sum of all."""
+"""Names of the digests of `VirtualShards.gradients` (`bits.digest`), in the order of the computation: of the weights
+that each device has gathered, of the result of each virtual shard, of each device's sum, of its part of all sums."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,13 +33,13 @@ _IN_WORDS = {
     "parts": "the gradient that the devices have added up differs",
     _STATE: "the new {} differs",
 }
-"""What differs, in the order of the computation: what follows from a wrong part is wrong, too."""
+"""Words for each part that may differ, in the order of the computation: all that follows a wrong part is wrong, too."""
 _COLLECTIVES = ("weights", "parts")
-"""What a device has from others: any of them, or a link between them, may be the cause."""
+"""Parts that a device has from others: any of them, or a link between them, may be the cause."""
 
 
 class Computed(NamedTuple):
-    """What the devices have computed in a step.
+    """Holds digests of all that the devices have computed in a step.
 
     Attributes:
         devices: in the order of the mesh.

@@ -1,4 +1,4 @@
-"""What reads and writes of a checkpoint hold at once."""
+"""Tests how much reads and writes of a checkpoint hold at once."""
 
 from functools import partial
 from typing import Any

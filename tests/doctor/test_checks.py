@@ -1,4 +1,4 @@
-"""What the checks say of what a system says; cards, links and mounts that this machine lacks are made up."""
+"""Tests checks on given facts; cards, links and mounts that this machine lacks are made up."""
 
 import pytest
 

@@ -25,7 +25,7 @@ CLONE = Path(__file__).parents[2]
 
 
 def row(file: Path, check: str) -> dict[str, str]:
-    """What a check has found; `file` is that of --json."""
+    """Returns the finding of a check; `file` is that of --json."""
     return {each["check"]: each for each in json.loads(file.read_text())["checks"]}[check]
 
 

@@ -42,7 +42,7 @@ _MOST_STEPS = 100  # until a fault has acted
 
 
 class Wrong(NamedTuple):
-    """What is wrong with a device."""
+    """Describes the fault of a device."""
 
     where: str  # one of `PLACES`
     device: int  # number among the devices of all processes, by their ids
