@@ -26,7 +26,7 @@ from etils import epath
 
 from jaxinfra.checkpoint import disk_steps
 from jaxinfra.checkpoint.config import CheckpointConfig, Metrics
-from jaxinfra.checkpoint.disk_steps import DiskSteps
+from jaxinfra.checkpoint.disk_steps import DiskSteps, read_context
 from jaxinfra.checkpoint.leaves import (
     PyTree,
     from_shards,
@@ -123,10 +123,11 @@ class DiskSaver(Saver):
         leaves = {leaf_name(path): leaf for path, leaf in paths}
         found: dict[str, list[jax.Array]] = {name: [] for name in leaves}
         targets: list[tuple[str, Sequence[Any]]] = []
+        context = read_context()
 
         def reads() -> Iterator[tuple[Callable[[], ts.Future[np.ndarray]], int]]:
             for name, leaf in leaves.items():
-                stored = self._store.open_leaf(step, name)
+                stored = self._store.open_leaf(step, name, context)
                 for index, devices in local_shards(leaf):
                     targets.append((name, devices))
                     yield stored[index].read, read_bytes(stored, index)

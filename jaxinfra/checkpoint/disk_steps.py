@@ -9,7 +9,6 @@ STEP.orbax-checkpoint-tmp...  a save or a copy in progress, or what an interrupt
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal, override
 
@@ -30,9 +29,11 @@ _INCOMPLETE = re.compile(rf"\d+{re.escape(TEMPORARY)}.*|{re.escape(_DELETED)}.*"
 _DAMAGED = re.compile(r"\d+\.damaged(-\d+)?", re.ASCII)
 
 
-@cache
-def _context() -> ts.Context:
-    """Returns a context that caches where arrays are in the files of a step, and nothing of them."""
+def read_context() -> ts.Context:
+    """Returns a context that caches where arrays are in the files of a step, and nothing of them.
+
+    Each read of a step takes its own: by then another step may have come to the same path.
+    """
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#tree": {"total_bytes_limit": 16 << 20}})
 
 
@@ -64,11 +65,11 @@ class DiskSteps(StepStore):
     @override
     def read_leaf(self, step: int, manifest: Manifest, name: str) -> np.ndarray:
         try:
-            return self.open_leaf(step, name).read().result()
+            return self.open_leaf(step, name, read_context()).read().result()
         except ValueError as error:
             raise DamageError(f"{name}: {error}") from error
 
-    def open_leaf(self, step: int, name: str) -> ts.TensorStore:
+    def open_leaf(self, step: int, name: str, context: ts.Context) -> ts.TensorStore:
         """Opens an array of a step; raises ValueError of TensorStore if it is missing or damaged."""
         part, _, within = name.partition(".")
         base = {"driver": "file", "path": f"{self.folder(step).absolute() / part}/"}  # a URL would need its escapes
@@ -79,7 +80,7 @@ class DiskSteps(StepStore):
             "cache_pool": "cache_pool#tree",
         }
         spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": "open"}
-        return ts.open(spec, open=True, read=True, context=_context()).result()
+        return ts.open(spec, open=True, read=True, context=context).result()
 
     @override
     def leftovers(self) -> list[Leftover]:

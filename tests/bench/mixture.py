@@ -65,12 +65,12 @@ def read(stores: list[str], num_batches: int) -> dict[str, Any]:
     peers = current_peers()
     share = GLOBAL_BATCH // peers.count
     data = Mixture(sources=tuple(MixSource(store=store) for store in stores), seq_len=SEQ_LEN)
-    before, start_s = process_metrics(), time.perf_counter()
+    before, before_requests, start_s = process_metrics(), num_requests(), time.perf_counter()
     with read_by_first(peers):
         opened = data.open()
     peers.gather(None)
     open_s = time.perf_counter() - start_s
-    requests = num_requests()
+    requests = num_requests() - before_requests
     batches = BatchLoader(
         data,
         opened.train,

@@ -373,14 +373,20 @@ class Harness:
         start: Start | None = None,
     ) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")} if _CACHE not in inherited else {}
-        # The config files of the harness import this package.
-        settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": _CLONE}
-        command, env = [*prefix, sys.executable, "-c", _MAIN, *words], {**inherited, **settings, **cache, **environment}
+        command = [*prefix, sys.executable, "-c", _MAIN, *words]
+        env = {**inherited, **self.settings(), **environment}
         if start is not None:
             return start(command, env)
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=self.folder, env=env)
+
+    def settings(self) -> dict[str, str]:
+        """Returns the environment variables of all runs, by which they compile the same program in the same cache."""
+        inherited = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"), **inherited}
+        # The config files of the harness import this package.
+        settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": _CLONE}
+        return {name: value for name, value in (cache | settings).items() if name not in _NOT_INHERITED}
 
     @contextmanager
     def bucket(self) -> Iterator[Bucket]:
@@ -407,7 +413,6 @@ class Harness:
                 file.write("done")
 
 
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
 _NOT_INHERITED = {
     *("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"),
     *("JAXINFRA_FAIL", "JAXINFRA_FAIL_LOG", "JAXINFRA_METADATA", "JAXINFRA_STORAGE_RETRY_S"),

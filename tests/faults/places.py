@@ -8,13 +8,12 @@ from pathlib import Path
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from tests.cloud.packages import PackageServer
-from tests.faults.config import READS
+from tests.faults.config import LAST_STEP, READS, STEPS
 from tests.faults.harness import Harness, NotTried, Run, named, require, until, wait
 from tests.faults.machine import faketime_library, small_disk
 from tests.faults.matrix import row
 from tests.launchers.ssh_hosts import ssh_hosts
 
-_CLONE = str(Path(__file__).parents[2])
 _ODD = "it's %20 #1 {y} $HOME & ö=ü"
 
 
@@ -84,15 +83,16 @@ def launching_machine(harness: Harness) -> str:
         raise NotTried("no sshd; install openssh-server")
     name, steps = "laptop", 0
     run = harness.run(name)
-    folder = harness.folder / "ssh"
+    folder, limit = harness.folder / "ssh", harness.folder / "last_step"
     folder.mkdir()
+    write_bytes_atomic(limit, b"10")  # so that the run lasts until another machine has been refused
     with ExitStack() as stack:
         hosts = stack.enter_context(ssh_hosts(folder, ("a",)))
         packages = stack.enter_context(PackageServer("127.0.0.1")).environment
         env = {"JAXINFRA_SSH": hosts.ssh, "HOME": str(folder), **packages}
         place = ["--place=ssh", "--hosts=a", f"--workdir={folder}/workdir"]
-        shared = {**packages, "UV_LINK_MODE": "symlink", "JAX_PLATFORMS": "cpu", "JAXINFRA_FAIL": "step:0:*:sleep=0.1"}
-        shared |= {READS: str(run.reads), "PYTHONPATH": _CLONE}  # of the config and its data
+        shared = {**packages, "UV_LINK_MODE": "symlink", LAST_STEP: str(limit), READS: str(run.reads)}
+        shared |= harness.settings()
         place += [f"--env={key}={value}" for key, value in shared.items()]
         (harness.folder / ".gitignore").write_text("*\n!*.py\n")
         subprocess.run(["git", "init", "-q"], cwd=harness.folder, check=True)
@@ -102,6 +102,7 @@ def launching_machine(harness: Harness) -> str:
         second = harness.launch(*harness.words(name, *place, "--devices=cpu:1"), env=env)
         require(second.code == 84, second)
         named(second.error, "is live on a")
+        write_bytes_atomic(limit, str(STEPS).encode())
         ended = harness.launch("runs", "resume", f"a:{run.path}", env=env)
         require(ended.code == 0, ended)
     attempts = run.attempts()
