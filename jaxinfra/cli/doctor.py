@@ -96,17 +96,14 @@ class _Examination:
             own.append(gpus)
         self._merge(own)
         versions = package_versions(PACKAGES)
-        digests = {"the code of jaxinfra": code_digest(Path(jaxinfra.__file__).parent)}
         self._compare("Python", {"Python": platform.python_version()}, platform.python_version(), same, "warn")
         self._compare("packages", versions, ", ".join(f"{name} {version}" for name, version in versions.items()), same)
-        if self._loaded is not None:
-            digests |= user_code_digests(self._loaded.run)
         if self._peers.count == 1:
             return
+        digests = {"the code of jaxinfra": code_digest(Path(jaxinfra.__file__).parent)}
         if self._loaded is not None:
             self._compare("command", equal_fields(self._loaded.run), "the same", "start all with the same command")
-        everywhere = set[str].intersection(*map(set, self._peers.gather([*digests])))  # some import more
-        digests = {name: digests[name] for name in sorted(everywhere)}
+            digests |= user_code_digests(self._loaded.run, self._peers)
         self._compare("code", digests, f"the same in {len(digests)} modules", "copy the same code to all hosts")
         offsets = compare.clock_offsets(self._peers)
         self.findings.append(compare.judge_clocks(offsets, self._names, signs=self.root.startswith("s3://")))

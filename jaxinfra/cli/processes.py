@@ -24,7 +24,7 @@ from jaxinfra.launchers.local_processes import process_environments
 from jaxinfra.launchers.places.on_host import RUN_DIR
 from jaxinfra.launchers.restart_policy import RestartLimits
 from jaxinfra.launchers.rounds import Bounds
-from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Starts, Supervised, supervise
+from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Starts, supervise
 from jaxinfra.machine.platforms import default_platform
 from jaxinfra.processes import tpu_metadata
 from jaxinfra.processes.discovery import Processes, find_processes
@@ -92,8 +92,8 @@ def _run_again(options: argparse.Namespace) -> int:
             attempts.append(asdict(attempt))
 
     with logs_folder(f"{location}/logs") as (logs, logs_location):
-        what = Supervised(starts=starts, logs=logs, logs_location=logs_location)
-        return supervise(what, RestartLimits(max_per_hour=options.max_restarts_per_hour), record)
+        limits = RestartLimits(max_per_hour=options.max_restarts_per_hour)
+        return supervise(starts, logs, logs_location, limits, record)
 
 
 def _elastic_starts(

@@ -27,17 +27,13 @@ from jaxinfra.user_code import ending_of
 def run_location(options: argparse.Namespace) -> str | None:
     """Returns the directory or URL of the run; None for a command without a run of its own."""
     if options.command == "train":
-        return _location_of_config(options)
+        run = _load(options)
+        return join_location(run.root, run.name)
     if "run_dir" not in options or is_published(options.run_dir):
         return None
     location, _ = parse_source(options.run_dir)
     record_of(location)
     return location
-
-
-def _location_of_config(options: argparse.Namespace) -> str:
-    run = _load(options)
-    return join_location(run.root, run.name)
 
 
 def _load(options: argparse.Namespace) -> Run:

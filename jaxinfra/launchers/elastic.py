@@ -60,12 +60,14 @@ class ElasticStarts:
         process = decided.indices.index(self._host.index)
         if process == 0:
             self._say(f"elastic: {decided}")
+        secret = self._environment.get(SECRET) or os.environ.get(SECRET, "")
         environment = {
             "JAX_COORDINATOR_ADDRESS": decided.hosts[0].address,
             "JAX_NUM_PROCESSES": str(len(decided.hosts)),
             "JAX_PROCESS_ID": str(process),
             ROUND: str(decided.number),
-            SECRET: self._secret_of(decided),
+            # A process that is late, of an earlier round, does not get in.
+            SECRET: hmac.new(secret.encode(), str(decided.number).encode(), "sha256").hexdigest(),
         }
         if "MEGASCALE_NUM_SLICES" in self._environment:  # of libtpu
             environment |= {
@@ -80,11 +82,6 @@ class ElasticStarts:
             hosts=asdict(decided),
             watch=self._watch(decided, process),
         )
-
-    def _secret_of(self, decided: Round) -> str:
-        """Returns the secret of a round: a process that is late, of an earlier one, does not get in."""
-        secret = self._environment.get(SECRET) or os.environ.get(SECRET, "")
-        return hmac.new(secret.encode(), str(decided.number).encode(), "sha256").hexdigest()
 
     def _command_for(self, overrides: Sequence[str]) -> Sequence[str]:
         """Returns the command of a process, with other values of some fields."""

@@ -55,11 +55,6 @@ class Attempt:
         """Whether and when the supervisor starts the run again."""
         return RULES.get(self.exit_code, RULES[JaxinfraError.exit_code])
 
-    @property
-    def is_refused(self) -> bool:
-        """Whether another start has this run, and its directory."""
-        return self.exit_code == RunInUseError.exit_code and self.last_step is None
-
     def __str__(self) -> str:
         return f"{self.reason} {'before its first step' if self.last_step is None else f'after step {self.last_step}'}"
 
@@ -143,25 +138,17 @@ class EqualStarts:
         """Does nothing: the other hosts find out when they meet."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Supervised:
-    """Names the processes to start.
+def supervise(
+    starts: Starts, logs: Path, logs_location: str, limits: RestartLimits, record: Callable[[Attempt], None]
+) -> int:
+    """Runs the processes as `launcher.launch`, again after each exit code that allows it, and returns the last code.
 
-    Attributes:
+    Args:
         starts: says what each start is.
         logs: a folder for `rank-N.log`.
         logs_location: its path or URL, for people.
-    """
-
-    starts: Starts
-    logs: Path
-    logs_location: str
-
-
-def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt], None]) -> int:
-    """Runs the processes as `launcher.launch`, again after each exit code that allows it, and returns the last code.
-
-    `record` is told of each attempt.
+        limits: how often they are started again.
+        record: is told of each attempt.
     """
     launcher, best_step, number = Launcher(), 0, 0
     anew, was_anew = dict[str, str](), False  # at the next start, and at one since the last progress
@@ -169,20 +156,20 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
     with launcher.handling_signals(), tempfile.TemporaryDirectory(prefix="jaxinfra-steps-") as folder:
         while True:
             number += 1
-            start = what.starts.next_start(lambda: launcher.stop_requested)
+            start = starts.next_start(lambda: launcher.stop_requested)
             if isinstance(start, int):
                 return start
             if doubted is not None and doubted.indices == start.indices:  # no host was the cause
                 limits.count(progressed=False)
             start = replace(start, environments=[{**each, **anew} for each in start.environments])
-            with start.watch as watch, _output(what, start, is_first=number == 1) as output:
-                attempt = _run(what, start, watch, launcher, output, number, Path(folder, "steps"))
-                if not attempt.is_refused:
-                    record(attempt)
+            with start.watch as watch, _output(logs, start, is_first=number == 1) as output:
+                attempt = _run(logs_location, start, watch, launcher, output, number, Path(folder, "steps"))
+                if attempt.exit_code != RunInUseError.exit_code or attempt.last_step is not None:
+                    record(attempt)  # else another start has this run, and its directory
                 if launcher.interrupted and attempt.signal is not None:
                     raise KeyboardInterrupt
                 if launcher.stop_requested or attempt.exit_code == 0:
-                    what.starts.end(attempt.exit_code, only_here=attempt.exit_code != 0)
+                    starts.end(attempt.exit_code, only_here=attempt.exit_code != 0)
                     return attempt.exit_code
                 progressed = (attempt.last_step or 0) > best_step
                 is_others = start.hosts is not None and (watch.is_over or attempt.exit_code == PeerLostError.exit_code)
@@ -202,7 +189,7 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
                     is_late = attempt.last_step is None and start.round_number > 1
                     is_own = is_wrong or attempt.exit_code == RunInUseError.exit_code
                     only_here = attempt.rule.restarts or is_late or is_own
-                    what.starts.end(attempt.exit_code, only_here=only_here)
+                    starts.end(attempt.exit_code, only_here=only_here)
                     return attempt.exit_code
                 how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""
                 has_grown = start.hosts is not None and attempt.exit_code == Preempted.exit_code
@@ -215,15 +202,15 @@ def supervise(what: Supervised, limits: RestartLimits, record: Callable[[Attempt
                 watch.is_over = True  # the others need not wait any longer
                 launcher.wait(wait_s)
                 if launcher.stop_requested:
-                    what.starts.end(Preempted.exit_code, only_here=True)
+                    starts.end(Preempted.exit_code, only_here=True)
                     return Preempted.exit_code
 
 
-def _output(what: Supervised, start: Start, *, is_first: bool) -> Output:
+def _output(logs: Path, start: Start, *, is_first: bool) -> Output:
     """Opens the logs; a restart goes on without them, since the run itself may not need their storage just now."""
     num_ranks = len(start.environments)
     try:
-        return Output(what.logs, num_ranks, first_rank=start.first_rank)
+        return Output(logs, num_ranks, first_rank=start.first_rank)
     except StorageError as error:
         if is_first:
             raise
@@ -244,7 +231,7 @@ def _why_not(attempt: Attempt, limits: RestartLimits) -> str:
 
 
 def _run(
-    what: Supervised,
+    logs_location: str,
     start: Start,
     watch: Watch,
     launcher: Launcher,
@@ -291,7 +278,7 @@ def _run(
         rank=None if cause is None else start.first_rank + rank,
         reason=_reason(code, cause, start.first_rank),
         error=output.last_error(rank),
-        log=f"{what.logs_location}/rank-{start.first_rank + rank}.log",
+        log=f"{logs_location}/rank-{start.first_rank + rank}.log",
         first_step=steps.first,
         last_step=steps.last,
         hosts=start.hosts,

@@ -36,7 +36,6 @@ CLASSES = {
     "down": "down",
 }
 """The classes of time, with their labels."""
-_PHASE_CLASSES = {"device": "step"}  # all other phases are classes
 _LOOP = ("step", "data")  # is lost if the steps are done again
 _LONGEST_S = 1e12  # a longer time is damage
 
@@ -146,10 +145,9 @@ def ledger_row(row: Any) -> dict[str, Any] | None:
 
 
 def _classes(phases: Mapping[str, float]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for phase, value in phases.items():
-        name = _PHASE_CLASSES.get(phase, phase)
-        seconds[name] = seconds.get(name, 0.0) + value
+    """Returns the seconds of each class; all phases are classes, but "device" is a part of the steps."""
+    seconds = {"step": 0.0, **phases}
+    seconds["step"] += seconds.pop("device", 0.0)
     return seconds
 
 

@@ -15,7 +15,7 @@ from jaxinfra.train.due import Due, due_after, replays
 from jaxinfra.train.job import Job
 from jaxinfra.train.profiler import Profiler
 from jaxinfra.train.reporting import Reporting
-from jaxinfra.train.waiting import LATE_S, NextBatch, Poll, Waiting
+from jaxinfra.train.waiting import Poll, Waiting
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class Loop:
         """Makes all steps, with the batches of `poll`; returns the reason to stop before the last one, or None."""
         failpoint("compile", self.completed_steps)
         while self.completed_steps < last_step:
-            found = self._wait(poll)
+            found = self.waiting.next(poll, self._act_on_requests)
             if isinstance(found, str):
                 return found
             step, batch = found[0] + 1, found[1]  # steps are counted from 1
@@ -94,17 +94,6 @@ class Loop:
             return self.replay(step, self.state, batch)
         with self.reporting.phases.first("train_step"):
             return self.job.program.train_step(self.state, batch)
-
-    def _wait(self, poll: Poll) -> NextBatch | str:
-        """Returns the next batch; or the reason to stop before it, for the loop acts on requests while it is late."""
-        if (found := self.waiting.while_busy(poll)) is not None:
-            return found
-        with self.waiting.late():
-            while (found := poll(LATE_S)) is None:
-                if (reason := self._act_on_requests()) is not None:
-                    return reason
-            self.waiting.has_come(is_first=not self._has_stepped)
-        return found
 
     def _act_on_requests(self) -> str | None:
         """Saves if that was asked for; returns the reason to stop, or None. Before the first step it does neither."""

@@ -115,9 +115,7 @@ def require_equal_processes(peers: Peers, loaded: Loaded[Run], dataset: Dataset)
             "the number of devices": jax.local_device_count(),
         }
     )
-    digests = user_code_digests(loaded.run)
-    everywhere = set[str].intersection(*map(set, peers.gather([*digests])))  # some import more, for plots
-    peers.require_equal({name: digests[name] for name in sorted(everywhere)})
+    peers.require_equal(user_code_digests(loaded.run, peers))
 
 
 def equal_fields(run: Run) -> dict[str, str]:
@@ -126,10 +124,12 @@ def equal_fields(run: Run) -> dict[str, str]:
     return {path: str(value) for path, value in fields.items() if path.rpartition(".")[2] not in _FIELDS_OF_A_HOST}
 
 
-def user_code_digests(run: Run) -> dict[str, str]:
-    """Returns a hash of each module of the user that has been imported, and of each file with a class of the config."""
+def user_code_digests(run: Run, peers: Peers) -> dict[str, str]:
+    """Returns a hash of each module of the user that all processes have imported, or that has a class of the config."""
     files = user_modules() | LOADED_FILES | {cls.__module__: source_of(cls)["file"] for cls in user_classes(run)}
-    return module_digests(files)
+    digests = module_digests(files)
+    everywhere = set[str].intersection(*map(set, peers.gather([*digests])))  # some import more, for plots
+    return {name: digests[name] for name in sorted(everywhere)}
 
 
 def existing_metrics(run_dir: RunDirectory) -> list[dict[str, float]]:

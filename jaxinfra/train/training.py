@@ -253,8 +253,8 @@ class Training:
         )
         self._reporting.interval.resume(restored.record)
         self._plan = opened.plan
-        devices = job.program.mesh.size
-        self._cadence = Cadence(job.run.checkpoint, step, devices, lambda every: job.peers.broadcast(every))
+        self._cadence = Cadence(job.run.checkpoint, step, job.program.mesh.size, job.peers.broadcast)
+        replay = Replay(job.program, job.peers, self._phases, trackers.log_note)
         self.loop = Loop(
             job,
             restored.state,
@@ -267,7 +267,7 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
-            replay=None if job.run.guard.replay_every is None else self._replay().step,
+            replay=None if job.run.guard.replay_every is None else replay.step,
             leaves=self._leaves,
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
@@ -316,10 +316,6 @@ class Training:
         if (warning := input_bound_warning(wait_s, total_s, stages_s)) is not None:
             _log.warning("%s", warning)
         return reason
-
-    def _replay(self) -> Replay:
-        job = self._job
-        return Replay(job.program, job.peers, self._phases, self._trackers.log_note)
 
     # After a step
 

@@ -1,8 +1,7 @@
 """Waits for the batch of the next step, and counts the seconds in which the devices have nothing to do meanwhile."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -25,38 +24,38 @@ _FIXES = {  # what to suggest for each slow stage of the input pipeline
 
 
 class Waiting:
-    """Counts the seconds of late batches, in `Reporting.data_wait_s`.
+    """Waits for batches, and counts the seconds of late ones, in `Reporting.data_wait_s`.
 
     Attributes:
         first_s: seconds of waiting for the first batch, which nothing can read ahead.
     """
 
     def __init__(self, reporting: Reporting) -> None:
-        self._reporting, self._start_s = reporting, 0.0
+        self._reporting, self._is_first = reporting, True
         self.first_s = 0.0
 
-    def while_busy(self, poll: Poll) -> NextBatch | None:
-        """Returns the next batch if it comes while the devices are busy, so that it keeps nothing waiting."""
-        found = poll(0.0)
-        if found is None and self._reporting.devices_are_busy:
-            with self._reporting.phases("device"):
-                while found is None and self._reporting.devices_are_busy:
+    def next(self, poll: Poll, act: Callable[[], str | None]) -> NextBatch | str:
+        """Returns the next batch; or the reason to stop before it, if `act`, which is called while it is late, has one.
+
+        One that comes while the devices are busy keeps nothing waiting, and one that never comes has kept no step
+        waiting. Late ones keep the phase "data": the watchdog ends a run whose batch never comes.
+        """
+        reporting, found = self._reporting, poll(0.0)
+        if found is None and reporting.devices_are_busy:
+            with reporting.phases("device"):
+                while found is None and reporting.devices_are_busy:
                     found = poll(_BUSY_S)
+        if found is None:
+            start_s = time.perf_counter()
+            with reporting.phases("data"):
+                while (found := poll(LATE_S)) is None:
+                    if (reason := act()) is not None:
+                        return reason
+                late_s = time.perf_counter() - start_s
+            reporting.data_wait_s += late_s
+            self.first_s = late_s if self._is_first else self.first_s
+        self._is_first = False
         return found
-
-    @contextmanager
-    def late(self) -> Iterator[None]:
-        """Keeps the phase "data" while a batch is late: the watchdog ends a run whose batch never comes."""
-        self._start_s = time.perf_counter()
-        with self._reporting.phases("data"):
-            yield
-
-    def has_come(self, *, is_first: bool) -> None:
-        """Counts the seconds since the batch became late. A batch that never comes has kept no step waiting."""
-        late_s = time.perf_counter() - self._start_s
-        self._reporting.data_wait_s += late_s
-        if is_first:
-            self.first_s = late_s
 
 
 def input_bound_warning(wait_s: float, wall_s: float, stage_times_s: Mapping[str, float]) -> str | None:

@@ -15,7 +15,7 @@ import pytest
 from jaxinfra.cli.main import EXIT_CODES
 from jaxinfra.launchers import launcher
 from jaxinfra.launchers.restart_policy import RULES, RestartLimits
-from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Start, Supervised, supervise
+from jaxinfra.launchers.supervisor import Attempt, EqualStarts, Start, supervise
 from tests.conftest import ROOT
 from tests.launchers.test_launcher import until
 from tests.tiny_run import is_running
@@ -55,8 +55,8 @@ def run(
         environments=lambda: [{"RANK": str(rank), "FOLDER": str(folder)} for rank in range(ranks)],
         first_rank=first_rank,
     )
-    what = Supervised(starts=starts, logs=folder / "logs", logs_location="LOGS")
-    return supervise(what, limits or RestartLimits(scale=0.01), attempts.append), attempts
+    limits = limits or RestartLimits(scale=0.01)
+    return supervise(starts, folder / "logs", "LOGS", limits, attempts.append), attempts
 
 
 @pytest.mark.parametrize("code", sorted(RULES))
@@ -133,8 +133,8 @@ def test_a_host_that_lacks_something_ends_the_run_only_where_others_did_not_trai
 
     command = [sys.executable, str(tmp_path / "stub.py")]
     starts = Round(command=command, environments=lambda: [{"RANK": "0", "FOLDER": str(tmp_path)}])
-    what = Supervised(starts=starts, logs=tmp_path / "logs", logs_location="LOGS")
-    assert supervise(what, RestartLimits(scale=0.01), lambda attempt: None) == code
+    limits = RestartLimits(scale=0.01)
+    assert supervise(starts, tmp_path / "logs", "LOGS", limits, lambda attempt: None) == code
     assert told == [(code, is_only_here)]
 
 
@@ -202,16 +202,15 @@ DRIVER = """\
 import sys
 from pathlib import Path
 from jaxinfra.launchers.restart_policy import RestartLimits
-from jaxinfra.launchers.supervisor import EqualStarts, Supervised, supervise
+from jaxinfra.launchers.supervisor import EqualStarts, supervise
 folder = Path(sys.argv[1])
 command = [sys.executable, str(folder / "stub.py")]
 starts = EqualStarts(command=command, environments=lambda: [{"RANK": "0", "FOLDER": str(folder)}])
-what = Supervised(starts=starts, logs=folder / "logs", logs_location="LOGS")
 def record(attempt):
     with (folder / "attempts").open("a") as file:
         file.write(f"{attempt.exit_code} ")
 try:
-    code = supervise(what, RestartLimits(scale=float(sys.argv[2])), record)
+    code = supervise(starts, folder / "logs", "LOGS", RestartLimits(scale=float(sys.argv[2])), record)
 except KeyboardInterrupt:
     code = 130
 assert "jax" not in sys.modules

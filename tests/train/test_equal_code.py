@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jaxinfra.config import load
 from jaxinfra.machine.environment import code_digest
+from jaxinfra.processes.peers import Peers
 from jaxinfra.train.run_record import user_code_digests
 from tests.tiny_run import Tiny
 from tests.tiny_run import tiny as tiny
@@ -28,7 +29,7 @@ def test_an_edit_of_a_class_or_of_what_it_imports_is_seen(tiny: Tiny) -> None:
     for limit, comment in (1, ""), (2, ""), (2, "# an edit\n"):
         (folder / "helper_of_the_test.py").write_text(f"LIMIT = {limit}\n")
         (folder / "classes_of_the_test.py").write_text(CLASS + comment)
-        found.append(user_code_digests(load(config).run))
+        found.append(user_code_digests(load(config).run, Peers()))
     helper, classes = "the code of helper_of_the_test", "the code of classes_of_the_test"
     assert found[0][helper] != found[1][helper] == found[2][helper]
     assert found[1][classes] != found[2][classes]

@@ -1,6 +1,7 @@
 """Waits for batches: the phase that the watchdog sees, and the seconds that count."""
 
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,18 +48,22 @@ def test_a_late_batch_is_one_wait_for_the_watchdog() -> None:
 def test_the_seconds_of_a_batch_that_has_come_count() -> None:
     made = reporting()
     waiting = Waiting(made)
-    for is_first in (True, False):
-        with waiting.late():
+    for _ in range(2):
+        late = iter([None, None, (1, {})])
+
+        def poll(timeout_s: float, late: Iterator[Any] = late) -> Any:
             time.sleep(0.01)
-            waiting.has_come(is_first=is_first)
+            return next(late)
+
+        assert waiting.next(poll, lambda: None) == (1, {})
     assert waiting.first_s >= 0.01 and made.data_wait_s >= waiting.first_s + 0.01
 
 
 def test_while_the_devices_are_busy_nothing_is_late() -> None:
     made, late = reporting(devices_are_busy=True), iter([None, None, (1, {})])
-    assert Waiting(made).while_busy(lambda timeout_s: next(late)) == (1, {})
+    assert Waiting(made).next(lambda timeout_s: next(late), lambda: "late") == (1, {})
     assert made.data_wait_s == 0.0
-    assert Waiting(reporting()).while_busy(lambda timeout_s: None) is None
+    assert Waiting(reporting()).next(lambda timeout_s: None, lambda: "late") == "late"
 
 
 def test_a_run_that_hardly_waits_does_not_warn():

@@ -25,13 +25,14 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
     for url in place.source.deletion():
         print(f"\nDELETE {url}    # by the first host itself, if nobody does after the end, or at --max-hours")
     hosts = [Host(address=f"{job.place.user}@HOST")] if job.place.is_cloud else place.source.current()
+    start, shown = place.dry_start(job)
     steps = [
         ("probe", job.id, job.bundle, "PACKAGES", uv_version()),
         ("unpack", job.bundle),
         ("receive", f"bin/uv-{uv_version()}"),
         ("receive", "environments/PACKAGES/requirements.txt"),
         ("install", "PACKAGES", uv_version(), "PYTHON"),
-        place.start_action(job),
+        start,
     ]
     for action in steps:
         print(f"\n# {action[0]}, on each host at once")
@@ -40,4 +41,4 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
     print(f"\n# file: {job.location}/place/bundle-{job.bundle}, place/requirements-PACKAGES")
     print(f"# file: {job.location}/place/attempt-N.json")
     print(json.dumps({"job": asdict(job)}, indent=2))
-    print(f"\n{place.shown(job)}")
+    print(f"\n{shown}")

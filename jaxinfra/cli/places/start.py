@@ -16,11 +16,12 @@ from jaxinfra.config.codec import encode
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.bundle import Bundle, make_bundle
 from jaxinfra.launchers.places.controller import Controller, release_last
+from jaxinfra.launchers.places.google_cloud import check_key
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
-from jaxinfra.launchers.places.sources import Chips, check_start, chips_made, place_of
+from jaxinfra.launchers.places.sources import Chips, chips_made, place_of
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import join_location
 from jaxinfra.storage.location import is_remote
@@ -29,7 +30,7 @@ from jaxinfra.storage.location import is_remote
 def run(options: argparse.Namespace) -> int:
     """Starts the run at its place; returns its exit code."""
     place_config = place_options(options)
-    check_start(place_config)
+    check_key(place_config)
     _check_processes(options)
     config = _load(options)
     location = _location(config, place_config)

@@ -296,11 +296,3 @@ def release_last(place: SshPlace, job: Job, number: int, new: PlaceOptions, say:
         raise RunInUseError(f"{job.location}: attempt {number} is live on {', '.join(live)}; use {resume}, or {stop}")
     if job.place != new:
         place.source.release(say)
-
-
-def require_job(number: int, job: Job | None, location: str) -> Job:
-    """Returns the job of the newest attempt; raises ConfigError if the run was never started at a place."""
-    if job is None or not number:
-        fix = "start it by its config and --place, or name one elsewhere, such as HOST:/path/to/runs/NAME"
-        raise ConfigError(f"{location}: was never started at a place; {fix}")
-    return job

@@ -1,7 +1,7 @@
 """Machines of Compute Engine: a group or a machine that exists, or groups that a template makes, one for each slice."""
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from jaxinfra.errors import ConfigError
@@ -28,6 +28,8 @@ from jaxinfra.launchers.places.place import Host, PlaceOptions, Request, Resourc
 
 _COMING = {"PENDING", "PROVISIONING", "STAGING", "REPAIRING"}
 _TEMPLATE, _POLICY = "instance template", "resource policy"
+_GROUPS, _INSTANCES = "InstanceGroupManagers", "Instances"  # kinds of clients
+_TEMPLATES, _POLICIES = "InstanceTemplates", "ResourcePolicies"
 _FATAL = ("PERMISSION", "FORBIDDEN", "INVALID", "NOT_FOUND", "UNSUPPORTED")  # parts of codes
 
 
@@ -42,22 +44,7 @@ class Gce(GooglePlace):
         self._in_zone = {"project": self.options.project, "zone": self.options.zone}
         self._in_region = {"project": self.options.project, "region": region_of(self.options.zone)}
         self._what = f"{self.options.name} in {self.options.zone}"
-
-    @cached_property
-    def _groups(self) -> Any:
-        return client_of("compute_v1", "InstanceGroupManagersClient")
-
-    @cached_property
-    def _instances(self) -> Any:
-        return client_of("compute_v1", "InstancesClient")
-
-    @cached_property
-    def _templates(self) -> Any:
-        return client_of("compute_v1", "InstanceTemplatesClient")
-
-    @cached_property
-    def _policies(self) -> Any:
-        return client_of("compute_v1", "ResourcePoliciesClient")
+        self._client = cache(_client)  # by kind
 
     def step(self, say: Say) -> Sequence[Host] | str:
         """See `GooglePlace.step`."""
@@ -107,7 +94,7 @@ class Gce(GooglePlace):
                 return self._hosts_of(found)
             machine = self._machine()
             running = machine is not None and machine.status == "RUNNING"
-            return self._hosts([self._with_key(machine)], 0) if running else ()
+            return self._hosts([machine], 0) if running else ()
         groups = [self._group(name) for name in self._names]
         if not all(group is not None and self.is_ours(group.description) for group in groups):
             return ()
@@ -153,8 +140,8 @@ class Gce(GooglePlace):
         """Deletes the template and the policy, if they are of this run and due; returns what was deleted."""
         name, deleted = self.options.name, list[str]()
         for kind, client, request in (
-            (_TEMPLATE, self._templates, {"project": self.options.project, "instance_template": name}),
-            (_POLICY, self._policies, {**self._in_region, "resource_policy": name}),
+            (_TEMPLATE, self._client(_TEMPLATES), {"project": self.options.project, "instance_template": name}),
+            (_POLICY, self._client(_POLICIES), {**self._in_region, "resource_policy": name}),
         ):
             what = f"delete {kind} {name}"
             found = find(what, client.get, request)
@@ -224,16 +211,16 @@ class Gce(GooglePlace):
         what = f"--create {self.topology} in {self.options.zone}"
         if messages.needs_policy(machines):
             request = {**self._in_region, "resource_policy": self.options.name}
-            if not self._has(_POLICY, find(what, self._policies.get, request)):
+            if not self._has(_POLICY, find(what, self._client(_POLICIES).get, request)):
                 body = {**self._in_region, "resource_policy_resource": self._policy(machines)}
-                self._insert(what, self._policies, body, _POLICY)
+                self._insert(what, self._client(_POLICIES), body, _POLICY)
         project = {"project": self.options.project}
         request = {**project, "instance_template": self.options.name}
-        if not self._has(_TEMPLATE, find(what, self._templates.get, request)):
+        if not self._has(_TEMPLATE, find(what, self._client(_TEMPLATES).get, request)):
             body = {**project, "instance_template_resource": self._template(machines)}
-            self._insert(what, self._templates, body, _TEMPLATE)
+            self._insert(what, self._client(_TEMPLATES), body, _TEMPLATE)
         body = {**self._in_zone, "instance_group_manager_resource": self._message(machines, name)}
-        self._insert(what, self._groups, body, name)
+        self._insert(what, self._client(_GROUPS), body, name)
         say(f"requested {machines.hosts} {machines.machine} in {self.options.zone} as managed instance group {name}")
 
     def _insert(self, what: str, client: Any, request: dict[str, Any], made: str) -> None:
@@ -249,7 +236,7 @@ class Gce(GooglePlace):
             scope, request["zone"] = "Zone", self.options.zone
         elif operation.region:
             scope, request["region"] = "Region", region_of(self.options.zone)
-        client = client_of("compute_v1", f"{scope}OperationsClient")
+        client = self._client(f"{scope}Operations")
 
         def has_ended() -> bool:
             now = call(what, client.get, request)
@@ -267,16 +254,17 @@ class Gce(GooglePlace):
         return found is not None
 
     def _group(self, name: str) -> Any:
-        return find(self._what, self._groups.get, {**self._in_zone, "instance_group_manager": name})
+        return find(self._what, self._client(_GROUPS).get, {**self._in_zone, "instance_group_manager": name})
 
     def _members(self, name: str) -> list[Any]:
         request = {**self._in_zone, "instance_group_manager": name}
-        return find(self._what, lambda **asked: list(self._groups.list_managed_instances(**asked)), request) or []
+        method = self._client(_GROUPS).list_managed_instances
+        return find(self._what, lambda **asked: list(method(**asked)), request) or []
 
     def _delete_group(self, name: str) -> None:
         what = f"delete managed instance group {name}"
         request = {**self._in_zone, "instance_group_manager": name}
-        if (operation := self.ask_to_delete(what, self._groups.delete, request)) is not None:
+        if (operation := self.ask_to_delete(what, self._client(_GROUPS).delete, request)) is not None:
             self._finish(what, operation)
 
     def _lost_member(self, members: Sequence[Any]) -> str:
@@ -288,8 +276,7 @@ class Gce(GooglePlace):
 
     def _problem(self, name: str, group: Any, members: Sequence[Any]) -> str:
         """Returns why machines could not be made, if that may change; raises ConfigError if it will not."""
-        checks = [group.status.bulk_instance_operation.last_progress_check.error]
-        errors = [error for check in checks for error in check.errors]
+        errors = [*group.status.bulk_instance_operation.last_progress_check.error.errors]
         errors.extend(error for member in members for error in member.last_attempt.errors.errors)
         for error in errors:
             message = f"{error.code}: {' '.join(error.message.split())}"
@@ -306,19 +293,20 @@ class Gce(GooglePlace):
         request = dict(self._in_zone)
         if self._machines is not None:
             request["filter"] = f"labels.{RUN_LABEL}={self.labels[RUN_LABEL]}"
-        instances = {each.name: each for each in items_of(self._what, self._instances.list, request)}
+        instances = {each.name: each for each in items_of(self._what, self._client(_INSTANCES).list, request)}
         hosts: list[Host] = []
         for number, name in enumerate(names):
             members = sorted(member.instance.rpartition("/")[2] for member in self._members(name))
             found = [instances[member] for member in members if member in instances]
             if len(found) < len(members) or any(each.status != "RUNNING" for each in found):
                 return []
-            hosts.extend(self._hosts([self._with_key(each) for each in found], number))
+            hosts.extend(self._hosts(found, number))
         return hosts
 
     def _hosts(self, instances: Sequence[Any], number: int) -> list[Host]:
+        """Returns the hosts of machines of a slice, once they have our key."""
         hosts: list[Host] = []
-        for each in instances:
+        for each in map(self._with_key, instances):
             interface = each.network_interfaces[0]
             external = interface.access_configs[0].nat_i_p if interface.access_configs else ""
             address = {"internal": interface.network_i_p, "external": external}
@@ -328,6 +316,7 @@ class Gce(GooglePlace):
     def _with_key(self, instance: Any) -> Any:
         """Adds our key to a machine that does not have it."""
         what, request = f"add the ssh key to {instance.name}", {**self._in_zone, "instance": instance.name}
+        client = self._client(_INSTANCES)
 
         def items(found: Any) -> dict[str, str]:
             return {item.key: item.value for item in found.metadata.items}
@@ -335,14 +324,14 @@ class Gce(GooglePlace):
         def write(found: Any, keys: str) -> None:
             changed = [{"key": key, "value": value} for key, value in {**items(found), SSH_KEYS: keys}.items()]
             metadata = compute_module().Metadata(fingerprint=found.metadata.fingerprint, items=changed)
-            self._finish(what, change(what, self._instances.set_metadata, {**request, "metadata_resource": metadata}))
+            self._finish(what, change(what, client.set_metadata, {**request, "metadata_resource": metadata}))
 
         return self.let_in(
             what,
             instance,
             keys=lambda found: items(found).get(SSH_KEYS, ""),
             write=write,
-            read=lambda: find(what, self._instances.get, request),
+            read=lambda: find(what, client.get, request),
         )
 
     def _existing(self) -> list[str]:
@@ -355,12 +344,12 @@ class Gce(GooglePlace):
         return names
 
     def _machine(self) -> Any:
-        return find(self._what, self._instances.get, {**self._in_zone, "instance": self.options.name})
+        return find(self._what, self._client(_INSTANCES).get, {**self._in_zone, "instance": self.options.name})
 
     def _single(self) -> Any:
         found = self._machine()
         if found is None:
-            groups = items_of(self._what, self._groups.list, self._in_zone)
+            groups = items_of(self._what, self._client(_GROUPS).list, self._in_zone)
             others = ", ".join(group.name for group in groups) or "no groups"
             raise ConfigError(
                 f"--name {self.options.name}: no group or machine of this name in {self.options.zone}, which has:"
@@ -378,13 +367,13 @@ class Gce(GooglePlace):
         if instance.status != "RUNNING":
             start = f"gcloud compute instances start {instance.name} --zone {self.options.zone}"
             raise ConfigError(f"--name {instance.name}: the machine is {instance.status}; run `{start}`")
-        return self._hosts([self._with_key(instance)], 0)
+        return self._hosts([instance], 0)
 
 
 def list_resources(project: str, zone: str = "-") -> list[Resource]:
     """Returns what runs have made in a zone, or in all."""
-    groups = _items(client_of("compute_v1", "InstanceGroupManagersClient"), "instance_group_managers", project, zone)
-    instances = _items(client_of("compute_v1", "InstancesClient"), "instances", project, zone, f"labels.{LABEL}=1")
+    groups = _items(_client(_GROUPS), "instance_group_managers", project, zone)
+    instances = _items(_client(_INSTANCES), "instances", project, zone, f"labels.{LABEL}=1")
     resources: list[Resource] = []
     for group in groups:
         origin = Origin.parse(group.description)
@@ -408,6 +397,10 @@ def list_resources(project: str, zone: str = "-") -> list[Resource]:
             )
         )
     return resources
+
+
+def _client(kind: str) -> Any:
+    return client_of("compute_v1", f"{kind}Client")
 
 
 def _items(client: Any, name: str, project: str, zone: str, filter: str = "") -> list[Any]:

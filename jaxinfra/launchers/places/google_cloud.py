@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError
 from jaxinfra.launchers.places.google_errors import Stockout, error_of, google_errors
 from jaxinfra.launchers.places.images import topology_of
-from jaxinfra.launchers.places.place import Host, PlaceOptions, Say
+from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Say
 from jaxinfra.packages import import_optional
 from jaxinfra.plan.topology import Topology
 
@@ -240,7 +240,7 @@ class Wait:
         self._delay_s = min(self._delay_s * 1.5, 30 * self._poll_s)
 
 
-class GooglePlace(ABC):
+class GooglePlace(HostSource, ABC):
     """The base of `TpuVm` and `Gce`, which have a `step` towards the hosts."""
 
     def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 2.0) -> None:

@@ -76,11 +76,6 @@ class Stockout(StorageError):
     """The zone has no capacity now; it may have some later."""
 
 
-def is_stockout(text: str) -> bool:
-    """Whether an error's code or message says that there is no capacity now."""
-    return bool(_STOCKOUT.search(text)) and not _QUOTA.search(text)
-
-
 @contextmanager
 def google_errors(what: str) -> Iterator[None]:
     """Raises ConfigError, StorageError or Stockout for an error of a client within this context."""
@@ -105,7 +100,7 @@ def google_errors(what: str) -> Iterator[None]:
 def error_of(what: str, code: int, message: str) -> JaxinfraError:
     """Returns the error for an answer: `code` of HTTP, or 0, and the cloud's words."""
     message, permission = _one_line(_REQUEST.sub("", message)), _PERMISSION.search(message)
-    if is_stockout(message):
+    if _STOCKOUT.search(message) and not _QUOTA.search(message):
         return Stockout(f"{what}: no capacity: {message}")
     if _QUOTA.search(message) and not _RATE.search(message):
         page = "https://console.cloud.google.com/iam-admin/quotas"

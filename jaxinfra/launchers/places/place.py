@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 CLOUDS = ("tpu-vm", "gce")
 KINDS = ("ssh", "slurm", *CLOUDS)
@@ -89,8 +88,8 @@ class Resource:
     notice: str = ""  # planned maintenance and the like
 
 
-class HostSource(Protocol):
-    """Where hosts come from: a list, or a cloud's API.
+class HostSource:
+    """Where hosts come from: a list, for which all but `current` is done here, or a cloud's API.
 
     All methods may be called again, also by another machine after the first was lost: what exists is taken, and nothing
     is made twice. Errors of a cloud are ConfigError (81: refused, with the fix) or StorageError (82: no answer).
@@ -105,27 +104,26 @@ class HostSource(Protocol):
         What was preempted or failed is deleted and made again. `say` gets a line whenever the wait changes. `go_on` is
         asked again and again: once it is False, what was made for this run is deleted, and Preempted is raised.
         """
-        ...
+        return self.current()
 
     def current(self) -> Sequence[Host]:
         """Returns the hosts that exist, by rank, which let this machine in; makes and waits for nothing."""
-        ...
+        raise NotImplementedError
 
     def lost(self) -> str:
-        """Returns why the hosts have to be made again, such as "preempted"; "" while they stand."""
-        ...
+        """Returns why the hosts have to be made again, such as "preempted"; "" while they stand, or may come back."""
+        return ""
 
     def release(self, say: Say) -> None:
         """Deletes what was made for this run, and nothing else; a line for each resource that is gone."""
-        ...
 
     def requests(self) -> Sequence[Request]:
         """Returns what would be sent from the start to the end of a run if nothing exists yet."""
-        ...
+        return ()
 
     def deletion(self) -> Sequence[str]:
         """Returns the URLs that delete what was made for this run, for the host's own service account.
 
         () if nothing was made: the host then only stops the run at its deadline.
         """
-        ...
+        return ()

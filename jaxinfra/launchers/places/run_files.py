@@ -3,7 +3,6 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import Protocol
 
 from jaxinfra.launchers.places.place import Host
 from jaxinfra.launchers.places.ssh import Ssh
@@ -11,18 +10,6 @@ from jaxinfra.storage.location import is_remote
 from jaxinfra.storage.objects import ObjectStore
 
 _ON_HOST = re.compile(r"(?P<host>(?:[\w.][\w.-]*@)?[\w.][\w.-]*):(?P<path>/.*)")
-
-
-class RunFiles(Protocol):
-    """Small files of a run directory."""
-
-    def read_or_none(self, name: str) -> bytes | None:
-        """Returns the content; None if there is none."""
-        ...
-
-    def create(self, name: str, content: bytes) -> bool:
-        """Writes a new file; False if there is one with other content."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +30,10 @@ class HostFiles:
         if self.ssh.call(self.host, "create", path, stdin=content, missing_ok=True) is not None:
             return True
         return self.read_or_none(name) == content
+
+
+type RunFiles = HostFiles | ObjectStore
+"""Small files of a run directory."""
 
 
 def split_location(location: str) -> tuple[str, str] | None:

@@ -107,13 +107,10 @@ class SlurmPlace(SshPlace):
             long=_LONG_S,
         )
 
-    def start_action(self, job: Job) -> Sequence[str]:
-        """Returns the words of the action that starts an attempt, for a dry run."""
-        return ("submit", job.id, "ATTEMPT", job.location)
-
-    def shown(self, job: Job) -> str:
-        """Returns the job's script, for a dry run."""
-        return f"# on the nodes of the job, by sbatch\n{self.script(job, 'ATTEMPT')}"
+    def dry_start(self, job: Job) -> tuple[Sequence[str], str]:
+        """Returns the words of the action that starts an attempt, and the job's script."""
+        script = f"# on the nodes of the job, by sbatch\n{self.script(job, 'ATTEMPT')}"
+        return ("submit", job.id, "ATTEMPT", job.location), script
 
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Submits an attempt; nothing happens if it has been submitted. ConfigError with what sbatch says."""

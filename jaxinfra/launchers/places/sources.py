@@ -1,13 +1,14 @@
 """Finds the source of hosts for a kind of place, and how ssh reaches what it yields."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import override
 
 from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.launchers.places.job import Job, run_id
-from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Request, Say
+from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Say
 from jaxinfra.launchers.places.slurm import SlurmPlace
 from jaxinfra.launchers.places.ssh import Ssh
 from jaxinfra.launchers.places.ssh_place import SshPlace
@@ -16,7 +17,7 @@ _ADDRESS = re.compile(r"(?:[\w.][\w.-]*@)?[\w.\[:][\w.:%\]-]*")
 KNOWN_HOSTS = Path.home() / ".cache" / "jaxinfra" / "places" / "known_hosts"
 
 
-class HostList:
+class HostList(HostSource):
     """Hosts that exist, by name, or this machine; nothing is made or deleted."""
 
     def __init__(self, options: PlaceOptions) -> None:
@@ -28,28 +29,9 @@ class HostList:
             raise ConfigError(f"--hosts: {twice[0]} stands there twice; name each host once, in the order of ranks")
         self._hosts = [Host(address=address) for address in addresses or ("",)]
 
-    def acquire(self, say: Say, go_on: Callable[[], bool] = lambda: True) -> Sequence[Host]:
-        """Returns the hosts."""
-        return self._hosts
-
+    @override
     def current(self) -> Sequence[Host]:
-        """Returns the hosts."""
         return self._hosts
-
-    def lost(self) -> str:
-        """Returns "": a host that does not answer may come back."""
-        return ""
-
-    def release(self, say: Say) -> None:
-        """Deletes nothing."""
-
-    def requests(self) -> Sequence[Request]:
-        """Returns (): no cloud is asked."""
-        return ()
-
-    def deletion(self) -> Sequence[str]:
-        """Returns (): nothing was made."""
-        return ()
 
 
 def source_of(options: PlaceOptions, location: str) -> HostSource:
@@ -83,14 +65,6 @@ def chips_made(options: PlaceOptions) -> Chips | None:
     topology = topology_of(options.create)
     extra = "tpu" if topology.chip.platform == "tpu" else "cuda"
     return Chips(arch="x86_64", devices=topology.num_devices, extras=(extra,))
-
-
-def check_start(options: PlaceOptions) -> None:
-    """Raises ConfigError if this machine lacks what the options of a new start name."""
-    if options.is_cloud:
-        from jaxinfra.launchers.places.google_cloud import check_key
-
-        check_key(options)
 
 
 def place_of(job: Job, say: Say) -> SshPlace:

@@ -134,13 +134,10 @@ class SshPlace:
 
         on_all(without, install)
 
-    def start_action(self, job: Job) -> Sequence[str]:
-        """Returns the words of the action that starts an attempt, for a dry run."""
-        return ("start", job.id, "ATTEMPT", job.bundle, "PACKAGES", job.location)
-
-    def shown(self, job: Job) -> str:
-        """Returns what runs on the hosts, for a dry run."""
-        return f"# on each host: python {shlex.join(job.command)}"
+    def dry_start(self, job: Job) -> tuple[Sequence[str], str]:
+        """Returns the words of the action that starts an attempt, and what runs on the hosts then."""
+        action = ("start", job.id, "ATTEMPT", job.bundle, "PACKAGES", job.location)
+        return action, f"# on each host: python {shlex.join(job.command)}"
 
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Starts an attempt on all hosts; on one that has had this attempt, nothing happens."""

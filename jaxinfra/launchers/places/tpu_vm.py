@@ -52,21 +52,17 @@ class TpuVm(GooglePlace):
     def _client(self) -> Any:
         return client_of("tpu_v2", "TpuClient")
 
-    @cached_property
-    def _tpu(self) -> Any:
-        return import_optional("google.cloud.tpu_v2", needed_by="--place tpu-vm", install=INSTALL)
-
     def step(self, say: Say) -> Sequence[Host] | str:
         """See `GooglePlace.step`."""
         if self.topology is None:
             nodes = self._existing()
-            if waiting := self._waiting(nodes):
-                return waiting
-            return self._hosts(self._with_key(nodes))
+            return self._waiting(nodes) or self._hosts(nodes)
         resource = self._resource()
         if resource is None:
             return self._create(say, self.topology)
-        self._check_ours(resource)
+        if not self._is_ours(resource):
+            specs = resource.tpu.node_spec
+            self.check_owner("queued resource", specs[0].node.description if specs else "")
         self._creation = None
         state, name = resource.state.state.name, f"queued resource {self.options.name}"
         if state == "FAILED":
@@ -74,7 +70,7 @@ class TpuVm(GooglePlace):
             if not self.may_retry():
                 return str(failure)
         nodes = self._nodes_of(resource) if state == "ACTIVE" else []
-        lost = "preempted" if state in _LOST else self._lost_nodes(nodes, *_STOPPED_NODE)
+        lost = "preempted" if state in _LOST else self._lost_nodes(nodes)
         lost = "failed" if state == "FAILED" else lost
         if lost:
             say(f"{name}: {lost}; deletes it to make it again")
@@ -82,9 +78,7 @@ class TpuVm(GooglePlace):
             return f"{name} is being deleted"
         if state != "ACTIVE":
             return f"{name} is {state.lower().replace('_', ' ')}"
-        if waiting := self._waiting(nodes):
-            return waiting
-        return self._hosts(self._with_key(nodes))
+        return self._waiting(nodes) or self._hosts(nodes)
 
     def current(self) -> Sequence[Host]:
         """See `HostSource.current`."""
@@ -94,13 +88,13 @@ class TpuVm(GooglePlace):
         else:
             resource = self._resource()
             nodes = self._nodes_of(resource) if resource is not None and self._is_ours(resource) else []
-        return self._hosts(self._with_key([node for node in nodes if node.state.name == "READY"]))
+        return self._hosts([node for node in nodes if node.state.name == "READY"])
 
     def lost(self) -> str:
         """See `HostSource.lost`."""
         self.has_asked = True
         if self.topology is None:
-            return self._lost_nodes(self._existing(), *_STOPPED_NODE)
+            return self._lost_nodes(self._existing())
         resource = self._resource()
         if resource is None:
             return "deleted"
@@ -112,7 +106,7 @@ class TpuVm(GooglePlace):
         nodes = self._nodes_of(resource)
         if len(nodes) < self.topology.slices:
             return f"{self.topology.slices - len(nodes)} of {self.topology.slices} TPU VMs deleted"
-        return self._lost_nodes(nodes, *_STOPPED_NODE)
+        return self._lost_nodes(nodes)
 
     def delete(self, say: Say, only: Collection[str] | None) -> None:
         """See `GooglePlace.delete`."""
@@ -207,7 +201,8 @@ class TpuVm(GooglePlace):
             is_path = "/" in options.reservation
             name = options.reservation if is_path else f"{self._zone}/reservations/{options.reservation}"
             resource["reservation_name"] = name
-        return self._tpu.QueuedResource(resource)
+        tpu = import_optional("google.cloud.tpu_v2", needed_by="--place tpu-vm", install=INSTALL)
+        return tpu.QueuedResource(resource)
 
     def _delete(self) -> None:
         what = f"delete {self._what}"
@@ -238,11 +233,6 @@ class TpuVm(GooglePlace):
 
     def _is_ours(self, resource: Any) -> bool:
         return any(spec.node.labels.get(RUN_LABEL) == self.labels[RUN_LABEL] for spec in resource.tpu.node_spec)
-
-    def _check_ours(self, resource: Any) -> None:
-        if not self._is_ours(resource):
-            specs = resource.tpu.node_spec
-            self.check_owner("queued resource", specs[0].node.description if specs else "")
 
     def _nodes_of(self, resource: Any) -> list[Any]:
         """Returns the TPU VMs of a queued resource by slice; those that are deleted are left out."""
@@ -289,17 +279,16 @@ class TpuVm(GooglePlace):
                 return f"TPU VM {_id(node)} is {node.state.name.lower()}"
         return ""
 
-    def _lost_nodes(self, nodes: Sequence[Any], *states: str) -> str:
+    def _lost_nodes(self, nodes: Sequence[Any]) -> str:
         for node in nodes:
-            if node.state.name in _LOST_NODE.union(states):
+            if node.state.name in _LOST_NODE | _STOPPED_NODE:
                 return f"TPU VM {_id(node)} {node.state.name.lower()}"
         return ""
 
-    def _with_key(self, nodes: Sequence[Any]) -> Sequence[Any]:
-        """Adds our key to those that do not have it."""
-        return [self._let_in(f"add the ssh key to TPU VM {_id(node)}", node) for node in nodes]
+    def _with_key(self, node: Any) -> Any:
+        """Adds our key to a TPU VM that does not have it."""
+        what = f"add the ssh key to TPU VM {_id(node)}"
 
-    def _let_in(self, what: str, node: Any) -> Any:
         def write(found: Any, keys: str) -> None:
             changed = {"name": found.name, "metadata": {**found.metadata, SSH_KEYS: keys}}
             request = {"node": changed, "update_mask": {"paths": ["metadata"]}}
@@ -314,6 +303,7 @@ class TpuVm(GooglePlace):
         )
 
     def _hosts(self, nodes: Sequence[Any]) -> list[Host]:
+        """Returns the hosts of TPU VMs, once they have our key."""
         return [
             self.host(
                 f"{_id(node)}-w{index}",
@@ -322,7 +312,7 @@ class TpuVm(GooglePlace):
                 external=endpoint.access_config.external_ip,
                 slice=number,
             )
-            for number, node in enumerate(nodes)
+            for number, node in enumerate(map(self._with_key, nodes))
             for index, endpoint in enumerate(node.network_endpoints)
         ]
 
