@@ -33,7 +33,7 @@ from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs
 from jaxinfra.storage.checks import check_space
-from jaxinfra.storage.connection import RETRY_ENV
+from jaxinfra.storage.connection import RETRY_ENV, require_server
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import print_table, stdout_console, titled_table
@@ -58,8 +58,9 @@ def run(options: argparse.Namespace) -> int:
     if not examination.has_failed("driver", "packages", "command"):  # else the devices may not connect
         _say(options, "looking at devices, and at what the run needs")
         examination.look_at_devices()
-    _say(options, f"writing and reading {examination.root}")
-    examination.measure_storage()
+    if not examination.has_failed("bucket"):
+        _say(options, f"writing and reading {examination.root}")
+        examination.measure_storage()
     if options.prints:
         table = titled_table("", "check", "level", *(Column(each, overflow="fold") for each in ("found", "what to do")))
         for each in examination.findings:
@@ -94,6 +95,8 @@ class _Examination:
         own = host.host_findings(self.root, kind)
         if not (self._options.devices or "").startswith("cpu") and (gpus := host.driver(kind)) is not None:
             own.append(gpus)
+        if is_remote(self.root) and (away := _tried("bucket", lambda: require_server(self.root) or "")).level == "fail":
+            own.append(away)  # each request would be tried again for long
         self._merge(own)
         versions = package_versions(PACKAGES)
         self._compare("Python", {"Python": platform.python_version()}, platform.python_version(), same, "warn")
@@ -116,7 +119,7 @@ class _Examination:
         each = {"kind": local[0].device_kind, "number": len(local)}
         fix = "start all with the same --devices; look for a chip that is missing"
         self._compare("devices", each, f"{len(devices)} x {each['kind']}", fix)
-        if self._loaded is None:
+        if self._loaded is None or self.has_failed("bucket"):
             return
         own = list[Finding]()
         try:

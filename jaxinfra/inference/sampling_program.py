@@ -18,7 +18,7 @@ from jaxinfra.parallel.mesh import Device, make_mesh, reshape_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.program import Program
-from jaxinfra.run import Run
+from jaxinfra.run import GuardConfig, Run
 
 
 def sampling_program(run: Run, devices: Sequence[Device] | Mesh, *, strict: bool = False) -> Program:
@@ -45,8 +45,8 @@ def _planned(run: Run, mesh: MeshConfig) -> Run:
     rules = replace(run.rules, batch=(*run.rules.batch, *rows), sequence=("context",), block_sequence=())
     batch = math.prod(mesh.sizes)
     train = replace(run.train, compiler="default", canonical=None, accumulate=1, global_batch=batch)
-    model = _without_capacity(require_text(run)[0])
-    return replace(run, mesh=mesh, rules=rules, train=train, model=model, pipeline=PipelineConfig())
+    model, guard = _without_capacity(require_text(run)[0]), GuardConfig()
+    return replace(run, mesh=mesh, rules=rules, train=train, guard=guard, model=model, pipeline=PipelineConfig())
 
 
 def _without_capacity(model: TransformerConfig) -> TransformerConfig:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
@@ -120,7 +121,7 @@ class Run:
             yield Problem(fields=("name",), message=message, fix="use name=my-run")
         if not (self.root.isprintable() and (self.init or "").isprintable()):
             yield Problem(fields=("root", "init"), message="have control characters", fix="use root=runs")
-        if "://" in self.root and not self.root.startswith(("s3://", "gs://")):
+        if "://" in self.root and not re.match("(s3|gs)://[^/]", self.root):
             message = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
             yield Problem(fields=("root",), message=message, fix="use root=runs")
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
@@ -167,9 +168,6 @@ class Run:
                 fix = "use train.canonical=8, or guard.replay_every=none"
                 yield Problem(fields=("guard.replay_every", "train.canonical"), message=message, fix=fix)
             return
-        if devices == 1 and self.guard.replay_every is not None:
-            message = "there is one device, and no other one to compute a step again"
-            yield Problem(fields=("guard.replay_every",), message=message, fix="use guard.replay_every=none")
         # Read from the class itself: a subclass of an elementwise optimizer may add up elements.
         if not vars(type(self.optim.optimizer)).get("elementwise", False):
             message = "its update adds up elements that the mesh spreads over devices"

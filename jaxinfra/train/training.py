@@ -254,7 +254,11 @@ class Training:
         self._reporting.interval.resume(restored.record)
         self._plan = opened.plan
         self._cadence = Cadence(job.run.checkpoint, step, job.program.mesh.size, job.peers.broadcast)
-        replay = Replay(job.program, job.peers, self._phases, trackers.log_note)
+        replay = None
+        if job.run.guard.replay_every is not None and job.program.mesh.size > 1:
+            replay = Replay(job.program, job.peers, self._phases, trackers.log_note).step
+        elif job.run.guard.replay_every is not None:
+            _log.warning("guard.replay_every: there is one device, so no step is computed again on another one")
         self.loop = Loop(
             job,
             restored.state,
@@ -267,7 +271,7 @@ class Training:
             check_owner=owned.lease.check if owned is not None else lambda: None,
             after_step=self._after_step,
             save=lambda: self._save(None, "asked"),
-            replay=None if job.run.guard.replay_every is None else replay.step,
+            replay=replay,
             leaves=self._leaves,
         )
         self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation

@@ -18,6 +18,7 @@ from tests import refusals
 from tests.bench.slow_link import DEVICE, SlowLink, address_of
 from tests.faults.machine import faketime_library, small_disk
 from tests.servers.fixtures import Server
+from tests.servers.guard import free_ports
 from tests.several import all_ended, ending, free_address
 from tests.tiny_run import Tiny, launch
 
@@ -200,3 +201,13 @@ def test_a_bucket(tiny: Tiny, gcs: Server, tmp_path: Path) -> None:
     ends = tiny.launch("root=gs://no-such-bucket/runs", "--json", str(found), command="doctor")
     assert ends.code == StorageError.exit_code
     named(found, "bucket", "fail", "gs://no-such-bucket/runs")
+
+
+def test_a_bucket_whose_server_is_away(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once, before all that needs it."""
+    found = tmp_path / "found.json"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_ports(1)[0]}")
+    ends = tiny.launch("root=s3://bucket/runs", "--json", str(found), command="doctor")
+    assert ends.code == StorageError.exit_code
+    named(found, "bucket", "fail", "s3://bucket/runs no server")
+    assert not {"config", "data"}.intersection(each["check"] for each in json.loads(found.read_text())["checks"])

@@ -137,3 +137,4 @@ def test_a_bucket_that_may_not_be_written(s3: Server, tiny: Tiny) -> None:
 
 def test_other_urls_are_refused(tiny: Tiny) -> None:
     refused(tiny.launch("root=ftp://host/runs"), "root=ftp://host/runs s3://BUCKET/PREFIX root=runs")
+    refused(tiny.launch("root=gs://"), "root=gs:// gs://BUCKET/PREFIX root=runs")

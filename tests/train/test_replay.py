@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.run import with_mesh_size
 from jaxinfra.train.replay import Computed, find_wrong
 from tests.refusals import raises
-from tests.tiny_run import Tiny
+from tests.tiny_run import Tiny, launch
 
 SIZES = {"weights": (4,), "shards": (8,), "sums": (4,), "parts": (4,), "state": (3, 4)}
 EVERYWHERE = [("state", (leaf, part)) for leaf in range(3) for part in range(4)]
@@ -61,10 +61,18 @@ def test_two_devices_are_both_named() -> None:
     assert find_wrong([computed(0, {}), computed(1, {})]) is None
 
 
-def test_a_replay_needs_canonical_mode_and_two_devices(tiny: Tiny) -> None:
+def test_a_replay_needs_canonical_mode(tiny: Tiny) -> None:
     with raises(ConfigError, "guard.replay_every train.canonical train.canonical=8"):
         validate(tiny.loaded("guard.replay_every=100"))
     run = tiny.loaded("guard.replay_every=100", "train.canonical=8")
-    with raises(ConfigError, "guard.replay_every guard.replay_every=none"):
-        validate(with_mesh_size(run, 1))
     validate(with_mesh_size(run, 2))
+
+
+def test_a_run_with_replays_is_sampled_and_shown(tiny: Tiny) -> None:
+    """Sampling is not in canonical mode, and one device is enough for what does not train."""
+    words = ("guard.replay_every=2", "train.canonical=8", "track.sample_prompt=a", "train.steps=4", "name=tiny")
+    ended = tiny.launch(*words)
+    assert ended.code == 0 and ended.out.count("the same bits on other devices") == 2, ended
+    for command in ("show", "sample"):
+        assert (ended := launch(command, str(tiny.directory()), *["a"][: command == "sample"])).code == 0, ended
+    validate(with_mesh_size(tiny.loaded(*words), 1))
