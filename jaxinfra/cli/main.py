@@ -21,7 +21,7 @@ from typing import NoReturn, override
 
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli.arguments import COMMANDS, Command
-from jaxinfra.cli.places.arguments import is_elsewhere
+from jaxinfra.cli.places.arguments import is_elsewhere, sbatch_word
 from jaxinfra.command import COMMAND, command_line
 from jaxinfra.errors import ConfigError, JaxinfraError, Preempted, StorageError, quoted
 from jaxinfra.launchers.restart_policy import RULES
@@ -122,10 +122,13 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
             _check_config_word(argv[0])
     command = " ".join(argv[:num_words]) or "train"
     parser = command_parser(command)
+    for option, word, after in zip(argv, argv[1:], [*argv[2:], ""], strict=False):
+        if option == "--sbatch" and word.startswith("-"):  # to argparse an option of ours
+            raise ConfigError(f"--sbatch {word}: needs a = before the option; use {sbatch_word(word, _value(after))}")
     options, unknown = parser.parse_known_intermixed_args(argv[num_words:])
     if unknown:
         if "overrides" in options:
-            _check_dashes(command, unknown, argv)
+            _check_dashes(command, unknown, argv, for_sbatch=getattr(options, "place", None) == "slurm")
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from jaxinfra.cli import run_names  # imports configs
 
@@ -162,16 +165,23 @@ def _check_subcommand(argv: Sequence[str]) -> None:
     raise ConfigError(f"{wrong}; use {argv[0]} {', '.join(subcommands[:-1])} or {subcommands[-1]}")
 
 
-def _check_dashes(command: str, unknown: Sequence[str], argv: Sequence[str]) -> None:
-    """Raises ConfigError for an unknown option that is meant as an override: --learning_rate=3e-3, --lr 3e-3."""
-    from jaxinfra.config.aliases import override_of_alias  # imports pathlib, inspect and more
+def _value(word: str) -> str:
+    """Returns the word after an option if it may be its value, else ""."""
+    return "" if "=" in word or word.startswith("-") else word
 
-    word = next((each for each in unknown if each.startswith("--")), "")
+
+def _check_dashes(command: str, unknown: Sequence[str], argv: Sequence[str], *, for_sbatch: bool) -> None:
+    """Raises ConfigError for an unknown option that is meant as an override, or for sbatch: --lr 3e-3, --qos=high."""
+    from jaxinfra.config.aliases import override_of_alias  # imports pathlib, inspect and more
+    from jaxinfra.run import Run
+
+    word = next((each for each in unknown if each.startswith("-" if for_sbatch else "--")), "")
     name, equals, value = word.removeprefix("--").partition("=")
-    following = argv[argv.index(word) + 1 :] if word and not equals else []
-    if following and "=" not in following[0] and not following[0].startswith("-"):
-        value = following[0]
+    if word and not equals:
+        value = _value("".join(argv[argv.index(word) + 1 :][:1]))
     override = None if command == "data prepare" else override_of_alias(name, value)  # aliases are those of a run
+    if for_sbatch and override is None and "." not in name and name not in Run.__dataclass_fields__:
+        raise ConfigError(f"{word}: no such option; use {sbatch_word(word, '' if equals else value)}")
     if override is None and not equals and "." not in name:
         return
     raise ConfigError(f"{word}: no such option; overrides have no dashes: {override or f'{name}={value or "VALUE"}'}")

@@ -1,11 +1,16 @@
 """The command line of runs elsewhere: what is refused before anybody is asked, and what a dry run shows."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.refusals import refused
+from jaxinfra.cli.main import parse_command_line
+from jaxinfra.cli.places.arguments import place_options
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.place import PlaceOptions
+from tests.refusals import names, raises, refused
 from tests.tiny_run import Ended, Tiny, launch
 
 ON_CLOUD = ("--place", "tpu-vm", "--create", "v6e-8", "--zone", "us-east5-b", "--project", "p")
@@ -42,6 +47,10 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         (("--place", "slurm", "--nodes", "2", "--hosts", "a,b"), "--hosts a,b --hosts a"),
         (("--place", "slurm", "--nodes", "2", "--max-hours", "2"), "--max-hours 2.0 slurm"),
         (("--place", "slurm", "--nodes", "2", "--sbatch", "gpus=8"), "--sbatch gpus=8 --sbatch=--partition=NAME"),
+        (("--place", "slurm", "--nodes", "2", "--sbatch=--time=5"), "--sbatch --time=5 --sbatch=--time=12:00:00"),
+        (("--place", "slurm", "--nodes", "4", "--elastic", "2..8"), "2..8: --elastic 2..4, --nodes 8"),
+        (("--place", "slurm", "--nodes", "4", "--elastic", "2..3"), "2..3: --elastic 2..4, --nodes 3"),
+        (("--place", "ssh", "--hosts", "a,b", "--elastic", "3..4"), "3..4: --elastic 2..2, 4 --hosts"),
         (("--place", "slurm", "--nodes", "2", "root=runs"), "root=runs root=/"),
         (("--place", "ssh", "--hosts", "a", "--nodes", "2"), "--nodes 2 ssh"),
         (("--place", "tpu-vm", "--create", "v6e-8"), "--place tpu-vm --zone"),
@@ -58,6 +67,40 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
 def test_refuses_in_one_line(project: Tiny, words: tuple[str, ...], named: str) -> None:
     refused(project.launch(*words), named)
     assert not project.runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "use"),
+    [
+        ("--partition=gpu", "--sbatch=--partition=gpu"),
+        ("--partition gpu", "--sbatch=--partition=gpu"),
+        ("--exclusive --qos=high", "--sbatch=--exclusive"),
+        ("-p gpu", "--sbatch=-pgpu"),
+        ("--sbatch --partition=gpu", "--sbatch=--partition=gpu"),
+        ("--sbatch --partition gpu", "--sbatch=--partition=gpu"),
+        ("--sbatch -t 60 --sbatch=--exclusive", "--sbatch=-t60"),
+        ("--lr=1", "no dashes: optim.peak_lr=1"),
+        ("--seed=1", "no dashes: seed=1"),
+    ],
+)
+def test_an_option_that_sbatch_does_not_get(project: Tiny, words: str, use: str) -> None:
+    line = refused(project.launch("--place", "slurm", "--nodes", "2", *words.split()))
+    assert line.endswith(f" {use}")
+
+
+@pytest.mark.parametrize("given", ["--time {}", "--time={}", "-t {}", "-t{}"])
+def test_a_time_limit_leaves_time_to_train(given: str) -> None:
+    """In all forms of Slurm; 0 is no limit, and what is no form of Slurm is left to sbatch."""
+
+    def start(time: str) -> PlaceOptions:
+        words = ("x.py", "--place", "slurm", "--nodes", "2", f"--sbatch={given.format(time)}")
+        return place_options(parse_command_line(words))
+
+    for short in ("5", "10", "9:59", "10:00", "0:10:00", "0-0:9", "0-00:10:00", "00:00:01"):
+        with raises(ConfigError, f"--sbatch {given.format(short)}: --sbatch=--time=12:00:00"):
+            start(short)
+    for long in ("11", "10:01", "1:00:00", "0:10:01", "1-0", "0-1", "0-0:11", "0-00:10:01", "0", "UNLIMITED", "x"):
+        assert start(long).sbatch
 
 
 def test_commands_for_runs_elsewhere_need_one(project: Tiny) -> None:
@@ -93,3 +136,38 @@ def test_dry_run_shows_requests_commands_and_files(
     shown = dry(project, "--place", "slurm", "--nodes", "3", "--elastic", "2..3", "--sbatch=--gpus-per-node=8").out
     assert "#SBATCH --nodes=3" in shown and "#SBATCH --gpus-per-node=8" in shown and "BatchMode" not in shown
     assert "--elastic 2..3" in shown and "jax[cuda" in shown and " submit tiny-" in shown
+    assert "submit, on this machine, the login node" in shown and "each host" not in shown
+    assert "sbatch --parsable @RUN@/job-ATTEMPT.sh" in shown
+
+
+@pytest.mark.parametrize(
+    ("program", "said", "code"),
+    [
+        ("", "sbatch: not found", 81),
+        (
+            "echo >&2 'squeue: error: Unable to contact slurm controller'; echo >&2 more; exit 1",
+            "Unable controller",
+            76,
+        ),
+        ("exit 1", "squeue: no answer", 76),
+    ],
+)
+def test_asks_slurm_before_anything_is_sent(
+    project: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, said: str, code: int
+) -> None:
+    """On a machine with the programs of Slurm, of which nobody answers, and on one without them."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    used = "awk basename cat df flock git head hostname ls mkdir paste sh sleep timeout touch tr uname wc"
+    for name in used.split():
+        (bin_folder / name).symlink_to(shutil.which(name) or pytest.fail(f"no {name}"))
+    for name in ("sbatch", "squeue", "scancel", "scontrol") if program else ():
+        (bin_folder / name).write_text(f"#!/bin/sh\n{program}\n")
+        (bin_folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_folder))
+    ended = project.launch("--place", "slurm", "--nodes", "2", "--workdir", str(tmp_path / "workdir"))
+    line = ended.err.splitlines()[-1]
+    assert ended.code == code and line.startswith("error: host this machine: Slurm"), ended
+    names(line, said, "login node --hosts USER@LOGIN")
+    assert "more" not in line and "sending" not in ended.err
+    assert not project.runs.exists() and not [*(tmp_path / "workdir/bundles").iterdir()]

@@ -1,6 +1,7 @@
 """The options that say where a run goes. Imports nothing heavy."""
 
 import argparse
+import re
 
 from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.errors import ConfigError
@@ -11,6 +12,7 @@ _OWN_OPTIONS = {
 }
 _OWN_OPTIONS |= {"--requeue", "--no-requeue", "--clusters", "--cluster", "--ntasks", "--ntasks-per-node", "--parsable"}
 _OWN_LETTERS = {"-a", "-N", "-o", "-e", "-J", "-M", "-n"}
+_TIME = re.compile(r"(?:--time[= ]|-t) *(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # D-H[:M[:S]], M[:S] or H:M:S
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +80,20 @@ def is_elsewhere(options: argparse.Namespace) -> bool:
     return False
 
 
+def sbatch_word(word: str, value: str) -> str:
+    """Returns an option of sbatch and its value, if it has one, as --sbatch takes them."""
+    return f"--sbatch={word}{'=' * (word.startswith('--') and bool(value))}{value}"
+
+
+def _time_limit_s(word: str) -> int:
+    """Returns the time limit in an option of sbatch; 0 without one, and for a form that is left to sbatch."""
+    if not (match := _TIME.fullmatch(word)):
+        return 0
+    days, first, second, third = (int(each or 0) for each in match.groups())
+    has_hours = match[1] is not None or match[4] is not None
+    return days * 86400 + (first * 60 + second) * (60 if has_hours else 1) + third
+
+
 def place_options(options: argparse.Namespace) -> PlaceOptions:
     """Returns the options of the command line; raises ConfigError for those of another kind of place."""
     kind = options.place
@@ -110,6 +126,13 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
             raise ConfigError(f"--sbatch {word}: expected one option of sbatch; use --sbatch=--partition=NAME")
         if word.partition("=")[0] in _OWN_OPTIONS or word[:2] in _OWN_LETTERS:
             raise ConfigError(f"--sbatch {word}: the script of the job sets it; leave it out")
+        if 0 < _time_limit_s(word) <= 600:
+            fix = "give more than ten minutes, such as --sbatch=--time=12:00:00"
+            raise ConfigError(f"--sbatch {word}: the job saves 300 s before its time limit; {fix}")
+    count, (least, most) = options.nodes or len(hosts), options.elastic or (0, 0)
+    if kind not in CLOUDS and most not in (0, count):
+        fix = f"--elastic {min(least, count)}..{count}, or {f'--nodes {most}' if options.nodes else f'{most} --hosts'}"
+        raise ConfigError(f"--elastic {least}..{most}: hosts of this run, with a process each: {count}; use {fix}")
     names = [*of_clouds, "wait_hours", "max_hours", "workdir"]
     chosen = {name: getattr(options, name) for name in names}
     return PlaceOptions(kind=kind, hosts=hosts, nodes=options.nodes or 0, sbatch=tuple(options.sbatch), **chosen)

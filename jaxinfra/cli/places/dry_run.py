@@ -27,15 +27,16 @@ def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> 
     hosts = [Host(address=f"{job.place.user}@HOST")] if job.place.is_cloud else place.source.current()
     start, shown = place.dry_start(job)
     steps = [
-        ("probe", job.id, job.bundle, "PACKAGES", uv_version()),
+        ("probe", job.id, job.bundle, "PACKAGES", uv_version(), job.place.kind),
         ("unpack", job.bundle),
         ("receive", f"bin/uv-{uv_version()}"),
         ("receive", "environments/PACKAGES/requirements.txt"),
         ("install", "PACKAGES", uv_version(), "PYTHON"),
         start,
     ]
+    where = f"{hosts[0]}, the login node" if job.place.kind == "slurm" else "each host at once"
     for action in steps:
-        print(f"\n# {action[0]}, on each host at once")
+        print(f"\n# {action[0]}, on {where}")
         for host in hosts:
             print(shlex.join(place.ssh.command(host, *action, script="$(cat jaxinfra/launchers/places/host.sh)")))
     print(f"\n# file: {job.location}/place/bundle-{job.bundle}, place/requirements-PACKAGES")

@@ -85,9 +85,17 @@ job_state() {
     fi
 }
 
+# Why Slurm takes no job here: what it says, or what is missing; "" if it answers.
+slurm_problem() {
+    for program in sbatch squeue scancel scontrol; do
+        command -v "$program" >/dev/null || { echo "$program: not found" && return; }
+    done
+    said=$(timeout 20 squeue --noheader --me --format=%A 2>&1) || echo "${said:-squeue: no answer within 20 s}" | head -n 1
+}
+
 case $action in submit | job-*) runs=$base/runs/slurm ;; esac # login nodes share it
 case $action in
-probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
+probe) # RUN BUNDLE ENVIRONMENT UV PLACE: facts, a line each
     echo "arch=$(uname -m)"
     echo "system=$(uname -s)"
     echo "free_kb=$(df -Pk "$base" | awk 'NR == 2 {print $4}')"
@@ -97,6 +105,7 @@ probe) # RUN BUNDLE ENVIRONMENT UV: facts, a line each
     echo "bundle=$([ -d "$base/bundles/$2" ] && echo yes || echo no)"
     echo "environment=$([ -e "$base/environments/$3/.complete" ] && echo yes || echo no)"
     echo "uv=$([ -x "$base/bin/uv-$4" ] && echo yes || echo no)"
+    [ "$5" != slurm ] || echo "slurm=$(slurm_problem)"
     [ ! -d "$runs/$1" ] || touch "$runs/$1/looked" # a host that is about to delete itself waits
     others=
     for folder in "$runs"/*/; do

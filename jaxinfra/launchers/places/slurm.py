@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import override
 
+from jaxinfra.errors import ConfigError, PeerLostError
 from jaxinfra.launchers.places.job import Job
 from jaxinfra.launchers.places.place import Host, HostState
 from jaxinfra.launchers.places.run_files import split_location
@@ -87,6 +89,16 @@ class SlurmPlace(SshPlace):
         """Returns the extra for GPUs if the job asks for some: the login node need not have any."""
         return ("cuda",) * any(_GPUS.match(option) for option in job.place.sbatch)
 
+    @override
+    def _check(self, job: Job) -> None:
+        """Raises PeerLostError if Slurm does not answer the login node, ConfigError if it has no Slurm."""
+        super()._check(job)
+        host = self.hosts[0]
+        if said := self._facts[host]["slurm"]:
+            kind = ConfigError if said.endswith(": not found") else PeerLostError
+            fix = "start it on a login node, or name one by --hosts USER@LOGIN"
+            raise kind(f"host {host}: Slurm does not answer: {said}; {fix}")
+
     def script(self, job: Job, number: int | str) -> str:
         """Returns what sbatch gets, before the login node has filled in its own paths."""
         split, no_kill = split_location(job.location), ["--no-kill"] * job.is_elastic
@@ -109,8 +121,8 @@ class SlurmPlace(SshPlace):
 
     def dry_start(self, job: Job) -> tuple[Sequence[str], str]:
         """Returns the words of the action that starts an attempt, and the job's script."""
-        script = f"# on the nodes of the job, by sbatch\n{self.script(job, 'ATTEMPT')}"
-        return ("submit", job.id, "ATTEMPT", job.location), script
+        command = "# on the login node: sbatch --parsable @RUN@/job-ATTEMPT.sh, which runs on the nodes of the job:"
+        return ("submit", job.id, "ATTEMPT", job.location), f"{command}\n{self.script(job, 'ATTEMPT')}"
 
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Submits an attempt; nothing happens if it has been submitted. ConfigError with what sbatch says."""

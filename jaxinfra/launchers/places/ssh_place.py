@@ -75,7 +75,7 @@ class SshPlace:
 
     def _probe(self, job: Job) -> None:
         def ask(host: Host) -> Mapping[str, str]:
-            arguments = (job.id, job.bundle, job.packages or "-", uv_version())
+            arguments = (job.id, job.bundle, job.packages or "-", uv_version(), job.place.kind)
             lines = (self.ssh.call(host, "probe", *arguments, timeout_s=60) or b"").decode(errors="replace")
             return dict(line.split("=", 1) for line in lines.splitlines() if "=" in line)
 
