@@ -44,7 +44,7 @@ class Attempt:
     signal: str | None  # that killed the process that failed first, or None
     rank: int | None  # of the process that failed first, or None
     reason: str  # why it ended, in words
-    error: str | None  # the last error that this process has printed, or None
+    error: str | None  # the last error of this process, else of any on this host; None if none has printed one
     log: str  # the file with all that it has printed
     first_step: int | None  # the first step that it completed, counted from 1; None if it completed none
     last_step: int | None  # the last one
@@ -153,6 +153,7 @@ def supervise(
     launcher, best_step, number = Launcher(), 0, 0
     anew, was_anew = dict[str, str](), False  # at the next start, and at one since the last progress
     doubted: Start | None = None  # one that another host may have ended, before a new step
+    aborted: Start | None = None  # of several hosts, one that ended by SIGABRT here, before a new step
     with launcher.handling_signals(), tempfile.TemporaryDirectory(prefix="jaxinfra-steps-") as folder:
         while True:
             number += 1
@@ -161,6 +162,9 @@ def supervise(
                 return start
             if doubted is not None and doubted.indices == start.indices:  # no host was the cause
                 limits.count(progressed=False)
+            if aborted is not None and not {*aborted.indices} <= {*start.indices}:
+                # A package such as Gloo aborts a process when another host is lost: it was not its own crash.
+                limits.in_a_row, anew = limits.in_a_row - 1, {}
             start = replace(start, environments=[{**each, **anew} for each in start.environments])
             with start.watch as watch, _output(logs, start, is_first=number == 1) as output:
                 attempt = _run(logs_location, start, watch, launcher, output, number, Path(folder, "steps"))
@@ -175,6 +179,7 @@ def supervise(
                 is_others = start.hosts is not None and (watch.is_over or attempt.exit_code == PeerLostError.exit_code)
                 is_others = is_others and attempt.signal is None and not progressed
                 doubted = start if is_others else None
+                aborted = start if start.indices and attempt.signal == "SIGABRT" and not progressed else None
                 if not is_others:
                     limits.count(progressed=progressed)
                 best_step = max(best_step, attempt.last_step or 0)
@@ -192,6 +197,7 @@ def supervise(
                     starts.end(attempt.exit_code, only_here=only_here)
                     return attempt.exit_code
                 how = "; all programs are compiled anew: one in the compile cache may be the cause" if anew else ""
+                how += ", unless a host is missing" if anew and aborted else ""
                 has_grown = start.hosts is not None and attempt.exit_code == Preempted.exit_code
                 wait_s = 0.0 if has_grown else limits.restart(attempt.rule, time.monotonic())
                 then = f"starting again in {max(1, round(wait_s))} s"

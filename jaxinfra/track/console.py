@@ -241,6 +241,7 @@ class ConsoleTracker(Tracker):
 def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
     """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ...".
 
+    A run that starts again without a checkpoint resumes at step 0, for the reason in its record.
     Both name the weights that the run began with: "init=runs/y@200".
     """
     config = config_leaves(record.get("config", {}))
@@ -248,7 +249,7 @@ def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int
     values = {path: config[path] for path in changed if path in config and path not in ("name", "init")}
     if init := record.get("init"):
         values["init"] = f"{init['run']}@{init['step']}" if init["step"] else init["run"]  # published weights have none
-    if not start_step:
+    if not (start_step or record.get("resumed_from")):
         return f"new run {run_dir}{':' * bool(values)}{''.join(f' {path}={text}' for path, text in values.items())}"
     notes = [record.get("resumed_from"), f"which began with init={values['init']}" if init else None]
     return ", ".join([f"resuming {run_dir} at step {start_step} of {total_steps}", *filter(None, notes)])

@@ -1,5 +1,6 @@
 """Checks the numbers of a run: losses, gradients, parameters, and copies of the state on several devices."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,9 @@ from jaxinfra.run import TrainConfig
 from jaxinfra.train.guard import Decision, Guard, Rewind, with_decisions
 from jaxinfra.train.phases import Phases
 from jaxinfra.train.replicas import ReplicaCheck
+
+_FEW = 0.01  # of the state
+_log = logging.getLogger(__name__)
 
 
 class Numerics:
@@ -103,6 +107,17 @@ class Numerics:
             raise Rewind(step, cause)
         if self._config.compare_replicas_every is not None:
             self.replicas.check(step, state)
+
+    def warn_of_few_copies(self) -> None:
+        """Warns if copies are to be compared on a mesh that has next to none."""
+        every = self._config.compare_replicas_every
+        if every is not None and (fraction := self.replicas.fraction) < _FEW:
+            _log.warning(
+                "guard.compare_replicas_every=%d: compares %.2g%% of the state, as no other part is on more than one "
+                "device; use mesh.replica=2 or more",
+                every,
+                100 * fraction,
+            )
 
     @cached_property
     def replicas(self) -> ReplicaCheck:

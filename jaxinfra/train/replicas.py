@@ -34,6 +34,12 @@ class ReplicaCheck:
         self._compared = [index for index, (_, leaf) in enumerate(paths) if _is_on_device(leaf)]
         self.leaves = [paths[index] for index in self._compared]
 
+    @property
+    def fraction(self) -> float:
+        """The part of the compared bytes of which several devices hold a copy."""
+        copied = [leaf.size * leaf.dtype.itemsize * _has_copies(leaf) for _, leaf in self.leaves]
+        return sum(copied) / max(1, sum(leaf.size * leaf.dtype.itemsize for _, leaf in self.leaves))
+
     def check(self, step: int, state: PyTree) -> None:
         """Raises CorruptionError, in all processes, if copies differ; it names the devices. Waits for the devices."""
         sums = self.sums(state)
@@ -74,6 +80,12 @@ def _is_on_device(leaf: jax.ShapeDtypeStruct) -> bool:
     """Whether a part of the state is in device memory, and of a type whose bits can be summed."""
     kind = leaf.sharding.memory_kind if leaf.sharding is not None else None
     return leaf.dtype.itemsize in UNSIGNED and kind not in ("pinned_host", "unpinned_host")
+
+
+def _has_copies(leaf: jax.ShapeDtypeStruct) -> bool:
+    """Whether several devices hold the same part of an array."""
+    parts = leaf.sharding.devices_indices_map(leaf.shape).values()
+    return len({str(part) for part in parts}) < len(parts)
 
 
 def minority(sums: dict[Any, int]) -> list[Any]:

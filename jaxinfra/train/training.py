@@ -124,6 +124,8 @@ def train(job: Job) -> Ended:
         before = peers.broadcast(run_dir.existing_record() if job.is_main else None)
         numerics = Numerics(job.program, watch.phases)
         numerics.read_decisions(before)
+        if job.is_main:
+            numerics.warn_of_few_copies()
         changes = [*before.get("changes", ()), *([_accepted(job, changed, step)] if changed else ())]
         saving.open_copies(is_new=not before)
         opened = Opened(requests, watch, profiler, saving, numerics, peak, changes, plan)
@@ -379,7 +381,7 @@ class Training:
         if not round_number():
             return None
         is_asked = self._job.peers.broadcast(self._job.step_writer.is_asked_to_leave)
-        return "its supervisor, as more hosts are there," if is_asked else None
+        return "its supervisor (more hosts are there)" if is_asked else None
 
     def _stops(self) -> bool:
         """Whether the run stops after the last completed step, and all processes know it."""
@@ -438,9 +440,10 @@ class Training:
             return restored, before.get("init")
         numerics.resume({})
         failpoint("init", 0)
+        again = "as it has no checkpoint yet" if before else ""
         if job.run.init is None:
-            return Restored(0, job.program.init(jax.random.key(job.run.seed)), {}, ""), None
+            return Restored(0, job.program.init(jax.random.key(job.run.seed)), {}, again), None
         loaded = load_params(job.run.init, job.program, job.peers)
         path, _ = parse_source(job.run.init)
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
-        return Restored(0, job.program.init_from(loaded.params), {}, ""), init_source
+        return Restored(0, job.program.init_from(loaded.params), {}, again), init_source

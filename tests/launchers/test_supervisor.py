@@ -138,6 +138,35 @@ def test_a_host_that_lacks_something_ends_the_run_only_where_others_did_not_trai
     assert told == [(code, is_only_here)]
 
 
+@pytest.mark.parametrize(("are_lost", "number", "code"), [(True, 6, 0), (False, 6, 76), (True, 11, 76)])
+def test_an_abort_as_another_host_is_lost_is_no_crash(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], *, are_lost: bool, number: int, code: int
+) -> None:
+    """As Gloo does it; six starts of an elastic run end so, with a host less each time."""
+    anew = "if os.environ.get('JAXINFRA_COMPILE_ANEW'): print(number)\n"
+    (tmp_path / "stub.py").write_text(f"{STUB}{anew}if number < 6: die({number})")
+    ends: list[int] = []
+
+    class Rounds(EqualStarts):
+        @override
+        def next_start(self, is_stopped: Callable[[], bool]) -> Start | int:
+            hosts = [{"index": index} for index in range(8 - len(ends) if are_lost else 8)]
+            start = super().next_start(is_stopped)
+            return start if isinstance(start, int) else replace(start, hosts={"number": 1, "hosts": hosts})
+
+    command = [sys.executable, str(tmp_path / "stub.py")]
+    starts = Rounds(command=command, environments=lambda: [{"RANK": "0", "FOLDER": str(tmp_path)}])
+    limits = RestartLimits(scale=0.001)
+    assert supervise(starts, tmp_path / "logs", "LOGS", limits, lambda attempt: ends.append(attempt.exit_code)) == code
+    shown = capfd.readouterr()
+    assert ends == ([*[76] * 6, 0] if code == 0 else [76] * 5)
+    assert ("crash loop" in shown.err) == (code != 0)
+    assert shown.out == ("" if code == 0 else "1\n")
+    assert ("compiled anew: one in the compile cache may be the cause, unless a host is missing" in shown.err) == (
+        number == 6
+    )
+
+
 def test_a_process_of_another_host_has_its_own_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ended, attempts = run(tmp_path, "print('out')\nif not number: die(9)", first_rank=3)
     shown = capfd.readouterr()

@@ -53,6 +53,7 @@ def test_the_first_line_has_all_overrides_and_the_first_weights():
     assert (
         announcement("runs/z", {"resumed_from": "from copies"}, 3, 9) == "resuming runs/z at step 3 of 9, from copies"
     )
+    assert announcement("runs/z", {"resumed_from": "as"}, 0, 9) == "resuming runs/z at step 0 of 9, as"
 
 
 def test_plain_lines_on_a_pipe(tmp_path):

@@ -163,6 +163,18 @@ def flip(array: jax.Array, device: int) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
+@pytest.mark.parametrize(("mesh", "warns"), [("mesh.replica=2", False), ("mesh.fsdp=8", True)])
+def test_a_mesh_without_copies_to_compare_is_warned_of(
+    tiny: Tiny, mesh: str, *, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = faulty(tiny, f"copies-{mesh}", CausalLM(), mesh, "train.steps=3", compare_replicas_every=1)
+    trainer.train()
+    found = [message for message in caplog.messages if "compare_replicas_every=1" in message]
+    assert len(found) == warns
+    if warns:
+        names(found[0], "% of the state mesh.replica=2")
+
+
 @pytest.mark.parametrize(("mesh", "named"), [("mesh.replica=4", "device 5"), ("mesh.replica=2", "device 1 or 5")])
 def test_a_device_that_computes_wrong_is_named(tiny: Tiny, mesh: str, named: str) -> None:
     trainer = faulty(tiny, "flipped", CausalLM(), mesh, "mesh.fsdp=-1", compare_replicas_every=1)

@@ -10,11 +10,12 @@ import pytest
 
 from jaxinfra.cli import processes
 from jaxinfra.errors import PeerLostError, RunInUseError
+from jaxinfra.processes import step_file
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises
 from tests.servers.fixtures import Server
 from tests.several import all_ended, several
-from tests.tiny_run import Tiny, ended
+from tests.tiny_run import Tiny, ended, launch
 from tests.train.until import until
 
 
@@ -45,6 +46,32 @@ def test_a_killed_run_goes_on(tiny: Tiny) -> None:
     assert (first["pids"], first["signal"], first["first_step"]) == ([child], "SIGKILL", 1)
     assert second["exit_code"] == 0 and second["last_step"] == 100
     assert second["first_step"] % 5 == 1 and second["first_step"] <= first["last_step"] + 1
+
+
+def test_a_start_before_the_first_checkpoint_says_so(tiny: Tiny) -> None:
+    words = ("name=tiny", "train.steps=40", "train.eval_every=none", "checkpoint.save_every=1000")
+    supervisor = tiny.start(*words, "--supervise")
+    until(has_step(tiny, 3), supervisor)
+    (child,) = children(supervisor.pid)
+    os.kill(child, signal.SIGKILL)
+    end = ended(supervisor)
+    assert end.code == 0 and "restart 1: " in end.err, end.err
+    lines = [line for line in end.out.splitlines() if line.startswith(("new run", "resuming"))]
+    assert lines[0].startswith(f"new run {tiny.directory()}: ")
+    assert lines[1:] == [f"resuming {tiny.directory()} at step 0 of 40, as it has no checkpoint yet"]
+
+
+def test_why_a_run_left_is_a_sentence(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves after a checkpoint, so that more hosts can join."""
+    steps = tmp_path / "steps"
+    step_file.reset_steps(steps)
+    step_file.leave_file(steps).touch()
+    monkeypatch.setenv(step_file.VARIABLE, str(steps))
+    monkeypatch.setenv(step_file.ROUND, "1")
+    left = tiny.launch("name=left")
+    assert left.code == 75 and "stopped by its supervisor (more hosts are there) after step 5 of 12, saved" in left.err
+    told = launch("goodput", str(tiny.directory("left"))).out
+    assert "\none start stopped after step 5 by its supervisor (more hosts are there)\n" in told
 
 
 @pytest.mark.parametrize("kills", [2, 3])
