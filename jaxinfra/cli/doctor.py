@@ -96,7 +96,8 @@ class _Examination:
         if not (self._options.devices or "").startswith("cpu") and (gpus := host.driver(kind)) is not None:
             own.append(gpus)
         if is_remote(self.root) and (away := _tried("bucket", lambda: require_server(self.root) or "")).level == "fail":
-            own.append(away)  # each request would be tried again for long
+            left_out = "" if self._loaded is None else "; mesh, space and data are looked at once it answers"
+            own.append(away._replace(fix=away.fix + left_out))  # each request would be tried again for long
         self._merge(own)
         versions = package_versions(PACKAGES)
         self._compare("Python", {"Python": platform.python_version()}, platform.python_version(), same, "warn")

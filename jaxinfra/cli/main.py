@@ -14,10 +14,10 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
-from typing import NoReturn, override
+from typing import Any, NoReturn, override
 
 from jaxinfra import __version__, failpoints
 from jaxinfra.cli.arguments import COMMANDS, Command
@@ -128,7 +128,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_intermixed_args(argv[num_words:])
     if unknown:
         if "overrides" in options:
-            _check_dashes(command, unknown, argv, for_sbatch=getattr(options, "place", None) == "slurm")
+            _check_dashes(command, unknown, argv, vars(options))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from jaxinfra.cli import run_names  # imports configs
 
@@ -170,16 +170,23 @@ def _value(word: str) -> str:
     return "" if "=" in word or word.startswith("-") else word
 
 
-def _check_dashes(command: str, unknown: Sequence[str], argv: Sequence[str], *, for_sbatch: bool) -> None:
-    """Raises ConfigError for an unknown option that is meant as an override, or for sbatch: --lr 3e-3, --qos=high."""
+def _check_dashes(command: str, unknown: Sequence[str], argv: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an unknown option that is meant as an override, or for sbatch: --lr 3e-3, --qos=high.
+
+    `known` are the options of the command with their values.
+    """
     from jaxinfra.config.aliases import override_of_alias  # imports pathlib, inspect and more
     from jaxinfra.run import Run
 
+    for_sbatch = known.get("place") == "slurm"
     word = next((each for each in unknown if each.startswith("-" if for_sbatch else "--")), "")
     name, equals, value = word.removeprefix("--").partition("=")
     if word and not equals:
         value = _value("".join(argv[argv.index(word) + 1 :][:1]))
     override = None if command == "data prepare" else override_of_alias(name, value)  # aliases are those of a run
+    similar = difflib.get_close_matches(name, [each.replace("_", "-") for each in known], n=1, cutoff=0.85)
+    if for_sbatch and similar:
+        raise ConfigError(f"{word}: no such option; did you mean --{similar[0]}?")
     if for_sbatch and override is None and "." not in name and name not in Run.__dataclass_fields__:
         raise ConfigError(f"{word}: no such option; use {sbatch_word(word, '' if equals else value)}")
     if override is None and not equals and "." not in name:

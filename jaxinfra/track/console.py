@@ -245,7 +245,9 @@ def announcement(run_dir: str | Path, record: Mapping[str, Any], start_step: int
     Both name the weights that the run began with: "init=runs/y@200".
     """
     config = config_leaves(record.get("config", {}))
+    words = [word.partition("=")[0] for word in record.get("command", ())]  # origins leave out classes
     changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE]
+    changed += [path for path in words if path in config and path not in changed]
     values = {path: config[path] for path in changed if path in config and path not in ("name", "init")}
     if init := record.get("init"):
         values["init"] = f"{init['run']}@{init['step']}" if init["step"] else init["run"]  # published weights have none

@@ -79,6 +79,8 @@ def test_refuses_in_one_line(project: Tiny, words: tuple[str, ...], named: str) 
         ("--sbatch --partition=gpu", "--sbatch=--partition=gpu"),
         ("--sbatch --partition gpu", "--sbatch=--partition=gpu"),
         ("--sbatch -t 60 --sbatch=--exclusive", "--sbatch=-t60"),
+        ("--sbtch=--time=12:00:00", "--nodes 2 --sbatch"),
+        ("--sbatch=--gpus-per-node=h100:8", "use train.global_batch=16"),
         ("--lr=1", "no dashes: optim.peak_lr=1"),
         ("--seed=1", "no dashes: seed=1"),
     ],
@@ -133,9 +135,10 @@ def test_dry_run_shows_requests_commands_and_files(
     assert [words[1].rpartition("/")[2] for words in made] == ["instanceTemplates", "instanceGroupManagers"]
     shown = dry(project, "--place", "ssh", "--hosts", "one,ada@two").out
     assert f"one:{project.directory()}" in shown and "ada@two" in shown and "POST" not in shown
-    shown = dry(project, "--place", "slurm", "--nodes", "3", "--elastic", "2..3", "--sbatch=--gpus-per-node=8").out
-    assert "#SBATCH --nodes=3" in shown and "#SBATCH --gpus-per-node=8" in shown and "BatchMode" not in shown
-    assert "--elastic 2..3" in shown and "jax[cuda" in shown and " submit tiny-" in shown
+    words = ("--nodes", "4", "--elastic", "2..4", "--sbatch=--gpus-per-node=8", "train.global_batch=32")
+    shown = dry(project, "--place", "slurm", *words).out
+    assert "#SBATCH --nodes=4" in shown and "#SBATCH --gpus-per-node=8" in shown and "BatchMode" not in shown
+    assert "--elastic 2..4" in shown and "jax[cuda" in shown and " submit tiny-" in shown
     assert "submit, on this machine, the login node" in shown and "each host" not in shown
     assert "sbatch --parsable @RUN@/job-ATTEMPT.sh" in shown
 

@@ -48,6 +48,8 @@ def test_the_first_line_has_all_overrides_and_the_first_weights():
     assert announcement("runs/y", record, 3, 9).endswith(
         "resuming runs/y at step 3 of 9, which began with init=runs/x@200"
     )
+    classes = {"config": {"optim": {"optimizer": {"kind": "adam_w", "b1": 0.9}}}, "command": ["optim.optimizer=adamw"]}
+    assert announcement("runs/o", classes, 0, 9) == "new run runs/o: optim.optimizer=adam_w"
     published = {"config": {"name": "z"}, "init": {"run": "hf:org/model", "step": 0, "fingerprint": "0"}}
     assert announcement("runs/z", published, 0, 9) == "new run runs/z: init=hf:org/model"
     assert (

@@ -21,6 +21,7 @@ from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
+from jaxinfra.launchers.places.slurm import num_gpus
 from jaxinfra.launchers.places.sources import Chips, chips_made, place_of
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import join_location
@@ -36,8 +37,9 @@ def run(options: argparse.Namespace) -> int:
     location = _location(config, place_config)
     _check_stores(config, place_config)
     made = chips_made(place_config)
-    if made is not None and not options.devices:
-        validate(with_mesh_size(config, made.devices))
+    devices = made.devices if made is not None else num_gpus(place_config)
+    if devices and not options.devices:
+        validate(with_mesh_size(config, devices))
     bundle = make_bundle(Path.cwd(), committed=options.committed)
     job = Job(
         location=location,

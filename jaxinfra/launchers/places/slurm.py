@@ -12,7 +12,7 @@ from typing import override
 
 from jaxinfra.errors import ConfigError, PeerLostError
 from jaxinfra.launchers.places.job import Job
-from jaxinfra.launchers.places.place import Host, HostState
+from jaxinfra.launchers.places.place import Host, HostState, PlaceOptions
 from jaxinfra.launchers.places.run_files import split_location
 from jaxinfra.launchers.places.ssh import Unreachable
 from jaxinfra.launchers.places.ssh_place import SshPlace
@@ -22,6 +22,7 @@ _RESTARTS = 20  # times in a row that a job is queued again after a failure, or 
 _LONG_S = 600  # an allocation that ended with a save, and lasted so long, counts as one with progress
 _SAVE_S = 300  # from Slurm's signal until the time limit of the job
 _GPUS = re.compile(r"--gpus|-G|--(gres|tres)[-a-z]*=.*gpu")
+_GPUS_OF_NODE = re.compile(r"--(?:gpus-per-node=|gres=gpu:)(?:\w+:)?(\d+)")
 # The login node replaces @BASE@ by `workdir`, and @RUN@ by the run's folder in it.
 _SCRIPT = """\
 #!/bin/sh
@@ -72,6 +73,12 @@ trap : TERM
 code=$?
 case $code in 0) : >"$0/done" ;; 75) : >"$0/saved" ;; esac
 exit $code"""
+
+
+def num_gpus(place: PlaceOptions) -> int:
+    """Returns the GPUs of a job on all nodes, by its options of sbatch; 0 if they do not say it."""
+    found = (_GPUS_OF_NODE.fullmatch(option) for option in place.sbatch)
+    return place.nodes * next((int(each[1]) for each in found if each), 0)
 
 
 class SlurmPlace(SshPlace):
