@@ -69,14 +69,13 @@ def chips_made(options: PlaceOptions) -> Chips | None:
 
 def place_of(job: Job, say: Say) -> SshPlace:
     """Returns the place of a job; nothing is asked or connected yet."""
-    source, options = source_of(job.place, job.location), list[str]()
+    source, options, known = source_of(job.place, job.location), list[str](), None
     if job.place.is_cloud:
         from jaxinfra.launchers.places.google_cloud import key_of
 
         # Addresses are used again for other machines, so each run has its own file of known hosts.
         known = KNOWN_HOSTS / run_id(job.location)
-        known.parent.mkdir(parents=True, exist_ok=True)
         options = ["-i", str(key_of(job.place)), "-o", "IdentitiesOnly=yes"]
-        options += ["-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=accept-new"]
+        options += ["-o", "StrictHostKeyChecking=accept-new"]
     kind = SlurmPlace if job.place.kind == "slurm" else SshPlace
-    return kind(source, Ssh(workdir=job.place.workdir, options=options), say)
+    return kind(source, Ssh(workdir=job.place.workdir, options=options, known_hosts=known), say)

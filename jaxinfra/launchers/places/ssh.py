@@ -37,6 +37,7 @@ class Ssh:
 
     workdir: str = ""  # on the hosts
     options: Sequence[str] = ()  # of ssh, such as -i KEY
+    known_hosts: Path | None = None  # the file of keys of hosts, whose folder the first call makes; None is ssh's own
 
     def command(self, host: Host, action: str, *arguments: str, length: int = 0, script: str = "") -> list[str]:
         """Returns the command line of an action; a dry run shows it with a name in place of the script."""
@@ -46,7 +47,8 @@ class Ssh:
             return words
         alias = ["-o", f"HostKeyAlias={host.key_name}"] if host.key_name else []
         program = shlex.split(os.environ.get("JAXINFRA_SSH", "ssh"))
-        return [*program, *_OPTIONS, *_ALIVE, *self.options, *alias, "--", host.address, shlex.join(words)]
+        known = ["-o", f"UserKnownHostsFile={self.known_hosts}"] if self.known_hosts else []
+        return [*program, *_OPTIONS, *_ALIVE, *self.options, *known, *alias, "--", host.address, shlex.join(words)]
 
     def call(
         self,
@@ -63,6 +65,8 @@ class Ssh:
         """
         length = stdin.stat().st_size if isinstance(stdin, Path) else len(stdin)
         command = self.command(host, action, *arguments, length=length)
+        if self.known_hosts is not None:
+            self.known_hosts.parent.mkdir(parents=True, exist_ok=True)
         try:
             if isinstance(stdin, Path):
                 with stdin.open("rb") as file:
