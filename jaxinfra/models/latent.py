@@ -178,9 +178,7 @@ class LatentAttentionModule(nnx.Module):
     def _attend_to_cache(self, q_BTHK: jax.Array, start_B: jax.Array, cache: LatentCache) -> jax.Array:
         """Computes attention to a cache that includes the tokens of the queries, `[B, T, H, V]`."""
         partitioner, rotated = self.partitioner, self.config.qk_rope_head_dim
-        key_RHN, value_RHV = (
-            partitioner.gather_weight(up.weight[...], (None, "heads", None)) for up in (self.key, self.value)
-        )
+        key_RHN, value_RHV = self.key.merged((None, "heads", None)), self.value.merged((None, "heads", None))
 
         def to_latent(q: jax.Array, key: jax.Array) -> jax.Array:
             return jnp.concatenate([q[..., :rotated], jnp.einsum("bthn,rhn->bthr", q[..., rotated:], key)], axis=-1)

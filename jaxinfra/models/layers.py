@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, override
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,14 @@ from jaxinfra.config.limits import PositiveFloat, PositiveInt
 from jaxinfra.models.remat import TensorName, name_tensor, save_dot
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
+from jaxinfra.ops.packed import gather_packed
 from jaxinfra.ops.quantized import gather_quantized
 from jaxinfra.parallel.rules import LogicalAxes, Role
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, ParamState, constant, normal
+
+if TYPE_CHECKING:
+    from jaxinfra.models.low_rank import LowRank
 
 type Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
 
@@ -76,6 +80,7 @@ class ParamFactory:
                 in_dims=tuple(range(batch_dims, first_out)),
                 out_dims=tuple(range(first_out, len(shape))) if in_dims else (),
                 state=state,
+                dtype="float32" if state == "buffer" else None,
             )
         )
 
@@ -135,8 +140,25 @@ class HeadsNorm(nnx.Module):
         return self.partitioner.map_local(normalize, x_BTHK, scale)
 
 
+def gather_stored(
+    partitioner: Partitioner,
+    weight: nnx.Param,
+    scale: nnx.Param | None,
+    axes: LogicalAxes,
+    x_axes: LogicalAxes = SEQUENCE,
+    *,
+    in_dim: int,
+) -> jax.Array:
+    """Gathers a weight as `Partitioner.gather_weight`; one with scales is packed (see `ops.packed`)."""
+    if scale is None:
+        return partitioner.gather_weight(weight[...], axes, x_axes)
+    return gather_packed(partitioner, weight[...], scale[...], axes, x_axes, in_dim=in_dim)
+
+
 class Linear(nnx.Module):
     """A matmul with optional bias.
+
+    `models.adapt` may pack the weight, which then has scales, and attach an adapter.
 
     Args:
         in_shape: sizes of the contracted dimensions.
@@ -174,28 +196,45 @@ class Linear(nnx.Module):
         # The output of "row" has whole features, to which every device adds a whole bias.
         self.bias_axes = (None,) * len(out_axes) if parallelism == "row" else out_axes
         self.bias = params.param(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
+        self.scale: nnx.Param | None = None
+        self.adapter: LowRank | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, *in_shape]` to `[B, T, *out_shape]`."""
         partitioner, row_parallel = self.partitioner, self.parallelism == "row"
         x_axes = RESIDUAL if self.parallelism == "sequence" else SEQUENCE
+        y_axes = RESIDUAL if row_parallel else x_axes
         contracted_axes = [axis for name in self.axes[: self.in_dims] for axis in partitioner.mesh_axes(name)]
+        weight = self._gather(self.axes, x_axes)
         y = dot(
             x,
-            partitioner.gather_weight(self.weight[...], self.axes, x_axes),
+            weight,
             in_dims=self.in_dims,
             unreduced=frozenset(contracted_axes if row_parallel else ()),
             flatten=partitioner.platform != "tpu",  # see `ops.dot`
             quantized_w=gather_quantized(partitioner, self.weight[...], self.axes, x_axes, in_dims=self.in_dims),
         )
+        if self.adapter is not None:
+            y = self.adapter.add(y, x, x_axes)
         if row_parallel:
             y = partitioner.shard(y, *RESIDUAL, None)  # adds up the partial sums of the devices
+        if self.adapter is not None:
+            y = self.adapter.rescale(y, weight, x_axes, y_axes)
         if self.save_output:
             y = save_dot(y)
         if self.bias is not None:
-            bias = partitioner.gather_weight(self.bias[...], self.bias_axes, RESIDUAL if row_parallel else x_axes)
+            bias = partitioner.gather_weight(self.bias[...], self.bias_axes, y_axes)
             y = partitioner.map_local(jnp.add, y, bias)
         return y if self.tensor is None else name_tensor(y, self.tensor)
+
+    def merged(self, axes: LogicalAxes) -> jax.Array:
+        """Returns the gathered weight with its adapter, for use without gradients; `axes` may differ from its own."""
+        weight = self._gather(axes, SEQUENCE)
+        return weight if self.adapter is None else self.adapter.merge(weight, SEQUENCE)
+
+    def _gather(self, axes: LogicalAxes, x_axes: LogicalAxes) -> jax.Array:
+        """Gathers the weight, without its adapter, for activations that are sharded over `x_axes`."""
+        return gather_stored(self.partitioner, self.weight, self.scale, axes, x_axes, in_dim=self.in_dims - 1)
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Literal, override
+from typing import Any, Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from jaxinfra.models.layers import MLP, RESIDUAL, Activation, FeedForward, ParamFactory, activate, num_matrices
+from jaxinfra.models.layers import (
+    MLP,
+    RESIDUAL,
+    SEQUENCE,
+    Activation,
+    FeedForward,
+    ParamFactory,
+    activate,
+    gather_stored,
+    num_matrices,
+)
 from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import name_tensor, save_dot
 from jaxinfra.ops import routing
@@ -169,6 +179,8 @@ class MoE(nnx.Module):
         self.shared_gate = gate() if config.shared_gate else None
         shared = MLP(dim=config.num_shared_experts * expert_dim, activation=config.activation)
         self.shared = shared.build(hidden_size, out_scale, params) if config.num_shared_experts else None
+        # By the name of a weight; `models.adapt` adds to both.
+        self.scales, self.adapters = nnx.Dict[Any](), nnx.Dict[Any]()
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
         """Takes gathered positions; returns the output, with positions sharded like the residual stream, and stats."""
@@ -222,11 +234,14 @@ class MoE(nnx.Module):
         gather, everywhere = self.partitioner.gather_weight, ("batch", "sequence", "mlp")
         weights = {
             "router": gather(self.router[...], ("embed", None), everywhere, FLOAT32),
-            "up": gather(self.up[...], ("experts", "embed", "mlp")),
-            "down": gather(self.down[...], ("experts", "mlp", "embed")),
         }
-        if self.gate is not None:
-            weights["gate"] = gather(self.gate[...], ("experts", "embed", "mlp"))
+        for name, param in (("up", self.up), ("gate", self.gate), ("down", self.down)):
+            if param is None:
+                continue
+            axes = ("experts", "mlp", "embed") if name == "down" else ("experts", "embed", "mlp")
+            weights[name] = gather_stored(self.partitioner, param, self.scales.get(name), axes, in_dim=1)
+            if name in self.adapters:
+                weights[f"{name}_a"], weights[f"{name}_b"] = self.adapters[name].gather(SEQUENCE)
         if self.router_bias is not None:
             weights["router_bias"] = gather(self.router_bias[...], (None,), everywhere, FLOAT32)
         for name, bias in (("up_bias", self.up_bias), ("gate_bias", self.gate_bias)):
@@ -290,6 +305,8 @@ class MoE(nnx.Module):
 
         def multiply(x: jax.Array, name: str) -> jax.Array:
             y = grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
+            if name in self.adapters:
+                y += self.adapters[name].grouped(x, weights[f"{name}_a"], weights[f"{name}_b"], sizes_E)
             if (bias := weights.get(f"{name}_bias")) is None:
                 return y
             if name == "down":  # the output is summed over the shards of the hidden width

@@ -17,6 +17,9 @@ type LogicalAxes = tuple[str | None, ...]
 type Quantize = Literal["none", "int8", "fp8"]
 """The number format of matmuls with the layers' weights (see `ops.quantized`, which imports JAX)."""
 
+type Packed = Literal["int8", "nf4"]
+"""The number format of stored weights that are not trained (see `ops.packed`, which imports JAX)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:

@@ -138,7 +138,7 @@ class Partitioner:
                 )
         return PartitionSpec(*(used or None for used in axes))
 
-    def _compute_spec(self, names: LogicalAxes, activation_axes: LogicalAxes) -> PartitionSpec:
+    def compute_spec(self, names: LogicalAxes, activation_axes: LogicalAxes) -> PartitionSpec:
         """Returns the sharding of a weight for a matmul with an activation that is sharded over `activation_axes`.
 
         If `fsdp` shards the batch, a weight stored as `[D@fsdp, F@tensor]` is used as `[D, F@tensor]`.
@@ -169,7 +169,7 @@ class Partitioner:
         if value.ndim > len(names):
             names = (STAGES, *names)
         value = value.astype(dtype or self.compute_dtype)
-        return checkpoint_name(jax.reshard(value, self._compute_spec(names, activation_axes)), GATHERED_WEIGHT)
+        return checkpoint_name(jax.reshard(value, self.compute_spec(names, activation_axes)), GATHERED_WEIGHT)
 
     def lookup_table(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
         """Prepares an embedding table for lookups in which each device reads its own columns.

@@ -45,7 +45,7 @@ class ParamSpec:
         in_dims: input dimensions of the parameter's matmul, which contracts them; empty without a matmul.
         out_dims: output dimensions of the matmul.
         state: "trained" by the optimizer, "frozen" at its initial value, or a "buffer" that the model updates.
-        dtype: dtype of a buffer; other parameters have the dtype `precision.params`.
+        dtype: dtype of its own, as of a buffer; None is `precision.params`, or `precision.frozen` if it is frozen.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class ParamSpec:
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
     state: ParamState = "trained"
-    dtype: str = "float32"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -136,6 +136,16 @@ def normal(stddev: float) -> Initializer:
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, out: PartitionSpec | None) -> jax.Array:
         values = stddev * jax.random.normal(key, shape, jnp.float32, out_sharding=out)
+        return values.astype(dtype)
+
+    return init
+
+
+def uniform(bound: float) -> Initializer:
+    """Initializes with independent values between `-bound` and `bound`, drawn in float32."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, out: PartitionSpec | None) -> jax.Array:
+        values = jax.random.uniform(key, shape, jnp.float32, -bound, bound, out_sharding=out)
         return values.astype(dtype)
 
     return init

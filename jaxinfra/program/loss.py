@@ -1,6 +1,5 @@
 """The loss of a run as a function of its parameters and a batch, traced on whatever part of a batch it gets."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxinfra.objectives.objective import Objective, WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD
 from jaxinfra.ops.logits import with_unrolled_loops
 from jaxinfra.parallel.sharding import unit_cotangent
-from jaxinfra.parallel.spec import Batch, Params, ParamSpecs, Sums, select_trainable
+from jaxinfra.parallel.spec import Batch, Params, ParamSpecs, Sums, merge_trees, select_trainable
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code_errors
 
@@ -63,19 +62,23 @@ class ModelLoss:
     ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
         """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
         forward, objective = Forward(self, train=train), self.run.objective
-        objective_params = WithReference(params, reference) if reference is not None else params
+        objective_params = params
+        if reference is not None:  # it may have the trained parameters alone
+            objective_params = WithReference(params, merge_trees(params, reference))
         with user_code_errors(type(objective), "objective"):
             total, sums = losses.check_result(objective, objective.loss(forward, objective_params, batch))
         return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
 
     def with_gradients(self, params: Params, batch: Batch, reference: Params | None) -> tuple[Sums, LayerStats, Params]:
         """Returns sums, statistics and float32 gradients of a part of a batch, all partial sums over `replica`."""
-        loss = partial(self, batch=batch, reference=reference, train=True)
-        total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
+
+        def loss(trained: Params) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
+            return self(merge_trees(params, trained), batch, reference, train=True)
+
+        total, vjp, (sums, stats) = jax.vjp(loss, select_trainable(params, self.specs), has_aux=True)
         # Not `value_and_grad`, whose cotangent 1 is not *reduced*: that of an unreduced total must be.
         (grads,) = vjp(unit_cotangent(total))
-        # Only of trainable parameters: a buffer of integers has no gradient.
-        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
+        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 def adds_partial_sums(objective: Objective) -> bool:

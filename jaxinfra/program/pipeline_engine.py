@@ -27,6 +27,7 @@ from jaxinfra.ops.logits import with_unrolled_loops
 from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params, PyTree, select_trainable
+from jaxinfra.program.build import build_module
 from jaxinfra.program.engine import GradientEngine, Gradients, split_microbatches
 from jaxinfra.program.loss import Batch, ModelLoss, Sums, adds_partial_sums
 from jaxinfra.user_code import user_code_errors
@@ -99,14 +100,14 @@ class PipelineEngine(GradientEngine, PipelineModel):
         self.loss_partitioner = replace(partitioner, rules=replace(rules, block_sequence=(), **loss_axes))
         # Layers work on one microbatch per stage, `[stages * rows, ...]`: here `stage` is the first axis.
         layer_partitioner = replace(partitioner, rules=replace(rules, batch=("stage", *rules.batch)))
-        module = run.model.build(layer_partitioner)
+        module = build_module(run, layer_partitioner)
         if not isinstance(module, LayeredModule):
             raise ConfigError(
                 f"mesh.stage={self.num_stages}: {type(run.model).__name__} does not build a LayeredModule, "
                 "which pipeline stages need; use mesh.stage=1"
             )
         self._layers_graph, _ = nnx.split(module)
-        self._output_graph, _ = nnx.split(run.model.build(self.loss_partitioner))
+        self._output_graph, _ = nnx.split(build_module(run, self.loss_partitioner))
         layers = assign_layers(run.model.pipeline_periods, self.num_stages, self.chunks)
         # The number of layers of each chunk, in the model's order.
         self.chunk_lengths = [int(length) for length in (layers >= 0).sum(axis=1).reshape(-1)]

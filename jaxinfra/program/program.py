@@ -16,7 +16,6 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
@@ -29,14 +28,12 @@ from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import (
     Params,
     ParamSpec,
-    ParamSpecs,
     PyTree,
-    freeze,
-    leaf_name,
     merge_trees,
     param_key,
     select_trainable,
 )
+from jaxinfra.program.build import build_module, declared_params
 from jaxinfra.program.canonical_engine import CanonicalEngine
 from jaxinfra.program.engine import GradientEngine, Gradients, PlainEngine
 from jaxinfra.program.loss import Batch, ModelLoss, Sums
@@ -111,18 +108,11 @@ class Program:
             # A virtual shard communicates with no other device.
             unroll_loops=run.train.canonical is None and needs_unrolled_loops(mesh),
         )
-        with user_code_errors(type(run.model), "model"):
-            self.module = run.model.build(self.partitioner)
-        if not isinstance(self.module, nnx.Module):
-            raise ConfigError(
-                f"{type(run.model).__name__}.build: returned {type(self.module).__name__}; return a Module"
-            )
+        self.module = build_module(run, self.partitioner)
         # A built module has a `ParamSpec` in place of each array. The trees below have the path of each parameter, its
         # declaration, and the `PartitionSpec` that it is stored with.
-        self.graphdef, specs = nnx.split(self.module)
-        declared: ParamSpecs = nnx.to_pure_dict(specs)
-        self._paths = jax.tree.map_with_path(lambda path, _: leaf_name(path), declared)
-        self.specs = freeze(declared, self._paths, run.optim.frozen)
+        self.graphdef, _ = nnx.split(self.module)
+        self.specs, self._paths = declared_params(run, self.module)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         self.loss = ModelLoss(run, self.module, self.graphdef, self.specs, unroll_loops=self.partitioner.unroll_loops)
         self.engine = _make_engine(self.loss, self.partitioner, self._stored, with_digests=with_digests)
@@ -173,13 +163,34 @@ class Program:
         )
 
     @cached_property
+    def base(self) -> "Program":
+        """The program of the model alone, whose parameters this one begins with; itself if both have the same ones."""
+        run, precision = self.run, self.run.precision
+        if run.adapter is None and precision.packed is None:
+            return self
+        dtype = precision.compute if precision.packed else precision.frozen or precision.params
+        alone = replace(run, adapter=None, precision=replace(precision, params=dtype, frozen=None))
+        return Program(alone, self.mesh, self.partitioner.platform)
+
+    def from_base(self, path: str, array: jax.Array) -> dict[str, jax.Array]:
+        """Returns what this program stores in place of a parameter of `base`, by path: itself, or codes and scales."""
+        if (scale_path := scale_of(path)) not in self._named_params:
+            return {path: array}
+        codes, scale = self._named_params[path].sharding, self._named_params[scale_path].sharding
+        with self.on_mesh:
+            found = pack_sharded(array, self._named_specs[path].in_dims, self.run.precision.packed, codes, scale)
+        return dict(zip((path, scale_path), found, strict=True))
+
+    @cached_property
     def averaged_params(self) -> Params:
         """The averaged parameters of a run that keeps them, as `ShapeDtypeStruct`s: float32."""
-        return jax.tree.map(lambda p: p.update(dtype=jnp.dtype("float32")), self.params)
+        return jax.tree.map(lambda p: p.update(dtype=jnp.dtype("float32")), self.kept(self.params))
 
     def _dtype(self, spec: ParamSpec) -> jnp.dtype:
         """Returns the dtype in which a parameter is stored."""
-        return jnp.dtype(spec.dtype if spec.state == "buffer" else self.run.precision.params)
+        precision = self.run.precision
+        frozen = precision.compute if precision.packed else precision.frozen or precision.params
+        return jnp.dtype(spec.dtype or (frozen if spec.state == "frozen" else precision.params))
 
     @cached_property
     def state(self) -> TrainState:
@@ -212,6 +223,10 @@ class Program:
     def model(self, params: Params) -> Module:
         """Returns the module with these parameters, for use while tracing."""
         return self.loss.model(params)
+
+    def kept(self, params: Params) -> Params:
+        """Returns what a checkpoint holds of parameters: with an adapter not the frozen ones, which are in its base."""
+        return params if self.run.adapter is None else select_trainable(params, self.specs)
 
     @cached_property
     def init(self) -> Callable[[jax.Array], TrainState]:
@@ -276,8 +291,8 @@ class Program:
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.optimizer.init(select_trainable(params, self.specs)),
-            ema=jax.tree.map(lambda p: p.astype(jnp.float32), params) if keeps_average else None,
-            reference=jax.tree.map(jnp.copy, params) if self.objective.uses_reference else None,
+            ema=jax.tree.map(lambda p: p.astype(jnp.float32), self.kept(params)) if keeps_average else None,
+            reference=jax.tree.map(jnp.copy, self.kept(params)) if self.objective.uses_reference else None,
         )
 
     def with_dropout_bits(self, batch: Batch, step: jax.Array | int) -> Batch:
@@ -342,10 +357,12 @@ class Program:
             updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
         # Added in float32, also if parameters are stored in bfloat16.
         trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
-        params = merge_trees(merge_trees(state.params, trained), buffers)
+        params = merge_trees(state.params, trained)
+        if self.run.adapter is None:  # else buffers are frozen
+            params = merge_trees(params, buffers)
         ema = state.ema
         if optim.ema_decay is not None:
-            ema = ema_update(ema, params, optim.ema_decay, state.step)
+            ema = ema_update(ema, self.kept(params), optim.ema_decay, state.step)
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:

@@ -15,6 +15,7 @@ from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.config import ProfileConfig
+from jaxinfra.models.adapter import LoRA
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.optim.config import OptimConfig
@@ -51,6 +52,7 @@ class Run:
         data: the training and validation data.
         init: a run to take the initial parameters from: runs/base for its last checkpoint, runs/base@500 for step 500.
             None initializes them at random.
+        adapter: small matrices that are trained beside the model, whose parameters are frozen then; None trains them.
         precision: number formats.
         mesh: sizes of the device mesh.
         rules: which mesh axes shard which arrays.
@@ -71,6 +73,7 @@ class Run:
     objective: Objective = field(default_factory=Objective.default)
     data: DataConfig
     init: Annotated[str | None, NOT_FINGERPRINTED] = None
+    adapter: LoRA | None = None
     precision: Precision = Precision()
     mesh: Annotated[MeshConfig, NOT_FINGERPRINTED] = MeshConfig()
     rules: Annotated[ShardingRules, NOT_FINGERPRINTED] = ShardingRules()
@@ -151,6 +154,10 @@ class Run:
             yield from model.problems_of_stages(self.mesh.stage * self.pipeline.chunks)
         if (positions := fit.loss_positions()) is not None:
             yield from objective.problems_of_shard(positions)
+        if self.init is None and (self.adapter is not None or self.precision.packed is not None):
+            message = "an adapter, and packed weights, need those of a run or a published model"
+            fix = "use init=hf:ORG/NAME or init=runs/NAME"
+            yield Problem(fields=("init", "adapter", "precision.frozen"), message=message, fix=fix)
         if objective.uses_reference and self.init is None:
             message = "the objective's reference is the run that this one starts from"
             fix = "use init=runs/NAME, a run with the same model"

@@ -1,0 +1,24 @@
+"""The config of an adapter: small matrices that are trained beside the frozen weights of a model. Imports no JAX."""
+
+from dataclasses import dataclass
+
+from jaxinfra.config.limits import PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Adds `alpha / rank * a @ b` to weights, which stay as they are (Hu et al. 2021, "LoRA").
+
+    Attributes:
+        rank: columns of `a` and rows of `b`.
+        alpha: scale of what is added, times the rank; PEFT's `lora_alpha`.
+        targets: the weights: parts of their paths, such as "query" or "attention", or patterns of whole paths, such as
+            "blocks.*.up". The router of experts and the embedding have no adapters.
+        dora: trains the magnitude of each output feature apart from its direction (Liu et al. 2024, "DoRA"); experts
+            cannot have it.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    targets: tuple[str, ...] = ("attention", "mlp")
+    dora: bool = False

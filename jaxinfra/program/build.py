@@ -1,0 +1,48 @@
+"""Builds the module of a run: its model with what the run changes in it, before there are arrays."""
+
+from dataclasses import replace
+
+import jax
+from flax import nnx
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.adapt import attach, pack_weights
+from jaxinfra.models.module import Module
+from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.parallel.spec import ParamSpec, ParamSpecs, PyTree, freeze, leaf_name, leaves_by_name
+from jaxinfra.run import Run
+from jaxinfra.user_code import user_code_errors
+
+_ADAPTERS = {"adapter", "adapters"}
+
+
+def build_module(run: Run, partitioner: Partitioner) -> Module:
+    """Returns the model of a run, with adapters and packed weights if the run has some.
+
+    Raises ConfigError if the model does not fit the partitioner, or an adapter the model.
+    """
+    with user_code_errors(type(run.model), "model"):
+        module = run.model.build(partitioner)
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(f"{type(run.model).__name__}.build: returned {type(module).__name__}; return a Module")
+    if run.adapter is not None:
+        attach(module, run.adapter, partitioner)
+    if run.precision.packed is not None:
+        specs = leaves_by_name(declared_params(run, module)[0])
+        pack_weights(module, run.precision.packed, lambda path: specs[path].state == "frozen", partitioner)
+    return module
+
+
+def declared_params(run: Run, module: nnx.Module) -> tuple[ParamSpecs, PyTree]:
+    """Returns the parameters that a module declares, with those frozen that the run does not train, and their paths.
+
+    With an adapter all others are frozen, buffers included.
+    """
+    declared: ParamSpecs = nnx.to_pure_dict(nnx.split(module)[1])
+    paths = jax.tree.map_with_path(lambda path, _: leaf_name(path), declared)
+
+    def freeze_base(spec: ParamSpec, path: str) -> ParamSpec:
+        return spec if _ADAPTERS.intersection(path.split(".")) else replace(spec, state="frozen")
+
+    specs = declared if run.adapter is None else jax.tree.map(freeze_base, declared, paths)
+    return freeze(specs, paths, run.optim.frozen), paths
