@@ -22,7 +22,7 @@ from jaxinfra.parallel.rules import Packed
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, constant
 
-EXPERT_WEIGHTS = ("gate", "up", "down")
+_EXPERT_WEIGHTS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _weights(module: nnx.Module) -> Iterator[_Weight]:
         if isinstance(each, Linear):
             yield _Weight(path, each, "weight", each.weight.get_value())
         elif isinstance(each, MoE):
-            for name in EXPERT_WEIGHTS:
+            for name in _EXPERT_WEIGHTS:
                 if (param := getattr(each, name)) is not None:
                     yield _Weight(f"{path}.{name}", each, name, param.get_value())
 
@@ -81,6 +81,12 @@ def attach(module: nnx.Module, config: LoRA, partitioner: Partitioner) -> None:
 
 def _fits(path: str, target: str) -> bool:
     return target in path.split(".") or fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, f"{target}.*")
+
+
+def packed_paths(path: str) -> tuple[str, str]:
+    """Returns the paths of codes and scales of a weight, if it is packed."""
+    parent, _, name = path.rpartition(".")
+    return path, f"{parent}.scale" if name == "weight" else f"{parent}.scales.{name}"
 
 
 def pack_weights(module: nnx.Module, packed: Packed, is_frozen: Callable[[str], bool], partitioner: Partitioner) -> None:

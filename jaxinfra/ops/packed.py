@@ -13,14 +13,16 @@ rematerialization, once more in the backward pass.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxinfra.parallel.rules import LogicalAxes, Packed
-from jaxinfra.parallel.sharding import GATHERED_WEIGHT, STAGES, Partitioner
+from jaxinfra.parallel.sharding import GATHERED_WEIGHT, STAGES, Partitioner, axes_by_dim
 
 BLOCK = 64
 """Numbers of NF4 that share a scale."""
@@ -70,6 +72,30 @@ def pack(weight: jax.Array, in_dims: Sequence[int], packed: Packed) -> tuple[jax
     codes = jnp.searchsorted(between, blocks / jnp.where(scale == 0, 1, scale), method="compare_all")
     first, second = jnp.split(_split(codes.reshape(weight.shape).astype(jnp.uint8), dim, 2), 2, axis=dim + 1)
     return jnp.squeeze(first << 4 | second, dim + 1), jnp.squeeze(scale, dim + 1)
+
+
+def pack_onto(
+    weight: jax.Array, in_dims: Sequence[int], shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+) -> tuple[jax.Array, jax.Array]:
+    """Packs a weight of a mesh into arrays of these shapes, dtypes and shardings; the numbers do not depend on the mesh.
+
+    The mesh must be the current one.
+    """
+    packed: Packed = "int8" if shapes[0].dtype == jnp.int8 else "nf4"
+    codes, scale = (each.sharding.spec for each in shapes)
+    if packed == "nf4":  # parts have whole blocks, or else the dimension is gathered
+        dim = in_dims[-1]
+        parts = [*codes.partitions, *[None] * (weight.ndim - len(codes.partitions))]
+        if not axes_by_dim(scale, weight.ndim)[dim]:
+            parts[dim] = None
+        cut = PartitionSpec(*parts)
+        on_device = jax.shard_map(partial(pack, in_dims=in_dims, packed=packed), in_specs=cut, out_specs=cut)
+
+    def packed_weight(weight: jax.Array) -> tuple[jax.Array, ...]:
+        found = pack(weight, in_dims, packed) if packed == "int8" else on_device(jax.reshard(weight, cut))
+        return tuple(map(jax.reshard, found, (codes, scale)))
+
+    return jax.jit(packed_weight)(weight)
 
 
 def unpack(codes: jax.Array, scale: jax.Array, in_dim: int, dtype: jnp.dtype) -> jax.Array:

@@ -16,8 +16,10 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxinfra.models.adapt import packed_paths
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
+from jaxinfra.ops.packed import pack_onto
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
@@ -29,6 +31,7 @@ from jaxinfra.parallel.spec import (
     Params,
     ParamSpec,
     PyTree,
+    leaves_by_name,
     merge_trees,
     param_key,
     select_trainable,
@@ -174,12 +177,13 @@ class Program:
 
     def from_base(self, path: str, array: jax.Array) -> dict[str, jax.Array]:
         """Returns what this program stores in place of a parameter of `base`, by path: itself, or codes and scales."""
-        if (scale_path := scale_of(path)) not in self._named_params:
+        named, (codes, scale) = leaves_by_name(self.params), packed_paths(path)
+        if scale not in named:
             return {path: array}
-        codes, scale = self._named_params[path].sharding, self._named_params[scale_path].sharding
+        shapes = named[codes], named[scale]
+        in_dims = leaves_by_name(self.specs)[codes].in_dims
         with self.on_mesh:
-            found = pack_sharded(array, self._named_specs[path].in_dims, self.run.precision.packed, codes, scale)
-        return dict(zip((path, scale_path), found, strict=True))
+            return dict(zip((codes, scale), pack_onto(array, in_dims, shapes), strict=True))
 
     @cached_property
     def averaged_params(self) -> Params:
@@ -235,8 +239,16 @@ class Program:
 
     @cached_property
     def init_from(self) -> Callable[[Params], TrainState]:
-        """`init_from(params) -> TrainState`, compiled: the first state of a run that starts from other parameters."""
-        return jax.jit(self._from_params)
+        """`init_from(params) -> TrainState`, compiled: the first state of a run that starts from other parameters.
+
+        Adapters that they lack are initialized.
+        """
+
+        def init(params: Params) -> TrainState:
+            with_adapters = self._init_params(jax.random.key(self.run.seed), self._stored)
+            return self._from_params(merge_trees(with_adapters, params))
+
+        return jax.jit(self._from_params if self.run.adapter is None else init)
 
     @cached_property
     def train_step(self) -> jax.stages.Wrapped:
