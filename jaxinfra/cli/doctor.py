@@ -141,7 +141,7 @@ class _Examination:
 
     def _needs_of(self, job: Job) -> Iterator[Finding]:
         """Yields whether memory and disks of this host suffice for the run."""
-        config, peers, state = job.run.checkpoint, self._peers, job.program.state
+        config, peers, state = job.run.checkpoint, self._peers, job.program.saved
         with CheckpointManager(job.run_dir.checkpoints, config, read_only=True) as checkpoints:
             needed, fix = checkpoints.needed_bytes(state), "root=FOLDER on another disk"
         yield _tried("space", partial(_space, job.run_dir.location, needed, "saving checkpoints", fix))

@@ -11,15 +11,21 @@ from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, differences, open_published
-from jaxinfra.interop.reading import read_params
+from jaxinfra.interop.reading import Keep, read_params
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.spec import Params, leaves_by_name
+from jaxinfra.parallel.spec import Params, leaves_by_name, nested
 
 
 def load_published(
-    source: str, config: object, params: Params, dtypes: Mapping[str, np.dtype] | None = None
+    source: str,
+    config: object,
+    params: Params,
+    dtypes: Mapping[str, np.dtype] | None = None,
+    keep: Keep = lambda path, array: {path: array},
 ) -> tuple[Params, str]:
     """Reads the parameters of a folder onto the current mesh; returns them and a fingerprint of the folder.
+
+    `keep` says what is kept of each as soon as it is read, by path.
 
     All processes must call it. Raises ConfigError if the folder has another model than `config`. `params` has a
     `ShapeDtypeStruct` for each parameter, and `dtypes` by path replace theirs.
@@ -30,12 +36,12 @@ def load_published(
     own = dtypes or {}
     wanted = {path: each.update(dtype=own.get(path, each.dtype)) for path, each in leaves_by_name(params).items()}
     bindings = model.bindings({path: each.shape for path, each in wanted.items()}, weights)
-    found = read_params(weights, bindings, wanted)
+    found = read_params(weights, bindings, wanted, keep)
     files = sorted({each.file for each in weights.tensors.values()})
     headers = sorted((name, str(each)) for name, each in weights.tensors.items())
     headers += [(file, model.folder.generation(file).hex()) for file in files]
     fingerprint = hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
-    return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in wanted]), fingerprint
+    return nested(found), fingerprint
 
 
 def _require_same(config: object, model: PublishedModel, source: str) -> None:

@@ -1,16 +1,22 @@
 """Restores the parameters of a trained run, to evaluate them, to sample from them, or to start another run."""
 
+import hashlib
 from collections.abc import Mapping
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.interfaces import Dataset
-from jaxinfra.errors import CheckpointError
+from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.hub.params import check_init, load_published
 from jaxinfra.interop.folder import is_published
+from jaxinfra.parallel.bits import sum_bits_of_shards
+from jaxinfra.parallel.spec import Params, leaves_by_name, merge_trees, nested
 from jaxinfra.processes.peers import Peers
 from jaxinfra.program import Program
 from jaxinfra.run import Run
@@ -44,15 +50,20 @@ def load_params(
     program, by path. Raises ConfigError if there is no run, or if a parameter differs (it names the first one), and
     CheckpointError if no checkpoint can be read.
     """
+    base = program.base
     if is_published(source):
         with program.on_mesh:
-            params, fingerprint = load_published(str(source), program.run.model, program.params, dtypes)
+            params, fingerprint = load_published(str(source), program.run.model, base.params, dtypes, program.from_base)
         return TrainedParams(params, 0, fingerprint, fingerprint)
     location, step = parse_source(source)
     directory = RunDirectory(location, peers)
     record = directory.existing_record()
     if not record:
         raise no_run_error(location)
+    has_adapter = isinstance(record.get("config"), dict) and record["config"].get("adapter") is not None
+    if has_adapter and program.run.adapter is None:
+        fix = f"write it with them by `hub export {location} DIR --merge`, and name hf:DIR"
+        raise ConfigError(f"{location}: has an adapter, and this run's model has none; {fix}")
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
     if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
@@ -60,10 +71,11 @@ def load_params(
 
         def read(step: int) -> tuple[Any, str]:
             digest = checkpoints.manifest(step).digest
+            of = program if has_adapter else base
             if _recorded(record, "optim", "ema_decay") is not None:
-                return checkpoints.restore_params(step, program.averaged_params, subtree="ema"), digest
+                return checkpoints.restore_params(step, of.averaged_params, subtree="ema"), digest
             dtype = _recorded(record, "precision", "params") or "float32"
-            return checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params"), digest
+            return checkpoints.restore_params(step, of.kept(of.params_stored_as(dtype)), subtree="params"), digest
 
         # That run may still be training: all processes take the checkpoint that process 0 sees.
         existing = peers.gather(checkpoints.all_steps())[0]
@@ -73,7 +85,39 @@ def load_params(
         found = checkpoints.newest(read) if step is None else (step, read(step))
         assert found is not None
         step, (params, digest) = found
+        if has_adapter:
+            params = merge_trees(load_base(program, peers, record), params)
+        elif base is not program:
+            params = nested(reduce(or_, (program.from_base(*each) for each in leaves_by_name(params).items())))
     return TrainedParams(params, step, record.get("fingerprint", ""), digest)
+
+
+def load_base(program: Program, peers: Peers, record: Mapping[str, Any]) -> Params:
+    """Loads the frozen parameters that an adapter was trained beside, by the record of its run.
+
+    Raises ConfigError if they are other ones by now.
+    """
+    source, init = program.run.init, record.get("init") or {}
+    assert source is not None, "a config with an adapter has a source (`Run.problems`)"
+    if not is_published(source):
+        source = f"{init.get('run')}@{init.get('step')}"
+    expected = init.get("weights")
+    params = load_params(source, program, peers).params
+    if (found := weights_digest(program, params)) != expected:
+        raise ConfigError(
+            f"init={source}: has other weights than those that the adapter was trained beside "
+            f"({found}, then {expected}); restore them there, or name their folder"
+        )
+    return params
+
+
+def weights_digest(program: Program, params: Params) -> str:
+    """Returns a hash of the frozen parameters as they are stored; it does not depend on the mesh."""
+    frozen = {path: spec.state == "frozen" for path, spec in leaves_by_name(program.specs).items()}
+    arrays = {path: array for path, array in leaves_by_name(params).items() if frozen[path]}
+    with program.on_mesh:
+        sums = jax.device_get(jax.jit(partial(jax.tree.map, sum_bits_of_shards))(arrays))
+    return hashlib.sha256(repr([(path, int(sums[path])) for path in sorted(sums)]).encode()).hexdigest()[:16]
 
 
 def check_source(source: str, run: Run, dataset: Dataset) -> None:

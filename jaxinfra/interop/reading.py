@@ -8,7 +8,7 @@ than its part of one parameter.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import partial, reduce
@@ -28,6 +28,10 @@ from jaxinfra.parallel.sharding import axis_names
 
 PLAIN_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _READERS = 16  # threads: a bucket answers many requests at once
+
+
+type Keep = Callable[[str, jax.Array], dict[str, jax.Array]]
+"""Takes a parameter by its path, and returns what is kept of it by path."""
 
 
 def check_tensors(
@@ -54,13 +58,17 @@ def check_tensors(
 
 
 def read_params(
-    weights: Weights, bindings: Iterable[Binding], params: Mapping[str, jax.ShapeDtypeStruct]
+    weights: Weights,
+    bindings: Iterable[Binding],
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    keep: Keep = lambda path, array: {path: array},
 ) -> dict[str, jax.Array]:
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
     found = dict[str, jax.Array]()
     for binding in bindings:
         for parts in binding.groups:
-            found |= _read_parts(weights, binding, parts, params)
+            for path, array in _read_parts(weights, binding, parts, params).items():
+                found |= keep(path, array)
     return found
 
 

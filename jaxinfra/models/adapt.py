@@ -7,13 +7,12 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from flax import nnx
 
 from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.adapter import LoRA
+from jaxinfra.models.adapter import Lora
 from jaxinfra.models.layers import Linear, ParamFactory
 from jaxinfra.models.low_rank import LowRank
 from jaxinfra.models.moe import MoE
@@ -46,7 +45,7 @@ def _weights(module: nnx.Module) -> Iterator[_Weight]:
                     yield _Weight(f"{path}.{name}", each, name, param.get_value())
 
 
-def attach(module: nnx.Module, config: LoRA, partitioner: Partitioner) -> None:
+def attach(module: nnx.Module, config: Lora, partitioner: Partitioner) -> None:
     """Attaches adapters to the weights that the config names.
 
     Raises ConfigError if a target fits no weight, or a rank is above a dimension of one.
@@ -70,7 +69,9 @@ def attach(module: nnx.Module, config: LoRA, partitioner: Partitioner) -> None:
             raise ConfigError(f"{message}; use adapter.rank={smaller} or less")
         is_expert = isinstance(each.module, MoE)
         if is_expert and config.dora:
-            raise ConfigError(f"adapter.dora=true: {each.path} is of experts, which have no magnitudes; use targets=attention")
+            raise ConfigError(
+                f"adapter.dora=true: {each.path} is of experts, which have no magnitudes; use targets=attention"
+            )
         layers = each.spec.shape[0] if each.spec.axes[0] == "layers" else 0
         adapter = LowRank(each.spec, config, ParamFactory(partitioner=partitioner, num_layers=layers))
         if isinstance(each.module, MoE):
@@ -89,7 +90,9 @@ def packed_paths(path: str) -> tuple[str, str]:
     return path, f"{parent}.scale" if name == "weight" else f"{parent}.scales.{name}"
 
 
-def pack_weights(module: nnx.Module, packed: Packed, is_frozen: Callable[[str], bool], partitioner: Partitioner) -> None:
+def pack_weights(
+    module: nnx.Module, packed: Packed, is_frozen: Callable[[str], bool], partitioner: Partitioner
+) -> None:
     """Declares frozen weights as codes and scales (see `ops.packed`); `is_frozen` takes the path of a parameter."""
     for each in _weights(module):
         if not is_frozen(f"{each.path}.weight" if isinstance(each.module, Linear) else each.path):

@@ -6,7 +6,7 @@ from jaxinfra.config.limits import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class Lora:
     """Adds `alpha / rank * a @ b` to weights, which stay as they are (Hu et al. 2021, "LoRA").
 
     Attributes:

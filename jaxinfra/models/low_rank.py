@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.models.adapter import LoRA
+from jaxinfra.models.adapter import Lora
 from jaxinfra.models.layers import ParamFactory
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.parallel.rules import LogicalAxes
@@ -30,7 +30,7 @@ class LowRank(nnx.Module):
         params: declares the parameters.
     """
 
-    def __init__(self, weight: ParamSpec, config: LoRA, params: ParamFactory):
+    def __init__(self, weight: ParamSpec, config: Lora, params: ParamFactory):
         self.partitioner, self.factor = params.partitioner, config.alpha / config.rank
         layers, first, last = min(params.num_layers, 1), weight.in_dims[0], weight.out_dims[0]
         self.in_dims, batch_dims = len(weight.in_dims), first - layers
@@ -108,11 +108,17 @@ class LowRank(nnx.Module):
     def merge(self, weight: jax.Array, x_axes: LogicalAxes) -> jax.Array:
         """Returns a weight `[*K, *N]` with its adapter, without gradient; it is gathered for `x_axes`."""
 
-        def merged(summed: tuple[str, ...], weight: jax.Array, a: jax.Array, b: jax.Array, *rest: jax.Array) -> jax.Array:
+        def merged(
+            summed: tuple[str, ...], weight: jax.Array, a: jax.Array, b: jax.Array, *rest: jax.Array
+        ) -> jax.Array:
             changed = weight + self._product(a, b)
             return changed * rest[0] * self._ratio(summed, weight, a, b) if rest else changed
 
-        more = [] if self.magnitude is None else [self.partitioner.gather_weight(self.magnitude[...], self.out_axes, x_axes)]
+        more = (
+            []
+            if self.magnitude is None
+            else [self.partitioner.gather_weight(self.magnitude[...], self.out_axes, x_axes)]
+        )
         return self._on_parts(merged, x_axes, weight, *more).astype(weight.dtype)
 
     def _product(self, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -133,7 +139,7 @@ class LowRank(nnx.Module):
         *more: jax.Array,
         of_features: bool = False,
     ) -> jax.Array:
-        """Returns `fun(axes that shard inputs, weight, a, b, *more)` of each device's parts in float32, without gradient."""
+        """Returns `fun(axes of inputs, weight, a, b, *more)` of each device's parts in float32, without gradient."""
         arrays = tuple(map(jax.lax.stop_gradient, (weight, *self.gather(x_axes), *more)))
         arrays = [jax.reshard(each, jax.typeof(each).sharding.spec.update(reduced=frozenset())) for each in arrays]
         specs = tuple(jax.typeof(each).sharding.spec for each in arrays)
@@ -142,7 +148,9 @@ class LowRank(nnx.Module):
         summed = {name for names in axes_by_dim(specs[0], weight.ndim)[len(stage) : last] for name in names}
 
         def on_device(*arrays: jax.Array) -> jax.Array:
-            found = fun(tuple(summed), *(local_weight(*each).astype(jnp.float32) for each in zip(arrays, specs, strict=True)))
+            found = fun(
+                tuple(summed), *(local_weight(*each).astype(jnp.float32) for each in zip(arrays, specs, strict=True))
+            )
             return found[None] if stage else found
 
         out = P(*stage, *specs[0].partitions[last:]) if of_features else specs[0]

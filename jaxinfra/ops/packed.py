@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxinfra.parallel.rules import LogicalAxes, Packed
-from jaxinfra.parallel.sharding import GATHERED_WEIGHT, STAGES, Partitioner, axes_by_dim
+from jaxinfra.parallel.sharding import GATHERED_WEIGHT, STAGES, Partitioner, SpecEntry, axes_by_dim
 
 BLOCK = 64
 """Numbers of NF4 that share a scale."""
@@ -77,25 +77,17 @@ def pack(weight: jax.Array, in_dims: Sequence[int], packed: Packed) -> tuple[jax
 def pack_onto(
     weight: jax.Array, in_dims: Sequence[int], shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
 ) -> tuple[jax.Array, jax.Array]:
-    """Packs a weight of a mesh into arrays of these shapes, dtypes and shardings; the numbers do not depend on the mesh.
-
-    The mesh must be the current one.
-    """
+    """Packs a weight into arrays of these shapes, dtypes and shardings, whose numbers do not depend on the mesh."""
     packed: Packed = "int8" if shapes[0].dtype == jnp.int8 else "nf4"
     codes, scale = (each.sharding.spec for each in shapes)
+    fun, cut = partial(pack, in_dims=in_dims, packed=packed), jax.typeof(weight).sharding.spec
     if packed == "nf4":  # parts have whole blocks, or else the dimension is gathered
-        dim = in_dims[-1]
-        parts = [*codes.partitions, *[None] * (weight.ndim - len(codes.partitions))]
-        if not axes_by_dim(scale, weight.ndim)[dim]:
-            parts[dim] = None
+        parts: list[SpecEntry] = [tuple(axes) or None for axes in axes_by_dim(codes, weight.ndim)]
+        if not axes_by_dim(scale, weight.ndim)[in_dims[-1]]:
+            parts[in_dims[-1]] = None
         cut = PartitionSpec(*parts)
-        on_device = jax.shard_map(partial(pack, in_dims=in_dims, packed=packed), in_specs=cut, out_specs=cut)
-
-    def packed_weight(weight: jax.Array) -> tuple[jax.Array, ...]:
-        found = pack(weight, in_dims, packed) if packed == "int8" else on_device(jax.reshard(weight, cut))
-        return tuple(map(jax.reshard, found, (codes, scale)))
-
-    return jax.jit(packed_weight)(weight)
+        fun = jax.shard_map(fun, in_specs=cut, out_specs=cut)
+    return jax.jit(lambda weight: tuple(map(jax.reshard, fun(jax.reshard(weight, cut)), (codes, scale))))(weight)
 
 
 def unpack(codes: jax.Array, scale: jax.Array, in_dim: int, dtype: jnp.dtype) -> jax.Array:

@@ -83,6 +83,18 @@ def leaves_by_name(tree: PyTree) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict of leaves by name; inverts `leaves_by_name`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
 def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
     """Removes parameters that are not trained from a nested dict; `specs` are its `ParamSpec`s.
 
@@ -98,10 +110,10 @@ def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def merge_trees(tree: PyTree, updates: PyTree) -> PyTree:
-    """Replaces leaves of a nested dict: `{"a": 1, "b": 2}` with the updates `{"b": 3}` is `{"a": 1, "b": 3}`."""
+    """Replaces and adds leaves of a nested dict: `{"a": 1, "b": 2}` with the updates `{"b": 3}` is `{"a": 1, "b": 3}`."""
     if not isinstance(tree, dict):
         return updates
-    return {name: merge_trees(value, updates[name]) if name in updates else value for name, value in tree.items()}
+    return tree | {name: merge_trees(tree[name], value) if name in tree else value for name, value in updates.items()}
 
 
 def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:

@@ -217,6 +217,15 @@ class Program:
             state = replace(state, opt_state=jax.tree.map(on_host, state.opt_state))
         return state
 
+    @cached_property
+    def saved(self) -> TrainState:
+        """What a checkpoint holds of the state, as `ShapeDtypeStruct`s."""
+        return self.to_save(self.state)
+
+    def to_save(self, state: TrainState) -> TrainState:
+        """Returns what a checkpoint holds of a state: with an adapter nothing that is frozen, which is in its base."""
+        return replace(state, params=self.kept(state.params))
+
     @property
     def num_params(self) -> int:
         """Number of parameters."""
@@ -229,7 +238,7 @@ class Program:
         return self.loss.model(params)
 
     def kept(self, params: Params) -> Params:
-        """Returns what a checkpoint holds of parameters: with an adapter not the frozen ones, which are in its base."""
+        """Returns those of the parameters that a checkpoint holds (see `to_save`)."""
         return params if self.run.adapter is None else select_trainable(params, self.specs)
 
     @cached_property

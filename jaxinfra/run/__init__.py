@@ -15,7 +15,7 @@ from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.config import ProfileConfig
-from jaxinfra.models.adapter import LoRA
+from jaxinfra.models.adapter import Lora
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.optim.config import OptimConfig
@@ -73,7 +73,7 @@ class Run:
     objective: Objective = field(default_factory=Objective.default)
     data: DataConfig
     init: Annotated[str | None, NOT_FINGERPRINTED] = None
-    adapter: LoRA | None = None
+    adapter: Lora | None = None
     precision: Precision = Precision()
     mesh: Annotated[MeshConfig, NOT_FINGERPRINTED] = MeshConfig()
     rules: Annotated[ShardingRules, NOT_FINGERPRINTED] = ShardingRules()

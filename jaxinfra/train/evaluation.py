@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.failpoints import failpoint
-from jaxinfra.parallel.spec import Params
+from jaxinfra.parallel.spec import Params, merge_trees
 from jaxinfra.program import TrainState
 from jaxinfra.train.job import Job
 from jaxinfra.train.phases import Phases
@@ -15,7 +15,8 @@ from jaxinfra.user_code import user_code_errors
 
 def evaluated_params(state: TrainState) -> Params:
     """Returns the parameters to evaluate: the averaged ones (EMA) if the run keeps them."""
-    return state.params if state.ema is None else state.ema
+    # Of an adapter, only what is trained has an average.
+    return state.params if state.ema is None else merge_trees(state.params, state.ema)
 
 
 def evaluate(

@@ -33,7 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A state with the number of its completed steps, the record saved with it, and where it is from, for people."""
+    """A state with the number of its completed steps, the record saved with it, and where it is from, for people.
+
+    With an adapter the state lacks the frozen parameters until `Training` adds those of its base.
+    """
 
     step: int
     state: TrainState
@@ -94,7 +97,7 @@ class Saving(ClosedOnExit):
             if copy is not None:
                 source = f"from copies on the hosts; the newest checkpoint is {newest or 'none'}"
                 return Restored(copy.step, copy.state, copy.record, source)
-        found = self.checkpoints.newest(partial(self.checkpoints.restore, abstract_state=self._program.state))
+        found = self.checkpoints.newest(partial(self.checkpoints.restore, abstract_state=self._program.saved))
         if found is None:
             return None
         step, state = found  # an older one if the newest is damaged
@@ -108,7 +111,7 @@ class Saving(ClosedOnExit):
         A failed save that nobody has asked for is only logged, and the next one tries again. If several processes save
         on a disk, a failure is always raised.
         """
-        is_checkpoint = what in ("asked", "checkpoint")
+        is_checkpoint, state = what in ("asked", "checkpoint"), self._program.to_save(state)
         is_last = step == self._program.run.train.steps  # no copy then: the run ends with a checkpoint
         if self._copies is not None and what == "copy" and not is_last:
             self._copies.save(step, state, {key: record[key] for key in ("guard", "interval")}, self._identity)
@@ -142,7 +145,7 @@ class Saving(ClosedOnExit):
 
     def check_space(self) -> None:
         """Raises StorageError if the run directory has too little space for checkpoints."""
-        needed_bytes = self.checkpoints.needed_bytes(self._program.state)
+        needed_bytes = self.checkpoints.needed_bytes(self._program.saved)
         fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
         check_space(self._run_dir.location, needed_bytes, purpose="saving checkpoints", fix=fix)
 
@@ -160,7 +163,7 @@ class Saving(ClosedOnExit):
             swap = self._opened.enter_context(Exchange(peers)).swap
         number = peers.hosts[: peers.index].count(peers.hosts[peers.index])  # of the processes on this host
         folder = folder_of_copies(self._config.local, self._run_dir.location, number)
-        shards = StateShards(self._program.state, peers.hosts, peers.index)
+        shards = StateShards(self._program.saved, peers.hosts, peers.index)
         self._copies = self._opened.enter_context(
             LocalCopies(folder, self._start, shards, peers, swap, owned.secure if owned else lambda: None)
         )

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,9 @@ from jaxinfra.errors import (
     Preempted,
 )
 from jaxinfra.failpoints import failpoint
-from jaxinfra.inference.trained_params import load_params
+from jaxinfra.inference.trained_params import load_base, load_params, weights_digest
 from jaxinfra.machine.compile_cache import compile_cache
+from jaxinfra.parallel.spec import merge_trees
 from jaxinfra.processes import maintenance
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.processes.step_file import round_number
@@ -437,6 +439,10 @@ class Training:
         }
         if restored := self._saving.restore(newest_step, identity, before):
             numerics.resume(restored.record)
+            if job.run.adapter is not None:
+                base = load_base(job.program, job.peers, before)
+                state = replace(restored.state, params=merge_trees(base, restored.state.params))
+                restored = restored._replace(state=state)
             return restored, before.get("init")
         numerics.resume({})
         failpoint("init", 0)
@@ -446,4 +452,6 @@ class Training:
         loaded = load_params(job.run.init, job.program, job.peers)
         path, _ = parse_source(job.run.init)
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
+        if job.run.adapter is not None:
+            init_source["weights"] = weights_digest(job.program, loaded.params)
         return Restored(0, job.program.init_from(loaded.params), {}, again), init_source
