@@ -235,7 +235,7 @@ class MoE(nnx.Module):
         weights = {
             "router": gather(self.router[...], ("embed", None), everywhere, FLOAT32),
         }
-        for name, param in (("up", self.up), ("gate", self.gate), ("down", self.down)):
+        for name, param in (("up", self.up), ("down", self.down), ("gate", self.gate)):
             if param is None:
                 continue
             axes = ("experts", "mlp", "embed") if name == "down" else ("experts", "embed", "mlp")

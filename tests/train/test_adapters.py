@@ -43,11 +43,16 @@ def test_the_base_must_be_the_same(tiny: Tiny, base: str) -> None:
     shutil.rmtree(tiny.directory("base"))
     assert tiny.launch("name=base", "train.steps=4", "seed=5").code == 0
     refused(tiny.launch(base, *LORA, "train.steps=4"), "has started with init=")
-    refused(launch("sample", str(tiny.directory("lora")), "a"), f"{base}@4 has other weights than those that the adapter")
+    refused(
+        launch("sample", str(tiny.directory("lora")), "a"), f"{base}@4 has other weights than those that the adapter"
+    )
 
 
 def test_adapters_that_fit_no_model_are_refused(tiny: Tiny, base: str) -> None:
     refused(tiny.launch(*LORA), "init adapter init=hf:ORG/NAME")
     refused(tiny.launch(base, *LORA, "adapter.targets=quary,"), "adapter.targets=quary nearest query key mlp")
-    refused(tiny.launch(base, "name=lora", "adapter=lora", "adapter.rank=4000"), "adapter.rank=4000 smaller dimension or less")
+    refused(
+        tiny.launch(base, "name=lora", "adapter=lora", "adapter.rank=4000"),
+        "adapter.rank=4000 smaller dimension or less",
+    )
     refused(tiny.launch(base, *LORA, "precision.frozen=nf4", "precision.quantize=int8"), "quantize frozen")
