@@ -60,7 +60,7 @@ TORCH_PYTHON = for candidate in python3.11 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versi
 $(TORCH)/.installed: Makefile
 	"$(shell $(TORCH_PYTHON))" -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "transformers[serving]>=5" "trl>=1.16" \
-		"ctranslate2>=4" "lm-eval[hf]>=0.4.9"
+		"ctranslate2>=4" "lm-eval[hf]>=0.4.9" "bitsandbytes>=0.45"
 	@touch $@
 
 # A fifth of the time in which XLA compiles toy programs is glibc's malloc. Where jemalloc is installed, the workers have

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, override
+from typing import Any, ClassVar, Literal, Protocol, override
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,6 @@ from jaxinfra.ops.quantized import gather_quantized
 from jaxinfra.parallel.rules import LogicalAxes, Role
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, ParamState, constant, normal
-
-if TYPE_CHECKING:
-    from jaxinfra.models.low_rank import LowRank
 
 type Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
 
@@ -140,6 +137,22 @@ class HeadsNorm(nnx.Module):
         return self.partitioner.map_local(normalize, x_BTHK, scale)
 
 
+class WeightAdapter(Protocol):
+    """What changes a weight that is frozen itself: `models.low_rank.LowRank`."""
+
+    def add(self, y: jax.Array, x: jax.Array, x_axes: LogicalAxes) -> jax.Array:
+        """Adds to the product `y` of `x` with the weight."""
+        ...
+
+    def rescale(self, y: jax.Array, weight: jax.Array, x_axes: LogicalAxes, y_axes: LogicalAxes) -> jax.Array:
+        """Rescales the output features of `y`."""
+        ...
+
+    def merge(self, weight: jax.Array, x_axes: LogicalAxes) -> jax.Array:
+        """Returns the weight as it is with the adapter."""
+        ...
+
+
 def gather_stored(
     partitioner: Partitioner,
     weight: nnx.Param,
@@ -197,7 +210,7 @@ class Linear(nnx.Module):
         self.bias_axes = (None,) * len(out_axes) if parallelism == "row" else out_axes
         self.bias = params.param(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
         self.scale: nnx.Param | None = None
-        self.adapter: LowRank | None = None
+        self.adapter: WeightAdapter | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, *in_shape]` to `[B, T, *out_shape]`."""

@@ -110,7 +110,7 @@ def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def merge_trees(tree: PyTree, updates: PyTree) -> PyTree:
-    """Replaces and adds leaves of a nested dict: `{"a": 1, "b": 2}` with the updates `{"b": 3}` is `{"a": 1, "b": 3}`."""
+    """Replaces and adds leaves of a nested dict: `{"a": 1, "b": 2}` with `{"b": 3, "c": 4}` has all three names."""
     if not isinstance(tree, dict):
         return updates
     return tree | {name: merge_trees(tree[name], value) if name in tree else value for name, value in updates.items()}
