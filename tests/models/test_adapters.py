@@ -91,12 +91,14 @@ def computed(run: Run) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("frozen", "experts", "dora"), [("nf4", False, True), ("int8", True, False)], ids=["dora-nf4", "experts-int8"]
+    ("frozen", "experts", "dora", "meshes"),
+    [("nf4", False, True, ("tensor", "context", "stage")), ("int8", True, False, ("expert", "canonical"))],
+    ids=["dora-nf4", "experts-int8"],
 )
 @pytest.mark.slow(40)
-def test_every_mesh_computes_the_same(frozen: str, *, experts: bool, dora: bool) -> None:
+def test_every_mesh_computes_the_same(frozen: str, meshes: tuple[str, ...], *, experts: bool, dora: bool) -> None:
     whole = computed(run_on("alone", frozen=frozen, experts=experts, dora=dora))
-    for name in MESHES:
+    for name in meshes:
         found = computed(run_on(name, frozen=frozen, experts=experts, dora=dora))
         assert found.keys() == whole.keys()
         for path, leaf in found.items():

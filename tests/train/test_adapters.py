@@ -17,6 +17,7 @@ def base(tiny: Tiny) -> str:
     return f"init={tiny.directory('base')}"
 
 
+@pytest.mark.slow(15)
 @pytest.mark.parametrize("more", [(), ("precision.frozen=nf4",), ("train.canonical=8", "optim.ema_decay=0.5")])
 def test_a_checkpoint_has_the_adapter_alone(more: tuple[str, ...], tiny: Tiny, base: str) -> None:
     """The same run goes on from it, on another mesh too; it is evaluated and sampled beside its base."""
