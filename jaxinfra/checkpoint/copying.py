@@ -93,13 +93,13 @@ def _copy_arrays(source: Checkpoint, target: StepStore, lease: Lease) -> None:
     """Saves the arrays as a run would; a bucket is read back before it lists the step, a disk afterwards."""
     import jax  # imported late: a copy from disk to disk needs none of it
 
-    from jaxinfra.checkpoint.leaves import tree_of_names
     from jaxinfra.checkpoint.manager import CheckpointManager
+    from jaxinfra.parallel.spec import nested
 
     step, manifest, cpu = source.step, source.manifest, jax.devices("cpu")[0]
     leaves = {name: jax.device_put(source.stored.read_leaf(step, manifest, name), cpu) for name in manifest.leaves}
     with CheckpointManager(target.location, _KEEP_ALL, lease=lease) as checkpoints:
-        checkpoints.save(step, tree_of_names(leaves), manifest.record, metrics=manifest.metrics, force=True)
+        checkpoints.save(step, nested(leaves), manifest.record, metrics=manifest.metrics, force=True)
     if problems := verify_step(target, step).problems:
         target.delete([step], [], lease)
         raise StorageError(f"{target.location}/{step}: does not hold what was just written: {problems[0]}")

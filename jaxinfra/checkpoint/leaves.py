@@ -16,18 +16,6 @@ from jaxinfra.parallel.spec import leaf_name, leaves_by_name
 type PyTree = object  # of arrays, or of anything with a shape and a dtype
 
 
-def tree_of_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts whose leaves have these names."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
 def leaf_types(tree: PyTree) -> dict[str, str]:
     """Returns the type of each leaf by name, such as "bfloat16[8,128]", with the global shape."""
     return {

@@ -93,7 +93,7 @@ def _restore(trainer: Trainer, source: str) -> tuple[int, str]:
 def _reference(trainer: Trainer, source: str, step: int) -> Params:
     program, directory = trainer.program, RunDirectory(parse_source(source)[0])
     with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
-        return checkpoints.restore_params(step, program.params, subtree="reference")
+        return checkpoints.restore_params(step, program.kept(program.params), subtree="reference")
 
 
 def _result(path: str, step: int, fingerprint: str, program: Program, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,9 @@ def load_published(
 ) -> tuple[Params, str]:
     """Reads the parameters of a folder onto the current mesh; returns them and a fingerprint of the folder.
 
-    `keep` says what is kept of each as soon as it is read, by path.
-
     All processes must call it. Raises ConfigError if the folder has another model than `config`. `params` has a
-    `ShapeDtypeStruct` for each parameter, and `dtypes` by path replace theirs.
+    `ShapeDtypeStruct` for each parameter, and `dtypes` by path replace theirs. `keep` says what is kept of each
+    parameter as soon as it is read.
     """
     model = open_published(source)
     _require_same(config, model, source)

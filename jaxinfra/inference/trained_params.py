@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxinfra.interop.folder import is_published
 from jaxinfra.parallel.bits import sum_bits_of_shards
 from jaxinfra.parallel.spec import Params, leaves_by_name, merge_trees, nested
 from jaxinfra.processes.peers import Peers
-from jaxinfra.program import Program
+from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.track.runs import no_run_error, parse_source
@@ -62,8 +63,8 @@ def load_params(
         raise no_run_error(location)
     has_adapter = isinstance(record.get("config"), dict) and record["config"].get("adapter") is not None
     if has_adapter and program.run.adapter is None:
-        fix = f"write it with them by `hub export {location} DIR --merge`, and name hf:DIR"
-        raise ConfigError(f"{location}: has an adapter, and this run's model has none; {fix}")
+        fix = f"use the same adapter here, or init={(record.get('init') or {}).get('run')}, which it was trained beside"
+        raise ConfigError(f"{location}: has an adapter, and this run has none; {fix}")
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
     if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
@@ -97,18 +98,25 @@ def load_base(program: Program, peers: Peers, record: Mapping[str, Any]) -> Para
 
     Raises ConfigError if they are other ones by now.
     """
-    source, init = program.run.init, record.get("init") or {}
-    assert source is not None, "a config with an adapter has a source (`Run.problems`)"
+    init = record.get("init") or {}
+    source = str(init.get("run"))
     if not is_published(source):
-        source = f"{init.get('run')}@{init.get('step')}"
+        source = f"{source}@{init.get('step')}"
     expected = init.get("weights")
     params = load_params(source, program, peers).params
     if (found := weights_digest(program, params)) != expected:
         raise ConfigError(
             f"init={source}: has other weights than those that the adapter was trained beside "
-            f"({found}, then {expected}); restore them there, or name their folder"
+            f"({found}, then {expected}); restore them there"
         )
     return params
+
+
+def with_base(state: TrainState, program: Program, peers: Peers, record: Mapping[str, Any]) -> TrainState:
+    """Returns a state that was restored from a checkpoint, with the frozen parameters that its run has in its base."""
+    if program.run.adapter is None:
+        return state
+    return replace(state, params=merge_trees(load_base(program, peers, record), state.params))
 
 
 def weights_digest(program: Program, params: Params) -> str:

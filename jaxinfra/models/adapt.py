@@ -69,9 +69,7 @@ def attach(module: nnx.Module, config: Lora, partitioner: Partitioner) -> None:
             raise ConfigError(f"{message}; use adapter.rank={smaller} or less")
         is_expert = isinstance(each.module, MoE)
         if is_expert and config.dora:
-            raise ConfigError(
-                f"adapter.dora=true: {each.path} is of experts, which have no magnitudes; use targets=attention"
-            )
+            raise ConfigError(f"adapter.dora=true: experts have no magnitudes ({each.path}); use adapter.dora=false")
         layers = each.spec.shape[0] if each.spec.axes[0] == "layers" else 0
         adapter = LowRank(each.spec, config, ParamFactory(partitioner=partitioner, num_layers=layers))
         if isinstance(each.module, MoE):

@@ -138,7 +138,7 @@ class HeadsNorm(nnx.Module):
 
 
 class WeightAdapter(Protocol):
-    """What changes a weight that is frozen itself: `models.low_rank.LowRank`."""
+    """Changes the product of a weight that is frozen itself, as `models.low_rank.LowRank` does."""
 
     def add(self, y: jax.Array, x: jax.Array, x_axes: LogicalAxes) -> jax.Array:
         """Adds to the product `y` of `x` with the weight."""

@@ -219,7 +219,7 @@ class Program:
 
     @cached_property
     def saved(self) -> TrainState:
-        """What a checkpoint holds of the state, as `ShapeDtypeStruct`s."""
+        """The part of the state that a checkpoint holds, as `ShapeDtypeStruct`s."""
         return self.to_save(self.state)
 
     def to_save(self, state: TrainState) -> TrainState:

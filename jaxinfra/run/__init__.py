@@ -154,10 +154,12 @@ class Run:
             yield from model.problems_of_stages(self.mesh.stage * self.pipeline.chunks)
         if (positions := fit.loss_positions()) is not None:
             yield from objective.problems_of_shard(positions)
-        if self.init is None and (self.adapter is not None or self.precision.packed is not None):
-            message = "an adapter, and packed weights, need those of a run or a published model"
-            fix = "use init=hf:ORG/NAME or init=runs/NAME"
-            yield Problem(fields=("init", "adapter", "precision.frozen"), message=message, fix=fix)
+        if self.init is None and self.adapter is not None:
+            message, fix = "an adapter needs the weights of a run or model", "use init=hf:ORG/NAME or init=runs/NAME"
+            yield Problem(fields=("init", "adapter"), message=message, fix=fix)
+        if self.adapter is None and self.precision.frozen is not None:
+            message, fix = "only weights beside an adapter have another format", "use adapter=lora"
+            yield Problem(fields=("precision.frozen", "adapter"), message=message, fix=fix)
         if objective.uses_reference and self.init is None:
             message = "the objective's reference is the run that this one starts from"
             fix = "use init=runs/NAME, a run with the same model"

@@ -16,8 +16,8 @@ class Precision:
 
     Attributes:
         params: dtype in which parameters are stored.
-        frozen: dtype in which those are stored that are not trained (`adapter`, `optim.frozen`); None is `params`.
-            "int8" and "nf4" are for the layers' matmuls (see `ops.packed`): other parameters have `compute` then.
+        frozen: dtype in which the weights beside an adapter are stored; None is `params`. "int8" and "nf4" are for the
+            layers' matmuls (see `ops.packed`): other parameters have `compute` then.
         compute: dtype of weights and activations in the model; losses, norms and sums are float32.
         quantize: format of the operands of the layers' matmuls with weights (see `ops.quantized`); embedding and head
             are not quantized.

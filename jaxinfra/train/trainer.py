@@ -19,6 +19,7 @@ from jaxinfra.data.interfaces import Dataset
 from jaxinfra.doctor.compare import check_hosts
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.sampler import Sampler
+from jaxinfra.inference.trained_params import with_base
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.processes.devices import all_devices
@@ -138,9 +139,12 @@ class Trainer:
         with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
             if checkpoints.all_steps():
                 self.run_dir.check(self.job.loaded.run, self.dataset)
-            newest = checkpoints.newest(lambda step: checkpoints.restore(step, self.program.state))
-        self.completed_steps, state = newest or (0, None)
-        return state
+            newest = checkpoints.newest(lambda step: checkpoints.restore(step, self.program.saved))
+        if newest is None:
+            self.completed_steps = 0
+            return None
+        self.completed_steps, state = newest
+        return with_base(state, self.program, self.job.peers, self.run_dir.existing_record())
 
     def _look_again(self) -> TrainState | None:
         """Returns the state; if there was none, another process may have saved one since."""

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +25,8 @@ from jaxinfra.errors import (
     Preempted,
 )
 from jaxinfra.failpoints import failpoint
-from jaxinfra.inference.trained_params import load_base, load_params, weights_digest
+from jaxinfra.inference.trained_params import load_params, weights_digest, with_base
 from jaxinfra.machine.compile_cache import compile_cache
-from jaxinfra.parallel.spec import merge_trees
 from jaxinfra.processes import maintenance
 from jaxinfra.processes.requests import RunSignals
 from jaxinfra.processes.step_file import round_number
@@ -439,11 +437,8 @@ class Training:
         }
         if restored := self._saving.restore(newest_step, identity, before):
             numerics.resume(restored.record)
-            if job.run.adapter is not None:
-                base = load_base(job.program, job.peers, before)
-                state = replace(restored.state, params=merge_trees(base, restored.state.params))
-                restored = restored._replace(state=state)
-            return restored, before.get("init")
+            state = with_base(restored.state, job.program, job.peers, before)
+            return restored._replace(state=state), before.get("init")
         numerics.resume({})
         failpoint("init", 0)
         again = "as it has no checkpoint yet" if before else ""

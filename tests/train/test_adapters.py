@@ -1,10 +1,26 @@
 """Runs that train an adapter: what they save, how they go on, how they are used, and what they refuse."""
 
 import shutil
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxinfra.checkpoint.inventory import stored_checkpoints
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.hub import published
+from jaxinfra.inference.trained_params import load_params
+from jaxinfra.models.adapter import Lora
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.spec import leaves_by_name
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra.train.trainer import Trainer
+from tests.interop.tiny_llama import tiny_llama
 from tests.refusals import refused
 from tests.tiny_run import Tiny, launch
 
@@ -37,6 +53,12 @@ def test_a_checkpoint_has_the_adapter_alone(more: tuple[str, ...], tiny: Tiny, b
         assert again == whole
     for command in (["evaluate", str(run)], ["sample", str(run), "a", "--max-tokens", "3"]):
         assert (ended := launch(*command)).code == 0, ended
+    refused(launch("hub", "export", str(run), str(run.parent / "out")), f"{run} adapter not exported")
+    assert Trainer(tiny.loaded(*words)).evaluate()["eval/loss"] == pytest.approx(tiny.evaluations("lora")[8], rel=1e-5)
+    # Another run goes on from the adapter, beside the same base.
+    assert (ended := tiny.launch(f"init={run}", *LORA[:2], *more, "name=next", "train.steps=4")).code == 0, ended
+    assert float.fromhex(tiny.losses("next")[1]) < float.fromhex(whole[1])
+    refused(tiny.launch(f"init={run}", "name=other", "train.steps=4"), f"{run} has an adapter {base}")
 
 
 def test_the_base_must_be_the_same(tiny: Tiny, base: str) -> None:
@@ -57,3 +79,26 @@ def test_adapters_that_fit_no_model_are_refused(tiny: Tiny, base: str) -> None:
         "adapter.rank=4000 smaller dimension or less",
     )
     refused(tiny.launch(base, *LORA, "precision.frozen=nf4", "precision.quantize=int8"), "quantize frozen")
+    refused(tiny.launch(base, "name=half", "precision.frozen=bfloat16"), "precision.frozen adapter=lora")
+
+
+def test_published_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
+    source = f"hf:{tiny_llama(tmp_path / 'model')}"
+    run = Run(
+        name="lora",
+        model=published(source),
+        data=TokenData(store="none", seq_len=16),
+        init=source,
+        adapter=Lora(rank=2),
+        precision=Precision(compute="float32", frozen="nf4"),
+        train=TrainConfig(global_batch=8),
+        mesh=MeshConfig(fsdp=4, tensor=2),
+    )
+    program = Program(run, make_mesh(run.mesh, jax.devices()))
+    programs = (program, program.base)
+    found, whole = (leaves_by_name(load_params(source, each, current_peers()).params) for each in programs)
+    packed = {path for path, leaf in found.items() if leaf.dtype == jnp.uint8}
+    assert packed and found.keys() == whole.keys() | {f"{path.removesuffix('weight')}scale" for path in packed}
+    for path, leaf in whole.items():
+        for name, expected in program.from_base(path, leaf).items():
+            np.testing.assert_array_equal(found[name], expected)

@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> None:
     check_destination(options.out)
     stored = open_published(source).stored_dtypes() if is_published(source) else {}
     model, dtypes = open_language_model(source, options.overrides, options.imports), dict(stored)
+    if model.run.adapter is not None:  # else the weights would be written without it
+        raise ConfigError(f"{source}: has an adapter, which is not exported; use it here, by `sample` and `evaluate`")
     if options.dtype is not None:  # buffers, such as biases of routers, keep theirs
         specs = param_specs(require_text(model.run)[0])
         dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +240,7 @@ class Wait:
         self._delay_s = min(self._delay_s * 1.5, 30 * self._poll_s)
 
 
-class GooglePlace(HostSource, ABC):
+class GooglePlace(HostSource):
     """The base of `TpuVm` and `Gce`, which have a `step` towards the hosts."""
 
     def __init__(self, options: PlaceOptions, run_location: str, *, poll_s: float = 2.0) -> None:

@@ -1,5 +1,6 @@
 """What a place is: the verbs by which a run gets to machines elsewhere, and what it is told about them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,8 +89,8 @@ class Resource:
     notice: str = ""  # planned maintenance and the like
 
 
-class HostSource:
-    """Where hosts come from: a list, for which all but `current` is done here, or a cloud's API.
+class HostSource(ABC):
+    """Where hosts come from: a list, or a cloud's API; most methods are those of a list here.
 
     All methods may be called again, also by another machine after the first was lost: what exists is taken, and nothing
     is made twice. Errors of a cloud are ConfigError (81: refused, with the fix) or StorageError (82: no answer).
@@ -106,14 +107,15 @@ class HostSource:
         """
         return self.current()
 
+    @abstractmethod
     def current(self) -> Sequence[Host]:
         """Returns the hosts that exist, by rank, which let this machine in; makes and waits for nothing."""
-        raise NotImplementedError
 
     def lost(self) -> str:
         """Returns why the hosts have to be made again, such as "preempted"; "" while they stand, or may come back."""
         return ""
 
+    @abstractmethod
     def release(self, say: Say) -> None:
         """Deletes what was made for this run, and nothing else; a line for each resource that is gone."""
 

@@ -33,6 +33,10 @@ class HostList(HostSource):
     def current(self) -> Sequence[Host]:
         return self._hosts
 
+    @override
+    def release(self, say: Say) -> None:
+        """Does nothing: hosts of a list were not made here."""
+
 
 def source_of(options: PlaceOptions, location: str) -> HostSource:
     """Returns where the hosts of a run come from; raises ConfigError if the options do not fit the kind."""
