@@ -13,6 +13,7 @@ from jaxinfra.data.order import Curriculum
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.models.adapter import Lora
 from jaxinfra.models.attention import Attention, AttentionTemperature
 from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.latent import LatentAttention
@@ -56,6 +57,7 @@ RUNS = [
     *(replace(TEXT, optim=OptimConfig(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
     *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
     replace(TEXT, model=replace(DECODER, layers=(Layer(mixer=GatedDeltaNet(), mlp=MLP(dim=64)),))),
+    replace(TEXT, adapter=Lora(), init="runs/base"),
     replace(TEXT, model=replace(DECODER, remat=Named(save=("query",)))),
     *(
         replace(TEXT, model=changed(DECODER, first_layers=(), rope=Rope(scaling=scaling)))

@@ -40,6 +40,11 @@ _ALIASES = {
     "model.tie_embeddings": ("tie_word_embeddings", "logits_via_embedding"),
     "model.attention_kernel": ("flash_attention", "attn_implementation"),
     "objective": ("dpo",),
+    "adapter": ("lora", "qlora", "peft", "peft_config"),
+    "adapter.rank": ("lora_rank", "lora_r"),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.targets": ("target_modules", "lora_target_modules"),
+    "adapter.dora": ("use_dora",),
     "model.remat": ("gradient_checkpointing", "activation_checkpoint", "remat_policy", "activation_checkpointing"),
     "model.norm.eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon"),
     "data.seq_len": ("block_size", "seq_length", "sequence_length", "max_seq_len", "max_length", "context_length")
@@ -68,7 +73,6 @@ _ALIASES = {
 }
 # What other frameworks have and jaxinfra has not, and what to use instead.
 ABSENT: dict[str, str] = {
-    **dict.fromkeys(("lora", "qlora", "peft"), "optim.frozen, or train all weights from init=hf:DIR"),
     **dict.fromkeys(("ppo", "grpo", "rlhf", "orpo", "kto"), "objective=dpo, which learns preferences"),
 }
 # Aliases whose value cannot be taken over: it counts something else than the field (epochs, a share of the steps, the
@@ -77,7 +81,8 @@ _OF_OTHER_VALUES = frozenset(
     ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs", "epochs", "warmup_ratio", "max_position_embeddings")
     + ("per_device_batch_size", "per_device_train_batch_size", "local_batch_size", "micro_batch_size", "output_dir")
     + ("bf16", "fp16", "fp8", "int8", "gradient_checkpointing", "activation_checkpointing", "num_slices", "dpo")
-    + ("flash_attention", "attn_implementation")
+    + ("flash_attention", "attn_implementation", "lora", "qlora", "peft", "peft_config", "target_modules")
+    + ("lora_target_modules",)
 )
 _PATHS = {alias: path for path, aliases in _ALIASES.items() for alias in aliases}
 

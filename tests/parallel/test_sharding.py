@@ -85,5 +85,5 @@ def test_embed_of_experts_leaves_out_the_expert_axis() -> None:
     assert partitioner.stored_spec("w", spec((3, 8, 6), "layers", "embed", "mlp")) == P(
         None, ("fsdp", "expert"), "tensor"
     )
-    used = partitioner._compute_spec(names, ("batch", "sequence"))
+    used = partitioner.compute_spec(names, ("batch", "sequence"))
     assert used == P("expert", None, "tensor", reduced={"replica", "fsdp"})
