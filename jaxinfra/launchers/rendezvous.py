@@ -96,8 +96,9 @@ class Rendezvous:
         number, own = self._next_number(), self._host.index
         names = (_running_file(number - 1, own), _ready_file(number, own))
         before = [self._files.read_or_none(name) for name in names]
-        if any(before):
-            time.sleep(_LOOKS * self._beat_s)
+        until_s = time.monotonic() + _DEAD_BEATS * self._beat_s
+        while any(before) and time.monotonic() < until_s:
+            time.sleep(self._beat_s)
             if before != [self._files.read_or_none(name) for name in names]:
                 raise RunInUseError(
                     f"{self._location}: host {own} of this run has another supervisor, which is alive; leave the run "
