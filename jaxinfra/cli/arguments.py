@@ -121,6 +121,9 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
     what = "a folder or file of text, JSON lines, Parquet, or of a dataset that save_to_disk wrote"
     parser.add_argument("path", metavar="PATH", help=what)
     parser.add_argument("--name", metavar="NAME", help="of the files and of the run (default: that of PATH)")
+    what = "tune this published model, hf:ORG/NAME or hf:DIR, on conversations, pairs of answers, or text"
+    parser.add_argument("--from", dest="base", metavar="MODEL", help=what)
+    parser.add_argument("--full", action="store_true", help="with --from: train all parameters, not an adapter")
 
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
@@ -273,6 +276,11 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
     add_int(parser, "--step", 0, metavar="N", help="the checkpoint (default: the newest intact one)")
+    kind = parser.add_mutually_exclusive_group()
+    what = "of a run with an adapter: write the adapter alone, as PEFT loads it"
+    kind.add_argument("--adapter", action="store_true", help=what)
+    what = "of a run with an adapter: write the whole model, with the adapter added to its weights in float32"
+    kind.add_argument("--merge", action="store_true", help=what)
     what = "dtype of the tensors (default: that of the parameters, or of the published weights)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     what = "model_type of the export, such as llama (default: one that can say what the model has)"

@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from jaxinfra.cli.tune import Tuning, tuning
 from jaxinfra.command import COMMAND
 from jaxinfra.config.source_code import source_code
 from jaxinfra.data.tokens import TokenData
@@ -16,6 +17,7 @@ from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.prepare.detect import Detected, detect
+from jaxinfra.prepare.documents.formats import Preference
 from jaxinfra.prepare.tokenizers import TrainBpe
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig, with_mesh_size
@@ -39,22 +41,41 @@ def run(options: argparse.Namespace) -> None:
         if file.exists():
             raise ConfigError(f"{file}: exists and is not overwritten; use --name ANOTHER")
     detected = detect(options.path, f"stores/{name}")
-    config = small_run(name, str(recipe_file), detected)
-    recipe_text = source_code(detected.recipe, f"Tokenizes {options.path}.", comments=_RECIPE_COMMENTS)
-    run_text = source_code(config, f"Trains a small language model on {options.path}.", always=("train.steps",))
+    if options.base is not None:
+        made = tuning(name, options.path, str(recipe_file), detected, options.base, full=options.full)
+    elif options.full:
+        raise ConfigError("--full: is for a model that is tuned; name it with --from hf:ORG/NAME")
+    elif isinstance(detected.recipe.format, Preference):
+        raise ConfigError(
+            f"{options.path}: has pairs of answers; name the model that they tune with --from hf:ORG/NAME"
+        )
+    else:
+        made = _small_model(name, options.path, str(recipe_file), detected)
+    recipe_text = source_code(made.recipe, f"Tokenizes {options.path}.", comments=_RECIPE_COMMENTS)
     print(detected.summary)
-    for file, text in ((recipe_file, recipe_text), (run_file, run_text)):
+    for file, text in ((recipe_file, recipe_text), (run_file, made.config)):
         with storage_errors(file, fix="free space or use another folder"):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("x", encoding="utf-8") as stream:
                 stream.write(text)
-    print(f"wrote {recipe_file}  (how the text becomes tokens)")
-    sized = with_mesh_size(config, 1)
-    times = time_statistic(Program(sized, abstract_mesh(sized.mesh)), config.train.steps)
-    about = "".join(f", about {value} on this machine" for value, _ in times.values())
-    print(f"wrote {run_file}  (model, data, optimizer; {config.train.steps} steps{about})")
+    print(f"wrote {recipe_file}  ({made.recipe_note})")
+    print(f"wrote {run_file}  ({made.config_note})")
     print(f"next:\n  {COMMAND} data prepare {run_file}\n  {COMMAND} {run_file}")
-    print(f'  {COMMAND} sample runs/{name} "Once upon a time"')
+    print("".join(f"  {COMMAND} {command}\n" for command in made.next_commands), end="")
+
+
+def _small_model(name: str, path: str, recipe_file: str, detected: Detected) -> Tuning:
+    run = small_run(name, recipe_file, detected)
+    sized = with_mesh_size(run, 1)
+    times = time_statistic(Program(sized, abstract_mesh(sized.mesh)), run.train.steps)
+    about = "".join(f", about {value} on this machine" for value, _ in times.values())
+    return Tuning(
+        recipe=detected.recipe,
+        config=source_code(run, f"Trains a small language model on {path}.", always=("train.steps",)),
+        recipe_note="how the text becomes tokens",
+        config_note=f"model, data, optimizer; {run.train.steps} steps{about}",
+        next_commands=(f'sample runs/{name} "Once upon a time"',),
+    )
 
 
 def small_run(name: str, recipe: str, detected: Detected) -> Run:

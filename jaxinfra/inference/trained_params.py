@@ -16,6 +16,7 @@ from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.hub.params import check_init, load_published
 from jaxinfra.interop.folder import is_published
+from jaxinfra.models.merged import merged
 from jaxinfra.parallel.bits import sum_bits_of_shards
 from jaxinfra.parallel.spec import Params, leaves_by_name, merge_trees, nested
 from jaxinfra.processes.peers import Peers
@@ -117,6 +118,14 @@ def with_base(state: TrainState, program: Program, peers: Peers, record: Mapping
     if program.run.adapter is None:
         return state
     return replace(state, params=merge_trees(load_base(program, peers, record), state.params))
+
+
+def merged_params(program: Program, params: Params) -> Params:
+    """Returns the parameters of `program.base`, with the adapter of the run: float32 where it has one."""
+    found, whole, specs = (leaves_by_name(each) for each in (params, program.base.params, program.base.specs))
+    axes = {path: each.sharding.spec.partitions for path, each in whole.items()}
+    with program.on_mesh:
+        return nested({path: merged(found, path, specs[path], program.run.adapter, axes[path]) for path in specs})
 
 
 def weights_digest(program: Program, params: Params) -> str:

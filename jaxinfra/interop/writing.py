@@ -37,7 +37,7 @@ from jaxinfra.interop.config_json import EXPORT_PLAN
 from jaxinfra.interop.pattern import Layout
 from jaxinfra.interop.reading import FileOrder, file_order, parameter_spec, reshard
 from jaxinfra.interop.rules import Binding
-from jaxinfra.interop.safetensors import INDEX, WEIGHTS, header_of
+from jaxinfra.interop.safetensors import INDEX, header_of
 from jaxinfra.parallel.sharding import axis_names
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.errors import storage_errors
@@ -49,6 +49,7 @@ RECEIPT = "export.json"
 
 MAX_FILE_BYTES = 5_000_000_000
 _UNFINISHED = EXPORT_PLAN.partition("/")[0]
+_LAST = ("config.json", "adapter_config.json")
 
 type Gather = Callable[[Any], list[Any]]
 """Returns the JSON values of all processes; all must call it."""
@@ -80,9 +81,12 @@ def check_destination(destination: str) -> None:
 
 
 def plan_files(
-    bindings: Iterable[Binding], dtypes: Mapping[str, np.dtype], max_bytes: int = MAX_FILE_BYTES
+    bindings: Iterable[Binding],
+    dtypes: Mapping[str, np.dtype],
+    max_bytes: int = MAX_FILE_BYTES,
+    stem: str = "model",
 ) -> list[PlannedFile]:
-    """Divides the tensors of a model over files, layer by layer; `dtypes` are those of the parameters by path."""
+    """Divides the tensors of a model over files `stem...`, layer by layer; `dtypes` are of the parameters by path."""
     files, size = [list[tuple[str, np.dtype, tuple[int, ...]]]()], 0
     for _, name, dtype, shape in sorted(_tensors(bindings, dtypes), key=lambda tensor: tensor[0]):
         nbytes = prod(shape) * dtype.itemsize
@@ -94,7 +98,7 @@ def plan_files(
     planned = []
     for number, tensors in enumerate(files, 1):
         header, offsets = header_of(tensors)
-        name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        name = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{number:05}-of-{len(files):05}.safetensors"
         nbytes = len(header) + sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
         planned.append(PlannedFile(name=name, header=header, offsets=offsets, nbytes=nbytes))
     return planned
@@ -119,6 +123,7 @@ def write_model(
     source: Mapping[str, Any],
     dtypes: Mapping[str, np.dtype] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    stem: str = "model",
     gather: Gather = lambda value: [value],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -134,11 +139,12 @@ def write_model(
         source: what is exported, for the receipt.
         dtypes: of the tensors, by the path of the parameter; None keeps theirs.
         max_file_bytes: a file is longer only if a tensor is.
+        stem: begins the names of files of weights.
         gather: see `Gather`.
         progress: called with the bytes that are written, and with all of them.
     """
     dtypes = {path: np.dtype(array.dtype) for path, array in params.items()} | dict(dtypes or {})
-    files = plan_files(bindings, dtypes, max_file_bytes)
+    files = plan_files(bindings, dtypes, max_file_bytes, stem)
     writer = _Writer(ObjectStore(destination), files, [*others], source, gather)
     with writer.lock:
         writer.begin()
@@ -267,7 +273,7 @@ class _Writer:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self.objects.write(INDEX, json.dumps(index, indent=2).encode())
         self.objects.write(RECEIPT, (json.dumps(receipt, indent=2) + "\n").encode())
-        for name in sorted(others, key=lambda name: name == "config.json"):
+        for name in sorted(others, key=lambda name: name in _LAST):
             self.objects.write(name, others[name])
         self.objects.delete_below(_UNFINISHED)
         if self.objects.folder is not None:

@@ -82,6 +82,12 @@ def _fits(path: str, target: str) -> bool:
     return target in path.split(".") or fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, f"{target}.*")
 
 
+def adapter_path(path: str) -> str:
+    """Returns the path before those of the parameters of a weight's adapter, if it has one."""
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.adapter" if name == "weight" else f"{parent}.adapters.{name}"
+
+
 def packed_paths(path: str) -> tuple[str, str]:
     """Returns the paths of codes and scales of a weight, if it is packed."""
     parent, _, name = path.rpartition(".")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.document import Text
-from jaxinfra.prepare.documents.formats import AnyFormat, Chat
+from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Preference
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, LastDocuments
 from jaxinfra.prepare.sources.any_source import BoundedSource
@@ -67,7 +67,7 @@ def detect(path: str, store: str) -> Detected:
         raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {MIN_BYTES:,} bytes of text")
     held_out = {LastDocuments: "the last 5 % of the text, whole documents if it can", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
-    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat) else ()
+    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat | Preference) else ()
     # Tokens that a small model sees often enough to learn.
     vocab_size = next((size for limit, size in ((500_000, 1024), (5_000_000, 2048)) if text_bytes < limit), 4096)
     recipe = Corpus(
@@ -77,7 +77,7 @@ def detect(path: str, store: str) -> Detected:
         format=format,
         tokenizer=TrainBpe(vocab_size=vocab_size, special_tokens=special),
         on_bad="skip",
-        baselines=text_bytes < _MAX_BASELINE_BYTES,
+        baselines=text_bytes < _MAX_BASELINE_BYTES and not isinstance(format, Preference),
     )
     summary = f"{path}: {found}, {text_bytes / 1e6:.1f} MB; validation on {split}"
     return Detected(recipe=recipe, summary=summary, text_bytes=text_bytes)
@@ -101,11 +101,13 @@ def _files(path: str, sizes: Mapping[Path, int]) -> _Found:
     text_bytes = sum(sizes[file] for file in chosen)
     if kind in _JSON_LINES:
         source = Jsonl(root=str(root), pattern=pattern)
-        record = _first_record(source)
+        record = first_record(source)
         format, num_records = _format(record, path), text_bytes // len(json.dumps(record))
     elif kind == ".parquet":
-        format = _format(_first_record(Parquet(root=str(root), pattern=pattern)), path)
-        source, num_records = Parquet(root=str(root), pattern=pattern, columns=(format.field,)), _MIN_RECORDS
+        format = _format(first_record(Parquet(root=str(root), pattern=pattern)), path)
+        names = (format.prompt, format.chosen, format.rejected) if isinstance(format, Preference) else (format.field,)
+        columns = tuple(name for name in names if name is not None)
+        source, num_records = Parquet(root=str(root), pattern=pattern, columns=columns), _MIN_RECORDS
     else:
         if binary := next((file for file in chosen if not _is_text(file)), None):
             raise ConfigError(f"{binary}: is not text in UTF-8; name a folder of text, .jsonl or .parquet files")
@@ -124,11 +126,13 @@ def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
     validation = HuggingFace(path=path, split=held_out) if held_out else LastDocuments()
     text_bytes = sum(size for file, size in sizes.items() if file.is_relative_to(folder / (train or "")))
     found = f"a Hugging Face dataset, split {train}" if train else "a Hugging Face dataset"
-    return source, _format(_first_record(source), path), validation, found, text_bytes
+    return source, _format(first_record(source), path), validation, found, text_bytes
 
 
-def _format(record: Fields, path: str) -> Text | Chat:
-    """Chooses the field of the text, or of the messages of a conversation."""
+def _format(record: Fields, path: str) -> Text | Chat | Preference:
+    """Chooses the fields of a pair of answers, of the messages of a conversation, or of a text."""
+    if "chosen" in record and "rejected" in record:
+        return Preference(prompt="prompt" if "prompt" in record else None)
     for name in _CHAT_FIELDS:
         if isinstance(record.get(name), list):
             return Chat(field=name)
@@ -140,7 +144,8 @@ def _format(record: Fields, path: str) -> Text | Chat:
     return Text(field=field)
 
 
-def _first_record(source: BoundedSource) -> Fields:
+def first_record(source: BoundedSource) -> Fields:
+    """Returns the first record of a source; ConfigError if it is damaged, or there is none."""
     for shard in source.list_shards(2**20):
         for record in source.read(shard):
             if isinstance(record, BadRecord):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxinfra.hub.published_model import open_published, param_shapes
@@ -25,14 +25,28 @@ KEYS = {
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def tiny_llama(out: Path) -> Path:
+def tiny_llama(out: Path, **keys: Any) -> Path:
     """Writes a Llama with tied embeddings and a tokenizer whose token 0 is `<end>`, others `w1` to `w15`."""
     out.mkdir()
-    write_config(out)
+    write_config(out, **keys)
     model, rng = open_published(str(out)), np.random.default_rng(0)
     bindings = model.family.bindings(model.config, param_shapes(model.config))
     write_tensors(out, {name: rng.normal(size=each.shape).astype("f4") for each in bindings for name in each.names})
     write_tokenizer(out, "<end>")
+    return out
+
+
+def tiny_chat_model(out: Path, template: str | None) -> Path:
+    """Writes a Llama of bytes that has the tokens of ChatML, with a chat template or without one."""
+    tiny_llama(out, vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    special = ["<end>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({text: index for index, text in enumerate([*special, *letters])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True) for text in special])
+    (out / "tokenizer.json").write_text(backend.to_str())
+    if template is not None:
+        (out / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return out
 
 

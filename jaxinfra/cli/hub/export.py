@@ -8,19 +8,22 @@ import jax.numpy as jnp
 
 from jaxinfra.cli.progress import ByteProgress
 from jaxinfra.command import command_line
+from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.hub.adapter import export_adapter
 from jaxinfra.hub.export import Export, export_model
 from jaxinfra.hub.published_model import PublishedModel, open_published, param_specs
 from jaxinfra.inference.language_model import LanguageModel, open_language_model, require_text
 from jaxinfra.inference.sampling_program import sampling_program
-from jaxinfra.inference.trained_params import load_params
+from jaxinfra.inference.trained_params import load_params, merged_params, weights_digest
 from jaxinfra.interop.folder import is_published
 from jaxinfra.interop.writing import check_destination
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
+from jaxinfra.run import Run
 from jaxinfra.track.formatting import format_bytes, format_duration, format_files
-from jaxinfra.track.runs import parse_source
+from jaxinfra.track.runs import parse_source, record_of
 
 _log = logging.getLogger(__name__)
 
@@ -31,41 +34,66 @@ def run(options: argparse.Namespace) -> None:
     check_destination(options.out)
     stored = open_published(source).stored_dtypes() if is_published(source) else {}
     model, dtypes = open_language_model(source, options.overrides, options.imports), dict(stored)
-    if model.run.adapter is not None:  # else the weights would be written without it
-        raise ConfigError(f"{source}: has an adapter, which is not exported; use it here, by `sample` and `evaluate`")
+    origin = _origin(source, model)
+    _check_kind(source, model.run, origin, options)
+    if options.merge and origin is not None:
+        dtypes = origin.stored_dtypes()
     if options.dtype is not None:  # buffers, such as biases of routers, keep theirs
         specs = param_specs(require_text(model.run)[0])
         dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}
     program = sampling_program(model.run, all_devices(), strict=bool(options.overrides))
     peers, start_s = current_peers(), time.monotonic()
-    origin = _origin(source, model)
     with compile_cache(model.run.train.compile_cache):
         loaded = load_params(source, program, peers, stored)
+        about = {
+            "source": parse_source(source)[0],
+            "step": loaded.step,
+            "config": loaded.fingerprint,
+            "checkpoint": loaded.digest,
+        }
+        progress = ByteProgress() if options.prints else lambda done, total: None
+        writing = {"max_file_bytes": options.max_shard_size, "gather": peers.gather, "progress": progress}
         with program.on_mesh:
-            export = Export(
-                config=require_text(model.run)[0],
-                params=loaded.params,
-                source={
-                    "source": parse_source(source)[0],
-                    "step": loaded.step,
-                    "config": loaded.fingerprint,
-                    "checkpoint": loaded.digest,
-                },
-                tokenizer=model.tokenizer,
-                max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
-                first_tokens=model.first_tokens,
-                dtypes=dtypes,
-                model_type=options.family,
-                origin=origin,
-            )
-            progress = ByteProgress() if options.prints else lambda done, total: None
-            size = options.max_shard_size
-            receipt = export_model(options.out, export, max_file_bytes=size, gather=peers.gather, progress=progress)
+            if options.adapter:
+                assert origin is not None and model.run.adapter is not None
+                about["base_weights"] = weights_digest(program, loaded.params)
+                receipt = export_adapter(
+                    options.out, model.run.adapter, loaded.params, program.base.specs, origin, source=about, **writing
+                )
+            else:
+                export = Export(
+                    config=require_text(model.run)[0],
+                    params=merged_params(program, loaded.params) if options.merge else loaded.params,
+                    source=about,
+                    tokenizer=model.tokenizer,
+                    max_positions=require_text(model.run)[1].seq_len if origin is None else origin.max_positions,
+                    first_tokens=model.first_tokens,
+                    dtypes=dtypes,
+                    model_type=options.family,
+                    origin=origin,
+                )
+                receipt = export_model(options.out, export, **writing)
     if options.prints:
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
         written = f"{format_files(len(receipt['files']))}, {format_bytes(total)} in {format_duration(seconds)}"
-        print(f"{options.out}: {written}; check it with {command_line('hub', 'check', options.out)} --hashes")
+        check = f"check it with {command_line('hub', 'check', options.out)} --hashes"
+        print(f"{options.out}: {written}; {'PEFT finds its base by its config' if options.adapter else check}")
+
+
+def _check_kind(source: str, run: Run, origin: PublishedModel | None, options: argparse.Namespace) -> None:
+    """Raises ConfigError unless the options say what becomes of an adapter, where there is one."""
+    named = "--adapter" if options.adapter else "--merge"
+    if run.adapter is None and (options.adapter or options.merge):
+        raise ConfigError(f"{named}: {source} has no adapter; leave the option out")
+    if run.adapter is not None and not (options.adapter or options.merge):
+        raise ConfigError(
+            f"{source}: has an adapter; use --adapter to write it for PEFT, or --merge to write the model with it"
+        )
+    if options.adapter and origin is None:
+        raise ConfigError(f"--adapter: the base of {source} is no published model, which PEFT needs; use --merge")
+    if options.adapter and options.family is not None:
+        raise ConfigError(f"--family {options.family}: an adapter has the family of its base; leave the option out")
 
 
 def _with_step(source: str, step: int | None) -> str:
@@ -80,10 +108,15 @@ def _origin(source: str, model: LanguageModel) -> PublishedModel | None:
     """Returns the published model that this one comes from; None if there is none, or it is gone."""
     if is_published(source):
         return open_published(source)
-    if model.run.init is None or not is_published(model.run.init):
+    init = model.run.init
+    while init is not None and not is_published(init):  # an adapter may go on from that of another run
+        if model.run.adapter is None:
+            return None
+        init = (read_record(record_of(parse_source(init)[0])).get("init") or {}).get("run")
+    if init is None:
         return None
     try:
-        return open_published(model.run.init)
+        return open_published(init)
     except (ConfigError, DataError, StorageError) as error:
         _log.warning("%s: its chat template and generation config are not copied", error)
         return None

@@ -1,0 +1,143 @@
+"""Writes the recipe and the config that tune a published model on conversations, pairs of answers, or text."""
+
+from dataclasses import dataclass, replace
+
+from jaxinfra.data.packing import PackSpec
+from jaxinfra.errors import ConfigError
+from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_published
+from jaxinfra.interop.folder import is_published
+from jaxinfra.prepare.detect import Detected, first_record
+from jaxinfra.prepare.documents.chat_template import PRESETS, load_template
+from jaxinfra.prepare.documents.document import RecordError
+from jaxinfra.prepare.documents.formats import Chat, Preference
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.record import Fields
+from jaxinfra.prepare.tokenizers import TokenizerFile
+
+_BYTES_PER_TOKEN = 4  # of a tokenizer that was trained on much text
+_SEQ_LEN, _BATCH = 1024, 16
+_EPOCHS, _MIN_STEPS = {Chat: 2, Preference: 1}, 20
+_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+
+# Learning rates by what is trained: an adapter's are ten times those of all parameters (Schulman 2025, "LoRA without
+# regret"); those of DPO are far smaller (Rafailov et al. 2023, appendix B).
+_PEAK_LR = {(Chat, True): 2e-4, (Chat, False): 2e-5, (Preference, True): 5e-6, (Preference, False): 5e-7}
+
+_CONFIG = '''\
+"""Tunes {source} on {path}: {about}."""
+
+from jaxinfra import {names}
+from jaxinfra.hub import published
+{lora_import}
+
+def config() -> Run:
+    base = "{source}"
+    return Run(
+        name="{name}",
+        model=published(base),
+        init=base,
+{adapter}        data={data_class}(
+            store="{store}", recipe="{recipe_file}", seq_len={seq_len}{packing}
+        ),
+{objective}        optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps={warmup}), peak_lr={peak_lr}),
+        train=TrainConfig(steps={steps}, global_batch={batch}, eval_every={eval_every}),
+    )
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What `new` writes and prints.
+
+    Attributes:
+        recipe: of the data.
+        config: the text of the config file.
+        recipe_note, config_note: what is printed of them.
+        next_commands: what to do after the training.
+    """
+
+    recipe: Corpus
+    config: str
+    recipe_note: str
+    config_note: str
+    next_commands: tuple[str, ...]
+
+
+def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: str, *, full: bool) -> Tuning:
+    """Returns the recipe and the config of a run that tunes a published model on what was detected at a path.
+
+    With `full` all parameters are trained, else an adapter. Raises ConfigError if no chat template fits the model.
+    """
+    source = source if is_published(source) else f"hf:{source}"
+    model = open_published(source)
+    seq_len = min(_SEQ_LEN, model.max_positions)
+    end = model.tokenizer().end_of_document
+    tokenizer = TokenizerFile(path=model.folder.url_of(TOKENIZER), end_of_document=end)
+    recipe, note = replace(detected.recipe, tokenizer=tokenizer), ""
+    format, is_pairs = recipe.format, isinstance(recipe.format, Preference)
+    if isinstance(format, Chat | Preference):
+        format, note = _with_template(format, first_record(recipe.source), model)
+        recipe = replace(recipe, format=format, packs=() if is_pairs else (PackSpec(seq_len=seq_len),))
+    kind = Preference if is_pairs else Chat
+    epochs = _EPOCHS[kind]
+    tokens_per_step = _BATCH * seq_len
+    steps = max(round(epochs * detected.text_bytes / _BYTES_PER_TOKEN / tokens_per_step), _MIN_STEPS)
+    data_class = "PairData" if is_pairs else "TokenData"
+    packing = ', packing="best_fit"' if recipe.packs else ""
+    names = ["AdamW", "Cosine", "OptimConfig", "Run", "TrainConfig", data_class, *(["DPO"] if is_pairs else [])]
+    trained = "all parameters" if full else "a LoRA adapter"
+    by = {Chat: "its answers", Preference: "preferred answers, with DPO"}.get(type(format), "its text")
+    config = _CONFIG.format(
+        source=source,
+        path=path,
+        about=f"{trained}, on {by}",
+        names=", ".join(sorted(names)),
+        lora_import="" if full else "from jaxinfra.models.adapter import Lora\n",
+        name=name,
+        adapter="" if full else "        adapter=Lora(rank=16, alpha=32.0),  # all matrices of attention and MLPs\n",
+        data_class=data_class,
+        store=recipe.store,
+        recipe_file=recipe_file,
+        seq_len=seq_len,
+        packing=packing,
+        objective="        objective=DPO(beta=0.1),\n" if is_pairs else "",
+        warmup=min(20, steps // 10),
+        peak_lr=_PEAK_LR[kind, not full],
+        steps=steps,
+        batch=_BATCH,
+        eval_every=max(steps // 4, 1),
+    )
+    kinds = "" if full else " --adapter"
+    return Tuning(
+        recipe=recipe,
+        config=config,
+        recipe_note=f"how the text becomes tokens{note}",
+        config_note=f"{trained} of {source}, on {by}; {steps} steps",
+        next_commands=(f'sample runs/{name} "Hello"', f"hub export runs/{name} out/{name}{kinds}"),
+    )
+
+
+def _with_template(format: Chat | Preference, record: Fields, model: PublishedModel) -> tuple[Chat | Preference, str]:
+    """Returns the format with the model's own chat template, if it says which tokens an answer has; else a preset."""
+    cause = "it has none"
+    for file in _TEMPLATE_FILES:
+        if not model.folder.exists(file):
+            continue
+        own = replace(format, template=model.folder.url_of(file))
+        try:
+            own.to_documents(record)
+        except (ConfigError, RecordError) as error:
+            cause = str(error)
+            continue
+        return own, ""
+    content = model.folder.read_or_none(TOKENIZER)
+    tokens = (content or b"").decode(errors="replace")
+    for preset in PRESETS:
+        if all(f'"{token}"' in tokens for token in load_template(preset).special_tokens):
+            own = replace(format, template=preset)
+            own.to_documents(record)
+            return own, f"; template {preset}, whose tokens the model has, and not its own: {cause}"
+    raise ConfigError(
+        f"{model.folder.url}: has no chat template, and lacks the tokens of {', '.join(PRESETS)}; name a model that "
+        f"was tuned on conversations ({cause})"
+    )

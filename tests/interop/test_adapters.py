@@ -1,0 +1,114 @@
+"""Adapters in the format of PEFT, and models in which they are merged: both compute there what they compute here."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.hub import published
+from jaxinfra.hub.adapter import export_adapter
+from jaxinfra.hub.export import Export, export_model
+from jaxinfra.hub.published_model import open_published
+from jaxinfra.inference.trained_params import load_params, merged_params
+from jaxinfra.models.adapter import Lora
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.spec import leaf_name
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run, TrainConfig
+from tests.interop.conftest import References
+from tests.interop.torch_python import TORCH_PYTHON, needs_torch
+from tests.models.harness import relative_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An adapter of a tiny model of transformers; PEFT cannot have one if it has experts."""
+
+    name: str
+    adapter: Lora
+    has_experts: bool = False
+
+
+CASES = [
+    Case(name="qwen3-grouped", adapter=Lora(rank=3, alpha=5.0)),
+    Case(name="qwen3-tied", adapter=Lora(rank=2, targets=("blocks.attention", "up"), dora=True)),
+    Case(name="phi3-grouped", adapter=Lora(rank=3)),  # all of the weights in a tensor
+    Case(name="phi3-partial", adapter=Lora(rank=2, targets=("value", "query", "up"), dora=True)),  # some of them
+    Case(name="gpt2-tied", adapter=Lora(rank=4)),  # the inputs are the first dimension
+    Case(name="gemma3-grouped", adapter=Lora(rank=2, targets=("layer_1", "tail"))),  # some of the layers
+    Case(name="mixtral-0", adapter=Lora(rank=2), has_experts=True),
+]
+
+
+def adapted(folder: Path, adapter: Lora) -> tuple[Program, dict]:
+    """The program of a run that trains an adapter beside a folder, on two devices, and parameters for it."""
+    source, mesh = f"hf:{folder}", MeshConfig(fsdp=2)
+    run = Run(
+        name="adapter",
+        model=published(source),
+        data=TokenData(store="none", seq_len=24),
+        init=source,
+        adapter=adapter,
+        precision=Precision(compute="float32"),
+        mesh=mesh,
+        train=TrainConfig(global_batch=2),
+    )
+    program = Program(run, make_mesh(mesh, jax.devices()[:2]))
+
+    def noisy(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+        if not {"adapter", "adapters"}.intersection(leaf_name(path).split(".")):
+            return leaf
+        spec = jax.typeof(leaf).sharding.spec
+        return leaf + 0.1 * jax.random.normal(jax.random.key(len(leaf_name(path))), leaf.shape, out_sharding=spec)
+
+    base = load_params(source, program, current_peers()).params
+    with program.on_mesh:
+        params = program.init_from(base).params
+        return program, jax.jit(lambda params: jax.tree.map_with_path(noisy, params))(params)
+
+
+def logits_of(program: Program, params: dict, tokens: np.ndarray) -> jax.Array:
+    with program.on_mesh, jax.default_matmul_precision("highest"):
+        batch = {"inputs": jax.device_put(tokens.astype("int32"), program.engine.batch_spec("sequence"))}
+        return jax.jit(lambda params: program.model(params)(batch).materialize())(params)
+
+
+@needs_torch
+@pytest.mark.slow(40)
+def test_peft_and_transformers_compute_the_same(references: References, tmp_path: Path) -> None:
+    ours = dict[str, jax.Array]()
+    for case in CASES:
+        base, folder = open_published(str(references.folder / case.name)), tmp_path / case.name
+        program, params = adapted(references.folder / case.name, case.adapter)
+        tokens = references.arrays(case.name)["tokens"]
+        ours[case.name] = logits_of(program, params, tokens)
+        merged = merged_params(program, params)
+        assert relative_error(logits_of(program.base, merged, tokens), ours[case.name]) < 1e-5, case
+        assert isinstance(program.run.model, TransformerConfig)
+        export = Export(
+            config=program.run.model, params=merged, source={}, tokenizer=None, max_positions=64, origin=base
+        )
+        with program.on_mesh:
+            export_model(str(folder / "merged"), export)
+            out = str(folder / "adapter")
+            if case.has_experts:
+                with pytest.raises(ConfigError, match="all experts; leave --adapter out"):
+                    export_adapter(out, case.adapter, params, program.base.specs, base, source={})
+            else:
+                export_adapter(out, case.adapter, params, program.base.specs, base, source={})
+        np.save(folder / "tokens.npy", tokens)
+    command = [TORCH_PYTHON, Path(__file__).with_name("torch_peft.py"), tmp_path]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert made.returncode == 0, made.stderr[-3000:]
+    for case in CASES:
+        for kind in ("merged",) if case.has_experts else ("adapter", "merged"):
+            theirs = np.load(tmp_path / case.name / f"{kind}.npy")
+            assert relative_error(ours[case.name], theirs) < 1e-5, (kind, case)
