@@ -232,6 +232,24 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
 
 
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=f"{CHECKPOINT_HELP}; or published weights, as in hf:DIR")
+    what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
+    parser.add_argument("--system", metavar="TEXT", help="the system message (default: none)")
+    what = "chatml, llama3, gemma, or a .jinja file (default: that of the run's data, or of the published model)"
+    parser.add_argument("--template", metavar="NAME|FILE", help=what)
+    most = "maximum number of tokens of an answer (default %(default)s)"
+    add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=500, help=most)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 decodes greedily (default %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    what = "end an answer before this string; repeatable"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
+    _add_imports(parser)
+    add_processes(parser)
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help=CHECKPOINT_HELP)
     example = "mesh.fsdp=4 or train.eval_samples=100"
@@ -407,6 +425,7 @@ COMMANDS = {
     "data verify": Command(_add_store, "read a whole store and check the hash of every block"),
     "data peek": Command(_add_data_peek, "print the batch of one step and process"),
     "sample": Command(_add_sample, "continue a text with a checkpoint of a run, the newest by default"),
+    "chat": Command(_add_chat, "talk with a model by its chat template"),
     "evaluate": Command(_add_evaluate, "evaluate a checkpoint of a run on validation samples or tasks, on any mesh"),
     "hub check": Command(_add_hub_check, "say what published weights hold, and whether each tensor has its place"),
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),

@@ -1,5 +1,6 @@
 """Writes the recipe and the config that tune a published model on conversations, pairs of answers, or text."""
 
+import json
 from dataclasses import dataclass, replace
 
 from jaxinfra.data.packing import PackSpec
@@ -24,14 +25,14 @@ _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 _PEAK_LR = {(Chat, True): 2e-4, (Chat, False): 2e-5, (Preference, True): 5e-6, (Preference, False): 5e-7}
 
 _CONFIG = '''\
-"""Tunes {source} on {path}: {about}."""
+"""{about}."""
 
 from jaxinfra import {names}
 from jaxinfra.hub import published
 {lora_import}
 
 def config() -> Run:
-    base = "{source}"
+    base = {source}
     return Run(
         name="{name}",
         model=published(base),
@@ -88,9 +89,8 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     trained = "all parameters" if full else "a LoRA adapter"
     by = {Chat: "its answers", Preference: "preferred answers, with DPO"}.get(type(format), "its text")
     config = _CONFIG.format(
-        source=source,
-        path=path,
-        about=f"{trained}, on {by}",
+        source=json.dumps(source, ensure_ascii=False),
+        about=f"Tunes {source} on {path}: {trained}, on {by}".replace("\\", "/").replace('"', "'"),
         names=", ".join(sorted(names)),
         lora_import="" if full else "from jaxinfra.models.adapter import Lora\n",
         name=name,
@@ -108,36 +108,43 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         eval_every=max(steps // 4, 1),
     )
     kinds = "" if full else " --adapter"
+    is_text = not isinstance(format, Chat | Preference)
     return Tuning(
         recipe=recipe,
         config=config,
         recipe_note=f"how the text becomes tokens{note}",
         config_note=f"{trained} of {source}, on {by}; {steps} steps",
-        next_commands=(f'sample runs/{name} "Hello"', f"hub export runs/{name} out/{name}{kinds}"),
+        next_commands=(
+            f'sample runs/{name} "Hello"' if is_text else f"chat runs/{name}",
+            f"hub export runs/{name} out/{name}{kinds}",
+        ),
     )
 
 
 def _with_template(format: Chat | Preference, record: Fields, model: PublishedModel) -> tuple[Chat | Preference, str]:
     """Returns the format with the model's own chat template, if it says which tokens an answer has; else a preset."""
     cause = "it has none"
-    for file in _TEMPLATE_FILES:
-        if not model.folder.exists(file):
-            continue
-        own = replace(format, template=model.folder.url_of(file))
+    for template in templates_of(model):
+        own = replace(format, template=template)
         try:
             own.to_documents(record)
         except (ConfigError, RecordError) as error:
+            if template in PRESETS:
+                raise
             cause = str(error)
             continue
-        return own, ""
-    content = model.folder.read_or_none(TOKENIZER)
-    tokens = (content or b"").decode(errors="replace")
-    for preset in PRESETS:
-        if all(f'"{token}"' in tokens for token in load_template(preset).special_tokens):
-            own = replace(format, template=preset)
-            own.to_documents(record)
-            return own, f"; template {preset}, whose tokens the model has, and not its own: {cause}"
+        is_preset = template in PRESETS
+        note = f"; template {template}, whose tokens the model has, and not its own: {cause}" if is_preset else ""
+        return own, note
     raise ConfigError(
         f"{model.folder.url}: has no chat template, and lacks the tokens of {', '.join(PRESETS)}; name a model that "
         f"was tuned on conversations ({cause})"
     )
+
+
+def templates_of(model: PublishedModel) -> list[str]:
+    """Returns the chat templates that a published model may have: its own files, then presets whose tokens it has."""
+    own = [model.folder.url_of(file) for file in _TEMPLATE_FILES if model.folder.exists(file)]
+    tokens = (model.folder.read_or_none(TOKENIZER) or b"").decode(errors="replace")
+    fits = (name for name in PRESETS if all(f'"{text}"' in tokens for text in load_template(name).special_tokens))
+    return [*own, *fits]

@@ -164,8 +164,14 @@ class Sampler:
 
         Ends after `max_tokens`, at the end of the document, or before a stop string.
         """
+        yield from self.stream_tokens(self.model.encode(prompt), max_tokens=max_tokens, sampling=sampling)
+
+    def stream_tokens(
+        self, prompt: Sequence[int], *, max_tokens: int, sampling: SamplingParams = _SAMPLING
+    ) -> Iterator[str]:
+        """Does the same as `stream`, for a prompt of at least one token."""
         text = _Text(self.model, sampling)
-        for (token,) in self.tokens([self.model.encode(prompt)], max_tokens=max_tokens, sampling=sampling):
+        for (token,) in self.tokens([prompt], max_tokens=max_tokens, sampling=sampling):
             if piece := text.push(token):
                 yield piece
             if text.finish is not None:

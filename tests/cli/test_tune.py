@@ -1,20 +1,24 @@
 """`new --from` writes what tunes a published model on conversations or pairs, from a file to an export."""
 
+import io
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from jaxinfra.config import load
-from jaxinfra.prepare.documents.chat_template import PRESETS
+from jaxinfra.prepare.documents.chat_template import PRESETS, ChatTemplate
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from tests.interop.tiny_llama import tiny_chat_model, tiny_llama
 from tests.refusals import refused
 from tests.tiny_run import launch
 
+BASE = "hf:model"
 SMALL = (
-    "name=tuned",
+    "name=mychat",
     "train.steps=2",
     "train.global_batch=8",
     "precision.compute=float32",
@@ -40,29 +44,58 @@ def ran(*words: str) -> str:
     return ended.out
 
 
+def shown(**words: str) -> list[list[str]]:
+    """The commands of the page, with these words in place of those there."""
+    page = (Path(__file__).parents[2] / "docs/tune.md").read_text()
+    lines = re.findall(r"^python -m launch (.*)$", page, re.MULTILINE)
+    return [[words.get(word, word) for word in shlex.split(line)] for line in lines]
+
+
+def talked(monkeypatch: pytest.MonkeyPatch, *command: str) -> str:
+    """The answers to two lines, and to the first one again."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("red green\nblue\n/new\nred green\n"))
+    answers = ran(*command, "--max-tokens", "6", "--temperature", "0")
+    first, second, again, *rest = answers.split("\n")
+    assert first == again != second and rest == [""]
+    return answers
+
+
 @pytest.mark.slow(20)
 @pytest.mark.parametrize(("data", "more"), [("talks", ()), ("pairs", ()), ("talks", ("--full",))])
-def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...]) -> None:
-    printed = ran("new", f"{data}.jsonl", "--from", "hf:model", "--name", "tuned", *more)
-    run, recipe = load("configs/tuned.py").run, load("configs/data/tuned.py").run
-    assert (run.adapter is None) == bool(more) and run.init == "hf:model"
+def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the commands of the page."""
+    new, prepare, train, chat, merge, adapter = shown(**{"chats.jsonl": f"{data}.jsonl", "hf:Qwen/Qwen3-0.6B": BASE})
+    printed = ran(*new, *more)
+    run, recipe = load("configs/mychat.py").run, load("configs/data/mychat.py").run
+    assert (run.adapter is None) == bool(more) and run.init == BASE
     assert type(recipe.format) is (Preference if data == "pairs" else Chat)
     assert recipe.format.template.endswith("model/tokenizer_config.json")
     assert ("all parameters" if more else "a LoRA adapter") in printed
-    ran("data", "prepare", "configs/data/tuned.py", "--workers", "1")
-    ran("configs/tuned.py", *SMALL)
-    kinds = ("",) if more else ("--adapter", "--merge")
-    for kind in kinds:
-        ran("hub", "export", "runs/tuned", f"out{kind}", *filter(None, [kind]))
-    here = ran("sample", "runs/tuned", "red", "--max-tokens", "5", "--temperature", "0")
-    assert ran("sample", f"hf:out{kinds[-1]}", "red", "--max-tokens", "5", "--temperature", "0") == here
-    ran("evaluate", "runs/tuned")
-    if not more:
-        config = json.loads(Path("out--adapter/adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == str(Path("model").resolve()) and config["r"] == 16
-        refused(launch("hub", "export", "runs/tuned", "other"), "runs/tuned adapter --adapter --merge")
+    ran(*prepare, "--workers", "1")
+    ran(*train, *SMALL)
+    here = talked(monkeypatch, *chat)
+    if more:
+        refused(launch(*merge), "--merge runs/mychat no adapter")
+        merge.remove("--merge")
     else:
-        refused(launch("hub", "export", "runs/tuned", "other", "--adapter"), "--adapter runs/tuned no adapter")
+        refused(launch(*merge[:-1]), "runs/mychat adapter --adapter --merge")
+        ran(*adapter)
+        config = json.loads(Path("out/adapter/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(Path("model").resolve()) and config["r"] == 16
+    ran(*merge)
+    assert talked(monkeypatch, "chat", f"hf:{merge[3]}") == here
+    ran("evaluate", "runs/mychat")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_prompt_of_an_answer_is_what_was_trained_on_before_it(preset: str) -> None:
+    talk = [("user", "Hi <|im_end|>"), ("assistant", "Hello."), ("user", "How?"), ("assistant", "So.")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    template = ChatTemplate(preset)
+    prompt, whole = template.to_prompt(messages[:3]), template.to_spans(messages, (1, 3))
+    text = ["".join(span.text for span in spans) for spans in (prompt, whole)]
+    assert text[1].startswith(text[0]) and text[1][len(text[0]) :].startswith("So.")
+    assert [span.text for span in prompt if not span.from_template] == ["Hi <|im_end|>", "Hello.", "How?"]
 
 
 def test_a_template_that_does_not_say_what_an_answer_is_gives_way_to_a_preset(tmp_path: Path) -> None:

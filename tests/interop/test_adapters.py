@@ -94,7 +94,12 @@ def test_peft_and_transformers_compute_the_same(references: References, tmp_path
         assert relative_error(logits_of(program.base, merged, tokens), ours[case.name]) < 1e-5, case
         assert isinstance(program.run.model, TransformerConfig)
         export = Export(
-            config=program.run.model, params=merged, source={}, tokenizer=None, max_positions=64, origin=base
+            config=program.run.model,
+            params=merged,
+            source={},
+            tokenizer=None,
+            max_positions=base.max_positions,
+            origin=base,
         )
         with program.on_mesh:
             export_model(str(folder / "merged"), export)

@@ -91,6 +91,16 @@ class ChatTemplate:
             raise RecordError(f"the template {self._name} rewrites messages; use one that writes them unchanged")
         return spans
 
+    def to_prompt(self, messages: Sequence[Message]) -> list[Span]:
+        """Renders a conversation up to where the next answer begins; RecordError as in `to_spans`."""
+        texts = {_PLACEHOLDER.format(index): message["content"].strip() for index, message in enumerate(messages)}
+        outline = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        rendered = self._render(outline, prompt=True)
+        if any(rendered.count(text) != 1 for text in texts):
+            raise RecordError(f"the template {self._name} does not write each message exactly once and unchanged")
+        parts = re.split("(" + "|".join(map(re.escape, texts)) + ")", rendered)
+        return [Span(text=texts.get(part, part), from_template=part not in texts) for part in parts if part]
+
     def _render(self, messages: Sequence[Message], *, prompt: bool = False, keep_marks: bool = False) -> str:
         """Renders messages; `prompt` adds the beginning of an answer, `keep_marks` keeps marks of generation blocks."""
         try:

@@ -1,0 +1,96 @@
+"""`python -m launch chat RUN`: talks with a model by its chat template, on all devices."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxinfra.cli.tune import templates_of
+from jaxinfra.config.view import config_leaves
+from jaxinfra.data.pairs import PairData
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.hub.published_model import open_published
+from jaxinfra.inference.language_model import LanguageModel, require_text
+from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.interop.folder import is_published
+from jaxinfra.machine.compile_cache import compile_cache
+from jaxinfra.prepare.documents.chat_template import ChatTemplate, Message
+from jaxinfra.prepare.documents.document import RecordError
+from jaxinfra.prepare.documents.encoding import encode_documents
+from jaxinfra.processes.peers import current_peers
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answers each line of the standard input until it ends. All processes take part; process 0 reads and prints."""
+    sampling = SamplingParams(
+        temperature=options.temperature, top_k=0, top_p=options.top_p, seed=options.seed, stop=tuple(options.stop)
+    )
+    sampler, peers = Sampler.from_run(options.run_dir, options.imports, options.overrides), current_peers()
+    template = _template(options.run_dir, sampler.model, options.template)
+    sampler.model = replace(sampler.model, end_ids=(*sampler.model.end_ids, *_end_of_turn(template, sampler.model)))
+    first: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
+    messages, shows = [*first], options.prints and sys.stdin.isatty()
+    if shows:
+        print("Say something; /new begins anew, an empty line or Ctrl-D ends.")
+    with compile_cache(sampler.model.run.train.compile_cache):
+        while text := peers.gather(_read(shows) if options.prints else "")[0]:
+            if text == "/new":
+                messages = [*first]
+                continue
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            prompt = _prompt(template, sampler.model, messages)
+            for piece in sampler.stream_tokens(prompt, max_tokens=options.max_tokens, sampling=sampling):
+                answer += piece
+                if options.prints:
+                    print(piece, end="", flush=True)
+            if options.prints:
+                print(flush=True)
+            messages.append({"role": "assistant", "content": answer.strip() or "..."})
+
+
+def _read(shows: bool) -> str:
+    """Returns the next line that is not blank at the end of the input; "" if there is none."""
+    try:
+        return input("> " if shows else "").strip()
+    except EOFError:
+        return ""
+
+
+def _template(source: str, model: LanguageModel, wanted: str | None) -> ChatTemplate:
+    """Returns the template of the conversations that a run has trained on, or that of a published model."""
+    if wanted is not None:
+        return ChatTemplate(wanted)
+    fix = "name one with --template, such as chatml or a .jinja file"
+    if is_published(source):
+        for name in templates_of(open_published(source)):
+            try:
+                return ChatTemplate(name)
+            except ConfigError:  # the file has none
+                continue
+        raise ConfigError(f"{source}: has no chat template; {fix}")
+    _, data = require_text(model.run)
+    if isinstance(data, TokenData | PairData):
+        recipe = config_leaves(dict(TokenStore.open(data.store, data.version).manifest.recipe))
+        if recipe.get("format.template") not in (None, "none"):
+            return ChatTemplate(str(recipe["format.template"]))
+    raise ConfigError(f"{source}: has not been trained on conversations; {fix}")
+
+
+def _prompt(template: ChatTemplate, model: LanguageModel, messages: Sequence[Message]) -> list[int]:
+    """Returns the tokens of a conversation up to where the answer begins."""
+    try:
+        spans = template.to_prompt(messages)
+    except RecordError as error:
+        raise ConfigError(f"chat: {error}") from None
+    (document,) = encode_documents(model.tokenizer, [spans])
+    return document.ids_N.tolist()  # the template writes the token that begins a text, if there is one
+
+
+def _end_of_turn(template: ChatTemplate, model: LanguageModel) -> tuple[int, ...]:
+    """Returns the special tokens that the template writes after an answer."""
+    spans = template.to_spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], (1,))
+    after = spans[1 + max(index for index, span in enumerate(spans) if not span.from_template) :]
+    return tuple(part for span in after for part in model.tokenizer.split(span.text) if isinstance(part, int))
