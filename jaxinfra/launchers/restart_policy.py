@@ -27,6 +27,9 @@ class Rule:
     wait_s: float = 1.0  # seconds before the first of several restarts without progress; each doubles the wait
 
 
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ends, as shells report SIGINT."""
+
 RULES: Mapping[int, Rule] = {
     0: Rule(meaning="done"),
     1: Rule(meaning="a bug"),
@@ -41,7 +44,7 @@ RULES: Mapping[int, Rule] = {
     errors.StorageError.exit_code: Rule(meaning="no storage", restarts=True, wait_s=60.0),
     errors.CorruptionError.exit_code: Rule(meaning="devices compute differently"),
     errors.RunInUseError.exit_code: Rule(meaning="another start trains this run"),
-    130: Rule(meaning="interrupted"),
+    INTERRUPTED: Rule(meaning="interrupted"),
     134: Rule(meaning="aborted by a package (SIGABRT)", restarts=True),
 }
 """By exit code. A process that a signal has killed, such as for memory, counts as one that is lost (76)."""

@@ -267,7 +267,7 @@ def _run(
     ended = _utc_now(), time.monotonic()
     code = exit_code(ends, stop_requested=launcher.stop_requested)
     show_errors(ends, output)
-    cause = find_cause(ends) or next((end for end in ends if end.code), None)
+    cause = find_cause(ends) or next((end for end in ends if end.code not in (0, Preempted.exit_code)), None)
     rank = 0 if cause is None else cause.rank
     steps = step_file.read_steps(steps_file)
     return Attempt(

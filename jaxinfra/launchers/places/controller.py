@@ -19,7 +19,7 @@ from jaxinfra.launchers.places.place import Host, HostState, PlaceOptions, Say
 from jaxinfra.launchers.places.sources import place_of
 from jaxinfra.launchers.places.ssh import after_mark
 from jaxinfra.launchers.places.ssh_place import SshPlace, code_of
-from jaxinfra.launchers.restart_policy import RULES, RestartLimits
+from jaxinfra.launchers.restart_policy import INTERRUPTED, RULES, RestartLimits
 
 LEAVE_S = 60.0
 """Time from the end of one host's run until the others are asked to leave, and again until they are killed."""
@@ -137,6 +137,8 @@ class Controller:
             rule = RULES.get(code, RULES[JaxinfraError.exit_code])
             if not rule.restarts or self._limits.is_crash_loop or self._limits.is_used_up(time.monotonic()):
                 why = "the same command would end so again" if not rule.restarts else "too many starts in a row"
+                if code == INTERRUPTED:
+                    why = f"{command_line('runs', 'resume', job.location)} goes on"
                 self._say(f"exit code {code} ({rule.meaning}): not started again, {why}")
                 break
             wait_s = self._limits.restart(rule, time.monotonic())
