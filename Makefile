@@ -69,7 +69,7 @@ JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2 /usr/li
 
 # One session: the slow tests first, shared out over the workers (tests/conftest.py). Four workers keep two cores busy:
 # tests wait for processes, servers and outages.
-PYTEST = $(JEMALLOC) $(BIN)/python -m pytest -n 4 --dist worksteal
+PYTEST = $(JEMALLOC) $(BIN)/python -m pytest -n 4 --dist worksteal --durations 30 --durations-min 15
 
 test: lint ## install what tests need, lint, and run the fast tests
 	$(PYTEST) -m "not slow"
