@@ -247,7 +247,6 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     what = "end an answer before this string; repeatable"
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
     _add_imports(parser)
-    add_processes(parser)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`python -m launch chat RUN`: talks with a model by its chat template, on all devices."""
+"""`python -m launch chat RUN`: talks with a model by its chat template, on all devices of a host."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from jaxinfra.data.pairs import PairData
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub.published_model import open_published
+from jaxinfra.hub.peft import open_base
 from jaxinfra.inference.language_model import LanguageModel, require_text
 from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.interop.folder import is_published
@@ -19,23 +19,22 @@ from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.prepare.documents.chat_template import ChatTemplate, Message
 from jaxinfra.prepare.documents.document import RecordError
 from jaxinfra.prepare.documents.encoding import encode_documents
-from jaxinfra.processes.peers import current_peers
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answers each line of the standard input until it ends. All processes take part; process 0 reads and prints."""
+    """Answers each line of the standard input until it ends."""
     sampling = SamplingParams(
         temperature=options.temperature, top_k=0, top_p=options.top_p, seed=options.seed, stop=tuple(options.stop)
     )
-    sampler, peers = Sampler.from_run(options.run_dir, options.imports, options.overrides), current_peers()
+    sampler = Sampler.from_run(options.run_dir, options.imports, options.overrides)
     template = _template(options.run_dir, sampler.model, options.template)
     sampler.model = replace(sampler.model, end_ids=(*sampler.model.end_ids, *_end_of_turn(template, sampler.model)))
     first: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
-    messages, shows = [*first], options.prints and sys.stdin.isatty()
+    messages, shows = [*first], sys.stdin.isatty()
     if shows:
         print("Say something; /new begins anew, an empty line or Ctrl-D ends.")
     with compile_cache(sampler.model.run.train.compile_cache):
-        while text := peers.gather(_read(shows) if options.prints else "")[0]:
+        while text := _read(shows):
             if text == "/new":
                 messages = [*first]
                 continue
@@ -44,10 +43,8 @@ def run(options: argparse.Namespace) -> None:
             prompt = _prompt(template, sampler.model, messages)
             for piece in sampler.stream_tokens(prompt, max_tokens=options.max_tokens, sampling=sampling):
                 answer += piece
-                if options.prints:
-                    print(piece, end="", flush=True)
-            if options.prints:
-                print(flush=True)
+                print(piece, end="", flush=True)
+            print(flush=True)
             messages.append({"role": "assistant", "content": answer.strip() or "..."})
 
 
@@ -65,7 +62,7 @@ def _template(source: str, model: LanguageModel, wanted: str | None) -> ChatTemp
         return ChatTemplate(wanted)
     fix = "name one with --template, such as chatml or a .jinja file"
     if is_published(source):
-        for name in templates_of(open_published(source)):
+        for name in templates_of(open_base(source)):
             try:
                 return ChatTemplate(name)
             except ConfigError:  # the file has none

@@ -87,7 +87,7 @@ class _Tensors:
         for index, (part, path) in enumerate(zip(binding.parts, adapters, strict=True)):
             spec = specs[part.path]
             first = len(a) * self.adapter.rank
-            of_inputs, of_outputs = _layouts(part.layout, len(spec.in_dims), first, self.adapter.rank, rank)
+            of_inputs, of_outputs = layouts(part.layout, len(spec.in_dims), first, self.adapter.rank, rank)
             self.stores_inputs_first = of_inputs.pattern.theirs[1] == part.layout.pattern.theirs[0]
             if index in adapted:
                 self.arrays[f"{path}.a"] = self.params[f"{path}.a"]
@@ -149,7 +149,7 @@ class _Tensors:
         }
 
 
-def _layouts(layout: Layout, num_inputs: int, first: int, own: int, rank: int) -> tuple[Layout, Layout]:
+def layouts(layout: Layout, num_inputs: int, first: int, own: int, rank: int) -> tuple[Layout, Layout]:
     """Returns how `a` `[*K, own]` and padded `b` `[R, *N]` of a weight `[*K, *N]` are in `[R, K]` and `[N, R]`.
 
     Of the rows of `[R, K]`, those from `first` on are of `a`.

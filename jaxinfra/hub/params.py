@@ -10,10 +10,13 @@ from jaxinfra.config.text import format_value
 from jaxinfra.data.tokenizer import JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError, quoted
+from jaxinfra.hub.peft import PeftAdapter, open_base, open_peft
 from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, differences, open_published
 from jaxinfra.interop.reading import Keep, read_params
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params, leaves_by_name, nested
+
+__all__ = ["PeftAdapter", "check_init", "load_published", "open_peft"]
 
 
 def load_published(
@@ -57,7 +60,7 @@ def _require_same(config: object, model: PublishedModel, source: str) -> None:
 
 def check_init(source: str, config: object, tokenizer: Tokenizer | None) -> None:
     """Raises ConfigError if a folder has another model or tokenizer than the run that begins with it."""
-    model = open_published(source)
+    model = open_base(source)
     _require_same(config, model, source)
     if (content := model.folder.read_or_none(TOKENIZER)) is None or tokenizer is None:
         return

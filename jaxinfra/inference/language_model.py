@@ -13,6 +13,7 @@ from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.hub.peft import open_peft
 from jaxinfra.hub.published_model import open_published
 from jaxinfra.interop.folder import is_published
 from jaxinfra.models.transformer import TransformerConfig
@@ -98,7 +99,8 @@ def _published_language_model(source: str, overrides: Sequence[str]) -> Language
 
     It computes in bfloat16 if most of its weights are stored so, else in float32.
     """
-    model = open_published(source)
+    peft = open_peft(source)
+    model = open_published(source) if peft is None else peft.base
     stored = Counter[str]()
     for tensor in model.weights().tensors.values():
         stored[str(tensor.dtype)] += tensor.nbytes
@@ -108,6 +110,8 @@ def _published_language_model(source: str, overrides: Sequence[str]) -> Language
         model=model.config,
         data=TokenData(store=source, seq_len=1),
         precision=Precision(params=dtype, compute=dtype),
+        adapter=None if peft is None else peft.config,
+        init=None if peft is None else source,
     )
     return LanguageModel(
         run=apply(run, overrides),

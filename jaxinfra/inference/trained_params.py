@@ -14,8 +14,9 @@ import numpy as np
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError, ConfigError
-from jaxinfra.hub.params import check_init, load_published
-from jaxinfra.interop.folder import is_published
+from jaxinfra.hub.params import PeftAdapter, check_init, load_published, open_peft
+from jaxinfra.interop.folder import PREFIX, is_published
+from jaxinfra.models.adapter import Lora
 from jaxinfra.models.merged import merged
 from jaxinfra.parallel.bits import sum_bits_of_shards
 from jaxinfra.parallel.spec import Params, leaves_by_name, merge_trees, nested
@@ -53,6 +54,8 @@ def load_params(
     CheckpointError if no checkpoint can be read.
     """
     base = program.base
+    if is_published(source) and (peft := open_peft(str(source))) is not None:
+        return _load_peft(peft, program, peers)
     if is_published(source):
         with program.on_mesh:
             params, fingerprint = load_published(str(source), program.run.model, base.params, dtypes, program.from_base)
@@ -92,6 +95,33 @@ def load_params(
         elif base is not program:
             params = nested(reduce(or_, (program.from_base(*each) for each in leaves_by_name(params).items())))
     return TrainedParams(params, step, record.get("fingerprint", ""), digest)
+
+
+def _load_peft(peft: PeftAdapter, program: Program, peers: Peers) -> TrainedParams:
+    """Loads an adapter in the format of PEFT, with its base; raises ConfigError if the run has another one."""
+    own, there = program.run.adapter, f"{PREFIX}{peft.folder.url}"
+    if own is None:
+        raise ConfigError(f"{there}: is an adapter, and this run has none; use {_as_overrides(peft.config)}")
+    params, _, fingerprint, _ = load_params(peft.source, program, peers)
+    named = leaves_by_name(params)
+    with program.on_mesh:
+        matrices = peft.params(named)
+    wanted = {path: leaf for path, leaf in leaves_by_name(program.params).items() if path not in named}
+    shapes = {path: array.shape for path, array in matrices.items()}
+    if shapes != {path: leaf.shape for path, leaf in wanted.items()} or own.alpha != peft.config.alpha:
+        raise ConfigError(f"{there}: this run has another adapter; use {_as_overrides(peft.config)}")
+    placed = {
+        path: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, path=path: matrices[path][index])
+        for path, leaf in wanted.items()
+    }
+    return TrainedParams(merge_trees(params, nested(placed)), 0, fingerprint, fingerprint)
+
+
+def _as_overrides(adapter: Lora) -> str:
+    fields = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": f"({','.join(adapter.targets)},)"}
+    return " ".join(["adapter=lora", *(f"adapter.{name}={value}" for name, value in fields.items())]) + (
+        " adapter.dora=true" if adapter.dora else ""
+    )
 
 
 def load_base(program: Program, peers: Peers, record: Mapping[str, Any]) -> Params:

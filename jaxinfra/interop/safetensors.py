@@ -71,15 +71,15 @@ class Weights:
         bytes_read: number of bytes of tensors that were read.
     """
 
-    def __init__(self, folder: ModelFolder):
-        """Reads the headers of all files.
+    def __init__(self, folder: ModelFolder, only: str | None = None):
+        """Reads the headers of all files, or of one.
 
         Raises DataError if a file is missing, truncated, or its header is wrong, or if there are no safetensors.
         """
         self.folder, self.tensors, self.bytes_read = folder, dict[str, StoredTensor](), 0
         self._lock = threading.Lock()
-        listed = _indexed_files(folder)
-        for file in sorted(set(listed.values()) or [WEIGHTS]):
+        listed = _indexed_files(folder) if only is None else {}
+        for file in sorted(set(listed.values()) or [only or WEIGHTS]):
             for name, tensor in _read_header(folder, file).items():
                 if name in self.tensors:
                     raise DataError(f"{folder.url_of(file)}: {name} is in {self.tensors[name].file}, too; {FIX}")

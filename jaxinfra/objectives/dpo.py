@@ -3,13 +3,15 @@
 Shape suffixes: B pairs, 2 answers of a pair (chosen, rejected), R = 2 * B rows of the model's batch, T positions.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, override
+from typing import Annotated, ClassVar, Literal, override
 
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Lt
 
+from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveFloat
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Apply, Batch, Objective, Params, WithReference
@@ -29,6 +31,10 @@ class DPO(Objective):
 
     Attributes:
         beta: how strongly the policy is kept close to the reference.
+        loss_type: what is made of the margin, as in TRL: "sigmoid" its logistic loss (DPO); "sigmoid_norm" the same of
+            log-probabilities by token, so that long answers have no advantage (Meng et al. 2024, "SimPO", with a
+            reference); "ipo" the squared distance of the margin by token from `1 / (2 * beta)`, which bounds it (Azar
+            et al. 2023, "A general theoretical paradigm", equation 17).
         label_smoothing: assumed fraction of pairs with swapped labels (Mitchell 2023, "A note on DPO with noisy
             preferences").
     """
@@ -37,16 +43,27 @@ class DPO(Objective):
     by_position: ClassVar[bool] = True  # an answer's log-probability is a sum over positions
     uses_reference: ClassVar[bool] = True
     beta: PositiveFloat = 0.1
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo"] = "sigmoid"
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields fields that contradict each other."""
+        if self.label_smoothing and self.loss_type == "ipo":
+            message = "are of the logistic loss"
+            yield Problem(fields=("label_smoothing", "loss_type"), message=message, fix="use label_smoothing=0")
 
     @override
     def loss(self, apply: Apply, params: WithReference, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         policy_B2 = answer_log_probs(apply, params.trained, batch, train=True)
         reference_B2 = jax.lax.stop_gradient(answer_log_probs(apply, params.reference, batch, train=False))
-        rewards_B2 = self.beta * (policy_B2 - reference_B2)
+        ratios_B2 = policy_B2 - reference_B2
+        rewards_B2 = self.beta * (ratios_B2 if self.loss_type == "sigmoid" else ratios_B2 / answer_lengths(batch))
         margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
-        swapped = self.label_smoothing  # with this probability, the rejected answer is the better one
-        loss_B = -(1 - swapped) * jax.nn.log_sigmoid(margin_B) - swapped * jax.nn.log_sigmoid(-margin_B)
+        if self.loss_type == "ipo":
+            loss_B = jnp.square(margin_B / self.beta - 1 / (2 * self.beta))
+        else:
+            swapped = self.label_smoothing  # with this probability, the rejected answer is the better one
+            loss_B = -(1 - swapped) * jax.nn.log_sigmoid(margin_B) - swapped * jax.nn.log_sigmoid(-margin_B)
         values = {
             "loss": loss_B,
             "reward_chosen": rewards_B2[:, 0],
@@ -63,6 +80,11 @@ class DPO(Objective):
     def flops(self, model_flops: float) -> float:
         # A pair has two sequences. Training on one costs three forward passes (`model_flops`), the reference a fourth.
         return 2 * model_flops * 4 / 3
+
+
+def answer_lengths(batch: Batch) -> jax.Array:
+    """Returns the number of tokens of both answers of each pair, at least one: float32 `[B, 2]`."""
+    return jnp.stack([jnp.maximum(jnp.sum(batch[f"{side}_weights"], axis=1), 1.0) for side in SIDES], axis=1)
 
 
 def answer_log_probs(apply: Apply, params: Params, batch: Batch, *, train: bool) -> jax.Array:

@@ -82,6 +82,8 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
         ran(*adapter)
         config = json.loads(Path("out/adapter/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(Path("model").resolve()) and config["r"] == 16
+        assert talked(monkeypatch, "chat", "hf:out/adapter") == here
+        ran(*train, *SMALL[1:], "name=more", "init=hf:out/adapter")
     ran(*merge)
     assert talked(monkeypatch, "chat", f"hf:{merge[3]}") == here
     ran("evaluate", "runs/mychat")

@@ -1,5 +1,6 @@
 """Adapters in the format of PEFT, and models in which they are merged: both compute there what they compute here."""
 
+import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.hub import published
 from jaxinfra.hub.adapter import export_adapter
 from jaxinfra.hub.export import Export, export_model
+from jaxinfra.hub.peft import open_peft
 from jaxinfra.hub.published_model import open_published
 from jaxinfra.inference.trained_params import load_params, merged_params
 from jaxinfra.models.adapter import Lora
@@ -81,8 +83,15 @@ def logits_of(program: Program, params: dict, tokens: np.ndarray) -> jax.Array:
         return jax.jit(lambda params: program.model(params)(batch).materialize())(params)
 
 
+def torch(task: str, folder: Path) -> None:
+    command = [TORCH_PYTHON, Path(__file__).with_name("torch_peft.py"), task, folder]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert made.returncode == 0, made.stderr[-3000:]
+
+
 @needs_torch
 @pytest.mark.slow(40)
+@pytest.mark.usefixtures("all_optimizations")
 def test_peft_and_transformers_compute_the_same(references: References, tmp_path: Path) -> None:
     ours = dict[str, jax.Array]()
     for case in CASES:
@@ -110,10 +119,43 @@ def test_peft_and_transformers_compute_the_same(references: References, tmp_path
             else:
                 export_adapter(out, case.adapter, params, program.base.specs, base, source={})
         np.save(folder / "tokens.npy", tokens)
-    command = [TORCH_PYTHON, Path(__file__).with_name("torch_peft.py"), tmp_path]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert made.returncode == 0, made.stderr[-3000:]
+    torch("read", tmp_path)
     for case in CASES:
         for kind in ("merged",) if case.has_experts else ("adapter", "merged"):
             theirs = np.load(tmp_path / case.name / f"{kind}.npy")
             assert relative_error(ours[case.name], theirs) < 1e-5, (kind, case)
+
+
+MADE = {
+    "qwen3-tied": {
+        "target_modules": "all-linear",
+        "r": 3,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"up_proj": 5},
+    },
+    "qwen3-grouped": {"target_modules": ["q_proj", "down_proj"], "r": 2, "use_dora": True, "layers_to_transform": [1]},
+    "phi3-grouped": {"target_modules": ["qkv_proj", "gate_up_proj"], "r": 2, "use_rslora": True},
+    "gpt2-tied": {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
+}
+
+
+@needs_torch
+@pytest.mark.slow(40)
+@pytest.mark.usefixtures("all_optimizations")
+def test_adapters_of_peft_compute_the_same_here(references: References, tmp_path: Path) -> None:
+    for name, options in MADE.items():
+        (folder := tmp_path / name).mkdir()
+        case = {"base": str(references.folder / name), "options": options}
+        (folder / "case.json").write_text(json.dumps(case))
+        np.save(folder / "tokens.npy", references.arrays(name)["tokens"])
+    torch("make", tmp_path)
+    for name in MADE:
+        peft = open_peft(str(tmp_path / name / "made"))
+        assert peft is not None
+        program, _ = adapted(references.folder / name, peft.config)
+        params = load_params(f"hf:{tmp_path / name / 'made'}", program, current_peers()).params
+        ours = logits_of(program, params, references.arrays(name)["tokens"])
+        assert relative_error(ours, np.load(tmp_path / name / "made.npy")) < 1e-5, name
+        other = adapted(references.folder / name, Lora(rank=1))[0]
+        with pytest.raises(ConfigError, match="another adapter; use adapter=lora adapter.rank="):
+            load_params(f"hf:{tmp_path / name / 'made'}", other, current_peers())

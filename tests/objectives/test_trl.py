@@ -22,7 +22,7 @@ from tests.models.harness import relative_error
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
 
-pytestmark = [needs_torch, pytest.mark.slow(30)]
+pytestmark = [needs_torch, pytest.mark.slow(10)]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,9 @@ def as_params(arrays: dict[str, np.ndarray], role: str) -> dict[str, Any]:
     }
 
 
-def test_loss_and_gradients_are_those_of_trl(trl: dict[str, np.ndarray]) -> None:
-    ids, mask, real = (trl[f"batch.{name}"] for name in ("input_ids", "completion_mask", "attention_mask"))
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "ipo"])
+def test_loss_and_gradients_are_those_of_trl(trl: dict[str, np.ndarray], loss_type: Any) -> None:
+    ids, mask, real = (trl[f"{loss_type}.batch.{name}"] for name in ("input_ids", "completion_mask", "attention_mask"))
     pairs, length = len(ids) // 2, ids.shape[1] - 1
     model = decoder(
         vocab_size=32,
@@ -80,7 +81,7 @@ def test_loss_and_gradients_are_those_of_trl(trl: dict[str, np.ndarray]) -> None
     run = Run(
         name="dpo",
         model=model,
-        objective=DPO(beta=float(trl["beta"])),
+        objective=DPO(beta=float(trl["beta"]), loss_type=loss_type),
         data=PairData(store="none", seq_len=length),
         init="runs/base",
         precision=Precision(compute="float32"),
@@ -101,7 +102,7 @@ def test_loss_and_gradients_are_those_of_trl(trl: dict[str, np.ndarray]) -> None
     with program.on_mesh, jax.default_matmul_precision("highest"):
         trained, reference = (jax.tree.map(jnp.asarray, as_params(trl, role)) for role in ("trained", "reference"))
         grads, sums, _ = program.gradients(trained, batch, reference)
-    assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(trl["loss"]), rel=1e-5)
-    wanted = dict(jax.tree.leaves_with_path(as_params(trl, "grad")))
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(trl[f"{loss_type}.loss"]), rel=1e-5)
+    wanted = dict(jax.tree.leaves_with_path(as_params(trl, f"{loss_type}.grad")))
     for path, found in jax.tree.leaves_with_path(grads):
         assert relative_error(found, wanted[path]) < 1e-5, jax.tree_util.keystr(path)

@@ -1,4 +1,4 @@
-"""Computes the DPO loss of a tiny Llama with TRL, and writes weights, batch, loss and gradients to an .npz file.
+"""Computes DPO losses of a tiny Llama with TRL, and writes weights, batch, losses and gradients to an .npz file.
 
 Runs in an environment of its own, with torch and trl: `python tests/objectives/trl_dpo.py OUT.npz`.
 """
@@ -50,32 +50,35 @@ def main(out: str) -> None:
         {"prompt": text(3) + " ", "chosen": text(int(rng.integers(2, 8))), "rejected": text(int(rng.integers(2, 8)))}
         for _ in range(PAIRS)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(
-            output_dir=folder,
-            beta=BETA,
-            per_device_train_batch_size=PAIRS,
-            max_length=None,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_dropout=True,
-        )
-        trainer = DPOTrainer(
-            model=model(0),
-            ref_model=model(1),
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )
-        inputs = next(iter(trainer.get_train_dataloader()))
-        trainer.model.train()
-        loss = trainer.compute_loss(trainer.model, dict(inputs))
-        loss.backward()
-    arrays = {"loss": loss.detach().numpy(), "beta": BETA}
-    arrays |= {f"batch.{name}": value.numpy() for name, value in inputs.items()}
-    arrays |= {f"grad.{name}": p.grad.numpy() for name, p in trainer.model.named_parameters()}
+    arrays = {"beta": BETA}
+    for loss_type in ("sigmoid", "sigmoid_norm", "ipo"):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = DPOConfig(
+                output_dir=folder,
+                beta=BETA,
+                loss_type=[loss_type],
+                per_device_train_batch_size=PAIRS,
+                max_length=None,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                disable_dropout=True,
+            )
+            trainer = DPOTrainer(
+                model=model(0),
+                ref_model=model(1),
+                args=arguments,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+            )
+            inputs = next(iter(trainer.get_train_dataloader()))
+            trainer.model.train()
+            loss = trainer.compute_loss(trainer.model, dict(inputs))
+            loss.backward()
+        arrays |= {f"{loss_type}.loss": loss.detach().numpy()}
+        arrays |= {f"{loss_type}.batch.{name}": value.numpy() for name, value in inputs.items()}
+        arrays |= {f"{loss_type}.grad.{name}": p.grad.numpy() for name, p in trainer.model.named_parameters()}
     for role, weights in (("trained", trainer.model), ("reference", trainer.ref_model)):
         arrays |= {f"{role}.{name}": p.detach().numpy() for name, p in weights.named_parameters()}
     np.savez(out, **arrays)

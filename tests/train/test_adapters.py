@@ -53,7 +53,9 @@ def test_a_checkpoint_has_the_adapter_alone(more: tuple[str, ...], tiny: Tiny, b
         assert again == whole
     for command in (["evaluate", str(run)], ["sample", str(run), "a", "--max-tokens", "3"]):
         assert (ended := launch(*command)).code == 0, ended
-    refused(launch("hub", "export", str(run), str(run.parent / "out")), f"{run} adapter not exported")
+    export = ("hub", "export", str(run), str(run.parent / "out"))
+    refused(launch(*export), f"{run} --adapter --merge")
+    refused(launch(*export, "--adapter"), f"--adapter {run} published --merge")
     assert Trainer(tiny.loaded(*words)).evaluate()["eval/loss"] == pytest.approx(tiny.evaluations("lora")[8], rel=1e-5)
     # Another run goes on from the adapter, beside the same base.
     assert (ended := tiny.launch(f"init={run}", *LORA[:2], *more, "name=next", "train.steps=4")).code == 0, ended

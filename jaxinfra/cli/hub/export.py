@@ -12,6 +12,7 @@ from jaxinfra.config import read_record
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.hub.adapter import export_adapter
 from jaxinfra.hub.export import Export, export_model
+from jaxinfra.hub.peft import open_base, open_peft
 from jaxinfra.hub.published_model import PublishedModel, open_published, param_specs
 from jaxinfra.inference.language_model import LanguageModel, open_language_model, require_text
 from jaxinfra.inference.sampling_program import sampling_program
@@ -32,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder in all processes; process 0 prints what it has written."""
     source = _with_step(options.run_dir, options.step)
     check_destination(options.out)
-    stored = open_published(source).stored_dtypes() if is_published(source) else {}
+    is_model = is_published(source) and open_peft(source) is None
+    stored = open_published(source).stored_dtypes() if is_model else {}
     model, dtypes = open_language_model(source, options.overrides, options.imports), dict(stored)
     origin = _origin(source, model)
     _check_kind(source, model.run, origin, options)
@@ -107,7 +109,7 @@ def _with_step(source: str, step: int | None) -> str:
 def _origin(source: str, model: LanguageModel) -> PublishedModel | None:
     """Returns the published model that this one comes from; None if there is none, or it is gone."""
     if is_published(source):
-        return open_published(source)
+        return open_base(source)
     init = model.run.init
     while init is not None and not is_published(init):  # an adapter may go on from that of another run
         if model.run.adapter is None:
@@ -116,7 +118,7 @@ def _origin(source: str, model: LanguageModel) -> PublishedModel | None:
     if init is None:
         return None
     try:
-        return open_published(init)
+        return open_base(init)
     except (ConfigError, DataError, StorageError) as error:
         _log.warning("%s: its chat template and generation config are not copied", error)
         return None
