@@ -212,6 +212,17 @@ def _add_data_peek(parser: argparse.ArgumentParser) -> None:
     add_int(parser, "--chars", 0, default=200, help="characters of text per row (default %(default)s)")
 
 
+def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float) -> None:
+    most = "maximum number of tokens to decode (default %(default)s)"
+    add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=max_tokens, help=most)
+    greedy = "0 decodes greedily (default %(default)s)"
+    parser.add_argument("--temperature", type=float, default=temperature, help=greedy)
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    what = "end a text before this string; repeatable"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
+
+
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help=CHECKPOINT_HELP)
     what = "the texts to continue; overrides of the mesh, such as mesh.tensor=4, may stand among them"
@@ -219,15 +230,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     what = "continue each line of this text file, and write JSON lines"
     parser.add_argument("--prompts", metavar="FILE", help=what)
     add_int(parser, "--batch", 1, default=32, metavar="N", help="prompts to decode at once (default %(default)s)")
-    most = "maximum number of tokens to decode (default %(default)s)"
-    add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=200, help=most)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 decodes greedily (default %(default)s)")
+    _add_sampling(parser, max_tokens=200, temperature=0.8)
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0, help="least part of the likeliest one's probability")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
-    what = "end a text before this string; repeatable"
-    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
     _add_imports(parser)
     add_processes(parser)
 
@@ -239,13 +244,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system message (default: none)")
     what = "chatml, llama3, gemma, or a .jinja file (default: that of the run's data, or of the published model)"
     parser.add_argument("--template", metavar="NAME|FILE", help=what)
-    most = "maximum number of tokens of an answer (default %(default)s)"
-    add_int(parser, "--max-tokens", 1, alias="--max-new-tokens", default=500, help=most)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 decodes greedily (default %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
-    what = "end an answer before this string; repeatable"
-    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
+    _add_sampling(parser, max_tokens=500, temperature=0.7)
     _add_imports(parser)
 
 

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _read(shows: bool) -> str:
-    """Returns the next line that is not blank at the end of the input; "" if there is none."""
+    """Returns the next line without white space around it; "" at the end of the input."""
     try:
         return input("> " if shows else "").strip()
     except EOFError:

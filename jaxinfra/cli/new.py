@@ -1,4 +1,4 @@
-"""`python -m launch new PATH`: writes the recipe and the config to train a small model on your own text."""
+"""`python -m launch new PATH`: writes recipe and config to train a small model or to tune a published one."""
 
 import argparse
 import re

@@ -48,7 +48,7 @@ def config() -> Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What `new` writes and prints.
+    """The files that `new` writes, and the lines that it prints.
 
     Attributes:
         recipe: of the data.

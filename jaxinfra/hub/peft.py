@@ -95,7 +95,10 @@ class PeftAdapter:
             a[:rank] = own_a
             b[:, :rank] = own_b * (self.factors[module] * self.config.rank / self.config.alpha)
             if self.config.dora:
-                norms[:] = self._read(module, "lora_magnitude_vector", ndim=1)
+                own_norms = self._read(module, "lora_magnitude_vector", ndim=1)
+                if own_norms.shape != norms.shape:
+                    raise ConfigError(f"{self.folder.url}: {module} has {len(own_norms)} magnitudes, not {len(norms)}")
+                norms = own_norms
         return a, b, norms
 
     def _read(self, module: str, name: str, ndim: int) -> np.ndarray:
@@ -128,10 +131,14 @@ def open_peft(source: str) -> PeftAdapter | None:
     if (revision := keys.get("revision")) is not None and not Path(base.removeprefix(PREFIX)).exists():
         base = f"{base}@{revision}"
     model, weights = open_published(base), Weights(folder, f"{STEM}.safetensors")
-    modules = {
-        name.removeprefix(_BEFORE).removesuffix(".lora_A.weight") for name in weights.tensors if ".lora_A." in name
-    }
-    factors = {module: _factor(keys, module, weights) for module in modules}
+    firsts = [name for name in weights.tensors if name.endswith(".lora_A.weight")]
+    if not firsts:
+        raise ConfigError(f"{folder.url}: has no matrices of LoRA; save the adapter again")
+    modules = {name.removeprefix(_BEFORE).removesuffix(".lora_A.weight") for name in firsts}
+    try:
+        factors = {module: _factor(keys, module, weights) for module in modules}
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as error:
+        raise ConfigError(f"{where}: has ranks or alphas that are none ({quoted(str(error), 200)})") from None
     specs, targets = param_specs(model.config), set[str]()
     known = set[str]()
     for binding in model.family.bindings(model.config, {path: spec.shape for path, spec in specs.items()}):
@@ -147,7 +154,7 @@ def open_peft(source: str) -> PeftAdapter | None:
             raise ConfigError(
                 f"{folder.url}: {name} has no place beside {base}{f'; the nearest one is {near}' if near else ''}"
             )
-    rank = max(weights.tensors[f"{_BEFORE}{module}.lora_A.weight"].shape[0] for module in modules)
+    rank = max(weights.tensors[name].shape[0] for name in firsts)
     alpha = rank * factors[min(modules)]
     config = Lora(rank=rank, alpha=alpha, targets=tuple(sorted(targets)), dora=bool(keys.get("use_dora")))
     return PeftAdapter(folder=folder, source=base, base=model, config=config, weights=weights, factors=factors)
@@ -168,4 +175,7 @@ def _factor(keys: Mapping[str, Any], module: str, weights: Weights) -> float:
             alpha = value
             break
     rank = tensor.shape[0]
-    return float(alpha / (math.sqrt(rank) if keys.get("use_rslora") else rank))
+    found = float(alpha / (math.sqrt(rank) if keys.get("use_rslora") else rank))
+    if not 0 < found < math.inf:
+        raise ValueError(f"alpha {alpha} of {module}")
+    return found

@@ -72,6 +72,8 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
     assert recipe.format.template.endswith("model/tokenizer_config.json")
     assert ("all parameters" if more else "a LoRA adapter") in printed
     ran(*prepare, "--workers", "1")
+    ran("data", "show", "configs/mychat.py")
+    ran("data", "peek", "configs/mychat.py")
     ran(*train, *SMALL)
     here = talked(monkeypatch, *chat)
     if more:
@@ -83,6 +85,7 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
         config = json.loads(Path("out/adapter/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(Path("model").resolve()) and config["r"] == 16
         assert talked(monkeypatch, "chat", "hf:out/adapter") == here
+        ran("hub", "export", "hf:out/adapter", "out/again", "--merge")
         ran(*train, *SMALL[1:], "name=more", "init=hf:out/adapter")
     ran(*merge)
     assert talked(monkeypatch, "chat", f"hf:{merge[3]}") == here

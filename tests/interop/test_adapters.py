@@ -25,9 +25,12 @@ from jaxinfra.parallel.spec import leaf_name
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
-from tests.interop.conftest import References
+from tests.interop.conftest import References, write_tensors
+from tests.interop.tiny_llama import tiny_llama
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.models.harness import relative_error
+from tests.refusals import refused
+from tests.tiny_run import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +162,27 @@ def test_adapters_of_peft_compute_the_same_here(references: References, tmp_path
         other = adapted(references.folder / name, Lora(rank=1))[0]
         with pytest.raises(ConfigError, match="another adapter; use adapter=lora adapter.rank="):
             load_params(f"hf:{tmp_path / name / 'made'}", other, current_peers())
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "named"),
+    [
+        ({"peft_type": "IA3"}, {}, "peft_type=IA3 LORA"),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save not supported"),
+        ({"lora_alpha": "many"}, {}, "adapter_config.json ranks alphas"),
+        ({"lora_alpha": -1}, {}, "adapter_config.json alpha -1"),
+        ({"alpha_pattern": {"(": 2}}, {}, "adapter_config.json ranks alphas"),
+        ({}, {"layers.0.self_attn.qq_proj.lora_A.weight": (2, 16)}, "qq_proj no place nearest q_proj"),
+    ],
+)
+def test_adapters_that_are_none_here_are_refused(
+    keys: dict, tensors: dict[str, tuple[int, ...]], named: str, tmp_path: Path
+) -> None:
+    base, adapter = tiny_llama(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    sound = {f"layers.0.self_attn.q_proj.lora_{name}.weight": shape for name, shape in (("A", (2, 16)), ("B", (16, 2)))}
+    arrays = {f"base_model.model.model.{name}": np.ones(shape, "f4") for name, shape in (sound | tensors).items()}
+    write_tensors(adapter, arrays, "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "lora_alpha": 4, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | keys))
+    refused(launch("sample", f"hf:{adapter}", "w1"), named)
