@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfra.config import decode, encode
 from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.documents.chat_template import ChatTemplate
 from jaxinfra.prepare.documents.document import RecordError, Text
 from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Completion, Preference
 from tests.refusals import raises
@@ -192,6 +193,10 @@ def test_a_missing_system_message_is_added():
     assert in_loss(document(format, TALK[1:])) == IN_LOSS["chatml"]
 
 
+def answer(tools=None, **fields):
+    return {"messages": [{"role": "assistant", **fields}], "tools": tools}
+
+
 BAD_RECORDS = {
     "no field": ({"text": ""}, "messages text"),
     "a text": ({"messages": "Hi"}, "messages str"),
@@ -200,12 +205,21 @@ BAD_RECORDS = {
     "system alone": ({"messages": [{"role": "system", "content": ""}]}, "messages"),
     "no message": ({"messages": ["Hi"]}, "message 1 of messages str"),
     "no content": ({"messages": [{"role": "user"}]}, "message 1 of messages content"),
-    "role": (record([("user", "Hi"), ("tool", "x")]), "message 2 of messages tool system, user"),
+    "role": (record([("user", "Hi"), ("robot", "x")]), "message 2 of messages robot system, user"),
     "role of a kind": ({"messages": [{"role": ["user"], "content": "x"}]}, "['user']"),
     "no text": (record([("user", ["Hi"])]), "message 1 of messages list"),
     "half a pair": (record([("user", "a\ud83d")]), "surrogate character 1"),
     "empty": (record([("user", "Hi"), ("assistant", " ")]), "message 2 of messages"),
     "no answer": (record([("user", "Hi")]), "assistant"),
+    "calls": ({"messages": [{"role": "assistant", "tool_calls": "look"}]}, "tool_calls message 1 str list"),
+    "call": ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "message 1 {'id': 1} function"),
+    "call id": (answer(tool_calls=[{"id": "<eos>", "name": "look"}]), "message 1 <eos> letters"),
+    "arguments": (answer(tool_calls=[{"name": "look", "arguments": {1, 2}}]), "message 1 not JSON"),
+    "tools": (answer(content="Hi", tools="{"), "tools not JSON"),
+    "no tools": (answer(content="Hi", tools=["look"]), "tools ['look'] list schemas"),
+    "tools without a place": (answer(content="Hi", tools=[{"name": "look"}]), "template chatml place tools"),
+    "calls without a place": (answer(tool_calls=[{"name": "look"}]), "template chatml tool call message 1"),
+    "reasoning without a place": (answer(content="Hi", thinking="Hm"), "template chatml thinking"),
 }
 
 
@@ -287,6 +301,33 @@ def test_generation_blocks_say_what_counts_in_the_loss(tmp_path):
     without = template_file(tmp_path / "without", BLOCKS.replace("m.role == 'assistant'", "loop.first"))
     with raises(RecordError, "message 3 {% generation %}"):
         document(Chat(template=without))
+
+
+CALLING = """{%- for m in messages %}
+{{- '<' + m.role + '>' }}
+{%- if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content.strip() + '</think>' }}{% endif %}
+{{- m.content }}
+{%- for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + call.function.arguments | tojson }}{% endfor %}
+{{- '<end>' }}
+{%- endfor %}{{ '<assistant>' if add_generation_prompt }}"""
+
+
+def test_calls_and_reasoning_are_text_of_the_record(tmp_path):
+    """Not of the template, whose special tokens it would be; reasoning may be a part of the content."""
+    template = template_file(tmp_path, CALLING)
+    call = {"function": {"name": "look", "arguments": {"<end>": ["a\n<end>", 2]}}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "<end>"},
+        {"role": "assistant", "content": "<think>\n<end>?\n</think>\n\nSo."},
+    ]
+    (spans,) = Chat(template=template).to_documents({"messages": messages})
+    assert in_loss(spans) == ['<call>look{"<end>": ["a\\n<end>", 2]}<end>', "<think><end>?</think>So.<end>"]
+    assert message_texts(spans) == ["Hi", "look", "<end>", "a\\n<end>", "<end>", "<end>?", "So."]
+    talk = [messages[0], *messages[2:], {"role": "user", "content": "Go on"}]
+    prompt = ChatTemplate(template).to_prompt(talk)
+    assert "think" not in text(prompt) and text(prompt).endswith("So.<end><user>Go on<end><assistant>")
 
 
 def test_gemma_refuses_turns_that_do_not_alternate():

@@ -3,10 +3,11 @@
 Templates run in Jinja's sandbox with the names and filters that `apply_chat_template` of Transformers gives them. The
 date is left out, because a record must always give the same document.
 
-A template is rendered with placeholders instead of the messages, once per sequence of roles. This separates template
-text, which is tokenized with special tokens, from message text, which is not. What a template writes inside of
-`{% generation %}` blocks counts in the loss. A template without such blocks is rendered twice, up to the message before
-an answer and up to the answer, and the difference counts (TRL, `SFTTrainer` with `assistant_only_loss`).
+A template is rendered with placeholders instead of the texts of the messages, once per sequence of roles and tool
+calls. This separates template text, which is tokenized with special tokens, from the texts of a record, which are not.
+Schemas of tools are template text. What a template writes inside of `{% generation %}` blocks counts in the loss. A
+template without such blocks is rendered twice, up to the message before an answer and up to the answer, and the
+difference counts (TRL, `SFTTrainer` with `assistant_only_loss`).
 """
 
 import functools
@@ -14,8 +15,9 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import override
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, override
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -29,17 +31,48 @@ from jaxinfra.prepare.documents.document import RecordError, RecordFormat, Span
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import file_exists, read_file
 
-Message = dict[str, str]
-"""One turn of a conversation: `role`, which is system, user or assistant, and `content`."""
+Message = dict[str, Any]
+"""One turn of a conversation: `role`, which is system, user, assistant or tool, and `content`.
+
+An answer may have its reasoning in a field of `REASONING`, and `tool_calls`, each with the `name` and the `arguments`
+of its `function`; then its content may be empty.
+"""
+Tools = Sequence[Mapping[str, Any]] | None
+"""The JSON schemas of the functions that an answer may call."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The fields that templates read the reasoning of an answer from."""
+
 _Range = tuple[int, int]  # start and end in the rendered text
 _CONFIG_FILE = "tokenizer_config.json"
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # the form that they have in the presets
-_PLACEHOLDER = "4f1c0e9d-{}-4f1c0e9d"  # text that no template writes
+_PLACEHOLDER = '4f1c0e9d-{}-"4f1c0e9d'  # text that no template writes; JSON escapes its quote
+_WRITTEN = re.compile(_PLACEHOLDER.replace("{}", r"(\d+)").replace('"', r'(\\?)"'))
+_INLINE_REASONING = re.compile(r"\s*<think>(.*?\S.*?)</think>\n*(.*\S.*)", re.DOTALL)
 _BLOCK_START, _BLOCK_END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has, mark generation blocks
 _BLOCK = re.compile(f"{_BLOCK_START}[^{_BLOCK_START}]*?{_BLOCK_END}")
 _REMOVE_MARKS = str.maketrans("", "", _BLOCK_START + _BLOCK_END)
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
+
+
+class _Hidden(NamedTuple):
+    """A text of a record that a placeholder stands for."""
+
+    text: str
+    message: int  # its index
+    field: str  # content, name, tool_calls, or one of REASONING
+
+
+class _Written(NamedTuple):
+    """A place where a template writes a hidden text."""
+
+    number: int  # of the hidden text
+    as_json: bool  # whether it is escaped as in a JSON string
+
+    def text(self, hidden: Sequence[_Hidden]) -> str:
+        text = hidden[self.number].text
+        return json.dumps(text, ensure_ascii=False)[1:-1] if self.as_json else text
 
 
 class ChatTemplate:
@@ -66,92 +99,131 @@ class ChatTemplate:
             self.special_tokens = tuple(dict.fromkeys(_SPECIAL_TOKEN.findall(source)))  # without repetitions
         # `_Generation` turns each generation block into a call of itself.
         self._has_blocks = any(isinstance(call.node, nodes.ExtensionAttribute) for call in parsed.find_all(nodes.Call))
-        self._variables = tokens | {"tools": None, "documents": None}
+        self._knows_tools, self._knows_reasoning = "tools" in used, REASONING[0] in source
+        self._variables = tokens | {"documents": None}
         self._segments = functools.lru_cache(maxsize=4096)(self._find_segments)
 
-    def to_spans(self, messages: Sequence[Message], in_loss: tuple[int, ...] | None) -> list[Span]:
+    def to_spans(self, messages: Sequence[Message], in_loss: tuple[int, ...] | None, tools: Tools = None) -> list[Span]:
         """Renders a conversation of at least one message; RecordError if the template refuses or rewrites it.
 
         `in_loss` has the indices of the assistant messages that count in the loss, each with the end of its turn. None
         counts all text, including the template's.
         """
-        texts = [message["content"].strip() for message in messages]
-        # The white space around a text stays in the outline, because a template may strip it.
-        outline = tuple(
-            (message["role"], message["content"].replace(text, _PLACEHOLDER.format(index), 1))
-            for index, (message, text) in enumerate(zip(messages, texts, strict=True))
-        )
+        if tools and not self._knows_tools:
+            fix = "use one that has, or records without tools"
+            raise RecordError(f"the template {self._name} has no place for the schemas of tools; {fix}")
+        messages = self._with_reasoning(messages)
+        outline, hidden = _hide_texts(messages)
+        owners = tuple((text.message, text.field) for text in hidden)
         spans = []
-        for segment, is_in_loss in self._segments(outline, in_loss):
+        for segment, is_in_loss in self._segments(json.dumps([outline, tools]), owners, in_loss):
             from_template = isinstance(segment, str)
-            text = segment if from_template else texts[segment]
+            text = segment if from_template else segment.text(hidden)
             spans.append(Span(text=text, in_loss=is_in_loss, from_template=from_template))
         # A template may depend on the content of messages, which the placeholders cannot show; the presets do not.
-        if self._from_file and self._render(messages) != "".join(span.text for span in spans):
+        if self._from_file and self._render(messages, tools) != "".join(span.text for span in spans):
             raise RecordError(f"the template {self._name} rewrites messages; use one that writes them unchanged")
         return spans
 
     def to_prompt(self, messages: Sequence[Message]) -> list[Span]:
         """Renders a conversation up to where the next answer begins; RecordError as in `to_spans`."""
-        texts = {_PLACEHOLDER.format(index): message["content"].strip() for index, message in enumerate(messages)}
-        outline = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        outline, hidden = _hide_texts(self._with_reasoning(messages))
         rendered = self._render(outline, prompt=True)
-        if any(rendered.count(text) != 1 for text in texts):
-            raise RecordError(f"the template {self._name} does not write each message exactly once and unchanged")
-        parts = re.split("(" + "|".join(map(re.escape, texts)) + ")", rendered)
-        return [Span(text=texts.get(part, part), from_template=part not in texts) for part in parts if part]
+        self._check_written(outline, [(text.message, text.field) for text in hidden], rendered)
+        spans, end = [], 0
+        for match in _WRITTEN.finditer(rendered):
+            spans.append(Span(text=rendered[end : match.start()], from_template=True))
+            spans.append(Span(text=_written(match).text(hidden)))
+            end = match.end()
+        return [span for span in [*spans, Span(text=rendered[end:], from_template=True)] if span.text]
 
-    def _render(self, messages: Sequence[Message], *, prompt: bool = False, keep_marks: bool = False) -> str:
+    def _with_reasoning(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Gives reasoning that answers begin with, between <think> and </think>, a field of its own, if it is read."""
+        if not self._knows_reasoning:
+            return messages
+        return [
+            {**message, REASONING[0]: found[1], "content": found[2]}
+            if message["role"] == "assistant"
+            and message.keys().isdisjoint(REASONING)
+            and (found := _INLINE_REASONING.fullmatch(message["content"]))
+            else message
+            for message in messages
+        ]
+
+    def _render(
+        self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False, keep_marks: bool = False
+    ) -> str:
         """Renders messages; `prompt` adds the beginning of an answer, `keep_marks` keeps marks of generation blocks."""
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)
-        except TemplateError as error:
+            text = self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=prompt, **self._variables
+            )
+        except (TemplateError, TypeError) as error:
             raise RecordError(f"the template {self._name} refuses the conversation: {cause_of(error)}") from None
         return text if keep_marks else text.translate(_REMOVE_MARKS)
 
-    def _find_segments(
-        self, outline: tuple[tuple[str, str], ...], answers: tuple[int, ...] | None
-    ) -> Sequence[tuple[str | int, bool]]:
-        """Returns template text (str) and message indices (int) in order, each with whether it counts in the loss.
+    def _check_written(self, messages: Sequence[Message], owners: Sequence[tuple[int, str]], rendered: str) -> None:
+        """Raises RecordError if the template leaves hidden texts out, or writes the content of a message twice.
 
-        `outline` has the role of each message, and its placeholder with the white space around it. A user message and
-        an answer may give [("<user>", False), (0, False), ("<end><assistant>", False), (1, True), ("<end>", True)].
+        Reasoning may be left out, as many templates do with that of earlier turns.
         """
-        messages = [{"role": role, "content": content} for role, content in outline]
-        rendered = self._render(messages, keep_marks=True)
-        content_ranges: list[_Range] = []
-        for index, (role, _) in enumerate(outline):
-            placeholder = _PLACEHOLDER.format(index)
-            if (times := rendered.count(placeholder)) != 1:
-                cause = "does not write exactly once and unchanged" if times else "leaves out"
-                raise RecordError(f"the template {self._name} {cause} message {index + 1}, of role {role}")
-            start = rendered.index(placeholder)
-            content_ranges.append((start, start + len(placeholder)))
+        times = Counter(int(match[1]) for match in _WRITTEN.finditer(rendered))
+        for number, (index, field) in enumerate(owners):
+            of = f"message {index + 1}, of role {messages[index]['role']}"
+            if field == "content" and times[number] != 1:
+                cause = "does not write exactly once and unchanged" if times[number] else "leaves out"
+                raise RecordError(f"the template {self._name} {cause} {of}")
+            if field == "tool_calls" and not times[number]:
+                raise RecordError(f"the template {self._name} leaves out a tool call of {of}")
+
+    def _find_segments(
+        self, outline: str, owners: tuple[tuple[int, str], ...], answers: tuple[int, ...] | None
+    ) -> Sequence[tuple[str | _Written, bool]]:
+        """Returns template text (str) and hidden texts in order, each with whether it counts in the loss.
+
+        `outline` has the messages with placeholders and the tools, as JSON; `owners` the index of the message and the
+        field of each placeholder. A user message and an answer may give [("<user>", False), (text 0, False),
+        ("<end><assistant>", False), (text 1, True), ("<end>", True)].
+        """
+        messages, tools = json.loads(outline)
+        rendered = self._render(messages, tools, keep_marks=True)
+        self._check_written(messages, owners, rendered)
+        written = {match.span(): _written(match) for match in _WRITTEN.finditer(rendered)}
+        first: dict[int, _Range] = {}  # where each text is written first
+        for place, text in written.items():
+            first.setdefault(text.number, place)
+        ranges: dict[int, _Range] = {}  # from the first text of a message to its last one
+        for number, (index, _) in enumerate(owners):
+            if number in first:
+                start, end = ranges.get(index, first[number])
+                ranges[index] = min(start, first[number][0]), max(end, first[number][1])
+        reasoning = {number: field for number, (_, field) in enumerate(owners) if field in REASONING}
+        if reasoning and first.keys().isdisjoint(reasoning):
+            cause = f"leaves out the {min(reasoning.values())} of all messages"
+            raise RecordError(f"the template {self._name} {cause}; use one that reads it")
         if answers is None:
             loss_ranges = [(0, len(rendered))]
         elif self._has_blocks:
-            loss_ranges = self._generation_blocks(answers, rendered, content_ranges)
+            loss_ranges = self._generation_blocks(answers, rendered, ranges)
         else:
-            loss_ranges = [self._answer_range(messages, rendered, content_ranges[index], index) for index in answers]
+            loss_ranges = [self._answer_range(messages, tools, rendered, ranges[index], index) for index in answers]
         segments = []
-        bounds = sorted({0, len(rendered), *itertools.chain(*content_ranges, *loss_ranges)})
+        bounds = sorted({0, len(rendered), *itertools.chain(*written, *loss_ranges)})
         for start, end in itertools.pairwise(bounds):
             in_loss = any(first <= start and end <= last for first, last in loss_ranges)
-            if (start, end) in content_ranges:
-                segments.append((content_ranges.index((start, end)), in_loss))
+            if (start, end) in written:
+                segments.append((written[start, end], in_loss))
             elif text := rendered[start:end].translate(_REMOVE_MARKS):
                 segments.append((text, in_loss))
         return segments
 
-    def _generation_blocks(
-        self, answers: Sequence[int], rendered: str, content_ranges: Sequence[_Range]
-    ) -> list[_Range]:
+    def _generation_blocks(self, answers: Sequence[int], rendered: str, ranges: Mapping[int, _Range]) -> list[_Range]:
         """Returns the generation blocks that hold the answers, and blocks behind them, such as the end of a turn."""
-        starts = [start for start, _ in content_ranges]
+        starts = {index: start for index, (start, _) in ranges.items()}
         blocks: dict[int, list[_Range]] = {}  # by index of message
         for block in _BLOCK.finditer(rendered):
-            inside = [index for index, start in enumerate(starts) if block.start() < start < block.end()]
-            before = [index for index, start in enumerate(starts) if start < block.start()]
+            inside = [index for index, start in starts.items() if block.start() < start < block.end()]
+            before = [index for index, start in starts.items() if start < block.start()]
             for index in inside or before[-1:]:  # a block without a message belongs to the one before it
                 blocks.setdefault(index, []).append(block.span())
         for index in answers:
@@ -160,7 +232,9 @@ class ChatTemplate:
                 raise RecordError(f"the template {self._name} {cause}; {_ADD_BLOCKS}")
         return [block for index in answers for block in blocks[index]]
 
-    def _answer_range(self, messages: list[Message], rendered: str, content: _Range, index: int) -> _Range:
+    def _answer_range(
+        self, messages: list[Message], tools: Tools, rendered: str, content: _Range, index: int
+    ) -> _Range:
         """Returns the range of `rendered` from the end of the generation prompt to the end of the answer's turn.
 
         `content` is the range of the answer itself, message number `index`. The conversation is rendered up to three
@@ -170,13 +244,13 @@ class ChatTemplate:
             prompted   <user>Hi<end><assistant>
             after      <user>Hi<end><assistant>Hello.<end>
         """
-        before = self._render(messages[:index]) if index else ""
-        prompted = self._render(messages[:index], prompt=True) if index else ""
-        after = self._render(messages[: index + 1])
+        before = self._render(messages[:index], tools) if index else ""
+        prompted = self._render(messages[:index], tools, prompt=True) if index else ""
+        after = self._render(messages[: index + 1], tools)
         has_prompt = prompted != before
         longer = rendered
         if not has_prompt:  # the answer may be the last message, so `rendered` would not show how the text goes on
-            longer = self._render([*messages[: index + 1], {"role": "user", "content": "Go on."}])
+            longer = self._render([*messages[: index + 1], {"role": "user", "content": "Go on."}], tools)
         if not (after.startswith(before) and rendered.startswith(after) and longer.startswith(after)):
             raise RecordError(
                 f"the template {self._name} writes message {index + 1} or what comes before it differently if the "
@@ -213,6 +287,37 @@ class TemplateFormat[Name: (str, str | None)](RecordFormat):
     @override
     def required_special_tokens(self) -> Sequence[str]:
         return () if self.template is None else load_template(self.template).special_tokens
+
+
+def _hide_texts(messages: Sequence[Message]) -> tuple[list[Message], list[_Hidden]]:
+    """Returns messages with numbered placeholders in place of their texts, and these texts."""
+    hidden: list[_Hidden] = []
+
+    def hide(value: Any, index: int, field: str) -> Any:
+        if isinstance(value, dict):
+            return {hide(name, index, field): hide(item, index, field) for name, item in value.items()}
+        if isinstance(value, list):
+            return [hide(item, index, field) for item in value]
+        if not isinstance(value, str) or not (text := value.strip()):
+            return value
+        hidden.append(_Hidden(text, index, field))
+        # The white space around a text stays in the outline, because a template may strip it.
+        return value.replace(text, _PLACEHOLDER.format(len(hidden) - 1), 1)
+
+    outline = []
+    for index, message in enumerate(messages):
+        texts = {name: hide(message[name], index, name) for name in ("content", "name", *REASONING) if name in message}
+        if calls := message.get("tool_calls"):
+            functions = [
+                {name: hide(value, index, "tool_calls") for name, value in call["function"].items()} for call in calls
+            ]
+            texts["tool_calls"] = [call | {"function": to} for call, to in zip(calls, functions, strict=True)]
+        outline.append(message | texts)
+    return outline, hidden
+
+
+def _written(match: re.Match[str]) -> _Written:
+    return _Written(int(match[1]), bool(match[2]))
 
 
 def _is_file(template: str) -> bool:

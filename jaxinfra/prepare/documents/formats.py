@@ -4,22 +4,30 @@ Of conversations and answers, only what the assistant writes counts in the loss.
 """
 
 import itertools
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, override
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmptyStr
-from jaxinfra.prepare.documents.chat_template import Message, TemplateFormat, load_template
+from jaxinfra.prepare.documents.chat_template import REASONING, Message, TemplateFormat, load_template
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, Text, get_field, require_str
 from jaxinfra.prepare.sources.record import Fields
+from jaxinfra.storage.errors import cause_of
 
-_ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+_MESSAGE_FIELDS = (*REASONING, "tool_calls", "name", "tool_call_id")  # beside role and content
+_TOOLS = "tools"  # the field of the schemas of functions, as in TRL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(TemplateFormat[str]):
     """Formats a conversation: messages of `role` and `content`, or of `from` and `value` (ShareGPT).
+
+    Messages may have tool calls, results of tools (role `tool`) and reasoning, and the record the schemas of `tools`,
+    where the template has a place for them.
 
     Attributes:
         field: field of the messages.
@@ -49,7 +57,7 @@ class Chat(TemplateFormat[str]):
         if not answers and self.train_on != "all":
             raise RecordError(f"{self.field} has no assistant message to train on")
         in_loss = {"assistant": answers, "last": answers[-1:], "all": None}[self.train_on]
-        return [load_template(self.template).to_spans(messages, in_loss)]
+        return [load_template(self.template).to_spans(messages, in_loss, _parse_tools(record))]
 
 
 class _PromptFormat(TemplateFormat[str | None]):
@@ -75,14 +83,14 @@ class _PromptFormat(TemplateFormat[str | None]):
             prompt_messages = _common_beginning(*conversations)
         else:
             prompt_messages = _parse_messages(prompt, self.prompt, "user")
-        documents, start = [], len(prompt_messages)
+        documents, start, tools = [], len(prompt_messages), _parse_tools(record)
         for messages, field in zip(conversations, fields, strict=True):
             if messages[:start] != prompt_messages:  # the answer does not repeat the prompt
                 messages = [*prompt_messages, *messages]
             in_loss = _answers(messages, start)
             if not in_loss:
                 raise RecordError(f"{field} has no assistant message after the prompt")
-            documents.append(load_template(self.template).to_spans(messages, in_loss))
+            documents.append(load_template(self.template).to_spans(messages, in_loss, tools))
         return documents
 
 
@@ -165,6 +173,7 @@ def _parse_message(item: object, name: str) -> Message:
     if not isinstance(item, dict):
         raise RecordError(f"{name} is {type(item).__name__}, expected role and content")
     keys = ("from", "value") if "from" in item else ("role", "content")
+    item = {"content": None, **item} if item.get("tool_calls") else item
     for key in keys:
         if key not in item:
             raise RecordError(f"{name} has no {key}; it has {', '.join(map(str, item)) or 'nothing'}")
@@ -172,7 +181,67 @@ def _parse_message(item: object, name: str) -> Message:
     role = _ROLES.get(role_name) if isinstance(role_name, str) else None
     if role is None:
         raise RecordError(f"{name} has the role {role_name}, expected one of {', '.join(_ROLES)}")
-    content = require_str(content, f"the content of {name}")
-    if not content.strip() and role != "system":
+    # Tables give a message the fields of all others, as null.
+    more = {field: item[field] for field in _MESSAGE_FIELDS if item.get(field) is not None}
+    calls = _parse_tool_calls(more.pop("tool_calls", []), name)
+    content = require_str("" if content is None and calls else content, f"the content of {name}")
+    if not content.strip() and role in ("user", "assistant") and not calls:
         raise RecordError(f"{name} is empty")
-    return {"role": role, "content": content if content.strip() else ""}
+    texts = {field: require_str(text, f"the {field} of {name}") for field, text in more.items()}
+    if "tool_call_id" in texts:
+        _require_id(texts["tool_call_id"], name)
+    message = {"role": role, "content": content if content.strip() else "", **texts}
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _parse_tool_calls(value: object, name: str) -> list[dict[str, Any]]:
+    """Returns calls with the name and the arguments of their `function`, which may be given without it."""
+    form = "a list of calls with the name and the arguments of a function"
+    if not isinstance(value, list):
+        raise RecordError(f"tool_calls of {name} is {type(value).__name__}, expected {form}")
+    calls = []
+    for call in value:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RecordError(f"tool_calls of {name} has {_short(call)}, expected {form}")
+        arguments = function.get("arguments")
+        function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        identity = {} if call.get("id") is None else {"id": _require_id(call["id"], f"a tool call of {name}")}
+        calls.append({**identity, "type": "function", "function": _as_json(function, f"a tool call of {name}")})
+    return calls
+
+
+def _require_id(value: object, name: str) -> str:
+    """Returns the id of a tool call, which templates write as their own text; RecordError if it may be more."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.:-]{1,100}", value):
+        raise RecordError(f"{name} has the id {_short(value)}, expected letters, digits, - and _")
+    return value
+
+
+def _parse_tools(record: Fields) -> list[dict[str, Any]] | None:
+    """Returns the schemas of functions that a record has, as a list or as its JSON."""
+    value = record.get(_TOOLS)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "null")
+        except ValueError as error:
+            raise RecordError(f"{_TOOLS} is not JSON ({cause_of(error)})") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RecordError(f"{_TOOLS} is {_short(value)}, expected a list of JSON schemas of functions")
+    return _as_json(value, _TOOLS)
+
+
+def _as_json[T](value: T, name: str) -> T:
+    """Returns `value`; RecordError if JSON cannot express it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{name} is not JSON ({cause_of(error)})") from None
+    return value
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:60]} ..."
