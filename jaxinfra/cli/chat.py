@@ -5,16 +5,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxinfra.cli.tune import templates_of
-from jaxinfra.config.view import config_leaves
-from jaxinfra.data.pairs import PairData
-from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.tokens import TokenData
+from jaxinfra.cli.conversation import conversation_template, end_of_turn
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub.peft import open_base
-from jaxinfra.inference.language_model import LanguageModel, require_text
+from jaxinfra.inference.language_model import LanguageModel
 from jaxinfra.inference.sampler import Sampler, SamplingParams
-from jaxinfra.interop.folder import is_published
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.prepare.documents.chat_template import ChatTemplate, Message
 from jaxinfra.prepare.documents.document import RecordError
@@ -27,8 +21,10 @@ def run(options: argparse.Namespace) -> None:
         temperature=options.temperature, top_k=0, top_p=options.top_p, seed=options.seed, stop=tuple(options.stop)
     )
     sampler = Sampler.from_run(options.run_dir, options.imports, options.overrides)
-    template = _template(options.run_dir, sampler.model, options.template)
-    sampler.model = replace(sampler.model, end_ids=(*sampler.model.end_ids, *_end_of_turn(template, sampler.model)))
+    template = conversation_template(options.run_dir, sampler.model, options.template)
+    sampler.model = replace(
+        sampler.model, end_ids=(*sampler.model.end_ids, *end_of_turn(template, sampler.model.tokenizer))
+    )
     first: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
     messages, shows = [*first], sys.stdin.isatty()
     if shows:
@@ -56,26 +52,6 @@ def _read(shows: bool) -> str:
         return ""
 
 
-def _template(source: str, model: LanguageModel, wanted: str | None) -> ChatTemplate:
-    """Returns the template of the conversations that a run has trained on, or that of a published model."""
-    if wanted is not None:
-        return ChatTemplate(wanted)
-    fix = "name one with --template, such as chatml or a .jinja file"
-    if is_published(source):
-        for name in templates_of(open_base(source)):
-            try:
-                return ChatTemplate(name)
-            except ConfigError:  # the file has none
-                continue
-        raise ConfigError(f"{source}: has no chat template; {fix}")
-    _, data = require_text(model.run)
-    if isinstance(data, TokenData | PairData):
-        recipe = config_leaves(dict(TokenStore.open(data.store, data.version).manifest.recipe))
-        if recipe.get("format.template") not in (None, "none"):
-            return ChatTemplate(str(recipe["format.template"]))
-    raise ConfigError(f"{source}: has not been trained on conversations; {fix}")
-
-
 def _prompt(template: ChatTemplate, model: LanguageModel, messages: Sequence[Message]) -> list[int]:
     """Returns the tokens of a conversation up to where the answer begins."""
     try:
@@ -84,10 +60,3 @@ def _prompt(template: ChatTemplate, model: LanguageModel, messages: Sequence[Mes
         raise ConfigError(f"chat: {error}") from None
     (document,) = encode_documents(model.tokenizer, [spans])
     return document.ids_N.tolist()  # the template writes the token that begins a text, if there is one
-
-
-def _end_of_turn(template: ChatTemplate, model: LanguageModel) -> tuple[int, ...]:
-    """Returns the special tokens that the template writes after an answer."""
-    spans = template.to_spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], (1,))
-    after = spans[1 + max(index for index, span in enumerate(spans) if not span.from_template) :]
-    return tuple(part for span in after for part in model.tokenizer.split(span.text) if isinstance(part, int))

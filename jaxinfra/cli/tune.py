@@ -18,6 +18,7 @@ from jaxinfra.prepare.tokenizers import TokenizerFile
 _BYTES_PER_TOKEN = 4  # of a tokenizer that was trained on much text
 _SEQ_LEN, _BATCH = 1024, 16
 _EPOCHS, _MIN_STEPS = {Chat: 2, Preference: 1}, 20
+_ADDED = "chatml"  # the template of a model that has none: its tokens are added
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 # Learning rates by what is trained: an adapter's are ten times those of all parameters (Schulman 2025, "LoRA without
@@ -35,7 +36,7 @@ def config() -> Run:
     base = {source}
     return Run(
         name="{name}",
-        model=published(base),
+        model=published(base{vocab_size}),
         init=base,
 {adapter}        data={data_class}(
             store="{store}", recipe="{recipe_file}", seq_len={seq_len}{packing}
@@ -67,18 +68,22 @@ class Tuning:
 def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: str, *, full: bool) -> Tuning:
     """Returns the recipe and the config of a run that tunes a published model on what was detected at a path.
 
-    With `full` all parameters are trained, else an adapter. Raises ConfigError if no chat template fits the model.
+    With `full` all parameters are trained, else an adapter.
     """
     source = source if is_published(source) else f"hf:{source}"
     model = open_published(source)
     seq_len = min(_SEQ_LEN, model.max_positions)
     end = model.tokenizer().end_of_document
     tokenizer = TokenizerFile(path=model.folder.url_of(TOKENIZER), end_of_document=end)
-    recipe, note = replace(detected.recipe, tokenizer=tokenizer), ""
+    recipe, note, added = replace(detected.recipe, tokenizer=tokenizer), "", tuple[str, ...]()
     format, is_pairs = recipe.format, isinstance(recipe.format, Preference)
     if isinstance(format, Chat | Preference):
-        format, note = _with_template(format, first_record(recipe.source), model)
-        recipe = replace(recipe, format=format, packs=() if is_pairs else (PackSpec(seq_len=seq_len),))
+        format, note, added = _with_template(format, first_record(recipe.source), model)
+        packs = () if is_pairs else (PackSpec(seq_len=seq_len),)
+        recipe = replace(recipe, tokenizer=replace(tokenizer, special_tokens=added), format=format, packs=packs)
+    vocab_size = _vocab_size(model, len(added)) if added else model.config.vocab_size
+    embeddings = '"embedding",' if model.config.tie_embeddings else '"embedding", "unembedding"'
+    also = f", trained=({embeddings})" if added else ""
     kind = Preference if is_pairs else Chat
     epochs = _EPOCHS[kind]
     tokens_per_step = _BATCH * seq_len
@@ -94,7 +99,10 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         names=", ".join(sorted(names)),
         lora_import="" if full else "from jaxinfra.models.adapter import Lora\n",
         name=name,
-        adapter="" if full else "        adapter=Lora(rank=16, alpha=32.0),  # all matrices of attention and MLPs\n",
+        adapter=""
+        if full
+        else f"        adapter=Lora(rank=16, alpha=32.0{also}),  # all matrices of attention and MLPs\n",
+        vocab_size="" if vocab_size == model.config.vocab_size else f", vocab_size={vocab_size}",
         data_class=data_class,
         store=recipe.store,
         recipe_file=recipe_file,
@@ -121,10 +129,16 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     )
 
 
-def _with_template(format: Chat | Preference, record: Fields, model: PublishedModel) -> tuple[Chat | Preference, str]:
-    """Returns the format with the model's own chat template, if it says which tokens an answer has; else a preset."""
+def _with_template(
+    format: Chat | Preference, record: Fields, model: PublishedModel
+) -> tuple[Chat | Preference, str, tuple[str, ...]]:
+    """Returns the format with a chat template, a note on it, and the special tokens that are added for it.
+
+    The template is the model's own, if it says which tokens an answer has; else a preset whose tokens the model has;
+    else ChatML, whose tokens are added.
+    """
     cause = "it has none"
-    for template in templates_of(model):
+    for template in (*templates_of(model), _ADDED):
         own = replace(format, template=template)
         try:
             own.to_documents(record)
@@ -133,18 +147,27 @@ def _with_template(format: Chat | Preference, record: Fields, model: PublishedMo
                 raise
             cause = str(error)
             continue
-        is_preset = template in PRESETS
-        note = f"; template {template}, whose tokens the model has, and not its own: {cause}" if is_preset else ""
-        return own, note
-    raise ConfigError(
-        f"{model.folder.url}: has no chat template, and lacks the tokens of {', '.join(PRESETS)}; name a model that "
-        f"was tuned on conversations ({cause})"
-    )
+        if template not in PRESETS:
+            return own, "", ()
+        has_tokens = template in _presets_of(model)
+        added = () if has_tokens else load_template(template).special_tokens
+        tokens = "whose tokens the model has" if has_tokens else f"whose tokens {' and '.join(added)} are added"
+        return own, f"; template {template}, {tokens}, and not its own: {cause}", added
+    raise AssertionError("the last template is a preset")
+
+
+def _vocab_size(model: PublishedModel, added: int) -> int:
+    """Returns the size of an embedding with room for added tokens: a multiple of 128, which meshes divide."""
+    size = model.tokenizer().vocab_size + added
+    return model.config.vocab_size if size <= model.config.vocab_size else -(-size // 128) * 128
 
 
 def templates_of(model: PublishedModel) -> list[str]:
     """Returns the chat templates that a published model may have: its own files, then presets whose tokens it has."""
     own = [model.folder.url_of(file) for file in _TEMPLATE_FILES if model.folder.exists(file)]
+    return [*own, *_presets_of(model)]
+
+
+def _presets_of(model: PublishedModel) -> list[str]:
     tokens = (model.folder.read_or_none(TOKENIZER) or b"").decode(errors="replace")
-    fits = (name for name in PRESETS if all(f'"{text}"' in tokens for text in load_template(name).special_tokens))
-    return [*own, *fits]
+    return [name for name in PRESETS if all(f'"{text}"' in tokens for text in load_template(name).special_tokens)]

@@ -22,7 +22,8 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params, leaves_by_name
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
+_TEMPLATE = "chat_template.jinja"
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, GENERATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Export:
         dtypes: of the tensors, by the path of the parameter; the others keep theirs.
         model_type: the family; None takes one that can say what the model has.
         origin: the model that it comes from, whose special tokens and small files are kept.
+        chat_template: the source of the template of its conversations; None keeps that of the origin.
+        end_of_turn: tokens that end an answer, which the generation config names beside those that end a text.
     """
 
     config: TransformerConfig
@@ -50,6 +53,8 @@ class Export:
     dtypes: Mapping[str, np.dtype] = field(default_factory=dict)
     model_type: str | None = None
     origin: PublishedModel | None = None
+    chat_template: str | None = None
+    end_of_turn: Sequence[int] = ()
 
 
 def export_model(destination: str, export: Export, **options: Any) -> dict[str, Any]:
@@ -84,6 +89,12 @@ def export_model(destination: str, export: Export, **options: Any) -> dict[str, 
     if export.origin is not None:
         content |= {name: export.origin.keys[name] for name in _SPECIAL_IDS if name in export.origin.keys}
     others[CONFIG] = _json(content)
+    if export.chat_template is not None:
+        others[_TEMPLATE] = export.chat_template.encode()
+        generation = json.loads(others.get(GENERATION, b"{}"))
+        ends = () if export.origin is None else export.origin.end_ids()
+        ends = dict.fromkeys([*(ends or [content["eos_token_id"]]), *export.end_of_turn])
+        others[GENERATION] = _json(generation | {"eos_token_id": [*ends]})
     bindings = found.bindings(export.config, {path: leaf.shape for path, leaf in leaves.items()})
     options |= {"source": export.source, "dtypes": export.dtypes}
     return write_model(destination, leaves, bindings, others, **options)

@@ -1,7 +1,7 @@
 """A model in the format of Hugging Face: what a folder holds, without reading its weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -149,9 +149,21 @@ def open_published(source: str) -> PublishedModel:
     )
 
 
-def published(source: str) -> TransformerConfig:
-    """Returns the model of a folder for a config: `model=published("hf:meta-llama/Llama-3.2-1B")`."""
-    return open_published(source).config
+def published(source: str, vocab_size: int | None = None) -> TransformerConfig:
+    """Returns the model of a folder for a config: `model=published("hf:meta-llama/Llama-3.2-1B")`.
+
+    With a larger `vocab_size` it has room for tokens that were added to its tokenizer. Their rows of the embedding, and
+    their columns of the head, begin as the mean of the others (Hewitt 2021, "Initializing new word embeddings").
+    """
+    config = open_published(source).config
+    if vocab_size is None:
+        return config
+    if vocab_size < config.vocab_size:
+        raise ConfigError(
+            f"vocab_size={vocab_size}: {source} has {config.vocab_size} tokens, which it keeps; use "
+            f"vocab_size={config.vocab_size} or more"
+        )
+    return replace(config, vocab_size=vocab_size)
 
 
 def param_specs(config: TransformerConfig) -> dict[str, ParamSpec]:

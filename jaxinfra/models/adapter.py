@@ -14,6 +14,8 @@ class Lora:
         alpha: scale of what is added, times the rank; PEFT's `lora_alpha`.
         targets: the weights: parts of their paths, such as "query" or "attention", or patterns of whole paths, such as
             "blocks.*.up". The router of experts and the embedding have no adapters.
+        trained: other parameters, which are trained as they are: their paths, or patterns of them, such as "embedding".
+            The checkpoint has them, too.
         dora: trains the magnitude of each output feature apart from its direction (Liu et al. 2024, "DoRA"); experts
             cannot have it.
     """
@@ -21,4 +23,5 @@ class Lora:
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     targets: tuple[str, ...] = ("attention", "mlp")
+    trained: tuple[str, ...] = ()
     dora: bool = False

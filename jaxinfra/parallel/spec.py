@@ -121,22 +121,28 @@ def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSp
 
     `paths` has the path of each parameter, in the same nested dict.
     """
-    all_paths = jax.tree.leaves(paths)
-    for pattern in patterns:
-        if not any(_matches(path, pattern) for path in all_paths):
-            parts = sorted({path.partition(".")[0] for path in all_paths})
-            raise ConfigError(
-                f"optim.frozen={pattern}: no parameter of the model has this path; its parts are {', '.join(parts)}"
-            )
+    matching = matching_paths(jax.tree.leaves(paths), patterns, "optim.frozen")
 
     def freeze_matching(spec: ParamSpec, path: str) -> ParamSpec:
-        frozen = spec.state == "trained" and any(_matches(path, pattern) for pattern in patterns)
-        return replace(spec, state="frozen") if frozen else spec
+        return replace(spec, state="frozen") if spec.state == "trained" and path in matching else spec
 
     frozen = jax.tree.map(freeze_matching, specs, paths)
     if all(spec.state != "trained" for spec in jax.tree.leaves(frozen)):
         raise ConfigError(f"optim.frozen={','.join(patterns)}: leaves no parameter to train; name fewer")
     return frozen
+
+
+def matching_paths(paths: Sequence[str], patterns: Sequence[str], field: str) -> set[str]:
+    """Returns the paths that a pattern matches, or of which it matches a parent.
+
+    Raises ConfigError, with the name of the field, if a pattern matches none.
+    """
+    found = {pattern: {path for path in paths if _matches(path, pattern)} for pattern in patterns}
+    for pattern, matching in found.items():
+        if not matching:
+            parts = ", ".join(sorted({path.partition(".")[0] for path in paths}))
+            raise ConfigError(f"{field}={pattern}: no parameter of the model has this path; its parts are {parts}")
+    return set().union(*found.values())
 
 
 def _matches(path: str, pattern: str) -> bool:

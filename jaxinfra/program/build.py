@@ -9,7 +9,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.adapt import attach, pack_weights
 from jaxinfra.models.module import Module
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import ParamSpec, ParamSpecs, PyTree, freeze, leaf_name, leaves_by_name
+from jaxinfra.parallel.spec import ParamSpec, ParamSpecs, PyTree, freeze, leaf_name, leaves_by_name, matching_paths
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code_errors
 
@@ -36,13 +36,17 @@ def build_module(run: Run, partitioner: Partitioner) -> Module:
 def declared_params(run: Run, module: nnx.Module) -> tuple[ParamSpecs, PyTree]:
     """Returns the parameters that a module declares, with those frozen that the run does not train, and their paths.
 
-    With an adapter all others are frozen, buffers included.
+    With an adapter all others are frozen, buffers included, except for those that it names as trained.
     """
     declared: ParamSpecs = nnx.to_pure_dict(nnx.split(module)[1])
     paths = jax.tree.map_with_path(lambda path, _: leaf_name(path), declared)
 
+    also = () if run.adapter is None else run.adapter.trained
+    whole = matching_paths(jax.tree.leaves(paths), also, "adapter.trained")
+
     def freeze_base(spec: ParamSpec, path: str) -> ParamSpec:
-        return spec if _ADAPTERS.intersection(path.split(".")) else replace(spec, state="frozen")
+        is_trained = path in whole and spec.state == "trained"
+        return spec if is_trained or _ADAPTERS.intersection(path.split(".")) else replace(spec, state="frozen")
 
     specs = declared if run.adapter is None else jax.tree.map(freeze_base, declared, paths)
     return freeze(specs, paths, run.optim.frozen), paths

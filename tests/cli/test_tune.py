@@ -7,11 +7,18 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxinfra.config import load
+from jaxinfra.inference.trained_params import load_params
+from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.prepare.documents.chat_template import PRESETS, ChatTemplate
 from jaxinfra.prepare.documents.formats import Chat, Preference
+from jaxinfra.processes.peers import current_peers
+from jaxinfra.program import Program
+from tests.interop.conftest import read_tensors
 from tests.interop.tiny_llama import tiny_chat_model, tiny_llama
 from tests.refusals import refused
 from tests.tiny_run import launch
@@ -92,6 +99,35 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
     ran("evaluate", "runs/mychat")
 
 
+@pytest.mark.slow(20)
+@pytest.mark.parametrize("more", [(), ("--full",)])
+def test_a_model_without_a_chat_template_gets_its_tokens(
+    more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_chat_model(Path("bare"), None, has_tokens=False)
+    new, prepare, train, chat, merge, adapter = shown(**{"chats.jsonl": "talks.jsonl", "hf:Qwen/Qwen3-0.6B": "hf:bare"})
+    assert "template chatml, whose tokens <|im_start|> and <|im_end|> are added" in ran(*new, *more)
+    ran(*prepare, "--workers", "1")
+    run = load("configs/mychat.py", ["train.global_batch=8", "mesh.fsdp=4", "mesh.tensor=2"]).run
+    first = Program(run, make_mesh(run.mesh, jax.devices()))
+    embedding = np.asarray(load_params("hf:bare", first, current_peers()).params["embedding"])
+    before = read_tensors(base)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(embedding[:257], before)
+    np.testing.assert_allclose(embedding[257:], np.broadcast_to(before.mean(0), (127, 32)), atol=1e-6)
+    ran(*train, *SMALL)
+    here = talked(monkeypatch, *chat)
+    if more:
+        merge.remove("--merge")
+    else:
+        refused(launch(*adapter), "--adapter runs/mychat embedding --merge")
+    ran(*merge)
+    out = Path(merge[3])
+    config, generation = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert config["vocab_size"] == 384 and generation["eos_token_id"] == [0, 258]
+    assert (out / "chat_template.jinja").read_text() == PRESETS["chatml"]
+    assert talked(monkeypatch, "chat", f"hf:{out}") == here
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_prompt_of_an_answer_is_what_was_trained_on_before_it(preset: str) -> None:
     talk = [("user", "Hi <|im_end|>"), ("assistant", "Hello."), ("user", "How?"), ("assistant", "So.")]
@@ -111,7 +147,6 @@ def test_a_template_that_does_not_say_what_an_answer_is_gives_way_to_a_preset(tm
 
 def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "words")
-    refused(launch("new", "talks.jsonl", "--from", "hf:words"), "words chat template chatml llama3 gemma")
     refused(launch("new", "talks.jsonl", "--from", "hf:nowhere"), "hf:nowhere no such folder")
     refused(launch("new", "talks.jsonl", "--full"), "--full --from")
     refused(launch("new", "pairs.jsonl"), "pairs.jsonl --from")

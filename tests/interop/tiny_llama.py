@@ -36,10 +36,11 @@ def tiny_llama(out: Path, **keys: Any) -> Path:
     return out
 
 
-def tiny_chat_model(out: Path, template: str | None) -> Path:
-    """Writes a Llama of bytes that has the tokens of ChatML, with a chat template or without one."""
-    tiny_llama(out, vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    special = ["<end>", "<|im_start|>", "<|im_end|>"]
+def tiny_chat_model(out: Path, template: str | None, *, has_tokens: bool = True) -> Path:
+    """Writes a Llama of bytes that has the tokens of ChatML or not, with a chat template or without one."""
+    special = ["<end>", *(["<|im_start|>", "<|im_end|>"] if has_tokens else [])]
+    size = 272 if has_tokens else 257
+    tiny_llama(out, vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({text: index for index, text in enumerate([*special, *letters])}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -6,6 +6,7 @@ import time
 
 import jax.numpy as jnp
 
+from jaxinfra.cli.conversation import end_of_turn, trained_template
 from jaxinfra.cli.progress import ByteProgress
 from jaxinfra.command import command_line
 from jaxinfra.config import read_record
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dtype is not None:  # buffers, such as biases of routers, keep theirs
         specs = param_specs(require_text(model.run)[0])
         dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}
+    template = None if is_published(source) else trained_template(model)
     program = sampling_program(model.run, all_devices(), strict=bool(options.overrides))
     peers, start_s = current_peers(), time.monotonic()
     with compile_cache(model.run.train.compile_cache):
@@ -73,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
                     dtypes=dtypes,
                     model_type=options.family,
                     origin=origin,
+                    chat_template=None if template is None else template.source,
+                    end_of_turn=() if template is None else end_of_turn(template, model.tokenizer),
                 )
                 receipt = export_model(options.out, export, **writing)
     if options.prints:
@@ -94,6 +98,9 @@ def _check_kind(source: str, run: Run, origin: PublishedModel | None, options: a
         )
     if options.adapter and origin is None:
         raise ConfigError(f"--adapter: the base of {source} is no published model, which PEFT needs; use --merge")
+    if options.adapter and run.adapter is not None and run.adapter.trained:
+        names = ", ".join(run.adapter.trained)
+        raise ConfigError(f"--adapter: {source} has trained {names} as a whole; use --merge to write the model with it")
     if options.adapter and options.family is not None:
         raise ConfigError(f"--family {options.family}: an adapter has the family of its base; leave the option out")
 

@@ -76,12 +76,13 @@ class _Written(NamedTuple):
 
 
 class ChatTemplate:
-    """A compiled chat template, with its `digest` and the `special_tokens` that it writes."""
+    """A compiled chat template, with its `source`, its `digest` and the `special_tokens` that it writes."""
 
     def __init__(self, name: str):
         """Reads and compiles a preset, a .jinja file or a tokenizer_config.json; ConfigError if it cannot be used."""
         self._name, self._from_file = name, _is_file(name)
         source, tokens = _read(name) if self._from_file else (PRESETS[name], {})
+        self.source = source
         environment = _jinja_environment()
         try:
             parsed = environment.parse(source)

@@ -1,0 +1,47 @@
+"""Finds the chat template of a model, and the tokens that end a turn in it."""
+
+from jaxinfra.cli.tune import templates_of
+from jaxinfra.config.view import config_leaves
+from jaxinfra.data.pairs import PairData
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.hub.peft import open_base
+from jaxinfra.inference.language_model import LanguageModel, require_text
+from jaxinfra.interop.folder import is_published
+from jaxinfra.prepare.documents.chat_template import ChatTemplate
+
+
+def conversation_template(source: str, model: LanguageModel, wanted: str | None) -> ChatTemplate:
+    """Returns the template of the conversations that a run has trained on, or that of a published model."""
+    if wanted is not None:
+        return ChatTemplate(wanted)
+    fix = "name one with --template, such as chatml or a .jinja file"
+    if is_published(source):
+        for name in templates_of(open_base(source)):
+            try:
+                return ChatTemplate(name)
+            except ConfigError:  # the file has none
+                continue
+        raise ConfigError(f"{source}: has no chat template; {fix}")
+    if (template := trained_template(model)) is None:
+        raise ConfigError(f"{source}: has not been trained on conversations; {fix}")
+    return template
+
+
+def trained_template(model: LanguageModel) -> ChatTemplate | None:
+    """Returns the template of the conversations that the model of a run was trained on; None for other data."""
+    _, data = require_text(model.run)
+    if not isinstance(data, TokenData | PairData):
+        return None
+    recipe = config_leaves(dict(TokenStore.open(data.store, data.version).manifest.recipe))
+    name = recipe.get("format.template")
+    return None if name in (None, "none") else ChatTemplate(str(name))
+
+
+def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the special tokens that the template writes after an answer."""
+    spans = template.to_spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], (1,))
+    after = spans[1 + max(index for index, span in enumerate(spans) if not span.from_template) :]
+    return tuple(part for span in after for part in tokenizer.split(span.text) if isinstance(part, int))
