@@ -210,6 +210,8 @@ def _add_data_peek(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--global-batch", type=int, metavar="N", help="batch size, if CONFIG returns only data")
     add_int(parser, "--rows", 0, help="number of rows to show (default: all)")
     add_int(parser, "--chars", 0, default=200, help="characters of text per row (default %(default)s)")
+    what = "show what is trained on in color, also where the output is no terminal (default: the rest is in brackets)"
+    parser.add_argument("--mask", action="store_true", help=what)
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float) -> None:

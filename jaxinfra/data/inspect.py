@@ -3,7 +3,10 @@
 Shape suffixes: B rows of a batch, T positions.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import groupby
 
 import numpy as np
@@ -14,11 +17,15 @@ from jaxinfra.data.store.manifest import SPLITS
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 
+ALWAYS_IN_COLOR = ContextVar("always_in_color", default=False)
+"""Whether what counts in the loss is shown in color where the output is no terminal, too."""
+
+_GREEN, _BRACKETS = ("\x1b[32m", "\x1b[0m"), ("[", "]")
 _DOCUMENT_SEPARATOR = " ⏎ "
 
 
 def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[str]:
-    """Yields some evenly spaced documents of each split, cut to `chars`; text outside the loss is in brackets."""
+    """Yields some evenly spaced documents of each split, cut to `chars` (see `_format_runs`)."""
     for split in SPLITS:
         count = store.manifest.splits[split].documents
         for number in np.linspace(0, count - 1, min(documents, count)).astype(int):
@@ -27,11 +34,12 @@ def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[
             enough = min(length, 4 * chars + 1)  # tokens; a character has up to 4 bytes in UTF-8, a token at least 1
             tokens, mask = store.read_with_mask(split, start, np.array([enough]))
             yield f"{split} document {number}, {length} tokens"
-            yield _cut(_format_tokens(store.tokenizer, tokens, np.ones_like(tokens) if mask is None else mask), chars)
+            mask = np.ones_like(tokens) if mask is None else mask
+            yield _format_runs(_runs(store.tokenizer, tokens, mask), chars)
 
 
 def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-    """Yields the rows of a batch as text, document by document; targets with weight 0 are in brackets.
+    """Yields the rows of a batch as text, document by document (see `_format_runs`).
 
     The batch has `inputs`, `targets`, and maybe `segments` and `weights`, [B, T]. `ids` are the sample ids of its rows,
     `first_row` is the number of the first row in the global batch, and `chars` limits the text of each row.
@@ -47,17 +55,34 @@ def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first
         for number in numbers:
             own = segments == number
             tokens = np.concatenate([inputs[own][:1], targets[own]])  # the first token is no target
-            texts.append(_format_tokens(tokenizer, tokens, np.concatenate([[False], in_loss[own]])))
-        yield _cut(_DOCUMENT_SEPARATOR.join(texts), chars)
+            texts.append([*_runs(tokenizer, tokens, np.concatenate([[False], in_loss[own]]))])
+        separated = [run for text in texts for run in (*text, (_DOCUMENT_SEPARATOR, None))][:-1]
+        yield _format_runs(separated, chars)
 
 
-def _format_tokens(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> str:
-    """Decodes tokens into one line, special ones too; runs with mask 0 are in brackets."""
-    parts = []
+def _runs(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[str, bool]]:
+    """Decodes tokens into one line, special ones too; yields runs of text with whether they count in the loss."""
     for in_loss, run in groupby(range(len(tokens)), key=lambda i: mask[i] > 0):
-        text = _decode(tokenizer, tokens[[*run]].tolist())
-        parts.append(text if in_loss else f"[{text}]")
-    return "".join(parts)
+        yield _decode(tokenizer, tokens[[*run]].tolist()), in_loss
+
+
+def _format_runs(runs: Iterable[tuple[str, bool | None]], chars: int) -> str:
+    """Returns the first `chars` characters; what counts in the loss is green on a terminal, the rest in brackets else.
+
+    With `ALWAYS_IN_COLOR` it is green anywhere, with the variable NO_COLOR only then.
+    """
+    colors = ALWAYS_IN_COLOR.get() or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    parts, left = list[str](), chars
+    for text, in_loss in runs:
+        shown = text[: max(0, left)]
+        left -= len(text)
+        marks = ("", "")
+        if colors and in_loss:
+            marks = _GREEN
+        elif not colors and in_loss is False:
+            marks = _BRACKETS
+        parts += [shown.join(marks)] if shown else []
+    return "".join(parts) + (" ..." if left < 0 else "")
 
 
 def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
@@ -68,7 +93,3 @@ def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
         ids = list(run)
         parts.append("".join(texts[token] for token in ids) if is_special else repr(tokenizer.decode(ids))[1:-1])
     return "".join(parts)
-
-
-def _cut(text: str, chars: int) -> str:
-    return text if len(text) <= chars else text[:chars] + " ..."

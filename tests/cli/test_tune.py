@@ -46,6 +46,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def answers(data: str) -> set[str]:
+    """Returns the texts that are trained on."""
+    rows = [json.loads(line) for line in Path(f"{data}.jsonl").read_text().splitlines()]
+    if data == "talks":
+        return {row["messages"][1]["content"] for row in rows}
+    return {row[side] for row in rows for side in ("chosen", "rejected")}
+
+
 def ran(*words: str) -> str:
     assert (ended := launch(*words)).code == 0, ended
     return ended.out
@@ -80,7 +88,9 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
     assert ("all parameters" if more else "a LoRA adapter") in printed
     ran(*prepare, "--workers", "1")
     ran("data", "show", "configs/mychat.py")
-    ran("data", "peek", "configs/mychat.py")
+    peeked = ran("data", "peek", "configs/mychat.py", "--mask", "--chars", "5000")
+    colored = {text.removesuffix("<|im_end|>") for text in re.findall(r"\x1b\[32m(.*?)\x1b\[0m", peeked)}
+    assert colored and colored <= answers(data)
     ran(*train, *SMALL)
     here = talked(monkeypatch, *chat)
     if more:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from contextvars import copy_context
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxinfra.cli import config_argument
 from jaxinfra.config import load, validate
+from jaxinfra.data.inspect import ALWAYS_IN_COLOR
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.data.prefetch import process_rows
 from jaxinfra.data.store.store import PREPARE
@@ -31,8 +33,10 @@ def run(options: argparse.Namespace) -> None:
     ids = opened.sample_ids(before, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
     print("\n".join(opened.epochs_at(before, global_batch)))
+    context = copy_context()
+    context.run(ALWAYS_IN_COLOR.set, options.mask)
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
-        print("\n".join(opened.format_rows(sample[None], int(row), options.chars)))
+        print("\n".join(context.run(list, opened.format_rows(sample[None], int(row), options.chars))))
 
 
 def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str, int]:
