@@ -32,7 +32,7 @@ from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.ops.rope import Rope, in_long_documents, rope_tables
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import normal
+from jaxinfra.parallel.spec import ParamSpec, normal
 
 type LayerCache = Any
 """The decoding cache of a layer's mixer, or None."""
@@ -291,6 +291,10 @@ class Transformer(LayeredModule):
     @override
     def flops(self, data: HasSeqLen) -> float:
         return data.seq_len * flops.flops_per_token(self.config, data.seq_len)
+
+    @override
+    def flops_of_changes(self, data: HasSeqLen, specs: Mapping[str, ParamSpec], base: Mapping[str, ParamSpec]) -> float:
+        return data.seq_len * flops.change_per_token(self.config, specs, base)
 
     @override
     def context_costs(self, data: HasSeqLen) -> Mapping[str, ContextChoice]:

@@ -7,7 +7,11 @@ Rematerialization, norms, rotary positions, softmax, convolutions and the embedd
 counts the experts that it chooses, even if the choice is dropped.
 """
 
+from collections.abc import Mapping
+
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.spec import ParamSpec
 
 
 def matmul_params(config: TransformerConfig) -> int:
@@ -25,3 +29,20 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     """
     pairs = sum(layer.mixer.pair_features(config.hidden_size, length) for layer in config.all_layers)
     return 6 * matmul_params(config) + 6 * pairs
+
+
+def change_per_token(config: TransformerConfig, specs: Mapping[str, ParamSpec], base: Mapping[str, ParamSpec]) -> float:
+    """Returns the FLOPs of one token beyond `flops_per_token`, for a run with adapters or frozen weights.
+
+    A frozen weight has no gradient, which saves 2; a parameter of an adapter costs 6 (see `Module.flops_of_changes`).
+    """
+    experts = [layer.mlp for layer in config.all_layers if isinstance(layer.mlp, MixtureOfExperts)]
+    active = experts[0].top_k / experts[0].num_experts if experts else 1.0
+
+    def used(spec: ParamSpec) -> float:
+        is_matmul = spec.in_dims or (spec.role == "embedding" and config.tie_embeddings)
+        return spec.size * (active if "experts" in spec.axes else 1.0) if is_matmul else 0.0
+
+    frozen = sum(used(spec) for path, spec in base.items() if specs[path].state == "frozen")
+    adapters = sum(used(spec) for path, spec in specs.items() if path not in base and spec.state == "trained")
+    return 6 * adapters - 2 * frozen

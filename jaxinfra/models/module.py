@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxinfra.ops.context_cost import ContextChoice
-from jaxinfra.parallel.spec import Params
+from jaxinfra.parallel.spec import Params, ParamSpec
 
 type Inputs = Mapping[str, jax.Array]
 type LayerStats = dict[str, jax.Array]
@@ -61,6 +61,13 @@ class Module(nnx.Module):
     def flops(self, data: Any) -> float | None:
         """Returns the FLOPs of training on one sample; None estimates `6 * parameters * units_per_sample`."""
         return None
+
+    def flops_of_changes(self, data: Any, specs: Mapping[str, ParamSpec], base: Mapping[str, ParamSpec]) -> float:
+        """Returns the FLOPs of one sample beyond `flops`, for a run with adapters or frozen weights.
+
+        `specs` are the parameters of the run by path, `base` those of its model alone.
+        """
+        return 0.0
 
     def context_costs(self, data: Any) -> Mapping[str, ContextChoice]:
         """Returns the method of context parallelism for each layer type; {} if sequences are not sharded."""

@@ -231,6 +231,14 @@ class Program:
         """Number of parameters."""
         return sum(spec.size for spec in jax.tree.leaves(self.specs))
 
+    @property
+    def flops_per_sample(self) -> float | None:
+        """FLOPs of training on one sequence or image; None if the model does not tell."""
+        data, flops = self.run.data, self.module.flops(self.run.data)
+        if flops is None:
+            return None
+        return flops + self.module.flops_of_changes(data, leaves_by_name(self.specs), leaves_by_name(self.base.specs))
+
     # Functions
 
     def model(self, params: Params) -> Module:

@@ -35,8 +35,7 @@ def units_per_step(program: Program) -> int:
 
 def step_flops(program: Program) -> float:
     """Returns the FLOPs of one step over all devices; 6 per parameter and token if the model defines no `flops`."""
-    data = program.run.data
-    flops = program.module.flops(data)
+    data, flops = program.run.data, program.flops_per_sample
     if flops is None:
         return 6.0 * program.num_params * data.units_per_sample * program.run.train.global_batch
     return program.objective.flops(flops) * program.run.train.global_batch

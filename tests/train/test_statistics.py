@@ -1,23 +1,28 @@
 """Numbers that follow from a config, against counts made by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.models.adapter import Lora
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.delta_net import GatedDeltaNet
 from jaxinfra.models.flops import flops_per_token, matmul_params
 from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.mixer import visible_keys
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
-from jaxinfra.run import with_mesh_size
+from jaxinfra.run import Precision, Run, TrainConfig, with_mesh_size
 from jaxinfra.train.statistics import per_device_bytes, run_statistics, step_flops, units_per_step
-from tests.decoders import decoder
+from tests.decoders import changed, decoder
 from tests.tiny_run import Tiny
 
 
@@ -31,6 +36,21 @@ def test_flops_by_hand() -> None:
     # Token t sees t + 1 keys: scores and values are 2 FLOPs each a head feature, in 2 heads of 4, in 2 layers.
     forward = 2 * weights * 3 + 2 * 2 * (2 * 4) * 2 * (1 + 2 + 3)
     assert flops_per_token(config, 3) * 3 == 3 * forward
+
+
+@pytest.mark.parametrize("frozen", [None, "nf4"])
+def test_flops_of_an_adapter_by_hand(frozen: Any) -> None:
+    """As above, with four experts of which a token chooses one: their queries, keys and the head get no gradients."""
+    model = decoder(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1, mlp_dim=16)
+    model = changed(model, mlp=MixtureOfExperts(dim=16, num_experts=4, top_k=1))
+    adapter = Lora(rank=2, targets=("query", "up"), trained=("unembedding",))
+    data, precision = TokenData(store="none", seq_len=3), Precision(frozen=frozen)
+    train = TrainConfig(global_batch=1)
+    run = Run(name="a", model=model, init="x", adapter=adapter, precision=precision, data=data, train=train)
+    router, frozen_weights = 8 * 4, 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    adapters = 2 * (2 * (8 + 8) + 2 * (8 + 16))
+    expected = 3 * (flops_per_token(model, 3) - 2 * (frozen_weights + 2 * router) + 6 * adapters)
+    assert step_flops(Program(with_mesh_size(run, 1), abstract_mesh(MeshConfig(fsdp=1)))) == expected
 
 
 def test_flops_of_latents_by_hand() -> None:
