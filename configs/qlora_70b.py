@@ -17,7 +17,7 @@ def config() -> Run:
         data=TokenData(
             store="stores/chats-llama3", recipe="configs/data/chats_llama3.py", seq_len=4096, packing="best_fit"
         ),
-        mesh=MeshConfig(fsdp=8),
+        mesh=MeshConfig(fsdp=4, tensor=2),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=100), peak_lr=2e-4),
         train=TrainConfig(steps=2000, global_batch=16, accumulate=2, eval_every=200),
     )

@@ -92,6 +92,7 @@ CASES = {
 """Named TOPOLOGY_AXES; together they have every mesh axis, every collective, and links inside and between slices."""
 
 TOPOLOGIES = {
+    "dpo": ("v5e:2x4",),
     "gemma2_2b": ("v6e:4x4",),
     "gpt2_124m": ("h100:1x8", "model.attention_kernel=xla"),  # tests have no cuDNN
     "llama3_70b": ("2xv5p:4x4x8",),
@@ -99,8 +100,12 @@ TOPOLOGIES = {
     "llama3_8b_128k": ("v5p:4x4x4",),
     # Without cuDNN attention makes whole matrices, so the sequences are short.
     "llama3_8b_h100": ("h100", "model.attention_kernel=xla", "data.seq_len=1024", "train.compiler=default"),
+    "lora": ("v5e:2x4",),
+    "lora_h100": ("h100:1x1", "model.attention_kernel=xla", "data.seq_len=1024"),
     "moe_small": ("v5e:2x4",),
+    "qlora_70b": ("v5e:2x4",),
     "qwen3_0_6b": ("v6e:2x4",),
+    "sft": ("v5e:2x4",),
 }
 """Topology of each config in configs/, and overrides."""
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.plan.aot import compile_step, no_compilation_cache
 from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
+from jaxinfra.run import Run
 from jaxinfra.run.compiler_options import OPTION_SETS, OptionSet, compiler_options
 from tests.decoders import changed
 from tests.golden import compiled as golden
@@ -101,6 +103,13 @@ def test_two_axes_are_gathered_by_one_all_gather(mesh: MeshConfig) -> None:
             text = gather.lower(jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=stored)).compile().as_text()
     assert text is not None and " all-gather(" in text
     assert " all-reduce(" not in text
+
+
+def test_frozen_weights_of_16_bits_do_not_fit_where_those_of_4_bits_do() -> None:
+    """Which is refused before anything is compiled; the memory with 4 bits is recorded."""
+    run = load(CONFIGS / "qlora_70b.py", ["precision.frozen=bfloat16"], root=Run).run
+    with raises(ConfigError, "qlora-70b v5e:2x4 GiB train state 16.00 GiB"):
+        compile_step(run, parse_topology("v5e:2x4"))
 
 
 def test_every_config_has_a_topology() -> None:
