@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
                 answer += piece
                 print(piece, end="", flush=True)
             print(flush=True)
-            messages.append({"role": "assistant", "content": answer.strip() or "..."})
+            messages.append({"role": "assistant", "content": answer.strip()})
 
 
 def _read(shows: bool) -> str:

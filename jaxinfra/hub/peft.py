@@ -51,6 +51,10 @@ class PeftAdapter:
     weights: Weights = field(repr=False)
     factors: Mapping[str, float] = field(repr=False)
 
+    def check(self) -> None:
+        """Reads the matrices; raises ConfigError if they do not fit the base."""
+        replace(self, config=replace(self.config, dora=False)).params({})
+
     def params(self, base: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         """Reads the matrices, by path, float32; `base` are the parameters of the model, which magnitudes need."""
         specs, found = param_specs(self.base.config), dict[str, np.ndarray]()

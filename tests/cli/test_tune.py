@@ -102,6 +102,8 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
         config = json.loads(Path("out/adapter/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(Path("model").resolve()) and config["r"] == 16
         assert talked(monkeypatch, "chat", "hf:out/adapter") == here
+        checked = ran("hub", "check", "out/adapter", "--hashes")
+        assert "LoRA of rank 16, alpha 32" in checked and "1 file with the bytes that were exported" in checked
         ran("hub", "export", "hf:out/adapter", "out/again", "--merge")
         ran(*train, *SMALL[1:], "name=more", "init=hf:out/adapter")
     ran(*merge)

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from jaxinfra.errors import DataError, quoted
 from jaxinfra.families.catalog import BYTES_PER_PARAM
+from jaxinfra.hub.peft import PeftAdapter, open_peft
 from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_published
-from jaxinfra.interop.folder import PREFIX
+from jaxinfra.interop.folder import PREFIX, ModelFolder
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
 from jaxinfra.storage import outputs
@@ -20,18 +21,20 @@ from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the model, its tensors and the memory that it takes; raises if a tensor has no place in the model."""
-    model = open_published(options.source)
-    weights = model.check()
-    facts = _facts(model, weights)
+    """Prints the model or the adapter, its tensors and their memory; raises if a tensor has no place in the model."""
+    peft = open_peft(options.source)
+    model = open_published(options.source) if peft is None else peft.base
+    weights = model.check() if peft is None else peft.weights
+    facts = _facts(model, weights) if peft is None else _adapter_facts(peft)
     if options.hashes:
-        facts["hashes"] = _check_hashes(model)
+        facts["hashes"] = _check_hashes(model.folder if peft is None else peft.folder, weights)
     table = Table(Column(style="bold"), Column(overflow="fold"), box=None, show_header=False)
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))
     print_table(stdout_console(), table)
     source = options.source if options.source.startswith(PREFIX) else f"{PREFIX}{options.source}"
-    print(f'In a config: model=published("{source}"), imported from jaxinfra.hub, and init="{source}".')
+    base = source if peft is None else peft.source
+    print(f'In a config: model=published("{base}"), imported from jaxinfra.hub, and init="{source}".')
     outputs.write_json(options.json, facts)
 
 
@@ -60,6 +63,21 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
     return facts
 
 
+def _adapter_facts(peft: PeftAdapter) -> dict[str, str]:
+    """Describes an adapter; raises ConfigError if its matrices do not fit its base."""
+    peft.check()
+    tensors, adapter = peft.weights.tensors.values(), peft.config
+    count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors)
+    return {
+        "folder": peft.folder.url,
+        "adapter": f"{'DoRA' if adapter.dora else 'LoRA'} of rank {adapter.rank}, alpha {adapter.alpha:g}",
+        "targets": ", ".join(adapter.targets),
+        "base": f"{peft.source}, {peft.base.family.model_type}",
+        "parameters": f"{format_short(count)} in {len(tensors):,} tensors: each has its place",
+        "stored": format_bytes(sum(tensor.nbytes for tensor in tensors)),
+    }
+
+
 def _tokenizer_text(model: PublishedModel) -> str:
     """Describes the tokenizer; DataError if it does not fit the model."""
     if not model.folder.exists(TOKENIZER):
@@ -71,27 +89,25 @@ def _tokenizer_text(model: PublishedModel) -> str:
     return f"the tokenizer has {tokenizer.vocab_size:,}, and ends documents with {end}, texts with token {tokens}"
 
 
-def _check_hashes(model: PublishedModel) -> str:
+def _check_hashes(folder: ModelFolder, weights: Weights) -> str:
     """Compares each file with the receipt of its export; DataError if one differs."""
-    receipt = model.folder.read_or_none(RECEIPT)
+    receipt = folder.read_or_none(RECEIPT)
     if receipt is None:
-        raise DataError(
-            f"{model.folder.url_of(RECEIPT)}: missing, so there are no hashes to compare; leave --hashes out"
-        )
+        raise DataError(f"{folder.url_of(RECEIPT)}: missing, so there are no hashes to compare; leave --hashes out")
     try:
         files = json.loads(receipt)["files"]
         sizes = {name: entry["bytes"] for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{model.folder.url_of(RECEIPT)}: is no receipt of an export; export it again") from None
-    stored = {tensor.file for tensor in model.weights().tensors.values()}
+        raise DataError(f"{folder.url_of(RECEIPT)}: is no receipt of an export; export it again") from None
+    stored = {tensor.file for tensor in weights.tensors.values()}
     if sizes.keys() != stored or not all(type(size) is int and size > 0 for size in sizes.values()):
-        raise DataError(f"{model.folder.url_of(RECEIPT)}: is of other files; export it again")
+        raise DataError(f"{folder.url_of(RECEIPT)}: is of other files; export it again")
     for name, entry in files.items():
         found, buffer = hashlib.sha256(), np.empty(1 << 26, np.uint8)
         for start in range(0, entry["bytes"], len(buffer)):
             part = buffer[: entry["bytes"] - start]
-            model.folder.read_into(name, start, part)
+            folder.read_into(name, start, part)
             found.update(part)
         if found.hexdigest() != entry["sha256"]:
-            raise DataError(f"{model.folder.url_of(name)}: other bytes than were exported; export it again")
+            raise DataError(f"{folder.url_of(name)}: other bytes than were exported; export it again")
     return f"{format_files(len(files))} with the bytes that were exported"
