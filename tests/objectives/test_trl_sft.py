@@ -1,5 +1,6 @@
 """Tokens, loss and gradients of supervised fine-tuning against TRL's, in the chat templates of five models."""
 
+import functools
 import json
 import subprocess
 from pathlib import Path
@@ -49,10 +50,24 @@ def test_conversations_are_trained_on_as_by_trl(trl: Path, name: str) -> None:
         assert document.in_loss_N.tolist() == (labels_T[real_T == 1] >= 0).tolist()
     wanted = dict(jax.tree.leaves_with_path(as_params(arrays, "grad")))
     params = as_params(arrays, "trained")
+    program = small_llama()
+    # A row for each document, and one for all of them.
+    for row_of, shape in ((range(len(documents)), (5, 576)), ([0] * len(documents), (1, 1024))):
+        batch = rows([(document.ids_N, document.in_loss_N) for document in documents], row_of, shape)
+        with program.on_mesh, jax.default_matmul_precision("highest"):
+            grads, sums, _ = program.gradients(jax.tree.map(jnp.asarray, params), batch)
+        assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(arrays["loss"]), rel=1e-6)
+        for path, found in jax.tree.leaves_with_path(grads):
+            assert relative_error(found, wanted[path]) < 1e-5, jax.tree_util.keystr(path)
+
+
+@functools.cache
+def small_llama() -> Program:
+    """The program of all templates, so that it is compiled once."""
     run = Run(
         name="sft",
         model=decoder(
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=300,
             num_layers=2,
             hidden_size=16,
             num_heads=HEADS,
@@ -66,26 +81,25 @@ def test_conversations_are_trained_on_as_by_trl(trl: Path, name: str) -> None:
         mesh=MeshConfig(fsdp=1),
         train=TrainConfig(global_batch=1),
     )
-    program = Program(run, make_mesh(run.mesh, jax.devices()[:1]))
-    for row_of in (range(len(documents)), [0] * len(documents)):  # a row for each document, and one for all of them
-        batch = rows([(document.ids_N, document.in_loss_N) for document in documents], row_of)
-        with program.on_mesh, jax.default_matmul_precision("highest"):
-            grads, sums, _ = program.gradients(jax.tree.map(jnp.asarray, params), batch)
-        assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(arrays["loss"]), rel=1e-6)
-        for path, found in jax.tree.leaves_with_path(grads):
-            assert relative_error(found, wanted[path]) < 1e-5, jax.tree_util.keystr(path)
+    return Program(run, make_mesh(run.mesh, jax.devices()[:1]))
 
 
-def rows(documents: list[tuple[np.ndarray, np.ndarray]], row_of: range | list[int]) -> dict[str, jax.Array]:
-    """A batch with these documents, each at the end of the row that it is in."""
-    fields = ("inputs", "targets", "segments", "positions", "weights")
-    found: dict[str, list[list[float]]] = {field: [[] for _ in set(row_of)] for field in fields}
+def rows(
+    documents: list[tuple[np.ndarray, np.ndarray]], row_of: range | list[int], shape: tuple[int, int]
+) -> dict[str, jax.Array]:
+    """A batch `[B, T]` with these documents, each at the end of the row that it is in."""
+    types = {
+        "inputs": np.int32,
+        "targets": np.int32,
+        "segments": np.int32,
+        "positions": np.int32,
+        "weights": np.float32,
+    }
+    batch, ends = {field: np.zeros(shape, dtype) for field, dtype in types.items()}, [0] * shape[0]
     for number, ((ids_N, in_loss_N), row) in enumerate(zip(documents, row_of, strict=True)):
-        count = len(ids_N) - 1
-        values = (ids_N[:-1], ids_N[1:], np.full(count, number + 1), np.arange(count), in_loss_N[1:])
-        for field, value in zip(fields, values, strict=True):
-            found[field][row] += value.tolist()
-    length = max(map(len, found["inputs"]))
-    types = {"weights": jnp.float32}
-    padded = {field: [row + [0] * (length - len(row)) for row in of] for field, of in found.items()}
-    return {field: jnp.asarray(value, types.get(field, jnp.int32)) for field, value in padded.items()}
+        count, start = len(ids_N) - 1, ends[row]
+        values = (ids_N[:-1], ids_N[1:], number + 1, np.arange(count), in_loss_N[1:])
+        for field, value in zip(types, values, strict=True):
+            batch[field][row, start : start + count] = value
+        ends[row] += count
+    return {field: jnp.asarray(value) for field, value in batch.items()}
