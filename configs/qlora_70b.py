@@ -19,5 +19,5 @@ def config() -> Run:
         ),
         mesh=MeshConfig(fsdp=4, tensor=2),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=100), peak_lr=2e-4),
-        train=TrainConfig(steps=2000, global_batch=16, accumulate=2, eval_every=200),
+        train=TrainConfig(steps=2000, global_batch=16, accumulate=4, eval_every=200),
     )

@@ -16,7 +16,7 @@ from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh import abstract_mesh
-from jaxinfra.prepare.detect import Detected, detect
+from jaxinfra.prepare.detect import MIN_BYTES, Detected, detect
 from jaxinfra.prepare.documents.formats import Preference
 from jaxinfra.prepare.tokenizers import TrainBpe
 from jaxinfra.program import Program
@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> None:
     for file in (recipe_file, run_file):
         if file.exists():
             raise ConfigError(f"{file}: exists and is not overwritten; use --name ANOTHER")
-    detected = detect(options.path, f"stores/{name}")
+    # A few conversations tune a model.
+    detected = detect(options.path, f"stores/{name}", min_bytes=MIN_BYTES if options.base is None else 1)
     if options.base is not None:
         made = tuning(name, options.path, str(recipe_file), detected, options.base, full=options.full)
     elif options.full:

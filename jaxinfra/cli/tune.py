@@ -135,7 +135,7 @@ def _with_template(
     """Returns the format with a chat template, a note on it, and the special tokens that are added for it.
 
     The template is the model's own, if it says which tokens an answer has; else a preset whose tokens the model has;
-    else ChatML, whose tokens are added.
+    else ChatML, whose tokens are added. Raises ConfigError if the record fits none.
     """
     cause = "it has none"
     for template in (*templates_of(model), _ADDED):
@@ -143,8 +143,6 @@ def _with_template(
         try:
             own.to_documents(record)
         except (ConfigError, RecordError) as error:
-            if template in PRESETS:
-                raise
             cause = str(error)
             continue
         if template not in PRESETS:
@@ -153,7 +151,7 @@ def _with_template(
         added = () if has_tokens else load_template(template).special_tokens
         tokens = "whose tokens the model has" if has_tokens else f"whose tokens {' and '.join(added)} are added"
         return own, f"; template {template}, {tokens}, and not its own: {cause}", added
-    raise AssertionError("the last template is a preset")
+    raise ConfigError(f"the first record fits no chat template of {model.folder.url}: {cause}")
 
 
 def _vocab_size(model: PublishedModel, added: int) -> int:

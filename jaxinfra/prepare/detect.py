@@ -43,10 +43,10 @@ class Detected:
     text_bytes: int  # about how much text there is, in bytes
 
 
-def detect(path: str, store: str) -> Detected:
+def detect(path: str, store: str, *, min_bytes: int = MIN_BYTES) -> Detected:
     """Makes a recipe for a local folder or file; reads the first record, and lists the files.
 
-    Raises ConfigError if the place holds no text that `data prepare` can read.
+    Raises ConfigError if the place holds no text that `data prepare` can read, or less than `min_bytes`.
     """
     place = Path(path)
     if "://" in path:
@@ -63,8 +63,8 @@ def detect(path: str, store: str) -> Detected:
     root = place if place.is_dir() else place.parent
     is_dataset = root / "dataset_dict.json" in sizes or root / "state.json" in sizes
     source, format, validation, found, text_bytes = (_hugging_face if is_dataset else _files)(path, sizes)
-    if text_bytes < MIN_BYTES:
-        raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {MIN_BYTES:,} bytes of text")
+    if text_bytes < min_bytes:
+        raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {min_bytes:,} bytes of text")
     held_out = {LastDocuments: "the last 5 % of the text, whole documents if it can", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
     special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat | Preference) else ()

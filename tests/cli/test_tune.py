@@ -160,6 +160,8 @@ def test_a_template_that_does_not_say_what_an_answer_is_gives_way_to_a_preset(tm
 def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "words")
     refused(launch("new", "talks.jsonl", "--from", "hf:nowhere"), "hf:nowhere no such folder")
+    Path("odd.jsonl").write_text(json.dumps({"messages": [{"role": "robot", "content": "a"}]}) + "\n")
+    refused(launch("new", "odd.jsonl", "--from", "hf:model"), "first record model message 1 robot")
     refused(launch("new", "talks.jsonl", "--full"), "--full --from")
     refused(launch("new", "pairs.jsonl"), "pairs.jsonl --from")
     assert not Path("configs").exists()
