@@ -115,7 +115,7 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         batch=_BATCH,
         eval_every=max(steps // 4, 1),
     )
-    kinds = "" if full else " --adapter"
+    kinds = "" if full else " --merge" if added else " --adapter"
     is_text = not isinstance(format, Chat | Preference)
     return Tuning(
         recipe=recipe,
@@ -137,7 +137,7 @@ def _with_template(
     The template is the model's own, if it says which tokens an answer has; else a preset whose tokens the model has;
     else ChatML, whose tokens are added. Raises ConfigError if the record fits none.
     """
-    cause = "it has none"
+    cause = "none"
     for template in (*templates_of(model), _ADDED):
         own = replace(format, template=template)
         try:
@@ -150,7 +150,7 @@ def _with_template(
         has_tokens = template in _presets_of(model)
         added = () if has_tokens else load_template(template).special_tokens
         tokens = "whose tokens the model has" if has_tokens else f"whose tokens {' and '.join(added)} are added"
-        return own, f"; template {template}, {tokens}, and not its own: {cause}", added
+        return own, f"; template {template}, {tokens} (its own: {cause.partition('; ')[0]})", added
     raise ConfigError(f"the first record fits no chat template of {model.folder.url}: {cause}")
 
 
