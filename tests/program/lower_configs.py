@@ -28,7 +28,7 @@ def traced(path: str) -> dict[str, Any]:
     built = program(path, "tpu")
     with built.on_mesh:
         built.train_step.trace(built.state, built.batch)
-        built.eval_step.trace(built.state.params, built.batch)
+        built.eval_step.trace(built.state.params, built.batch, built.state.reference)
         built.init.trace(jax.eval_shape(lambda: jax.random.key(0)))
     return {"backend": _backend()}
 
