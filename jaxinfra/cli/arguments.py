@@ -82,6 +82,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept-change", action="store_true", help=what)
     what = "compile the steps of this config into the compile cache, and train nothing"
     parser.add_argument("--compile-only", action="store_true", help=what)
+    what = "train a run for each value, one after the other; repeatable, for all combinations (docs/transfer.md)"
+    parser.add_argument("--sweep", metavar="FIELD=A,B[,...]", action="append", default=[], help=what)
     supervised = parser.add_argument_group("restarts")
     what = "start the run again when it is stopped, killed or loses a process, but not at an error that would recur"
     supervised.add_argument("--supervise", action="store_true", help=what)
@@ -403,6 +405,22 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
 
 
+def _add_coordinate_check(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, example="optim.parametrization=mup optim.base_width=64")
+    what = "the widths, at least two (default 64,128,256,512)"
+    parser.add_argument("--widths", type=_widths, default=(64, 128, 256, 512), metavar="N,N[,...]", help=what)
+    add_int(parser, "--steps", 1, default=10, metavar="N", help="steps at each width (default %(default)s)")
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    """Parses rising widths."""
+    words = text.split(",")
+    widths = tuple(int(word) for word in words if word.isdecimal() and int(word))
+    if len(widths) < max(2, len(words)) or sorted({*widths}) != [*widths]:
+        raise ConfigError(f"--widths {text}: expected rising numbers; use --widths 64,128,256,512")
+    return widths
+
+
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
@@ -443,5 +461,10 @@ COMMANDS = {
     "checkpoints": Command(_add_checkpoints, "list, verify, compare, prune or copy the checkpoints of a run"),
     "report": Command(_add_report, "write the page of a run in any state, or one that compares several"),
     "diff": Command(_add_diff, "compare two configs or run records"),
+    "coordinate-check": Command(
+        _add_coordinate_check,
+        "train at several widths for a few steps, and say which activations grow (muP)",
+        "jaxinfra.cli.coordinate_check",
+    ),
     "parity": Command(_add_parity, "compare loss and gradients on each mesh to those of one device, and in processes"),
 }

@@ -11,7 +11,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from jaxinfra.cli import config_argument
+from jaxinfra.cli import config_argument, sweep
 from jaxinfra.cli.main import parse_command_line
 from jaxinfra.config import validate
 from jaxinfra.interop.folder import is_published
@@ -26,6 +26,8 @@ from jaxinfra.user_code import ending_of
 
 def run_location(options: argparse.Namespace) -> str | None:
     """Returns the directory or URL of the run; None for a command without a run of its own."""
+    if options.command == "train" and options.sweep:
+        return sweep.folder(options)
     if options.command == "train":
         run = _load(options)
         return join_location(run.root, run.name)

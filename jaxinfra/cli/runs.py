@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 
+from jaxinfra.cli.sweep_table import print_sweep, read_sweep
 from jaxinfra.command import COMMAND, command_line
 from jaxinfra.errors import ConfigError
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
@@ -28,6 +29,9 @@ def run(options: argparse.Namespace) -> None:
     for option in ("project", "zone", "prices"):
         if value := getattr(options, option):
             raise ConfigError(f"--{option} {value}: is for machines of a cloud; add --place tpu-vm or --place gce")
+    if (sweep := read_sweep(root)) is not None:
+        print_sweep(root, sweep, plots=True)
+        return
     runs = list_runs(root) if root != "runs" or os.path.exists(root) else []
     if not runs:
         example = "configs/quickstart.py" if os.path.exists("configs/quickstart.py") else "init"

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from jaxinfra.cli import config_argument
+from jaxinfra.cli import config_argument, sweep
 from jaxinfra.command import command_line
 from jaxinfra.config.classes import user_classes
 from jaxinfra.errors import ConfigError
@@ -20,6 +20,8 @@ def run(options: argparse.Namespace) -> None:
     """Trains or resumes, plots the loss, and says what to do next; or only compiles."""
     if options.elastic is not None:
         raise ConfigError(f"--elastic {'..'.join(map(str, options.elastic))}: needs a supervisor; add --supervise")
+    if options.sweep:
+        return sweep.run(options)
     command = ["python", "-m", "launch", *options.argv]
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)

@@ -16,6 +16,8 @@ from jaxinfra.config.schema import choice_name, conform, is_choice, is_config, i
 from jaxinfra.config.text import format_value, join, same
 from jaxinfra.storage.credentials import mask_credentials, mask_tree
 
+# Leaves that a fingerprint leaves out at these values, as it did before they existed.
+_ADDED = {"optim.parametrization": "standard", "optim.base_width": "none"}
 ABSENT = "absent"  # in a difference, the value of the config that does not have the path
 
 
@@ -99,6 +101,7 @@ def fingerprint(root: object) -> str:
 
     They are the start of the SHA-256 of the JSON of all leaves as text, sorted by path.
     """
-    kept = config_leaves(root, fingerprinted_only=True)
+    texts = config_leaves(root, fingerprinted_only=True)
+    kept = {path: text for path, text in texts.items() if _ADDED.get(path) != text}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -2,9 +2,10 @@
 
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, override
+from typing import TYPE_CHECKING, Any, ClassVar, Self, override
 
-from jaxinfra.config import Extensible, Problem
+from jaxinfra.config import Extensible, Problem, leaves
+from jaxinfra.config.overrides import apply
 from jaxinfra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +58,19 @@ class ModelConfig(Extensible):
         Maps the name of a field to the size of the dimension and its logical axis.
         """
         return {}
+
+    def with_width(self, width: int) -> Self:
+        """Returns the model with another `hidden_size`, and with MLPs and heads in proportion: wider heads, or more."""
+        values, sizes = leaves(self), {"hidden_size": width}
+        for path, (size, axis) in self.sharded_dims.items():
+            is_wider = values.get(f"{path.rpartition('.')[0]}.head_dim", 0) is None
+            if axis in (("embed", "mlp") if is_wider else ("embed", "mlp", "heads", "kv_heads")):
+                sizes.setdefault(path, max(1, round(size * width / int(str(values["hidden_size"])))))
+        return apply(self, [f"{path}={size}" for path, size in sizes.items()])
+
+    def in_mup(self, ratio: float) -> Self:
+        """Returns the model with the factors on activations of muP, at `ratio` times the base width."""
+        return self
 
     def positions(self, data: Any) -> int:
         """Returns the number of positions in the activations of one sample."""

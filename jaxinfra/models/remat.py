@@ -1,6 +1,7 @@
 """Rematerialization: what a layer saves for the backward pass, and what is computed again."""
 
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,8 +54,13 @@ def save_dot(y: jax.Array) -> jax.Array:
     return checkpoint_name(y, DOT)
 
 
+WATCH: ContextVar[Callable[[TensorName, jax.Array], None]] = ContextVar("WATCH", default=lambda name, x: None)
+"""Called with each named tensor while a model is traced."""
+
+
 def name_tensor(x: jax.Array, name: TensorName) -> jax.Array:
-    """Names a tensor of a layer for `Named`."""
+    """Names a tensor of a layer for `Named` and `WATCH`."""
+    WATCH.get()(name, x)
     return checkpoint_name(x, name)
 
 

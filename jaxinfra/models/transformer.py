@@ -5,10 +5,11 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Protocol, override
+from typing import Annotated, ClassVar, Literal, Protocol, Self, override
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
+from jaxinfra.config.overrides import apply
 from jaxinfra.models.layers import FeedForward, NormConfig
 from jaxinfra.models.mixer import Mixer
 from jaxinfra.models.model import LayeredModelConfig
@@ -151,6 +152,16 @@ class TransformerConfig(LayeredModelConfig):
         for field in ("layers", "first_layers"):
             for index, layer in enumerate(getattr(self, field)):
                 yield f"{field}.{index}.", layer
+
+    @override
+    def in_mup(self, ratio: float) -> Self:
+        changes = [f"logits_scaling={self.logits_scaling * ratio!r}"] if self.tie_embeddings else []
+        for prefix, layer in self._declared_layers():
+            attention = layer.mixer.attention(self.hidden_size)
+            if attention is not None and getattr(layer.mixer, "head_dim", 0) is None:  # heads are wider, not more
+                scale = getattr(layer.mixer, "query_scale", None) or attention[1].head_dim ** -0.5
+                changes.append(f"{prefix}mixer.query_scale={scale * ratio**-0.5!r}")
+        return self if ratio == 1 else apply(self, changes)
 
     def problems(self) -> Iterable[Problem]:
         """Yields sizes that are not divisible, and options that conflict or need another option."""

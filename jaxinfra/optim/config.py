@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Gt
 
 from jaxinfra.config import NOT_FINGERPRINTED, Extensible, Problem
-from jaxinfra.config.limits import DecayRate, PositiveFloat
+from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
 from jaxinfra.parallel.rules import Role
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import optax
 
-    from jaxinfra.parallel.spec import PyTree
+    from jaxinfra.parallel.spec import ParamSpec, PyTree
 
 
 class Optimizer(Extensible, ABC):
@@ -42,6 +42,10 @@ class Optimizer(Extensible, ABC):
         It must not scale by a learning rate or by -1: use `optax.scale_by_adam`, not `optax.adam`. Create the state
         with `jnp.zeros_like(param)`, so that it is sharded like the parameters. `specs` are their `ParamSpec`s.
         """
+
+    def width_factor(self, spec: "ParamSpec") -> float:
+        """Returns the factor of muP on the updates of a parameter, by its fans; this one if their size is fixed."""
+        return 1 / spec.fan_in
 
     def problems_in_bfloat16(self) -> Iterable[Problem]:
         """Yields reasons not to store the state in bfloat16; field paths start at `OptimConfig`."""
@@ -86,6 +90,8 @@ class OptimConfig:
         optimizer: the update rule.
         schedule: the learning rate as a fraction of the peak.
         peak_lr: the highest learning rate.
+        parametrization: "mup" keeps the best `peak_lr` the same at all widths (see docs/transfer.md).
+        base_width: the `model.hidden_size` at which "mup" is the same run as "standard".
         clip_norm: limit on the global norm of the gradient; None for no limit.
         ema_decay: decay of the moving average of parameters; None keeps no average.
         state_dtype: dtype of the stored optimizer state; computation is in float32.
@@ -97,6 +103,8 @@ class OptimConfig:
     optimizer: Optimizer = field(default_factory=Optimizer.default)
     schedule: LRSchedule = field(default_factory=LRSchedule.default)
     peak_lr: PositiveFloat = 3e-4
+    parametrization: Literal["standard", "mup"] = "standard"
+    base_width: PositiveInt | None = None
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     ema_decay: DecayRate | None = None
     state_dtype: Literal["float32", "bfloat16"] = "float32"

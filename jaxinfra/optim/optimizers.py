@@ -6,6 +6,8 @@ Weight decay is decoupled: it is multiplied by the learning rate (Loshchilov & H
 parameters whose role is in `OptimConfig.decay_roles`. Update t (from 0) uses the learning rate of step t.
 """
 
+import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, override
@@ -82,6 +84,11 @@ class Adafactor(Optimizer):
         return optax.chain(scaled, scale_by_param_rms(specs, min_rms=self.min_param_rms))
 
     @override
+    def width_factor(self, spec: ParamSpec) -> float:
+        own = 0 if not self.scale_by_param else 1 if spec.fan_out == 1 else 0.5  # power of the parameter's size
+        return spec.fan_in ** (own - 1)
+
+    @override
     def problems_in_bfloat16(self) -> Iterable[Problem]:
         yield Problem(
             fields=("state_dtype", "optimizer.decay_power"),
@@ -141,6 +148,10 @@ class SGD(Optimizer):
     def transform(self, specs: PyTree) -> optax.GradientTransformation:
         return optax.identity() if self.momentum == 0 else optax.trace(self.momentum, self.nesterov)
 
+    @override
+    def width_factor(self, spec: ParamSpec) -> float:
+        raise ConfigError("optim.parametrization=mup: is for updates of a fixed size; use optim.optimizer=adamw")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Optimizer):
@@ -184,6 +195,13 @@ class Muon(Optimizer):
         labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs)
         return optax.partition({"muon": matrices, "adamw": others}, labels)
 
+    @override
+    def width_factor(self, spec: ParamSpec) -> float:
+        if not is_hidden_matrix(spec):
+            return 1 / spec.fan_in
+        growth = spec.fan_out / spec.fan_in  # of the square of the norm (Yang, Simon & Bernstein 2023, section 3)
+        return math.sqrt(growth / (max(spec.fan_in, spec.fan_out) if self.scale == "rms" else max(1.0, growth)))
+
 
 def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformation:
     """Makes the optax chain of a run of `steps` steps, without clipping; `specs` are the `ParamSpec`s.
@@ -195,7 +213,10 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
 
     def chain(specs: PyTree) -> optax.GradientTransformation:
         decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs)
-        links = [_transform(optim.optimizer, specs)]
+        links: list[optax.GradientTransformation] = [_transform(optim.optimizer, specs)]
+        if optim.parametrization == "mup":  # before weight decay, which does not depend on the width
+            factors = jax.tree.map(optim.optimizer.width_factor, specs)
+            links.append(optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, factors)))
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))

@@ -46,6 +46,7 @@ class ParamSpec:
         out_dims: output dimensions of the matmul.
         state: "trained" by the optimizer, "frozen" at its initial value, or a "buffer" that the model updates.
         dtype: dtype of its own, as of a buffer; None is `precision.params`, or `precision.frozen` if it is frozen.
+        fan_in, fan_out: sizes of these dimensions over those at the base width (see `optim.mup`).
     """
 
     shape: tuple[int, ...]
@@ -56,6 +57,8 @@ class ParamSpec:
     out_dims: tuple[int, ...] = ()
     state: ParamState = "trained"
     dtype: str | None = None
+    fan_in: float = 1.0
+    fan_out: float = 1.0
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)

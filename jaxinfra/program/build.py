@@ -8,6 +8,7 @@ from flax import nnx
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.adapt import attach, pack_weights
 from jaxinfra.models.module import Module
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, ParamSpecs, PyTree, freeze, leaf_name, leaves_by_name, matching_paths
 from jaxinfra.run import Run
@@ -22,7 +23,7 @@ def build_module(run: Run, partitioner: Partitioner) -> Module:
     Raises ConfigError if the model does not fit the partitioner, or an adapter the model.
     """
     with user_code_errors(type(run.model), "model"):
-        module = run.model.build(partitioner)
+        module = run.model.in_mup(run.width_ratio).build(partitioner)
     if not isinstance(module, nnx.Module):
         raise ConfigError(f"{type(run.model).__name__}.build: returned {type(module).__name__}; return a Module")
     if run.adapter is not None:
@@ -50,3 +51,12 @@ def declared_params(run: Run, module: nnx.Module) -> tuple[ParamSpecs, PyTree]:
 
     specs = declared if run.adapter is None else jax.tree.map(freeze_base, declared, paths)
     return freeze(specs, paths, run.optim.frozen), paths
+
+
+def narrow_module(run: Run, partitioner: Partitioner) -> tuple[Module, ParamSpecs] | None:
+    """Returns the module of a run at the base width of muP, for no mesh, and its parameters; None if it is the same."""
+    if run.width_ratio == 1:
+        return None
+    narrow = replace(run, model=run.model.with_width(run.optim.base_width or 1))
+    module = build_module(narrow, replace(partitioner, mesh=MeshConfig(fsdp=1)))
+    return module, declared_params(narrow, module)[0]

@@ -20,6 +20,7 @@ from jaxinfra.models.adapt import packed_paths
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.ops.packed import pack_onto
+from jaxinfra.optim import mup
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
@@ -36,7 +37,7 @@ from jaxinfra.parallel.spec import (
     param_key,
     select_trainable,
 )
-from jaxinfra.program.build import build_module, declared_params
+from jaxinfra.program.build import build_module, declared_params, narrow_module
 from jaxinfra.program.canonical_engine import CanonicalEngine
 from jaxinfra.program.engine import GradientEngine, Gradients, PlainEngine
 from jaxinfra.program.loss import Batch, ModelLoss, Sums
@@ -116,6 +117,9 @@ class Program:
         # declaration, and the `PartitionSpec` that it is stored with.
         self.graphdef, _ = nnx.split(self.module)
         self.specs, self._paths = declared_params(run, self.module)
+        if (narrow := narrow_module(run, self.partitioner)) is not None:
+            self.specs = mup.with_growth(self.specs, narrow[1])
+        self._narrow = narrow
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         self.loss = ModelLoss(run, self.module, self.graphdef, self.specs, unroll_loops=self.partitioner.unroll_loops)
         self.engine = _make_engine(self.loss, self.partitioner, self._stored, with_digests=with_digests)
@@ -303,14 +307,18 @@ class Program:
             return self.train_step.trace(self.state, self.batch).lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array, shardings: PyTree) -> Params:
-        params = self.module.init_params(key, shardings)
-        if params is not None:  # a module of Flax, which has no `ParamSpec`s with initializers
-            return params
-
         def init_param(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
             return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
 
-        return jax.tree.map(init_param, self._paths, self.specs, shardings)
+        def draw(module: Module, specs: PyTree, shardings: PyTree) -> Params:
+            params = module.init_params(key, shardings)  # of Flax, without `ParamSpec`s with initializers; else None
+            return jax.tree.map(init_param, self._paths, specs, shardings) if params is None else params
+
+        params = draw(self.module, self.specs, shardings)
+        if self._narrow is None:
+            return params
+        narrow = draw(*self._narrow, jax.tree.map(lambda _: PartitionSpec(), self._paths))
+        return mup.rescale(params, narrow, self.specs, self.run.width_ratio)
 
     def _from_params(self, params: Params) -> TrainState:
         """Returns the state before the first step."""

@@ -87,6 +87,12 @@ class Run:
     watchdog: Annotated[WatchdogConfig, NOT_FINGERPRINTED] = WatchdogConfig()
 
     @property
+    def width_ratio(self) -> float:
+        """The model's width over the base width of muP; 1 without muP."""
+        base = self.optim.base_width if self.optim.parametrization == "mup" else None
+        return 1.0 if base is None else getattr(self.model, "hidden_size", base) / base
+
+    @property
     def mesh_fit(self) -> MeshFit:
         """The sizes that must be divisible by mesh axes."""
         dims = {f"model.{name}": dim for name, dim in self.model.sharded_dims.items()}
@@ -130,6 +136,12 @@ class Run:
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
         yield from self.profile.problems_in_run(self.train.steps, "profile.")
         yield from self._canonical_problems()
+        published = self.adapter is not None or (self.init or "").startswith("hf:")
+        lacks = published or self.optim.base_width is None or not hasattr(self.model, "hidden_size")
+        if self.optim.parametrization == "mup" and lacks:
+            message = "muP needs a base width, a model with a field hidden_size, and no published weights"
+            fix = "use optim.base_width=128, or optim.parametrization=standard"
+            yield Problem(fields=("optim.parametrization", "model", "init"), message=message, fix=fix)
         model, objective, data = self.model, self.objective, self.data
         if model.modality not in (None, data.modality):
             message = f"the model reads {model.modality}s, the data has {data.modality}s"

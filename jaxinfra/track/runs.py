@@ -52,10 +52,12 @@ class RunOverview:
     total_steps: int | None = None  # `train.steps` of its config
     loss: float | None = None  # training loss, the mean of the steps since a logged one, in nats
     best_validation: float | None = None  # smallest validation loss, in nats
+    last_validation: float | None = None  # the last one
     units_per_s: float | None = None  # throughput at the last logged step, in tokens or images
     goodput: float | None = None  # time of steps that were not lost, as a fraction of all since the first start
     age_s: float = 0.0  # since the last change of its metrics or record, in a bucket since its last start
     source: str = ""  # the config file or record that it was started with
+    fingerprint: str = ""  # of the config
     config: Mapping[str, str] = field(default_factory=dict)  # the text of each field by its path
 
 
@@ -136,10 +138,12 @@ def run_overview(folder: Path, location: str) -> RunOverview:
         total_steps=record.get("config", {}).get("train", {}).get("steps"),
         loss=summary.get("final_loss", shown_metrics(last).get("loss")),  # a stop may be between two logged steps
         best_validation=min(validations, default=None),
+        last_validation=validations[-1] if validations else None,
         units_per_s=next((value for name, value in last.items() if name.endswith("s_per_s")), None),
         goodput=None if math.isnan(goodput) else goodput,
         age_s=age_s,
         source=os.path.normpath(str(record.get("source", location))),
+        fingerprint=str(record.get("fingerprint", "")),
         config=config_leaves(record["config"]),
     )
 

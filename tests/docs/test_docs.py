@@ -5,6 +5,7 @@ process together. A command that trains, samples or evaluates in another variati
 The copy has the packages of the tests and nothing installed of itself; `.ci/run` proves what is installed from nothing.
 """
 
+import itertools
 import json
 import os
 import re
@@ -52,6 +53,14 @@ RUN_ELSEWHERE = {
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_aot.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_aot.py",
     "python -m launch plan configs/llama3_8b.py --on v5p:4x4x4": "tests/cli/test_plan.py",
+    "python -m launch configs/quickstart.py name=narrow optim.optimizer=adamw optim.parametrization=mup "
+    "optim.base_width=64 model.hidden_size=64 model.layers.mlp.dim=176 --sweep optim.peak_lr=6e-3,9e-3,1.35e-2,2e-2": (
+        "tests/cli/test_sweep.py"
+    ),
+    "python -m launch runs runs/narrow-sweep": "tests/cli/test_sweep.py",
+    "python -m launch coordinate-check configs/quickstart.py optim.parametrization=mup optim.base_width=64": (
+        "tests/cli/test_sweep.py"
+    ),
 }
 VARIATIONS = (
     "python -m launch configs/quickstart.py train.steps=800 optim.peak_lr=3e-3",
@@ -70,6 +79,12 @@ VARIATIONS = (
     "python -m launch configs/story.py name=story-tasks train.eval_tasks=tasks/kings.yaml train.eval_every=50",
     "python -m launch configs/quickstart.py name=emulated train.steps=30 --devices cpu:8",
     "python -m launch configs/story.py name=story-on init=runs/story data.seed=1 train.steps=60",
+    "python -m launch configs/quickstart.py optim.optimizer=adamw optim.parametrization=mup optim.base_width=64 "
+    "optim.peak_lr=1.35e-2",
+    "python -m launch configs/quickstart.py optim.optimizer=adamw optim.parametrization=mup optim.base_width=64 "
+    "model.layers.mixer.num_heads=4 data.seq_len=64 train.global_batch=8 train.steps=100 train.eval_every=none "
+    'train.eval_samples=64 --sweep "model.hidden_size=64,128,256,512 model.layers.mlp.dim=128,256,512,1024" '
+    "--sweep optim.peak_lr=6e-3,9e-3,1.35e-2,2e-2",
     "python -m launch configs/quickstart.py name=tracked track.wandb.project=words track.wandb.mode=offline",
 )
 """Commands that are only parsed: each does again what another command does, with other options."""
@@ -125,7 +140,8 @@ CONFIG_COMMANDS = [c for c in ALL if " configs/" in c and " diff " not in c and 
 
 @pytest.mark.parametrize("command", CONFIG_COMMANDS)
 def test_configs_and_overrides_in_commands_are_right(command: str) -> None:
-    words = [word for word in shlex.split(command) if word.startswith("configs/") or "=" in word]
+    fields = itertools.pairwise(shlex.split(command))
+    words = [word for before, word in fields if before != "--sweep" and (word.startswith("configs/") or "=" in word)]
     load(ROOT / words[0], words[1:], **({} if words[0].startswith("configs/data/") else {"root": Run}))
 
 

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
                 )
             else:
                 export = Export(
-                    config=require_text(model.run)[0],
+                    config=require_text(model.run)[0].in_mup(model.run.width_ratio),
                     params=merged_params(program, loaded.params) if options.merge else loaded.params,
                     source=about,
                     tokenizer=model.tokenizer,

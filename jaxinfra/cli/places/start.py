@@ -98,6 +98,8 @@ def _start(
 
 def _check_processes(options: argparse.Namespace) -> None:
     """Raises ConfigError for options of this machine's processes."""
+    if options.sweep:
+        raise ConfigError(f"--sweep {options.sweep[0]}: trains on this machine; leave out --place")
     for name, none in (("processes", 1), ("coordinator", None), ("process_id", None), ("of", None)):
         if (value := getattr(options, name)) != none:
             option = f"--{name.replace('_', '-')} {value}"
