@@ -5,6 +5,7 @@ from .config import Problem, load, validate
 from .data.image_data import ImageData
 from .data.in_memory import ArrayData
 from .data.interfaces import ArraySpec, DataConfig
+from .data.labeled import LabeledData
 from .data.mixture import MixSource, Mixture
 from .data.pairs import PairData
 from .data.tokens import TokenData
@@ -23,7 +24,9 @@ from .models.vit import VisionTransformerConfig
 from .objectives.causal_lm import CausalLM
 from .objectives.classification import Classification
 from .objectives.dpo import DPO
+from .objectives.kto import KTO
 from .objectives.objective import Apply, Objective, WithReference
+from .objectives.orpo import ORPO
 from .ops.logits import FactoredLogits
 from .ops.rope import Rope
 from .optim.config import LRSchedule, OptimConfig, Optimizer
@@ -60,7 +63,9 @@ __all__ = [
     "GatedDeltaNet",
     "ImageData",
     "InverseSqrt",
+    "KTO",
     "LRSchedule",
+    "LabeledData",
     "LatentAttention",
     "Layer",
     "Linear",
@@ -75,6 +80,7 @@ __all__ = [
     "Module",
     "Muon",
     "NormConfig",
+    "ORPO",
     "Objective",
     "OptimConfig",
     "Optimizer",

@@ -85,7 +85,7 @@ def _restore(trainer: Trainer, source: str) -> tuple[int, str]:
         params=loaded.params,
         opt_state=(),
         ema=None,  # the parameters are the averaged ones if the run keeps an average
-        reference=_reference(trainer, source, loaded.step) if trainer.run.objective.uses_reference else None,
+        reference=_reference(trainer, source, loaded.step) if trainer.program.keeps_reference else None,
     )
     return loaded.step, loaded.fingerprint
 

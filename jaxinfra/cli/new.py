@@ -17,7 +17,6 @@ from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.prepare.detect import MIN_BYTES, Detected, detect
-from jaxinfra.prepare.documents.formats import Preference
 from jaxinfra.prepare.tokenizers import TrainBpe
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig, with_mesh_size
@@ -46,10 +45,9 @@ def run(options: argparse.Namespace) -> None:
         made = tuning(name, options.path, str(recipe_file), detected, options.base, full=options.full)
     elif options.full:
         raise ConfigError("--full: is for a model that is tuned; name it with --from hf:ORG/NAME")
-    elif isinstance(detected.recipe.format, Preference):
-        raise ConfigError(
-            f"{options.path}: has pairs of answers; name the model that they tune with --from hf:ORG/NAME"
-        )
+    elif (kind := detected.recipe.format.kind) != "text":
+        what = {"pairs": "pairs of answers", "labeled": "completions with labels"}[kind]
+        raise ConfigError(f"{options.path}: has {what}; name the model that they tune with --from hf:ORG/NAME")
     else:
         made = _small_model(name, options.path, str(recipe_file), detected)
     recipe_text = source_code(made.recipe, f"Tokenizes {options.path}.", comments=_RECIPE_COMMENTS)

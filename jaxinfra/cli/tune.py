@@ -10,7 +10,7 @@ from jaxinfra.interop.folder import is_published
 from jaxinfra.prepare.detect import Detected, first_record
 from jaxinfra.prepare.documents.chat_template import PRESETS, load_template
 from jaxinfra.prepare.documents.document import RecordError
-from jaxinfra.prepare.documents.formats import Chat, Preference
+from jaxinfra.prepare.documents.formats import Chat, Labeled, Preference
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Fields
 from jaxinfra.prepare.tokenizers import TokenizerFile
@@ -19,10 +19,11 @@ _BYTES_PER_TOKEN = 4  # of a tokenizer that was trained on much text
 _SEQ_LEN, _BATCH = 1024, 16
 _EPOCHS, _MIN_STEPS = {Chat: 2, Preference: 1}, 20
 _ADDED = "chatml"  # the template of a model that has none: its tokens are added
+_CLASSES = {"text": ("TokenData",), "pairs": ("PairData", "DPO"), "labeled": ("LabeledData", "KTO")}
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 # Learning rates by what is trained: an adapter's are ten times those of all parameters (Schulman 2025, "LoRA without
-# regret"); those of DPO are far smaller (Rafailov et al. 2023, appendix B).
+# regret"); those of DPO and KTO are far smaller (Rafailov et al. 2023, appendix B).
 _PEAK_LR = {(Chat, True): 2e-4, (Chat, False): 2e-5, (Preference, True): 5e-6, (Preference, False): 5e-7}
 
 _CONFIG = '''\
@@ -76,23 +77,24 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     end = model.tokenizer().end_of_document
     tokenizer = TokenizerFile(path=model.folder.url_of(TOKENIZER), end_of_document=end)
     recipe, note, added = replace(detected.recipe, tokenizer=tokenizer), "", tuple[str, ...]()
-    format, is_pairs = recipe.format, isinstance(recipe.format, Preference)
-    if isinstance(format, Chat | Preference):
+    format, is_judged = recipe.format, recipe.format.kind != "text"
+    if isinstance(format, Chat | Preference | Labeled):
         format, note, added = _with_template(format, first_record(recipe.source), model)
-        packs = () if is_pairs else (PackSpec(seq_len=seq_len),)
+        packs = () if is_judged else (PackSpec(seq_len=seq_len),)
         recipe = replace(recipe, tokenizer=replace(tokenizer, special_tokens=added), format=format, packs=packs)
     vocab_size = _vocab_size(model, len(added)) if added else model.config.vocab_size
     embeddings = '"embedding",' if model.config.tie_embeddings else '"embedding", "unembedding"'
     also = f", trained=({embeddings})" if added else ""
-    kind = Preference if is_pairs else Chat
+    kind = Preference if is_judged else Chat
     epochs = _EPOCHS[kind]
     tokens_per_step = _BATCH * seq_len
     steps = max(round(epochs * detected.text_bytes / _BYTES_PER_TOKEN / tokens_per_step), _MIN_STEPS)
-    data_class = "PairData" if is_pairs else "TokenData"
-    packing = ', packing="best_fit"' if recipe.packs else ""
-    names = ["AdamW", "Cosine", "OptimConfig", "Run", "TrainConfig", data_class, *(["DPO"] if is_pairs else [])]
+    data_class, *objective = _CLASSES[recipe.format.kind]
+    packing = ', packing="best_fit"' if recipe.packs else ", cached_reference=True" if is_judged else ""
+    names = ["AdamW", "Cosine", "OptimConfig", "Run", "TrainConfig", data_class, *objective]
     trained = "all parameters" if full else "a LoRA adapter"
-    by = {Chat: "its answers", Preference: "preferred answers, with DPO"}.get(type(format), "its text")
+    by = {Chat: "its answers", Preference: "preferred answers, with DPO", Labeled: "labeled answers, with KTO"}
+    by = by.get(type(format), "its text")
     config = _CONFIG.format(
         source=json.dumps(source, ensure_ascii=False),
         about=f"Tunes {source} on {path}: {trained}, on {by}".replace("\\", "/").replace('"', "'"),
@@ -108,7 +110,7 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         recipe_file=recipe_file,
         seq_len=seq_len,
         packing=packing,
-        objective="        objective=DPO(beta=0.1),\n" if is_pairs else "",
+        objective="".join(f"        objective={name}(beta=0.1),\n" for name in objective),
         warmup=min(20, steps // 10),
         peak_lr=_PEAK_LR[kind, not full],
         steps=steps,
@@ -116,7 +118,7 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         eval_every=max(steps // 4, 1),
     )
     kinds = "" if full else " --merge" if added else " --adapter"
-    is_text = not isinstance(format, Chat | Preference)
+    is_text = not isinstance(format, Chat | Preference | Labeled)
     return Tuning(
         recipe=recipe,
         config=config,
@@ -129,9 +131,9 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     )
 
 
-def _with_template(
-    format: Chat | Preference, record: Fields, model: PublishedModel
-) -> tuple[Chat | Preference, str, tuple[str, ...]]:
+def _with_template[F: Chat | Preference | Labeled](
+    format: F, record: Fields, model: PublishedModel
+) -> tuple[F, str, tuple[str, ...]]:
     """Returns the format with a chat template, a note on it, and the special tokens that are added for it.
 
     The template is the model's own, if it says which tokens an answer has; else a preset whose tokens the model has;

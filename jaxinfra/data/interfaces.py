@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -80,6 +80,14 @@ class Dataset(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsReferences(Protocol):
+    """A dataset that keeps what a reference gives for each sample, by split, unless `references` is None."""
+
+    references: dict[str, np.ndarray] | None
+    store: Any  # a `data.store.Store`
+
+
 class DataConfig(Extensible, ABC):
     """Configures what a run reads: a frozen dataclass that inherits from this class.
 
@@ -96,6 +104,7 @@ class DataConfig(Extensible, ABC):
         "jaxinfra.data.mixture:Mixture",
         "jaxinfra.data.image_data:ImageData",
         "jaxinfra.data.pairs:PairData",
+        "jaxinfra.data.labeled:LabeledData",
     )
     modality: ClassVar[str] = "sample"
     prefetch_bytes: int = 2**26

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Self, override
 
+import numpy as np
+
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data.interfaces import DataConfig, OnDamage, Samples
@@ -74,7 +76,14 @@ class StoreSamples[D: StoreData, T: Store](Samples):
 
 
 class StoreDataset[T: Store, S: StoreSamples](OrderedDataset):
-    """A `Dataset` of one store; subclasses add `format_rows` and `check`."""
+    """A `Dataset` of one store; subclasses add `format_rows` and `check`.
+
+    Attributes:
+        references: what a reference gives for each sample, float32 `[samples, fields]` by split, which a run fills in;
+            None for a config without a cached reference.
+    """
+
+    references: dict[Split, np.ndarray] | None = None
 
     def __init__(
         self, store: T, seed: int, open_split: Callable[[Split, int | None], S], curriculum: Curriculum | None = None

@@ -158,10 +158,10 @@ def merged_params(program: Program, params: Params) -> Params:
         return nested({path: merged(found, path, specs[path], program.run.adapter, axes[path]) for path in specs})
 
 
-def weights_digest(program: Program, params: Params) -> str:
-    """Returns a hash of the frozen parameters as they are stored; it does not depend on the mesh."""
-    frozen = {path: spec.state == "frozen" for path, spec in leaves_by_name(program.specs).items()}
-    arrays = {path: array for path, array in leaves_by_name(params).items() if frozen[path]}
+def weights_digest(program: Program, params: Params, *, frozen: bool = True) -> str:
+    """Returns a hash of the frozen parameters, or of all, as they are stored; it does not depend on the mesh."""
+    specs, arrays = leaves_by_name(program.specs), leaves_by_name(params)
+    arrays = {path: array for path, array in arrays.items() if not frozen or specs[path].state == "frozen"}
     with program.on_mesh:
         sums = jax.device_get(jax.jit(partial(jax.tree.map, sum_bits_of_shards))(arrays))
     return hashlib.sha256(repr([(path, int(sums[path])) for path in sorted(sums)]).encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 Shape suffixes: B pairs, 2 answers of a pair (chosen, rejected), R = 2 * B rows of the model's batch, T positions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, override
 
@@ -42,6 +42,7 @@ class DPO(Objective):
     batch_fields: ClassVar[tuple[str, ...]] = tuple(f"{side}_{name}" for side in SIDES for name in MODEL_FIELDS)
     by_position: ClassVar[bool] = True  # an answer's log-probability is a sum over positions
     uses_reference: ClassVar[bool] = True
+    reference_fields: ClassVar[tuple[str, ...]] = tuple(f"{side}_reference" for side in SIDES)
     beta: PositiveFloat = 0.1
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo"] = "sigmoid"
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
@@ -53,10 +54,12 @@ class DPO(Objective):
             yield Problem(fields=("label_smoothing", "loss_type"), message=message, fix="use label_smoothing=0")
 
     @override
-    def loss(self, apply: Apply, params: WithReference, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        policy_B2 = answer_log_probs(apply, params.trained, batch, train=True)
-        reference_B2 = jax.lax.stop_gradient(answer_log_probs(apply, params.reference, batch, train=False))
-        ratios_B2 = policy_B2 - reference_B2
+    def loss(
+        self, apply: Apply, params: WithReference | Params, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        trained, found = with_reference_values(self, apply, params, batch)
+        policy_B2 = answer_log_probs(apply, trained, batch, train=True)
+        ratios_B2 = policy_B2 - jnp.stack([found[name] for name in self.reference_fields], axis=1)
         rewards_B2 = self.beta * (ratios_B2 if self.loss_type == "sigmoid" else ratios_B2 / answer_lengths(batch))
         margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
         if self.loss_type == "ipo":
@@ -77,9 +80,22 @@ class DPO(Objective):
         return sums["loss"], sums
 
     @override
+    def reference_values(self, apply: Apply, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        values_B2 = answer_log_probs(apply, params, batch, train=False)
+        return {name: values_B2[:, side] for side, name in enumerate(self.reference_fields)}
+
+    @override
     def flops(self, model_flops: float) -> float:
-        # A pair has two sequences. Training on one costs three forward passes (`model_flops`), the reference a fourth.
-        return 2 * model_flops * 4 / 3
+        return len(SIDES) * model_flops
+
+
+def with_reference_values(
+    objective: Objective, apply: Apply, params: WithReference | Params, batch: Batch
+) -> tuple[Params, Batch]:
+    """Returns the trained parameters, and the reference's values by name: those of the batch, or computed here."""
+    if not isinstance(params, WithReference):
+        return params, batch
+    return params.trained, jax.lax.stop_gradient(objective.reference_values(apply, params.reference, batch))
 
 
 def answer_lengths(batch: Batch) -> jax.Array:
@@ -87,19 +103,32 @@ def answer_lengths(batch: Batch) -> jax.Array:
     return jnp.stack([jnp.maximum(jnp.sum(batch[f"{side}_weights"], axis=1), 1.0) for side in SIDES], axis=1)
 
 
-def answer_log_probs(apply: Apply, params: Params, batch: Batch, *, train: bool) -> jax.Array:
-    """Returns the log-probability of both answers of each pair, summed over their tokens: float32 `[B, 2]`."""
-    logits = apply(params, {name: _join_sides(batch, name) for name in MODEL_FIELDS}, train=train)
-    log_probs_RT = losses.token_log_probs(logits, _join_sides(batch, "targets"))
-    sums_R = jnp.sum(log_probs_RT * _join_sides(batch, "weights"), axis=1)
+def answer_log_probs(
+    apply: Apply, params: Params, batch: Batch, *, train: bool, sides: Sequence[str] = SIDES
+) -> jax.Array:
+    """Returns the log-probability of the answers of each sample, summed over their tokens: float32 `[B, sides]`."""
+    log_probs_RT = answer_token_log_probs(apply, params, batch, train=train, sides=sides)
+    return by_side(jnp.sum(log_probs_RT * join_sides(batch, "weights", sides), axis=1), len(sides))
+
+
+def answer_token_log_probs(
+    apply: Apply, params: Params, batch: Batch, *, train: bool, sides: Sequence[str] = SIDES
+) -> jax.Array:
+    """Returns the log-probability of each token of prompts and answers, in the rows of `join_sides`."""
+    logits = apply(params, {name: join_sides(batch, name, sides) for name in MODEL_FIELDS}, train=train)
+    return losses.token_log_probs(logits, join_sides(batch, "targets", sides))
+
+
+def by_side(sums_R: jax.Array, sides: int = len(SIDES)) -> jax.Array:
+    """Returns values of the rows of `join_sides` as `[B, sides]`."""
     spec = jax.typeof(sums_R).sharding.spec
-    return sums_R.reshape(-1, len(SIDES), out_sharding=spec.update(partitions=(*spec.partitions, None)))
+    return sums_R.reshape(-1, sides, out_sharding=spec.update(partitions=(*spec.partitions, None)))
 
 
-def _join_sides(batch: Batch, name: str) -> jax.Array:
-    """Returns a field of both answers, `[R, T]`, in the order chosen 0, rejected 0, chosen 1, rejected 1, ..."""
-    # The rows of a pair are neighbors, so that no row leaves its device.
-    sides = [batch[f"{side}_{name}"] for side in SIDES]
-    pairs, length = sides[0].shape
-    spec = jax.typeof(sides[0]).sharding.spec
-    return jnp.stack(sides, axis=1).reshape(len(SIDES) * pairs, length, out_sharding=spec)
+def join_sides(batch: Batch, name: str, sides: Sequence[str] = SIDES) -> jax.Array:
+    """Returns a field of all answers, `[R, T]`, in the order chosen 0, rejected 0, chosen 1, rejected 1, ..."""
+    # The rows of a sample are neighbors, so that no row leaves its device.
+    arrays = [batch[f"{side}_{name}"] for side in sides]
+    samples, length = arrays[0].shape
+    spec = jax.typeof(arrays[0]).sharding.spec
+    return jnp.stack(arrays, axis=1).reshape(len(sides) * samples, length, out_sharding=spec)

@@ -51,6 +51,11 @@ class Objective(Extensible, ABC):
             positions to balance causal attention, and pipeline stages may split the positions for the loss.
         uses_reference: whether `params` is a `WithReference`, with a frozen copy of the parameters that the run
             started from, which `Run.init` names.
+        reference_fields: names of the arrays that `reference_values` returns. If the data has them, `params` are the
+            trained parameters alone, and the batch has what the reference gave once. Each costs a forward pass on one
+            sequence.
+        statistics_fields: names of the sums that `statistics` returns.
+        makes_rows: whether `loss` makes the rows that it calls the model with, which pipeline stages do not allow.
         partial_sums: whether `loss` can return partial sums, which it does if `apply.partial_sums` is true: fewer
             collectives. Each class must declare it itself, since a subclass may override `loss` without support for it.
     """
@@ -59,10 +64,15 @@ class Objective(Extensible, ABC):
         "jaxinfra.objectives.causal_lm:CausalLM",
         "jaxinfra.objectives.classification:Classification",
         "jaxinfra.objectives.dpo:DPO",
+        "jaxinfra.objectives.orpo:ORPO",
+        "jaxinfra.objectives.kto:KTO",
     )
     batch_fields: ClassVar[tuple[str, ...]] = ()
     by_position: ClassVar[bool] = False
     uses_reference: ClassVar[bool] = False
+    reference_fields: ClassVar[tuple[str, ...]] = ()
+    statistics_fields: ClassVar[tuple[str, ...]] = ()
+    makes_rows: ClassVar[bool] = False
     partial_sums: ClassVar[bool] = False
 
     @abstractmethod
@@ -74,8 +84,19 @@ class Objective(Extensible, ABC):
         have `weights`: they are 0 for samples that pad the last batch of an evaluation.
         """
 
+    def reference_values(self, apply: Apply, params: Params, batch: Batch) -> "dict[str, jax.Array]":
+        """Returns the `reference_fields` of each sample, float32 `[B]`, given the parameters of the reference."""
+        raise NotImplementedError
+
+    def statistics(self, apply: Apply, params: Any, batch: Batch) -> "dict[str, jax.Array]":
+        """Returns the `statistics_fields`: sums over the batch, of which `loss` needs those of the whole global batch.
+
+        `loss` may get a part of the global batch, whose rows all have these sums as fields, float32 `[B]`.
+        """
+        raise NotImplementedError
+
     def flops(self, model_flops: float) -> float:
-        """Returns the FLOPs of training on one sample.
+        """Returns the FLOPs of training on one sample, without those of `reference_values`.
 
         `model_flops` are those of the model, forward and backward, on one sequence or image.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.document import Text
-from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Preference
+from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Labeled, Preference
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, LastDocuments
 from jaxinfra.prepare.sources.any_source import BoundedSource
@@ -67,7 +67,7 @@ def detect(path: str, store: str, *, min_bytes: int = MIN_BYTES) -> Detected:
         raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {min_bytes:,} bytes of text")
     held_out = {LastDocuments: "the last 5 % of the text, whole documents if it can", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
-    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat | Preference) else ()
+    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat | Preference | Labeled) else ()
     # Tokens that a small model sees often enough to learn.
     vocab_size = next((size for limit, size in ((500_000, 1024), (5_000_000, 2048)) if text_bytes < limit), 4096)
     recipe = Corpus(
@@ -77,7 +77,7 @@ def detect(path: str, store: str, *, min_bytes: int = MIN_BYTES) -> Detected:
         format=format,
         tokenizer=TrainBpe(vocab_size=vocab_size, special_tokens=special),
         on_bad="skip",
-        baselines=text_bytes < _MAX_BASELINE_BYTES and not isinstance(format, Preference),
+        baselines=text_bytes < _MAX_BASELINE_BYTES and format.kind == "text",
     )
     summary = f"{path}: {found}, {text_bytes / 1e6:.1f} MB; validation on {split}"
     return Detected(recipe=recipe, summary=summary, text_bytes=text_bytes)
@@ -105,8 +105,7 @@ def _files(path: str, sizes: Mapping[Path, int]) -> _Found:
         format, num_records = _format(record, path), text_bytes // len(json.dumps(record))
     elif kind == ".parquet":
         format = _format(first_record(Parquet(root=str(root), pattern=pattern)), path)
-        names = (format.prompt, format.chosen, format.rejected) if isinstance(format, Preference) else (format.field,)
-        columns = tuple(name for name in names if name is not None)
+        columns = (format.field,) if isinstance(format, Text | Chat) else format.fields
         source, num_records = Parquet(root=str(root), pattern=pattern, columns=columns), _MIN_RECORDS
     else:
         if binary := next((file for file in chosen if not _is_text(file)), None):
@@ -129,10 +128,12 @@ def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
     return source, _format(first_record(source), path), validation, found, text_bytes
 
 
-def _format(record: Fields, path: str) -> Text | Chat | Preference:
-    """Chooses the fields of a pair of answers, of the messages of a conversation, or of a text."""
+def _format(record: Fields, path: str) -> Text | Chat | Preference | Labeled:
+    """Chooses the fields of a pair of answers, a completion with a label, the messages of a conversation, or a text."""
     if "chosen" in record and "rejected" in record:
         return Preference(prompt="prompt" if "prompt" in record else None)
+    if {"prompt", "completion", "label"} <= record.keys():
+        return Labeled()
     for name in _CHAT_FIELDS:
         if isinstance(record.get(name), list):
             return Chat(field=name)

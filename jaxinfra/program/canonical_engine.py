@@ -66,9 +66,9 @@ class CanonicalEngine(GradientEngine):
         return Gradients(grads, sums, stats, digests)
 
     @override
-    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
+    def sums(self, params: Params, batch: Batch, reference: Params | None, of: Function) -> Sums:
         def of_one(weights: Weights, batch: Batch) -> Sums:
-            return self.loss(weights[0], batch, weights[1], train=False)[1][0]
+            return of(weights[0], batch, weights[1])
 
         return self.virtual_shards.sums(of_one, (params, reference), self._stored_as(reference), batch)
 

@@ -72,8 +72,8 @@ class GradientEngine(ABC):
         """Returns the gradients of the loss summed over a batch, which is in shard order (see `parallel.context`)."""
 
     @abstractmethod
-    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
-        """Returns the objective's sums over a validation batch, which is in shard order."""
+    def sums(self, params: Params, batch: Batch, reference: Params | None, of: Function) -> Sums:
+        """Returns the sums `of(params, batch, reference)` over a batch, which is in shard order."""
 
     def mean(self, grads: Params, weight: jax.Array) -> Params:
         """Divides summed gradients by the weight of the batch."""
@@ -116,9 +116,8 @@ class PlainEngine(GradientEngine):
         return Gradients(jax.tree.map(jax.reshard, grads, select_trainable(self.stored, self.specs)), sums, stats)
 
     @override
-    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
-        _, (sums, _) = self.loss(params, batch, reference, train=False)
-        return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+    def sums(self, params: Params, batch: Batch, reference: Params | None, of: Function) -> Sums:
+        return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), of(params, batch, reference))
 
 
 def split_microbatches(batch: Batch, count: int) -> Batch:

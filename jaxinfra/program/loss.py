@@ -16,6 +16,9 @@ from jaxinfra.parallel.spec import Batch, Params, ParamSpecs, Sums, merge_trees,
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code_errors
 
+ROW_FIELD = "row"
+"""The number of each row in its global batch, in a batch for `ModelLoss.reference_values`."""
+
 
 class Forward:
     """The `objective.Apply` that an objective gets: applies the model, and collects the layers' statistics."""
@@ -62,12 +65,24 @@ class ModelLoss:
     ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
         """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
         forward, objective = Forward(self, train=train), self.run.objective
-        objective_params = params
-        if reference is not None:  # it may have the trained parameters alone
-            objective_params = WithReference(params, merge_trees(params, reference))
+        objective_params = _objective_params(params, reference)
         with user_code_errors(type(objective), "objective"):
             total, sums = losses.check_result(objective, objective.loss(forward, objective_params, batch))
         return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
+
+    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
+        """Returns the objective's sums over a batch without training."""
+        return self(params, batch, reference, train=False)[1][0]
+
+    def statistics(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
+        """Returns `Objective.statistics`."""
+        return self.run.objective.statistics(Forward(self, train=False), _objective_params(params, reference), batch)
+
+    def reference_values(self, params: Params, batch: Batch, reference: None) -> Sums:
+        """Returns `Objective.reference_values` as sums: each row in its place of the global batch, zeros elsewhere."""
+        values = self.run.objective.reference_values(Forward(self, train=False), params, batch)
+        is_own_RB = batch[ROW_FIELD][:, None] == jnp.arange(self.run.train.global_batch)
+        return {name: jnp.sum(jnp.where(is_own_RB, value[:, None], 0.0), axis=0) for name, value in values.items()}
 
     def with_gradients(self, params: Params, batch: Batch, reference: Params | None) -> tuple[Sums, LayerStats, Params]:
         """Returns sums, statistics and float32 gradients of a part of a batch, all partial sums over `replica`."""
@@ -79,6 +94,11 @@ class ModelLoss:
         # Not `value_and_grad`, whose cotangent 1 is not *reduced*: that of an unreduced total must be.
         (grads,) = vjp(unit_cotangent(total))
         return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+
+def _objective_params(params: Params, reference: Params | None) -> Params | WithReference:
+    # The reference may have the trained parameters alone.
+    return params if reference is None else WithReference(params, merge_trees(params, reference))
 
 
 def adds_partial_sums(objective: Objective) -> bool:

@@ -28,7 +28,7 @@ from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, with
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Params, PyTree, select_trainable
 from jaxinfra.program.build import build_module
-from jaxinfra.program.engine import GradientEngine, Gradients, split_microbatches
+from jaxinfra.program.engine import Function, GradientEngine, Gradients, split_microbatches
 from jaxinfra.program.loss import Batch, ModelLoss, Sums, adds_partial_sums
 from jaxinfra.user_code import user_code_errors
 
@@ -161,7 +161,7 @@ class PipelineEngine(GradientEngine, PipelineModel):
         return Gradients(grads, _replicate(sums), stats)
 
     @override
-    def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:
+    def sums(self, params: Params, batch: Batch, reference: Params | None, of: Function) -> Sums:
         return _replicate(self.pipeline.evaluate(self._inputs(params, batch, reference)))
 
     def _inputs(self, params: Params, batch: Batch, reference: Params | None) -> StepInputs:

@@ -40,7 +40,7 @@ from jaxinfra.parallel.spec import (
 from jaxinfra.program.build import build_module, declared_params, narrow_module
 from jaxinfra.program.canonical_engine import CanonicalEngine
 from jaxinfra.program.engine import GradientEngine, Gradients, PlainEngine
-from jaxinfra.program.loss import Batch, ModelLoss, Sums
+from jaxinfra.program.loss import ROW_FIELD, Batch, ModelLoss, Sums
 from jaxinfra.program.pipeline_engine import PipelineEngine
 from jaxinfra.run import Run
 from jaxinfra.run.compiler_options import compiler_options
@@ -152,6 +152,12 @@ class Program:
             name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self.engine.batch_spec(*spec.axes))
             for name, spec in self.run.data.batch_spec(validation=True).items()
         }
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the state has the parameters of a reference, since the data lacks what they gave."""
+        fields = self.objective.reference_fields
+        return self.objective.uses_reference and not (fields and self.batch.keys() >= {*fields})
 
     @property
     def rows_per_device(self) -> float:
@@ -282,6 +288,17 @@ class Program:
         return jax.jit(self._eval_step, compiler_options=self._compiler_options or None)
 
     @cached_property
+    def reference_step(self) -> jax.stages.Wrapped:
+        """`reference_step(params, batch) -> values`, compiled: `Objective.reference_values` of the global batch."""
+
+        def values(params: Params, batch: Batch) -> Sums:
+            rows = jax.reshard(jnp.arange(self.run.train.global_batch), self.engine.batch_spec())
+            batch = {**self._to_shard_order(batch), ROW_FIELD: rows}
+            return self.engine.sums(params, batch, None, self.loss.reference_values)
+
+        return jax.jit(values, compiler_options=self._compiler_options or None)
+
+    @cached_property
     def all_finite(self) -> Callable[[TrainState], jax.Array]:
         """`all_finite(state) -> bool scalar`, compiled: whether no parameter is NaN or infinite."""
 
@@ -329,7 +346,7 @@ class Program:
             params=params,
             opt_state=self.optimizer.init(select_trainable(params, self.specs)),
             ema=jax.tree.map(lambda p: p.astype(jnp.float32), self.kept(params)) if keeps_average else None,
-            reference=jax.tree.map(jnp.copy, self.kept(params)) if self.objective.uses_reference else None,
+            reference=jax.tree.map(jnp.copy, self.kept(params)) if self.keeps_reference else None,
         )
 
     def with_dropout_bits(self, batch: Batch, step: jax.Array | int) -> Batch:
@@ -361,9 +378,18 @@ class Program:
         axes = {name: ("batch", *spec.axes) for name, spec in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
         return {name: reorder(x, axes[name]) for name, x in batch.items()}
 
+    def _to_step_batch(self, params: Params, batch: Batch, reference: Params | None) -> Batch:
+        """Returns a batch in shard order, with what the objective needs to know of all of it, before it is split."""
+        batch = self._to_shard_order(batch)
+        if not self.objective.statistics_fields:
+            return batch
+        sums = self.engine.sums(params, batch, reference, self.loss.statistics)
+        rows = self.run.train.global_batch, self.engine.batch_spec()
+        return {**batch, **{name: jax.reshard(jnp.full(rows[0], value), rows[1]) for name, value in sums.items()}}
+
     def _gradients(self, params: Params, batch: Batch, reference: Params | None = None) -> Gradients:
         """Returns the gradients of the mean loss, and the sums and statistics of the batch."""
-        found = self.engine.gradients(params, self._to_shard_order(batch), reference)
+        found = self.engine.gradients(params, self._to_step_batch(params, batch, reference), reference)
         return found._replace(grads=self.engine.mean(found.grads, found.sums["weight"]))
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -403,7 +429,7 @@ class Program:
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
-        return self.engine.sums(params, self._to_shard_order(batch), reference)
+        return self.engine.sums(params, self._to_step_batch(params, batch, reference), reference, self.loss.sums)
 
 
 def _make_engine(loss: ModelLoss, partitioner: Partitioner, stored: PyTree, *, with_digests: bool) -> GradientEngine:

@@ -176,8 +176,11 @@ class Run:
             message = "the objective's reference is the run that this one starts from"
             fix = "use init=runs/NAME, a run with the same model"
             yield Problem(fields=("init", "objective"), message=message, fix=fix)
-        if objective.uses_reference and self.mesh.stage > 1:
-            message = "the objective needs two forward passes, but pipeline stages make one"
+        if getattr(data, "cached_reference", False) and not objective.reference_fields:
+            message, fix = "the objective has no reference", "use data.cached_reference=false"
+            yield Problem(fields=("data.cached_reference", "objective"), message=message, fix=fix)
+        if (objective.uses_reference or objective.makes_rows) and self.mesh.stage > 1:
+            message = "the objective needs two forward passes or other rows, but pipeline stages make one of the batch"
             yield Problem(fields=("objective", "mesh.stage"), message=message, fix="use mesh.stage=1")
 
     def _canonical_problems(self) -> Iterable[Problem]:

@@ -38,7 +38,9 @@ def step_flops(program: Program) -> float:
     data, flops = program.run.data, program.flops_per_sample
     if flops is None:
         return 6.0 * program.num_params * data.units_per_sample * program.run.train.global_batch
-    return program.objective.flops(flops) * program.run.train.global_batch
+    # Training on a sequence costs three forward passes, the reference another one.
+    of_reference = len(program.objective.reference_fields) * flops / 3 if program.keeps_reference else 0.0
+    return (program.objective.flops(flops) + of_reference) * program.run.train.global_batch
 
 
 def _canonical_costs(shards: VirtualShards, params: Any, gradients: Any) -> RunStatistics:

@@ -32,6 +32,7 @@ from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.job import Job
 from jaxinfra.train.memory_check import check_evaluation, check_step, out_of_memory_errors
 from jaxinfra.train.phases import Phases
+from jaxinfra.train.reference_values import fill_references
 from jaxinfra.train.run_data import RunData
 from jaxinfra.train.run_record import existing_metrics, require_equal_processes
 from jaxinfra.train.texts import Texts
@@ -127,6 +128,8 @@ class Trainer:
             raise ConfigError(f"{self.run_dir.location}: has no parameters to evaluate yet; call train() first")
         with out_of_memory_errors(self.job):
             check_evaluation(self.job)
+            init = self.job.peers.broadcast(self.run_dir.existing_record() if self.job.is_main else None).get("init")
+            fill_references(self.job, init, Phases(), splits=("validation",))
             metrics = evaluate(self.job, state, self.completed_steps, Phases())
         assert metrics is not None, "without `stops`, nothing ends an evaluation early"
         return metrics

@@ -46,6 +46,7 @@ from jaxinfra.train.loop import Loop
 from jaxinfra.train.memory_check import check_step, out_of_memory_errors
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
+from jaxinfra.train.reference_values import fill_references, reference_key
 from jaxinfra.train.replay import Replay
 from jaxinfra.train.reporting import Reporting
 from jaxinfra.train.run_record import (
@@ -233,6 +234,7 @@ class Training:
         owned, statistics = opened.saving.owned, run_statistics(job.program, job.data.dataset.train_units)
         with self._phases("restore" if newest_step or job.run.init else "init"):
             restored, init_source = self._restore_or_init(newest_step)
+        fill_references(job, init_source, self._phases, restored.state.params if restored.step == 0 else None)
         step = restored.step
         self._phases.resume(step)
         self._is_evaluated = not lacks_evaluation(job, step, restored.record)
@@ -449,4 +451,6 @@ class Training:
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         if job.run.adapter is not None:
             init_source["weights"] = weights_digest(job.program, loaded.params)
+        if getattr(job.run.data, "cached_reference", False):
+            init_source["reference"] = reference_key(job, loaded.params)
         return Restored(0, job.program.init_from(loaded.params), {}, again), init_source

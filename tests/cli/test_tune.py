@@ -15,7 +15,7 @@ from jaxinfra.config import load
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.prepare.documents.chat_template import PRESETS, ChatTemplate
-from jaxinfra.prepare.documents.formats import Chat, Preference
+from jaxinfra.prepare.documents.formats import Chat, Labeled
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from tests.interop.conftest import read_tensors
@@ -40,6 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     say = lambda: " ".join(rng.choices(["red", "green", "blue"], k=rng.randint(3, 9)))  # noqa: E731
     talks = [[{"role": "user", "content": say()}, {"role": "assistant", "content": say()}] for _ in range(400)]
     pairs = [{"prompt": say(), "chosen": say(), "rejected": say()} for _ in range(400)]
+    labeled = [{"prompt": say(), "completion": say(), "label": bool(n % 3)} for n in range(400)]
+    Path("labeled.jsonl").write_text("".join(json.dumps(each) + "\n" for each in labeled))
     Path("talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tiny_chat_model(tmp_path / "model", PRESETS["chatml"])
@@ -76,14 +78,14 @@ def talked(monkeypatch: pytest.MonkeyPatch, *command: str) -> str:
 
 
 @pytest.mark.slow(20)
-@pytest.mark.parametrize(("data", "more"), [("talks", ()), ("pairs", ()), ("talks", ("--full",))])
+@pytest.mark.parametrize(("data", "more"), [("talks", ()), ("labeled", ()), ("talks", ("--full",))])
 def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the commands of the page."""
     new, prepare, train, chat, merge, adapter = shown(**{"chats.jsonl": f"{data}.jsonl", "hf:Qwen/Qwen3-0.6B": BASE})
     printed = ran(*new, *more)
     run, recipe = load("configs/mychat.py").run, load("configs/data/mychat.py").run
     assert (run.adapter is None) == bool(more) and run.init == BASE
-    assert type(recipe.format) is (Preference if data == "pairs" else Chat)
+    assert type(recipe.format) is (Labeled if data == "labeled" else Chat)
     assert recipe.format.template.endswith("model/tokenizer_config.json")
     assert ("all parameters" if more else "a LoRA adapter") in printed
     ran(*prepare, "--workers", "1")
@@ -164,4 +166,5 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     refused(launch("new", "odd.jsonl", "--from", "hf:model"), "first record model message 1 robot")
     refused(launch("new", "talks.jsonl", "--full"), "--full --from")
     refused(launch("new", "pairs.jsonl"), "pairs.jsonl --from")
+    refused(launch("new", "labeled.jsonl"), "labeled.jsonl labels --from")
     assert not Path("configs").exists()

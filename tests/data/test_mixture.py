@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.batches import BatchLoader, validation_batches
+from jaxinfra.data.labeled import LabeledData
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
@@ -21,7 +22,7 @@ from jaxinfra.data.store.layout import LENGTHS, OFFSETS
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.dedup import Dedup
-from jaxinfra.prepare.documents.formats import Chat, Preference
+from jaxinfra.prepare.documents.formats import Chat, Labeled, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.tokenizers import Bytes
@@ -327,3 +328,26 @@ def test_stores_of_pairs_and_of_text_are_not_interchangeable(recipe, store_path)
         PairData(store=str(store_path)).open()
     problem(replace(recipe, baselines=True), "baselines=true, format= use baselines=false")
     problem(replace(recipe, packs=(PackSpec(seq_len=8),)), "packs= pairs")
+
+
+def test_labeled_completions_are_read_with_one_of_another_record(tmp_path):
+    records = [{"prompt": f"{n}? ", "completion": f"yes {n}", "label": n % 3 > 0} for n in range(50)]
+    fields = {"format": Labeled(template=None), "validation": ByKey(fraction=0.2)}
+    recipe = bytes_recipe(jsonl(tmp_path / "source", records).root, tmp_path / "store", **fields)
+    prepare(recipe, workers=1)
+    opened = LabeledData(store=recipe.store, seq_len=40).open()
+    whole = opened.train.read(np.arange(len(opened.train)), weighted=False)
+    others = set()
+    for row, label in enumerate(whole["label"]):
+        own, learned = decode_side(opened.store.tokenizer, whole, "completion", row)
+        number, mixed = own.partition("?")[0], decode_side(opened.store.tokenizer, whole, "mismatched", row)
+        assert (own, learned) == (f"{number}? yes {number}", f"yes {number}") and label == (int(number) % 3 > 0)
+        other = mixed[1].removeprefix("yes ")
+        assert mixed[0] == f"{number}? yes {other}" and other != number
+        others.add(other)
+    assert len(others) == len(whole["label"]), "each completion is taken once"
+    ids = np.array([7, 2])  # what a process reads of a batch does not change with the rows beside it
+    for name, array in opened.train.read(ids, weighted=False).items():
+        assert np.array_equal(array, whole[name][ids])
+    cut = LabeledData(store=recipe.store, seq_len=3).open().train.read(ids, weighted=True)
+    assert np.array_equal(cut["label"], whole["label"][ids]) and cut["mismatched_weights"].sum(axis=1).min() > 0

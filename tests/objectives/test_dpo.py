@@ -1,5 +1,6 @@
 """Preference optimization: the loss and its gradient are those of the definition, on every mesh, in a whole run too."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,14 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
+from jaxinfra.data.interfaces import DataConfig
+from jaxinfra.data.labeled import LabeledData
 from jaxinfra.data.pairs import PairData
 from jaxinfra.errors import ConfigError
 from jaxinfra.objectives.dpo import DPO, SIDES
+from jaxinfra.objectives.kto import KTO
+from jaxinfra.objectives.objective import Objective
+from jaxinfra.objectives.orpo import ORPO
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.parallel.mesh import make_mesh
@@ -40,10 +46,12 @@ MESHES = [
 ]
 
 
-def batch_on_host() -> dict[str, np.ndarray]:
+def batch_on_host(sides: Sequence[str] = SIDES) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     batch: dict[str, np.ndarray] = {}
-    for side in SIDES:
+    if "mismatched" in sides:
+        batch["label"] = (np.arange(PAIRS) % 3 > 0).astype(np.float32)
+    for side in sides:
         used = rng.integers(LENGTH // 2, LENGTH + 1, (PAIRS, 1))
         segments = (np.arange(LENGTH) < used).astype(np.int32)
         batch |= {
@@ -86,13 +94,15 @@ def definition(trained: dict[str, Any], reference: dict[str, Any]) -> dict[str, 
 def computed(run: Run) -> tuple[dict[str, Any], dict[str, float]]:
     """Gradients of the mean loss, and all sums, of the program on the run's mesh."""
     program = Program(run, make_mesh(run.mesh, jax.devices()[: int(np.prod(run.mesh.sizes))]))
-    batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in batch_on_host().items()}
+    sides = run.data.sides if isinstance(run.data, PairData) else SIDES
+    batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in batch_on_host(sides).items()}
 
     def put(params: dict[str, Any]) -> dict[str, Any]:
         return jax.tree.map(lambda value, like: jax.device_put(value, like.sharding), params, program.params)
 
     with program.on_mesh, jax.default_matmul_precision("highest"):
-        grads, sums, _ = program.gradients(put(params_on_host(0)), batch, put(params_on_host(1)))
+        reference = put(params_on_host(1)) if program.keeps_reference else None
+        grads, sums, _ = program.gradients(put(params_on_host(0)), batch, reference)
     return jax.tree.map(np.asarray, grads), {name: float(value) for name, value in sums.items()}
 
 
@@ -117,6 +127,46 @@ def test_gradient_is_the_slope_of_the_definition() -> None:
     elsewhere = replace(RUN, mesh=MESHES[1], train=replace(RUN.train, accumulate=2))
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(computed(elsewhere)[0]), strict=True):
         assert relative_error(other, one) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "train"),
+    [
+        (ORPO(), PairData(store="none", seq_len=LENGTH), TrainConfig(global_batch=PAIRS, accumulate=2)),
+        (KTO(beta=0.5), LabeledData(store="none", seq_len=LENGTH), TrainConfig(global_batch=PAIRS, canonical=4)),
+    ],
+    ids=["orpo", "kto"],
+)
+def test_sums_of_the_whole_batch_are_those_of_its_parts(objective: Objective, data: DataConfig, train: Any) -> None:
+    """The mean by token, or the KL estimate, is of the global batch, however it is split."""
+    run = replace(RUN, objective=objective, data=data, mesh=MESHES[0])
+    grads, sums = computed(run)
+    found, found_sums = computed(replace(run, train=train, mesh=MeshConfig(fsdp=2)))
+    assert found_sums == pytest.approx(sums, rel=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(found), strict=True):
+        assert relative_error(other, one) < 1e-5
+
+
+def test_cached_reference_gives_the_numbers_of_one_in_the_step() -> None:
+    run = replace(RUN, mesh=MeshConfig(fsdp=2), train=replace(RUN.train, canonical=4))
+    grads, sums = computed(run)
+    run = replace(run, data=replace(RUN.data, cached_reference=True))
+    program = Program(run, make_mesh(run.mesh, jax.devices()[:2]))
+    assert program.state.reference is None
+    on_host = batch_on_host()
+    batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in on_host.items()}
+
+    def put(seed: int) -> dict[str, Any]:
+        values = params_on_host(seed)
+        return jax.tree.map(lambda value, like: jax.device_put(value, like.sharding), values, program.params)
+
+    with program.on_mesh, jax.default_matmul_precision("highest"):
+        values = jax.device_get(program.reference_step(put(1), batch))
+        batch |= {name: jax.device_put(a, program.batch[name].sharding) for name, a in values.items()}
+        found, found_sums, _ = program.gradients(put(0), batch)
+    assert {name: float(value) for name, value in found_sums.items()} == pytest.approx(sums, rel=1e-6)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(found), strict=True):
+        assert relative_error(other, one) < 1e-6
 
 
 def test_reference_takes_no_optimizer_memory() -> None:

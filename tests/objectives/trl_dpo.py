@@ -1,10 +1,11 @@
-"""Computes DPO losses of a tiny Llama with TRL, and writes weights, batch, losses and gradients to an .npz file.
+"""Computes losses of a tiny Llama with TRL, and writes weights, batches, losses and gradients to an .npz file.
 
 Runs in an environment of its own, with torch and trl: `python tests/objectives/trl_dpo.py OUT.npz`.
 """
 
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 VOCAB, PAIRS, BETA = 32, 6, 0.5
 
@@ -79,6 +81,46 @@ def main(out: str) -> None:
         arrays |= {f"{loss_type}.loss": loss.detach().numpy()}
         arrays |= {f"{loss_type}.batch.{name}": value.numpy() for name, value in inputs.items()}
         arrays |= {f"{loss_type}.grad.{name}": p.grad.numpy() for name, p in trainer.model.named_parameters()}
+    shared: dict[str, Any] = {
+        "beta": BETA,
+        "per_device_train_batch_size": PAIRS,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_dropout": True,
+    }
+    unpaired = [
+        {"prompt": row["prompt"], "completion": row["chosen" if n % 3 else "rejected"], "label": bool(n % 3)}
+        for n, row in enumerate(rows)
+    ]
+    weights_of_labels = {"desirable_weight": 1.5, "undesirable_weight": 0.8}
+    for name, make in {
+        "orpo": lambda folder: ORPOTrainer(
+            model=model(0),
+            args=ORPOConfig(output_dir=folder, max_length=64, **shared),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        ),
+        "kto": lambda folder: KTOTrainer(
+            model=model(1),  # the other way round, the KL estimate is below 0, and TRL cuts it off
+            ref_model=model(0),
+            args=KTOConfig(output_dir=folder, max_length=None, **weights_of_labels, **shared),
+            train_dataset=Dataset.from_list(unpaired),
+            processing_class=tokenizer,
+        ),
+    }.items():
+        with tempfile.TemporaryDirectory() as folder:
+            other = make(folder)
+            inputs = next(iter(other.get_train_dataloader()))
+            other.model.train()
+            loss = other.compute_loss(other.model, dict(inputs))
+            loss.backward()
+            if name == "orpo":
+                inputs = other.concatenated_inputs(inputs, padding_value=tokenizer.pad_token_id)
+        arrays |= {f"{name}.loss": loss.detach().numpy()}
+        arrays |= {f"{name}.batch.{key}": np.asarray(v) for key, v in inputs.items() if isinstance(v, torch.Tensor)}
+        arrays |= {f"{name}.grad.{key}": p.grad.numpy() for key, p in other.model.named_parameters()}
     for role, weights in (("trained", trainer.model), ("reference", trainer.ref_model)):
         arrays |= {f"{role}.{name}": p.detach().numpy() for name, p in weights.named_parameters()}
     np.savez(out, **arrays)

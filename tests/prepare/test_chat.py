@@ -10,7 +10,7 @@ from jaxinfra.config import decode, encode
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.chat_template import ChatTemplate
 from jaxinfra.prepare.documents.document import RecordError, Text
-from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Completion, Preference
+from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Completion, Labeled, Preference
 from tests.refusals import raises
 
 TALK = [
@@ -411,6 +411,8 @@ def test_only_the_completion_counts_in_the_loss():
         (Preference(template=None), {"prompt": ASKED, "chosen": "b", "rejected": "c"}, "prompt list"),
         (Completion(), {"prompt": "a", "completion": ""}, "answer empty"),
         (Completion(), {"prompt": "a", "completion": None}, "completion NoneType"),
+        (Labeled(), {"prompt": "a", "completion": "b"}, "label prompt, completion"),
+        (Labeled(), {"prompt": "a", "completion": "b", "label": "yes"}, "label 'yes' true false"),
     ],
 )
 def test_records_without_answers_are_refused(format, record, named):

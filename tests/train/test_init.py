@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from jaxinfra.config import load
 from jaxinfra.data.pairs import PairData
+from jaxinfra.errors import ConfigError
 from jaxinfra.objectives.dpo import DPO
 from jaxinfra.prepare.documents.formats import Preference
 from jaxinfra.prepare.prepare import prepare
@@ -79,6 +81,7 @@ def test_preferences_are_learned_against_the_frozen_start(tiny: Tiny, base: Trai
     assert trainer.metrics[0]["loss"] == pytest.approx(np.log(2), rel=1e-3)
     last = [row for row in trainer.metrics if "eval/reward_margin" in row][-1]
     assert last["eval/reward_margin"] > 0.1 and last["eval/reward_accuracy"] > 0.9
+    assert trainer.state is not None and base.state is not None
     reference = [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.state.reference)]
     for kept, start in zip(reference, jax.tree.leaves(base.state.params), strict=True):
         assert np.array_equal(kept, np.asarray(start))
@@ -89,3 +92,37 @@ def test_preferences_are_learned_against_the_frozen_start(tiny: Tiny, base: Trai
     again = Trainer(replace(run, train=replace(run.train, steps=run.train.steps)))
     assert again.train()["status"] == "finished before"
     assert load(trainer.run_dir.record, root=Run).run.objective == DPO(beta=0.5)
+
+
+def test_a_cached_reference_trains_as_one_in_the_step_does(tiny: Tiny, base: Trainer, tmp_path: Path) -> None:
+    """Losses and rewards are equal; the cache is kept, mended if it is damaged, and no other base is taken for it."""
+    words = [{"prompt": f"{n} ", "chosen": f"up {n}", "rejected": f"down {n}"} for n in range(61)]
+    source = jsonl(tmp_path / "source", words)
+    fields = {"format": Preference(template=None), "validation": ByKey(fraction=0.2)}
+    recipe = bytes_recipe(source.root, tmp_path / "pairs", **fields)
+    prepare(recipe, workers=1)
+
+    def trained(name: str, *, cached: bool, **changes: Any) -> Trainer:
+        run = quick(tiny, f"init={tiny.directory('base')}", "optim.schedule.warmup_steps=0", name=name)
+        data = PairData(store=recipe.store, seq_len=16, cached_reference=cached)
+        trainer = Trainer(replace(run, objective=DPO(beta=0.5), data=data, **changes))
+        trainer.train()
+        return trainer
+
+    in_step, cached = trained("in_step", cached=False), trained("cached", cached=True)
+    assert cached.state is not None and cached.state.reference is None
+    for one, other in zip(in_step.metrics, cached.metrics, strict=True):
+        names = [name for name in one if name.removeprefix("eval/").split("_")[0] in ("loss", "reward")]
+        assert {n: other[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-5, abs=1e-6)
+    kept = {file: file.read_bytes() for file in (tmp_path / "pairs").rglob("reference/*/*/*")}
+    assert len(kept) == 2
+    for file in kept:
+        file.write_bytes(b"\0" * len(kept[file]))
+    expected = cached.evaluate()
+    assert Trainer(cached.run).evaluate() == pytest.approx(expected, rel=1e-6)
+    assert [file.read_bytes() == content for file, content in kept.items()].count(True) == 1  # of validation alone
+    record = json.loads(cached.run_dir.record.read_text())
+    record["init"]["reference"] = "of_another_base"
+    cached.run_dir.record.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="other ones than when the run has started"):
+        Trainer(cached.run).evaluate()

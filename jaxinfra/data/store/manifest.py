@@ -22,7 +22,7 @@ FILE_NAME = "manifest.json"
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-Kind = Literal["text", "pairs", "images"]
+Kind = Literal["text", "pairs", "labeled", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)

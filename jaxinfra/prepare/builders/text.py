@@ -22,7 +22,7 @@ import numpy as np
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.layout import LENGTHS, OFFSETS
-from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
+from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
@@ -129,7 +129,7 @@ class _PartBuilder:
         lengths_D = store.read_ranges(other.split, LENGTHS, np.array([first]), np.array([end - first]))
         offset = store.read_ranges(other.split, OFFSETS, np.array([first]), np.array([1]))
         tokens_N, mask_N = store.read_with_mask(other.split, offset, lengths_D.sum(keepdims=True))
-        in_loss_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
+        in_loss_N = np.ones(len(tokens_N), np.uint8) if mask_N is None else mask_N
         ends_D = np.cumsum(lengths_D)
         for number, start, stop in zip(range(first, end), ends_D - lengths_D, ends_D - 1, strict=True):
             ids_N = tokens_N[start:stop].astype(np.int64)  # without the end token
@@ -362,7 +362,6 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             tokenizer_digest, special_tokens = tokenizer.sha256, tokenizer.special_tokens
         digests = [tokenizer_digest, corpus.format.template_digest()]
         self.input_digest = digest_of(digests) if any(digests) else None
-        self._kind: Kind = "text" if corpus.format.documents_per_record == 1 else "pairs"
         for token in corpus.format.required_special_tokens():
             if token not in special_tokens:
                 raise ConfigError(
@@ -390,7 +389,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         self._info = _read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
         if isinstance(corpus.validation, OtherStore):
-            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.format.has_loss_mask)
+            corpus.validation.require_same(self._info, kind=corpus.format.kind, masked=corpus.format.has_loss_mask)
 
     @override
     def estimate_bytes(self, source_bytes: int) -> int:
@@ -416,7 +415,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
                 packs[f"{split}/{pack.name}"] = write_pack(build, split, pack, lengths_D)
         shutil.copyfile(folder / self._info.file, build / self._info.file)
         manifest = Manifest(
-            kind=self._kind,
+            kind=corpus.format.kind,
             recipe=mask_tree(encode(corpus)),
             source_digest=source_digest,
             counts=counts,

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import ClassVar, override
 
 from jaxinfra.config.limits import NonEmptyStr
+from jaxinfra.data.store.manifest import Kind
 from jaxinfra.prepare.sources.record import Fields
 
 _MAX_NAMES = 20  # field names in a message
@@ -25,7 +26,7 @@ class Span:
     """Text of a document."""
 
     text: str
-    in_loss: bool = True  # whether its tokens are targets of the loss
+    in_loss: int = True  # mask of its tokens: whether they are targets of the loss, and of which (`data.labeled`)
     from_template: bool = False  # whether a template wrote it, so that it is tokenized with special tokens
 
 
@@ -36,6 +37,7 @@ class RecordFormat(ABC):
     """Turns records into documents. Every method raises ConfigError if a file that the format names cannot be used."""
 
     has_loss_mask: ClassVar[bool] = True  # whether its documents have spans that do not count in the loss
+    kind: ClassVar[Kind] = "text"  # of the store
     documents_per_record: ClassVar[int] = 1  # 2 for a chosen and a rejected answer
 
     def template_digest(self) -> str | None:

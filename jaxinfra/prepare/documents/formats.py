@@ -1,4 +1,4 @@
-"""Record formats that a recipe may name: text, conversations, a prompt with one answer or with a pair of answers.
+"""Record formats that a recipe may name: text, conversations, a prompt with an answer or a pair, answers with labels.
 
 Of conversations and answers, only what the assistant writes counts in the loss.
 """
@@ -7,11 +7,12 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, override
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmptyStr
+from jaxinfra.data.labeled import DESIRABLE, UNDESIRABLE
 from jaxinfra.prepare.documents.chat_template import REASONING, Message, TemplateFormat, load_template
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, Text, get_field, require_str
 from jaxinfra.prepare.sources.record import Fields
@@ -66,6 +67,11 @@ class _PromptFormat(TemplateFormat[str | None]):
     prompt: Any
     answers: ClassVar[tuple[str, ...]]
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a record that are read."""
+        return tuple(value for name, value in vars(self).items() if name != "template" and value is not None)
+
     @override
     def to_documents(self, record: Fields) -> Sequence[Document]:
         prompt = None if self.prompt is None else get_field(record, self.prompt)
@@ -106,6 +112,7 @@ class Preference(_PromptFormat):
             becomes a user message. None joins the strings.
     """
 
+    kind = "pairs"
     documents_per_record = 2
     answers = ("chosen", "rejected")
     prompt: NonEmptyStr | None = "prompt"
@@ -139,7 +146,36 @@ class Completion(_PromptFormat):
     template: str | None = None
 
 
-AnyFormat = Text | Chat | Completion | Preference
+@dataclass(frozen=True, kw_only=True)
+class Labeled(_PromptFormat):
+    """Formats a prompt and a completion that is desirable or not: strings, or lists of messages.
+
+    Attributes:
+        prompt: field of the prompt.
+        completion: field of the completion.
+        label: field that says whether the completion is desirable: true or false, 1 or 0.
+        template: chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json; a string prompt
+            becomes a user message. None joins the strings.
+    """
+
+    kind = "labeled"
+    answers = ("completion",)
+    prompt: NonEmptyStr = "prompt"
+    completion: NonEmptyStr = "completion"
+    label: NonEmptyStr = "label"
+    template: str | None = "chatml"
+
+    @override
+    def to_documents(self, record: Fields) -> Sequence[Document]:
+        label = get_field(record, self.label)
+        if not isinstance(label, int) or label not in (0, 1):
+            raise RecordError(f"{self.label} is {label!r}, expected true or false")
+        in_loss = DESIRABLE if label else UNDESIRABLE
+        (document,) = super().to_documents(record)
+        return [[replace(span, in_loss=in_loss if span.in_loss else 0) for span in document]]
+
+
+AnyFormat = Text | Chat | Completion | Preference | Labeled
 
 
 def _common_beginning(chosen: list[Message], rejected: list[Message]) -> list[Message]:

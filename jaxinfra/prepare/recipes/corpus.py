@@ -77,7 +77,7 @@ class Corpus(StoreRecipe):
     def problems(self) -> Iterable[Problem]:
         yield from super().problems()
         is_stream, trains = isinstance(self.source, StreamSource), isinstance(self.tokenizer, TrainBpe)
-        other_store, pairs = isinstance(self.validation, OtherStore), self.format.documents_per_record > 1
+        other_store, pairs = isinstance(self.validation, OtherStore), self.format.kind != "text"
         if is_stream and trains:
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, or tokenizer=bytes"
             yield Problem(fields=("source", "tokenizer"), message="a stream cannot train a tokenizer", fix=fix)
@@ -92,9 +92,12 @@ class Corpus(StoreRecipe):
             message = "duplicates of another store are found for format=text only"
             yield Problem(fields=("validation", "dedup"), message=message, fix="use dedup=none")
         if self.packs and pairs:
-            yield Problem(fields=("packs", "format"), message="pairs cannot be packed", fix="use packs=()")
+            yield Problem(
+                fields=("packs", "format"), message="pairs and labeled completions cannot be packed", fix="use packs=()"
+            )
         if self.baselines and pairs:
-            yield Problem(fields=("baselines", "format"), message="pairs have no baselines", fix="use baselines=false")
+            message = "pairs and labeled completions have no baselines"
+            yield Problem(fields=("baselines", "format"), message=message, fix="use baselines=false")
         names = [pack.name for pack in self.packs]
         if len(set(names)) < len(names):
             yield Problem(fields=("packs",), message="two are equal", fix="name each once")
