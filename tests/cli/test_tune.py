@@ -53,7 +53,7 @@ def answers(data: str) -> set[str]:
     rows = [json.loads(line) for line in Path(f"{data}.jsonl").read_text().splitlines()]
     if data == "talks":
         return {row["messages"][1]["content"] for row in rows}
-    return {row[side] for row in rows for side in ("chosen", "rejected")}
+    return {row["completion"] for row in rows}
 
 
 def ran(*words: str) -> str:
