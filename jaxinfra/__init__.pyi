@@ -9,7 +9,8 @@ from .data.labeled import LabeledData
 from .data.mixture import MixSource, Mixture
 from .data.pairs import PairData
 from .data.tokens import TokenData
-from .inference.sampler import Sampler, SamplingParams
+from .inference.sampler import Sampler
+from .inference.sampling import SamplingParams
 from .models.attention import Attention
 from .models.delta_net import GatedDeltaNet
 from .models.flax_model import FlaxModel

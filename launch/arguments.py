@@ -82,6 +82,11 @@ BENCHES = {
         parts=("read", "write"),
         options=("pairs", "megabytes"),
     ),
+    "sample": BenchmarkSpec(
+        summary="tokens a second of greedy sampling beside transformers, and of rows that take the next prompt",
+        parts=("batch-1", "batch-8", "batch-32", "refill"),
+        options=("pairs",),
+    ),
     "prepare": BenchmarkSpec(
         summary="tokenization by data prepare and by datasets.map, with one worker and two",
         parts=("prepare", "map"),

@@ -8,7 +8,8 @@ from dataclasses import replace
 from jaxinfra.cli.conversation import conversation_template, end_of_turn
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import LanguageModel
-from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampler import Sampler
+from jaxinfra.inference.sampling import SamplingParams
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.prepare.documents.chat_template import ChatTemplate, Message
 from jaxinfra.prepare.documents.document import RecordError

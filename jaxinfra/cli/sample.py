@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampler import Sampler
+from jaxinfra.inference.sampling import SamplingParams
 from jaxinfra.machine.compile_cache import compile_cache
 
 _MESH_OVERRIDE = re.compile(r"mesh\.[a-z]+=\S*")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints prompts with their continuations: one prompt while it is decoded, several after their batch.
+    """Prints prompts with their continuations: one prompt while it is decoded, several in their order.
 
     All processes take part; process 0 prints.
     """
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         if len(prompts) == 1 and options.prompts is None:
             _stream(sampler, prompts[0], options, sampling)
         else:
-            _print_batches(sampler, prompts, options, sampling)
+            _print_all(sampler, prompts, options, sampling)
 
 
 def _stream(sampler: Sampler, prompt: str, options: argparse.Namespace, sampling: SamplingParams) -> None:
@@ -48,17 +49,14 @@ def _stream(sampler: Sampler, prompt: str, options: argparse.Namespace, sampling
         print(prompt)
 
 
-def _print_batches(
-    sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace, sampling: SamplingParams
-) -> None:
-    for start in range(0, len(prompts), options.batch):
-        batch = prompts[start : start + options.batch]
-        completions = sampler.complete(batch, max_tokens=options.max_tokens, sampling=sampling)
-        for prompt, found in zip(batch, completions, strict=True):
-            if options.prints and options.prompts is None:
-                print(prompt + found.text, flush=True)
-            elif options.prints:
-                print(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False), flush=True)
+def _print_all(sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace, sampling: SamplingParams) -> None:
+    ids = [sampler.model.encode(prompt) for prompt in prompts]
+    completions = sampler.completions(ids, max_tokens=options.max_tokens, sampling=sampling, rows=options.batch)
+    for prompt, found in zip(prompts, completions, strict=True):
+        if options.prints and options.prompts is None:
+            print(prompt + found.text, flush=True)
+        elif options.prints:
+            print(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False), flush=True)
 
 
 def _read_lines(path: str) -> list[str]:

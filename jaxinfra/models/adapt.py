@@ -88,6 +88,12 @@ def adapter_path(path: str) -> str:
     return f"{parent}.adapter" if name == "weight" else f"{parent}.adapters.{name}"
 
 
+def adapted_path(name: str) -> str:
+    """Returns the path of the weight, without ".weight", that has a parameter of an adapter."""
+    parent, _, rest = name.partition(".adapter")
+    return parent + rest.removeprefix("s").rpartition(".")[0]
+
+
 def packed_paths(path: str) -> tuple[str, str]:
     """Returns the paths of codes and scales of a weight, if it is packed."""
     parent, _, name = path.rpartition(".")

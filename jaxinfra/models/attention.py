@@ -28,7 +28,7 @@ from jaxinfra.parallel.spec import constant
 
 
 class KVCache(NamedTuple):
-    """Keys and values of earlier tokens: `[B, S, G, K]` for one layer, `[L, B, S, G, K]` for all."""
+    """Keys and values of earlier tokens: `[B, G, S, K]` for one layer, `[L, B, G, S, K]` for all."""
 
     keys: jax.Array
     values: jax.Array
@@ -201,12 +201,14 @@ class AttentionModule(nnx.Module):
             return self.out(self._gated(y_BTHK, x_BTD)), None
         start, chunk = tokens.start, self.config.chunk
         assert start is not None
-        cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
-        positions = cached_positions(start, q_BTHK, cache.keys)
+        new = (jnp.swapaxes(each, 1, 2) for each in (k_BTGK, v_BTGK))
+        cache = KVCache(*(update_cache(*each, start, dim=2) for each in zip(cache, new, strict=True)))
+        keys, values = (jnp.swapaxes(each, 1, 2) for each in cache)
+        positions = cached_positions(start, q_BTHK, keys)
         # A row of a cache is one document, so its chunks are its only segments.
         segments = None if chunk is None else (positions[0] // chunk, positions[1] // chunk)
         attend = partial(dot_product_attention, platform=self.partitioner.platform, sinks_H=self._sinks())
-        y_BTHK = attend(q_BTHK, *cache, self.spec, segments=segments, positions=positions)
+        y_BTHK = attend(q_BTHK, keys, values, self.spec, segments=segments, positions=positions)
         return self.out(self._gated(y_BTHK, x_BTD)), cache
 
     def _gated(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -234,8 +236,8 @@ class AttentionModule(nnx.Module):
     def empty_cache(self, num_layers: int, batch: int, length: int) -> KVCache:
         """Returns a cache of all layers for `length` tokens of `batch` rows."""
         _, (_, num_kv_heads, head_dim, _) = self.config.attention(self.options.hidden_size)
-        shape = (num_layers, batch, length, num_kv_heads, head_dim)
-        spec = self.partitioner.spec(None, "batch", None, "kv_heads", None)
+        shape = (num_layers, batch, num_kv_heads, length, head_dim)
+        spec = self.partitioner.spec(None, "batch", "kv_heads", None, None)
         zeros = jnp.zeros(shape, self.partitioner.compute_dtype, out_sharding=spec)
         return KVCache(zeros, jnp.zeros_like(zeros))
 
@@ -275,13 +277,16 @@ def self_attention(
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)
 
 
-def update_cache(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from the slot `start_B` of each row on."""
+def update_cache(cache: jax.Array, new: jax.Array, start_B: jax.Array, dim: int = 1) -> jax.Array:
+    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from the slot `start_B` of each row on.
+
+    `dim` is the dimension of slots and tokens in both.
+    """
     arrays = (cache, new.astype(cache.dtype), start_B)
     specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
 
     def on_device(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
-        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(cache, new, start_B)
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=dim - 1))(cache, new, start_B)
 
     return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 

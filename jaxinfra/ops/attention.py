@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.errors import ConfigError
@@ -103,7 +104,10 @@ def reference(
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if T == 1:
+        scores_BGRTS = lax.platform_dependent(q_BTGRK, k_BSGK, cpu=_scores_of_one, default=_scores)
+    else:
+        scores_BGRTS = _scores(q_BTGRK, k_BSGK)
     scores_BGRTS = softcapped(scores_BGRTS * spec.qk_scale(K), spec.softcap)
     if positions is None:
         positions = jnp.arange(T)[None], jnp.arange(k_BSGK.shape[1])[None]
@@ -116,7 +120,33 @@ def reference(
         sinks = sinks_H.astype(jnp.float32).reshape(G, H // G, 1, 1)
         lse = jnp.logaddexp(jax.nn.logsumexp(scores_BGRTS, axis=-1, keepdims=True), sinks)
         weights_BGRTS = jnp.exp(scores_BGRTS - lse).astype(v_BSGV.dtype)
-    return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV).reshape(B, T, H, v_BSGV.shape[-1])
+    if T == 1:
+        y_BTGRV = lax.platform_dependent(weights_BGRTS, v_BSGV, cpu=_mean_for_one, default=_weighted_mean)
+    else:
+        y_BTGRV = _weighted_mean(weights_BGRTS, v_BSGV)
+    return y_BTGRV.reshape(B, T, H, v_BSGV.shape[-1])
+
+
+def _scores(q_BTGRK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+    return jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+
+
+def _weighted_mean(weights_BGRTS: jax.Array, v_BSGV: jax.Array) -> jax.Array:
+    return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV)
+
+
+# XLA's CPU backend has no fast kernel for the products of one query, which it fuses into loops if they are sums.
+
+
+def _scores_of_one(q_B1GRK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+    k_BGSK = jnp.swapaxes(k_BSGK, 1, 2).astype(jnp.float32)
+    return jnp.sum(q_B1GRK[:, 0, :, :, None] * k_BGSK[:, :, None], axis=-1)[:, :, :, None]
+
+
+def _mean_for_one(weights_BGR1S: jax.Array, v_BSGV: jax.Array) -> jax.Array:
+    v_BGSV = jnp.swapaxes(v_BSGV, 1, 2)
+    product_BGRSV = weights_BGR1S[:, :, :, 0, :, None].astype(jnp.float32) * v_BGSV[:, :, None]
+    return jnp.sum(product_BGRSV, axis=3)[:, None].astype(v_BSGV.dtype)
 
 
 def _jax_nn_attention(

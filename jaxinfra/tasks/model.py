@@ -7,7 +7,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampler import Sampler
+from jaxinfra.inference.sampling import SamplingParams
 from jaxinfra.tasks.harness import max_new_tokens
 
 _ROWS = 8  # that a device generates at once
@@ -68,13 +69,11 @@ class MeshLM(TemplateLM):
             groups.setdefault(_sampling(options), []).append((index, self._model.encode(context)))
         for (sampling, max_tokens), rows in groups.items():
             most = self._model.max_length - max_tokens  # at least 1, see `Tasks.check_room`
-            rows.sort(key=lambda row: -len(row[1]))
-            count = _ROWS * self._sampler.rows
-            for batch in (rows[start : start + count] for start in range(0, len(rows), count)):
-                prompts = [ids[-most:] for _, ids in batch]
-                found = self._sampler.complete_tokens(prompts, max_tokens=max_tokens, sampling=sampling)
-                for (index, _), completion in zip(batch, found, strict=True):
-                    texts[index] = completion.text
+            rows.sort(key=lambda row: -len(row[1]))  # so that rows of similar length begin together
+            prompts, count = [ids[-most:] for _, ids in rows], _ROWS * self._sampler.rows
+            found = self._sampler.completions(prompts, max_tokens=max_tokens, sampling=sampling, rows=count)
+            for (index, _), completion in zip(rows, found, strict=True):
+                texts[index] = completion.text
         return texts
 
     def _begin(self, context: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.machine.emulation import emulation_env
@@ -70,10 +71,10 @@ def command_error(command: Sequence[str], stderr: str) -> WorkerError:
 
 @contextmanager
 def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
-    """Starts a command with its stdout in a pipe and its stderr in a file; it does not survive the block."""
+    """Starts a command with pipes, but for its stderr, which a file gets; it does not survive the block."""
     with (
         log.open("w") as stderr,
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        subprocess.Popen(command, env=env, stdin=PIPE, stdout=PIPE, stderr=stderr, text=True) as process,
     ):
         try:
             yield process

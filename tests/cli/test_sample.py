@@ -13,7 +13,8 @@ from scipy.stats import chisquare
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.data.tokenizer import StopStrings
 from jaxinfra.inference.language_model import language_model, open_language_model
-from jaxinfra.inference.sampler import Sampler, SamplingParams, _sample_tokens, filter_logits
+from jaxinfra.inference.sampler import Sampler, SamplingParams
+from jaxinfra.inference.sampling import filter_logits, sample_tokens
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.ops.logits import FactoredLogits
@@ -68,7 +69,7 @@ def greedy_without_cache(sampler: Sampler, ids: list[int], count: int) -> list[i
 
     @jax.jit
     def logits(tokens: jax.Array) -> jax.Array:
-        return sampler._decoder(sampler._params)({"inputs": tokens}).materialize()
+        return sampler.program.model(sampler._params)({"inputs": tokens}).materialize()
 
     with sampler.program.on_mesh:
         for at in range(len(ids), length):
@@ -102,6 +103,17 @@ def test_a_batch_on_a_mesh_gives_the_texts_of_one_prompt_and_one_device(trained:
     expected = [single.complete([prompt], max_tokens=12, sampling=GREEDY)[0] for prompt in prompts]
     assert talkative(trained, mesh).complete(prompts, max_tokens=12, sampling=GREEDY) == expected
     assert len({found.text for found in expected}) == len(prompts), expected
+
+
+def test_a_row_takes_the_next_prompt(trained: Path) -> None:
+    """The rows that prompts share change no text, be it greedy or at random, where each has its own limit."""
+    sampler, prompts = talkative(trained, "mesh.tensor=4 mesh.fsdp=2"), [f"w{i} w7" for i in range(7)]
+    limits = [2, 9, 1, 5, 3, 7, 4]
+    for sampling in (GREEDY, LIVELY):
+        together, shared = (
+            sampler.complete(prompts, max_tokens=limits, sampling=sampling, rows=rows) for rows in (None, 2)
+        )
+        assert shared == together and [found.tokens for found in shared if found.finish == "length"]
 
 
 def test_a_text_ends_before_a_stop_string(trained: Path) -> None:
@@ -239,7 +251,8 @@ def test_tokens_have_the_distribution_of_the_theory(temperature: float, top_k: i
     with jax.set_mesh(built.mesh):
         hidden = jnp.broadcast_to(jnp.log(VOCABULARY.astype("f4")), (DRAWS, 1, size))
         logits = FactoredLogits(hidden=built.put_rows(hidden), head=jnp.eye(size))
-        draw = jax.jit(lambda logits, key: _sample_tokens(logits, key, sampling, built.partitioner))
+        rows = jnp.arange(DRAWS)
+        draw = jax.jit(lambda logits, key: sample_tokens(logits, key, rows, rows * 0, sampling, built.partitioner))
         drawn = draw(logits, jax.random.key(0))
     counts = np.bincount(np.asarray(drawn)[:, 0], minlength=size)
 
