@@ -11,7 +11,9 @@ def config() -> Run:
         name="dpo",
         model=replace(shape("qwen3-0.6b"), remat="full"),
         init="runs/sft",
-        data=PairData(store="stores/pairs-qwen3", recipe="configs/data/pairs_qwen3.py", seq_len=2048),
+        data=PairData(
+            store="stores/pairs-qwen3", recipe="configs/data/pairs_qwen3.py", seq_len=2048, cached_reference=True
+        ),
         objective=DPO(beta=0.1),
         mesh=MeshConfig(fsdp=8),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=50), peak_lr=5e-7),

@@ -42,7 +42,7 @@ def make(out: Path) -> None:
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens([end, *special])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
-        model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), head_dim=8, **SIZES))
+        model = AutoModelForCausalLM.from_config(config(vocab_size=-(-len(tokenizer) // 8) * 8, head_dim=8, **SIZES))
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
 
