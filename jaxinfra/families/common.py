@@ -5,6 +5,7 @@ A family says in its file where it differs. Rotary positions, experts and window
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxinfra.errors import ConfigError
@@ -103,15 +104,17 @@ NORMS: Mapping[Norms, Mapping[str, str]] = {
 
 
 def norm_rules(layer: Layer) -> Iterator[Rule]:
-    """Yields the rules of a layer's norms."""
+    """Yields the rules of a layer's norms, and of the number that multiplies its output."""
     for ours, theirs in NORMS[layer.norms].items():
         yield rule(f"{theirs}.weight", f"{ours}.scale", "d -> d")
+    if layer.output_scale:
+        yield rule("layer_scalar", "output_scale", "s -> s")
 
 
 def attention_rules(mixer: Mixer, pairs: bool = False) -> Iterator[Rule]:
     """Yields the rules of attention with separate projections; with `pairs`, both of a rotated pair stand together."""
     mixer = of_kind(mixer, Attention, "layers.mixer")
-    for short, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+    for short, ours in (("q", "query"), ("k", "key"), ("v", "value"))[: 2 if mixer.share_kv else 3]:
         theirs, own = ("(h k 2)", "h (2 k)") if pairs and ours != "value" else ("(h k)", "h k")
         yield rule(f"self_attn.{short}_proj.weight", f"attention.{ours}.weight", f"{theirs} d -> d {own}")
         if mixer.qkv_bias:
@@ -186,14 +189,16 @@ class Family:
     max_positions: int = 2048
     other_prefix: tuple[str, str] = ("", "")
 
-    def with_images(self, model_type: str, vision: str = "vision_tower") -> "Family":
+    def with_images(
+        self, model_type: str, vision: str = "vision_tower", other_prefix: tuple[str, str] = ("", "language_model.")
+    ) -> "Family":
         """Returns the family of models with images, of which the text part is read, and written as this one."""
         return replace(
             self,
             model_type=model_type,
             read=lambda keys: read_text_part(keys, self.read),
-            other_prefix=("", "language_model."),
-            unused=(*self.unused, f"{vision}.*", "multi_modal_projector.*"),
+            other_prefix=other_prefix,
+            unused=(*self.unused, f"{vision}.*", "multi_modal_projector.*", "model.embed_vision.*"),
         )
 
     def bindings(
@@ -270,6 +275,7 @@ def read_model(
     *,
     norms: Norms = "before",
     norm_offset: float = 0.0,
+    output_scale: bool = False,
     **options: Any,
 ) -> TransformerConfig:
     """Reads the sizes of a decoder.
@@ -280,12 +286,14 @@ def read_model(
         mlps: the MLP or the experts of all layers, or those of each; None reads an MLP.
         norms: as in `Layer`.
         norm_offset: as in `NormConfig`.
+        output_scale: as in `Layer`.
         options: of `TransformerConfig`.
     """
     num_layers, mlps = keys.num_layers, read_mlp(keys) if mlps is None else mlps
     mixers = [mixers] * num_layers if isinstance(mixers, Mixer) else mixers
     mlps = [mlps] * num_layers if isinstance(mlps, FeedForward) else mlps
-    layers = [Layer(mixer=mixer, mlp=mlp, norms=norms) for mixer, mlp in zip(mixers, mlps, strict=True)]
+    layer = partial(Layer, norms=norms, output_scale=output_scale)
+    layers = [layer(mixer=mixer, mlp=mlp) for mixer, mlp in zip(mixers, mlps, strict=True)]
     first, period = split_first(layers)
     keys.ignore("dtype", "torch_dtype")  # the dtype of the stored tensors, which say it themselves
     return TransformerConfig(
@@ -310,8 +318,11 @@ def read_text_part(keys: ModelJson, read: Callable[[ModelJson], TransformerConfi
     if "tie_word_embeddings" in keys:
         model = replace(model, tie_embeddings=keys.take("tie_word_embeddings", bool))
     keys.ignore("dtype", "torch_dtype", "vision_config", "vision_feature_layer", "spatial_merge_size")
-    keys.ignore("mm_tokens_per_image", "multimodal_projector_bias", "projector_hidden_act")
-    keys.ignore(*(f"{name}_token_{kind}" for name in ("image", "boi", "eoi") for kind in ("index", "id")))
+    keys.ignore(
+        "mm_tokens_per_image", "vision_soft_tokens_per_image", "multimodal_projector_bias", "projector_hidden_act"
+    )
+    names = ("image", "boi", "eoi", "audio", "boa", "eoa", "video", "vision_start", "vision_end")
+    keys.ignore(*(f"{name}_token_{kind}" for name in names for kind in ("index", "id")))
     return model
 
 

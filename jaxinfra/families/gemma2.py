@@ -53,13 +53,16 @@ def read_gemma_attention(keys: ModelJson, **options: Any) -> Attention:
     return read_attention(keys, bias=False, query_scale=scale, **options)
 
 
-def read_gemma(keys: ModelJson, mixers: Sequence[Attention]) -> TransformerConfig:
-    """Reads the sizes of a Gemma 2 or 3 whose layers have these mixers."""
+def read_gemma(
+    keys: ModelJson, mixers: Sequence[Attention], norm_offset: float = 1.0, output_scale: bool = False
+) -> TransformerConfig:
+    """Reads the sizes of a Gemma whose layers have these mixers; the others are as in `read_model`."""
     keys.default(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
     keys.ignore("hidden_act", "cache_implementation")  # hidden_activation counts
     mlp, softcap = read_mlp(keys, "hidden_activation"), keys.optional("final_logit_softcapping", float)
     options: dict[str, Any] = {"scale_embeddings": True, "logit_softcap": softcap}
-    return read_model(keys, mixers, mlp, norms="both", norm_offset=1.0, **options)
+    options |= {"norm_offset": norm_offset, "output_scale": output_scale}
+    return read_model(keys, mixers, mlp, norms="both", **options)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:

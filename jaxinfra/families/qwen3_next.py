@@ -4,7 +4,7 @@ Projections of delta nets are published by key head: its query, its key, then va
 share it. Layers for the prediction of several tokens are not read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxinfra.families.common import Family, attention_rules, of_kind, read_attention, read_model, write_model
@@ -15,7 +15,7 @@ from jaxinfra.interop.config_json import Fields, ModelJson, write_fields
 from jaxinfra.interop.rules import Rule, fused, rule
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.delta_net import GatedDeltaNet
-from jaxinfra.models.layers import NormConfig
+from jaxinfra.models.layers import MLP, NormConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope
@@ -32,50 +32,55 @@ FIELDS: Fields = {
 
 def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3-Next."""
-    keys.default(partial_rotary_factor=0.25, num_key_value_heads=2, head_dim=256)
-    keys.default(norm_topk_prob=True, router_aux_loss_coef=0.001)
+    keys.default(norm_topk_prob=True, num_key_value_heads=2)
+    mixers = read_mixers(keys)
+    return read_model(keys, mixers, read_shared_mlps(keys), norm_offset=1.0)
+
+
+def read_mixers(keys: ModelJson) -> list[Attention | GatedDeltaNet]:
+    """Reads the gated delta net or the gated attention of each layer."""
+    keys.default(partial_rotary_factor=0.25, head_dim=256)
+    keys.require("hidden_act", "silu", "swish", default="silu")  # convolutions have it as well
     interval = keys.take_between("full_attention_interval", 1, default=4)
     full = read_attention(keys, rope=read_rope(keys, partial=True), bias=False, gate=True, qk_norm="head")
     mixers = {LINEAR: GatedDeltaNet(**keys.take_fields(FIELDS)), FULL: full}
     default = [LINEAR if (i + 1) % interval else FULL for i in range(keys.num_layers)]
-    kinds = keys.take_kinds("layer_types", mixers, len(default), default)
+    return [mixers[kind] for kind in keys.take_kinds("layer_types", mixers, len(default), default)]
+
+
+def read_shared_mlps(keys: ModelJson) -> list[MLP | MixtureOfExperts]:
+    """Reads the MLP or the experts of each layer, beside which there are shared ones with a gate."""
     width = keys.take("moe_intermediate_size", int)
     shared = round(keys.take("shared_expert_intermediate_size", int) / width)
     keys.require("shared_expert_intermediate_size", shared * width)
-    mlps = read_mlps(keys, num_shared_experts=shared, shared_gate=True)
-    return read_model(keys, [mixers[kind] for kind in kinds], mlps, norm_offset=1.0)
+    return read_mlps(keys, num_shared_experts=shared, shared_gate=True)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Qwen3-Next."""
-    mixers, experts = [layer.mixer for layer in model.all_layers], experts_of(model)
+    return write_model(model) | write_mixers(model) | write_shared_mlps(model)
+
+
+def write_mixers(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of gated delta nets and gated attention."""
+    mixers = [layer.mixer for layer in model.all_layers]
     full = of_kind(next((mixer for mixer in mixers if isinstance(mixer, Attention)), None), Attention, "layers.mixer")
     nets = (mixer for mixer in mixers if isinstance(mixer, GatedDeltaNet))
-    keys = write_fields(of_kind(next(nets, None), GatedDeltaNet, "layers.mixer"), FIELDS) | {
+    return write_fields(of_kind(next(nets, None), GatedDeltaNet, "layers.mixer"), FIELDS) | {
         "attention_bias": full.qkv_bias,
         "layer_types": [FULL if isinstance(mixer, Attention) else LINEAR for mixer in mixers],
-        "shared_expert_intermediate_size": experts.num_shared_experts * experts.dim,
+        "partial_rotary_factor": 1.0 if full.rope is None else full.rope.fraction,
     }
-    return {"partial_rotary_factor": 1.0} | write_model(model) | keys | write_mlps(model)
 
 
-def mixer_rules(mixer: Attention | GatedDeltaNet) -> Iterator[Rule]:
-    """Yields the rules of gated attention, or of a gated delta net."""
-    if isinstance(mixer, GatedDeltaNet):
-        yield from delta_net_rules(mixer)
-        return
-    for each in attention_rules(mixer):
-        yield _with_gate(each) if "q_proj" in each.theirs else each
+def write_shared_mlps(model: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys of MLPs and experts, with shared ones."""
+    experts = experts_of(model)
+    return write_mlps(model) | {"shared_expert_intermediate_size": experts.num_shared_experts * experts.dim}
 
 
-def _with_gate(query: Rule) -> Rule:
-    """Returns the rule of a tensor that holds queries and gates, head by head."""
-    part, pattern = query.parts[0], query.parts[0].pattern.replace("(h k)", "(h {k})")
-    return fused(query.theirs, (part.ours, pattern), (part.ours.replace("query", "gate"), pattern))
-
-
-def delta_net_rules(mixer: GatedDeltaNet) -> Iterator[Rule]:
-    """Yields the rules of a gated delta net; `g` are key heads, each shared by `r` value heads."""
+def grouped_projections(mixer: GatedDeltaNet) -> Iterator[Rule]:
+    """Yields the rules of a gated delta net's projections; `g` are key heads, each shared by `r` value heads."""
     heads = {"query": "(g {k}) d -> d g k", "key": "(g {k}) d -> d g k"}
     heads |= {each: "(g {r v}) d -> d (g r) v" for each in ("value", "gate")}
     groups = {"g": mixer.num_key_heads}
@@ -83,12 +88,29 @@ def delta_net_rules(mixer: GatedDeltaNet) -> Iterator[Rule]:
     yield fused("linear_attn.in_proj_qkvz.weight", *parts, **groups)
     parts = ((f"attention.{each}.weight", "(g {r}) d -> d (g r)") for each in ("beta", "decay"))
     yield fused("linear_attn.in_proj_ba.weight", *parts, **groups)
+
+
+def mixer_rules(
+    mixer: Attention | GatedDeltaNet, projections: Callable[[GatedDeltaNet], Iterator[Rule]] = grouped_projections
+) -> Iterator[Rule]:
+    """Yields the rules of gated attention, or of a gated delta net, whose `projections` differ between families."""
+    if not isinstance(mixer, GatedDeltaNet):
+        for each in attention_rules(mixer):
+            yield _with_gate(each) if "q_proj" in each.theirs else each
+        return
+    yield from projections(mixer)
     parts = ((f"attention.{each}_conv", "({h k}) 1 w -> w h (k 1)") for each in ("query", "key", "value"))
     yield fused("linear_attn.conv1d.weight", *parts)
     yield rule("linear_attn.A_log", "attention.a_log", "h -> h")
     yield rule("linear_attn.dt_bias", "attention.dt_bias", "h -> h")
     yield rule("linear_attn.norm.weight", "attention.norm.scale", "v -> v")
     yield rule("linear_attn.out_proj.weight", "attention.out.weight", "d (h v) -> h v d")
+
+
+def _with_gate(query: Rule) -> Rule:
+    """Returns the rule of a tensor that holds queries and gates, head by head."""
+    part, pattern = query.parts[0], query.parts[0].pattern.replace("(h k)", "(h {k})")
+    return fused(query.theirs, (part.ours, pattern), (part.ours.replace("query", "gate"), pattern))
 
 
 FAMILY = Family(

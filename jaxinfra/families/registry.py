@@ -15,10 +15,13 @@ MODULES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5_moe",
     "mistral": "mistral",
     "mixtral": "mixtral",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "gpt2": "gpt2",
     "olmo2": "olmo2",
     "olmo3": "olmo3",
@@ -32,7 +35,10 @@ MODULES = {
     "llama4_text": "llama4",
     "llama4": "llama4",
     "gemma3": "gemma3",
+    "gemma4": "gemma4",
     "mistral3": "mistral",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe",
 }
 """Module of each `model_type`. A model is written as the first one that can say what it has."""
 

@@ -1,4 +1,4 @@
-"""Rotary positions in `config.json`: Llama 3's scaling, linear scaling, YaRN and LongRoPE, in both directions."""
+"""Rotary positions in `config.json`: scaling of all types, and proportional ones, in both directions."""
 
 import math
 from dataclasses import replace
@@ -42,9 +42,12 @@ def read_rope(
     keys.ignore("rope_scaling", "rope_parameters")
     theta = options.take("rope_theta", float, keys.take("rope_theta", float, theta))
     fraction = options.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float, 1.0))
-    if fraction != 1 and not partial:
+    proportional = options.take("rope_type", str, "default") == "proportional"
+    if fraction != 1 and not (partial or proportional):
         raise ConfigError(f"{keys.where}: partial_rotary_factor is {fraction}; this family has none but 1")
-    rope = Rope(theta=theta, fraction=fraction, scaling=_read_scaling(options, keys, scores))
+    scaling = None if proportional else _read_scaling(options, keys, scores)
+    rope = Rope(theta=theta, fraction=fraction, scaling=scaling, proportional=proportional)
+    options.ignore("mrope_section", "mrope_interleaved")  # of a text all three positions are the same
     options.close()
     return rope
 
@@ -64,7 +67,7 @@ def _read_scaling(keys: ModelJson, model: ModelJson, scores: bool) -> Scaling | 
         case "longrope" | "su":
             return _read_longrope(keys, model)
         case _:
-            known = "default, linear, llama3, yarn, longrope or su"
+            known = "default, linear, llama3, yarn, longrope, su or proportional"
             raise ConfigError(f"{keys.where}: rope_type={quoted(repr(kind))} is not supported; use {known}")
 
 
@@ -108,6 +111,8 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
     keys: dict[str, Any] = {"rope_theta": rope.theta}
     if rope.fraction != 1:
         keys["partial_rotary_factor"] = rope.fraction
+    if rope.proportional:
+        keys["rope_scaling"] = {"rope_type": "proportional"}
     match rope.scaling:
         case LinearScaling(factor=factor):
             keys["rope_scaling"] = {"rope_type": "linear", "factor": factor}

@@ -62,6 +62,8 @@ class Attention(Mixer):
         query_scale: factor on queries; None is `head_dim ** -0.5`.
         temperature: another factor on queries, which grows with the position.
         sinks: a learned score for each head, which takes part in the softmax without a value (GPT-OSS).
+        share_kv: values are keys before their norm and rotation, without a projection of their own (Gemma 4).
+        value_norm: RMSNorm without weights on each value head (Gemma 4).
         qkv_bias: biases on queries, keys and values.
         out_bias: a bias on the output.
         gate: multiplies the output of each head by the sigmoid of another projection of the tokens (Qwen3-Next).
@@ -79,6 +81,8 @@ class Attention(Mixer):
     query_scale: float | None = None
     temperature: AttentionTemperature | None = None
     sinks: bool = False
+    share_kv: bool = False
+    value_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     gate: bool = False
@@ -119,7 +123,7 @@ class Attention(Mixer):
     @override
     def matmul_params(self, hidden_size: int) -> int:
         # Queries, output and its gate have all heads, keys and values only `kv_head_count`.
-        heads = (3 if self.gate else 2) * self.num_heads + 2 * self.kv_head_count
+        heads = (3 if self.gate else 2) * self.num_heads + (1 if self.share_kv else 2) * self.kv_head_count
         return hidden_size * self.head_width(hidden_size) * heads
 
     @override
@@ -160,7 +164,7 @@ class AttentionModule(nnx.Module):
         self.query = project((num_heads, head_dim), ("embed", "heads", None))
         self.gate = project((num_heads, head_dim), ("embed", "heads", None)) if config.gate else None
         self.key = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
-        self.value = project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
+        self.value = None if config.share_kv else project((num_kv_heads, head_dim), ("embed", "kv_heads", None))
         out = partial(linear, (num_heads, head_dim), hidden, ("heads", None, "embed"), parallelism="row")
         self.out = out(bias=config.out_bias, scale=options.out_scale, tensor="out_proj")
         self.sinks = params.param((num_heads,), ("heads",), constant(0.0), "bias") if config.sinks else None
@@ -177,14 +181,17 @@ class AttentionModule(nnx.Module):
     def __call__(self, x_BTD: jax.Array, tokens: TokenInfo, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
-        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        q_BTHK, k_BTGK = self.query(x_BTD), self.key(x_BTD)
+        v_BTGK = k_BTGK if self.value is None else self.value(x_BTD)
+        normalize = partial(rms_norm, eps=self.options.norm.eps)
+        if self.config.value_norm:
+            v_BTGK = self.partitioner.map_local(normalize, v_BTGK)
         if isinstance(self.query_norm, Norm) and isinstance(self.key_norm, Norm):
             q_BTHK = self.query_norm(q_BTHK, (*SEQUENCE, "heads"))
             k_BTGK = self.key_norm(k_BTGK, (*SEQUENCE, "kv_heads"))
         elif isinstance(self.query_norm, HeadsNorm) and isinstance(self.key_norm, HeadsNorm):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         elif self.config.qk_norm == "l2":
-            normalize = partial(rms_norm, eps=self.options.norm.eps)
             q_BTHK, k_BTGK = (self.partitioner.map_local(normalize, x) for x in (q_BTHK, k_BTGK))
         if tokens.rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *tokens.rope), rotate(k_BTGK, *tokens.rope)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.models import flops, moe
-from jaxinfra.models.layers import Norm, ParamFactory, lookup_embeddings
+from jaxinfra.models.layers import RESIDUAL, Norm, ParamFactory, lookup_embeddings
 from jaxinfra.models.mixer import MixerOptions, TokenInfo
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
@@ -32,7 +32,7 @@ from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.ops.rope import Rope, in_long_documents, rope_tables
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import ParamSpec, normal
+from jaxinfra.parallel.spec import ParamSpec, constant, normal
 
 type LayerCache = Any
 """The decoding cache of a layer's mixer, or None."""
@@ -65,6 +65,8 @@ class Block(nnx.Module):
         self.mlp = layer.mlp.build(config.hidden_size, out_scale, params)
         self.mlp_post_norm = norm() if after else None
         self.multiplier = config.residual_multiplier
+        scale = partial(params.param, (1,), (None,), constant(1.0), "bias", state="frozen")
+        self.output_scale = scale() if layer.output_scale else None
 
     def __call__(
         self, x_BTD: jax.Array, tokens: TokenInfo, layer_index: jax.Array, cache: LayerCache
@@ -85,6 +87,9 @@ class Block(nnx.Module):
         if self.mlp_post_norm is not None:
             y_BTD = self.mlp_post_norm(y_BTD)
         x_BTD += dropout(self._scaled(y_BTD), bits_BT, 1, self.dropout)
+        if self.output_scale is not None:
+            scale_1 = self.partitioner.gather_weight(self.output_scale[...], (None,), RESIDUAL)
+            x_BTD = self.partitioner.map_local(jnp.multiply, x_BTD, scale_1)
         return self.partitioner.row_major(x_BTD), cache, stats
 
     def _scaled(self, y_BTD: jax.Array) -> jax.Array:

@@ -33,11 +33,13 @@ class Layer:
         mixer: moves information between positions.
         mlp: an MLP, or a mixture of experts in its place.
         norms: where the norms are: "before" mixer and MLP (Llama), "after" them (OLMo 2), or "both" (Gemma 2).
+        output_scale: the residual stream after the layer is multiplied by a number, which is not trained (Gemma 4).
     """
 
     mixer: Mixer
     mlp: FeedForward
     norms: Literal["before", "after", "both"] = "before"
+    output_scale: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,21 +154,32 @@ class Rope:
         theta: base of the frequencies.
         fraction: rotated fraction of each head.
         scaling: frequency scaling, for contexts longer than in pretraining.
+        proportional: a `fraction` of the pairs of the whole head is rotated, with the frequencies that they have when
+            all are, instead of all pairs of a part of the head (Gemma 4).
     """
 
     theta: PositiveFloat = 10000.0
     fraction: PositiveFraction = 1.0
     scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
+    proportional: bool = False
 
     def problems(self) -> Iterable[Problem]:
         """Yields a base of YaRN with which frequencies would not fall from feature to feature."""
         if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
             yield Problem(fields=("theta", "scaling"), message="theta must be above 1", fix="use theta=10000.0")
+        if self.proportional and self.scaling is not None:
+            message, fix = "proportional frequencies are not scaled", "use scaling=none"
+            yield Problem(fields=("proportional", "scaling"), message=message, fix=fix)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Returns the radians per position of each pair, float64 `[rotated / 2]`; `rotated = fraction * head_dim`."""
-        rotated = int(head_dim * self.fraction)
+        """Returns the radians per position of each pair, float64 `[rotated / 2]`.
+
+        `rotated` is `fraction * head_dim`; with `proportional` it is `head_dim`, and the last pairs have zeros.
+        """
+        rotated = head_dim if self.proportional else int(head_dim * self.fraction)
         freqs = self.theta ** -(np.arange(0, rotated, 2) / rotated)
+        if self.proportional:
+            freqs[int(head_dim * self.fraction) // 2 :] = 0
         return freqs if self.scaling is None else self.scaling.scale(freqs, self.theta)
 
     @property

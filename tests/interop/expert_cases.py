@@ -97,6 +97,10 @@ _QWEN3_NEXT = sizes(vocab=71, hidden=40, mlp=64, layers=4, heads=6, key_heads=2)
     "num_experts_per_tok": 2,
 }
 
+_QWEN3_5_MOE = {name: value for name, value in _QWEN3_NEXT.items() if name != "intermediate_size"}
+_QWEN3_5 = {name: value for name, value in _QWEN3_NEXT.items() if "expert" not in name and "moe" not in name}
+_QWEN3_5_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 40}
+
 _CASES: dict[str, list[dict[str, Any]]] = {
     "mixtral": [
         _MIXTRAL,
@@ -171,6 +175,42 @@ _CASES: dict[str, list[dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ],
+    "qwen3_5_text": [
+        _QWEN3_5,
+        _QWEN3_5
+        | {
+            "num_hidden_layers": 5,
+            "num_key_value_heads": 6,
+            "full_attention_interval": 2,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 1, 0]},
+            "tie_word_embeddings": True,
+        },
+        _QWEN3_5
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_value_head_dim": 7,
+            "linear_conv_kernel_dim": 3,
+            "rms_norm_eps": 1e-3,
+        },
+    ],
+    "qwen3_5_moe_text": [
+        _QWEN3_5_MOE,
+        _QWEN3_5_MOE
+        | {"full_attention_interval": 2, "linear_num_value_heads": 3, "num_experts_per_tok": 1, "attention_bias": True},
+        _QWEN3_5_MOE
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "shared_expert_intermediate_size": 48,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ],
     "glm4_moe": [
         _GLM4_MOE,
         _GLM4_MOE | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "use_qk_norm": False, "head_dim": 8},
@@ -194,4 +234,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 EXPERTS["qwen3_moe-0"]["gradients"] = EXPERTS["gpt_oss-0"]["gradients"] = True
 EXPERTS["llama4-text"] = {"model_type": "llama4", "text_config": _LLAMA4, "vision_config": _VISION}
-"""Three models of each family, and the text part of one with images."""
+EXPERTS["qwen3_5-text"] = {"model_type": "qwen3_5", "text_config": _QWEN3_5, "vision_config": _QWEN3_5_VISION}
+EXPERTS["qwen3_5_moe-text"] = {
+    "model_type": "qwen3_5_moe",
+    "text_config": _QWEN3_5_MOE,
+    "vision_config": _QWEN3_5_VISION,
+}
+"""Three models of each family, and the text part of those with images."""

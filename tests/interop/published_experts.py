@@ -71,6 +71,49 @@ _SCOUT = _COMMON | {
     "use_qk_norm": True,
 }
 
+_QWEN3_5 = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_output_gate": True,
+    "dtype": "bfloat16",
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144,
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+    "use_cache": True,
+}
+
+
+def _with_images(model_type: str, **text: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "image_token_id": 248056,
+        "text_config": _QWEN3_5 | text | {"model_type": f"{model_type}_text"},
+        "tie_word_embeddings": False,
+        "transformers_version": "4.57.0.dev0",
+        "video_token_id": 248057,
+        "vision_config": {"model_type": model_type, "depth": 27, "hidden_size": 1152},
+        "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+    }
+
+
 EXPERT_CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": _COMMON
     | {
@@ -135,6 +178,27 @@ EXPERT_CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 512,
         "use_sliding_window": False,
     },
+    "qwen3.5-27b": _with_images(
+        "qwen3_5",
+        **sizes(vocab=248320, hidden=5120, mlp=17408, layers=64, heads=24, key_heads=4),
+        layer_types=[*["linear_attention"] * 3, "full_attention"] * 16,
+        linear_num_value_heads=48,
+    ),
+    "qwen3.5-35b-a3b": _with_images(
+        "qwen3_5_moe",
+        vocab_size=248320,
+        hidden_size=2048,
+        num_hidden_layers=40,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        linear_num_value_heads=32,
+        moe_intermediate_size=512,
+        num_experts=256,
+        num_experts_per_tok=8,
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+        shared_expert_intermediate_size=512,
+    ),
     "deepseek-v3": _DEEPSEEK
     | {
         "model_type": "deepseek_v3",

@@ -34,6 +34,10 @@ def _gemma(model_type: str, **keys: Any) -> dict[str, Any]:
     return _tiny(model_type, **{"tied": True, "query_pre_attn_scalar": 7, "sliding_window": 6, **keys})
 
 
+def _gemma4(**keys: Any) -> dict[str, Any]:
+    return _tiny("gemma4_text", **{"tied": True, "sliding_window": 6, "hidden_size_per_layer_input": 0, **keys})
+
+
 def _phi(**keys: Any) -> dict[str, Any]:
     return _tiny("phi3", **{"num_attention_heads": 4, "num_key_value_heads": 2, **keys})
 
@@ -47,6 +51,15 @@ VISION = {
     "num_attention_heads": 1,
     "image_size": 28,
     "patch_size": 14,
+}
+GEMMA4_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "position_embedding_size": 8,
 }
 PIXTRAL = VISION | {"model_type": "pixtral"}
 
@@ -99,6 +112,34 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "gemma3-untied": _gemma("gemma3_text", tied=False, sliding_window_pattern=2, **PLAIN, head_dim=16),
     "gemma3-text": {"model_type": "gemma3", "text_config": _gemma("gemma3_text", **GROUPED), "vision_config": VISION},
+    "gemma4-grouped": _gemma4(
+        layers=7, attention_k_eq_v=True, num_global_key_value_heads=1, global_head_dim=24, **GROUPED
+    ),
+    "gemma4-one-key": _gemma4(
+        layer_types=[FULL, WINDOW, FULL],
+        global_head_dim=14,
+        attention_bias=True,
+        final_logit_softcapping=1.0,
+        rope_parameters={
+            FULL: {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.6},
+            WINDOW: {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+        },
+        **ONE_KEY,
+    ),
+    "gemma4-untied": _gemma4(
+        tied=False,
+        attention_k_eq_v=True,
+        layer_types=[WINDOW, WINDOW, FULL],
+        head_dim=16,
+        global_head_dim=8,
+        rms_norm_eps=1e-3,
+        **PLAIN,
+    ),
+    "gemma4-text": {
+        "model_type": "gemma4",
+        "text_config": _gemma4(global_head_dim=24, pad_token_id=0, **GROUPED),
+        "vision_config": GEMMA4_VISION,
+    },
     "gpt2-tied": _gpt2(gradients=True),
     "gpt2-untied": _gpt2(tie_word_embeddings=False, n_inner=50, layer_norm_epsilon=1e-3),
     "gpt2-wide": _gpt2(n_head=1, n_embd=20, activation_function="gelu_pytorch_tanh"),

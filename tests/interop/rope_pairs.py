@@ -31,7 +31,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "longrope up to the original length": {"rope_type": "longrope", "original_max_position_embeddings": 24},
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 16},
 }
-FAMILIES = [name for name in MODULES if name not in ("gpt2", "kimi_k2", "llama4", "gemma3", "mistral3")]
+WITHOUT = ("gpt2", "kimi_k2", "llama4", "gemma3", "gemma4", "mistral3", "qwen3_5", "qwen3_5_moe")
+FAMILIES = [name for name in MODULES if name not in WITHOUT]
 """All but one without rotary positions, one that transformers does not have, and those with images."""
 
 

@@ -108,6 +108,7 @@ ROPE_TYPES = {
     "llama3": LLAMA3,
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
     "longrope": LONG,
+    "proportional": {},
     "su": LONG,
 }
 
@@ -163,6 +164,17 @@ WRONG = {
     "YaRN without rounding beside another": (
         CONFIGS["olmo-3-7b"] | {"rope_scaling": OLMO3_YARN | {"truncate": False}},
         "truncate=False",
+    ),
+    "embeddings for each layer": (
+        {
+            "model_type": "gemma4",
+            "text_config": CONFIGS["gemma-4-31b"]["text_config"] | {"hidden_size_per_layer_input": 256},
+        },
+        "hidden_size_per_layer_input=256",
+    ),
+    "another activation of convolutions": (
+        EXPERT_CONFIGS["qwen3-next-80b-a3b"] | {"hidden_act": "gelu_pytorch_tanh"},
+        "hidden_act='gelu_pytorch_tanh' 'silu'",
     ),
     "attention both ways": (CONFIGS["gemma-2-2b"] | {"use_bidirectional_attention": True}, "bidirectional"),
     "scores by layer": (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),

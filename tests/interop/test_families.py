@@ -62,9 +62,19 @@ def logits_of(folder: Path, **batch: np.ndarray) -> tuple[jax.Array, BuiltDecode
 
 def stored(folder: Path) -> dict[str, bytes]:
     """Dtype, shape and bytes of each tensor, but for those of images."""
-    images = ("vision_tower.", "vision_model.", "multi_modal_projector.")
-    found = content(folder).items()
-    return {name.removeprefix("language_model."): each for name, each in found if not name.startswith(images)}
+    images = (
+        "vision_tower.",
+        "vision_model.",
+        "multi_modal_projector.",
+        "model.visual.",
+        "model.vision_tower.",
+        "model.embed_vision.",
+    )
+    text = {name: each for name, each in content(folder).items() if not name.startswith(images)}
+    return {
+        name.removeprefix("language_model.").replace("model.language_model.", "model."): each
+        for name, each in text.items()
+    }
 
 
 @needs_torch

@@ -23,6 +23,7 @@ from jaxinfra.parallel.spec import leaves_by_name
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.interop.expert_cases import EXPERTS
+from tests.interop.references import TINY
 from tests.several import all_ended, several_scripts
 
 MESHES = {
@@ -32,12 +33,18 @@ MESHES = {
     "stage": MeshConfig(stage=2, expert=2, fsdp=2),
 }
 SIZES = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 96, "head_dim": 8}
+_TWO_KINDS = {"attention_k_eq_v": True, "global_head_dim": 16, "num_global_key_value_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
+    "gemma4": TINY["gemma4-untied"] | SIZES | _TWO_KINDS,
     "mixtral": EXPERTS["mixtral-0"] | SIZES | {"num_local_experts": 8},
     # Gates and inputs alternate in one tensor, and layers are unlike.
     "gpt_oss": EXPERTS["gpt_oss-0"] | SIZES | {"num_local_experts": 8, "num_hidden_layers": 4},
     "llama4": EXPERTS["llama4_text-1"] | SIZES | {"num_local_experts": 8, "num_hidden_layers": 8},
     "qwen3_next": EXPERTS["qwen3_next-1"]
+    | SIZES
+    | {"num_experts": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "qwen3_5": EXPERTS["qwen3_5_text-0"] | SIZES | {"linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "qwen3_5_moe": EXPERTS["qwen3_5_moe_text-1"]
     | SIZES
     | {"num_experts": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
 }
@@ -97,8 +104,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("gpt_oss", "stage"),
         ("llama4", "expert"),
         ("llama4", "tensor"),
+        ("gemma4", "tensor"),
         ("qwen3_next", "stage"),
         ("qwen3_next", "tensor"),
+        ("qwen3_5", "tensor"),
+        ("qwen3_5_moe", "expert"),
     ],
 )
 def test_same_bits_on_every_mesh(exported: Any, tmp_path: Path, model: str, mesh: str) -> None:

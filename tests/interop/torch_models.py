@@ -37,8 +37,9 @@ def write_tiny(name: str, keys: dict, out: Path) -> None:
     model = model_of(keys)
     with torch.no_grad():
         # Biases and norms begin with values that would hide a mistake.
-        biases = (buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
-        for tensor in (*model.parameters(), *biases):
+        kept = ("e_score_correction_bias", "layer_scalar")
+        buffers = (buffer for name, buffer in model.named_buffers() if name.endswith(kept))
+        for tensor in (*model.parameters(), *buffers):
             tensor.add_(torch.randn_like(tensor) * noise)
     model.save_pretrained(out / name)
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, length))

@@ -56,10 +56,17 @@ PARAMETERS = {
     "gemma-3-4b": 3_880_263_168,
     "gemma-3-12b": 11_766_034_176,
     "gemma-3-27b": 27_009_346_304,
+    "gemma-4-31b": 30_697_345_340,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     "qwen3-next-80b-a3b": 79_674_391_296,
+    # The text parts, of which the published totals are rounded.
+    "qwen3.5-0.8b": 752_393_024,
+    "qwen3.5-9b": 8_953_803_264,
+    "qwen3.5-27b": 26_895_998_464,
+    "qwen3.5-35b-a3b": 34_660_610_688,
+    "qwen3.5-397b-a17b": 396_346_350_336,
     # With the biases of routers, which are published but not trained.
     "deepseek-v3": 671_026_419_200,
     "kimi-k2": 1_026_408_232_448,
