@@ -119,7 +119,7 @@ TINY: dict[str, dict[str, Any]] = {
         layer_types=[FULL, WINDOW, FULL],
         global_head_dim=14,
         attention_bias=True,
-        final_logit_softcapping=1.0,
+        final_logit_softcapping=5.0,
         rope_parameters={
             FULL: {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.6},
             WINDOW: {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
