@@ -272,7 +272,7 @@ def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
     assert ids == control(tokenizer, "".join(span.text for span in document))
     answer = [*tokenizer.encode("class", continuation=True), *control(tokenizer, "<|im_end|>")]
     (end,) = control(tokenizer, "<|im_end|>")
-    assert ids.count(end) == 2 and in_loss[ids.index(end)] is False
+    assert ids.count(end) == 2 and not in_loss[ids.index(end)]
     text = tokenizer.decode([i for i, is_in_loss in zip(ids, in_loss, strict=True) if is_in_loss])
     assert text == tokenizer.decode(answer)
 
