@@ -7,6 +7,7 @@ from typing import Any
 from jaxinfra.config import Loaded, apply, fingerprint, leaves
 from jaxinfra.config.schema import allowed_words, children, choices, is_config, is_open, union_members
 from jaxinfra.data.image_data import ImageData
+from jaxinfra.data.labeled import LabeledData
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
@@ -24,6 +25,8 @@ from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
 from jaxinfra.objectives.dpo import DPO
+from jaxinfra.objectives.kto import KTO
+from jaxinfra.objectives.orpo import ORPO
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon
@@ -51,6 +54,8 @@ IMAGES = Run(
 PAIRS = replace(TEXT, data=PairData(store="s"), objective=DPO(), init="runs/base")
 RUNS = [
     PAIRS,
+    replace(PAIRS, objective=ORPO(), init=None),
+    replace(PAIRS, data=LabeledData(store="s"), objective=KTO()),
     TEXT,
     MIXED,
     IMAGES,

@@ -109,13 +109,13 @@ def _short_name(path: str, paths: Iterable[str]) -> str:
 
 
 @contextmanager
-def local_files(location: str) -> Iterator[Path]:
-    """Yields a folder with the small files of a run; it is a temporary copy of those in a bucket."""
+def local_files(location: str, names: Sequence[str] = RUN_FILES) -> Iterator[Path]:
+    """Yields a folder with the small files of a run; it is a temporary copy of those in a bucket with these names."""
     if not is_remote(location):
         yield Path(location)
         return
     with TemporaryDirectory(prefix="jaxinfra-run-") as folder:
-        fetch(location, RUN_FILES, Path(folder))
+        fetch(location, names, Path(folder))
         yield Path(folder)
 
 
