@@ -1,4 +1,4 @@
-"""Qwen3 0.6B, trained on pairs of answers by DPO on one host of eight TPU v5e chips, from the model that sft.py makes."""
+"""Qwen3 0.6B, trained by DPO on pairs of answers on one host of eight TPU v5e chips, from the model of sft.py."""
 
 from dataclasses import replace
 

@@ -98,7 +98,7 @@ def ask(process: subprocess.Popen[str], words: str, log: Path) -> float:
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
-        raise command_error([str(TORCH_PYTHON), "tests/bench/torch_generate.py"], log.read_text())
+        raise command_error([str(TORCH_PYTHON), "tests/interop/torch_generate.py"], log.read_text())
     return float(answer)
 
 
@@ -111,7 +111,7 @@ def rows_of(options: argparse.Namespace, count: int) -> Iterator[TableRow]:
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder, worker_pool(1, ENV) as pool:
         write_model(Path(folder))
         log = Path(folder) / "log"
-        script = Path(__file__).with_name("torch_generate.py")
+        script = Path(__file__).parents[1] / "interop/torch_generate.py"
         with started([str(TORCH_PYTHON), str(script), folder, str(THREADS)], os.environ, log) as torch:
 
             def own(_: int) -> float:

@@ -1,6 +1,6 @@
 """Continues random prompts with transformers, as `bench sample` asks.
 
-Runs in an environment of its own, with torch and transformers: `python tests/bench/torch_generate.py FOLDER THREADS`
+Runs in an environment of its own, with torch and transformers: `python tests/interop/torch_generate.py FOLDER THREADS`
 answers each line of standard input, the number of prompts, the length of each, and the number of tokens to add, with
 the seconds that it took.
 """
