@@ -117,10 +117,8 @@ class Sampler:
         They are not copied if they have the right shardings, but on CPUs to decode; the sampler is of no use once they
         are donated.
         """
-        self._params, self._prepared = (
-            jax.device_put(params, jax.tree.map(lambda p: p.sharding, self.program.params)),
-            None,
-        )
+        self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self.program.params))
+        self._prepared = None
 
     def drop_params(self) -> None:
         """Lets go of the parameters, until `set_params` gives others."""

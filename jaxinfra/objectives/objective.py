@@ -85,13 +85,17 @@ class Objective(Extensible, ABC):
         """
 
     def reference_values(self, apply: Apply, params: Params, batch: Batch) -> "dict[str, jax.Array]":
-        """Returns the `reference_fields` of each sample, float32 `[B]`, given the parameters of the reference."""
+        """Returns the `reference_fields` of each sample, float32 `[B]`, given the parameters of the reference.
+
+        A class that names such fields must define it; it is not called for others.
+        """
         raise NotImplementedError
 
     def statistics(self, apply: Apply, params: Any, batch: Batch) -> "dict[str, jax.Array]":
         """Returns the `statistics_fields`: sums over the batch, of which `loss` needs those of the whole global batch.
 
-        `loss` may get a part of the global batch, whose rows all have these sums as fields, float32 `[B]`.
+        `loss` may get a part of the global batch, whose rows all have these sums as fields, float32 `[B]`. A class that
+        names such fields must define it; it is not called for others.
         """
         raise NotImplementedError
 
