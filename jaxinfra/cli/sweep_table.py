@@ -11,6 +11,7 @@ from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.errors import StorageError
 from jaxinfra.storage import outputs
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.storage.files import file_exists
 from jaxinfra.storage.location import is_remote
 from jaxinfra.track.console import fitted_table, print_table, stdout_console
 from jaxinfra.track.formatting import format_metric
@@ -31,9 +32,9 @@ class Sweep:
 
 def read_sweep(location: str) -> Sweep | None:
     """Reads the file of a sweep in a folder or below a URL; None if there is none, StorageError if it is damaged."""
+    if not file_exists(f"{location}/{SWEEP_FILE}"):
+        return None
     with local_files(location, (SWEEP_FILE,)) as folder:
-        if not (folder / SWEEP_FILE).exists():
-            return None
         text = outputs.read_text(folder / SWEEP_FILE)
     try:
         return Sweep(**json.loads(text))
