@@ -233,7 +233,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", metavar="PROMPT", nargs="*", help=what)
     what = "continue each line of this text file, and write JSON lines"
     parser.add_argument("--prompts", metavar="FILE", help=what)
-    add_int(parser, "--batch", 1, default=32, metavar="N", help="prompts to decode at once (default %(default)s)")
+    add_int(parser, "--batch", 1, default=32, metavar="N", help="texts to decode at once (default %(default)s)")
+    what = "continue each prompt also with this adapter of the same base: a run or a folder of PEFT; may be repeated"
+    parser.add_argument("--adapter", metavar="SOURCE", action="append", default=[], help=what)
     _add_sampling(parser, max_tokens=200, temperature=0.8)
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--min-p", type=float, default=0.0, help="least part of the likeliest one's probability")

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from itertools import product
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.sampler import Sampler
@@ -32,12 +33,16 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"sample {options.run_dir}: expects prompts or --prompts FILE; name one of both")
     if options.prompts is not None:
         prompts = _read_lines(options.prompts)
-    sampler = Sampler.from_run(options.run_dir, options.imports, overrides)
+    sources = [options.run_dir, *options.adapter]
+    if options.adapter:
+        sampler = Sampler.with_adapters(sources, options.imports, overrides)
+    else:
+        sampler = Sampler.from_run(options.run_dir, options.imports, overrides)
     with compile_cache(sampler.model.run.train.compile_cache):
-        if len(prompts) == 1 and options.prompts is None:
+        if len(prompts) == 1 and options.prompts is None and not options.adapter:
             _stream(sampler, prompts[0], options, sampling)
         else:
-            _print_all(sampler, prompts, options, sampling)
+            _print_all(sampler, prompts, sources, options, sampling)
 
 
 def _stream(sampler: Sampler, prompt: str, options: argparse.Namespace, sampling: SamplingParams) -> None:
@@ -49,14 +54,23 @@ def _stream(sampler: Sampler, prompt: str, options: argparse.Namespace, sampling
         print(prompt)
 
 
-def _print_all(sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace, sampling: SamplingParams) -> None:
+def _print_all(
+    sampler: Sampler,
+    prompts: Sequence[str],
+    sources: Sequence[str],
+    options: argparse.Namespace,
+    sampling: SamplingParams,
+) -> None:
     ids = [sampler.model.encode(prompt) for prompt in prompts]
-    completions = sampler.completions(ids, max_tokens=options.max_tokens, sampling=sampling, rows=options.batch)
-    for prompt, found in zip(prompts, completions, strict=True):
+    completions = sampler.completions(
+        ids, max_tokens=options.max_tokens, sampling=sampling, rows=options.batch, adapters=range(len(sources))
+    )
+    for (prompt, source), found in zip(product(prompts, sources), completions, strict=True):
+        of_source = {"source": source} if options.adapter else {}
         if options.prints and options.prompts is None:
-            print(prompt + found.text, flush=True)
+            print(f"{source}: " if of_source else "", prompt, found.text, sep="", flush=True)
         elif options.prints:
-            print(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False), flush=True)
+            print(json.dumps({**of_source, "prompt": prompt, **found._asdict()}, ensure_ascii=False), flush=True)
 
 
 def _read_lines(path: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jaxinfra.inference.language_model import require_text
 from jaxinfra.inference.sampling import SamplingParams, sample_tokens
 from jaxinfra.inference.unrolled import unrolled
 from jaxinfra.models.decoder import Cache, Transformer
+from jaxinfra.models.low_rank import using_columns
 from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
 
@@ -31,7 +33,9 @@ class _Text:
     """A prompt in a row, with the tokens after it.
 
     Attributes:
-        index: index of the prompt.
+        index: index of the text.
+        prompt: index of the prompt.
+        adapter: index of the adapter.
         ids: its tokens, and those after it that have arrived.
         limit: maximum number of tokens after it.
         begun: number of tokens that the devices were asked for.
@@ -39,6 +43,8 @@ class _Text:
     """
 
     index: int
+    prompt: int
+    adapter: int
     ids: list[int]
     limit: int
     begun: int = 0
@@ -52,17 +58,23 @@ class _RowInfo(NamedTuple):
         counts: number of tokens to read; a row with 0 keeps its cache.
         indices: indices of the prompts.
         steps: number of tokens that were sampled before.
+        adapters: indices of the adapters.
     """
 
     counts: ArrayLike
     indices: ArrayLike
     steps: ArrayLike
+    adapters: ArrayLike
 
 
 class Decoder:
-    """Decodes with the model of a program that was made by `sampling_program`."""
+    """Decodes with the model of a program that was made by `sampling_program`.
 
-    def __init__(self, program: Program):
+    Where its adapter is made of several, `columns` says which ones of its columns are whose, bool `[adapters, R]`.
+    """
+
+    def __init__(self, program: Program, columns: np.ndarray | None = None):
+        self._columns = columns
         self._program, self._unroll = unrolled(program)
         self._config = require_text(program.run)[0]
         self._shards = program.partitioner.num_shards("batch")
@@ -81,20 +93,28 @@ class Decoder:
         *,
         rows: int,
         ends: Callable[[int, int], bool],
+        adapters: Sequence[int] = (0,),
     ) -> Iterator[tuple[int, int]]:
-        """Yields the index of a prompt and its next token, in the order of the tokens of each prompt.
+        """Yields the index of a text and its next token, in the order of the tokens of each text.
+
+        A text is a prompt with one of the adapters; those of the first prompt are first.
 
         Args:
             params: see `prepare`.
             prompts: prompts of at least one token.
             limits: the maximum number of tokens after each prompt, at least one.
             sampling: how tokens are sampled.
-            rows: the number of prompts that are decoded at once, rounded up to a multiple of the shards of a batch.
+            rows: the number of texts that are decoded at once, rounded up to a multiple of the shards of a batch.
             ends: takes what is yielded next; returns whether this token ends its text.
+            adapters: indices of the adapters that each prompt is continued with, if there are several.
         """
-        waiting = deque(_Text(index=i, ids=[*p], limit=n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True)))
+        pairs = product(enumerate(zip(prompts, limits, strict=True)), adapters)
+        waiting = deque(
+            _Text(index=index, prompt=prompt, adapter=adapter, ids=[*ids], limit=limit)
+            for index, ((prompt, (ids, limit)), adapter) in enumerate(pairs)
+        )
         longest = max(len(text.ids) + text.limit for text in waiting)
-        texts: list[_Text | None] = [None] * (-(-min(rows, len(prompts)) // self._shards) * self._shards)
+        texts: list[_Text | None] = [None] * (-(-min(rows, len(waiting)) // self._shards) * self._shards)
         # With LongRoPE a row that becomes this long gets other rotary positions, from its first token on.
         switches = {length + 1 for length in self._config.short_lengths}
         sampling, seed = replace(sampling, seed=0, stop=()), sampling.seed  # one compiled program serves all
@@ -142,10 +162,10 @@ class Decoder:
         texts: Mapping[int, _Text],
     ) -> tuple[jax.Array, Cache]:
         """Adds the last token of each text to the cache; returns the tokens of all rows, and the cache."""
-        counts_B, indices_B, steps_B = np.zeros((3, len(tokens_B1)), np.int32)
+        numbers_4B = np.zeros((4, len(tokens_B1)), np.int32)
         for row, text in texts.items():
-            counts_B[row], indices_B[row], steps_B[row] = 1, text.index, text.begun
-        return self._next_tokens(params, cache, tokens_B1, _RowInfo(counts_B, indices_B, steps_B), key, sampling)
+            numbers_4B[:, row] = 1, text.prompt, text.begun, text.adapter
+        return self._next_tokens(params, cache, tokens_B1, _RowInfo(*numbers_4B), key, sampling)
 
     def _begin(
         self,
@@ -162,11 +182,11 @@ class Decoder:
         length = padded_length(max(map(len, rows)))
         length = min(length, self._config.learned_positions or length)
         ids_NT, counts_N = pad_rows(rows, length, count)
-        indices_N, steps_N, rows_N = np.zeros((3, count), np.int32)
+        indices_N, steps_N, adapters_N, rows_N = np.zeros((4, count), np.int32)
         rows_N[len(rows) :] = len(tokens_B1)  # no row
         for n, (row, text) in enumerate(texts.items()):
-            rows_N[n], indices_N[n], steps_N[n] = row, text.index, text.begun
-        info = _RowInfo(counts_N, indices_N, steps_N)
+            rows_N[n], indices_N[n], steps_N[n], adapters_N[n] = row, text.prompt, text.begun, text.adapter
+        info = _RowInfo(counts_N, indices_N, steps_N, adapters_N)
         return self._first_tokens(params, cache, tokens_B1, ids_NT, rows_N, info, key, sampling)
 
     @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -190,7 +210,8 @@ class Decoder:
         partitioner, model = self._program.partitioner, self._program.model(params)
         assert isinstance(model, Transformer)
         counts_B = jax.reshard(info.counts, partitioner.spec("batch"))
-        logits, cache = model.decode(tokens_BT, cache, counts_B)
+        with using_columns(None if self._columns is None else jnp.asarray(self._columns)[info.adapters]):
+            logits, cache = model.decode(tokens_BT, cache, counts_B)
         if tokens_BT.shape[1] > 1:  # the last hidden state of each row is cut out before it is multiplied with the head
             last = jax.vmap(lambda x_TD, count: jax.lax.dynamic_slice_in_dim(x_TD, count - 1, 1))
             logits = replace(logits, hidden=partitioner.map_local(last, logits.hidden, counts_B))

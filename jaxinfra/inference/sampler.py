@@ -26,6 +26,7 @@ from jaxinfra.inference.decoding import Decoder, pad_rows, padded_length
 from jaxinfra.inference.language_model import LanguageModel, language_model, open_language_model, require_text
 from jaxinfra.inference.sampling import SamplingParams
 from jaxinfra.inference.sampling_program import sampling_program
+from jaxinfra.inference.several import load_adapters
 from jaxinfra.inference.trained_params import TrainedParams, load_params
 from jaxinfra.objectives.losses import token_scores
 from jaxinfra.parallel.spec import Params
@@ -74,11 +75,14 @@ class Sampler:
         rows: a batch has a multiple of this number of rows.
     """
 
-    def __init__(self, model: LanguageModel, program: Program, params: Params):
-        """Binds the parameters, which must be on the mesh of the program, made by `sampling_program`."""
+    def __init__(self, model: LanguageModel, program: Program, params: Params, columns: np.ndarray | None = None):
+        """Binds the parameters, which must be on the mesh of the program, made by `sampling_program`.
+
+        `columns` are those of several adapters (see `AdaptedModel`).
+        """
         self.model, self.program, self._params = model, program, params
         self.rows = program.partitioner.num_shards("batch")
-        self._decoder, self._prepared = Decoder(program), None
+        self._decoder, self._prepared = Decoder(program, columns), None
 
     @classmethod
     def from_run(
@@ -91,6 +95,16 @@ class Sampler:
         """
         model = open_language_model(source, overrides, imports)
         return cls.load(source, model, overrides)[0]
+
+    @classmethod
+    def with_adapters(
+        cls,
+        sources: Sequence[str],
+        imports: Sequence[str] | ClassFinder = (),
+        overrides: Sequence[str] = (),
+    ) -> Self:
+        """Loads several adapters of one base, which `completions` can use in one batch (see `load_adapters`)."""
+        return cls(*load_adapters(sources, overrides, imports))
 
     @classmethod
     def load(
@@ -163,21 +177,30 @@ class Sampler:
         max_tokens: int | Sequence[int],
         sampling: SamplingParams = _SAMPLING,
         rows: int | None = None,
+        adapters: Sequence[int] = (0,),
     ) -> Iterator[Completion]:
         """Yields the continuations of prompts of at least one token each, in their order, as soon as they are there.
+
+        With several adapters, those of the first prompt with each of them are first.
 
         Args:
             prompts: the tokens of the prompts.
             max_tokens: the maximum number of tokens of a continuation, or of each one.
             sampling: how tokens are sampled; their random numbers depend on the index of the prompt.
-            rows: the number of prompts to decode at once; where a text has ended, the next one begins. None is all.
+            rows: the number of texts to decode at once; where one has ended, the next one begins. None is all.
+            adapters: indices of the adapters that each prompt is continued with.
         """
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else [*max_tokens]
-        texts, first = [_Text(self.model, sampling) for _ in prompts], 0
+        limits, count = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else [*max_tokens], len(adapters)
+        texts, first = [_Text(self.model, sampling) for _ in range(len(prompts) * count)], 0
         for _ in self._decode(
-            prompts, limits, sampling, rows or len(prompts), lambda index, token: texts[index].ends_with(token)
+            prompts,
+            limits,
+            sampling,
+            rows or len(texts),
+            lambda index, token: texts[index].ends_with(token),
+            adapters,
         ):
-            while first < len(texts) and (texts[first].finish or texts[first].tokens == limits[first]):
+            while first < len(texts) and (texts[first].finish or texts[first].tokens == limits[first // count]):
                 yield texts[first].completion()
                 first += 1
 
@@ -216,13 +239,16 @@ class Sampler:
         sampling: SamplingParams,
         rows: int,
         ends: Callable[[int, int], bool],
+        adapters: Sequence[int] = (0,),
     ) -> Iterator[tuple[int, int]]:
         """Decodes as `Decoder.decode`; raises ConfigError if a text is longer than the model's learned positions."""
         for prompt, limit in zip(prompts, limits, strict=True):
             self._require_room(len(prompt), limit)
         if self._prepared is None:
             self._prepared = self._decoder.prepare(self._params)
-        yield from self._decoder.decode(self._prepared, prompts, limits, sampling, rows=rows, ends=ends)
+        yield from self._decoder.decode(
+            self._prepared, prompts, limits, sampling, rows=rows, ends=ends, adapters=adapters
+        )
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Scores the tokens of rows, in the order of the rows; rows of similar length are computed together."""

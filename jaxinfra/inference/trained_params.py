@@ -53,15 +53,28 @@ def load_params(
     program, by path. Raises ConfigError if there is no run, or if a parameter differs (it names the first one), and
     CheckpointError if no checkpoint can be read.
     """
-    base = program.base
     if is_published(source) and (peft := open_peft(str(source))) is not None:
-        return _load_peft(peft, program, peers)
+        params, _, fingerprint, _ = load_params(peft.source, program, peers)
+        adapter = _load_peft(peft, program, leaves_by_name(params))
+        return TrainedParams(merge_trees(params, nested(adapter)), 0, fingerprint, fingerprint)
+    base = program.base
     if is_published(source):
         with program.on_mesh:
             params, fingerprint = load_published(str(source), program.run.model, base.params, dtypes, program.from_base)
         return TrainedParams(params, 0, fingerprint, fingerprint)
+    found, record = _restore(source, program, peers)
+    if record is not None:
+        return found._replace(params=merge_trees(load_base(program, peers, record), found.params))
+    if base is not program:
+        params = nested(reduce(or_, (program.from_base(*each) for each in leaves_by_name(found.params).items())))
+        return found._replace(params=params)
+    return found
+
+
+def _restore(source: str | Path, program: Program, peers: Peers) -> tuple[TrainedParams, Mapping[str, Any] | None]:
+    """Restores what a checkpoint has: parameters of `program.base`, or an adapter, with the record of its run."""
     location, step = parse_source(source)
-    directory = RunDirectory(location, peers)
+    directory, base = RunDirectory(location, peers), program.base
     record = directory.existing_record()
     if not record:
         raise no_run_error(location)
@@ -90,31 +103,53 @@ def load_params(
         found = checkpoints.newest(read) if step is None else (step, read(step))
         assert found is not None
         step, (params, digest) = found
-        if has_adapter:
-            params = merge_trees(load_base(program, peers, record), params)
-        elif base is not program:
-            params = nested(reduce(or_, (program.from_base(*each) for each in leaves_by_name(params).items())))
-    return TrainedParams(params, step, record.get("fingerprint", ""), digest)
+    loaded = TrainedParams(params, step, record.get("fingerprint", ""), digest)
+    return loaded, record if has_adapter else None
 
 
-def _load_peft(peft: PeftAdapter, program: Program, peers: Peers) -> TrainedParams:
-    """Loads an adapter in the format of PEFT, with its base; raises ConfigError if the run has another one."""
+class LoadedAdapter(NamedTuple):
+    """An adapter without its base.
+
+    Attributes:
+        params: its parameters, by path; {} for a source that has no adapter.
+        base: the source of its base.
+        weights: hash of the frozen parameters that it was trained beside; None if that is not known.
+    """
+
+    params: Mapping[str, jax.Array]
+    base: str
+    weights: str | None
+
+
+def load_adapter(source: str, program: Program, peers: Peers) -> LoadedAdapter:
+    """Loads the adapter of a source, onto the mesh of a program with the same adapter; raises as `load_params`."""
+    if program.run.adapter is None:
+        return LoadedAdapter({}, source, None)
+    if is_published(source) and (peft := open_peft(source)) is not None:
+        return LoadedAdapter(_load_peft(peft, program, {}), peft.source, None)
+    found, record = _restore(source, program, peers)
+    assert record is not None  # as the run has an adapter
+    return LoadedAdapter(leaves_by_name(found.params), base_source(record), (record.get("init") or {}).get("weights"))
+
+
+def _load_peft(peft: PeftAdapter, program: Program, named: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Loads an adapter in the format of PEFT; raises ConfigError if the run has another one.
+
+    `named` are the parameters of its base by path, which magnitudes need.
+    """
     own, there = program.run.adapter, f"{PREFIX}{peft.folder.url}"
     if own is None:
         raise ConfigError(f"{there}: is an adapter, and this run has none; use {_as_overrides(peft.config)}")
-    params, _, fingerprint, _ = load_params(peft.source, program, peers)
-    named = leaves_by_name(params)
     with program.on_mesh:
         matrices = peft.params(named)
-    wanted = {path: leaf for path, leaf in leaves_by_name(program.params).items() if path not in named}
+    wanted = {path: leaf for path, leaf in leaves_by_name(program.params).items() if ".adapter" in path}
     shapes = {path: array.shape for path, array in matrices.items()}
     if shapes != {path: leaf.shape for path, leaf in wanted.items()} or own.alpha != peft.config.alpha:
         raise ConfigError(f"{there}: this run has another adapter; use {_as_overrides(peft.config)}")
-    placed = {
+    return {
         path: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, path=path: matrices[path][index])
         for path, leaf in wanted.items()
     }
-    return TrainedParams(merge_trees(params, nested(placed)), 0, fingerprint, fingerprint)
 
 
 def _as_overrides(adapter: Lora) -> str:
@@ -124,16 +159,19 @@ def _as_overrides(adapter: Lora) -> str:
     )
 
 
+def base_source(record: Mapping[str, Any]) -> str:
+    """Returns the source of the frozen parameters that an adapter was trained beside, by the record of its run."""
+    init = record.get("init") or {}
+    source = str(init.get("run"))
+    return source if is_published(source) else f"{source}@{init.get('step')}"
+
+
 def load_base(program: Program, peers: Peers, record: Mapping[str, Any]) -> Params:
     """Loads the frozen parameters that an adapter was trained beside, by the record of its run.
 
     Raises ConfigError if they are other ones by now.
     """
-    init = record.get("init") or {}
-    source = str(init.get("run"))
-    if not is_published(source):
-        source = f"{source}@{init.get('step')}"
-    expected = init.get("weights")
+    source, expected = base_source(record), (record.get("init") or {}).get("weights")
     params = load_params(source, program, peers).params
     if (found := weights_digest(program, params)) != expected:
         raise ConfigError(

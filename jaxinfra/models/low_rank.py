@@ -4,19 +4,43 @@ Shape suffixes: R rank; K inputs and N outputs of a weight, each one or more dim
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxinfra.errors import ConfigError
 from jaxinfra.models.adapter import Lora
 from jaxinfra.models.layers import ParamFactory
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import axes_by_dim, has_stage_dim, local_weight
 from jaxinfra.parallel.spec import ParamSpec, constant, uniform
+
+_used_BR: ContextVar[jax.Array | None] = ContextVar("used_BR", default=None)
+
+
+@contextmanager
+def using_columns(used_BR: jax.Array | None) -> Iterator[None]:
+    """Lets each row of a batch, while a model is traced, use some columns of `a` and rows of `b` alone; None is all.
+
+    So adapters of one base that stand side by side, R their ranks together, serve a row each (as in Chen et al. 2023,
+    "Punica"). `used_BR` is bool. Raises ConfigError within if an adapter changes more than sums of products.
+    """
+    token = _used_BR.set(used_BR)
+    try:
+        yield
+    finally:
+        _used_BR.reset(token)
+
+
+def _require_all_columns(what: str) -> None:
+    if _used_BR.get() is not None:
+        raise ConfigError(f"--adapter: {what} cannot differ within a batch; sample with one adapter at a time")
 
 
 class LowRank(nnx.Module):
@@ -69,22 +93,29 @@ class LowRank(nnx.Module):
 
     def add(self, y: jax.Array, x: jax.Array, x_axes: LogicalAxes) -> jax.Array:
         """Adds the product of `x` `[..., *K]` with `factor * a @ b` to `y` `[..., *N]`, which may be a partial sum."""
-        arrays = (x, *self.gather(x_axes))
-        x_spec, a_spec, b_spec = (jax.typeof(each).sharding.spec for each in arrays)
+        arrays = [x, *self.gather(x_axes)]
+        specs = [jax.typeof(each).sharding.spec for each in arrays]
+        x_spec, a_spec, b_spec = specs
         out = jax.typeof(y).sharding.spec
+        if (used_BR := _used_BR.get()) is not None:
+            specs.append(P(x_spec.partitions[0], None))
+            arrays.append(jax.reshard(used_BR, specs[-1]))
 
-        def on_device(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        def on_device(x: jax.Array, a: jax.Array, b: jax.Array, *used: jax.Array) -> jax.Array:
             x = jax.lax.pcast(x, tuple(x_spec.reduced), to="varying") if x_spec.reduced else x
             a, b = local_weight(a, a_spec), local_weight(b, b_spec)
             lead, (rank, *outputs) = x.shape[: x.ndim - self.in_dims], b.shape
             z = x.reshape(math.prod(lead), -1) @ a.reshape(-1, rank)
+            for used_BR in used:
+                z = (z.reshape(len(used_BR), -1, rank) * used_BR[:, None]).reshape(z.shape)
             product = self.factor * (z @ b.reshape(rank, -1)).reshape(*lead, *outputs)
             return jax.lax.pcast(product, tuple(out.unreduced), to="unreduced") if out.unreduced else product
 
-        return y + jax.shard_map(on_device, in_specs=(x_spec, a_spec, b_spec), out_specs=out)(*arrays)
+        return y + jax.shard_map(on_device, in_specs=tuple(specs), out_specs=out)(*arrays)
 
     def grouped(self, x_MK: jax.Array, a_EKR: jax.Array, b_ERN: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Multiplies rows with the matrices of their experts, in a `shard_map`: what to add, `[M, N]`."""
+        _require_all_columns("adapters of experts")
         platform = self.partitioner.platform
         z_MR = grouped_dot(x_MK, a_EKR, sizes_E, platform=platform)
         return self.factor * grouped_dot(z_MR, b_ERN, sizes_E, platform=platform)
@@ -97,6 +128,7 @@ class LowRank(nnx.Module):
         """
         if self.magnitude is None:
             return y
+        _require_all_columns("magnitudes")
         out = axes_by_dim(jax.typeof(y).sharding.spec, y.ndim)[-len(self.out_axes) :]
         names = self.out_axes if any(out) else (None,) * len(self.out_axes)
         magnitude = self.partitioner.gather_weight(self.magnitude[...], names, y_axes)
@@ -107,6 +139,7 @@ class LowRank(nnx.Module):
 
     def merge(self, weight: jax.Array, x_axes: LogicalAxes) -> jax.Array:
         """Returns a weight `[*K, *N]` with its adapter, without gradient; it is gathered for `x_axes`."""
+        _require_all_columns("adapters of latent attention's keys and values")
 
         def merged(
             summed: tuple[str, ...], weight: jax.Array, a: jax.Array, b: jax.Array, *rest: jax.Array

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
 from jaxinfra.models.adapter import Lora
+from jaxinfra.models.low_rank import using_columns
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -17,7 +19,7 @@ from jaxinfra.parallel.spec import leaf_name, leaves_by_name, nested
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.decoders import decoder
-from tests.models.harness import relative_error
+from tests.models.harness import LATENT, relative_error
 
 MESHES = {
     "tensor": MeshConfig(fsdp=2, tensor=2),
@@ -106,6 +108,23 @@ def test_every_mesh_computes_the_same(frozen: str, meshes: tuple[str, ...], *, e
                 np.testing.assert_array_equal(leaf, whole[path], err_msg=f"{name} {path}")
             else:
                 assert relative_error(leaf, whole[path]) < 2e-5, (name, path)
+
+
+def test_what_cannot_differ_within_a_batch_is_refused() -> None:
+    run = run_on("alone", frozen=None, experts=False, dora=False)
+    for changed, what in (
+        (run_on("alone", frozen=None, experts=True, dora=False), "experts"),
+        (run_on("alone", frozen=None, experts=False, dora=True), "magnitudes"),
+        (replace(run, model=replace(run.model, layers=(replace(run.model.layers[0], mixer=LATENT),))), "latent"),
+    ):
+        program = program_of(changed)
+
+        def decode(params: Any, program: Program = program) -> Any:
+            with using_columns(jnp.ones((1, 4), bool)):
+                return program.model(params).decode(jnp.ones((1, 1), int), program.module.empty_cache(1, 8))
+
+        with program.on_mesh, pytest.raises(ConfigError, match=f"--adapter: .*{what}.*one adapter at a time"):
+            jax.eval_shape(decode, program.params)
 
 
 def test_an_adapter_adds_its_product_to_the_weight() -> None:

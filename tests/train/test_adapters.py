@@ -1,5 +1,6 @@
 """Runs that train an adapter: what they save, how they go on, how they are used, and what they refuse."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import pytest
 from jaxinfra.checkpoint.inventory import stored_checkpoints
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.hub import published
+from jaxinfra.inference.sampler import Sampler
+from jaxinfra.inference.several import load_adapters
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.models.adapter import Lora
+from jaxinfra.models.low_rank import using_columns
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.spec import leaves_by_name
+from jaxinfra.parallel.spec import Params, leaves_by_name
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
@@ -104,3 +108,55 @@ def test_published_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
     for path, leaf in whole.items():
         for name, expected in program.from_base(path, leaf).items():
             np.testing.assert_array_equal(found[name], expected)
+
+
+@pytest.mark.slow(30)
+def test_adapters_of_one_base_share_a_batch(tiny: Tiny, base: str, tmp_path: Path) -> None:
+    """Each continues a prompt as it does alone, and the base without them; on a mesh, too."""
+    apart = ("optim.peak_lr=0.1", "train.steps=4", "adapter=lora")
+    for words in (
+        ("name=one", "adapter.rank=4"),
+        ("name=two", "adapter.rank=2", "adapter.alpha=7", "adapter.targets=(query,down)"),
+    ):
+        assert (ended := tiny.launch(base, *apart, *words)).code == 0, ended
+    names = ("base", "one", "two")
+    sources = [str(tiny.directory(name)) for name in names]
+    (prompts := tmp_path / "prompts.txt").write_text("The\nAn old one said\n")
+    options = ("--prompts", str(prompts), "--max-tokens", "12", "--temperature", "0")
+    alone = {source: [*map(json.loads, launch("sample", source, *options).out.splitlines())] for source in sources}
+    assert len({str(found) for found in alone.values()}) == len(sources)
+    also = [word for source in sources[1:] for word in ("--adapter", source)]
+    for more in ((), ("--batch", "4", "mesh.fsdp=2", "mesh.tensor=2", "mesh.replica=2")):
+        ended = launch("sample", sources[0], *options, *also, *more)
+        assert ended.code == 0, ended
+        found = [json.loads(line) for line in ended.out.splitlines()]
+        assert [row.pop("source") for row in found] == sources * 2
+        assert found == [rows[index] for index in range(2) for rows in alone.values()]
+
+    joined = load_adapters(sources)
+    ids = np.tile(np.arange(16), (3 * 8, 1))
+    with joined.program.on_mesh:
+
+        @jax.jit
+        def logits(params: Params, used_BR: jax.Array) -> jax.Array:
+            with using_columns(used_BR):
+                return joined.program.model(params)({"inputs": jnp.asarray(ids)}).materialize()
+
+        together = np.asarray(logits(joined.params, jnp.asarray(np.repeat(joined.columns, 8, axis=0))))
+    for index, source in enumerate(sources):
+        sampler = Sampler.from_run(source)
+        with sampler.program.on_mesh:
+            params = load_params(source, sampler.program, current_peers()).params
+            expected = sampler.program.model(params)({"inputs": jnp.asarray(ids[:8])}).materialize()
+        np.testing.assert_allclose(together[8 * index : 8 * index + 8], expected, atol=1e-5)
+
+    refused(launch("sample", sources[0], "a", "--adapter", sources[0]), f"--adapter {sources[0]} has no adapter")
+    file = tiny.directory("two") / "run.json"
+    text = file.read_text()
+    digest = json.loads(text)["init"]["weights"]
+    for old, new, what in (
+        ('"dora": false', '"dora": true', "magnitudes DoRA without --adapter"),
+        (digest, "0" * len(digest), f"weights {sources[1]} {digest} adapters of one base"),
+    ):
+        file.write_text(text.replace(old, new))
+        refused(launch("sample", sources[1], "a", "--adapter", sources[2]), f"{sources[2]} {what}")
