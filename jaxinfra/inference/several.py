@@ -68,16 +68,16 @@ def load_adapters(
     program = sampling_program(runs[first], all_devices(), strict=strict)
     alone = [Program(replace(program.run, adapter=run.adapter), program.mesh) for run in runs]
     adapters = [load_adapter(*each, peers) for each in zip(sources, alone, strict=True)]
-    base = load_params(adapters[first].base, program, peers).params
-    digest = weights_digest(program, base)
+    own = adapters[first].base
+    others = {adapter.base for adapter in adapters if adapter.weights is None} - {own}
+    digests = {other: weights_digest(program, load_params(other, program, peers).params) for other in sorted(others)}
+    base = load_params(own, program, peers).params  # the last one: there is memory for one base
+    digests[own] = weights_digest(program, base)
     for source, adapter in zip(sources, adapters, strict=True):
-        found = adapter.weights
-        if found is None and adapter.base != adapters[first].base:
-            found = weights_digest(program, load_params(adapter.base, program, peers).params)
-        if found not in (None, digest):
+        if (found := adapter.weights or digests[adapter.base]) != digests[own]:
             raise ConfigError(
-                f"{source}: is of {adapter.base} with weights {found}, and {sources[first]} of {adapters[first].base} "
-                f"with weights {digest}; name adapters of one base, trained with the same precision"
+                f"{source}: is for {adapter.base} with weights {found}, here {own} has weights {digests[own]}; "
+                "name adapters of one base, trained with the same precision"
             )
     return _joined(models[first], program, base, [run.adapter for run in runs], adapters)
 

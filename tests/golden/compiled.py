@@ -101,13 +101,13 @@ TOPOLOGIES = {
     # Without cuDNN attention makes whole matrices, so the sequences are short.
     "llama3_8b_h100": ("h100", "model.attention_kernel=xla", "data.seq_len=1024", "train.compiler=default"),
     "lora": ("v5e:2x4",),
-    "lora_h100": ("h100:1x1", "model.attention_kernel=xla", "data.seq_len=1024"),
+    "lora@h100": ("h100:1x1", "mesh.fsdp=1", "model.attention_kernel=xla", "data.seq_len=1024"),
     "moe_small": ("v5e:2x4",),
     "qlora_70b": ("v5e:2x4",),
     "qwen3_0_6b": ("v6e:2x4",),
     "sft": ("v5e:2x4",),
 }
-"""Topology of each config in configs/, and overrides."""
+"""Topology of each config in configs/, and overrides; "CONFIG@NAME" is a further topology."""
 
 CPU_CONFIGS = {"bench_small", "flax_module", "parity_dense", "parity_moe", "quickstart", "vit_digits"}
 """Configs made for CPUs, which have no budget."""
@@ -119,7 +119,7 @@ def run_on(name: str) -> tuple[Run, Topology]:
         case = CASES[name]
         return replace(case.run, name=name, mesh=case.mesh), parse_topology(case.topology)
     on, *overrides = TOPOLOGIES[name]
-    return load(CONFIGS / f"{name}.py", overrides, root=Run).run, parse_topology(on)
+    return load(CONFIGS / f"{name.partition('@')[0]}.py", overrides, root=Run).run, parse_topology(on)
 
 
 def compiled(name: str) -> CompiledStep:

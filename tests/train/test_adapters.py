@@ -156,7 +156,7 @@ def test_adapters_of_one_base_share_a_batch(tiny: Tiny, base: str, tmp_path: Pat
     digest = json.loads(text)["init"]["weights"]
     for old, new, what in (
         ('"dora": false', '"dora": true', "magnitudes DoRA without --adapter"),
-        (digest, "0" * len(digest), f"weights {sources[1]} {digest} adapters of one base"),
+        (digest, "0" * len(digest), f"weights {digest} adapters of one base"),
     ):
         file.write_text(text.replace(old, new))
         refused(launch("sample", sources[1], "a", "--adapter", sources[2]), f"{sources[2]} {what}")
