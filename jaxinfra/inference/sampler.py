@@ -24,9 +24,9 @@ from jaxinfra.data.tokenizer import StopStrings, StreamDecoder
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.decoding import Decoder, pad_rows, padded_length
 from jaxinfra.inference.language_model import LanguageModel, language_model, open_language_model, require_text
+from jaxinfra.inference.multi_adapter import load_adapters
 from jaxinfra.inference.sampling import SamplingParams
 from jaxinfra.inference.sampling_program import sampling_program
-from jaxinfra.inference.several import load_adapters
 from jaxinfra.inference.trained_params import TrainedParams, load_params
 from jaxinfra.objectives.losses import token_scores
 from jaxinfra.parallel.spec import Params

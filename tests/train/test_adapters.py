@@ -12,8 +12,8 @@ import pytest
 from jaxinfra.checkpoint.inventory import stored_checkpoints
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.hub import published
+from jaxinfra.inference.multi_adapter import load_adapters
 from jaxinfra.inference.sampler import Sampler
-from jaxinfra.inference.several import load_adapters
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.models.adapter import Lora
 from jaxinfra.models.low_rank import using_columns
