@@ -264,6 +264,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--tasks", metavar="NAME|FILE[,...]", help=what)
     add_int(tasks, "--limit", 1, metavar="N", help="maximum of samples of each task (default: all)")
     add_int(tasks, "--num-fewshot", 0, metavar="N", help="examples in the prompts (default: what a task says)")
+    what = "make conversations of the prompts, by the chat template of the run's data or of the published model"
+    tasks.add_argument("--chat", action="store_true", help=what)
+    what = "chatml, llama3, gemma, or a .jinja file: another template for --chat"
+    tasks.add_argument("--template", metavar="NAME|FILE", help=what)
+    tasks.add_argument("--system", metavar="TEXT", help="the system message of --chat, before that of a task")
     _add_imports(parser)
     add_processes(parser)
 

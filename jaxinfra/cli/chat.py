@@ -3,9 +3,8 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
-from jaxinfra.cli.conversation import conversation_template, end_of_turn
+from jaxinfra.cli.conversation import conversation_template, with_end_of_turn
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import LanguageModel
 from jaxinfra.inference.sampler import Sampler
@@ -23,9 +22,7 @@ def run(options: argparse.Namespace) -> None:
     )
     sampler = Sampler.from_run(options.run_dir, options.imports, options.overrides)
     template = conversation_template(options.run_dir, sampler.model, options.template)
-    sampler.model = replace(
-        sampler.model, end_ids=(*sampler.model.end_ids, *end_of_turn(template, sampler.model.tokenizer))
-    )
+    sampler.model = with_end_of_turn(sampler.model, template)
     first: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
     messages, shows = [*first], sys.stdin.isatty()
     if shows:

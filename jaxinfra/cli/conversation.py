@@ -1,5 +1,7 @@
 """Finds the chat template of a model, and the tokens that end a turn in it."""
 
+from dataclasses import replace
+
 from jaxinfra.cli.tune import templates_of
 from jaxinfra.config.view import config_leaves
 from jaxinfra.data.pairs import PairData
@@ -10,16 +12,24 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.hub.peft import open_base
 from jaxinfra.inference.language_model import LanguageModel, require_text
 from jaxinfra.interop.folder import is_published
-from jaxinfra.prepare.documents.chat_template import ChatTemplate
+from jaxinfra.prepare.documents.chat_template import PRESETS, ChatTemplate
+from jaxinfra.prepare.documents.document import RecordError
 
 
-def conversation_template(source: str, model: LanguageModel, wanted: str | None) -> ChatTemplate:
-    """Returns the template of the conversations that a run has trained on, or that of a published model."""
+def conversation_template(
+    source: str, model: LanguageModel, wanted: str | None, *, own_only: bool = False
+) -> ChatTemplate:
+    """Returns the template of the conversations that a run has trained on, or that of a published model.
+
+    A published model without one gets a preset whose tokens it has, unless `own_only`.
+    """
     if wanted is not None:
         return ChatTemplate(wanted)
     fix = "name one with --template, such as chatml or a .jinja file"
     if is_published(source):
         for name in templates_of(open_base(source)):
+            if own_only and name in PRESETS:
+                continue
             try:
                 return ChatTemplate(name)
             except ConfigError:  # the file has none
@@ -38,6 +48,14 @@ def trained_template(model: LanguageModel) -> ChatTemplate | None:
     recipe = config_leaves(dict(TokenStore.open(data.store, data.version).manifest.recipe))
     name = recipe.get("format.template")
     return None if name in (None, "none") else ChatTemplate(str(name))
+
+
+def with_end_of_turn(model: LanguageModel, template: ChatTemplate) -> LanguageModel:
+    """Returns a model whose texts also end where an answer ends; ConfigError if the template cannot write one."""
+    try:
+        return replace(model, end_ids=(*model.end_ids, *end_of_turn(template, model.tokenizer)))
+    except RecordError as error:
+        raise ConfigError(f"{error}; name another template with --template") from None
 
 
 def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """`python -m launch evaluate RUN_DIR`: evaluates a checkpoint of a run on the devices and the mesh that there are."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.cli.conversation import conversation_template, with_end_of_turn
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import open_language_model
@@ -18,6 +20,8 @@ from jaxinfra.inference.trained_params import load_params
 from jaxinfra.interop.folder import is_published
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.parallel.spec import Params
+from jaxinfra.prepare.documents.chat_template import ChatTemplate, Message
+from jaxinfra.prepare.documents.document import RecordError
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.processes.shared_reads import read_by_first
 from jaxinfra.program import Program, TrainState
@@ -35,8 +39,11 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates in all processes; process 0 prints the metrics, and the baselines if the data has some."""
     if options.prints:
         outputs.check_writable(options.json)
-    if options.tasks is None and (options.limit, options.num_fewshot) != (None, None):
-        raise ConfigError("--limit, --num-fewshot: are of tasks; name some with --tasks, or use train.eval_samples=100")
+    if options.tasks is None and (options.limit, options.num_fewshot, options.chat) != (None, None, False):
+        fix = "name some with --tasks, or use train.eval_samples=100"
+        raise ConfigError(f"--limit, --num-fewshot, --chat: are of tasks; {fix}")
+    if not options.chat and (options.template, options.system) != (None, None):
+        raise ConfigError("--template, --system: are of conversations; add --chat")
     result = _validate(options) if options.tasks is None else _run_tasks(options)
     if options.prints:
         _print_tasks(result) if "tasks" in result else _print_validation(result)
@@ -67,11 +74,25 @@ def _run_tasks(options: argparse.Namespace) -> dict[str, Any]:
     tasks = Tasks(options.tasks.split(","), num_fewshot=options.num_fewshot)
     with read_by_first(current_peers()):
         model = open_language_model(options.run_dir, options.overrides, options.imports)
+        by_template = None
+        if options.chat:
+            template = conversation_template(options.run_dir, model, options.template, own_only=True)
+            if not is_published(options.run_dir) or options.template is not None:
+                model = with_end_of_turn(model, template)
+            by_template = partial(render, template)
     tasks.check_room(model.max_length)
     sampler, loaded = Sampler.load(options.run_dir, model, options.overrides)
     with compile_cache(model.run.train.compile_cache):
-        found = tasks.run(sampler, limit=options.limit)
+        found = tasks.run(sampler, limit=options.limit, render=by_template, system=options.system)
     return _result(path, loaded.step, loaded.fingerprint, sampler.program, {"tasks": found})
+
+
+def render(template: ChatTemplate, messages: Sequence[Message], continues: bool) -> str:
+    """Renders messages as `tasks.harness.Render` says."""
+    try:
+        return template.to_text(messages, continues=continues)
+    except RecordError as error:
+        raise ConfigError(f"--chat: {error}; name another template with --template") from None
 
 
 def _restore(trainer: Trainer, source: str) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, leaves_by_name
 
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,16 @@ class PublishedModel:
             where = where if content else self.folder.url_of(CONFIG)
             raise DataError(f"{where}: eos_token_id={quoted(found)} is no token of {self.config.vocab_size}")
         return tuple(ids)
+
+    def tokenizer_end_ids(self) -> tuple[int, ...]:
+        """Returns the token that ends a text by its tokenizer_config.json, where engines stop, too; () if none does."""
+        content, tokens = (self.folder.read_or_none(file) for file in (_TOKENIZER_CONFIG, TOKENIZER))
+        if content is None or tokens is None:
+            return ()
+        token = parse_json(content, self.folder.url_of(_TOKENIZER_CONFIG)).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        index = read_backend(tokens, self.folder.url_of(TOKENIZER)).token_to_id(text) if isinstance(text, str) else None
+        return () if index is None else (index,)
 
     def tokenizer(self) -> Tokenizer:
         """Reads its tokenizer, whose end of document is the model's first; DataError if one is missing."""

@@ -118,5 +118,5 @@ def _published_language_model(source: str, overrides: Sequence[str]) -> Language
         tokenizer=model.tokenizer(),
         first_tokens=model.first_tokens(),
         max_length=model.max_positions,
-        end_ids=model.end_ids(),
+        end_ids=(*model.end_ids(), *model.tokenizer_end_ids()),
     )

@@ -304,7 +304,9 @@ class _Text:
     """
 
     def __init__(self, model: LanguageModel, sampling: SamplingParams):
-        self._end_ids = model.end_ids
+        special = model.tokenizer.special_tokens  # which are in no text, where a stop string could be found
+        self._ends: dict[int, Literal["end", "stop"]] = dict.fromkeys(model.end_ids, "end")
+        self._ends |= {special[text]: "stop" for text in sampling.stop if text in special}
         self._decoder, self._stop = StreamDecoder(model.tokenizer), StopStrings(sampling.stop)
         self.tokens, self.pieces = 0, list[str]()
         self.finish: Literal["end", "stop"] | None = None
@@ -312,8 +314,8 @@ class _Text:
     def ends_with(self, token: int) -> bool:
         """Adds a token; returns whether it ends the text."""
         self.tokens += 1
-        if token in self._end_ids:
-            self.finish = "end"
+        if token in self._ends:
+            self.finish = self._ends[token]
             self.pieces.append(self.flush())
             return True
         self.pieces.append(self._stop.push(self._decoder.push(token)))

@@ -26,7 +26,7 @@ class SamplingParams:
         top_p: samples from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         min_p: samples from tokens with at least this part of the likeliest one's probability (Nguyen et al. 2024).
         seed: seed of the random numbers.
-        stop: a text ends before the first of these strings.
+        stop: a text ends before the first of these strings, which may be special tokens.
     """
 
     temperature: float = 0.8

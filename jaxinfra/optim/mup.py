@@ -10,11 +10,21 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs
+from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, leaves_by_name
 
 
 def with_growth(specs: ParamSpecs, narrow: ParamSpecs) -> ParamSpecs:
-    """Sets how the fans of parameters have grown since `narrow`, those of the same model at the base width."""
+    """Sets how the fans of parameters have grown since `narrow`, those of the same model at the base width.
+
+    Raises ConfigError if these are not the same parameters with other sizes.
+    """
+    ndims = [{name: len(spec.shape) for name, spec in leaves_by_name(tree).items()} for tree in (specs, narrow)]
+    if others := [name for name in {**ndims[0], **ndims[1]} if ndims[0].get(name) != ndims[1].get(name)]:
+        raise ConfigError(
+            f"optim.base_width: at that width the model has another {others[0]}, or none; let its with_width change "
+            "sizes, but not which parameters there are"
+        )
 
     def grown(spec: ParamSpec, base: ParamSpec) -> ParamSpec:
         growth = [size / base_size for size, base_size in zip(spec.shape, base.shape, strict=True)]

@@ -5,7 +5,7 @@ All processes load the same tasks and make the same requests, and all get the re
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,9 @@ _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_comple
 
 type TaskResults = dict[str, dict[str, float]]
 """Metrics of each task or group, such as "acc" and its standard error "acc_stderr"."""
+
+type Render = Callable[[Sequence[dict[str, Any]], bool], str]
+"""Renders messages up to where the answer begins, or goes on if the last one begins it; ConfigError if it cannot."""
 
 
 class Tasks:
@@ -62,13 +65,29 @@ class Tasks:
                     f"for prompt and text; set generation_kwargs.max_gen_toks of the task, such as to {max_length // 2}"
                 )
 
-    def run(self, sampler: Sampler, *, limit: int | None = None) -> TaskResults:
-        """Returns the metrics of all tasks; `limit` is a maximum of samples of each task."""
+    def run(
+        self,
+        sampler: Sampler,
+        *,
+        limit: int | None = None,
+        render: Render | None = None,
+        system: str | None = None,
+    ) -> TaskResults:
+        """Returns the metrics of all tasks.
+
+        Args:
+            sampler: the model.
+            limit: a maximum of samples of each task.
+            render: renders conversations, in which examples are earlier turns; None leaves prompts as text.
+            system: what the first message says, before the description of a task.
+        """
         self.check_room(sampler.model.max_length)
         evaluate = importlib.import_module("lm_eval.evaluator").evaluate
-        model = importlib.import_module("jaxinfra.tasks.model").MeshLM(sampler)
+        model = importlib.import_module("jaxinfra.tasks.model").MeshLM(sampler, render)
+        chat = dict.fromkeys(("apply_chat_template", "fewshot_as_multiturn"), render is not None)
+        options = {"limit": limit, "bootstrap_iters": _BOOTSTRAPS, "log_samples": False, "system_instruction": system}
         with _no_progress_bars():
-            found = evaluate(model, self._loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+            found = evaluate(model, self._loaded, **options, **chat)
         samples = {name: {"samples": int(counts["effective"])} for name, counts in found["n-samples"].items()}
         return {name: samples.get(name, {}) | _metrics(values) for name, values in found["results"].items()}
 

@@ -1,5 +1,9 @@
-"""A `Sampler` as a model of lm-eval. Imports lm-eval."""
+"""A `Sampler` as a model of lm-eval. Imports lm-eval.
 
+Scores and texts are those of lm-eval's own model class for transformers, `HFLM`.
+"""
+
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, override
 
@@ -7,9 +11,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jaxinfra.errors import ConfigError
 from jaxinfra.inference.sampler import Sampler
 from jaxinfra.inference.sampling import SamplingParams
-from jaxinfra.tasks.harness import max_new_tokens
+from jaxinfra.tasks.harness import Render, max_new_tokens
+
+_log = logging.getLogger(__name__)
 
 _ROWS = 8  # that a device generates at once
 
@@ -17,12 +24,13 @@ _ROWS = 8  # that a device generates at once
 class MeshLM(TemplateLM):
     """Scores and continues texts on all devices; requests of similar length are computed together.
 
-    Contexts that are too long lose their beginning.
+    Contexts that are too long lose their beginning. Special tokens in texts, which chat templates write, are tokens.
     """
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: Sampler, render: Render | None = None):
         super().__init__()
-        self._sampler, self._model = sampler, sampler.model
+        self._sampler, self._model, self._render = sampler, sampler.model, render
+        self._leaves_out_system = False
 
     @property
     @override
@@ -36,7 +44,30 @@ class MeshLM(TemplateLM):
 
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self._model.tokenizer.encode(string)
+        tokenizer, ids = self._model.tokenizer, list[int]()
+        for index, part in enumerate(tokenizer.split(string)):
+            ids += [part] if isinstance(part, int) else tokenizer.encode(part, continuation=index > 0)
+        return ids
+
+    @property
+    @override
+    def tokenizer_name(self) -> str:
+        return ""  # a key of a cache that is not used
+
+    @override
+    def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Renders a conversation; leaves the system message out if the template has no place for it."""
+        assert self._render is not None
+        try:
+            return self._render(chat_history, not add_generation_prompt)
+        except ConfigError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            if not self._leaves_out_system:
+                _log.warning("%s; until then system messages and descriptions of tasks are left out", error)
+            self._leaves_out_system = True
+        return self.apply_chat_template(others, add_generation_prompt)
 
     @override
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -66,7 +97,7 @@ class MeshLM(TemplateLM):
         texts, groups = [""] * len(requests), {}
         for index, request in enumerate(requests):
             context, options = request.arguments
-            groups.setdefault(_sampling(options), []).append((index, self._model.encode(context)))
+            groups.setdefault(sampling_of(options), []).append((index, self._begin(self.tok_encode(context))))
         for (sampling, max_tokens), rows in groups.items():
             most = self._model.max_length - max_tokens  # at least 1, see `Tasks.check_room`
             rows.sort(key=lambda row: -len(row[1]))  # so that rows of similar length begin together
@@ -77,9 +108,9 @@ class MeshLM(TemplateLM):
         return texts
 
     def _begin(self, context: list[int]) -> list[int]:
-        """Returns a context as it stands in training."""
+        """Returns a context of at least one token as it stands in training."""
         first = list(self._model.first_tokens)
-        return context if context[: len(first)] == first else [*first, *context]
+        return (context if context[: len(first)] == first else [*first, *context]) or [self.eot_token_id]
 
     def _score(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Returns the log-probability of each continuation, and whether it is the greedy one."""
@@ -95,13 +126,15 @@ class MeshLM(TemplateLM):
         return found
 
 
-def _sampling(options: Mapping[str, Any]) -> tuple[SamplingParams, int]:
+def sampling_of(options: Mapping[str, Any]) -> tuple[SamplingParams, int]:
     """Returns how a task samples, and the maximum number of tokens."""
     until = options.get("until") or ()
     stop = tuple([until] if isinstance(until, str) else until)
-    temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
+    do_sample, temperature = options.get("do_sample"), options.get("temperature")
+    if do_sample is None:  # then a temperature says so
+        do_sample = bool(temperature)
     sampling = SamplingParams(
-        temperature=temperature,
+        temperature=0.0 if not do_sample else 1.0 if temperature is None else float(temperature),
         top_k=int(options.get("top_k", 0)),
         top_p=float(options.get("top_p", 1.0)),
         min_p=float(options.get("min_p", 0.0)),

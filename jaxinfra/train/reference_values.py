@@ -20,7 +20,7 @@ import xxhash
 from jaxinfra.config import encode
 from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import KeepsReferences, Samples
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.inference.trained_params import load_params, weights_digest
 from jaxinfra.interop.folder import is_published
 from jaxinfra.parallel.spec import Params
@@ -71,7 +71,10 @@ def fill_references(
                     values, is_whole = _compute(job, params, samples, ids)
                     if job.is_main and is_whole:
                         content = values.astype("<f4").tobytes()
-                        storage.write(name, content + xxhash.xxh3_128_digest(content))
+                        try:
+                            storage.write(name, content + xxhash.xxh3_128_digest(content))
+                        except StorageError as error:
+                            raise StorageError(f"{error}, or use data.cached_reference=false") from None
             assert values is not None
             parts.append(values)
         found[split] = np.concatenate(parts)

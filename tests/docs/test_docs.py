@@ -76,6 +76,8 @@ VARIATIONS = (
     "python -m launch evaluate runs/story",
     "python -m launch evaluate runs/story mesh.fsdp=2 mesh.tensor=2 --devices cpu:4 --json result.json",
     "python -m launch evaluate runs/story --tasks tasks/kings.yaml",
+    'python -m launch evaluate runs/mychat --tasks gsm8k --chat --system "Think step by step."',
+    "python -m launch evaluate hf:Qwen/Qwen3-0.6B --tasks gsm8k --chat",
     "python -m launch configs/story.py name=story-tasks train.eval_tasks=tasks/kings.yaml train.eval_every=50",
     "python -m launch configs/quickstart.py name=emulated train.steps=30 --devices cpu:8",
     "python -m launch configs/story.py name=story-on init=runs/story data.seed=1 train.steps=60",

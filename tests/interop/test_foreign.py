@@ -92,6 +92,9 @@ def test_each_of_a_list_ends_a_text(folder: Path) -> None:
     end = next(word for word in text if word != text[0])
     write_config(folder, eos_token_id=[0, int(end[1:])])
     assert re.findall(r"w\d+", launch(*words).out) == text[: text.index(end)]
+    write_config(folder, eos_token_id=0)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": end}}))
+    assert re.findall(r"w\d+", launch(*words).out) == text[: text.index(end)]
 
 
 def test_no_token_ends_a_text(folder: Path) -> None:

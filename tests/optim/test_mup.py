@@ -130,11 +130,30 @@ def test_modules_of_flax_are_measured() -> None:
     assert kernels == [pytest.approx(2), pytest.approx(1), pytest.approx(0.5)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Other(Net):
+    """Has a layer more at another width, or a kernel with more dimensions."""
+
+    head: str = "linear"
+
+    def with_width(self, width: int) -> "Other":
+        return replace(self, hidden_size=width, head="deeper" if self.head == "linear" else "convolution")
+
+    def make_module(self, rngs: nnx.Rngs) -> nnx.Module:
+        *layers, linear = super().make_module(rngs).layers
+        if self.head == "convolution":
+            return nnx.Sequential(*layers, nnx.Conv(self.hidden_size, 64, (1,), rngs=rngs))
+        return nnx.Sequential(*layers, linear, *([nnx.LayerNorm(64, rngs=rngs)] if self.head == "deeper" else []))
+
+
 def test_what_mup_cannot_do_is_refused() -> None:
     refusals.problem(replace(RUN, optim=OptimConfig(parametrization="mup")), "optim.parametrization base_width")
     refusals.problem(in_mup(16, replace(RUN, init="hf:ORG/NAME")), "init published")
     with refusals.raises(refusals.ConfigError, "optim.parametrization=mup optim.optimizer=adamw"):
         make_program(in_mup(16, optimizer=SGD()))
+    for head, name in (("linear", "module.layers.4"), ("deeper", "module.layers.3.kernel")):
+        with refusals.raises(refusals.ConfigError, f"optim.base_width {name} with_width"):
+            make_program(in_mup(16, replace(RUN, model=Other(head=head))))
 
 
 def test_the_fingerprint_of_a_run_without_it_is_that_from_before() -> None:

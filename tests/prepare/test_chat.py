@@ -243,6 +243,7 @@ def test_records_that_are_not_conversations_are_refused(case):
         (PLAIN.replace("m['content']", "m['content'].replace('H', 'h')"), TALK[1:3], "rewrites messages"),
         ("{{ messages[0]['content'] }}{{ nothing.more }}", TALK[1:2], "'nothing'"),
         ("{{ messages.append(1) }}", TALK[1:3], "conversation"),
+        ("{{ strftime_now('%d') }}" + PLAIN, TALK[1:3], "date today replace strftime_now(...)"),  # as that of gpt-oss
     ],
 )
 def test_templates_that_refuse_or_rewrite_messages_are_refused(tmp_path, source, talk, named):

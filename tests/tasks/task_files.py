@@ -37,6 +37,34 @@ generation_kwargs:
 metric_list:
   - metric: exact_match
 """
+ANSWERS = """\
+task: {task}
+dataset_path: json
+dataset_kwargs:
+  cache_dir: {cache}
+  data_files:
+    test: {data}
+    train: {examples}
+test_split: test
+fewshot_split: train
+num_fewshot: 2
+description: "Answer.\\n"
+output_type: generate_until
+doc_to_text: "Q: {{{{prompt}}}}\\nA:"
+doc_to_target: "{{{{said}}}}"
+gen_prefix: {begins}
+generation_kwargs:
+  until: ["\\n", "<|im_end|>"]
+  max_gen_toks: 16
+filter_list:
+  - name: letter
+    filter:
+      - function: regex
+        regex_pattern: "(d)"
+      - function: take_first
+metric_list:
+  - metric: exact_match
+"""
 ROLLING = """\
 task: rolling
 dataset_path: json
@@ -58,5 +86,5 @@ def write_task(folder: Path, name: str, template: str, rows: list[dict], **value
     """Writes a task and its data; returns the file of the task."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{name}.yaml").write_text(template.format(data=data, cache=folder / "cache", **values))
+    (folder / f"{name}.yaml").write_text(template.format(task=name, data=data, cache=folder / "cache", **values))
     return str(folder / f"{name}.yaml")

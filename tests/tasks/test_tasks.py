@@ -2,8 +2,10 @@
 
 import json
 import math
+import string
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,21 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfra.cli.evaluate import render
+from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import open_language_model
 from jaxinfra.inference.sampler import Sampler, SamplingParams
 from jaxinfra.inference.sampling_program import sampling_program
 from jaxinfra.inference.trained_params import load_params
+from jaxinfra.prepare.documents.chat_template import ChatTemplate
 from jaxinfra.processes.peers import Peers
 from jaxinfra.tasks.harness import Tasks
 from jaxinfra.track.jsonl import read_metrics
+from tests.interop.conftest import read_tensors, write_tensors
+from tests.interop.tiny_llama import EMBEDDING, tiny_chat_model
 from tests.interop.torch_python import TORCH_PYTHON, needs_torch
 from tests.refusals import refused
-from tests.tasks.task_files import CHOICES, GENERATION, ROLLING, write_task
+from tests.tasks.task_files import ANSWERS, CHOICES, GENERATION, ROLLING, write_task
 from tests.tiny_run import Tiny, ended, launch
 from tests.tiny_run import start as start_process
 from tests.tiny_run import tiny as tiny
@@ -28,6 +35,9 @@ from tests.tiny_run import tiny_data as tiny_data
 
 PROMPTS = ["w1 w8 w57", "w3", "w12 w24 w47 w30 w28 w14 w38", "w5 w36 w10 w11", "w60 w55 w20 w20", "w2 w15"]
 OPTIONS = [[f"w{(7 * i + j) % 61}" for j in (1, 2, 30)] for i in range(len(PROMPTS))]
+TRIMS = """{{ bos_token }}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 MESHES = [["mesh.fsdp=8"], ["mesh.tensor=4", "mesh.fsdp=2"]]
 
 
@@ -166,10 +176,51 @@ def test_tasks_in_training(tiny: Tiny, tmp_path: Path) -> None:
     assert not tiny.directory("none").exists()  # before anything is compiled or written
 
 
+def chat_model(out: Path) -> str:
+    """Writes a model of bytes that begins texts with a token and ends answers with one, most of them soon."""
+    tiny_chat_model(out, TRIMS)
+    read = lambda name: json.loads((out / name).read_text())  # noqa: E731
+    tokenizer, vocab = read("tokenizer.json"), read("tokenizer.json")["model"]["vocab"]
+    begins = {"id": "<end>", "ids": [0], "tokens": ["<end>"]}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<end>": begins},
+    }
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "bos_token": "<end>"}
+    for name, content in {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": read("tokenizer_config.json") | names,
+        "config.json": read("config.json") | {"max_position_embeddings": 192},
+    }.items():
+        (out / name).write_text(json.dumps(content))
+    tensors = read_tensors(out)
+    likely = [0, 1, 2, *(vocab[letter] for letter in string.ascii_lowercase + string.digits + "ĠĊ")]
+    scale = np.full((len(tensors[EMBEDDING]), 1), 0.3, np.float32)
+    scale[likely] = 1
+    write_tensors(out, {**tensors, EMBEDDING: tensors[EMBEDDING] * scale})
+    return str(out)
+
+
+def answer_tasks(folder: Path) -> list[str]:
+    """Tasks with earlier turns, with and without the beginning of an answer; some prompts exceed the model."""
+    rows = [{"prompt": f"what is {n}{' or else' * (n % 3) * 8}", "said": "d"} for n in range(12)]
+    examples = folder / "examples.jsonl"
+    examples.write_text("".join(json.dumps({"prompt": f"say {w}", "said": w}) + "\n" for w in ("red", "blue", "pink")))
+    values = [("answers", "null"), ("begun", '"I say: "')]
+    return [write_task(folder, name, ANSWERS, rows, examples=str(examples), begins=begins) for name, begins in values]
+
+
 @needs_torch
-@pytest.mark.slow(40)
-def test_scores_equal_those_of_lm_evals_own_model(trained: Path, tmp_path: Path) -> None:
-    """lm-eval scores the export with transformers, and this package scores it on a mesh of two processes."""
+@pytest.mark.slow(45)
+def test_scores_equal_those_of_lm_evals_own_model(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval scores the export with transformers, and this package scores it on a mesh of two processes.
+
+    Prompts and texts of a chat model are equal, too, with its chat template and without.
+    """
     pairs = enumerate(zip(PROMPTS, OPTIONS, strict=True))
     options = [{"prompt": prompt, "options": words, "answer": i % 3} for i, (prompt, words) in pairs]
     said = [{"prompt": prompt, "said": " w1 w8"} for prompt in PROMPTS]
@@ -181,21 +232,57 @@ def test_scores_equal_those_of_lm_evals_own_model(trained: Path, tmp_path: Path)
     ]
     out = tmp_path / "out"
     assert launch("hub", "export", str(trained), str(out)).code == 0
-    command = [TORCH_PYTHON, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={out},dtype=float32"]
-    command += ["--device", "cpu", "--tasks", ",".join(tasks), "--output_path", tmp_path / "theirs"]
+    chat, chat_tasks = chat_model(tmp_path / "chat"), answer_tasks(tmp_path)
+    chat_tasks.append(write_task(tmp_path, "choices", CHOICES.replace("acc_norm", "brier_score"), options))
+    of_chat = {"model": chat, "tasks": chat_tasks}
+    as_chat = {"apply_chat_template": True, "system_instruction": "Be kind."}
+    (tmp_path / "jobs.json").write_text(json.dumps([{"model": str(out), "tasks": tasks}, of_chat, of_chat | as_chat]))
+    command = [TORCH_PYTHON, Path(__file__).with_name("torch_tasks.py"), tmp_path / "jobs.json", tmp_path / "theirs"]
     made = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-3000:]
-    (result,) = (tmp_path / "theirs").rglob("results_*.json")
-    theirs = json.loads(result.read_text())["results"]
+    theirs, *their_chats = json.loads((tmp_path / "theirs").read_text())
     words = ("mesh.fsdp=2", "mesh.tensor=4", "--tasks", ",".join(tasks), "--json", str(tmp_path / "ours.json"))
     both = ("--processes", "2", "--devices", "cpu:8")
     scored = ended(start_process("evaluate", f"hf:{out}", *words, *both), timeout_s=600)
     assert scored.code == 0, scored
     ours = json.loads((tmp_path / "ours.json").read_text())["tasks"]
-    assert ours.keys() == theirs.keys() == {"choices", "generation", "rolling"}
+    assert ours.keys() == {"choices", "generation", "rolling"}
+    assert_same_scores(ours, theirs["results"])
+
+    texts = said_texts(monkeypatch)
+    for their, chat_words in zip(their_chats, [(), ("--chat", "--system", "Be kind.")], strict=True):
+        words = ("mesh.fsdp=4", "mesh.tensor=2", "--tasks", ",".join(chat_tasks), "--json", str(tmp_path / "ours.json"))
+        shown = launch("evaluate", f"hf:{chat}", *words, *chat_words)
+        assert shown.code == 0, shown
+        ours = json.loads((tmp_path / "ours.json").read_text())["tasks"]
+        assert ours.keys() == {"answers", "begun", "choices"}
+        assert_same_scores(ours, their["results"])
+        assert all(0 < ours[task]["exact_match/letter"] < 1 for task in ("answers", "begun"))
+        assert texts.pop() == their["texts"]["answers"] + their["texts"]["begun"]
+        assert len({said for _, said in their["texts"]["answers"]}) > 6
+
+
+def said_texts(monkeypatch: pytest.MonkeyPatch) -> list[list[list[str]]]:
+    """Returns a list of the prompts of tasks with their texts, one for each evaluation, in few rows."""
+    from jaxinfra.tasks import model
+
+    texts, generate = [], model.MeshLM.generate_until
+
+    def record(self: Any, requests: Any, **options: Any) -> list[str]:
+        found = generate(self, requests, **options)
+        texts.append([[request.arguments[0], text] for request, text in zip(requests, found, strict=True)])
+        return found
+
+    monkeypatch.setattr(model.MeshLM, "generate_until", record)
+    monkeypatch.setattr(model, "_ROWS", 1)  # so that rows take further prompts
+    return texts
+
+
+def assert_same_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for task, metrics in ours.items():
-        found = {name: value for name, value in metrics.items() if name != "samples" and not name.endswith("_stderr")}
-        assert found and found == pytest.approx({name: theirs[task][f"{name},none"] for name in found}, abs=1e-3), task
+        found = {name: value for name, value in metrics.items() if name != "samples" and "_stderr" not in name}
+        labels = {name: name.replace("/", ",") if "/" in name else f"{name},none" for name in found}
+        assert found and found == pytest.approx({name: theirs[task][labels[name]] for name in found}, abs=1e-3), task
 
 
 def test_refusals(trained: Path, tmp_path: Path) -> None:
@@ -208,7 +295,46 @@ def test_refusals(trained: Path, tmp_path: Path) -> None:
     refused(launch(*words, "--tasks", greedy), "--tasks generation 32 max_gen_toks")
     refused(launch(*words, "--tasks", damaged), f"--tasks {damaged} damaged.jsonl", code=78)
     refused(launch(*words, "--limit", "3"), "--tasks --limit")
+    refused(launch(*words, "--chat"), "--tasks --chat")
+    ends = write_task(tmp_path, "ends", GENERATION, rows, until="x")
+    refused(launch(*words, "--tasks", ends, "--system", "Be kind."), "--system --chat")
+    refused(launch(*words, "--tasks", ends, "--chat"), f"{trained} conversations --template chatml")
+    (tmp_path / "asks.jinja").write_text("{{ raise_exception('no answers') }}")
+    asked = launch(*words, "--tasks", ends, "--chat", "--template", str(tmp_path / "asks.jinja"))
+    refused(asked, "asks.jinja no answers --template")
+    bare = tiny_chat_model(tmp_path / "bare", None)
+    refused(
+        launch("evaluate", f"hf:{bare}", "--tasks", ends, "--chat"), f"hf:{bare} no chat template --template chatml"
+    )
     refused(launch("evaluate", str(tmp_path), "--tasks", greedy), str(tmp_path))
+
+
+def test_a_template_without_a_place_for_a_message(
+    reference: Reference, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """System messages are left out, as lm-eval does, with one warning; others are refused."""
+    from jaxinfra.tasks.model import MeshLM
+
+    (tmp_path / "picky.jinja").write_text(
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no ' + m.role) }}{% endif %}"
+        "<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    model = MeshLM(reference.sampler, partial(render, ChatTemplate(str(tmp_path / "picky.jinja"))))
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "w1"}]
+    assert [model.apply_chat_template(talk) for _ in range(2)] == ["<w1>:"] * 2
+    (warning,) = (record.getMessage() for record in caplog.records if record.name.startswith("jaxinfra"))
+    assert warning.startswith("--chat: ") and "no system" in warning and "left out" in warning
+    assert model.apply_chat_template(talk[1:], add_generation_prompt=False) == "<w1"
+    with pytest.raises(ConfigError, match=r"--chat: .*no assistant.*--template"):
+        model.apply_chat_template([*talk, {"role": "assistant", "content": "w2"}], add_generation_prompt=False)
+
+
+def test_how_a_task_samples() -> None:
+    """A temperature says that it does not take the likeliest tokens, unless do_sample says otherwise."""
+    from jaxinfra.tasks.model import sampling_of
+
+    options = [{}, {"temperature": 0.5}, {"temperature": 0.5, "do_sample": False}, {"do_sample": True}]
+    assert [sampling_of(each)[0].temperature for each in options] == [0, 0.5, 0, 1]
 
 
 def test_a_missing_package_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A run that starts from the parameters of another one: `init=runs/OTHER`."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from jaxinfra.config import load
 from jaxinfra.data.pairs import PairData
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.objectives.dpo import DPO
 from jaxinfra.prepare.documents.formats import Preference
 from jaxinfra.prepare.prepare import prepare
@@ -126,3 +127,8 @@ def test_a_cached_reference_trains_as_one_in_the_step_does(tiny: Tiny, base: Tra
     cached.run_dir.record.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="other ones than when the run has started"):
         Trainer(cached.run).evaluate()
+    (folder,) = (tmp_path / "pairs").rglob("reference")
+    shutil.rmtree(folder)
+    folder.touch()  # nothing can be written below it, by whatever user
+    with pytest.raises(StorageError, match=r"reference/.* cannot be written: .*data.cached_reference=false"):
+        trained("unwritable", cached=True)

@@ -53,6 +53,8 @@ _INLINE_REASONING = re.compile(r"\s*<think>(.*?\S.*?)</think>\n*(.*\S.*)", re.DO
 _BLOCK_START, _BLOCK_END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has, mark generation blocks
 _BLOCK = re.compile(f"{_BLOCK_START}[^{_BLOCK_START}]*?{_BLOCK_END}")
 _REMOVE_MARKS = str.maketrans("", "", _BLOCK_START + _BLOCK_END)
+_TODAY = "strftime_now"  # the function of Transformers that gives a template the date
+_LAST_END = "\ufdd0"  # a noncharacter marks where the last message ends
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
 
@@ -138,6 +140,20 @@ class ChatTemplate:
             end = match.end()
         return [span for span in [*spans, Span(text=rendered[end:], from_template=True)] if span.text]
 
+    def to_text(self, messages: Sequence[Message], *, continues: bool = False) -> str:
+        """Renders a conversation up to where the next answer begins, as `apply_chat_template` of Transformers.
+
+        If it `continues`, the last message is the beginning of the answer. Raises RecordError if the template refuses.
+        """
+        if not continues:
+            return self._render(messages, prompt=True)
+        last = messages[-1]
+        marked = [*messages[:-1], last | {"content": f"{last['content']}{_LAST_END} "}]
+        text, mark, after = self._render(marked).rpartition(_LAST_END)
+        if not mark:
+            raise RecordError(f"the template {self._name} leaves out the beginning of the answer")
+        return text if after.startswith(" ") else text.rstrip()  # it strips messages
+
     def _with_reasoning(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Gives reasoning that answers begin with, between <think> and </think>, a field of its own, if it is read."""
         if not self._knows_reasoning:
@@ -160,7 +176,11 @@ class ChatTemplate:
                 messages=messages, tools=tools, add_generation_prompt=prompt, **self._variables
             )
         except (TemplateError, TypeError) as error:
-            raise RecordError(f"the template {self._name} refuses the conversation: {cause_of(error)}") from None
+            cause = cause_of(error)
+            if _TODAY in cause:
+                cause = f"writes the date of today; replace {_TODAY}(...) in a copy of it by a date in quotes"
+                raise RecordError(f"the template {self._name} {cause}") from None
+            raise RecordError(f"the template {self._name} refuses the conversation: {cause}") from None
         return text if keep_marks else text.translate(_REMOVE_MARKS)
 
     def _check_written(self, messages: Sequence[Message], owners: Sequence[tuple[int, str]], rendered: str) -> None:
