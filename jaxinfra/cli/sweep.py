@@ -28,7 +28,10 @@ def run(options: argparse.Namespace) -> None:
     loss is not finite is a row of the table.
     """
     location, axes, peers = folder(options), [parse_axis(text) for text in options.sweep], current_peers()
-    values = {name_of(point): point for point in combinations(axes)}
+    points = combinations(axes)
+    values = {name_of(point): point for point in points}
+    if len(values) < len(points):
+        raise ConfigError("--sweep: two runs have the same name, as / becomes _ in it; use other values")
     file, devices = load_file(options.config, Run, options.imports), len(all_devices())
     others = [each for each in options.overrides if each.partition("=")[0].strip() not in ("name", "root")]
     runs = {

@@ -50,12 +50,16 @@ def fill_references(
     """Reads the values of splits, computes those that are missing, and hands them to the dataset.
 
     All processes must call it. `init` is the origin of the parameters in the run record; `params` are the parameters of
-    the reference, and None loads them from there if they are needed. Raises ConfigError if those are other ones by now.
+    the reference, and None loads them from there if they are needed. Raises ConfigError if those are other ones by now,
+    or if the run was started without a cache.
     """
     dataset = job.data.dataset
     if not isinstance(dataset, KeepsReferences) or dataset.references is None or dataset.references.keys() >= {*splits}:
         return
     assert init is not None, "a run with a reference has a field `init`"
+    if "reference" not in init:
+        cause = "the run was started without it, so its state has the reference"
+        raise ConfigError(f"data.cached_reference=true: {cause}; use data.cached_reference=false")
     found: dict[str, np.ndarray] = {}
     for split in splits:
         samples, parts = dataset.train if split == "train" else dataset.validation(), list[np.ndarray]()

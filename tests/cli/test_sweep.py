@@ -38,6 +38,7 @@ def test_a_sweep_is_refused_before_it_begins(tiny: Tiny) -> None:
         ("optim.peak_lr=1e-3,fast", "optim.peak_lr fast"),
         ("optim.peak_lr=1e-3,1e-3", "--sweep optim.peak_lr"),
         ("optim.peak_lr=1e-3,2e-3 seed=1", "--sweep seed=1"),
+        ("init=a/b,a_b", "--sweep same name"),
         ("name=a,b", "name"),
     ):
         refused(tiny.launch(*SMALL, "--sweep", axis), *named)

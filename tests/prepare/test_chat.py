@@ -213,6 +213,7 @@ BAD_RECORDS = {
     "no answer": (record([("user", "Hi")]), "assistant"),
     "calls": ({"messages": [{"role": "assistant", "tool_calls": "look"}]}, "tool_calls message 1 str list"),
     "call": ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "message 1 {'id': 1} function"),
+    "call without a name": (answer(tool_calls=[{"name": " "}]), "message 1 {'name': ' '} function"),
     "call id": (answer(tool_calls=[{"id": "<eos>", "name": "look"}]), "message 1 <eos> letters"),
     "arguments": (answer(tool_calls=[{"name": "look", "arguments": {1, 2}}]), "message 1 not JSON"),
     "tools": (answer(content="Hi", tools="{"), "tools not JSON"),
@@ -244,6 +245,8 @@ def test_records_that_are_not_conversations_are_refused(case):
         ("{{ messages[0]['content'] }}{{ nothing.more }}", TALK[1:2], "'nothing'"),
         ("{{ messages.append(1) }}", TALK[1:3], "conversation"),
         ("{{ strftime_now('%d') }}" + PLAIN, TALK[1:3], "date today replace strftime_now(...)"),  # as that of gpt-oss
+        ("{{ messages[0]['content'].index('?') }}", TALK[1:3], "refuses conversation"),
+        ("{{ messages | length // 0 }}", TALK[1:3], "refuses conversation"),
     ],
 )
 def test_templates_that_refuse_or_rewrite_messages_are_refused(tmp_path, source, talk, named):
@@ -329,6 +332,13 @@ def test_calls_and_reasoning_are_text_of_the_record(tmp_path):
     talk = [messages[0], *messages[2:], {"role": "user", "content": "Go on"}]
     prompt = ChatTemplate(template).to_prompt(talk)
     assert "think" not in text(prompt) and text(prompt).endswith("So.<end><user>Go on<end><assistant>")
+
+
+def test_tools_that_look_like_a_placeholder_are_refused(tmp_path):
+    template = template_file(tmp_path, "{{ tools | tojson }}" + CALLING)
+    schema = {"name": '4f1c0e9d-7-"4f1c0e9d'}
+    with raises(RecordError, "tools text"):
+        Chat(template=template).to_documents(answer(content="Hi", tools=[schema]))
 
 
 def test_gemma_refuses_turns_that_do_not_alternate():

@@ -123,10 +123,15 @@ def test_a_cached_reference_trains_as_one_in_the_step_does(tiny: Tiny, base: Tra
     assert Trainer(cached.run).evaluate() == pytest.approx(expected, rel=1e-6)
     assert [file.read_bytes() == content for file, content in kept.items()].count(True) == 1  # of validation alone
     record = json.loads(cached.run_dir.record.read_text())
-    record["init"]["reference"] = "of_another_base"
-    cached.run_dir.record.write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="other ones than when the run has started"):
-        Trainer(cached.run).evaluate()
+    init = record["init"]
+    without = {name: value for name, value in init.items() if name != "reference"}
+    for changed, named in (
+        ({**init, "reference": "of_another_base"}, "other ones than when the run has started"),
+        (without, "use data.cached_reference=false"),
+    ):
+        cached.run_dir.record.write_text(json.dumps({**record, "init": changed}))
+        with pytest.raises(ConfigError, match=named):
+            Trainer(cached.run).evaluate()
     (folder,) = (tmp_path / "pairs").rglob("reference")
     shutil.rmtree(folder)
     folder.touch()  # nothing can be written below it, by whatever user

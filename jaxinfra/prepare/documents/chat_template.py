@@ -55,6 +55,7 @@ _BLOCK = re.compile(f"{_BLOCK_START}[^{_BLOCK_START}]*?{_BLOCK_END}")
 _REMOVE_MARKS = str.maketrans("", "", _BLOCK_START + _BLOCK_END)
 _TODAY = "strftime_now"  # the function of Transformers that gives a template the date
 _LAST_END = "\ufdd0"  # a noncharacter marks where the last message ends
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of what it computes
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
 
@@ -175,7 +176,7 @@ class ChatTemplate:
             text = self._template.render(
                 messages=messages, tools=tools, add_generation_prompt=prompt, **self._variables
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *_TEMPLATE_FAULTS) as error:
             cause = cause_of(error)
             if _TODAY in cause:
                 cause = f"writes the date of today; replace {_TODAY}(...) in a copy of it by a date in quotes"
@@ -189,6 +190,8 @@ class ChatTemplate:
         Reasoning may be left out, as many templates do with that of earlier turns.
         """
         times = Counter(int(match[1]) for match in _WRITTEN.finditer(rendered))
+        if max(times, default=-1) >= len(owners):
+            raise RecordError(f"tools have the text {_PLACEHOLDER.format(max(times))}, which stands for others here")
         for number, (index, field) in enumerate(owners):
             of = f"message {index + 1}, of role {messages[index]['role']}"
             if field == "content" and times[number] != 1:

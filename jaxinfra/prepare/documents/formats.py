@@ -238,10 +238,11 @@ def _parse_tool_calls(value: object, name: str) -> list[dict[str, Any]]:
     calls = []
     for call in value:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        called = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(called, str) or not called.strip():
             raise RecordError(f"tool_calls of {name} has {_short(call)}, expected {form}")
         arguments = function.get("arguments")
-        function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        function = {"name": called, "arguments": {} if arguments is None else arguments}
         identity = {} if call.get("id") is None else {"id": _require_id(call["id"], f"a tool call of {name}")}
         calls.append({**identity, "type": "function", "function": _as_json(function, f"a tool call of {name}")})
     return calls
