@@ -21,7 +21,7 @@ from jaxinfra.models.latent import LatentAttention
 from jaxinfra.models.layers import MLP
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.remat import Named
-from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.models.transformer import Layer, MultiTokenPrediction, TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
 from jaxinfra.objectives.dpo import DPO
@@ -64,6 +64,7 @@ RUNS = [
     replace(TEXT, model=replace(DECODER, layers=(Layer(mixer=GatedDeltaNet(), mlp=MLP(dim=64)),))),
     replace(TEXT, adapter=Lora(), init="runs/base"),
     replace(TEXT, model=replace(DECODER, remat=Named(save=("query",)))),
+    replace(TEXT, model=replace(DECODER, mtp=MultiTokenPrediction(layer=DECODER.layers[0]), learned_positions=None)),
     *(
         replace(TEXT, model=changed(DECODER, first_layers=(), rope=Rope(scaling=scaling)))
         for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling(), LongRopeScaling(divisors=(1.0,)))

@@ -143,10 +143,13 @@ class CheckpointManager(ClosedOnExit):
 
         return self._read(step, read)
 
-    def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
+    def restore_params[T](
+        self, step: int, abstract_params: T, *, subtree: str = "params", optional: str | None = None
+    ) -> T:
         """Restores "params" or "ema" (the averaged parameters) without reading the rest of the state.
 
-        Raises the errors of `restore`, and ConfigError if the checkpoint has no such subtree.
+        The checkpoint may have parameters below the path `optional` that are not wanted. Raises the errors of
+        `restore`, and ConfigError if the checkpoint has no such subtree.
         """
 
         def read() -> T:
@@ -156,6 +159,8 @@ class CheckpointManager(ClosedOnExit):
                 subtrees = ", ".join(dict.fromkeys(name.split(".")[0] for name in types))
                 raise ConfigError(f"{self._path(step)}: has no {subtree}; it has {subtrees}")
             wanted = {subtree: abstract_params}
+            known, unread = leaf_types(wanted), f"{subtree}.{optional}."
+            saved = {name: kind for name, kind in saved.items() if name in known or not name.startswith(unread)}
             self._check_leaves(step, saved, wanted)
             return self._saver.restore(step, wanted)[subtree]
 

@@ -17,7 +17,12 @@ from jaxinfra.config.text import format_value, join, same
 from jaxinfra.storage.credentials import mask_credentials, mask_tree
 
 # Leaves that a fingerprint leaves out at these values, as it did before they existed.
-_ADDED = {"optim.parametrization": "standard", "optim.base_width": "none"}
+_ADDED = {
+    "optim.parametrization": "standard",
+    "optim.base_width": "none",
+    "model.mtp": "none",
+    "objective.mtp_weight": "0.3",
+}
 ABSENT = "absent"  # in a difference, the value of the config that does not have the path
 
 

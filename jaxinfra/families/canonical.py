@@ -14,7 +14,8 @@ def canonical(model: TransformerConfig) -> TransformerConfig:
     It lists all layers, and says what else follows from other fields. What is for training only is off.
     """
     layers = tuple(_canonical_layer(layer, model.hidden_size) for layer in model.all_layers)
-    return replace(model, first_layers=(), layers=layers, dropout=0.0)
+    mtp = model.mtp and replace(model.mtp, layer=_canonical_layer(model.mtp.layer, model.hidden_size))
+    return replace(model, first_layers=(), layers=layers, dropout=0.0, mtp=mtp)
 
 
 def _canonical_layer(layer: Layer, hidden_size: int) -> Layer:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.canonical import stated
+from jaxinfra.families.mtp import MtpNames
 from jaxinfra.families.rotary import read_rope, write_rope
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Binding, Rule, bind, rule
@@ -18,6 +19,7 @@ from jaxinfra.models.layers import MLP, Activation, FeedForward, NormConfig
 from jaxinfra.models.mixer import Mixer
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import Layer, TransformerConfig
+from jaxinfra.ops.mtp import of_mtp
 from jaxinfra.ops.rope import Rope
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -171,9 +173,10 @@ class Family:
             experts, in the order in which they are written; names begin after `layer_prefix`.
         layer_prefix: begins the names of a layer's tensors.
         unused: patterns of tensors that a model does without, as in `fnmatch`: buffers, copies of tied embeddings, or
-            layers for other purposes; `{num_layers}` stands for the number of layers.
+            layers for other purposes.
         max_positions: the longest sequence of a model whose config does not tell it.
         other_prefix: how names begin, and how they begin instead in some checkpoints, which are read as well.
+        mtp: the names of modules for multi-token prediction; None if the family has none.
     """
 
     model_type: str
@@ -188,6 +191,7 @@ class Family:
     unused: tuple[str, ...] = ("*rotary_emb.inv_freq", "*lm_head.weight")
     max_positions: int = 2048
     other_prefix: tuple[str, str] = ("", "")
+    mtp: MtpNames | None = None
 
     def with_images(
         self, model_type: str, vision: str = "vision_tower", other_prefix: tuple[str, str] = ("", "language_model.")
@@ -206,7 +210,8 @@ class Family:
     ) -> list[Binding]:
         """Binds the rules to a model; `tensors` are the names in a checkpoint, if there is one.
 
-        Raises ConfigError if a parameter of the model has no rule.
+        Modules for multi-token prediction are left out if `shapes` has none. Raises ConfigError if a parameter has no
+        rule.
         """
         rules = list(self.model_rules(model))
         is_other = self._other_name(rules[0].theirs) in tensors
@@ -224,12 +229,21 @@ class Family:
                 prefix = f"{name}." + (f"layer_{position}." if len(stack.layers) > 1 else "")
                 first, step = stack.first + position, len(stack.layers)
                 layers = tuple(range(first, first + step * stack.times, step))
-                for each in (*self.norm_rules(layer), *self.mixer_rules(layer.mixer), *self.mlp_rules(layer.mlp)):
+                for each in self._layer_rules(layer):
                     found.append(bind(named(each, self.layer_prefix), shapes, prefix=prefix, layers=layers))
+        if self.mtp is not None and model.mtp is not None and any(map(of_mtp, shapes)):
+            layers = self.mtp.layers(model)
+            found += [bind(named(each), shapes, prefix="mtp.", layers=layers) for each in self.mtp.rules()]
+            for each in self._layer_rules(model.mtp.layer):
+                found.append(bind(named(each, self.mtp.layer_prefix), shapes, prefix="mtp.block.", layers=layers))
+            found += [replace(bind(named(each), shapes), is_copy=True) for each in self.mtp.copy_rules(model)]
         covered = {part.path for binding in found for part in binding.parts}
         if missing := sorted(shapes.keys() - covered):
             raise ConfigError(f"{self.architecture} has no tensor for the parameter {missing[0]}")
         return found
+
+    def _layer_rules(self, layer: Layer) -> list[Rule]:
+        return [*self.norm_rules(layer), *self.mixer_rules(layer.mixer), *self.mlp_rules(layer.mlp)]
 
     def _other_name(self, theirs: str) -> str:
         start, other = self.other_prefix

@@ -1,7 +1,7 @@
 """DeepSeek V3 (DeepSeek-AI 2024) and Kimi K2 (Kimi team 2025): latent attention, and experts chosen by sigmoid scores.
 
 In published weights the rotated features come last in a head, and both of a pair stand side by side. Here they come
-first, in two halves. Layers for the prediction of several tokens are not read.
+first, in two halves.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from jaxinfra.families import mtp
 from jaxinfra.families.common import Family, mlp_or_experts_rules, of_kind, read_model, write_model
 from jaxinfra.families.experts import read_routed, routed_experts, routed_shape, write_routed
 from jaxinfra.families.rotary import read_rope, write_rope
@@ -41,7 +42,7 @@ def read(keys: ModelJson) -> TransformerConfig:
         norm_eps=None if keys.take("rms_norm_eps", float, 1e-6) == eps else eps,
         **keys.take_fields(FIELDS),
     )
-    return read_model(keys, mixer, read_routed(keys))
+    return mtp.DEEPSEEK.read(keys, read_model(keys, mixer, read_routed(keys)))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
@@ -76,7 +77,7 @@ FAMILY = Family(
     write=write,
     mixer_rules=attention_rules,
     mlp_rules=partial(mlp_or_experts_rules, shared="mlp.shared_experts"),
-    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
+    mtp=mtp.DEEPSEEK,
 )
 
 KIMI = replace(FAMILY, model_type="kimi_k2")
@@ -101,4 +102,4 @@ SHAPES = {
         experts=routed_experts(dim=2048, num_experts=384, routed_scaling_factor=2.827),
     ),
 }
-"""deepseek-ai/DeepSeek-V3-Base and moonshotai/Kimi-K2-Base, without layers for the prediction of several tokens."""
+"""deepseek-ai/DeepSeek-V3-Base and moonshotai/Kimi-K2-Base, without modules for multi-token prediction."""

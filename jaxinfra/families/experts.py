@@ -61,7 +61,7 @@ def read_routed(keys: ModelJson) -> list[MLP | MixtureOfExperts]:
     keys.default(scoring_func="sigmoid", n_shared_experts=1, num_experts_per_tok=8, norm_topk_prob=True)
     for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         keys.require(name, value, default=value)
-    keys.ignore("ep_size", "seq_aux", "aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers")
+    keys.ignore("ep_size", "seq_aux", "aux_loss_alpha", "num_mtp_layers")
     experts, mlp = read_experts(keys, ROUTED_FIELDS, **BALANCE), read_mlp(keys)
     dense = keys.take_between("first_k_dense_replace", 0)
     return [mlp if i < dense else experts for i in range(keys.num_layers)]
@@ -74,5 +74,5 @@ def write_routed(model: TransformerConfig) -> dict[str, Any]:
         "intermediate_size": dense[0].dim if dense else experts.dim,
         "first_k_dense_replace": len(dense),
         "topk_method": "noaux_tc",
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": model.mtp_depths,
     }

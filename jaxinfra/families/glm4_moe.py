@@ -1,11 +1,9 @@
-"""GLM-4.5 and GLM-4.5-Air (GLM-4.5 team 2025): attention with a rotated half, and DeepSeek's experts.
-
-Layers for the prediction of several tokens are not read.
-"""
+"""GLM-4.5 and GLM-4.5-Air (GLM-4.5 team 2025): attention with a rotated half, and DeepSeek's experts."""
 
 from functools import partial
 from typing import Any
 
+from jaxinfra.families import mtp
 from jaxinfra.families.common import Family, attention_of, mlp_or_experts_rules, read_attention, read_model, write_model
 from jaxinfra.families.experts import read_routed, routed_experts, routed_shape, write_routed
 from jaxinfra.families.rotary import read_rope
@@ -25,7 +23,7 @@ def read(keys: ModelJson) -> TransformerConfig:
         qkv_bias=keys.take("attention_bias", bool, False),
         qk_norm="head" if keys.take("use_qk_norm", bool, False) else None,
     )
-    return read_model(keys, mixer, read_routed(keys))
+    return mtp.DEEPSEEK.read(keys, read_model(keys, mixer, read_routed(keys)))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
@@ -41,7 +39,7 @@ FAMILY = Family(
     read=read,
     write=write,
     mlp_rules=partial(mlp_or_experts_rules, shared="mlp.shared_experts"),
-    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "model.layers.{num_layers}.*"),
+    mtp=mtp.DEEPSEEK,
 )
 
 
@@ -68,4 +66,4 @@ SHAPES = {
         experts=routed_experts(dim=1408, num_experts=128),
     ),
 }
-"""zai-org/GLM-4.5 and GLM-4.5-Air, without layers for the prediction of several tokens."""
+"""zai-org/GLM-4.5 and GLM-4.5-Air, without modules for multi-token prediction."""

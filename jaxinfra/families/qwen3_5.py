@@ -1,13 +1,15 @@
 """Qwen3.5 (Qwen team 2026), the text part: the layers of Qwen3-Next with an MLP, and a tensor for each projection.
 
-Vision encoders and layers for the prediction of several tokens are not read.
+Vision encoders are not read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from jaxinfra.families.common import Family, read_model, write_model
+from jaxinfra.families.mtp import QWEN
 from jaxinfra.families.qwen3_next import mixer_rules, read_mixers, write_mixers
 from jaxinfra.interop.config_json import ModelJson
 from jaxinfra.interop.rules import Rule, fused, rule
@@ -17,18 +19,20 @@ from jaxinfra.models.layers import MLP, FeedForward, NormConfig
 from jaxinfra.models.transformer import Layer, TransformerConfig
 from jaxinfra.ops.rope import Rope
 
+MTP = replace(QWEN, key="mtp_num_hidden_layers")
+
 
 def read(keys: ModelJson, mlps: Sequence[FeedForward] | None = None) -> TransformerConfig:
     """Reads the keys of a Qwen3.5; `mlps` as in `read_model`."""
     keys.require("attn_output_gate", True, default=True)
     keys.require("output_gate_type", "swish", default="swish")  # of gated delta nets
-    keys.ignore("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
-    return read_model(keys, read_mixers(keys), mlps, norm_offset=1.0)
+    keys.ignore("mamba_ssm_dtype", "mtp_use_dedicated_embeddings")
+    return MTP.read(keys, read_model(keys, read_mixers(keys), mlps, norm_offset=1.0))
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Qwen3.5."""
-    return write_model(model) | write_mixers(model) | {"model_type": "qwen3_5_text"}
+    return write_model(model) | write_mixers(model) | MTP.write(model) | {"model_type": "qwen3_5_text"}
 
 
 def projections(_: GatedDeltaNet) -> Iterator[Rule]:
@@ -46,7 +50,7 @@ FAMILY = Family(
     read=read,
     write=write,
     mixer_rules=partial(mixer_rules, projections=projections),
-    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "mtp.*"),
+    mtp=MTP,
 )
 
 IMAGES: Mapping[str, Any] = {"vision": "model.visual", "other_prefix": ("model.", "model.language_model.")}

@@ -1,4 +1,7 @@
-"""Qwen3.5 with experts (Qwen team 2026), the text part: weights of chosen experts always sum to one."""
+"""Qwen3.5 with experts (Qwen team 2026), the text part: weights of chosen experts always sum to one.
+
+Modules for multi-token prediction are not read: published weights have their experts in other tensors than the layers.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +22,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     for name, value in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         keys.require(name, value, default=value)  # transformers does not look at them
     keys.default(norm_topk_prob=True, num_key_value_heads=2, intermediate_size=keys.take("moe_intermediate_size", int))
-    return read_qwen3_5(keys, read_shared_mlps(keys))
+    return replace(read_qwen3_5(keys, read_shared_mlps(keys)), mtp=None)
 
 
 def write(model: TransformerConfig) -> dict[str, Any]:
@@ -28,7 +31,15 @@ def write(model: TransformerConfig) -> dict[str, Any]:
     return write_model(model) | keys | {"model_type": "qwen3_5_moe_text"}
 
 
-FAMILY = replace(DENSE, model_type="qwen3_5_moe_text", architecture="Qwen3_5MoeForCausalLM", read=read, write=write)
+FAMILY = replace(
+    DENSE,
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    read=read,
+    write=write,
+    unused=(*DENSE.unused, "mtp.*"),
+    mtp=None,
+)
 
 WITH_IMAGES = FAMILY.with_images("qwen3_5_moe", **IMAGES)
 """The models with images and videos: the text part is read, and written as a `qwen3_5_moe_text`."""

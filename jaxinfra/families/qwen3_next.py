@@ -1,12 +1,13 @@
 """Qwen3-Next (Qwen team 2025): gated delta nets, gated attention in every fourth layer, and many experts.
 
 Projections of delta nets are published by key head: its query, its key, then values and gates of the value heads that
-share it. Layers for the prediction of several tokens are not read.
+share it.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxinfra.families import mtp
 from jaxinfra.families.common import Family, attention_rules, of_kind, read_attention, read_model, write_model
 from jaxinfra.families.experts import experts_of
 from jaxinfra.families.qwen3_moe import read_mlps, write_mlps
@@ -34,7 +35,7 @@ def read(keys: ModelJson) -> TransformerConfig:
     """Reads the keys of a Qwen3-Next."""
     keys.default(norm_topk_prob=True, num_key_value_heads=2)
     mixers = read_mixers(keys)
-    return read_model(keys, mixers, read_shared_mlps(keys), norm_offset=1.0)
+    return mtp.QWEN.read(keys, read_model(keys, mixers, read_shared_mlps(keys), norm_offset=1.0))
 
 
 def read_mixers(keys: ModelJson) -> list[Attention | GatedDeltaNet]:
@@ -58,7 +59,7 @@ def read_shared_mlps(keys: ModelJson) -> list[MLP | MixtureOfExperts]:
 
 def write(model: TransformerConfig) -> dict[str, Any]:
     """Returns the keys of a Qwen3-Next."""
-    return write_model(model) | write_mixers(model) | write_shared_mlps(model)
+    return write_model(model) | write_mixers(model) | write_shared_mlps(model) | mtp.QWEN.write(model)
 
 
 def write_mixers(model: TransformerConfig) -> dict[str, Any]:
@@ -119,7 +120,7 @@ FAMILY = Family(
     read=read,
     write=write,
     mixer_rules=mixer_rules,
-    unused=("*rotary_emb.inv_freq", "*lm_head.weight", "mtp.*"),
+    mtp=mtp.QWEN,
 )
 
 _experts = MixtureOfExperts(
@@ -138,4 +139,4 @@ SHAPES = {
         norm=NormConfig(eps=1e-6, offset=1.0),
     )
 }
-"""Qwen/Qwen3-Next-80B-A3B-Instruct, without layers for the prediction of several tokens."""
+"""Qwen/Qwen3-Next-80B-A3B-Instruct, without modules for multi-token prediction."""

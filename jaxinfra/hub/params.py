@@ -38,10 +38,11 @@ def load_published(
     """
     model = open_published(source)
     _require_same(config, model, source)
-    weights = model.check(jax.process_index(), jax.process_count())
+    # A run without modules for multi-token prediction leaves those of the folder there.
+    weights = model.check(jax.process_index(), jax.process_count(), copies=getattr(config, "mtp", None) is not None)
     own = dtypes or {}
     wanted = {path: each.update(dtype=own.get(path, each.dtype)) for path, each in leaves_by_name(params).items()}
-    shapes = param_shapes(model.config)
+    shapes = {path: shape for path, shape in param_shapes(model.config).items() if path in wanted}
     stored = {path: _as_stored(each, shapes[path]) for path, each in wanted.items()}
     bindings = model.bindings(shapes, weights)
     found = read_params(weights, bindings, stored, lambda path, array: keep(path, _grown(array, wanted[path])))
@@ -87,7 +88,8 @@ def _require_same(config: object, model: PublishedModel, source: str) -> None:
     if not isinstance(config, TransformerConfig):
         raise ConfigError(f"init={source}: the model of the run is a {type(config).__qualname__}, not a decoder")
     own = replace(config, vocab_size=model.config.vocab_size) if config.vocab_size > model.config.vocab_size else config
-    if differing := differences(own, model.config):
+    there = replace(model.config, mtp=None) if own.mtp is None else model.config
+    if differing := differences(own, there):
         path, ours, theirs = differing[0].path, differing[0].left, differing[0].right
         raise ConfigError(
             f"init={source}: model.{path} is {format_value(ours)}, there it is {format_value(theirs)}; "

@@ -19,7 +19,7 @@ from jaxinfra.interop.folder import ModelFolder, open_folder
 from jaxinfra.interop.quantized import Quantization, open_weights, read_quantization
 from jaxinfra.interop.reading import check_tensors
 from jaxinfra.interop.rules import Binding
-from jaxinfra.interop.safetensors import Weights
+from jaxinfra.interop.safetensors import Weights, tensor_names
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, leaves_by_name
@@ -56,27 +56,39 @@ class PublishedModel:
         """Returns its tensors and the parameters in them."""
         return self.family.bindings(self.config, shapes, weights.tensors)
 
-    def check(self, part: int = 0, of: int = 1) -> Weights:
+    def check(self, part: int = 0, of: int = 1, *, copies: bool = True) -> Weights:
         """Reads the headers, and raises ConfigError unless they have exactly the tensors of the model.
 
         A head beside the embedding that it is tied to must equal it: transformers 4 takes the embedding, 5 the head.
-        Each of `of` processes compares its `part`.
+        With `copies`, so must those of modules for multi-token prediction. Each of `of` processes compares its `part`.
         """
         weights = self.weights()
         bindings = self.bindings(param_shapes(self.config), weights)
-        unused = [pattern.replace("{num_layers}", str(self.config.num_layers)) for pattern in self.family.unused]
+        unused = list(self.family.unused)
+        if self.family.mtp is not None and self.config.mtp is None:
+            unused.append(self.family.mtp.unused.replace("{num_layers}", str(self.config.num_layers)))
         check_tensors(weights.tensors, bindings, unused, self.folder.url)
-        (embedding,) = (each.theirs for each in bindings if each.parts[0].path == "embedding")
+        first = {each.parts[0].path: each.theirs for each in bindings if not each.is_copy}
         heads = [name for name in weights.tensors if name.endswith("lm_head.weight") and self.config.tie_embeddings]
-        if others := [name for name in heads if not weights.equal(embedding, name, part, of)]:
+        if others := [name for name in heads if not weights.equal(first["embedding"], name, part, of)]:
             fix = "set tie_word_embeddings to false there to use both, or remove one of them"
-            raise ConfigError(f"{self.folder.url}: {others[0]} is not {embedding}, but {CONFIG} ties them; {fix}")
+            raise ConfigError(
+                f"{self.folder.url}: {others[0]} is not {first['embedding']}, but {CONFIG} ties them; {fix}"
+            )
+        for each in bindings if copies else ():
+            original = first[each.parts[0].path]
+            if each.is_copy and each.theirs in weights.tensors and not weights.equal(original, each.theirs, part, of):
+                raise ConfigError(
+                    f"{self.folder.url}: {each.theirs} is not {original}, which it copies; use model.mtp=none"
+                )
         return weights
 
     def stored_dtypes(self) -> dict[str, np.dtype]:
         """Returns the dtype that each parameter is stored in, by its path; float32 if that is not one of 16 bits."""
         weights, found = self.weights(), dict[str, np.dtype]()
         for binding in self.bindings(param_shapes(self.config), weights):
+            if binding.is_copy:
+                continue
             dtypes = [weights.tensors[name].dtype for name in binding.names if name in weights.tensors]
             is_half = len({*dtypes}) == 1 and str(dtypes[0]) in ("float16", "bfloat16")
             found |= dict.fromkeys((part.path for part in binding.parts), dtypes[0] if is_half else np.dtype("f4"))
@@ -144,6 +156,8 @@ def open_published(source: str) -> PublishedModel:
         cause = f"{type(error).__name__}: {quoted(str(error), 200)}"
         raise ConfigError(f"{keys.where}: has a value that a {keys.model_type} cannot have ({cause})") from None
     keys.close(stated(config))
+    if found.mtp is not None:
+        config = found.mtp.stored_in(config, tensor_names(folder))
     try:
         validate(config)
     except ConfigError as error:

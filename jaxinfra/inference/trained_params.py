@@ -86,14 +86,16 @@ def _restore(source: str | Path, program: Program, peers: Peers) -> tuple[Traine
     if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
     with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True, gather=peers.gather) as checkpoints:
+        # The model may leave out the modules for multi-token prediction that the run has.
+        restore = partial(checkpoints.restore_params, optional="mtp")
 
         def read(step: int) -> tuple[Any, str]:
             digest = checkpoints.manifest(step).digest
             of = program if has_adapter else base
             if _recorded(record, "optim", "ema_decay") is not None:
-                return checkpoints.restore_params(step, of.averaged_params, subtree="ema"), digest
+                return restore(step, of.averaged_params, subtree="ema"), digest
             dtype = _recorded(record, "precision", "params") or "float32"
-            return checkpoints.restore_params(step, of.kept(of.params_stored_as(dtype)), subtree="params"), digest
+            return restore(step, of.kept(of.params_stored_as(dtype)), subtree="params"), digest
 
         # That run may still be training: all processes take the checkpoint that process 0 sees.
         existing = peers.gather(checkpoints.all_steps())[0]

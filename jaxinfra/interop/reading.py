@@ -38,7 +38,9 @@ def check_tensors(
     tensors: Mapping[str, StoredTensor], bindings: Iterable[Binding], unused: Sequence[str], where: str
 ) -> None:
     """Raises ConfigError for a tensor that is missing, left over, or of another shape, naming the nearest one."""
-    expected = {name: binding.shape for binding in bindings for name in binding.names}
+    # A copy may be missing.
+    named = ((name, binding) for binding in bindings for name in binding.names)
+    expected = {name: binding.shape for name, binding in named if name in tensors or not binding.is_copy}
     left_over = [name for name in tensors if name not in expected and not any(fnmatchcase(name, p) for p in unused)]
     for name, shape in expected.items():
         if name not in tensors:
@@ -66,7 +68,7 @@ def read_params(
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
     found = dict[str, jax.Array]()
     for binding in bindings:
-        for parts in binding.groups:
+        for parts in [] if binding.is_copy else binding.groups:
             for path, array in _read_parts(weights, binding, parts, params).items():
                 found |= keep(path, array)
     return found

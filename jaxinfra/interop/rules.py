@@ -62,6 +62,7 @@ class Binding:
     layers: tuple[int, ...] | None
     parts: tuple[BoundPart, ...]
     experts: int | None  # number of tensors of a layer; None if there is one
+    is_copy: bool = False  # whether another tensor holds the same parameter, which is read from there
 
     def name(self, index: Sequence[int]) -> str:
         """Returns the name of the tensor that holds an index of the dimensions `lead`."""

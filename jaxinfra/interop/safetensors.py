@@ -7,7 +7,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,13 @@ class Weights:
         self.folder.read_into(tensor.file, tensor.start + start * row_bytes, out.reshape(-1).view(np.uint8))
         with self._lock:
             self.bytes_read += out.nbytes
+
+
+def tensor_names(folder: ModelFolder) -> Collection[str]:
+    """Returns the names of the tensors of a folder; () if it has no weights."""
+    if not folder.exists(INDEX) and not folder.exists(WEIGHTS):
+        return ()
+    return _indexed_files(folder).keys() or _read_header(folder, WEIGHTS).keys()
 
 
 def _indexed_files(folder: ModelFolder) -> dict[str, str]:

@@ -16,6 +16,7 @@ from jaxinfra.models.adapter import Lora
 from jaxinfra.models.layers import Linear, ParamFactory
 from jaxinfra.models.low_rank import LowRank
 from jaxinfra.models.moe import MoE
+from jaxinfra.ops.mtp import of_mtp
 from jaxinfra.ops.packed import packed_shapes
 from jaxinfra.parallel.rules import Packed
 from jaxinfra.parallel.sharding import Partitioner
@@ -50,7 +51,8 @@ def attach(module: nnx.Module, config: Lora, partitioner: Partitioner) -> None:
 
     Raises ConfigError if a target fits no weight, or a rank is above a dimension of one.
     """
-    weights = sorted(_weights(module), key=lambda each: each.path)
+    # Modules for multi-token prediction are not trained beside adapters.
+    weights = sorted((each for each in _weights(module) if not of_mtp(each.path)), key=lambda each: each.path)
     if not weights:
         raise ConfigError("adapter: the model has no layers of jaxinfra to attach matrices to; use adapter=none")
     parts = sorted({part for each in weights for part in each.path.split(".")})

@@ -20,16 +20,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.models import flops, moe
-from jaxinfra.models.layers import RESIDUAL, Norm, ParamFactory, lookup_embeddings
+from jaxinfra.models.layers import RESIDUAL, Linear, Norm, ParamFactory, lookup_embeddings
 from jaxinfra.models.mixer import MixerOptions, TokenInfo
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
 from jaxinfra.models.remat import Remat, name_tensor, remat
-from jaxinfra.models.stack import Step, scan_pattern
+from jaxinfra.models.stack import Step, scan_pattern, stack_trees, unstack
 from jaxinfra.models.transformer import HasSeqLen, Layer, Stack, TransformerConfig
 from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_method, context_costs
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.logits import FactoredLogits
+from jaxinfra.ops.mtp import MTP_INPUTS, of_mtp
 from jaxinfra.ops.rope import Rope, in_long_documents, rope_tables
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, constant, normal
@@ -120,6 +121,23 @@ def _build(stack: Stack, config: TransformerConfig, params: ParamFactory) -> Blo
 def _blocks(period: Block | Period, stack: Stack) -> list[Block]:
     """Returns the layers of a period."""
     return [period] if isinstance(period, Block) else [getattr(period, name) for name in _names(len(stack.layers))]
+
+
+class MtpModule(nnx.Module):
+    """A module for multi-token prediction; with several, their parameters are stacked."""
+
+    def __init__(self, stack: Stack, config: TransformerConfig, params: ParamFactory):
+        params, hidden = replace(params, num_layers=stack.times), config.hidden_size
+        norm = partial(Norm, hidden, config.norm, params=params)
+        self.embedding_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
+        axes = ("embed", None)
+        self.join = Linear((2 * hidden,), (hidden,), axes, parallelism="sequence", bias=False, params=params)
+        self.block = Block(stack.layers[0], config, params)
+
+    def joined(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns the input of the layer; the embedding comes first, as in all published weights."""
+        parts = [self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
+        return self.join(jnp.concatenate(parts, axis=-1))
 
 
 def _prefixed(stats: LayerStats, *prefix: str) -> LayerStats:
@@ -213,6 +231,7 @@ class Transformer(LayeredModule):
         self.blocks = build(config.blocks)
         self.tail = None if config.tail is None else build(config.tail)
         self.norm = Norm(hidden, config.norm, params=params)
+        self.mtp = None if config.mtp_stack is None else MtpModule(config.mtp_stack, config, params)
         self.unembedding = None if tied else param((hidden, vocab), ("embed", "vocab"), init, "head", in_dims=1)
 
     @override
@@ -240,15 +259,50 @@ class Transformer(LayeredModule):
         return x_BTD, stats | _prefixed(rest, "tail")
 
     @override
+    def forward(self, batch: Inputs, /) -> tuple[FactoredLogits, LayerStats]:
+        """Returns logits and statistics, with those of modules for multi-token prediction if the batch has fields."""
+        x_BTD, stats = self.apply_layers(self.embed(batch), batch)
+        logits = self.output(x_BTD)
+        if self.mtp is None or MTP_INPUTS not in batch:
+            return logits, stats
+        hidden, rest = self._predict_later(x_BTD, batch, self.mtp)
+        return replace(logits, mtp_hidden=hidden), stats | _prefixed(rest, "mtp")
+
+    @override
     def output(self, x_BTD: jax.Array, /) -> FactoredLogits:
-        hidden_BTD = self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
-        if self.config.logits_scaling != 1:
-            hidden_BTD /= self.config.logits_scaling
+        hidden_BTD = self._head_input(self.norm(x_BTD))
         if self.unembedding is None:
             head = self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
         else:
             head = self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
         return FactoredLogits(hidden=hidden_BTD, head=head, softcap=self.config.logit_softcap)
+
+    def _head_input(self, hidden_BTD: jax.Array) -> jax.Array:
+        hidden_BTD = self.partitioner.gather_sequence(hidden_BTD, "vocab")
+        return hidden_BTD if self.config.logits_scaling == 1 else hidden_BTD / self.config.logits_scaling
+
+    def _predict_later(
+        self, x_BTD: jax.Array, batch: Inputs, modules: MtpModule
+    ) -> tuple[tuple[jax.Array, ...], LayerStats]:
+        """Returns the input of the head for each depth of multi-token prediction, and statistics."""
+        stack = self.config.mtp_stack
+        assert stack is not None
+        tokens = TokenInfo(segments=batch.get("segments"), dropout_bits=batch.get(DROPOUT_FIELD))
+        positions, policies = self._positions(batch), self.config.remat_policies
+        # A module reads what the head reads of the depth before it, after the norm: of the main model as in vLLM's
+        # deepseek_mtp and qwen3_next_mtp, of other modules as in transformers' `MtpModel`. The paper leaves both open.
+        # vLLM passes hidden states on between DeepSeek's modules before the norm, but published models have one module.
+        hidden_BTD, found, all_stats = self.norm(x_BTD), list[jax.Array](), list[LayerStats]()
+        for depth, module in enumerate(unstack(modules, stack.times)):
+            embedding_BTD = self._embed_tokens(batch[MTP_INPUTS][:, depth], positions)
+            own = (policies[(stack.first + depth) % len(policies)],)
+            context = replace(self._context(stack, positions, tokens), policies=own, alone=False)
+            x_BTD = module.joined(embedding_BTD, hidden_BTD)
+            x_BTD, _, stats = context.apply(module.block, x_BTD, jnp.asarray(depth))
+            hidden_BTD = module.norm(x_BTD)
+            found.append(self._head_input(hidden_BTD))
+            all_stats.append(stats)
+        return tuple(found), jax.tree.map(stack_trees, *all_stats)
 
     # Decoding
 
@@ -299,7 +353,12 @@ class Transformer(LayeredModule):
 
     @override
     def flops_of_changes(self, data: HasSeqLen, specs: Mapping[str, ParamSpec], base: Mapping[str, ParamSpec]) -> float:
-        return data.seq_len * flops.change_per_token(self.config, specs, base)
+        config, change = self.config, 0.0
+        if not any(of_mtp(path) and spec.state == "trained" for path, spec in specs.items()):
+            config = replace(config, mtp=None)  # modules that are not trained are not computed
+            specs, base = ({path: spec for path, spec in each.items() if not of_mtp(path)} for each in (specs, base))
+            change = flops.flops_per_token(config, data.seq_len) - flops.flops_per_token(self.config, data.seq_len)
+        return data.seq_len * (change + flops.change_per_token(config, specs, base))
 
     @override
     def context_costs(self, data: HasSeqLen) -> Mapping[str, ContextChoice]:
@@ -308,7 +367,7 @@ class Transformer(LayeredModule):
         if sharding.num_shards == 1:
             return {}
         choices = {}
-        for layer in config.all_layers:
+        for layer in config.training_layers:
             if (attention := layer.mixer.attention(config.hidden_size)) is None:
                 continue
             spec, heads = attention
@@ -339,14 +398,21 @@ class Transformer(LayeredModule):
     @override
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         buffers: dict[str, Any] = {}
+
+        def updated(block: Block, *path: str) -> dict[str, Any]:
+            name = ".".join(filter(None, (*path, moe.LOAD)))
+            if not isinstance(block.mlp, MoE) or block.mlp.bias is None or name not in stats:  # not computed
+                return {}
+            rate = block.mlp.config.bias_update_rate
+            return {"mlp": {"bias": moe.updated_bias(block.mlp.bias[...], stats[name], rate)}}
+
         for name, stack, period in self._stacks():
             for position, block in zip(_names(len(stack.layers)), _blocks(period, stack), strict=True):
-                if isinstance(block.mlp, MoE) and block.mlp.bias is not None:
-                    path = ("tail", position) if name == "tail" else (position,)  # as `apply_layers` names statistics
-                    load = stats[".".join(filter(None, (*path, moe.LOAD)))]
-                    bias = moe.updated_bias(block.mlp.bias[...], load, block.mlp.config.bias_update_rate)
-                    new = {"mlp": {"bias": bias}}
+                # As `apply_layers` names statistics.
+                if new := updated(block, *(("tail", position) if name == "tail" else (position,))):
                     buffers.setdefault(name, {}).update({position: new} if position else new)
+        if self.mtp is not None and (new := updated(self.mtp.block, "mtp")):
+            buffers["mtp"] = {"block": new}
         return buffers
 
     # Embedding

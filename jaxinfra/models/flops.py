@@ -17,8 +17,9 @@ from jaxinfra.parallel.spec import ParamSpec
 def matmul_params(config: TransformerConfig) -> int:
     """Counts the weights in a token's matmuls: projections, MLP or chosen experts, and LM head."""
     hidden = config.hidden_size
-    layers = sum(each.mixer.matmul_params(hidden) + each.mlp.matmul_params(hidden) for each in config.all_layers)
-    return layers + hidden * config.vocab_size
+    layers = sum(each.mixer.matmul_params(hidden) + each.mlp.matmul_params(hidden) for each in config.training_layers)
+    # A module for multi-token prediction also joins two inputs, and applies the head once more.
+    return layers + hidden * (config.vocab_size + config.mtp_depths * (2 * hidden + config.vocab_size))
 
 
 def flops_per_token(config: TransformerConfig, length: int) -> float:
@@ -27,7 +28,7 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     A weight costs 2 FLOPs, and three times as many with the backward pass: 6. So do a feature of a query or of an
     attention output for each visible key, and a multiplication with a recurrent state (`Mixer.pair_features`).
     """
-    pairs = sum(layer.mixer.pair_features(config.hidden_size, length) for layer in config.all_layers)
+    pairs = sum(layer.mixer.pair_features(config.hidden_size, length) for layer in config.training_layers)
     return 6 * matmul_params(config) + 6 * pairs
 
 

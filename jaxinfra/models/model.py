@@ -52,6 +52,11 @@ class ModelConfig(Extensible):
         return False
 
     @property
+    def mtp_depths(self) -> int:
+        """Number of modules that predict tokens beyond the next one (see `ops.mtp`)."""
+        return 0
+
+    @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """Config fields whose value must divide by the mesh axes that shard it: `{"mlp_dim": (4096, "mlp")}`.
 

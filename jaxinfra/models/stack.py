@@ -30,10 +30,10 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree, *, unroll: bool 
 
     def apply_group(x: jax.Array, xs: Tree, steps: Sequence[Step] = steps) -> tuple[jax.Array, Tree]:
         ys = []
-        for step, layer in zip(steps, _unstack(xs, len(steps)), strict=True):
+        for step, layer in zip(steps, unstack(xs, len(steps)), strict=True):
             x, y = step(x, layer)
             ys.append(y)
-        return x, jax.tree.map(_stack, *ys)
+        return x, jax.tree.map(stack_trees, *ys)
 
     results = []
     if groups:
@@ -46,7 +46,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree, *, unroll: bool 
     return x, jax.tree.map(lambda *ys: jnp.concatenate(ys), *results)
 
 
-def _unstack(xs: Tree, count: int) -> list[Tree]:
+def unstack(xs: Tree, count: int) -> list[Tree]:
     """Returns one tree for each entry of the arrays `[count, ...]`."""
     leaves, structure = jax.tree.flatten(xs)
     # The gradient of indexing would add arrays that are padded with zeros; that of `split` concatenates.
@@ -54,7 +54,7 @@ def _unstack(xs: Tree, count: int) -> list[Tree]:
     return [structure.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
 
 
-def _stack(*ys: jax.Array) -> jax.Array:
+def stack_trees(*ys: jax.Array) -> jax.Array:
     """Stacks arrays; `jnp.stack` and `expand_dims` have no gradient for partial sums."""
     spec = jax.typeof(ys[0]).sharding.spec
     out = spec.update(partitions=(None, *spec.partitions))

@@ -58,6 +58,19 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultiTokenPrediction:
+    """Modules that predict tokens beyond the next one, in training only (DeepSeek-AI 2024, "DeepSeek-V3", section 2.2).
+
+    Attributes:
+        layer: the layer of each module.
+        depths: number of modules; the last one predicts the token `depths` after the next one.
+    """
+
+    layer: Layer
+    depths: PositiveInt = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig(LayeredModelConfig):
     """The shape of a decoder.
 
@@ -84,6 +97,8 @@ class TransformerConfig(LayeredModelConfig):
             section 5.4).
         remat: what each layer saves for the backward pass (see `models.remat`). A tuple is repeated over the layers; in
             a pipeline, over the layers of each chunk.
+        mtp: modules for multi-token prediction, which `CausalLM` trains; they share the embedding and the LM head.
+            Sampling and evaluation do not compute them.
     """
 
     modality: ClassVar[str | None] = "token"
@@ -106,6 +121,7 @@ class TransformerConfig(LayeredModelConfig):
     context_attention: Annotated[ContextMethod | Literal["auto"], NOT_FINGERPRINTED] = "auto"
     dropout: DecayRate = 0.0
     remat: Annotated[Remat | tuple[Remat, ...], NOT_FINGERPRINTED] = "none"
+    mtp: MultiTokenPrediction | None = None
 
     def layer(self, index: int) -> Layer:
         """Returns the config of a layer."""
@@ -116,6 +132,11 @@ class TransformerConfig(LayeredModelConfig):
     def all_layers(self) -> tuple[Layer, ...]:
         """The configs of all layers."""
         return tuple(map(self.layer, range(self.num_layers)))
+
+    @property
+    def training_layers(self) -> tuple[Layer, ...]:
+        """The configs of all layers that a token passes in training, those of `mtp` included."""
+        return (*self.all_layers, *(() if self.mtp is None else (self.mtp.layer,) * self.mtp.depths))
 
     @property
     def prefix(self) -> Stack | None:
@@ -139,6 +160,18 @@ class TransformerConfig(LayeredModelConfig):
         return None if rest == 0 else Stack(layers=self.layers[:rest], times=1, first=self.num_layers - rest)
 
     @property
+    def mtp_stack(self) -> Stack | None:
+        """The layers of the modules for multi-token prediction."""
+        return (
+            None if self.mtp is None else Stack(layers=(self.mtp.layer,), times=self.mtp.depths, first=self.num_layers)
+        )
+
+    @property
+    @override
+    def mtp_depths(self) -> int:
+        return 0 if self.mtp is None else self.mtp.depths
+
+    @property
     def remat_policies(self) -> tuple[Remat, ...]:
         """The policies that are repeated over the layers."""
         return self.remat if isinstance(self.remat, tuple) else (self.remat,)
@@ -154,6 +187,8 @@ class TransformerConfig(LayeredModelConfig):
         for field in ("layers", "first_layers"):
             for index, layer in enumerate(getattr(self, field)):
                 yield f"{field}.{index}.", layer
+        if self.mtp is not None:
+            yield "mtp.layer.", self.mtp.layer
 
     @override
     def in_mup(self, ratio: float) -> Self:
@@ -180,8 +215,8 @@ class TransformerConfig(LayeredModelConfig):
             fix = "move these layers into layers in the config file"
             yield Problem(fields=("first_layers",), message="the first layers cannot have experts", fix=fix)
         experts = {
-            f"layers.{index}.mlp.num_experts": layer.mlp.num_experts
-            for index, layer in enumerate(self.layers)
+            f"{prefix}mlp.num_experts": layer.mlp.num_experts
+            for prefix, layer in self._declared_layers()
             if isinstance(layer.mlp, MixtureOfExperts)
         }
         if len({*experts.values()}) > 1:
@@ -191,6 +226,9 @@ class TransformerConfig(LayeredModelConfig):
         if not 0 < len(self.remat_policies) <= self.num_layers:
             message = f"{len(self.remat_policies)} policies for {self.num_layers} layers"
             yield Problem(fields=("remat", "num_layers"), message=message, fix="use remat=full")
+        if self.mtp is not None and self.learned_positions is not None:
+            message = "the modules read embeddings of tokens without positions"
+            yield Problem(fields=("mtp", "learned_positions"), message=message, fix="use mtp=none")
 
     @property
     @override
@@ -206,6 +244,10 @@ class TransformerConfig(LayeredModelConfig):
             fix = f"use model.num_layers={num_layers} or mesh.stage=1"
             fields = ("model.num_layers", "mesh.stage", "pipeline.chunks")
             yield Problem(fields=fields, message=f"{message} ({chunks} chunks on all stages)", fix=fix)
+        if self.mtp is not None:
+            message = "pipeline stages do not compute modules for multi-token prediction"
+            fix = "use model.mtp=none or mesh.stage=1"
+            yield Problem(fields=("model.mtp", "mesh.stage"), message=message, fix=fix)
 
     @property
     @override

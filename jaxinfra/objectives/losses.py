@@ -104,6 +104,12 @@ def reduce_partial_sums(apply: Apply, total: jax.Array, sums: Sums) -> tuple[jax
     return jax.tree.map(lambda value: jax.reshard(value, PartitionSpec()), (total, sums))
 
 
+def scaled(total: jax.Array, factor: float) -> jax.Array:
+    """Multiplies a scalar, which may be a partial sum."""
+    spec = PartitionSpec(reduced=jax.typeof(total).sharding.spec.unreduced)
+    return total * jax.reshard(jnp.asarray(factor, total.dtype), spec)
+
+
 def check_result(objective: Objective, result: Any) -> tuple[jax.Array, Sums]:
     """Checks the result of `Objective.loss`; adds the default of `sums["loss"]` and converts sums to float32."""
     name = type(objective).__qualname__

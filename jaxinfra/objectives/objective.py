@@ -75,6 +75,14 @@ class Objective(Extensible, ABC):
     makes_rows: ClassVar[bool] = False
     partial_sums: ClassVar[bool] = False
 
+    @property
+    def trains_mtp(self) -> bool:
+        """Whether `loss` adds that of modules for multi-token prediction (`mtp_hidden` of the model's logits).
+
+        Others leave these modules as they are, and they are not computed.
+        """
+        return False
+
     @abstractmethod
     def loss(self, apply: Apply, params: Any, batch: Batch) -> "tuple[jax.Array, dict[str, jax.Array]]":
         """Returns the loss to minimize, summed over the batch, and other sums by name, all float32 scalars.

@@ -23,12 +23,14 @@ class FactoredLogits:
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); None leaves them.
         unroll_loops: whether loops over chunks of them are unrolled (see `mesh.needs_unrolled_loops`); a `Program` sets
             it in what a model returns.
+        mtp_hidden: what modules for multi-token prediction return in place of `hidden`, one array for each depth.
     """
 
     hidden: jax.Array
     head: jax.Array
     softcap: float | None = field(default=None, metadata={"static": True})
     unroll_loops: bool = field(default=False, metadata={"static": True})
+    mtp_hidden: tuple[jax.Array, ...] = ()
 
     def materialize(self) -> jax.Array:
         """Returns the logits, float32 `[B, T, V]`."""

@@ -151,7 +151,7 @@ def attention_work(program: Program, chip: Chip) -> Attention | None:
     if not isinstance(model, TransformerConfig) or seq_len is None:
         return None
     flops = 0.0
-    for layer in model.all_layers:
+    for layer in model.training_layers:
         if (attention := layer.mixer.attention(model.hidden_size)) is not None:
             _, heads = attention
             # Kernels compute whole blocks, also where the mask hides half of one.

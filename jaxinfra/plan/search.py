@@ -163,11 +163,11 @@ class Sketcher:
             return 0.0, 0.0
         itemsize = jax.numpy.dtype(run.precision.compute).itemsize
         per_token = itemsize / run.mesh.tensor * tokens
-        inputs = model.num_layers * model.hidden_size * per_token
+        inputs = len(model.training_layers) * model.hidden_size * per_token
         if kept == "full":
             return inputs, inputs
         width = 0.0
-        for layer in model.all_layers:
+        for layer in model.training_layers:
             found = layer.mixer.attention(model.hidden_size)
             heads = found[1] if found else None
             width += 3 * model.hidden_size

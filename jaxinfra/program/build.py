@@ -50,7 +50,9 @@ def declared_params(run: Run, module: nnx.Module) -> tuple[ParamSpecs, PyTree]:
         return spec if is_trained or _ADAPTERS.intersection(path.split(".")) else replace(spec, state="frozen")
 
     specs = declared if run.adapter is None else jax.tree.map(freeze_base, declared, paths)
-    return freeze(specs, paths, run.optim.frozen), paths
+    # Modules for multi-token prediction that no loss trains stay as they are: decay would change them.
+    untrained = ["mtp"] if run.model.mtp_depths and not run.mtp_depths else []
+    return freeze(specs, paths, [*run.optim.frozen, *untrained]), paths
 
 
 def narrow_module(run: Run, partitioner: Partitioner) -> tuple[Module, ParamSpecs] | None:

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective, WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD
 from jaxinfra.ops.logits import with_unrolled_loops
+from jaxinfra.ops.mtp import MTP_FIELDS
 from jaxinfra.parallel.sharding import unit_cotangent
 from jaxinfra.parallel.spec import Batch, Params, ParamSpecs, Sums, merge_trees, select_trainable
 from jaxinfra.run import Run
@@ -33,7 +35,7 @@ class Forward:
         """Returns the output of the model for a batch."""
         train = train and self._train
         if not train:
-            batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
+            batch = {name: array for name, array in batch.items() if name not in (DROPOUT_FIELD, *MTP_FIELDS)}
         with user_code_errors(type(self._loss.run.model), "model"):
             output, stats = self._loss.model(params).forward(batch)
         output = with_unrolled_loops(output, self.unroll_loops)
@@ -68,6 +70,11 @@ class ModelLoss:
         objective_params = _objective_params(params, reference)
         with user_code_errors(type(objective), "objective"):
             total, sums = losses.check_result(objective, objective.loss(forward, objective_params, batch))
+        if train and self.run.mtp_depths and "mtp_loss" not in sums:
+            name, fix = type(objective).__qualname__, "use objective.mtp_weight=0"
+            raise ConfigError(
+                f'{name}.loss: its sums have no "mtp_loss", so modules of model.mtp get no gradient; {fix}'
+            )
         return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
 
     def sums(self, params: Params, batch: Batch, reference: Params | None) -> Sums:

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxinfra.models.adapt import packed_paths
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
+from jaxinfra.ops.mtp import MTP_FIELDS, later_tokens
 from jaxinfra.ops.packed import pack_onto
 from jaxinfra.optim import mup
 from jaxinfra.optim.optimizers import make_optimizer
@@ -376,6 +377,7 @@ class Program:
         # The fields of a validation batch include those of a training batch.
         fields = self.run.data.batch_spec(validation=True)
         axes = {name: ("batch", *spec.axes) for name, spec in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
+        axes |= dict.fromkeys(MTP_FIELDS, ("batch", None, "sequence"))
         return {name: reorder(x, axes[name]) for name, x in batch.items()}
 
     def _to_step_batch(self, params: Params, batch: Batch, reference: Params | None) -> Batch:
@@ -389,6 +391,8 @@ class Program:
 
     def _gradients(self, params: Params, batch: Batch, reference: Params | None = None) -> Gradients:
         """Returns the gradients of the mean loss, and the sums and statistics of the batch."""
+        if depths := self.run.mtp_depths:
+            batch = {**batch, **later_tokens(batch, depths)}
         found = self.engine.gradients(params, self._to_step_batch(params, batch, reference), reference)
         return found._replace(grads=self.engine.mean(found.grads, found.sums["weight"]))
 

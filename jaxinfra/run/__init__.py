@@ -93,6 +93,11 @@ class Run:
         return 1.0 if base is None else getattr(self.model, "hidden_size", base) / base
 
     @property
+    def mtp_depths(self) -> int:
+        """Number of modules for multi-token prediction that are trained."""
+        return self.model.mtp_depths if self.adapter is None and self.objective.trains_mtp else 0
+
+    @property
     def mesh_fit(self) -> MeshFit:
         """The sizes that must be divisible by mesh axes."""
         dims = {f"model.{name}": dim for name, dim in self.model.sharded_dims.items()}

@@ -121,6 +121,8 @@ def test_restores_params_or_ema_alone(tmp_path):
             checkpoints.restore_params(1, target, subtree="average")
         with raises(ConfigError, "params.layers.in bfloat16[16,64]"):
             checkpoints.restore_params(1, {"embed": target["embed"], "layers": {"norm": target["layers"]["norm"]}})
+        others = {name: value for name, value in target.items() if name != "layers"}
+        assert checkpoints.restore_params(1, others, optional="layers").keys() == others.keys() > set()
 
 
 def test_restoring_params_does_not_read_the_optimizer_state(tmp_path):

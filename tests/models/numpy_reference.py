@@ -226,12 +226,12 @@ def mlp_or_experts(x_TD: np.ndarray, params: Params, config, stats: ExpertStats)
     return mixture(x_TD, params, config, lambda x, weights: mlp(x, weights, config.activation), stats)
 
 
+def norm_rows(x_TD: np.ndarray, weights: Params, config) -> np.ndarray:
+    return np.stack([normalize(x, weights, config.norm.type, config.norm.eps, config.norm.offset) for x in x_TD])
+
+
 def decode_row(params: Params, config, tokens, positions, segments, stats: ExpertStats) -> np.ndarray:
     """Returns the hidden states `[T, D]` of one row after the final norm; adds to `stats`."""
-
-    def norm(x_TD, weights):
-        return np.stack([normalize(x, weights, config.norm.type, config.norm.eps, config.norm.offset) for x in x_TD])
-
     x_TD = np.stack([params["embedding"][t] for t in tokens])
     if config.learned_positions:
         x_TD = x_TD + np.stack([params["positions"][p] for p in positions])
@@ -239,14 +239,19 @@ def decode_row(params: Params, config, tokens, positions, segments, stats: Exper
         x_TD = x_TD * math.sqrt(config.hidden_size)
     x_TD = x_TD * config.embedding_multiplier
     for layer, weights in zip(config.all_layers, weights_of_layers(params, config), strict=True):
-        before, after = layer.norms != "after", layer.norms != "before"
-        y_TD = norm(x_TD, weights["attention_norm"]) if before else x_TD
-        y_TD = attention(y_TD, weights["attention"], config, layer.mixer, positions, segments)
-        x_TD = x_TD + config.residual_multiplier * (norm(y_TD, weights["attention_post_norm"]) if after else y_TD)
-        y_TD = norm(x_TD, weights["mlp_norm"]) if before else x_TD
-        y_TD = mlp_or_experts(y_TD, weights["mlp"], layer.mlp, stats)
-        x_TD = x_TD + config.residual_multiplier * (norm(y_TD, weights["mlp_post_norm"]) if after else y_TD)
-    return norm(x_TD, params["norm"])
+        x_TD = apply_layer(x_TD, weights, config, layer, positions, segments, stats)
+    return norm_rows(x_TD, params["norm"], config)
+
+
+def apply_layer(x_TD, weights: Params, config, layer, positions, segments, stats: ExpertStats) -> np.ndarray:
+    before, after = layer.norms != "after", layer.norms != "before"
+    y_TD = norm_rows(x_TD, weights["attention_norm"], config) if before else x_TD
+    y_TD = attention(y_TD, weights["attention"], config, layer.mixer, positions, segments)
+    y_TD = norm_rows(y_TD, weights["attention_post_norm"], config) if after else y_TD
+    x_TD = x_TD + config.residual_multiplier * y_TD
+    y_TD = norm_rows(x_TD, weights["mlp_norm"], config) if before else x_TD
+    y_TD = mlp_or_experts(y_TD, weights["mlp"], layer.mlp, stats)
+    return x_TD + config.residual_multiplier * (norm_rows(y_TD, weights["mlp_post_norm"], config) if after else y_TD)
 
 
 def weights_of_layers(params: Params, config) -> list[Params]:

@@ -55,6 +55,8 @@ def _facts(model: PublishedModel, weights: Weights) -> dict[str, str]:
         "stored": f"{', '.join(dtypes)}, {format_bytes(nbytes)} in {format_files(len(files))}",
         "memory": f"{memory['weights']} in bfloat16; {memory['training']} to train it in float32 with AdamW",
     }
+    if config.mtp_depths:
+        facts["modules"] = f"{config.mtp_depths} for multi-token prediction, which sampling does not compute"
     for length in config.short_lengths:
         facts["positions"] = (
             f"LongRoPE: short_factor for documents up to {length:,} tokens, long_factor for longer ones; a text that "
