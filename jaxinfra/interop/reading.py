@@ -3,7 +3,7 @@
 The tensors of a checkpoint are read in runs of consecutive bytes: a parameter is split over the devices along what is
 outermost in the files: layers, experts, then rows. The devices transpose what was read, and exchange it if the
 parameter is stored with another sharding. So the files are read once, whatever the mesh, and a process holds no more
-than its part of one parameter.
+than its part of two parameters: one that is transposed, and the next one, which a thread reads meanwhile.
 """
 
 import itertools
@@ -67,17 +67,24 @@ def read_params(
 ) -> dict[str, jax.Array]:
     """Reads parameters, by path, with the dtypes and shardings of `params`; all processes must call it."""
     found = dict[str, jax.Array]()
-    for binding in bindings:
-        for parts in [] if binding.is_copy else binding.groups:
-            for path, array in _read_parts(weights, binding, parts, params).items():
+    groups = [(binding, parts) for binding in bindings if not binding.is_copy for parts in binding.groups]
+    # A thread reads the next rows while the devices transpose these; waiting for them keeps third ones out of memory.
+    with ThreadPoolExecutor(1) as pool:
+        reads = (pool.submit(_read_parts, weights, *group, params) for group in groups)
+        ahead = next(reads, None)
+        while ahead is not None:
+            place = ahead.result()
+            ahead = next(reads, None)
+            placed = jax.block_until_ready(place())
+            for path, array in placed.items():
                 found |= keep(path, array)
     return found
 
 
 def _read_parts(
     weights: Weights, binding: Binding, parts: Sequence[BoundPart], params: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """Reads the rows of one part, or of all that alternate, and takes the parameters out of them."""
+) -> Callable[[], dict[str, jax.Array]]:
+    """Reads the rows of one part, or of all that alternate; returns what takes the parameters out of them."""
     layout, lead = parts[0].layout, binding.lead
     target = params[parts[0].path].sharding
     assert isinstance(target, NamedSharding) and isinstance(target.mesh, Mesh)
@@ -94,13 +101,19 @@ def _read_parts(
         return read[key]
 
     order = file_order(target, lead, layout)
-    raw = jax.make_array_from_callback(shape, NamedSharding(target.mesh, order.read), read_shard)
-    found = dict[str, jax.Array]()
-    for part in parts:
-        spec = params[part.path]
-        assert isinstance(spec.sharding, NamedSharding)
-        found[part.path] = _to_ours(raw, part.layout, order.whole, spec.dtype, spec.sharding.spec)
-    return found
+    sharding = NamedSharding(target.mesh, order.read)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        read_shard(index)
+
+    def place() -> dict[str, jax.Array]:
+        raw, found = jax.make_array_from_callback(shape, sharding, read_shard), dict[str, jax.Array]()
+        for part in parts:
+            spec = params[part.path]
+            assert isinstance(spec.sharding, NamedSharding)
+            found[part.path] = _to_ours(raw, part.layout, order.whole, spec.dtype, spec.sharding.spec)
+        return found
+
+    return place
 
 
 def _read_rows(

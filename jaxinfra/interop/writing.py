@@ -49,6 +49,7 @@ RECEIPT = "export.json"
 
 MAX_FILE_BYTES = 5_000_000_000
 _UNFINISHED = EXPORT_PLAN.partition("/")[0]
+_HASHED_BYTES = 1 << 20  # read at once
 _LAST = ("config.json", "adapter_config.json")
 
 type Gather = Callable[[Any], list[Any]]
@@ -149,14 +150,16 @@ def write_model(
     with writer.lock:
         writer.begin()
         total, done = sum(file.nbytes for file in files), 0
-        # A thread hashes a file while the next one is written.
+        # A thread hashes what is written while the rest is.
         with writer.work_folder() as folder, ThreadPoolExecutor(1) as pool:
             finished = []
             for number, file in enumerate(files):
                 if not writer.is_done(file):
-                    _write_file(writer, folder / file.name, number, params, bindings, dtypes)
+                    hashed = _Hashed(folder / file.name)
+                    on_written = partial(pool.submit, hashed.add_until) if writer.is_alone(number) else None
+                    _write_file(writer, hashed.path, number, params, bindings, dtypes, on_written)
                     if writer.is_owner(number):
-                        finished.append(pool.submit(writer.finish, folder, file))
+                        finished.append(pool.submit(writer.finish, hashed, file))
                 done += file.nbytes
                 progress(done, total)
             for each in finished:
@@ -188,6 +191,10 @@ class _Writer:
     def is_owner(self, number: int) -> bool:
         """Whether this process hashes a file, and in a bucket writes it."""
         return number % self.count == self.index
+
+    def is_alone(self, number: int) -> bool:
+        """Whether this process writes all of a file, and hashes it."""
+        return self.is_owner(number) and (self.count == 1 or not self.is_shared)
 
     def begin(self) -> None:
         """Checks that the destination is empty, or has the same export unfinished, and that there is space."""
@@ -248,12 +255,12 @@ class _Writer:
         """Whether a file was finished, by an earlier export that was killed."""
         return self.objects.exists(f"{_UNFINISHED}/{file.name}.json") and self.objects.exists(file.name)
 
-    def finish(self, folder: Path, file: PlannedFile) -> None:
-        """Hashes a written file, and uploads it into a bucket."""
-        path = folder / file.name
+    def finish(self, hashed: "_Hashed", file: PlannedFile) -> None:
+        """Hashes the rest of a written file, and uploads it into a bucket."""
+        path = hashed.path
         with storage_errors(path):
-            with path.open("rb") as written:
-                entry = {"bytes": file.nbytes, "sha256": hashlib.file_digest(written, "sha256").hexdigest()}
+            hashed.add_until(file.nbytes)
+            entry = {"bytes": file.nbytes, "sha256": hashed.sha256.hexdigest()}
             if self.objects.folder is not None:
                 os.replace(path, self.objects.folder / file.name)
             else:
@@ -281,6 +288,25 @@ class _Writer:
         return self.gather(receipt)[0]
 
 
+class _Hashed:
+    """The SHA-256 of a file that is being written."""
+
+    def __init__(self, path: Path):
+        self.path, self.sha256, self._until = path, hashlib.sha256(), 0
+
+    def add_until(self, end: int) -> None:
+        """Adds the next bytes, which are written up to `end`."""
+        block = memoryview(bytearray(_HASHED_BYTES))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._until)
+            while count := file.readinto(block[: end - self._until]):
+                self.sha256.update(block[:count])
+                if hasattr(os, "posix_fadvise"):
+                    # Linux begins with what the disk has not got yet: the last `fsync` then has little to wait for.
+                    os.posix_fadvise(file.fileno(), self._until, count, os.POSIX_FADV_DONTNEED)
+                self._until += count
+
+
 def _write_file(
     writer: _Writer,
     path: Path,
@@ -288,8 +314,9 @@ def _write_file(
     params: Mapping[str, jax.Array],
     bindings: Sequence[Binding],
     dtypes: Mapping[str, np.dtype],
+    on_written: Callable[[int], object] | None,
 ) -> None:
-    """Writes one file, in all processes."""
+    """Writes one file, in all processes; calls `on_written` with the number of its first bytes that are written."""
     file, writes = writer.files[number], writer.is_shared or writer.is_owner(number)
     with storage_errors(path):
         if writes and (writer.index == 0 or not writer.is_shared):
@@ -299,14 +326,25 @@ def _write_file(
         writer.gather(None)
         # Without a buffer: what it holds after an error would be written again when the file is closed.
         opened = path.open("r+b", buffering=0) if writes else nullcontext()
-    with opened as out:
-        for binding in bindings:
-            for layer, names in enumerate(batched(binding.names, binding.experts or 1)):  # one tensor, or all experts
-                if any(name in file.offsets for name in names):
-                    offsets = [file.offsets.get(name) for name in names]
-                    for start, rows in _rows(binding, layer, params, dtypes, whole=not writer.is_shared):
-                        if out is not None:
-                            _write_rows(out, binding, offsets, start, np.asarray(rows))
+    items = list[tuple[int, Binding, int, list[int | None]]]()
+    for binding in bindings:
+        for layer, names in enumerate(batched(binding.names, binding.experts or 1)):  # one tensor, or all experts
+            if any(name in file.offsets for name in names):
+                offsets = [file.offsets.get(name) for name in names]
+                items.append((min(offset for offset in offsets if offset is not None), binding, layer, offsets))
+    # A thread writes rows while the devices prepare the next ones.
+    with opened as out, ThreadPoolExecutor(1) as pool:
+        written = None
+        for first, binding, layer, offsets in sorted(items, key=lambda item: item[0]):
+            for start, rows in _rows(binding, layer, params, dtypes, whole=not writer.is_shared):
+                if written is not None:
+                    written.result()
+                if on_written is not None:
+                    on_written(first)
+                if out is not None:
+                    written = pool.submit(_write_rows, out, binding, offsets, start, rows)
+        if written is not None:
+            written.result()
         if out is not None:
             with storage_errors(path):
                 failpoint("export", number)
@@ -315,12 +353,12 @@ def _write_file(
 
 
 def _write_rows(
-    out: FileIO, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: np.ndarray
+    out: FileIO, binding: Binding, offsets: Sequence[int | None], start: Sequence[int], rows: jax.Array
 ) -> None:
     """Writes rows of the tensors of one layer; those of experts `[experts, *rows]`, from expert `start[0]` on."""
-    rows = rows if binding.experts is not None else rows[None]
+    values = np.asarray(rows) if binding.experts is not None else np.asarray(rows)[None]
     first = start[0] if binding.experts is not None else 0
-    for expert, own in enumerate(rows, first):
+    for expert, own in enumerate(values, first):
         if (offset := offsets[expert]) is not None:
             row_bytes = own.nbytes // max(own.shape[0], 1) if own.ndim else 0
             with storage_errors(out.name):

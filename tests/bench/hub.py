@@ -111,7 +111,7 @@ def time_sides(root: Path, num_rounds: int, parts: Collection[str]) -> tuple[Tim
 
     A first round is warm-up, and measures memory. Each round checks that what was read is written with the same bytes.
     """
-    source, copy, raw = root / "source", root / "copy", root / "raw"
+    source, copy, raw, block = root / "source", root / "copy", root / "raw", os.urandom(_BLOCK_BYTES)
     files = sorted(source.glob("*.safetensors"))
     model = open_published(f"hf:{source}").config
     precision = Precision(params="bfloat16", compute="bfloat16")
@@ -151,7 +151,7 @@ def time_sides(root: Path, num_rounds: int, parts: Collection[str]) -> tuple[Tim
         return seconds
 
     def time_raw_write(number: int) -> float:
-        seconds = measured(partial(write_raw, files, raw))[1]
+        seconds = measured(partial(write_raw, files, raw, block))[1]
         raw.unlink()
         return seconds
 
@@ -169,9 +169,9 @@ def read_raw(files: Sequence[Path]) -> None:
                 pass
 
 
-def write_raw(sources: Sequence[Path], target: Path) -> None:
-    """Writes as many bytes as `sources` have, in blocks, and syncs them."""
-    block, left = os.urandom(_BLOCK_BYTES), sum(source.stat().st_size for source in sources)
+def write_raw(sources: Sequence[Path], target: Path, block: bytes) -> None:
+    """Writes as many bytes as `sources` have, the same block again and again, and syncs them."""
+    left = sum(source.stat().st_size for source in sources)
     with target.open("wb", buffering=0) as file:
         while left:
             left -= file.write(block[:left])
