@@ -107,7 +107,7 @@ class LowRank(nnx.Module):
             lead, (rank, *outputs) = x.shape[: x.ndim - self.in_dims], b.shape
             z = x.reshape(math.prod(lead), -1) @ a.reshape(-1, rank)
             for used_BR in used:
-                z = (z.reshape(len(used_BR), -1, rank) * used_BR[:, None]).reshape(z.shape)
+                z = jnp.where(used_BR[:, None], z.reshape(len(used_BR), -1, rank), 0).reshape(z.shape)
             product = self.factor * (z @ b.reshape(rank, -1)).reshape(*lead, *outputs)
             return jax.lax.pcast(product, tuple(out.unreduced), to="unreduced") if out.unreduced else product
 

@@ -3,7 +3,7 @@
 Shape suffixes: B pairs, 2 answers of a pair (chosen, rejected), R = 2 * B rows of the model's batch, T positions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, override
 
@@ -75,9 +75,7 @@ class DPO(Objective):
             "reward_accuracy": (margin_B > 0).astype(jnp.float32),
             "weight": jnp.ones_like(loss_B),
         }
-        weights_B = batch.get("weights", jnp.ones_like(loss_B))
-        sums = {name: jnp.sum(value_B * weights_B) for name, value_B in values.items()}
-        return sums["loss"], sums
+        return weighted_sums(values, batch)
 
     @override
     def reference_values(self, apply: Apply, params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -96,6 +94,13 @@ def with_reference_values(
     if not isinstance(params, WithReference):
         return params, batch
     return params.trained, jax.lax.stop_gradient(objective.reference_values(apply, params.reference, batch))
+
+
+def weighted_sums(values: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the sums over the batch of "loss" and of all `values` `[B]`; padding samples have the weight 0."""
+    weights_B = batch.get("weights", jnp.ones_like(values["loss"]))
+    sums = {name: jnp.sum(value_B * weights_B) for name, value_B in values.items()}
+    return sums["loss"], sums
 
 
 def answer_lengths(batch: Batch) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.config.limits import PositiveFloat
-from jaxinfra.objectives.dpo import MODEL_FIELDS, answer_log_probs, with_reference_values
+from jaxinfra.objectives.dpo import MODEL_FIELDS, answer_log_probs, weighted_sums, with_reference_values
 from jaxinfra.objectives.objective import Apply, Batch, Objective, Params, WithReference
 
 SIDES = ("completion", "mismatched")
@@ -70,9 +70,7 @@ class KTO(Objective):
             "reward_accuracy": ((2 * label_B - 1) * log_ratios_B > 0).astype(jnp.float32),
             "weight": jnp.ones_like(kl_B),
         }
-        weights_B = batch.get("weights", jnp.ones_like(kl_B))
-        sums = {name: jnp.sum(value_B * weights_B) for name, value_B in values.items()}
-        return sums["loss"], sums
+        return weighted_sums(values, batch)
 
     @override
     def flops(self, model_flops: float) -> float:

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.config.limits import PositiveFloat
-from jaxinfra.objectives.dpo import MODEL_FIELDS, SIDES, answer_lengths, answer_token_log_probs, by_side, join_sides
+from jaxinfra.objectives.dpo import (
+    MODEL_FIELDS,
+    SIDES,
+    answer_lengths,
+    answer_token_log_probs,
+    by_side,
+    join_sides,
+    weighted_sums,
+)
 from jaxinfra.objectives.objective import Apply, Batch, Objective, Params
 
 _LARGEST = -1e-6  # of a mean log-probability: the odds of 1 are infinite
@@ -56,9 +64,7 @@ class ORPO(Objective):
             "reward_accuracy": (log_odds_B > 0).astype(jnp.float32),
             "weight": jnp.ones_like(nll_B),
         }
-        weights_B = batch.get("weights", jnp.ones_like(nll_B))
-        sums = {name: jnp.sum(value_B * weights_B) for name, value_B in values.items()}
-        return sums["loss"], sums
+        return weighted_sums(values, batch)
 
     @override
     def flops(self, model_flops: float) -> float:
