@@ -5,6 +5,7 @@ The runs have a folder of their own, and names after their values. The same comm
 
 import argparse
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from jaxinfra.processes.peers import current_peers
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import join_location
 from jaxinfra.train.trainer import Trainer
+
+_BETWEEN_VALUES = re.compile(r",(?![^()]*\))")  # a comma that is not in parentheses
 
 
 def run(options: argparse.Namespace) -> None:
@@ -83,7 +86,10 @@ def folder(options: argparse.Namespace) -> str:
 
 def parse_axis(text: str) -> list[dict[str, str]]:
     """Parses FIELD=a,b,c, or several of these that change together, into the texts of the fields for each run."""
-    fields = {each.path: [value.strip() for value in each.text.split(",")] for each in read_overrides(text.split())}
+    fields = {
+        each.path: [value.strip() for value in _BETWEEN_VALUES.split(each.text)]
+        for each in read_overrides(text.split())
+    }
     counts = {len({*values}) if all(values) else 0 for values in fields.values()}
     if len(counts) != 1 or 0 in counts or counts != {len(values) for values in fields.values()}:
         message = "needs different values, for several fields as many to each"

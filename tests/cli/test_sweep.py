@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxinfra.cli.sweep import parse_axis
 from tests.refusals import preempted, refused
 from tests.tiny_run import Ended, Tiny
 
@@ -43,6 +44,14 @@ def test_a_sweep_is_refused_before_it_begins(tiny: Tiny) -> None:
     ):
         refused(tiny.launch(*SMALL, "--sweep", axis), *named)
     assert not tiny.runs.exists()
+
+
+def test_values_may_have_commas() -> None:
+    axis = parse_axis("optim.decay_roles=(matrix,embedding),(matrix) seed=1,2")
+    assert axis == [
+        {"optim.decay_roles": "(matrix,embedding)", "seed": "1"},
+        {"optim.decay_roles": "(matrix)", "seed": "2"},
+    ]
 
 
 def test_activations_grow_without_mup(tiny: Tiny) -> None:
