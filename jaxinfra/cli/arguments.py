@@ -235,7 +235,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help=what)
     add_int(parser, "--batch", 1, default=32, metavar="N", help="texts to decode at once (default %(default)s)")
     what = "continue each prompt also with this adapter of the same base: a run or a folder of PEFT; may be repeated"
-    parser.add_argument("--adapter", metavar="SOURCE", action="append", default=[], help=what)
+    parser.add_argument("--adapter", dest="adapters", metavar="SOURCE", action="append", default=[], help=what)
     _add_sampling(parser, max_tokens=200, temperature=0.8)
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--min-p", type=float, default=0.0, help="least part of the likeliest one's probability")

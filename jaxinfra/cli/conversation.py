@@ -1,19 +1,18 @@
 """Finds the chat template of a model, and the tokens that end a turn in it."""
 
+import logging
 from dataclasses import replace
 
 from jaxinfra.cli.tune import templates_of
-from jaxinfra.config.view import config_leaves
-from jaxinfra.data.pairs import PairData
-from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.hub.peft import open_base
-from jaxinfra.inference.language_model import LanguageModel, require_text
+from jaxinfra.inference.language_model import LanguageModel, conversation_template_name
 from jaxinfra.interop.folder import is_published
 from jaxinfra.prepare.documents.chat_template import PRESETS, ChatTemplate
 from jaxinfra.prepare.documents.document import RecordError
+
+_log = logging.getLogger(__name__)
 
 
 def conversation_template(
@@ -31,9 +30,12 @@ def conversation_template(
             if own_only and name in PRESETS:
                 continue
             try:
-                return ChatTemplate(name)
+                template = ChatTemplate(name)
             except ConfigError:  # the file has none
                 continue
+            if name in PRESETS:
+                _log.warning(f"{source}: has no chat template; taking {name}, whose tokens it has")
+            return template
         raise ConfigError(f"{source}: has no chat template; {fix}")
     if (template := trained_template(model)) is None:
         raise ConfigError(f"{source}: has not been trained on conversations; {fix}")
@@ -42,12 +44,8 @@ def conversation_template(
 
 def trained_template(model: LanguageModel) -> ChatTemplate | None:
     """Returns the template of the conversations that the model of a run was trained on; None for other data."""
-    _, data = require_text(model.run)
-    if not isinstance(data, TokenData | PairData):
-        return None
-    recipe = config_leaves(dict(TokenStore.open(data.store, data.version).manifest.recipe))
-    name = recipe.get("format.template")
-    return None if name in (None, "none") else ChatTemplate(str(name))
+    name = conversation_template_name(model.run)
+    return None if name is None else ChatTemplate(name)
 
 
 def with_end_of_turn(model: LanguageModel, template: ChatTemplate) -> LanguageModel:

@@ -28,7 +28,7 @@ def resolve(options: argparse.Namespace) -> list[str]:
             options.argv[options.argv.index(word)] = f"{found[0]}{at}{step}"  # for the processes that this one starts
         return f"{found[0]}{at}{step}"
 
-    for field in ("run_dir", "runs", "config", "left", "right", "check", "fit"):
+    for field in ("run_dir", "adapters", "runs", "config", "left", "right", "check", "fit"):
         if (value := getattr(options, field, None)) is not None:
             setattr(options, field, [*map(newest, value)] if isinstance(value, list) else newest(value))
     return notes

@@ -33,13 +33,13 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"sample {options.run_dir}: expects prompts or --prompts FILE; name one of both")
     if options.prompts is not None:
         prompts = _read_lines(options.prompts)
-    sources = [options.run_dir, *options.adapter]
-    if options.adapter:
+    sources = [options.run_dir, *options.adapters]
+    if options.adapters:
         sampler = Sampler.with_adapters(sources, options.imports, overrides)
     else:
         sampler = Sampler.from_run(options.run_dir, options.imports, overrides)
     with compile_cache(sampler.model.run.train.compile_cache):
-        if len(prompts) == 1 and options.prompts is None and not options.adapter:
+        if len(prompts) == 1 and options.prompts is None and not options.adapters:
             _stream(sampler, prompts[0], options, sampling)
         else:
             _print_all(sampler, prompts, sources, options, sampling)
@@ -66,7 +66,7 @@ def _print_all(
         ids, max_tokens=options.max_tokens, sampling=sampling, rows=options.batch, adapters=range(len(sources))
     )
     for (prompt, source), found in zip(product(prompts, sources), completions, strict=True):
-        of_source = {"source": source} if options.adapter else {}
+        of_source = {"source": source} if options.adapters else {}
         if options.prints and options.prompts is None:
             print(f"{source}: " if of_source else "", prompt, found.text, sep="", flush=True)
         elif options.prints:

@@ -9,7 +9,7 @@ from jaxinfra.cli import config_argument, sweep
 from jaxinfra.command import command_line
 from jaxinfra.config.classes import user_classes
 from jaxinfra.errors import ConfigError
-from jaxinfra.inference.language_model import is_text
+from jaxinfra.inference.language_model import conversation_template_name, is_text
 from jaxinfra.run import Run
 from jaxinfra.track.formatting import shown_metrics
 from jaxinfra.track.terminal_plot import plot_curve
@@ -47,7 +47,10 @@ def run(options: argparse.Namespace) -> None:
         if is_text(loaded.run):
             files = [*options.imports, *([options.config] if options.config.endswith(".py") else [])]
             imports = "".join(f" --import {shlex.quote(file)}" for file in files) if user_classes(loaded.run) else ""
-            print(f'  {command_line("sample", run_dir)} "PROMPT"{imports}')
+            if conversation_template_name(loaded.run) is None:
+                print(f'  {command_line("sample", run_dir)} "PROMPT"{imports}')
+            else:
+                print(f"  {command_line('chat', run_dir)}{imports}")
         print(f"  and in a browser {summary.get('report', f'{run_dir}/report.html')}")
 
 

@@ -66,6 +66,7 @@ class PairData(StoreData, TokenRows):
         references = dict[Split, np.ndarray]() if self.cached_reference else None
         dataset = PairDataset(store, self.seed, partial(self.samples, store, references))
         dataset.references = references
+        dataset.train_units = len(dataset.train) * self.units_per_sample
         # Targets of the longest document of each sample, one less than its tokens.
         targets_B = store.read_all("train", LENGTHS).reshape(len(dataset.train), -1).max(axis=1) - 1
         if truncated := int((targets_B > self.seq_len).sum()):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub.published_model import PublishedModel
+from jaxinfra.hub.published_model import TEMPLATE, TOKENIZER, PublishedModel
 from jaxinfra.interop.pattern import Dim, Layout, Pattern
 from jaxinfra.interop.rules import Binding, BoundPart
 from jaxinfra.interop.writing import write_model
@@ -29,9 +29,17 @@ _RANK = "rank"  # the factor of a pattern
 
 
 def export_adapter(
-    destination: str, adapter: Lora, params: Params, specs: ParamSpecs, base: PublishedModel, **options: Any
+    destination: str,
+    adapter: Lora,
+    params: Params,
+    specs: ParamSpecs,
+    base: PublishedModel,
+    chat_template: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Writes an adapter as a folder that PEFT loads; returns the receipt. All processes must call it.
+    """Writes an adapter as a folder that PEFT loads, with the tokenizer of its base; returns the receipt.
+
+    All processes must call it.
 
     Args:
         destination: a new folder on a disk that all processes share, or a URL.
@@ -39,12 +47,16 @@ def export_adapter(
         params: the parameters of its run, those of the base included.
         specs: the declarations of those of the base.
         base: the published model that it was trained beside.
+        chat_template: the template of its conversations; None leaves that of the base.
         options: of `write_model`.
     """
     tensors, named = _Tensors(adapter, leaves_by_name(params)), leaves_by_name(specs)
     for binding in base.family.bindings(base.config, {path: spec.shape for path, spec in named.items()}):
         tensors.add(binding, named)
-    others = {CONFIG: (json.dumps(tensors.config(_name(base)), indent=2) + "\n").encode()}
+    others = base.small_files() | {CONFIG: (json.dumps(tensors.config(_name(base)), indent=2) + "\n").encode()}
+    others |= {} if chat_template is None else {TEMPLATE: chat_template.encode()}
+    if (tokenizer := base.folder.read_or_none(TOKENIZER)) is not None:
+        others[TOKENIZER] = tokenizer
     return write_model(destination, tensors.arrays, tensors.bindings, others, stem=STEM, **options)
 
 

@@ -14,16 +14,13 @@ from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.errors import ConfigError
 from jaxinfra.families.common import Family
 from jaxinfra.families.registry import all_families, family
-from jaxinfra.hub.published_model import GENERATION, TOKENIZER, PublishedModel, differences
+from jaxinfra.hub.published_model import GENERATION, TEMPLATE, TOKENIZER, PublishedModel, differences
 from jaxinfra.interop.config_json import CONFIG, ModelJson
-from jaxinfra.interop.folder import ModelFolder
 from jaxinfra.interop.writing import write_model
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.spec import Params, leaves_by_name
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TEMPLATE = "chat_template.jinja"
-_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, GENERATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,7 @@ def export_model(destination: str, export: Export, **options: Any) -> dict[str, 
         **keys,  # which may have the length that rotary positions are scaled to
         "torch_dtype": str(export.dtypes.get("embedding", leaves["embedding"].dtype)),
     }
-    others = {} if export.origin is None else _small_files(export.origin.folder)
+    others = {} if export.origin is None else export.origin.small_files()
     if isinstance(export.tokenizer, JsonTokenizer):
         others[TOKENIZER], end = beginning_with(export.first_tokens, export.tokenizer), export.tokenizer.end_of_document
         content |= {
@@ -90,7 +87,7 @@ def export_model(destination: str, export: Export, **options: Any) -> dict[str, 
         content |= {name: export.origin.keys[name] for name in _SPECIAL_IDS if name in export.origin.keys}
     others[CONFIG] = _json(content)
     if export.chat_template is not None:
-        others[_TEMPLATE] = export.chat_template.encode()
+        others[TEMPLATE] = export.chat_template.encode()
         generation = json.loads(others.get(GENERATION, b"{}"))
         ends = () if export.origin is None else export.origin.end_ids()
         ends = dict.fromkeys([*(ends or [content["eos_token_id"]]), *export.end_of_turn])
@@ -149,12 +146,6 @@ def beginning_with(first_tokens: Sequence[int], tokenizer: JsonTokenizer) -> byt
     changed = json.dumps(content, ensure_ascii=False).encode()
     assert read_backend(changed, TOKENIZER).encode("").ids == [*first_tokens]
     return changed
-
-
-def _small_files(folder: ModelFolder) -> dict[str, bytes]:
-    """Returns the small files of a folder that stay the same when the model is trained on."""
-    contents = ((name, folder.read_or_none(name)) for name in _SMALL_FILES)
-    return {name: content for name, content in contents if content is not None}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

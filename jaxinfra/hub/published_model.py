@@ -24,7 +24,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, leaves_by_name
 
-TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+TOKENIZER, GENERATION, TEMPLATE = "tokenizer.json", "generation_config.json", "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -82,6 +82,12 @@ class PublishedModel:
                     f"{self.folder.url}: {each.theirs} is not {original}, which it copies; use model.mtp=none"
                 )
         return weights
+
+    def small_files(self) -> dict[str, bytes]:
+        """Returns the contents of the small files that stay the same when the model is trained on."""
+        names = (_TOKENIZER_CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
+        contents = ((name, self.folder.read_or_none(name)) for name in names)
+        return {name: content for name, content in contents if content is not None}
 
     def stored_dtypes(self) -> dict[str, np.dtype]:
         """Returns the dtype that each parameter is stored in, by its path; float32 if that is not one of 16 bits."""

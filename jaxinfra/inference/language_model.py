@@ -10,6 +10,7 @@ from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.view import config_leaves
 from jaxinfra.data.mixture import Mixture
 from jaxinfra.data.pairs import PairData
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
@@ -61,6 +62,16 @@ def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | Pai
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture | PairData):
         return model, data
     raise _no_language_model(run.name, f"{type(model).__qualname__} with data of {data.modality}s")
+
+
+def conversation_template_name(run: Run) -> str | None:
+    """Returns the chat template of the conversations that a run is trained on; None for other data."""
+    _, data = require_text(run)
+    if not isinstance(data, TokenData | PairData):
+        return None
+    recipe = config_leaves(dict(TokenStore.open(data.store, data.version).manifest.recipe))
+    name = recipe.get("format.template")
+    return None if name in (None, "none") else str(name)
 
 
 def _no_language_model(name: str, found: str) -> ConfigError:

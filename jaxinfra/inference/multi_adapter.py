@@ -4,8 +4,8 @@ Shape suffixes: A adapters, R their ranks together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from jaxinfra.parallel.spec import Params, ParamSpec, leaves_by_name, merge_tree
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SideBySide(Lora):
+    """Several adapters, whose ranks together may be above the dimensions of a weight."""
+
+    any_rank: ClassVar[bool] = True
 
 
 class AdaptedModel(NamedTuple):
@@ -61,8 +68,8 @@ def load_adapters(
         if differing := differences(require_text(run)[0], require_text(runs[first])[0]):
             path, one, other = differing[0].path, differing[0].left, differing[0].right
             raise ConfigError(
-                f"{source}: model.{path} is {format_value(one)}, in {sources[first]} it is {format_value(other)}; "
-                "name adapters of one base"
+                f"{source}: has another base than {sources[first]} (model.{path} is {format_value(one)}, there "
+                f"{format_value(other)}); name adapters of one base"
             )
     strict = any(override.startswith("mesh.") for override in overrides)
     program = sampling_program(runs[first], all_devices(), strict=strict)
@@ -104,11 +111,8 @@ def _joined(
     columns_AR = (np.arange(rank) < ends[:, None]) & (np.arange(rank) >= (ends - ranks)[:, None])
     weights = {adapted_path(path) for adapter in adapters for path in adapter.params}
     # Factors are multiplied with `b`: the matrices of all have one alpha.
-    joint = Lora(rank=rank, alpha=rank, targets=tuple(sorted(weights)))
-    try:
-        program = Program(replace(program.run, adapter=joint), program.mesh)
-    except ConfigError as error:
-        raise ConfigError(f"--adapter: {error}, all ranks together; sample with fewer adapters at once") from None
+    joint = _SideBySide(rank=rank, alpha=rank, targets=tuple(sorted(weights)))
+    program = Program(replace(program.run, adapter=joint), program.mesh)
     specs, shapes, params = leaves_by_name(program.specs), leaves_by_name(program.params), dict[str, jax.Array]()
     with program.on_mesh:
         for path in (path for path in shapes if ".adapter" in path):

@@ -66,7 +66,7 @@ def attach(module: nnx.Module, config: Lora, partitioner: Partitioner) -> None:
             continue
         first, last = each.spec.in_dims[0], each.spec.out_dims[0]
         smaller = min(math.prod(each.spec.shape[first:last]), math.prod(each.spec.shape[last:]))
-        if config.rank > smaller:
+        if config.rank > smaller and not config.any_rank:
             message = f"adapter.rank={config.rank}: is above {smaller}, the smaller dimension of {each.path}"
             raise ConfigError(f"{message}; use adapter.rank={smaller} or less")
         is_expert = isinstance(each.module, MoE)

@@ -1,6 +1,7 @@
 """The config of an adapter: small matrices that are trained beside the frozen weights of a model. Imports no JAX."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxinfra.config.limits import PositiveFloat, PositiveInt
 
@@ -19,6 +20,8 @@ class Lora:
         dora: trains the magnitude of each output feature apart from its direction (Liu et al. 2024, "DoRA"); experts
             cannot have it.
     """
+
+    any_rank: ClassVar[bool] = False  # whether the rank may be above the dimensions of a weight
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0

@@ -70,7 +70,7 @@ def fill_references(
                 values = _parse(storage.read_or_none(name), len(ids))
                 if not all(job.peers.gather(values is not None)):
                     if job.is_main:
-                        _log.info("%s: computing the reference, samples %d to %d", split, ids[0], ids[-1])
+                        _log.warning("%s: computing the reference of samples %d to %d, once", split, ids[0], ids[-1])
                     params = _load(job, init) if params is None else params
                     values, is_whole = _compute(job, params, samples, ids)
                     if job.is_main and is_whole:

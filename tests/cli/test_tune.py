@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     say = lambda: " ".join(rng.choices(["red", "green", "blue"], k=rng.randint(3, 9)))  # noqa: E731
     talks = [[{"role": "user", "content": say()}, {"role": "assistant", "content": say()}] for _ in range(400)]
     pairs = [{"prompt": say(), "chosen": say(), "rejected": say()} for _ in range(400)]
-    labeled = [{"prompt": say(), "completion": say(), "label": bool(n % 3)} for n in range(64)]
+    labeled = [{"prompt": say(), "completion": say(), "label": bool(n % 3)} for n in range(200)]
     Path("labeled.jsonl").write_text("".join(json.dumps(each) + "\n" for each in labeled))
     Path("talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -62,7 +62,14 @@ def run(options: argparse.Namespace) -> None:
                 assert origin is not None and model.run.adapter is not None
                 about["base_weights"] = weights_digest(program, loaded.params)
                 receipt = export_adapter(
-                    options.out, model.run.adapter, loaded.params, program.base.specs, origin, source=about, **writing
+                    options.out,
+                    model.run.adapter,
+                    loaded.params,
+                    program.base.specs,
+                    origin,
+                    None if template is None else template.source,
+                    source=about,
+                    **writing,
                 )
             else:
                 export = Export(
