@@ -248,7 +248,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     what = "overrides of its mesh, such as mesh.tensor=4 (default: all devices)"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=what)
     parser.add_argument("--system", metavar="TEXT", help="the system message (default: none)")
-    what = "chatml, llama3, gemma, or a .jinja file (default: that of the run's data, or of the published model)"
+    what = "chatml, llama3, gemma, or a .jinja file (default: that of the run's data or of the model"
+    what += ", or a preset whose tokens the model has)"
     parser.add_argument("--template", metavar="NAME|FILE", help=what)
     _add_sampling(parser, max_tokens=500, temperature=0.7)
     _add_imports(parser)
@@ -450,7 +451,7 @@ COMMANDS = {
     "data verify": Command(_add_store, "read a whole store and check the hash of every block"),
     "data peek": Command(_add_data_peek, "print the batch of one step and process"),
     "sample": Command(_add_sample, "continue a text with a checkpoint of a run, the newest by default"),
-    "chat": Command(_add_chat, "talk with a model by its chat template"),
+    "chat": Command(_add_chat, "talk with a model, line by line, by its chat template"),
     "evaluate": Command(_add_evaluate, "evaluate a checkpoint of a run on validation samples or tasks, on any mesh"),
     "hub check": Command(_add_hub_check, "say what published weights hold, and whether each tensor has its place"),
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),

@@ -29,13 +29,9 @@ def conversation_template(
         for name in templates_of(open_base(source)):
             if own_only and name in PRESETS:
                 continue
-            try:
-                template = ChatTemplate(name)
-            except ConfigError:  # the file has none
-                continue
             if name in PRESETS:
                 _log.warning(f"{source}: has no chat template; taking {name}, whose tokens it has")
-            return template
+            return ChatTemplate(name)
         raise ConfigError(f"{source}: has no chat template; {fix}")
     if (template := trained_template(model)) is None:
         raise ConfigError(f"{source}: has not been trained on conversations; {fix}")

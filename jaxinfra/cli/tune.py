@@ -1,6 +1,7 @@
 """Writes the recipe and the config that tune a published model on conversations, pairs of answers, or text."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 from jaxinfra.data.packing import PackSpec
@@ -20,7 +21,10 @@ _SEQ_LEN, _BATCH = 1024, 16
 _EPOCHS, _MIN_STEPS = {Chat: 2, Preference: 1}, 20
 _ADDED = "chatml"  # the template of a model that has none: its tokens are added
 _CLASSES = {"text": ("TokenData",), "pairs": ("PairData", "DPO"), "labeled": ("LabeledData", "KTO")}
-_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+_TEMPLATE_FILES = {  # by what is in a file that has a template
+    "chat_template.jinja": re.compile(b""),
+    "tokenizer_config.json": re.compile(rb'"chat_template"\s*:\s*["\[]'),
+}
 
 # Learning rates by what is trained: an adapter's are ten times those of all parameters (Schulman 2025, "LoRA without
 # regret"); those of DPO and KTO are far smaller (Rafailov et al. 2023, appendix B).
@@ -117,7 +121,6 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         batch=_BATCH,
         eval_every=max(steps // 4, 1),
     )
-    kinds = "" if full else " --merge" if added else " --adapter"
     is_text = not isinstance(format, Chat | Preference | Labeled)
     return Tuning(
         recipe=recipe,
@@ -126,7 +129,7 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         config_note=f"{trained} of {source}, on {by}; {steps} steps",
         next_commands=(
             f'sample runs/{name} "Hello"' if is_text else f"chat runs/{name}",
-            f"hub export runs/{name} out/{name}{kinds}",
+            f"hub export runs/{name} out/{name}" + ("" if full else " --merge"),
         ),
     )
 
@@ -139,20 +142,22 @@ def _with_template[F: Chat | Preference | Labeled](
     The template is the model's own, if it says which tokens an answer has; else a preset whose tokens the model has;
     else ChatML, whose tokens are added. Raises ConfigError if the record fits none.
     """
-    cause = "none"
+    own_template, cause = "it has no template of its own", ""
     for template in (*templates_of(model), _ADDED):
-        own = replace(format, template=template)
+        filled = replace(format, template=template)
         try:
-            own.to_documents(record)
+            filled.to_documents(record)
         except (ConfigError, RecordError) as error:
             cause = str(error)
+            if template not in PRESETS:
+                own_template = f"instead of its own, {cause.partition('; ')[0]}"
             continue
         if template not in PRESETS:
-            return own, "", ()
+            return filled, "", ()
         has_tokens = template in _presets_of(model)
         added = () if has_tokens else load_template(template).special_tokens
         tokens = "whose tokens the model has" if has_tokens else f"whose tokens {' and '.join(added)} are added"
-        return own, f"; template {template}, {tokens} (its own: {cause.partition('; ')[0]})", added
+        return filled, f"; template {template}, {tokens}; {own_template}", added
     raise ConfigError(f"the first record fits no chat template of {model.folder.url}: {cause}")
 
 
@@ -164,7 +169,8 @@ def _vocab_size(model: PublishedModel, added: int) -> int:
 
 def templates_of(model: PublishedModel) -> list[str]:
     """Returns the chat templates that a published model may have: its own files, then presets whose tokens it has."""
-    own = [model.folder.url_of(file) for file in _TEMPLATE_FILES if model.folder.exists(file)]
+    texts = {file: model.folder.read_or_none(file) for file in _TEMPLATE_FILES}
+    own = [model.folder.url_of(file) for file, text in texts.items() if text and _TEMPLATE_FILES[file].search(text)]
     return [*own, *_presets_of(model)]
 
 

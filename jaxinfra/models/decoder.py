@@ -8,182 +8,41 @@ Shape suffixes: B batch, T length, S pipeline stages, D residual width; 1 is a d
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.models import flops, moe
-from jaxinfra.models.layers import RESIDUAL, Linear, Norm, ParamFactory, lookup_embeddings
-from jaxinfra.models.mixer import MixerOptions, TokenInfo
+from jaxinfra.models.layers import Norm, ParamFactory, lookup_embeddings
+from jaxinfra.models.mixer import TokenInfo
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
-from jaxinfra.models.remat import Remat, name_tensor, remat
+from jaxinfra.models.mtp import MtpModule
+from jaxinfra.models.period import (
+    Block,
+    LayerCache,
+    Period,
+    PeriodContext,
+    build_period,
+    layer_names,
+    layers_of,
+    prefixed,
+)
 from jaxinfra.models.stack import Step, scan_pattern, stack_trees, unstack
-from jaxinfra.models.transformer import HasSeqLen, Layer, Stack, TransformerConfig
+from jaxinfra.models.transformer import HasSeqLen, Stack, TransformerConfig
 from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_method, context_costs
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.ops.mtp import MTP_INPUTS, of_mtp
 from jaxinfra.ops.rope import Rope, in_long_documents, rope_tables
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import ParamSpec, constant, normal
-
-type LayerCache = Any
-"""The decoding cache of a layer's mixer, or None."""
-
-
-class Block(nnx.Module):
-    """One layer: mixer and MLP with their norms; their outputs are added to the residual stream.
-
-    The parameters of any mixer are named "attention", as in checkpoints.
-    """
-
-    def __init__(self, layer: Layer, config: TransformerConfig, params: ParamFactory):
-        self.config, self.partitioner, self.dropout = layer, params.partitioner, config.dropout
-        self.rotary = layer.mixer.rotary(config.hidden_size)
-        norm = partial(Norm, config.hidden_size, config.norm, params=params)
-        # Each layer adds two outputs to the residual stream. As in GPT-2, this scale keeps its variance near one.
-        out_scale = (2 * config.num_layers) ** -0.5
-        options = MixerOptions(
-            hidden_size=config.hidden_size,
-            norm=config.norm,
-            out_scale=out_scale,
-            kernel=config.attention_kernel,
-            context_method=config.context_attention,
-        )
-        before, after = layer.norms in ("before", "both"), layer.norms in ("after", "both")
-        self.attention_norm = norm() if before else None
-        self.attention = layer.mixer.build(options, params)
-        self.attention_post_norm = norm() if after else None
-        self.mlp_norm = norm() if before else None
-        self.mlp = layer.mlp.build(config.hidden_size, out_scale, params)
-        self.mlp_post_norm = norm() if after else None
-        self.multiplier = config.residual_multiplier
-        scale = partial(params.param, (1,), (None,), constant(1.0), "bias", state="frozen")
-        self.output_scale = scale() if layer.output_scale else None
-
-    def __call__(
-        self, x_BTD: jax.Array, tokens: TokenInfo, layer_index: jax.Array, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache, LayerStats]:
-        """Returns the residual stream after the layer, the cache with these tokens, and the layer's statistics."""
-        bits_BT = layer_bits(tokens.dropout_bits, layer_index)
-        y_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        y_BTD, cache = self.attention(y_BTD, tokens, cache)
-        if self.attention_post_norm is not None:
-            y_BTD = self.attention_post_norm(y_BTD)
-        x_BTD += dropout(self._scaled(y_BTD), bits_BT, 0, self.dropout)
-        y_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
-        y_BTD, stats = self.partitioner.gather_sequence(y_BTD, "mlp"), {}
-        if isinstance(self.mlp, MoE):
-            y_BTD, stats = self.mlp(y_BTD, drop_tokens=cache is None)  # decoding never drops tokens
-        else:
-            y_BTD = self.mlp(y_BTD)
-        if self.mlp_post_norm is not None:
-            y_BTD = self.mlp_post_norm(y_BTD)
-        x_BTD += dropout(self._scaled(y_BTD), bits_BT, 1, self.dropout)
-        if self.output_scale is not None:
-            scale_1 = self.partitioner.gather_weight(self.output_scale[...], (None,), RESIDUAL)
-            x_BTD = self.partitioner.map_local(jnp.multiply, x_BTD, scale_1)
-        return self.partitioner.row_major(x_BTD), cache, stats
-
-    def _scaled(self, y_BTD: jax.Array) -> jax.Array:
-        """Multiplies what is added to the residual stream; most models add it as it is."""
-        return y_BTD if self.multiplier == 1 else y_BTD * self.multiplier
-
-
-class Period(nnx.Module):
-    """The layers of a period of several, as the attributes `layer_0`, `layer_1` and so on."""
-
-    def __init__(self, blocks: Sequence[Block]):
-        for name, block in zip(_names(len(blocks)), blocks, strict=True):
-            setattr(self, name, block)
-
-
-def _names(count: int) -> tuple[str, ...]:
-    """Returns the names of the layers of a period in parameters and statistics; that of a single layer is empty."""
-    return ("",) if count == 1 else tuple(f"layer_{position}" for position in range(count))
-
-
-def _build(stack: Stack, config: TransformerConfig, params: ParamFactory) -> Block | Period:
-    """Builds one period, whose parameters are those of all periods, stacked."""
-    params = replace(params, num_layers=stack.times)
-    blocks = [Block(layer, config, params) for layer in stack.layers]
-    return blocks[0] if len(blocks) == 1 else Period(blocks)
-
-
-def _blocks(period: Block | Period, stack: Stack) -> list[Block]:
-    """Returns the layers of a period."""
-    return [period] if isinstance(period, Block) else [getattr(period, name) for name in _names(len(stack.layers))]
-
-
-class MtpModule(nnx.Module):
-    """A module for multi-token prediction; with several, their parameters are stacked."""
-
-    def __init__(self, stack: Stack, config: TransformerConfig, params: ParamFactory):
-        params, hidden = replace(params, num_layers=stack.times), config.hidden_size
-        norm = partial(Norm, hidden, config.norm, params=params)
-        self.embedding_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
-        axes = ("embed", None)
-        self.join = Linear((2 * hidden,), (hidden,), axes, parallelism="sequence", bias=False, params=params)
-        self.block = Block(stack.layers[0], config, params)
-
-    def joined(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns the input of the layer; the embedding comes first, as in all published weights."""
-        parts = [self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
-        return self.join(jnp.concatenate(parts, axis=-1))
-
-
-def _prefixed(stats: LayerStats, *prefix: str) -> LayerStats:
-    """Puts the path of a layer before the names of its statistics: `layer_1.expert_load`."""
-    return {".".join(filter(None, (*prefix, name))): array for name, array in stats.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeriodContext:
-    """Applies the layers of a period.
-
-    Attributes:
-        stack: the configs of the layers.
-        tokens: the tokens, without rotary positions.
-        tables: `TokenInfo.rope` for each value of `Mixer.rotary` in the period.
-        policies: a remat policy for each layer of the period; () for no rematerialization.
-        alone: whether one step of a scan applies one layer only (see `models.remat.remat`).
-    """
-
-    stack: Stack
-    tokens: TokenInfo
-    tables: Mapping[tuple[Rope, int] | None, Any]
-    policies: tuple[Remat, ...] = ()
-    alone: bool = True
-
-    def apply(
-        self, period: Block | Period, x_BTD: jax.Array, index: jax.Array, caches: Sequence[LayerCache] = ()
-    ) -> tuple[jax.Array, tuple[LayerCache, ...], LayerStats]:
-        """Applies a period; `index` is its number in the stack, or `[S]` numbers if S stages apply different periods.
-
-        Returns the activations, the new caches and the statistics.
-        """
-        count, new_caches, all_stats = len(self.stack.layers), [], {}
-        first = self.stack.first + count * index  # index of the first layer of the period in the model
-        for position, (name, block) in enumerate(zip(_names(count), _blocks(period, self.stack), strict=True)):
-            layer = remat(self._layer, self.policies[position] if self.policies else "none", alone=self.alone)
-            x_BTD, cache, stats = layer(block, x_BTD, first + position, caches[position] if caches else None)
-            new_caches.append(cache)
-            all_stats |= _prefixed(stats, name)
-        return x_BTD, tuple(new_caches), all_stats
-
-    def _layer(
-        self, block: Block, x_BTD: jax.Array, index: jax.Array, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache, LayerStats]:
-        tokens = self.tokens._replace(rope=self.tables[block.rotary])
-        return block(name_tensor(x_BTD, "layer_input"), tokens, index, cache)
+from jaxinfra.parallel.spec import ParamSpec, normal
 
 
 def _keep_on_idle_stages(
@@ -226,7 +85,7 @@ class Transformer(LayeredModule):
         self.embedding = param((vocab, hidden), ("vocab", "embed"), init, "embedding")
         table_init = normal(0.01)  # the scale of GPT-2's learned positions
         self.positions = param((learned, hidden), (None, "embed"), table_init, "embedding") if learned else None
-        build = partial(_build, config=config, params=params)
+        build = partial(build_period, config=config, params=params)
         self.prefix = None if config.prefix is None else build(config.prefix)
         self.blocks = build(config.blocks)
         self.tail = None if config.tail is None else build(config.tail)
@@ -256,7 +115,7 @@ class Transformer(LayeredModule):
         if self.tail is None:
             return x_BTD, stats
         x_BTD, rest = self._scan(x_BTD, batch, "tail")
-        return x_BTD, stats | _prefixed(rest, "tail")
+        return x_BTD, stats | prefixed(rest, "tail")
 
     @override
     def forward(self, batch: Inputs, /) -> tuple[FactoredLogits, LayerStats]:
@@ -266,7 +125,7 @@ class Transformer(LayeredModule):
         if self.mtp is None or MTP_INPUTS not in batch:
             return logits, stats
         hidden, rest = self._predict_later(x_BTD, batch, self.mtp)
-        return replace(logits, mtp_hidden=hidden), stats | _prefixed(rest, "mtp")
+        return replace(logits, mtp_hidden=hidden), stats | prefixed(rest, "mtp")
 
     @override
     def output(self, x_BTD: jax.Array, /) -> FactoredLogits:
@@ -309,7 +168,7 @@ class Transformer(LayeredModule):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Returns a cache for `length` tokens of `batch` rows."""
         layers = {
-            name: tuple(block.attention.empty_cache(stack.times, batch, length) for block in _blocks(period, stack))
+            name: tuple(block.attention.empty_cache(stack.times, batch, length) for block in layers_of(period, stack))
             for name, stack, period in self._stacks()
         }
         return Cache(layers, jnp.zeros(batch, jnp.int32, out_sharding=self.partitioner.spec("batch")))
@@ -407,7 +266,7 @@ class Transformer(LayeredModule):
             return {"mlp": {"bias": moe.updated_bias(block.mlp.bias[...], stats[name], rate)}}
 
         for name, stack, period in self._stacks():
-            for position, block in zip(_names(len(stack.layers)), _blocks(period, stack), strict=True):
+            for position, block in zip(layer_names(len(stack.layers)), layers_of(period, stack), strict=True):
                 # As `apply_layers` names statistics.
                 if new := updated(block, *(("tail", position) if name == "tail" else (position,))):
                     buffers.setdefault(name, {}).update({position: new} if position else new)
