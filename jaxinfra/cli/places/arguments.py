@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from typing import Any
 
 from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.errors import ConfigError
@@ -12,19 +13,47 @@ _OWN_OPTIONS = {
 }
 _OWN_OPTIONS |= {"--requeue", "--no-requeue", "--clusters", "--cluster", "--ntasks", "--ntasks-per-node", "--parsable"}
 _OWN_LETTERS = {"-a", "-N", "-o", "-e", "-J", "-M", "-n"}
+_KINDS_OF = {  # kinds of places that take an option
+    "hosts": ("ssh", "slurm"),
+    "nodes": ("slurm",),
+    "sbatch": ("slurm",),
+    **dict.fromkeys(("create", "name", "project", "zone", "network", "internal_ips", "user", "ssh_key"), CLOUDS),
+    **dict.fromkeys(("spot", "reservation", "image", "service_account"), (*CLOUDS, "k8s")),
+    **dict.fromkeys(("accelerator", "workload", "context", "namespace", "queue", "priority", "topology"), ("k8s",)),
+    **dict.fromkeys(("volumes", "node_selector"), ("k8s",)),
+    "max_hours": ("ssh", "k8s", *CLOUDS),
+}
 _TIME = re.compile(r"(?:--time[= ]|-t) *(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # D-H[:M[:S]], M[:S] or H:M:S
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a start elsewhere."""
     place = parser.add_argument_group("another place than this machine (docs/places.md)")
-    what = "ssh: hosts that you have; slurm: a job of Slurm; tpu-vm: a Cloud TPU VM; gce: Compute Engine"
+    what = "ssh: hosts that you have; slurm: a job of Slurm; k8s: Kubernetes; "
+    what += "tpu-vm: a Cloud TPU VM; gce: Compute Engine"
     place.add_argument("--place", choices=KINDS, help=what)
     what = "ssh: the hosts, in the order of ranks, as ssh takes them; slurm: a login node (default: this machine)"
     place.add_argument("--hosts", metavar="HOST[,HOST...]", default="", help=what)
     add_int(place, "--nodes", 1, metavar="N", help="slurm: nodes of the job, with a process each")
     what = "slurm: an option of sbatch, such as --sbatch=--gpus-per-node=8; repeatable"
     place.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help=what)
+    what = "k8s: the chips of the pods, such as v5p:4x4x4, 2xv5e:4x4, h100:2x8, or cpu:N for N pods"
+    place.add_argument("--accelerator", metavar="CHIPS", default="", help=what)
+    what = "k8s: what runs the pods (default: jobset)"
+    place.add_argument("--kind", dest="workload", choices=("job", "jobset", "trainjob"), help=what)
+    place.add_argument("--queue", metavar="NAME", default="", help="k8s: a LocalQueue of Kueue")
+    place.add_argument("--priority", metavar="NAME", default="", help="k8s: a priority class of Kueue")
+    what = "k8s: a label of nodes; Kueue puts the pods where its value is the same, if it can"
+    place.add_argument("--topology", metavar="LABEL", default="", help=what)
+    what = "k8s: a persistent volume claim and where the pods see it; repeatable"
+    place.add_argument("--volume", dest="volumes", metavar="CLAIM:PATH", action="append", default=[], help=what)
+    what = "k8s: take nodes with this label alone; repeatable"
+    place.add_argument(
+        "--node-selector", dest="node_selector", metavar="LABEL=VALUE", action="append", default=[], help=what
+    )
+    what = "k8s: of the kubeconfig (default: the current one)"
+    place.add_argument("--context", metavar="NAME", default="", help=what)
+    place.add_argument("--namespace", metavar="NAME", default="", help="k8s: (default: that of the context)")
     what = "make these chips, and delete them when the run ends: v6e-64, 2xv5e:4x4, tpu7x:4x4x4, h100:2x8"
     place.add_argument("--create", metavar="CHIPS", default="", help=what)
     what = "name of the TPU VM or instance group (with --create default: that of the run)"
@@ -33,9 +62,9 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--zone", metavar="ZONE", default="", help="such as us-east5-a")
     place.add_argument("--spot", action="store_true", help="spot machines: cheaper, and may be taken away at any time")
     place.add_argument("--reservation", metavar="NAME", default="", help="make them in this reservation")
-    what = "TPU runtime version, or image of Compute Engine, in place of the usual one of the chip"
+    what = "TPU runtime version or image of Compute Engine, in place of the usual one of the chip; k8s: the image"
     place.add_argument("--image", metavar="NAME", default="", help=what)
-    what = "what hosts may do in the cloud (default: the project's default service account)"
+    what = "what hosts may do in the cloud (default: the project's default service account); k8s: its name (none)"
     place.add_argument("--service-account", metavar="EMAIL", default="", help=what)
     place.add_argument("--network", metavar="NAME", default="", help="of the cloud (default: default)")
     what = "make hosts without public addresses; this machine must reach the private ones"
@@ -97,18 +126,13 @@ def _time_limit_s(word: str) -> int:
 def place_options(options: argparse.Namespace) -> PlaceOptions:
     """Returns the options of the command line; raises ConfigError for those of another kind of place."""
     kind = options.place
-    of_clouds = ("create", "name", "project", "zone", "spot", "reservation", "image", "service_account", "network")
-    of_clouds += ("internal_ips", "user", "ssh_key")
-    refused = ("hosts", "nodes", "sbatch") if kind in CLOUDS else of_clouds
-    refused += {"ssh": ("nodes", "sbatch"), "slurm": ("max_hours",)}.get(kind, ())
-    for name in refused:
-        if value := getattr(options, name):
-            option = f"--{name.replace('_', '-')}" + (
-                "" if value is True else f" {value[0] if name == 'sbatch' else value}"
-            )
+    for name, kinds in _KINDS_OF.items():
+        if kind not in kinds and (value := getattr(options, name)):
+            option = {"workload": "--kind", "volumes": "--volume"}.get(name, f"--{name.replace('_', '-')}")
+            option += "" if value is True else f" {value[0] if isinstance(value, list) else value}"
             raise ConfigError(f"{option}: --place {kind} does not take it; leave it out")
     for name in ("spot", "reservation", "image", "service_account"):
-        if getattr(options, name) and not options.create:
+        if getattr(options, name) and kind in CLOUDS and not options.create:
             raise ConfigError(f"--{name.replace('_', '-')}: is for what --create makes; leave it out, or add --create")
     if kind in CLOUDS and not options.zone:
         raise ConfigError(f"--place {kind}: which zone? add --zone, such as --zone us-east5-a")
@@ -129,13 +153,36 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
         if 0 < _time_limit_s(word) <= 600:
             fix = "give more than ten minutes, such as --sbatch=--time=12:00:00"
             raise ConfigError(f"--sbatch {word}: the job saves 300 s before its time limit; {fix}")
+    if kind == "k8s":
+        _check_k8s(options)
     count, (least, most) = options.nodes or len(hosts), options.elastic or (0, 0)
-    if kind not in CLOUDS and most not in (0, count):
+    if kind in ("ssh", "slurm") and most not in (0, count):
         fix = f"--elastic {min(least, count)}..{count}, or {f'--nodes {most}' if options.nodes else f'{most} --hosts'}"
         raise ConfigError(f"--elastic {least}..{most}: hosts of this run, with a process each: {count}; use {fix}")
-    names = [*of_clouds, "wait_hours", "max_hours", "workdir"]
-    chosen = {name: getattr(options, name) for name in names}
-    return PlaceOptions(kind=kind, hosts=hosts, nodes=options.nodes or 0, sbatch=tuple(options.sbatch), **chosen)
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in (*_KINDS_OF, "wait_hours", "workdir")}
+    chosen |= {name: tuple(getattr(options, name)) for name in ("sbatch", "volumes", "node_selector")}
+    chosen |= {"hosts": hosts, "nodes": options.nodes or 0, "workload": options.workload or "jobset"}
+    return PlaceOptions(kind=kind, **chosen)
+
+
+def _check_k8s(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what a cluster of Kubernetes could not take."""
+    if not options.accelerator:
+        raise ConfigError("--place k8s: which chips? add --accelerator, such as v5p:4x4x4, h100:2x8 or cpu:2")
+    if not options.image:
+        fix = "add --image REGISTRY/NAME:TAG; launch/Dockerfile makes one"
+        raise ConfigError(f"--place k8s: which image has Python and the packages? {fix}")
+    if options.priority and not options.queue:
+        raise ConfigError(f"--priority {options.priority}: is of Kueue; name its queue with --queue")
+    if options.topology and not options.queue:
+        raise ConfigError(f"--topology {options.topology}: is of Kueue; name its queue with --queue")
+    if wrong := [word for word in options.volumes if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*:/.+", word)]:
+        raise ConfigError(f"--volume {wrong[0]}: expected a claim and a path; use --volume shared:/shared")
+    if wrong := [word for word in options.node_selector if not re.fullmatch("[^=]+=[^=]*", word)]:
+        raise ConfigError(f"--node-selector {wrong[0]}: expected LABEL=VALUE; use --node-selector pool=training")
+    if options.elastic:
+        fix = "leave --elastic out: the cluster starts lost pods again"
+        raise ConfigError(f"--elastic {'..'.join(map(str, options.elastic))}: not with --place k8s; {fix}")
 
 
 def variables(words: list[str]) -> dict[str, str]:

@@ -6,9 +6,19 @@ from dataclasses import asdict
 
 from jaxinfra.launchers.places.bundle import Bundle
 from jaxinfra.launchers.places.job import Job
+from jaxinfra.launchers.places.manifests import GRACE_S, manifests
 from jaxinfra.launchers.places.place import Host
 from jaxinfra.launchers.places.requirements import requirements_of, uv_version
 from jaxinfra.launchers.places.ssh_place import SshPlace
+from jaxinfra.packages import import_optional
+
+
+def print_manifests(job: Job) -> None:
+    """Prints what a cluster of Kubernetes gets, as `kubectl apply -f` takes it, with words in capitals for the rest."""
+    yaml = import_optional("yaml", needed_by="--dry-run", install="jaxinfra[k8s]")
+    print(f"# run directory: {job.location}; it gets the code, place/bundle-{job.bundle}, at a start")
+    print("# a start adds the Secret of this name, with --secret and the key of the attempt, and ATTEMPT is its number")
+    print(yaml.safe_dump_all(manifests(job, "attempt", grace_s=GRACE_S), sort_keys=False), end="")
 
 
 def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> None:

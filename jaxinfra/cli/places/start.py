@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.places.arguments import place_options, variables
-from jaxinfra.cli.places.dry_run import print_plan
+from jaxinfra.cli.places.dry_run import print_manifests, print_plan
 from jaxinfra.cli.places.lines import say, watching
 from jaxinfra.command import command_line
 from jaxinfra.config import validate
@@ -21,8 +21,8 @@ from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
-from jaxinfra.launchers.places.slurm import num_gpus
-from jaxinfra.launchers.places.sources import Chips, chips_made, place_of
+from jaxinfra.launchers.places.sources import Chips, chips_made, num_devices, place_of
+from jaxinfra.launchers.places.ssh_place import SshPlace
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import join_location
 from jaxinfra.storage.location import is_remote
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     location = _location(config, place_config)
     _check_stores(config, place_config)
     made = chips_made(place_config)
-    devices = made.devices if made is not None else num_gpus(place_config)
+    devices = made.devices if made is not None else num_devices(place_config)
     if devices and not options.devices:
         validate(with_mesh_size(config, devices))
     bundle = make_bundle(Path.cwd(), committed=options.committed)
@@ -50,10 +50,14 @@ def run(options: argparse.Namespace) -> int:
         environment=variables(options.env),
         secrets=options.secret,
     )
+    if options.dry_run and place_config.kind == "k8s":
+        print_manifests(job)
+        return 0
     place = place_of(job, say)
     job = replace(job, place=place.source.options)
     extras = [*options.extra, *_trackers(config)]
     if options.dry_run:
+        assert isinstance(place, SshPlace)
         print_plan(job, place, bundle, [*extras, *(made.extras if made else place.extras(job))])
         return 0
     job.secret_values()
@@ -83,12 +87,14 @@ def _start(
     if made is None:  # look at what exists before anything is recorded; what costs is recorded before it is made
         facts = place.prepare(job)
         made = Chips(arch=facts["arch"], extras=place.extras(job))
-        if isinstance(attempts.files, HostFiles) and len(place.hosts) > 1:
+        if isinstance(attempts.files, HostFiles) and isinstance(place, SshPlace) and len(place.hosts) > 1:
             place.check_shared(attempts.files.path)
-    packages = lock(sorted({*extras, *made.extras}), made.arch, job.uv_variables)
-    job = replace(job, packages=packages.hash, python=packages.python, arch=made.arch, first=number)
     attempts.keep("bundle", bundle.hash, bundle.content)
-    attempts.keep("requirements", packages.hash, packages.requirements.encode())
+    if place.installs:
+        packages = lock(sorted({*extras, *made.extras}), made.arch, job.uv_variables)
+        attempts.keep("requirements", packages.hash, packages.requirements.encode())
+        job = replace(job, packages=packages.hash, python=packages.python)
+    job = replace(job, arch=made.arch, first=number)
     job = controller.start(job, number, is_new=True, prepared=not job.place.create)
     if detach:
         say(f"next: {command_line('runs', 'resume', job.location)} watches it, and makes lost hosts again")
@@ -125,9 +131,9 @@ def _location(config: Run, place: PlaceOptions) -> str:
     """Returns the run directory, which must be where the hosts reach it."""
     if is_remote(config.root):
         return join_location(config.root, config.name)
-    if place.is_cloud:
+    if not place.shares_disks:
         fix = "use a bucket, which outlives them: root=gs://BUCKET/runs"
-        raise ConfigError(f"root={config.root}: a disk of hosts that may be deleted; {fix}")
+        raise ConfigError(f"root={config.root}: a disk that this machine does not reach, or may be deleted; {fix}")
     if not os.path.isabs(config.root):
         shared = "/shared/runs" if place.hosts else os.path.abspath(config.root)
         fix = f"name a bucket or a folder that all hosts share: root={shared}"
@@ -139,10 +145,12 @@ def _location(config: Run, place: PlaceOptions) -> str:
 def _check_stores(config: Run, place: PlaceOptions) -> None:
     """Raises ConfigError for a store that the hosts cannot have."""
     for field, store in _stores(encode(config.data), "data"):
-        if is_remote(store) or (not place.is_cloud and os.path.isabs(store)):
+        if is_remote(store) or (place.shares_disks and os.path.isabs(store)):
+            continue
+        if any(store.startswith(volume.partition(":")[2]) for volume in place.volumes):
             continue
         prepare = command_line("data", "prepare", "CONFIG", f"{field}=gs://BUCKET/{store.strip('/')}")
-        other = "" if place.is_cloud else " or a folder that all hosts have"
+        other = " or a folder that all hosts have" if place.shares_disks else ""
         if place.kind == "slurm" and not place.hosts and os.path.exists(store):
             prepare = f"{field}={os.path.abspath(store)}"
         raise ConfigError(f"{field}={store}: the hosts do not have it; use a bucket{other}: {prepare}")

@@ -13,12 +13,13 @@ from dataclasses import replace
 
 from jaxinfra.command import command_line
 from jaxinfra.errors import ConfigError, JaxinfraError, PeerLostError, Preempted, RunInUseError, StorageError
+from jaxinfra.launchers.places.base import Place
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.on_host import SAVE_S
 from jaxinfra.launchers.places.place import Host, HostState, PlaceOptions, Say
 from jaxinfra.launchers.places.sources import place_of
 from jaxinfra.launchers.places.ssh import after_mark
-from jaxinfra.launchers.places.ssh_place import SshPlace, code_of
+from jaxinfra.launchers.places.ssh_place import code_of
 from jaxinfra.launchers.restart_policy import INTERRUPTED, RULES, RestartLimits
 
 LEAVE_S = 60.0
@@ -33,7 +34,7 @@ _LONG_S = 600.0  # an attempt that lasted so long counts as one with progress
 class Controller:
     """One run at one place."""
 
-    def __init__(self, place: SshPlace, attempts: Attempts, say: Say) -> None:
+    def __init__(self, place: Place, attempts: Attempts, say: Say) -> None:
         """Connects nothing yet."""
         self.place, self._attempts, self._say = place, attempts, say
         self._limits = RestartLimits()
@@ -244,7 +245,7 @@ class Controller:
 class _Console:
     """Shows the console of rank 0 while an attempt runs; connects again when ssh was cut off, without a line twice."""
 
-    def __init__(self, place: SshPlace, job: Job) -> None:
+    def __init__(self, place: Place, job: Job) -> None:
         self._place, self._job, self._ended = place, job, threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -282,7 +283,7 @@ class _Console:
             self._ended.wait(1.0)
 
 
-def release_last(place: SshPlace, job: Job, number: int, new: PlaceOptions, say: Say) -> None:
+def release_last(place: Place, job: Job, number: int, new: PlaceOptions, say: Say) -> None:
     """Makes way for a new start: deletes what the last attempt made, if the new one goes elsewhere.
 
     Raises RunInUseError if the last one still lives; what does not answer is left to the run's lease.

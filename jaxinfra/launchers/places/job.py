@@ -132,7 +132,7 @@ def _parse(content: bytes, where: str) -> Job:
     try:
         parsed: dict[str, Any] = json.loads(content)["job"]
         place = {**parsed.pop("place")}
-        place |= {name: tuple(place.get(name, ())) for name in ("hosts", "sbatch")}
+        place |= {name: tuple(place.get(name, ())) for name in ("hosts", "sbatch", "volumes", "node_selector")}
         if unknown := [*(parsed.keys() - {f.name for f in fields(Job)}), *(place.keys() - _PLACE_FIELDS)]:
             raise ValueError(f"unknown field {unknown[0]}")
         return Job(**parsed, place=PlaceOptions(**place))

@@ -63,7 +63,7 @@ def main(folder: Path, length: int) -> int:
         return PeerLostError.exit_code
     job, code, is_over = HostJob(**json.loads(told)), JaxinfraError.exit_code, False
     try:
-        code, is_over = _run(job)
+        code, is_over = run_job(job)
     finally:
         if job.is_first:
             os.environ.update(job.environment)  # credentials
@@ -75,7 +75,7 @@ def main(folder: Path, length: int) -> int:
     return code
 
 
-def _run(job: HostJob) -> tuple[int, bool]:
+def run_job(job: HostJob) -> tuple[int, bool]:
     """Runs the job, and returns its exit code, and whether the deadline has ended it; SIGTERM goes to the run."""
     tied = ["-I", "-S", tied_process.__file__, str(os.getpid()), sys.executable]
     environment, deadline_s = {**os.environ, **job.environment}, time.monotonic() + job.left_s

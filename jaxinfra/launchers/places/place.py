@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CLOUDS = ("tpu-vm", "gce")
-KINDS = ("ssh", "slurm", *CLOUDS)
+KINDS = ("ssh", "slurm", "k8s", *CLOUDS)
 Say = Callable[[str], None]
 """Prints one line for the user."""
 
@@ -14,11 +14,21 @@ Say = Callable[[str], None]
 class PlaceOptions:
     """Where a run is to go, as the command line says it; recorded in the run directory, so it holds no secret."""
 
-    kind: str  # ssh, slurm, tpu-vm or gce
+    kind: str  # of `KINDS`
     # Of ssh: in the order of ranks, as ssh takes them. Of Slurm: a login node; () is this machine.
     hosts: tuple[str, ...] = ()
     nodes: int = 0  # of Slurm
     sbatch: tuple[str, ...] = ()  # more options of sbatch, a word each
+    # Of Kubernetes. Chips are those of `--on`, or cpu:N for N pods without any.
+    accelerator: str = ""
+    workload: str = "jobset"  # job, jobset or trainjob
+    context: str = ""  # of the kubeconfig; "" is the current one
+    namespace: str = ""  # "" before it is known
+    queue: str = ""  # of Kueue; "" starts at once
+    priority: str = ""  # of Kueue
+    topology: str = ""  # label of nodes within one of whose values pods should be, by Kueue
+    volumes: tuple[str, ...] = ()  # CLAIM:PATH
+    node_selector: tuple[str, ...] = ()  # LABEL=VALUE
     workdir: str = ""  # folder of the hosts for code and packages; "" is ~/.cache/jaxinfra
     name: str = ""  # of the cloud's resource
     project: str = ""  # of the cloud; "" before it is known
@@ -26,14 +36,19 @@ class PlaceOptions:
     create: str = ""  # the chips to make, as of `--on`: v6e-64, 2xv5e:4x4; "" takes the resource that exists
     spot: bool = False
     reservation: str = ""
-    image: str = ""  # TPU runtime version, or image of Compute Engine; "" is that of the table
-    service_account: str = ""  # email; "" is the default one of the project
+    image: str = ""  # TPU runtime version, or image of Compute Engine, "" is that of the table; or of containers
+    service_account: str = ""  # email, or name in the namespace; "" is the default one of the project, or none
     network: str = ""  # "" is `default`
     internal_ips: bool = False  # make hosts without public addresses, and connect to their private ones
     user: str = ""  # user on hosts of a cloud; "" is that of the launching machine
     ssh_key: str = ""  # private key for hosts of a cloud; "" is ~/.ssh/google_compute_engine, as of gcloud
     wait_hours: float = 24.0  # the longest wait for capacity
     max_hours: float = 0.0  # after which the run is stopped and what was made is deleted; 0 is no limit
+
+    @property
+    def shares_disks(self) -> bool:
+        """Whether a run directory may be on a disk, which the hosts share and this machine reaches."""
+        return self.kind in ("ssh", "slurm")
 
     @property
     def is_cloud(self) -> bool:

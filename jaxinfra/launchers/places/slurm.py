@@ -88,10 +88,12 @@ class SlurmPlace(SshPlace):
     _told = ""
 
     @property
+    @override
     def started(self) -> str:
         """Where a start runs, for people."""
         return f"is a job of Slurm, submitted on {self.hosts[0]}"
 
+    @override
     def extras(self, job: Job) -> Sequence[str]:
         """Returns the extra for GPUs if the job asks for some: the login node need not have any."""
         return ("cuda",) * any(_GPUS.match(option) for option in job.place.sbatch)
@@ -131,6 +133,7 @@ class SlurmPlace(SshPlace):
         command = "# on the login node: sbatch --parsable @RUN@/job-ATTEMPT.sh, which runs on the nodes of the job:"
         return ("submit", job.id, "ATTEMPT", job.location), f"{command}\n{self.script(job, 'ATTEMPT')}"
 
+    @override
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         """Submits an attempt; nothing happens if it has been submitted. ConfigError with what sbatch says."""
         variables = {**job.environment, **job.secret_values()}
@@ -139,6 +142,7 @@ class SlurmPlace(SshPlace):
         arguments = (job.id, str(number), job.location)
         self.ssh.call(self.hosts[0], "submit", *arguments, stdin=told.encode(), timeout_s=120)
 
+    @override
     def watch(self, job: Job) -> Mapping[Host, HostState]:
         """Returns the state of the job; says when it changes, such as why it waits in the queue."""
         if not self.hosts:
@@ -155,10 +159,12 @@ class SlurmPlace(SshPlace):
         attempt, name, code = state.split()
         return {host: HostState(attempt=int(attempt), state=name, code=None if code == "-" else int(code))}
 
+    @override
     def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
         """Asks an attempt to save and leave, or cancels its job; one that waits in the queue leaves it."""
         self.ssh.call(self.hosts[0], "job-stop", job.id, str(number), signal, timeout_s=60)
 
+    @override
     def console(self, job: Job, *, rank: int = 0, lines: str = "+1", follow: bool) -> subprocess.Popen[bytes]:
         """Starts to show what the tasks have printed, or one rank's own log; `follow` until the job ends."""
         split = split_location(job.location)
@@ -166,6 +172,7 @@ class SlurmPlace(SshPlace):
         arguments = (job.id, lines, "yes" if follow and not is_remote(log) else "no", log)
         return self.ssh.stream(self.hosts[0], "job-follow", *arguments, stdout=subprocess.PIPE)
 
+    @override
     def ranks(self, job: Job) -> int:
         """Returns the number of processes."""
         return job.place.nodes

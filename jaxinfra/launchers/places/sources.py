@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import override
 
 from jaxinfra.errors import ConfigError, quoted
+from jaxinfra.launchers.places.base import Place
 from jaxinfra.launchers.places.job import Job, run_id
+from jaxinfra.launchers.places.manifests import pods_of
 from jaxinfra.launchers.places.place import Host, HostSource, PlaceOptions, Say
-from jaxinfra.launchers.places.slurm import SlurmPlace
+from jaxinfra.launchers.places.slurm import SlurmPlace, num_gpus
 from jaxinfra.launchers.places.ssh import Ssh
 from jaxinfra.launchers.places.ssh_place import SshPlace
 
@@ -71,8 +73,17 @@ def chips_made(options: PlaceOptions) -> Chips | None:
     return Chips(arch="x86_64", devices=topology.num_devices, extras=(extra,))
 
 
-def place_of(job: Job, say: Say) -> SshPlace:
+def num_devices(options: PlaceOptions) -> int:
+    """Returns the devices that JAX will have on hosts that exist, as far as the options say it; else 0."""
+    return pods_of(options).devices if options.kind == "k8s" else num_gpus(options)
+
+
+def place_of(job: Job, say: Say) -> Place:
     """Returns the place of a job; nothing is asked or connected yet."""
+    if job.place.kind == "k8s":
+        from jaxinfra.launchers.places.k8s import Cluster, KubernetesPlace  # an extra has its packages
+
+        return KubernetesPlace(Cluster(job.place), say)
     source, options, known = source_of(job.place, job.location), list[str](), None
     if job.place.is_cloud:
         from jaxinfra.launchers.places.google_cloud import key_of

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from typing import override
 
 from jaxinfra.errors import ConfigError, PeerLostError, RunInUseError
+from jaxinfra.launchers.places.base import Place
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.on_host import RUN_DIR, HostJob
 from jaxinfra.launchers.places.place import Host, HostSource, HostState, Say
@@ -24,31 +26,28 @@ _SEND_S = 3600.0  # the longest transfer or installation
 _POLL_S = 2.0
 
 
-class SshPlace:
-    """Prepares, ships, starts, watches, stops and removes a run on hosts that ssh reaches."""
-
-    poll_s = _POLL_S
-    """Seconds between two questions to the hosts."""
+class SshPlace(Place):
+    """A run on hosts that ssh reaches."""
 
     def __init__(self, source: HostSource, ssh: Ssh, say: Say) -> None:
-        """`source` says which hosts; nothing is connected yet."""
-        self.source, self.ssh, self._say = source, ssh, say
-        self.hosts: Sequence[Host] = ()
+        """Connects nothing yet."""
+        super().__init__(source, say)
+        self.ssh = ssh
         self._facts: Mapping[Host, Mapping[str, str]] = {}
         self._probed: str | None = None  # packages that the facts are about
 
     @property
+    @override
     def started(self) -> str:
-        """Where a start runs, for people."""
         names = ", ".join(map(str, self.hosts[:4])) + (", ..." if len(self.hosts) > 4 else "")
         return f"runs on {len(self.hosts)} host{'s' * (len(self.hosts) > 1)}: {names}"
 
+    @override
     def prepare(self, job: Job, *, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
-        """Finds or makes the hosts, checks each one, and returns the facts of the first. Nothing is started yet.
+        """See `Place.prepare`.
 
-        Hosts of a cloud may be booting, so they are waited for; `go_on` says whether to go on waiting. Raises an error
-        that names every host that is unreachable, of another architecture or driver than the first, or that another
-        run has.
+        Hosts of a cloud may be booting, so they are waited for. Raises an error that names every host that is
+        unreachable, of another architecture or driver than the first, or that another run has.
         """
         self.hosts = self.source.acquire(self._say, go_on)
         deadline_s, told = time.monotonic() + (_BOOT_S if job.place.is_cloud else 0.0), False
@@ -66,8 +65,8 @@ class SshPlace:
         self._check(job)
         return self._facts[self.hosts[0]]
 
+    @override
     def extras(self, job: Job) -> Sequence[str]:
-        """Returns the extras of jaxinfra for the chips that the first host was found to have; () before it is asked."""
         if not self.hosts:
             return ()
         facts = self._facts[self.hosts[0]]
@@ -98,6 +97,7 @@ class SshPlace:
         if used := [f"host {host}: trains{facts['others']}" for host, facts in self._facts.items() if facts["others"]]:
             raise RunInUseError(f"{' | '.join(used)}; stop it with `runs stop`, or take other hosts")
 
+    @override
     def ship(self, job: Job, attempts: Attempts) -> None:
         """Sends code and uv to the hosts that lack them, and installs Python and packages, all by content hash.
 
@@ -139,8 +139,8 @@ class SshPlace:
         action = ("start", job.id, "ATTEMPT", job.bundle, "PACKAGES", job.location)
         return action, f"# on each host: python {shlex.join(job.command)}"
 
+    @override
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
-        """Starts an attempt on all hosts; on one that has had this attempt, nothing happens."""
         secrets, several = job.secret_values(), len(self.hosts) > 1
         slices = len({host.slice for host in self.hosts})
         first = self.hosts[0].internal or self._facts[self.hosts[0]]["address"] if several else ""
@@ -179,8 +179,8 @@ class SshPlace:
 
         on_all(self.hosts, begin)
 
+    @override
     def watch(self, job: Job) -> Mapping[Host, HostState]:
-        """Returns what each host says now."""
         return on_all(self.hosts, partial(self._state, job.id))
 
     def _state(self, run: str, host: Host) -> HostState:
@@ -191,27 +191,22 @@ class SshPlace:
         attempt, state, code = output.decode().splitlines()[-1].split()
         return HostState(attempt=int(attempt), state=state, code=None if code == "-" else int(code))
 
+    @override
     def console(self, job: Job, *, rank: int = 0, lines: str = "+1", follow: bool) -> subprocess.Popen[bytes]:
-        """Starts to show what a rank has printed: `lines` as of `tail -n`; `follow` until it ends."""
         arguments = (job.id, lines, "yes" if follow else "no")
         return self.ssh.stream(self.hosts[rank], "follow", *arguments, stdout=subprocess.PIPE)
 
+    @override
     def ranks(self, job: Job) -> int:
-        """Returns the number of processes."""
         return len(self.hosts)
 
+    @override
     def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
-        """Asks an attempt to save and leave, or kills it; other attempts are left alone."""
-
         def end(host: Host) -> None:
             with suppress(Unreachable):  # what is away is not there to be stopped; a deadline may end it
                 self.ssh.call(host, "stop", job.id, str(number), signal, timeout_s=60)
 
         on_all(self.hosts, end)
-
-    def remove(self) -> None:
-        """Deletes what was made for the run; on hosts that stay, code, packages and consoles stay."""
-        self.source.release(self._say)
 
     def check_shared(self, path: str) -> None:
         """Raises ConfigError if the disk of a run directory is not the same on all hosts."""

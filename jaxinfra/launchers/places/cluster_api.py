@@ -1,0 +1,177 @@
+"""Asks the API of a Kubernetes cluster through its official client, and turns its answers into errors of one line.
+
+All methods raise ConfigError for what the cluster refuses, and StorageError if it does not answer.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.launchers.places.manifests import WORKLOADS, Manifest
+from jaxinfra.packages import import_optional
+
+_TIMEOUT_S = 60.0
+_LOG_TIMEOUT_S = 3600.0  # between two lines of a log
+_LATER = (408, 429)  # codes of a cluster that is busy
+_PARTS = {  # what has to be installed for a kind
+    "jobset": "JobSet (jobset.sigs.k8s.io)",
+    "runtime": "Kubeflow Trainer",
+    "trainjob": "Kubeflow Trainer",
+}
+
+
+class Refused(ConfigError):
+    """The cluster refuses a request."""
+
+    def __init__(self, text: str, status: int) -> None:
+        """`status` is that of HTTP."""
+        super().__init__(text)
+        self.status = status
+
+
+class ClusterApi:
+    """The objects of one namespace."""
+
+    def __init__(self, context: str, namespace: str) -> None:
+        """Reads the kubeconfig, or the service account of the pod that this runs in; asks nothing yet.
+
+        Args:
+            context: of the kubeconfig; "" is the current one.
+            namespace: "" is that of the context.
+        """
+        kubernetes = import_optional("kubernetes", "config", "client", needed_by="--place k8s", install="jaxinfra[k8s]")
+        try:
+            kubernetes.config.load_config(context=context or None)
+        except (kubernetes.config.ConfigException, OSError) as error:
+            fix = "`kubectl config get-contexts` lists clusters; name one with --context, or set KUBECONFIG"
+            raise ConfigError(f"--place k8s: no cluster: {_line(error)}; {fix}") from None
+        self.namespace = namespace or _namespace(kubernetes.config, context)
+        self._client, self._refusal = kubernetes.client.ApiClient(), kubernetes.client.ApiException
+        self.server: str = self._client.configuration.host
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: Manifest | None = None,
+        query: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> Any:
+        """Sends a request and returns the response."""
+        what = f"{self.server}: {method} {path}"
+        try:
+            response, *_ = self._client.call_api(
+                path,
+                method,
+                query_params=[*(query or {}).items()],
+                header_params={"Accept": "application/json", "Content-Type": "application/json"},
+                body=body,
+                auth_settings=["BearerToken"],
+                _preload_content=False,
+                _request_timeout=(_TIMEOUT_S, timeout_s),
+            )
+        except self._refusal as error:
+            status, said = error.status or 0, _message(error)
+            if 400 <= status < 500 and status not in _LATER:
+                fix = "; ask for the right, or name another --namespace or --context" * (status in (401, 403))
+                raise Refused(f"{what}: {said}{fix}", status) from None
+            raise StorageError(f"{what}: {status} {said}; try again") from None
+        except Exception as error:  # of urllib3, which the client lets through
+            if not type(error).__module__.startswith("urllib3"):
+                raise
+            fix = "is this the right --context, and does this network reach it?"
+            raise StorageError(f"{self.server}: no answer: {_line(error.__cause__ or error)}; {fix}") from None
+        return response
+
+    def path(self, api: str, plural: str, name: str = "") -> str:
+        """Returns the path of objects in the namespace: `api` is v1, or GROUP/VERSION."""
+        root = f"/apis/{api}" if "/" in api else f"/api/{api}"
+        return f"{root}/namespaces/{self.namespace}/{plural}{f'/{name}' if name else ''}"
+
+    def read(self, path: str, **query: str) -> Manifest | None:
+        """Returns an object; None if there is none, or if the cluster does not know its kind."""
+        try:
+            return json.loads(self._request("GET", path, query=query).data)
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def list(self, path: str, **query: str) -> list[Manifest]:
+        """Returns objects, oldest first; none if the cluster does not know their kind."""
+        items = (self.read(path, **query) or {}).get("items", [])
+        return sorted(items, key=lambda each: each["metadata"].get("creationTimestamp") or "")
+
+    def create(self, kind: str, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
+        """Creates an object, or returns the one of this name that there is.
+
+        With `dry_run` the cluster checks it, and makes nothing.
+        """
+        api, plural = manifest["apiVersion"], plural_of(kind)
+        query = {"fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
+        try:
+            return json.loads(self._request("POST", self.path(api, plural), manifest, query).data)
+        except Refused as error:
+            if error.status == 409:
+                return self.read(self.path(api, plural, manifest["metadata"]["name"])) or manifest
+            if error.status == 404 and kind in _PARTS:
+                fix = f"install {_PARTS[kind]} there, or use --kind job"
+                raise ConfigError(f"{self.server}: has no {manifest['kind']}; {fix}") from None
+            raise
+
+    def delete(self, path: str, *, grace_s: int | None = None) -> None:
+        """Deletes an object, after what belongs to it; nothing happens if it is gone.
+
+        `grace_s` are the seconds from SIGTERM to SIGKILL of a pod, if not its own.
+        """
+        query = {"propagationPolicy": "Foreground"} | ({} if grace_s is None else {"gracePeriodSeconds": grace_s})
+        try:
+            self._request("DELETE", path, query=query)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def log(self, pod: str, *, follow: bool) -> Iterator[bytes]:
+        """Yields the lines of a pod's log, with `follow` until it ends; none if it has not started."""
+        path = f"{self.path('v1', 'pods', pod)}/log"
+        try:
+            response = self._request("GET", path, query={"follow": str(follow).lower()}, timeout_s=_LOG_TIMEOUT_S)
+        except Refused as error:
+            if error.status in (400, 404):  # its container waits to be started, or the pod is gone
+                return
+            raise
+        rest = b""
+        for chunk in response.stream(2**16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+        if rest:
+            yield rest
+
+
+def plural_of(kind: str) -> str:
+    """Returns what paths call a kind."""
+    return WORKLOADS[kind][2] if kind in WORKLOADS else f"{kind}s"
+
+
+def _namespace(config: Any, context: str) -> str:
+    """Returns the namespace of a context of the kubeconfig."""
+    try:
+        contexts, active = config.list_kube_config_contexts()
+    except config.ConfigException:  # in a pod
+        return "default"
+    named = next((each for each in contexts if each["name"] == context), active)
+    return named["context"].get("namespace", "default")
+
+
+def _message(error: Any) -> str:
+    """Returns what the API says of an error, in a line."""
+    try:
+        return _line(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return str(error.reason)
+
+
+def _line(said: object) -> str:
+    return " ".join(str(said).split())

@@ -1,0 +1,149 @@
+"""What a cluster of Kubernetes gets for a run: valid by its schemas, and the pods of it find each other."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from kubeflow_trainer_api import models
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.launchers.places.job import Job
+from jaxinfra.launchers.places.manifests import Manifest, failure_rules, manifests, name_of, pods_of
+from jaxinfra.launchers.places.place import PlaceOptions
+from jaxinfra.launchers.restart_policy import RULES
+from jaxinfra.processes.discovery import find_processes
+from tests.processes.test_kubernetes import paths, pod
+from tests.refusals import raises
+
+SCHEMAS = {
+    "Service": models.IoK8sApiCoreV1Service,
+    "Job": models.IoK8sApiBatchV1Job,
+    "JobSet": models.JobsetV1alpha2JobSet,
+    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+    "TrainJob": models.TrainerV1alpha1TrainJob,
+}
+JOB = Job(
+    location="s3://bucket/runs/Story_2",
+    command=["-m", "jaxinfra.cli", "story.py"],
+    folder=".",
+    bundle="0123",
+    environment={"A": "b"},
+    place=PlaceOptions(
+        kind="k8s",
+        accelerator="cpu:2",
+        image="registry/story:1",
+        namespace="team",
+        service_account="trainer",
+        volumes=("shared:/shared",),
+        node_selector=("pool=training",),
+    ),
+)
+QUEUED = {"queue": "team-queue", "priority": "high", "topology": "cloud.google.com/gke-nodepool", "spot": True}
+
+
+def made(kind: str = "jobset", accelerator: str = "cpu:2", **more: Any) -> list[Manifest]:
+    place = replace(JOB.place, workload=kind, accelerator=accelerator, **more)
+    return manifests(replace(JOB, place=place), 3, grace_s=120, left_s=600.0)
+
+
+def job_spec(kind: str, accelerator: str) -> Manifest:
+    """The spec of the Job in what is made."""
+    first = made(kind, accelerator)[0]
+    if kind == "job":
+        return first["spec"]
+    spec = first["spec"]["template"]["spec"] if kind == "trainjob" else first["spec"]
+    return spec["replicatedJobs"][0]["template"]["spec"]
+
+
+@pytest.mark.parametrize("more", [{}, QUEUED])
+@pytest.mark.parametrize("accelerator", ["cpu:2", "v6e:2x4", "v5p:4x4x4", "h100:2x8"])
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+def test_fields_are_those_of_the_schema(kind: str, accelerator: str, more: dict[str, Any]) -> None:
+    for manifest in made(kind, accelerator, **more):
+        parsed = SCHEMAS[manifest["kind"]].from_json(json.dumps(manifest))
+        assert parsed is not None
+        given = {path for path in paths(manifest) if "mlPolicy.jax" not in path}
+        assert given <= {*paths(parsed.to_dict())}, "a field that the schema does not have, or in the wrong place"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "hosts", "slices", "limits", "topology"),
+    [
+        ("cpu", 1, 1, {}, None),
+        ("v5e:1x1", 1, 1, {"google.com/tpu": 1}, "1x1"),
+        ("v6e:2x4", 1, 1, {"google.com/tpu": 8}, "2x4"),
+        ("v6e:4x4", 4, 1, {"google.com/tpu": 4}, "4x4"),
+        ("2xv5p:2x2x4", 4, 2, {"google.com/tpu": 4}, "2x2x4"),
+        ("v5p:2x2x1", 1, 1, {"google.com/tpu": 4}, "2x2x1"),
+        ("h100:4x8", 4, 1, {"nvidia.com/gpu": 8}, None),
+    ],
+)
+def test_chips_become_pods(
+    accelerator: str, hosts: int, slices: int, limits: dict[str, int], topology: str | None
+) -> None:
+    pods = pods_of(replace(JOB.place, accelerator=accelerator))
+    assert (pods.hosts, pods.slices, pods.limits) == (hosts, slices, limits)
+    assert pods.selector.get("cloud.google.com/gke-tpu-topology") == topology
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+def test_pods_need_no_rights(kind: str) -> None:
+    """What the pod security standard "restricted" asks of a pod."""
+    spec = job_spec(kind, "v6e:4x4")["template"]["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"]["type"] != "Unconfined"
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert {(*volume,)[1] for volume in spec["volumes"]} <= {"emptyDir", "persistentVolumeClaim"}
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset"])
+def test_pods_find_each_other(kind: str) -> None:
+    name, spec = made(kind)[0]["metadata"]["name"], job_spec(kind, "cpu:2")
+    stem = name if kind == "job" else f"{name}-node-0"
+    labels = {
+        "jobset.sigs.k8s.io/job-index": "0",
+        "jobset.sigs.k8s.io/replicatedjob-replicas": "1",
+        "jobset.sigs.k8s.io/coordinator": f"{stem}-0.{name}",
+    }
+    for index in range(2):
+        processes = find_processes(pod(spec, labels, stem, index))
+        assert processes is not None
+        assert (processes.index, processes.count) == (index, 2)
+        assert processes.coordinator.rpartition(":")[0] == f"{stem}-0.{name}"
+    assert ("subdomain" in spec["template"]["spec"]) == (kind == "job"), "a JobSet has a Service of its own"
+
+
+def test_every_exit_code_has_one_rule() -> None:
+    evicted, final, again = failure_rules()
+    assert evicted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert [each["action"] for each in (final, again)] == ["FailJob", "Ignore"]
+    fails, restarts = ({*each["onExitCodes"]["values"]} for each in (final, again))
+    assert fails == {code for code, rule in RULES.items() if code and not rule.restarts}
+    assert fails == {1, 2, 78, 79, 80, 81, 83, 84, 130}
+    assert {75, 76, 77, 82, 134, 137, 143} <= restarts and not fails & restarts
+    assert all(
+        len(each["onExitCodes"]["values"]) <= 255 and 0 not in each["onExitCodes"]["values"] for each in (final, again)
+    )
+
+
+def test_names_fit_into_those_of_pods() -> None:
+    for location in ("gs://b/runs/9_Nine", f"gs://b/runs/{'long-name-' * 20}", "gs://b/runs/Ünïcode"):
+        name = name_of(replace(JOB, location=location), 123)
+        assert name[0].isalpha() and name.isascii() and name.islower()
+        assert len(f"{name}-node-99-999-abcde") <= 63
+    assert name_of(JOB, 1) != name_of(replace(JOB, location="s3://other/runs/Story_2"), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accelerator", "named"),
+    [
+        ("jobset", "v9:2x2", "--accelerator v9:2x2 v5p"),
+        ("jobset", "v6e:2x3", "--accelerator v6e:2x3 2x4"),
+        ("job", "2xv5e:4x4", "--kind jobset 2xv5e:4x4"),
+        ("trainjob", "2xv5e:4x4", "--kind jobset 2xv5e:4x4"),
+    ],
+)
+def test_what_kubernetes_cannot_run_is_refused(kind: str, accelerator: str, named: str) -> None:
+    with raises(ConfigError, named):
+        made(kind, accelerator)
