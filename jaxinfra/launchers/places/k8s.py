@@ -3,6 +3,7 @@
 The cluster starts pods again by `manifests.failure_rules`, whether anybody watches or not.
 """
 
+import math
 import subprocess
 import sys
 from base64 import b64encode
@@ -29,6 +30,8 @@ from jaxinfra.launchers.places.manifests import (
 )
 from jaxinfra.launchers.places.place import Host, HostSource, HostState, PlaceOptions, Say
 from jaxinfra.launchers.restart_policy import INTERRUPTED, RULES
+from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
+from jaxinfra.track.runs import local_files
 
 _DONE = ("Complete", "Completed")  # conditions of a Job and a TrainJob, and of a JobSet
 _QUEUES = ("kueue.x-k8s.io/v1beta1", "localqueues")
@@ -86,7 +89,7 @@ class KubernetesPlace(Place):
     @override
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         values = {**job.secret_values(), SECRET_VARIABLE: token_hex(32)}
-        first, *others = manifests(job, number, grace_s=GRACE_S, left_s=left_s)
+        first, *others = manifests(job, number, grace_s=_grace_s(job.location), left_s=left_s)
         data = {key: b64encode(value.encode()).decode() for key, value in values.items()}
         metadata = {"name": name_of(job, number), "labels": dict(first["metadata"]["labels"])}
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
@@ -215,6 +218,16 @@ class KubernetesPlace(Place):
     @override
     def ranks(self, job: Job) -> int:
         return pods_of(job.place).count
+
+
+def _grace_s(location: str) -> int:
+    """Returns the seconds from SIGTERM to SIGKILL: three of the longest saves of the run so far, and a minute.
+
+    The longest is one that the run has waited for, as at its end or when it was stopped. `GRACE_S` before the first.
+    """
+    with local_files(location, (GOODPUT_FILE,)) as folder:
+        saves_s = account(read_ledger(folder / GOODPUT_FILE)).stalls_s
+    return GRACE_S if not saves_s else math.ceil(60 + 3 * max(saves_s))
 
 
 def _kind(manifest: Manifest) -> str:
