@@ -14,6 +14,7 @@ from tests.refusals import names, raises, refused
 from tests.tiny_run import Ended, Tiny, launch
 
 ON_CLOUD = ("--place", "tpu-vm", "--create", "v6e-8", "--zone", "us-east5-b", "--project", "p")
+ON_K8S = ("--place", "k8s", "--accelerator", "cpu:2", "--image", "registry/x")
 IN_BUCKET = ("root=gs://bucket/runs", "data.store=gs://bucket/stores/text")
 
 
@@ -23,7 +24,8 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     folder = tiny.config.parent
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder / "home"))
-    monkeypatch.delenv("JAXINFRA_GOOGLE_ENDPOINT", raising=False)
+    for name in ("JAXINFRA_GOOGLE_ENDPOINT", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     return tiny
 
@@ -54,6 +56,16 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         (("--place", "slurm", "--nodes", "2", "root=runs"), "root=runs root=/"),
         (("--place", "ssh", "--hosts", "a", "--nodes", "2"), "--nodes 2 ssh"),
         (("--place", "tpu-vm", "--create", "v6e-8"), "--place tpu-vm --zone"),
+        (("--place", "k8s"), "--place k8s --accelerator v5p:4x4x4"),
+        (("--place", "k8s", "--accelerator", "cpu:2"), "--place k8s --image launch/Dockerfile"),
+        ((*ON_K8S, "--hosts", "a"), "--hosts a k8s"),
+        ((*ON_K8S, "--priority", "high"), "--priority high --queue"),
+        ((*ON_K8S, "--volume", "/shared"), "--volume /shared shared:/shared"),
+        ((*ON_K8S, "--node-selector", "pool"), "--node-selector pool LABEL=VALUE"),
+        ((*ON_K8S, "--elastic", "1..2"), "--elastic 1..2"),
+        ((*ON_K8S, "root=/shared/runs"), "root=/shared/runs gs://BUCKET"),
+        ((*ON_K8S, *IN_BUCKET), "--place k8s no cluster --context KUBECONFIG"),
+        (("--place", "ssh", "--hosts", "a", "--kind", "job"), "--kind job ssh"),
         (("--place", "tpu-vm", "--zone", "us-east5-b"), "--place tpu-vm --name --create"),
         (("--place", "tpu-vm", "--name", "x", "--zone", "us-east5-b", "--spot"), "--spot --create"),
         (ON_CLOUD, "root= gs://BUCKET/runs"),

@@ -4,6 +4,7 @@ All methods raise ConfigError for what the cluster refuses, and StorageError if 
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,12 +42,17 @@ class ClusterApi:
             namespace: "" is that of the context.
         """
         kubernetes = import_optional("kubernetes", "config", "client", needed_by="--place k8s", install="jaxinfra[k8s]")
+        config = kubernetes.config
+        in_pod = not context and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
         try:
-            kubernetes.config.load_config(context=context or None)
-        except (kubernetes.config.ConfigException, OSError) as error:
+            if in_pod:
+                config.load_incluster_config()
+            else:
+                config.load_kube_config(context=context or None)
+        except (config.ConfigException, OSError) as error:
             fix = "`kubectl config get-contexts` lists clusters; name one with --context, or set KUBECONFIG"
             raise ConfigError(f"--place k8s: no cluster: {_line(error)}; {fix}") from None
-        self.namespace = namespace or _namespace(kubernetes.config, context)
+        self.namespace = namespace or ("default" if in_pod else _namespace(config, context))
         self._client, self._refusal = kubernetes.client.ApiClient(), kubernetes.client.ApiException
         self.server: str = self._client.configuration.host
 
@@ -157,10 +163,7 @@ def plural_of(kind: str) -> str:
 
 def _namespace(config: Any, context: str) -> str:
     """Returns the namespace of a context of the kubeconfig."""
-    try:
-        contexts, active = config.list_kube_config_contexts()
-    except config.ConfigException:  # in a pod
-        return "default"
+    contexts, active = config.list_kube_config_contexts()
     named = next((each for each in contexts if each["name"] == context), active)
     return named["context"].get("namespace", "default")
 
