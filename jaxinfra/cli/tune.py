@@ -10,8 +10,8 @@ from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_publish
 from jaxinfra.interop.folder import is_published
 from jaxinfra.prepare.detect import Detected, first_record
 from jaxinfra.prepare.documents.chat_template import PRESETS, load_template
-from jaxinfra.prepare.documents.document import RecordError
-from jaxinfra.prepare.documents.formats import Chat, Labeled, Preference
+from jaxinfra.prepare.documents.document import RecordError, Text
+from jaxinfra.prepare.documents.formats import Chat, Completion, Labeled, Preference
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Fields
 from jaxinfra.prepare.tokenizers import TokenizerFile
@@ -82,8 +82,8 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     tokenizer = TokenizerFile(path=model.folder.url_of(TOKENIZER), end_of_document=end)
     recipe, note, added = replace(detected.recipe, tokenizer=tokenizer), "", tuple[str, ...]()
     format, is_judged = recipe.format, recipe.format.kind != "text"
-    if isinstance(format, Chat | Preference | Labeled):
-        format, note, added = _with_template(format, first_record(recipe.source), model)
+    if isinstance(format, Chat | Completion | Preference | Labeled):
+        format, note, added = _with_template(format, first_record(recipe.source), model, path)
         packs = () if is_judged else (PackSpec(seq_len=seq_len),)
         recipe = replace(recipe, tokenizer=replace(tokenizer, special_tokens=added), format=format, packs=packs)
     vocab_size = _vocab_size(model, len(added)) if added else model.config.vocab_size
@@ -98,7 +98,7 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     names = ["AdamW", "Cosine", "OptimConfig", "Run", "TrainConfig", data_class, *objective]
     trained = "all parameters" if full else "a LoRA adapter"
     by = {Chat: "its answers", Preference: "preferred answers, with DPO", Labeled: "labeled answers, with KTO"}
-    by = by.get(type(format), "its text")
+    by = by.get(type(format), f"its field {recipe.format.field}" if isinstance(recipe.format, Text) else "its answers")
     config = _CONFIG.format(
         source=json.dumps(source, ensure_ascii=False),
         about=f"Tunes {source} on {path}: {trained}, on {by}".replace("\\", "/").replace('"', "'"),
@@ -121,7 +121,7 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
         batch=_BATCH,
         eval_every=max(steps // 4, 1),
     )
-    is_text = not isinstance(format, Chat | Preference | Labeled)
+    is_text = not isinstance(format, Chat | Completion | Preference | Labeled)
     return Tuning(
         recipe=recipe,
         config=config,
@@ -134,8 +134,8 @@ def tuning(name: str, path: str, recipe_file: str, detected: Detected, source: s
     )
 
 
-def _with_template[F: Chat | Preference | Labeled](
-    format: F, record: Fields, model: PublishedModel
+def _with_template[F: Chat | Completion | Preference | Labeled](
+    format: F, record: Fields, model: PublishedModel, path: str
 ) -> tuple[F, str, tuple[str, ...]]:
     """Returns the format with a chat template, a note on it, and the special tokens that are added for it.
 
@@ -158,7 +158,7 @@ def _with_template[F: Chat | Preference | Labeled](
         added = () if has_tokens else load_template(template).special_tokens
         tokens = "whose tokens the model has" if has_tokens else f"whose tokens {' and '.join(added)} are added"
         return filled, f"; template {template}, {tokens}; {own_template}", added
-    raise ConfigError(f"the first record fits no chat template of {model.folder.url}: {cause}")
+    raise ConfigError(f"{path}: the first record: {cause}")
 
 
 def _vocab_size(model: PublishedModel, added: int) -> int:

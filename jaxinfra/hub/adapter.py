@@ -6,7 +6,7 @@ There the pair has their ranks together: `lora_A` stacks theirs, and `lora_B` is
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.hub.published_model import TEMPLATE, TOKENIZER, PublishedModel
+from jaxinfra.hub.export import with_ends
+from jaxinfra.hub.published_model import GENERATION, TEMPLATE, TOKENIZER, PublishedModel
 from jaxinfra.interop.pattern import Dim, Layout, Pattern
 from jaxinfra.interop.rules import Binding, BoundPart
 from jaxinfra.interop.writing import write_model
@@ -35,6 +36,7 @@ def export_adapter(
     specs: ParamSpecs,
     base: PublishedModel,
     chat_template: str | None = None,
+    end_of_turn: Sequence[int] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Writes an adapter as a folder that PEFT loads, with the tokenizer of its base; returns the receipt.
@@ -48,13 +50,16 @@ def export_adapter(
         specs: the declarations of those of the base.
         base: the published model that it was trained beside.
         chat_template: the template of its conversations; None leaves that of the base.
+        end_of_turn: the tokens that end an answer in it.
         options: of `write_model`.
     """
     tensors, named = _Tensors(adapter, leaves_by_name(params)), leaves_by_name(specs)
     for binding in base.family.bindings(base.config, {path: spec.shape for path, spec in named.items()}):
         tensors.add(binding, named)
     others = base.small_files() | {CONFIG: (json.dumps(tensors.config(_name(base)), indent=2) + "\n").encode()}
-    others |= {} if chat_template is None else {TEMPLATE: chat_template.encode()}
+    if chat_template is not None:
+        ends = [*base.end_ids(), *end_of_turn]
+        others |= {TEMPLATE: chat_template.encode(), GENERATION: with_ends(others, ends)}
     if (tokenizer := base.folder.read_or_none(TOKENIZER)) is not None:
         others[TOKENIZER] = tokenizer
     return write_model(destination, tensors.arrays, tensors.bindings, others, stem=STEM, **options)

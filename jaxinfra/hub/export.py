@@ -88,13 +88,16 @@ def export_model(destination: str, export: Export, **options: Any) -> dict[str, 
     others[CONFIG] = _json(content)
     if export.chat_template is not None:
         others[TEMPLATE] = export.chat_template.encode()
-        generation = json.loads(others.get(GENERATION, b"{}"))
         ends = () if export.origin is None else export.origin.end_ids()
-        ends = dict.fromkeys([*(ends or [content["eos_token_id"]]), *export.end_of_turn])
-        others[GENERATION] = _json(generation | {"eos_token_id": [*ends]})
+        others[GENERATION] = with_ends(others, [*(ends or [content["eos_token_id"]]), *export.end_of_turn])
     bindings = found.bindings(export.config, {path: leaf.shape for path, leaf in leaves.items()})
     options |= {"source": export.source, "dtypes": export.dtypes}
     return write_model(destination, leaves, bindings, others, **options)
+
+
+def with_ends(files: Mapping[str, bytes], ends: Sequence[int]) -> bytes:
+    """Returns the generation config of these files with the tokens that end a text or a turn."""
+    return _json(json.loads(files.get(GENERATION, b"{}")) | {"eos_token_id": [*dict.fromkeys(ends)]})
 
 
 def family_of(

@@ -13,10 +13,10 @@ import numpy as np
 from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError, quoted
 from jaxinfra.hub.adapter import CONFIG, STEM, layouts
-from jaxinfra.hub.published_model import PublishedModel, open_published, param_specs
+from jaxinfra.hub.published_model import SMALL_FILES, TOKENIZER, PublishedModel, open_published, param_specs
 from jaxinfra.interop.config_json import CONFIG as MODEL
 from jaxinfra.interop.config_json import parse_json
-from jaxinfra.interop.folder import PREFIX, ModelFolder, open_folder
+from jaxinfra.interop.folder import PREFIX, ModelFolder, OverlaidFolder, open_folder
 from jaxinfra.interop.pattern import Layout, Pattern
 from jaxinfra.interop.rules import BoundPart
 from jaxinfra.interop.safetensors import Weights
@@ -134,7 +134,10 @@ def open_peft(source: str) -> PeftAdapter | None:
     base = f"{PREFIX}{keys.get('base_model_name_or_path')}"
     if (revision := keys.get("revision")) is not None and not Path(base.removeprefix(PREFIX)).exists():
         base = f"{base}@{revision}"
-    model, weights = open_published(base), Weights(folder, f"{STEM}.safetensors")
+    model = open_published(base)
+    # What the adapter's own folder says of texts comes first, as PEFT keeps it there.
+    model = replace(model, folder=OverlaidFolder(model.folder, folder, (*SMALL_FILES, TOKENIZER)))
+    weights = Weights(folder, f"{STEM}.safetensors")
     firsts = [name for name in weights.tensors if name.endswith(".lora_A.weight")]
     if not firsts:
         raise ConfigError(f"{folder.url}: has no matrices of LoRA; save the adapter again")

@@ -26,6 +26,8 @@ from jaxinfra.parallel.spec import ParamSpec, leaves_by_name
 
 TOKENIZER, GENERATION, TEMPLATE = "tokenizer.json", "generation_config.json", "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+SMALL_FILES = (_TOKENIZER_CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
+"""Files beside the weights and the tokenizer that say how texts begin and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,7 @@ class PublishedModel:
 
     def small_files(self) -> dict[str, bytes]:
         """Returns the contents of the small files that stay the same when the model is trained on."""
-        names = (_TOKENIZER_CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
-        contents = ((name, self.folder.read_or_none(name)) for name in names)
+        contents = ((name, self.folder.read_or_none(name)) for name in SMALL_FILES)
         return {name: content for name, content in contents if content is not None}
 
     def stored_dtypes(self) -> dict[str, np.dtype]:

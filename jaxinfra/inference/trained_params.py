@@ -1,6 +1,7 @@
 """Restores the parameters of a trained run, to evaluate them, to sample from them, or to start another run."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial, reduce
@@ -155,10 +156,10 @@ def _load_peft(peft: PeftAdapter, program: Program, named: Mapping[str, jax.Arra
 
 
 def _as_overrides(adapter: Lora) -> str:
+    """Returns the overrides of a config, as a shell takes them."""
     fields = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": f"({','.join(adapter.targets)},)"}
-    return " ".join(["adapter=lora", *(f"adapter.{name}={value}" for name, value in fields.items())]) + (
-        " adapter.dora=true" if adapter.dora else ""
-    )
+    words = ["adapter=lora", *(f"adapter.{name}={value}" for name, value in fields.items())]
+    return shlex.join([*words, *["adapter.dora=true"] * adapter.dora])
 
 
 def base_source(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import cast, override
@@ -29,8 +29,8 @@ _ANSWER_S, _SLOWEST = 60.0, 5_000  # an answer has this time, and a second more 
 _PIECE_BYTES, _MAX_BYTES = 1 << 16, 1 << 28  # of a file that is read at once: a config, an index or a tokenizer
 
 
-type ModelFolder = StoredFolder | UrlFolder
-"""The files of a model; both have methods of `ObjectStore`, which raise StorageError if the folder cannot be read."""
+type ModelFolder = StoredFolder | UrlFolder | OverlaidFolder
+"""The files of a model; all have methods of `ObjectStore`, which raise StorageError if the folder cannot be read."""
 
 
 def is_published(source: str | os.PathLike[str]) -> bool:
@@ -73,6 +73,46 @@ class StoredFolder(ObjectStore):
         if os.path.exists(path := self.url_of(name)) and not os.path.isfile(path):
             raise DataError(f"{path}: is no file but a folder, a FIFO, a socket or a device; copy the model again")
         return name
+
+
+class OverlaidFolder:
+    """A folder of a model, of which another folder has some files in its place."""
+
+    def __init__(self, below: ModelFolder, above: ModelFolder, names: Collection[str]):
+        """`names` are those of the files that may be in the folder `above`."""
+        self.url, self._below, self._above, self._names = below.url, below, above, frozenset(names)
+
+    def _of(self, name: str) -> ModelFolder:
+        return self._above if name in self._names and self._above.exists(name) else self._below
+
+    def url_of(self, name: str) -> str:
+        """Returns the URL of a file."""
+        return self._of(name).url_of(name)
+
+    def list_names(self) -> list[str]:
+        """Returns the sorted names of the files and folders."""
+        return sorted({*self._below.list_names(), *(name for name in self._names if self._above.exists(name))})
+
+    def exists(self, name: str) -> bool:
+        """Returns whether a file exists."""
+        return self._of(name).exists(name)
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raises DataError if a file is missing or has another number of bytes."""
+        for name, size in sizes.items():
+            self._of(name).check_sizes({name: size})
+
+    def generation(self, name: str) -> bytes:
+        """Returns what changes when a file is replaced."""
+        return self._of(name).generation(name)
+
+    def read_or_none(self, name: str) -> bytes | None:
+        """Reads a file; returns None if it is missing."""
+        return self._of(name).read_or_none(name)
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out`, uint8 `[N]`, with the bytes of a file from `start` on; DataError if it has fewer."""
+        self._of(name).read_into(name, start, out)
 
 
 class UrlFolder:

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxinfra.config.text import nearest
 from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.documents.chat_template import TemplateFormat
 from jaxinfra.prepare.documents.document import Text
-from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Labeled, Preference
+from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Completion, Labeled, Preference
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, LastDocuments
 from jaxinfra.prepare.sources.any_source import BoundedSource
@@ -67,7 +69,7 @@ def detect(path: str, store: str, *, min_bytes: int = MIN_BYTES) -> Detected:
         raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {min_bytes:,} bytes of text")
     held_out = {LastDocuments: "the last 5 % of the text, whole documents if it can", ByKey: "5 % of the documents"}
     split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
-    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat | Preference | Labeled) else ()
+    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, TemplateFormat) else ()
     # Tokens that a small model sees often enough to learn.
     vocab_size = next((size for limit, size in ((500_000, 1024), (5_000_000, 2048)) if text_bytes < limit), 4096)
     recipe = Corpus(
@@ -128,12 +130,16 @@ def _hugging_face(path: str, sizes: Mapping[Path, int]) -> _Found:
     return source, _format(first_record(source), path), validation, found, text_bytes
 
 
-def _format(record: Fields, path: str) -> Text | Chat | Preference | Labeled:
-    """Chooses the fields of a pair of answers, a completion with a label, the messages of a conversation, or a text."""
-    if "chosen" in record and "rejected" in record:
+def _format(record: Fields, path: str) -> Text | Chat | Completion | Preference | Labeled:
+    """Chooses the fields of a pair of answers, a completion, the messages of a conversation, or a text."""
+    for there, lacking in (("chosen", "rejected"), ("rejected", "chosen"), ("label", "completion")):
+        if there in record and lacking not in record:
+            fix = f"name the field {lacking}" + (f", not {near}" if (near := nearest(lacking, record)) else "")
+            raise ConfigError(f"{path}: the first record has {there}, and no {lacking}; {fix}")
+    if "chosen" in record:
         return Preference(prompt="prompt" if "prompt" in record else None)
-    if {"prompt", "completion", "label"} <= record.keys():
-        return Labeled()
+    if {"prompt", "completion"} <= record.keys():
+        return Labeled() if "label" in record else Completion(template="chatml")
     for name in _CHAT_FIELDS:
         if isinstance(record.get(name), list):
             return Chat(field=name)

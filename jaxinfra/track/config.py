@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
@@ -69,6 +71,19 @@ class Mlflow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prometheus:
+    """Where Prometheus finds the metrics of the run: http://ADDRESS:PORT/metrics of process 0, without a password.
+
+    Attributes:
+        port: None serves nothing.
+        address: that of the host where it answers; "0.0.0.0" is all of them.
+    """
+
+    port: Annotated[int, Ge(1), Le(65535)] | None = None
+    address: NonEmptyStr = "0.0.0.0"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackConfig:
     """How often metrics are logged, and where they go.
 
@@ -82,6 +97,7 @@ class TrackConfig:
             run. With pipeline stages the parameters are copied for it, sharded over all devices. None samples nothing.
         wandb: Weights & Biases.
         mlflow: MLflow.
+        prometheus: Prometheus.
         trackers: your own trackers, besides these.
         plan: a file of `plan --json`: after 100 steps a line says whether they are as planned, or what is off.
     """
@@ -93,6 +109,7 @@ class TrackConfig:
     sample_prompt: str | None = None
     wandb: Wandb = Wandb()
     mlflow: Mlflow = Mlflow()
+    prometheus: Prometheus = Prometheus()
     trackers: tuple[TrackerConfig, ...] = ()
     plan: NonEmptyStr | None = None
 

@@ -22,6 +22,7 @@ from jaxinfra.track.config import Mlflow, TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.mlflow import MLflowRun
+from jaxinfra.track.prometheus import PrometheusTracker
 from jaxinfra.track.remote import RemoteTracker
 from jaxinfra.track.report_tracker import ReportTracker
 from jaxinfra.track.wandb import WandbRun
@@ -173,6 +174,8 @@ def make_trackers(
         trackers.append(RemoteTracker(WandbRun(config.wandb, run_dir), "track.wandb", setting, announce=announce))
     if config.mlflow.uri is not None:
         trackers.append(mlflow_tracker(config.mlflow, run_dir, location or str(run_dir), announce=announce))
+    if config.prometheus.port is not None:
+        trackers.append(PrometheusTracker(config.prometheus, run_dir))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, location or run_dir))

@@ -15,7 +15,7 @@ from jaxinfra.config import load
 from jaxinfra.inference.trained_params import load_params
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.prepare.documents.chat_template import PRESETS, ChatTemplate
-from jaxinfra.prepare.documents.formats import Chat, Labeled
+from jaxinfra.prepare.documents.formats import Chat, Completion, Labeled
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
 from tests.interop.conftest import read_tensors
@@ -113,6 +113,9 @@ def test_a_file_becomes_a_tuned_model(data: str, more: tuple[str, ...], monkeypa
         ran(*train, *SMALL[1:], "name=more", "init=hf:out/adapter")
     ran(*merge)
     assert talked(monkeypatch, "chat", f"hf:{merge[3]}") == here
+    for name in () if more else ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        files = [Path("out", folder, name).read_bytes() for folder in ("mychat", "adapter", "again")]
+        assert files[0] == files[1] == files[2], "an adapter has with it what the merged model has"
     ran("evaluate", "runs/mychat")
 
 
@@ -162,11 +165,26 @@ def test_a_template_that_does_not_say_what_an_answer_is_gives_way_to_a_preset(tm
     assert load("configs/data/loud.py").run.format.template == "chatml"
 
 
+def test_a_prompt_and_its_completion_are_trained_on_as_a_conversation(tmp_path: Path) -> None:
+    """A record that is none is left out, and the first of them is shown."""
+    records = [{"prompt": f"Say {index}", "completion": f"{index} it is. " * 10} for index in range(300)]
+    lines = [json.dumps(each) for each in records]
+    Path("answers.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n")
+    assert "on its answers" in ran("new", "answers.jsonl", "--from", "hf:model", "--name", "answered")
+    recipe = load("configs/data/answered.py").run
+    assert isinstance(recipe.format, Completion) and recipe.format.template.endswith("tokenizer_config.json")
+    printed = ran("data", "prepare", "configs/answered.py", "--workers", "1")
+    assert "answers.jsonl:301: not JSON" in printed and "skipped.jsonl" in printed
+
+
 def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "words")
     refused(launch("new", "talks.jsonl", "--from", "hf:nowhere"), "hf:nowhere no such folder")
     Path("odd.jsonl").write_text(json.dumps({"messages": [{"role": "robot", "content": "a"}]}) + "\n")
-    refused(launch("new", "odd.jsonl", "--from", "hf:model"), "first record model message 1 robot")
+    refused(launch("new", "odd.jsonl", "--from", "hf:model"), "odd.jsonl first record message 1 robot")
+    for field, there in (("rejectd", "chosen"), ("choosen", "rejected")):
+        Path("odd.jsonl").write_text(json.dumps({"prompt": "a", there: "b", field: "c"}) + "\n")
+        refused(launch("new", "odd.jsonl", "--from", "hf:model"), f"odd.jsonl {there} {field}")
     refused(launch("new", "talks.jsonl", "--full"), "--full --from")
     refused(launch("new", "pairs.jsonl"), "pairs.jsonl --from")
     refused(launch("new", "labeled.jsonl"), "labeled.jsonl labels --from")

@@ -4,6 +4,7 @@ With --follow, it reads a stream and *seals* versions: each is a version of the 
 """
 
 import argparse
+import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -18,12 +19,13 @@ from jaxinfra.config import load, load_file, validate
 from jaxinfra.config.overrides import read_overrides
 from jaxinfra.config.schema import fields_of
 from jaxinfra.config.source import find_record
-from jaxinfra.errors import ConfigError, Preempted
+from jaxinfra.errors import ConfigError, Preempted, quoted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
 from jaxinfra.prepare.recipes import Corpus, ImageSet, Recipe
 from jaxinfra.processes.requests import StopRequest
 from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.storage.files import read_file
 
 _MEASURED_STAGES = ("tokens", "images")  # stages that run jobs, whose progress is known in bytes
 
@@ -44,6 +46,10 @@ def run(options: argparse.Namespace) -> None:
             )
         _print_version(version, "made")
         print("\n".join(describe_manifest(version.manifest)))
+        if version.manifest.counts.skipped:
+            path = f"{version.path}/skipped.jsonl"
+            first = json.loads(read_file(path, "the skipped records").splitlines()[0])
+            print(f"skipped      {quoted(first['where'], 200)}: {quoted(first['cause'], 200)}; all are in {path}")
 
 
 def load_recipes(options: argparse.Namespace) -> list[tuple[Recipe, Sequence[str]]]:

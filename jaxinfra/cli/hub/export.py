@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         specs = param_specs(require_text(model.run)[0])
         dtypes |= {path: jnp.dtype(options.dtype) for path, spec in specs.items() if spec.state != "buffer"}
     template = None if is_published(source) else trained_template(model)
+    ends = () if template is None else end_of_turn(template, model.tokenizer)
     program = sampling_program(model.run, all_devices(), strict=bool(options.overrides))
     peers, start_s = current_peers(), time.monotonic()
     with compile_cache(model.run.train.compile_cache):
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
                     program.base.specs,
                     origin,
                     None if template is None else template.source,
+                    ends,
                     source=about,
                     **writing,
                 )
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
                     model_type=options.family,
                     origin=origin,
                     chat_template=None if template is None else template.source,
-                    end_of_turn=() if template is None else end_of_turn(template, model.tokenizer),
+                    end_of_turn=ends,
                 )
                 receipt = export_model(options.out, export, **writing)
     if options.prints:
