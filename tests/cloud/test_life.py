@@ -30,7 +30,7 @@ SHARED = {  # what hosts install lies on their shared disk: on two cores, four w
 class World:
     """Machines, packages, and a bucket with a user's data, for several lives; laptops know where all that is."""
 
-    def __init__(self, hosts: Hosts, packages: PackageServer, server: Server, folder: Path) -> None:
+    def __init__(self, hosts: Hosts, packages: Mapping[str, str], server: Server, folder: Path) -> None:
         self.hosts, self.server, self.folder = hosts, server, folder
         self.bucket = f"{server.scheme}://{BUCKET}/cloud"  # the name is in the requests on record
         port = int(server.environment["AWS_ENDPOINT_URL_S3"].rpartition(":")[2])
@@ -39,7 +39,7 @@ class World:
             "AWS_REGION": REGION,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_EC2_METADATA_DISABLED": "true",
-            **packages.environment,
+            **packages,
         }
         self._laptops = 0
         self._first = self.laptop()
@@ -70,22 +70,23 @@ class World:
         """Returns the last logged step, 0 before the first."""
         return max(self.losses(name), default=0)
 
-    def reference(self, steps: int) -> Mapping[int, str]:
+    def reference(self, steps: int, processes: int = 4) -> Mapping[int, str]:
         """Returns the losses of the same run with as many processes, without a cloud or an interruption."""
-        if self.last_step("reference") < steps:
+        name = f"reference-{processes}"
+        if self.last_step(name) < steps:
             steps = max(steps, 100)  # enough for the other lives, too
-            log = self.folder / "reference.log"
-            words = ("life.py", "name=reference", "--processes", "4", "--devices", "cpu:4")
+            log = self.folder / f"{name}.log"
+            words = ("life.py", f"name={name}", "--processes", str(processes), "--devices", f"cpu:{processes}")
             process = self.laptop().start(*words, log=log)
-            until(lambda: self.last_step("reference") >= steps, "the reference", process, log)
+            until(lambda: self.last_step(name) >= steps, "the reference", process, log)
             power_off(process)
-        return self.losses("reference")
+        return self.losses(name)
 
 
 @pytest.fixture(scope="module")
 def world(s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with Hosts() as hosts, PackageServer(hosts.gateway) as packages:
-        yield World(hosts, packages, s3_server, tmp_path_factory.mktemp("world"))
+        yield World(hosts, packages.environment, s3_server, tmp_path_factory.mktemp("world"))
 
 
 class Life:

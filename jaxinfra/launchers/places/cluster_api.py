@@ -68,7 +68,7 @@ class ClusterApi:
         """Sends a request and returns the response."""
         what = f"{self.server}: {method} {path}"
         try:
-            response, *_ = self._client.call_api(
+            response = self._client.call_api(
                 path,
                 method,
                 query_params=[*(query or {}).items()],

@@ -151,7 +151,9 @@ class KubernetesPlace(Place):
         pods = self._pods(job, number)
         running = sum(each["status"].get("phase") == "Running" for each in pods)
         if running == total:
-            return f"{name} runs {total} pod{'s' * (total > 1)}"
+            again = sum(each["status"].get("phase") == "Failed" for each in pods)
+            after = f", after {again} that ended" if again else ""
+            return f"{name} runs {total} pod{'s' * (total > 1)}{after}"
         waiting = [why for each in pods if each["status"].get("phase") == "Pending" and (why := self._why(each))]
         if not pods:  # such as a quota, or a policy that lets none in
             waiting = self._warnings(job, workload)
