@@ -74,10 +74,12 @@ class _Container(threading.Thread):
                              f"link set {self._link} master {self._hosts.bridge} up")  # fmt: skip
                 leftovers.ip("link set lo up", f"address add {self.address}/24 dev eth0", "link set eth0 up",
                              namespace=process.pid)  # fmt: skip
+                descriptor = os.pidfd_open(int(first))  # before it goes on, and maybe ends
                 go.write(b"go\n")
+                go.flush()  # before a signal ends who reads it
                 self.started_at = controllers.now()
                 with self.news:
-                    self._first = os.pidfd_open(int(first))
+                    self._first = descriptor
                 for each in self._signals:
                     self._send(each)
         self._wake()

@@ -228,10 +228,8 @@ def test_a_queue_takes_back_what_it_has_admitted(api: Api) -> None:
     job = _job("sleep 60", pod={"terminationGracePeriodSeconds": 0})
     api.submit(_job_set(job) | {"metadata": {"name": "s", "labels": {QUEUE: "small"}}})
     kueue: Any = ("kueue.x-k8s.io", "v1beta2", "default", "workloads")
-    found = until(
-        lambda: (s := json.dumps(api.custom.list_namespaced_custom_object(*kueue))) and "more needed" in s and s
-    )
-    assert "insufficient unused quota for google.com/tpu in flavor default-flavor, 2 more needed" in found
+    wait = "insufficient unused quota for google.com/tpu in flavor default-flavor, 2 more needed"
+    until(lambda: wait in json.dumps(api.custom.list_namespaced_custom_object(*kueue)))
     api.cluster.admit("s")
     api.running("")
     api.cluster.requeue("s")
