@@ -39,7 +39,7 @@ def test_life(world: World, tmp_path: Path) -> None:
         def nodes() -> list[str]:
             return [pod["spec"]["nodeName"] for pod in cluster.find("pods") if pod["status"]["phase"] == "Running"]
 
-        words = ["life.py", "name=on-cluster", "--place", "k8s", "--accelerator", "cpu:2", "--kind", "job"]
+        words = ["life.py", "name=on-cluster", "--place", "k8s", "--accelerator", "cpu:2", "--heartbeat-timeout", "10"]
         words += ["--image", IMAGE, "--queue", "team", "--secret", "AWS_SECRET_ACCESS_KEY", "--devices", "cpu:1"]
         told = {**world.told, **QUICK}
         process = laptop.start(*words, *(word for each in told.items() for word in ("--env", "=".join(each))), log=log)
@@ -67,7 +67,7 @@ def test_life(world: World, tmp_path: Path) -> None:
             assert process.wait(60) == 75, log.read_text()
         finally:
             power_off(process)
-        left = [plural for plural in ("pods", "jobs", "services", "secrets") if cluster.find(plural)]
+        left = [plural for plural in ("pods", "jobs", "jobsets", "services", "secrets") if cluster.find(plural)]
         assert not left, "what belongs to a run goes with it"
     losses = world.losses("on-cluster")
     reference = world.reference(max(losses), processes=2)

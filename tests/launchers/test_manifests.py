@@ -49,10 +49,11 @@ def made(kind: str = "jobset", accelerator: str = "cpu:2", **more: Any) -> list[
 
 def job_spec(kind: str, accelerator: str) -> Manifest:
     """The spec of the Job in what is made."""
-    first = made(kind, accelerator)[0]
+    every = made(kind, accelerator)
+    first, last = every[0], every[-1]
     if kind == "job":
-        return first["spec"]
-    spec = first["spec"]["template"]["spec"] if kind == "trainjob" else first["spec"]
+        return last["spec"]
+    spec = first["spec"]["template"]["spec"] if kind == "trainjob" else last["spec"]
     return spec["replicatedJobs"][0]["template"]["spec"]
 
 
@@ -99,7 +100,7 @@ def test_pods_need_no_rights(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["job", "jobset"])
 def test_pods_find_each_other(kind: str) -> None:
-    name, spec = made(kind)[0]["metadata"]["name"], job_spec(kind, "cpu:2")
+    name, spec = made(kind)[-1]["metadata"]["name"], job_spec(kind, "cpu:2")
     stem = name if kind == "job" else f"{name}-node-0"
     labels = {
         "jobset.sigs.k8s.io/job-index": "0",

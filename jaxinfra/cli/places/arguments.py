@@ -94,6 +94,11 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--detach", action="store_true", help=what)
 
 
+def _option(name: str) -> str:
+    """Returns how an attribute is typed."""
+    return {"workload": "--kind", "volumes": "--volume"}.get(name, f"--{name.replace('_', '-')}")
+
+
 def is_elsewhere(options: argparse.Namespace) -> bool:
     """Returns whether a start goes to another place; raises ConfigError for options of a place without --place."""
     if options.place:
@@ -102,7 +107,7 @@ def is_elsewhere(options: argparse.Namespace) -> bool:
     add_place(parser)
     for name, default in vars(parser.parse_args([])).items():
         if getattr(options, name) != default:
-            option, override = f"--{name.replace('_', '-')}", ""
+            option, override = _option(name), ""
             if name == "name":  # also a field of a run
                 override = f"; overrides have no dashes: name={options.name}"
             raise ConfigError(f"{option}: is for a run elsewhere; say where with --place {', '.join(KINDS)}{override}")
@@ -128,8 +133,7 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
     kind = options.place
     for name, kinds in _KINDS_OF.items():
         if kind not in kinds and (value := getattr(options, name)):
-            option = {"workload": "--kind", "volumes": "--volume"}.get(name, f"--{name.replace('_', '-')}")
-            option += "" if value is True else f" {value[0] if isinstance(value, list) else value}"
+            option = _option(name) + "" if value is True else f" {value[0] if isinstance(value, list) else value}"
             raise ConfigError(f"{option}: --place {kind} does not take it; leave it out")
     for name in ("spot", "reservation", "image", "service_account"):
         if getattr(options, name) and kind in CLOUDS and not options.create:

@@ -6,6 +6,7 @@ All methods raise ConfigError for what the cluster refuses, and StorageError if 
 import json
 import os
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 from jaxinfra.errors import ConfigError, StorageError
@@ -14,6 +15,7 @@ from jaxinfra.packages import import_optional
 
 _TIMEOUT_S = 60.0
 _LOG_TIMEOUT_S = 3600.0  # between two lines of a log
+_DONE = ("Complete", "Completed")  # conditions of a Job and a TrainJob, and of a JobSet
 _LATER = (408, 429)  # codes of a cluster that is busy
 _PARTS = {  # what has to be installed for a kind
     "jobset": "JobSet (jobset.sigs.k8s.io)",
@@ -54,6 +56,7 @@ class ClusterApi:
             raise ConfigError(f"--place k8s: no cluster: {_line(error)}; {fix}") from None
         self.namespace = namespace or ("default" if in_pod else _namespace(config, context))
         self._client, self._refusal = kubernetes.client.ApiClient(), kubernetes.client.ApiException
+        self._lost: type[Exception] = import_module("urllib3.exceptions").HTTPError  # the client lets it through
         self.server: str = self._client.configuration.host
 
     def _request(
@@ -64,6 +67,7 @@ class ClusterApi:
         query: Mapping[str, object] | None = None,
         *,
         timeout_s: float = _TIMEOUT_S,
+        content: str = "application/json",
     ) -> Any:
         """Sends a request and returns the response."""
         what = f"{self.server}: {method} {path}"
@@ -72,7 +76,7 @@ class ClusterApi:
                 path,
                 method,
                 query_params=[*(query or {}).items()],
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
+                header_params={"Accept": "application/json", "Content-Type": content},
                 body=body,
                 auth_settings=["BearerToken"],
                 _preload_content=False,
@@ -84,12 +88,13 @@ class ClusterApi:
                 fix = "; ask for the right, or name another --namespace or --context" * (status in (401, 403))
                 raise Refused(f"{what}: {said}{fix}", status) from None
             raise StorageError(f"{what}: {status} {said}; try again") from None
-        except Exception as error:  # of urllib3, which the client lets through
-            if not type(error).__module__.startswith("urllib3"):
-                raise
-            fix = "is this the right --context, and does this network reach it?"
-            raise StorageError(f"{self.server}: no answer: {_line(error.__cause__ or error)}; {fix}") from None
+        except self._lost as error:
+            raise self._no_answer(error) from None
         return response
+
+    def _no_answer(self, error: Exception) -> StorageError:
+        fix = "is this the right --context, and does this network reach it?"
+        return StorageError(f"{self.server}: no answer: {_line(error.__cause__ or error)}; {fix}")
 
     def path(self, api: str, plural: str, name: str = "") -> str:
         """Returns the path of objects in the namespace: `api` is v1, or GROUP/VERSION."""
@@ -127,6 +132,11 @@ class ClusterApi:
                 raise ConfigError(f"{self.server}: has no {manifest['kind']}; {fix}") from None
             raise
 
+    def change(self, kind: str, manifest: Manifest, changes: Manifest) -> None:
+        """Changes some fields of an object that exists."""
+        path = self.path(manifest["apiVersion"], plural_of(kind), manifest["metadata"]["name"])
+        self._request("PATCH", path, changes, content="application/merge-patch+json")
+
     def delete(self, path: str, *, grace_s: int | None = None) -> None:
         """Deletes an object, after what belongs to it; nothing happens if it is gone.
 
@@ -149,11 +159,21 @@ class ClusterApi:
                 return
             raise
         rest = b""
-        for chunk in response.stream(2**16):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from (line + b"\n" for line in lines)
+        try:
+            for chunk in response.stream(2**16):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (line + b"\n" for line in lines)
+        except self._lost as error:
+            raise self._no_answer(error) from None
         if rest:
             yield rest
+
+
+def end_of(workload: Manifest) -> Manifest | None:
+    """Returns the condition by which a workload has ended, of type Failed or of `_DONE`; None while it has not."""
+    conditions = workload.get("status", {}).get("conditions", [])
+    ended = (each for each in conditions if each["type"] in (*_DONE, "Failed") and each["status"] == "True")
+    return next(ended, None)
 
 
 def plural_of(kind: str) -> str:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import override
 
-from jaxinfra.errors import ConfigError, PeerLostError, Preempted
+from jaxinfra.errors import ConfigError, PeerLostError, Preempted, StorageError
 from jaxinfra.launchers.places.base import Place
-from jaxinfra.launchers.places.cluster_api import ClusterApi, plural_of
+from jaxinfra.launchers.places.cluster_api import ClusterApi, end_of
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.manifests import (
     ATTEMPT_LABEL,
@@ -33,7 +33,6 @@ from jaxinfra.launchers.restart_policy import INTERRUPTED, RULES
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.runs import local_files
 
-_DONE = ("Complete", "Completed")  # conditions of a Job and a TrainJob, and of a JobSet
 _QUEUES = ("kueue.x-k8s.io/v1beta1", "localqueues")
 
 
@@ -72,14 +71,15 @@ class KubernetesPlace(Place):
 
     @override
     def prepare(self, job: Job, *, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
-        """Checks the queue, and has the cluster check the manifests; raises ConfigError for what it refuses."""
+        """Checks the queue, and has the cluster check what it gets; raises ConfigError for what it refuses."""
         self.hosts = self.source.current()
         if (queue := job.place.queue) and self._api.read(self._api.path(*_QUEUES, queue)) is None:
             names = [each["metadata"]["name"] for each in self._api.list(self._api.path(*_QUEUES))]
             fix = f"it has {', '.join(names)}" if names else "it has none; leave --queue out, or create a LocalQueue"
             raise ConfigError(f"--queue {queue}: namespace {self._api.namespace} has no such queue; {fix}")
         for manifest in manifests(job, 0, grace_s=GRACE_S):
-            self._api.create(_kind(manifest), manifest, dry_run=True)
+            if manifest["kind"] != "TrainJob":  # which is refused before its runtime exists
+                self._api.create(_kind(manifest), manifest, dry_run=True)
         return {"arch": ""}
 
     @override
@@ -89,14 +89,15 @@ class KubernetesPlace(Place):
     @override
     def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
         values = {**job.secret_values(), SECRET_VARIABLE: token_hex(32)}
-        first, *others = manifests(job, number, grace_s=_grace_s(job.location), left_s=left_s)
+        *others, workload = manifests(job, number, grace_s=_grace_s(job.location), left_s=left_s)
         data = {key: b64encode(value.encode()).decode() for key, value in values.items()}
-        metadata = {"name": name_of(job, number), "labels": dict(first["metadata"]["labels"])}
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
-        owner = self._api.create(_kind(first), first)
-        for manifest in (secret, *others):  # pods wait for the Secret
-            manifest["metadata"]["ownerReferences"] = [_reference(owner)]
+        metadata = {"name": name_of(job, number), "labels": workload["metadata"]["labels"]}
+        others.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data})
+        for manifest in others:  # before the workload: whoever finds that finds all of it
             self._api.create(_kind(manifest), manifest)
+        owner = _reference(self._api.create(_kind(workload), workload))
+        for manifest in others:  # are deleted with it
+            self._api.change(_kind(manifest), manifest, {"metadata": {"ownerReferences": [owner]}})
 
     def _newest(self, job: Job) -> tuple[int, Manifest | None]:
         """Returns number and workload of the newest attempt that the cluster has; 0 and None without one."""
@@ -115,26 +116,30 @@ class KubernetesPlace(Place):
     @override
     def watch(self, job: Job) -> Mapping[Host, HostState]:
         """Returns the state of the workload; says when it changes, such as why it waits."""
-        number, workload = self._newest(job)
         host = self.hosts[0]
+        try:
+            return {host: self._state(job)}
+        except StorageError as error:
+            self._tell(str(error))
+            return {host: HostState(attempt=0, state="away")}
+
+    def _state(self, job: Job) -> HostState:
+        number, workload = self._newest(job)
         if workload is None:
             if not self._seen:
-                return {host: HostState(attempt=0, state="none")}
+                return HostState(attempt=0, state="none")
             self._tell(f"{name_of(job, self._seen)} was deleted")
-            return {host: HostState(attempt=self._seen, state="ended", code=INTERRUPTED)}
+            return HostState(attempt=self._seen, state="ended", code=INTERRUPTED)
         self._seen = number
-        conditions = {
-            each["type"]: each for each in workload.get("status", {}).get("conditions", []) if each["status"] == "True"
-        }
-        if any(done in conditions for done in _DONE):
-            return {host: HostState(attempt=number, state="ended", code=0)}
-        if failed := conditions.get("Failed"):
-            self._tell(f"{workload['metadata']['name']} has failed: {failed.get('reason')}: {failed.get('message')}")
-            code = _code(self._pods(job, number))
-            late = "DeadlineExceeded" in f"{failed.get('reason')} {failed.get('message')}"
-            return {host: HostState(attempt=number, state="ended", code=Preempted.exit_code if late else code)}
-        self._tell(self._progress(job, number, workload))
-        return {host: HostState(attempt=number, state="live")}
+        if (end := end_of(workload)) is None:
+            self._tell(self._progress(job, number, workload))
+            return HostState(attempt=number, state="live")
+        if end["type"] != "Failed":
+            return HostState(attempt=number, state="ended", code=0)
+        why = f"{end.get('reason')}: {end.get('message')}"
+        self._tell(f"{workload['metadata']['name']} has failed: {why}")
+        code = Preempted.exit_code if "DeadlineExceeded" in why else _code(self._pods(job, number))
+        return HostState(attempt=number, state="ended", code=code)
 
     def _tell(self, text: str) -> None:
         if text != self._told:
@@ -202,8 +207,7 @@ class KubernetesPlace(Place):
     def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
         """Deletes the workload of an attempt after its pods, which save first; or at once."""
         pods = self._pods(job, number) if signal == "KILL" else []
-        first = manifests(job, number, grace_s=GRACE_S)[0]
-        self._api.delete(self._api.path(first["apiVersion"], plural_of(_kind(first)), first["metadata"]["name"]))
+        self._api.delete(self._path(job, name_of(job, number)))
         for pod in pods:
             self._api.delete(self._api.path("v1", "pods", pod["metadata"]["name"]), grace_s=0)
 
@@ -212,7 +216,8 @@ class KubernetesPlace(Place):
         place, hosts = self.source.options, pods_of(job.place).hosts
         number = self._seen or self._newest(job)[0]
         labels = f"{RUN_LABEL}={run_label(job)},{ATTEMPT_LABEL}={number}"
-        words = [place.context, place.namespace, labels, str(rank // hosts), str(rank % hosts), lines]
+        path = self._path(job, name_of(job, number))
+        words = [place.context, place.namespace, path, labels, str(rank // hosts), str(rank % hosts), lines]
         words.append("yes" if follow else "no")
         command = [sys.executable, "-m", "jaxinfra.launchers.places.pod_log", *words]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)

@@ -71,7 +71,7 @@ _GPUS = {  # labels of nodes: of GKE, and of GPU feature discovery
 
 @dataclass(frozen=True, kw_only=True)
 class Pods:
-    """What a run needs of a cluster."""
+    """The pods of a run, and what each asks of its node."""
 
     hosts: int  # pods of a slice
     slices: int = 1
@@ -143,7 +143,7 @@ def run_label(job: Job) -> str:
 
 
 def manifests(job: Job, number: int | str, *, grace_s: int, left_s: float = 0.0) -> list[Manifest]:
-    """Returns what the cluster gets for an attempt, without its Secret; the first is to own the others.
+    """Returns what the cluster gets for an attempt, without its Secret; the last is to own the others.
 
     Args:
         job: what to run.
@@ -159,14 +159,14 @@ def manifests(job: Job, number: int | str, *, grace_s: int, left_s: float = 0.0)
             raise ConfigError(f"--kind job: a Job is one slice, {place.accelerator} has more; use --kind jobset")
         ended = {"ttlSecondsAfterFinished": _KEPT_S}
         workload = _object("job", "Job", name, job, number, {**inner, **deadline, **ended, **_suspended(place)})
-        return [workload, *([_service(name, job, number)] if pods.count > 1 else [])]
+        return [*([_service(name, job, number)] if pods.count > 1 else []), workload]
     replicated = {"name": CONTAINER, "replicas": pods.slices, "template": {"spec": {**inner, **deadline}}}
     spec: Manifest = {
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
         "failurePolicy": {
             "maxRestarts": _RESTARTS,
             "rules": [
-                {"name": "needs-a-person", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+                {"name": "needs_a_person", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
                 {"name": "deadline", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]},
             ],
         },

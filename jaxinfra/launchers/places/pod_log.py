@@ -2,10 +2,10 @@
 
 import sys
 import time
-from collections import deque
+from collections.abc import Iterator
 
 from jaxinfra.errors import JaxinfraError
-from jaxinfra.launchers.places.cluster_api import ClusterApi
+from jaxinfra.launchers.places.cluster_api import ClusterApi, end_of
 from jaxinfra.launchers.places.manifests import Manifest
 from jaxinfra.launchers.places.ssh import MARK
 
@@ -13,36 +13,51 @@ _POLL_S = 1.0
 _JOB, _RANK = "jobset.sigs.k8s.io/job-index", "batch.kubernetes.io/job-completion-index"
 
 
-def main(context: str, namespace: str, labels: str, job: str, index: str, lines: str, follow: str) -> int:
-    """Prints the mark, then the lines: all from number N for `+N`, or the last N of those that there are."""
+def main(
+    context: str, namespace: str, workload: str, labels: str, job: str, index: str, lines: str, follow: str
+) -> int:
+    """Prints the mark, then lines: all from number N on for `+N`, or the last N; with `follow` until the run ends.
+
+    Args:
+        context: see `ClusterApi`.
+        namespace: see `ClusterApi`.
+        workload: path of what runs the pods.
+        labels: a selector of the pods.
+        job: index of the slice, by the labels of its pods.
+        index: of the rank's pods in it.
+        lines: as of `tail -n`.
+        follow: yes or no.
+    """
     out = sys.stdout.buffer
     out.write(MARK)
     out.flush()
-    api, follows = ClusterApi(context, namespace), follow == "yes"
-    skip = int(lines[1:]) - 1 if lines.startswith("+") else 0
-    last = deque[bytes](maxlen=None if lines.startswith("+") else int(lines))
+    api = ClusterApi(context, namespace)
+    if lines.startswith("+"):
+        skip = int(lines[1:]) - 1
+    else:
+        skip = max(0, sum(1 for _ in _printed(api, labels, job, index, set[str](), follow=False)) - int(lines))
     shown = set[str]()
     while True:
-        pods = [pod for pod in api.list(api.path("v1", "pods"), labelSelector=labels) if _is(pod, job, index)]
-        for pod in pods:
-            name, phase = pod["metadata"]["name"], pod["status"].get("phase")
-            if name in shown or phase == "Pending":
-                continue
-            shown.add(name)
-            for line in api.log(name, follow=follows and not last.maxlen):
-                if last.maxlen:
-                    last.append(line)
-                elif skip:
-                    skip -= 1
-                else:
-                    out.write(line)
-                    out.flush()
-        if last.maxlen:
-            out.writelines(last)
-            last = deque[bytes]()
-        if not follows or (pods and all(pod["status"].get("phase") == "Succeeded" for pod in pods)):
+        found = api.read(workload)
+        is_last = follow == "no" or found is None or end_of(found) is not None
+        for line in _printed(api, labels, job, index, shown, follow=not is_last):
+            if skip:
+                skip -= 1
+            else:
+                out.write(line)
+                out.flush()
+        if is_last:
             return 0
         time.sleep(_POLL_S)
+
+
+def _printed(api: ClusterApi, labels: str, job: str, index: str, shown: set[str], *, follow: bool) -> Iterator[bytes]:
+    """Yields the lines of the rank's pods that are not `shown` yet, oldest pod first."""
+    for pod in api.list(api.path("v1", "pods"), labelSelector=labels):
+        name = pod["metadata"]["name"]
+        if _is(pod, job, index) and name not in shown and pod["status"].get("phase") != "Pending":
+            shown.add(name)
+            yield from api.log(name, follow=follow)
 
 
 def _is(pod: Manifest, job: str, index: str) -> bool:

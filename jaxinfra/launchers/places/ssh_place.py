@@ -44,7 +44,7 @@ class SshPlace(Place):
 
     @override
     def prepare(self, job: Job, *, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
-        """See `Place.prepare`.
+        """Finds or makes the hosts, checks each one, and returns facts of the first.
 
         Hosts of a cloud may be booting, so they are waited for. Raises an error that names every host that is
         unreachable, of another architecture or driver than the first, or that another run has.
