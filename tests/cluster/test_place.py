@@ -17,6 +17,7 @@ from jaxinfra.launchers.places.k8s import KubernetesPlace
 from jaxinfra.launchers.places.manifests import name_of
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.ssh import MARK
+from tests.cluster.controllers import set_condition
 from tests.cluster.server import Cluster
 from tests.refusals import raises
 
@@ -41,10 +42,11 @@ class World:
         (state,) = place.watch(self.job).values()
         return state.attempt, state.state, state.code
 
-    def end(self, plural: str, **condition: str) -> None:
+    def end(self, plural: str, kind: str, reason: str, message: str = "") -> None:
         (found,) = self.cluster.find(plural)
         with self.cluster.lock:
-            found["status"] = {"conditions": [{"status": "True", **condition}]}
+            found["status"] = {}
+            set_condition(found, kind, True, reason, message)
 
 
 @pytest.fixture
@@ -83,9 +85,9 @@ def test_what_belongs_to_a_workload_goes_with_it(world: World, workload: str) ->
 def test_the_end_of_a_run_is_that_of_its_workload(world: World) -> None:
     place = world.place(queue="")
     place.start(world.job, 1)
-    world.end("jobs", type="Failed", reason="DeadlineExceeded", message="Job was active longer than specified deadline")
+    world.end("jobs", "Failed", "DeadlineExceeded", "Job was active longer than specified deadline")
     assert world.state(place) == (1, "ended", 75)
-    world.end("jobs", type="Complete")
+    world.end("jobs", "Complete", "CompletionsReached")
     assert world.state(place) == (1, "ended", 0)
 
 

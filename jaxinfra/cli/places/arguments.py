@@ -133,8 +133,8 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
     kind = options.place
     for name, kinds in _KINDS_OF.items():
         if kind not in kinds and (value := getattr(options, name)):
-            option = _option(name) + "" if value is True else f" {value[0] if isinstance(value, list) else value}"
-            raise ConfigError(f"{option}: --place {kind} does not take it; leave it out")
+            word = "" if value is True else f" {value[0] if isinstance(value, list) else value}"
+            raise ConfigError(f"{_option(name)}{word}: --place {kind} does not take it; leave it out")
     for name in ("spot", "reservation", "image", "service_account"):
         if getattr(options, name) and kind in CLOUDS and not options.create:
             raise ConfigError(f"--{name.replace('_', '-')}: is for what --create makes; leave it out, or add --create")

@@ -32,10 +32,14 @@ def main(
     out.write(MARK)
     out.flush()
     api = ClusterApi(context, namespace)
-    if lines.startswith("+"):
-        skip = int(lines[1:]) - 1
-    else:
-        skip = max(0, sum(1 for _ in _printed(api, labels, job, index, set[str](), follow=False)) - int(lines))
+    skip = int(lines[1:]) - 1 if lines.startswith("+") else 0
+    if not lines.startswith("+"):
+        there = [*_printed(api, labels, job, index, set[str](), follow=False)]
+        out.writelines(there[-int(lines) :])
+        out.flush()
+        if follow == "no":
+            return 0
+        skip = len(there)
     shown = set[str]()
     while True:
         found = api.read(workload)
