@@ -37,9 +37,10 @@ os.environ.update(ENVIRONMENT)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("LD_PRELOAD", None)  # jemalloc (Makefile): what tests start has the malloc of a user's process
 
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # As under nohup. Processes that tests start would ignore it, too; a handler is not passed on.
-    signal.signal(signal.SIGHUP, lambda number, frame: None)
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        # As under nohup and `... &`. Processes that tests start would ignore it, too; a handler is not passed on.
+        signal.signal(number, lambda number, frame: None)
 
 add_commands()  # tests call those of a clone in this process, too
 

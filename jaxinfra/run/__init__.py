@@ -141,12 +141,14 @@ class Run:
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
         yield from self.profile.problems_in_run(self.train.steps, "profile.")
         yield from self._canonical_problems()
-        published = self.adapter is not None or (self.init or "").startswith("hf:")
-        lacks = published or self.optim.base_width is None or not hasattr(self.model, "hidden_size")
-        if self.optim.parametrization == "mup" and lacks:
-            message = "muP needs a base width, a model with a field hidden_size, and no published weights"
+        lacks = self.optim.base_width is None or not hasattr(self.model, "hidden_size")
+        if self.optim.parametrization == "mup" and (self.adapter is not None or (self.init or "").startswith("hf:")):
+            message, fix = "published weights were not trained with muP", "use optim.parametrization=standard"
+            yield Problem(fields=("optim.parametrization", "init"), message=message, fix=fix)
+        elif self.optim.parametrization == "mup" and lacks:
+            message = "muP needs a base width, and a model with a field hidden_size"
             fix = "use optim.base_width=128, or optim.parametrization=standard"
-            yield Problem(fields=("optim.parametrization", "model", "init"), message=message, fix=fix)
+            yield Problem(fields=("optim.parametrization", "model"), message=message, fix=fix)
         model, objective, data = self.model, self.objective, self.data
         if model.modality not in (None, data.modality):
             message = f"the model reads {model.modality}s, the data has {data.modality}s"
