@@ -33,6 +33,7 @@ POINTS = {
     "save.delete": "after a checkpoint is complete, before an older one is deleted",
     "save.deleting": "in the middle of a deletion",
     "export": "in `hub export`, before a file of weights is complete; its number stands for the step",
+    "promote": "in `model promote`: 1 before the version is registered, 2 before the alias moves, 3 after that",
     "end": "after the last checkpoint, before summary.json",
 }
 """Where each failpoint is."""

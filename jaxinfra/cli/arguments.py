@@ -274,6 +274,29 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
 
 
+def _add_model_promote(parser: argparse.ArgumentParser) -> None:
+    _add_evaluate(parser)
+    group = parser.add_argument_group("the registry")
+    what = "the model in the registry, and the alias that moves (default champion)"
+    group.add_argument("--to", required=True, metavar="models:/NAME[@ALIAS]", help=what)
+    what = (
+        'what the evaluation must show, such as "eval/loss < champion * 0.99 and eval/loss < 2.5"; a model without a '
+    )
+    what += "champion is the first one"
+    group.add_argument("--if", dest="gate", required=True, metavar="RULES", help=what)
+    _add_registry(group)
+
+
+def _add_registry(group: argparse._ActionsContainer) -> None:
+    what = "the MLflow server (default: track.mlflow.uri of the run, or the variable MLFLOW_TRACKING_URI)"
+    group.add_argument("--registry", metavar="URL", help=what)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="models:/NAME[@ALIAS]", help="the model in the registry (alias: champion)")
+    _add_registry(parser)
+
+
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"%(prog)s RUN [{' | '.join(CHECKPOINT_ACTIONS.values())}] [options]"
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
@@ -456,6 +479,9 @@ COMMANDS = {
     "hub check": Command(_add_hub_check, "say what published weights hold, and whether each tensor has its place"),
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     "models": Command(_add_models, "list the published models that a config can name"),
+    "model promote": Command(_add_model_promote, "evaluate a run, and put it in use in a registry if it passes a gate"),
+    "model rollback": Command(_add_model, "put the version in use that was before"),
+    "model show": Command(_add_model, "list the versions of a model in a registry, and which is in use"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),
     "runs sync": Command(
         _add_sync, "send MLflow what it lacks of a run: rows of metrics, and how it ended", "jaxinfra.cli.sync"

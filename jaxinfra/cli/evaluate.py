@@ -16,7 +16,7 @@ from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import open_language_model
 from jaxinfra.inference.sampler import Sampler
-from jaxinfra.inference.trained_params import load_params
+from jaxinfra.inference.trained_params import TrainedParams, load_params
 from jaxinfra.interop.folder import is_published
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.parallel.spec import Params
@@ -39,15 +39,25 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates in all processes; process 0 prints the metrics, and the baselines if the data has some."""
     if options.prints:
         outputs.check_writable(options.json)
+    result = evaluate(options)
+    if options.prints:
+        print_result(result)
+        outputs.write_json(options.json, result)
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what is written as JSON: the metrics, with the checkpoint and the data that they are of."""
     if options.tasks is None and (options.limit, options.num_fewshot, options.chat) != (None, None, False):
         fix = "name some with --tasks, or use train.eval_samples=100"
         raise ConfigError(f"--limit, --num-fewshot, --chat: are of tasks; {fix}")
     if not options.chat and (options.template, options.system) != (None, None):
         raise ConfigError("--template, --system: are of conversations; add --chat")
-    result = _validate(options) if options.tasks is None else _run_tasks(options)
-    if options.prints:
-        _print_tasks(result) if "tasks" in result else _print_validation(result)
-        outputs.write_json(options.json, result)
+    return _validate(options) if options.tasks is None else _run_tasks(options)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Prints the metrics as a table."""
+    _print_tasks(result) if "tasks" in result else _print_validation(result)
 
 
 def _validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,14 +69,14 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
         dataset = trainer.dataset
     trainer.require_equal_processes()
     with compile_cache(trainer.run.train.compile_cache):
-        step, fingerprint = _restore(trainer, options.run_dir)
+        loaded = _restore(trainer, options.run_dir)
         values = trainer.evaluate()
     found = {
         "samples": len(dataset.validation(trainer.run.train.eval_samples)),
         "validation": {name.removeprefix("eval/"): value for name, value in values.items()},
         "baselines": trainer.baselines,
     }
-    return _result(path, step, fingerprint, trainer.program, found) | {"data": dataset.fingerprint}
+    return _result(path, loaded, trainer.program, found) | {"data": dataset.fingerprint}
 
 
 def _run_tasks(options: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +94,7 @@ def _run_tasks(options: argparse.Namespace) -> dict[str, Any]:
     sampler, loaded = Sampler.load(options.run_dir, model, options.overrides)
     with compile_cache(model.run.train.compile_cache):
         found = tasks.run(sampler, limit=options.limit, render=by_template, system=options.system)
-    return _result(path, loaded.step, loaded.fingerprint, sampler.program, {"tasks": found})
+    return _result(path, loaded, sampler.program, {"tasks": found})
 
 
 def render(template: ChatTemplate, messages: Sequence[Message], continues: bool) -> str:
@@ -95,8 +105,8 @@ def render(template: ChatTemplate, messages: Sequence[Message], continues: bool)
         raise ConfigError(f"--chat: {error}; name another template with --template") from None
 
 
-def _restore(trainer: Trainer, source: str) -> tuple[int, str]:
-    """Restores the parameters onto the trainer's mesh; returns their step and the fingerprint of their config.
+def _restore(trainer: Trainer, source: str) -> TrainedParams:
+    """Restores the parameters onto the trainer's mesh.
 
     An objective with a reference gets that of the same checkpoint.
     """
@@ -108,7 +118,7 @@ def _restore(trainer: Trainer, source: str) -> tuple[int, str]:
         ema=None,  # the parameters are the averaged ones if the run keeps an average
         reference=_reference(trainer, source, loaded.step) if trainer.program.keeps_reference else None,
     )
-    return loaded.step, loaded.fingerprint
+    return loaded
 
 
 def _reference(trainer: Trainer, source: str, step: int) -> Params:
@@ -117,16 +127,17 @@ def _reference(trainer: Trainer, source: str, step: int) -> Params:
         return checkpoints.restore_params(step, program.kept(program.params), subtree="reference")
 
 
-def _result(path: str, step: int, fingerprint: str, program: Program, found: Mapping[str, Any]) -> dict[str, Any]:
+def _result(path: str, loaded: TrainedParams, program: Program, found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is printed and written as JSON."""
     return {
         "run": path,
-        "step": step,
+        "step": loaded.step,
         **found,
         "processes": jax.process_count(),
         "devices": jax.device_count(),
         "mesh": dict(program.mesh.shape),
-        "fingerprint": fingerprint,
+        "fingerprint": loaded.fingerprint,
+        "checkpoint": loaded.digest,
     }
 
 

@@ -165,6 +165,7 @@ def hold(
     round_number: int = 0,
     beat_s: float = BEAT_S,
     expiry_s: float = EXPIRY_S,
+    busy: str = "is training this run; wait for it, or use name=ANOTHER",
 ) -> Iterator[Lease]:
     """Takes the lease on a folder or URL within this context.
 
@@ -178,11 +179,12 @@ def hold(
             to go on without it.
         beat_s: seconds between two beats.
         expiry_s: seconds without a beat after which a lease ends.
+        busy: what the owner does, and what to do about it, for the message.
     """
     me = Owner.this_process(round_number)
     _held.add(me.id)
     try:
-        lease = _acquire(str(where), me, after=after, beat_s=beat_s, expiry_s=expiry_s)
+        lease = _acquire(str(where), me, after=after, beat_s=beat_s, expiry_s=expiry_s, busy=busy)
         try:
             yield lease
         finally:
@@ -203,7 +205,7 @@ def current_owner(where: str | Path) -> Owner | None:
     return owner if owner.state == "holds" or owner.age_s < EXPIRY_S else None
 
 
-def _acquire(where: str, me: Owner, *, after: int, beat_s: float, expiry_s: float) -> Lease:
+def _acquire(where: str, me: Owner, *, after: int, beat_s: float, expiry_s: float, busy: str) -> Lease:
     objects = shared_files(where, _FOLDER)
     seen: tuple[int, Owner] | None = None  # what this process has first seen, and when
     seen_s = time.monotonic()
@@ -219,7 +221,7 @@ def _acquire(where: str, me: Owner, *, after: int, beat_s: float, expiry_s: floa
             continue
         _, owner = newest
         if owner.state == "holds" or (seen is not None and newest != seen):
-            raise RunInUseError(f"{where}: {owner}, is training this run; wait for it, or use name=ANOTHER")
+            raise RunInUseError(f"{where}: {owner}, {busy}")
         if seen is None:
             seen, seen_s = newest, time.monotonic()
             _log.warning("%s: held by %s; waiting up to %.0f s for a sign of life", where, owner, expiry_s)

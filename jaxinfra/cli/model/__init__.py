@@ -1,0 +1,1 @@
+"""`python -m launch model ...`: versions of a model in a registry."""
