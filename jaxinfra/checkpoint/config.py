@@ -32,6 +32,7 @@ class CheckpointConfig:
         local: a folder on each host's own disk or in its memory, such as /dev/shm/jaxinfra, for copies of the state
             between two checkpoints; none for no copies.
         local_every: steps between two copies.
+        init_key: the public key, a PEM file, with which `init=hf:DIR` is verified before it is read.
     """
 
     save_every: PositiveInt | Literal["auto"] = 100
@@ -45,6 +46,7 @@ class CheckpointConfig:
     compress: bool = False
     local: NonEmptyStr | None = None
     local_every: PositiveInt = 10
+    init_key: NonEmptyStr | None = None
 
     def due_after(self, step: int) -> Literal["checkpoint", "copy"] | None:
         """Returns what is saved after a step, counted from 1; with `save_every=auto` only copies are (`Cadence`)."""

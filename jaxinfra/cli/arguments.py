@@ -297,6 +297,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_registry(parser)
 
 
+def _add_key(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    what = "verify the signature of the folder with this public key, which reads all files"
+    parser.add_argument("--key", metavar="FILE", required=required, help=what)
+
+
+def _add_model_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="DIR", help="a folder that hub export --sign has written")
+    _add_key(parser, required=True)
+
+
+def _add_model_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("location", metavar="LOCATION", help="what track.audit of the runs names, such as runs/audit")
+
+
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"%(prog)s RUN [{' | '.join(CHECKPOINT_ACTIONS.values())}] [options]"
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
@@ -318,6 +332,7 @@ def _add_hub_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=HUB_HELP)
     what = "also compare the files with the hashes of their export, which reads all of them"
     parser.add_argument("--hashes", action="store_true", help=what)
+    _add_key(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
 
 
@@ -338,6 +353,8 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", metavar="TYPE", help=what)
     what = "maximum size of a file of weights, such as 500MB or 2GiB; one tensor may be longer (default %(default)s)"
     parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE", help=what)
+    what = "sign the folder with this private key, a PEM file: its weights, receipt, lineage and list of packages"
+    parser.add_argument("--sign", metavar="FILE", help=what)
     _add_imports(parser)
     add_processes(parser)
 
@@ -481,6 +498,8 @@ COMMANDS = {
     "models": Command(_add_models, "list the published models that a config can name"),
     "model promote": Command(_add_model_promote, "evaluate a run, and put it in use in a registry if it passes a gate"),
     "model rollback": Command(_add_model, "put the version in use that was before"),
+    "model verify": Command(_add_model_verify, "compare every byte of a signed export, and say where it comes from"),
+    "model audit": Command(_add_model_audit, "list what was trained, promoted and exported, and check the record"),
     "model show": Command(_add_model, "list the versions of a model in a registry, and which is in use"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),
     "runs sync": Command(

@@ -98,6 +98,7 @@ class TrackConfig:
         wandb: Weights & Biases.
         mlflow: MLflow.
         prometheus: Prometheus.
+        audit: a folder or bucket prefix that records what is trained, promoted and exported, such as runs/audit.
         trackers: your own trackers, besides these.
         plan: a file of `plan --json`: after 100 steps a line says whether they are as planned, or what is off.
     """
@@ -110,6 +111,7 @@ class TrackConfig:
     wandb: Wandb = Wandb()
     mlflow: Mlflow = Mlflow()
     prometheus: Prometheus = Prometheus()
+    audit: NonEmptyStr | None = None
     trackers: tuple[TrackerConfig, ...] = ()
     plan: NonEmptyStr | None = None
 

@@ -17,6 +17,7 @@ from jaxinfra.config.text import format_value
 from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.packages import require_optional
 from jaxinfra.storage.credentials import mask_credentials
+from jaxinfra.track.audit import AuditTracker
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import Mlflow, TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
@@ -176,6 +177,8 @@ def make_trackers(
         trackers.append(mlflow_tracker(config.mlflow, run_dir, location or str(run_dir), announce=announce))
     if config.prometheus.port is not None:
         trackers.append(PrometheusTracker(config.prometheus, run_dir))
+    if config.audit is not None:
+        trackers.append(AuditTracker(config.audit, location or str(run_dir)))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, location or run_dir))

@@ -15,6 +15,7 @@ from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_publish
 from jaxinfra.interop.folder import PREFIX, ModelFolder
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
+from jaxinfra.registry import signing
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import print_table, stdout_console
 from jaxinfra.track.formatting import format_bytes, format_files, format_short
@@ -26,6 +27,9 @@ def run(options: argparse.Namespace) -> None:
     model = open_published(options.source) if peft is None else peft.base
     weights = model.check() if peft is None else peft.weights
     facts = _facts(model, weights) if peft is None else _adapter_facts(peft)
+    if options.key is not None:
+        signing.verify(options.source, options.key, option="--key")
+        facts["signature"] = f"of this folder, by the key of {options.key}"
     if options.hashes:
         facts["hashes"] = _check_hashes(model.folder if peft is None else peft.folder, weights)
     table = Table(Column(style="bold"), Column(overflow="fold"), box=None, show_header=False)

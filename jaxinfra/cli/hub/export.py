@@ -3,6 +3,7 @@
 import argparse
 import logging
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -23,7 +24,10 @@ from jaxinfra.interop.writing import check_destination
 from jaxinfra.machine.compile_cache import compile_cache
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
+from jaxinfra.registry import signing
 from jaxinfra.run import Run
+from jaxinfra.storage import audit
+from jaxinfra.storage.location import is_remote
 from jaxinfra.track.formatting import format_bytes, format_duration, format_files
 from jaxinfra.track.runs import parse_source, record_of
 
@@ -33,6 +37,10 @@ _log = logging.getLogger(__name__)
 def run(options: argparse.Namespace) -> None:
     """Writes the folder in all processes; process 0 prints what it has written."""
     source = _with_step(options.run_dir, options.step)
+    if options.sign is not None:
+        if is_remote(options.out) or is_published(source):
+            raise ConfigError("--sign: signs the export of a run in a folder on a disk; leave it out")
+        signing.check_key(Path(options.sign))
     check_destination(options.out)
     is_model = is_published(source) and open_peft(source) is None
     stored = open_published(source).stored_dtypes() if is_model else {}
@@ -89,6 +97,11 @@ def run(options: argparse.Namespace) -> None:
                 )
                 receipt = export_model(options.out, export, **writing)
     if options.prints:
+        record = {} if is_published(source) else read_record(record_of(parse_source(source)[0]))
+        if options.sign is not None:
+            signing.sign(Path(options.out), Path(options.sign), receipt, record)
+        if model.run.track.audit is not None:
+            audit.append(model.run.track.audit, "exported", options.out, **receipt)
         total = sum(entry["bytes"] for entry in receipt["files"].values())
         seconds = time.monotonic() - start_s
         written = f"{format_files(len(receipt['files']))}, {format_bytes(total)} in {format_duration(seconds)}"

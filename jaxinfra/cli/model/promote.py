@@ -17,6 +17,7 @@ from jaxinfra.interop.folder import is_published
 from jaxinfra.registry.gate import parse_policy, shortfalls
 from jaxinfra.registry.promotion import described, promote
 from jaxinfra.registry.versions import Registry, Version
+from jaxinfra.storage import audit
 from jaxinfra.storage.location import is_remote
 from jaxinfra.tasks.harness import is_standard_error
 from jaxinfra.track.runs import parse_source, record_of
@@ -29,7 +30,8 @@ def run(options: argparse.Namespace) -> None:
     rules = parse_policy(options.gate)
     location, _ = parse_source(options.run_dir)
     record = read_record(record_of(location))
-    registry = open_registry(options.registry, options.to, record)
+    track = (record.get("config") or {}).get("track") or {}
+    registry = open_registry(options.registry, options.to, track)
     registry.champion()  # it answers
     result = evaluate(options)
     if not options.prints:
@@ -45,6 +47,11 @@ def run(options: argparse.Namespace) -> None:
     shortfalls(rules, candidate.metrics, None)  # a metric that is not there, before the registry is asked
     found = promote(registry, candidate, rules, f"{place.rpartition('/')[0]}/registry/{registry.model}")
     print(f"{registry.target}: {described(found)}")
+    if where := track.get("audit"):
+        entry = audit.append(
+            where, "promoted", registry.target, version=found.number, **candidate.tags(), gate=options.gate
+        )
+        print(f"{where}: entry {entry.number}, {entry.digest}")
     if found.replaced:
         back = command_line(
             "model", "rollback", registry.target, *(["--registry", options.registry] * bool(options.registry))
@@ -52,9 +59,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"it was version {found.replaced}; go back with {back}")
 
 
-def open_registry(uri: str | None, target: str, record: Mapping[str, Any] | None = None) -> Registry:
+def open_registry(uri: str | None, target: str, track: Mapping[str, Any] | None = None) -> Registry:
     """Returns the model of a registry: that of the option, of the run's tracker, or of MLflow's own variables."""
-    of_run = (((record or {}).get("config") or {}).get("track") or {}).get("mlflow") or {}
+    of_run = (track or {}).get("mlflow") or {}
     found = uri or of_run.get("uri") or os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI")
     if not found:
         fix = "add --registry http://HOST:5000, or set MLFLOW_TRACKING_URI"
