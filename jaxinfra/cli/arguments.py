@@ -307,6 +307,20 @@ def _add_model_verify(parser: argparse.ArgumentParser) -> None:
     _add_key(parser, required=True)
 
 
+def _add_model_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=f"{CHECKPOINT_HELP}; or the folder of an export, as in hf:DIR")
+    parser.add_argument("--engine", default="transformers", metavar="PROGRAM", help="the program (default %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address that answers (default %(default)s)")
+    add_int(parser, "--port", 1, default=8000, metavar="N", help="its port (default %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="keep the export in this new folder")
+    parser.add_argument("--merge", action="store_true", help="of a run with an adapter: serve the model with it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the export")
+    what = "the text that the engine and sample both continue (default %(default)s)"
+    parser.add_argument("--prompt", default="The", metavar="TEXT", help=what)
+    what = "seconds to wait until the engine answers (default %(default)s)"
+    add_int(parser, "--timeout", 1, default=600, metavar="S", help=what)
+
+
 def _add_model_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("location", metavar="LOCATION", help="what track.audit of the runs names, such as runs/audit")
 
@@ -499,6 +513,7 @@ COMMANDS = {
     "model promote": Command(_add_model_promote, "evaluate a run, and put it in use in a registry if it passes a gate"),
     "model rollback": Command(_add_model, "put the version in use that was before"),
     "model verify": Command(_add_model_verify, "compare every byte of a signed export, and say where it comes from"),
+    "model serve": Command(_add_model_serve, "start an engine on a run, which answers as OpenAI's API does"),
     "model audit": Command(_add_model_audit, "list what was trained, promoted and exported, and check the record"),
     "model show": Command(_add_model, "list the versions of a model in a registry, and which is in use"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),

@@ -20,6 +20,8 @@ ZONE = "us-east5-b"
 STEPS = 4000  # more than a life has time for: the user stops it
 PLACES = {"tpu-vm": ("--create", "v6e-16"), "gce": ("--create", "v6e:4x4")}  # four hosts each
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+CALM = {"JAXINFRA_FAIL": "step:*:*:sleep=0.2"}
+"""A step waits: else the cores are busy with training while the cloud and who watches it have their turn."""
 SHARED = {  # what hosts install lies on their shared disk: on two cores, four would unpack it for a minute
     "UV_CACHE_DIR": "/shared/uv",
     "UV_LINK_MODE": "symlink",
@@ -129,7 +131,7 @@ class Life:
             self.name,
         ]
         words += ["--devices", "cpu:1", "--secret", "AWS_SECRET_ACCESS_KEY", *options]
-        told = {**self.world.told, **QUICK, **SHARED}
+        told = {**self.world.told, **QUICK, **CALM, **SHARED}
         return [*words, *(word for each in told.items() for word in ("--env", "=".join(each)))]
 
     @property

@@ -9,7 +9,7 @@ from kubernetes import client, config
 
 from tests.cloud.hosts import Hosts
 from tests.cloud.laptop import power_off, until
-from tests.cloud.test_life import QUICK, World
+from tests.cloud.test_life import CALM, QUICK, World
 from tests.cluster.server import Cluster
 from tests.servers.fixtures import Server
 
@@ -50,7 +50,7 @@ def test_life(world: World, tmp_path: Path) -> None:
 
         words = ["life.py", "name=on-cluster", "--place", "k8s", "--accelerator", "cpu:2", "--heartbeat-timeout", "10"]
         words += ["--image", IMAGE, "--queue", "team", "--secret", "AWS_SECRET_ACCESS_KEY", "--devices", "cpu:1"]
-        told = {**world.told, **QUICK}
+        told = {**world.told, **QUICK, **CALM}
         process = laptop.start(*words, *(word for each in told.items() for word in ("--env", "=".join(each))), log=log)
         try:
             until(lambda: says("waits in queue team"), "waiting", process, log)
