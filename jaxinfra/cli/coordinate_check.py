@@ -43,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
     run, steps = config_argument.load_config(options).run, options.steps
     if not hasattr(run.model, "hidden_size"):
         raise ConfigError(f"model={type(run.model).__name__}: has no field hidden_size, its width; name another model")
+    if run.adapter is not None or (run.init or "").startswith("hf:"):
+        raise ConfigError(f"{run.name}: has published weights, of one width; check a config that trains from the start")
     optim = replace(run.optim, schedule=Constant())  # others may begin with small steps
     train = replace(run.train, steps=steps, accumulate=1, canonical=None)
     run = replace(run, mesh=MeshConfig(fsdp=1), optim=optim, train=train)

@@ -47,11 +47,12 @@ def run(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Returns what is written as JSON: the metrics, with the checkpoint and the data that they are of."""
-    if options.tasks is None and (options.limit, options.num_fewshot, options.chat) != (None, None, False):
-        fix = "name some with --tasks, or use train.eval_samples=100"
-        raise ConfigError(f"--limit, --num-fewshot, --chat: are of tasks; {fix}")
-    if not options.chat and (options.template, options.system) != (None, None):
-        raise ConfigError("--template, --system: are of conversations; add --chat")
+    of_tasks = {"--limit": options.limit, "--num-fewshot": options.num_fewshot, "--chat": options.chat or None}
+    of_chat = {"--template": options.template, "--system": options.system}
+    if options.tasks is None and (given := [name for name, value in of_tasks.items() if value is not None]):
+        raise ConfigError(f"{', '.join(given)}: of tasks; name some with --tasks, or use train.eval_samples=100")
+    if not options.chat and (given := [name for name, value in of_chat.items() if value is not None]):
+        raise ConfigError(f"{', '.join(given)}: of conversations; add --chat")
     return _validate(options) if options.tasks is None else _run_tasks(options)
 
 

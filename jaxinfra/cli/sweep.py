@@ -41,8 +41,14 @@ def run(options: argparse.Namespace) -> None:
         name: file.with_overrides([*others, *map("=".join, point.items()), f"name={name}", f"root={location}"])
         for name, point in values.items()
     }
-    for each in runs.values():
+    trainers = {}
+    for name, each in runs.items():
         validate(with_mesh_size(each.run, devices))
+        command = ["python", "-m", "launch", *options.argv]
+        prepare = config_argument.prepare_command(options, each.run)
+        trainer = Trainer(each, command=command, prepare_command=prepare, accept_change=options.accept_change)
+        _ = trainer.program, trainer.dataset  # what is wrong with one of them is said before the first begins
+        trainers[name] = trainer
     sweep = Sweep(axes=[[*axis[0]] for axis in axes], values=values, errors={})
     if peers.index == 0 and (before := read_sweep(location)) is not None and before.axes == sweep.axes:
         sweep = replace(before, values={**before.values, **values})  # also shows earlier runs with other values
@@ -57,11 +63,8 @@ def run(options: argparse.Namespace) -> None:
             continue
         if options.prints:
             print(f"run {number} of {len(runs)}: {name}", flush=True)
-        command = ["python", "-m", "launch", *options.argv]
-        prepare = config_argument.prepare_command(options, loaded.run)
-        trainer = Trainer(loaded, command=command, prepare_command=prepare, accept_change=options.accept_change)
         try:
-            trainer.train()
+            trainers.pop(name).train()  # whose state would stay on the devices
         except NonFiniteError as error:
             sweep = replace(sweep, errors={**sweep.errors, name: str(error)})
             if options.prints:

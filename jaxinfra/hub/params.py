@@ -91,9 +91,10 @@ def _require_same(config: object, model: PublishedModel, source: str) -> None:
     there = replace(model.config, mtp=None) if own.mtp is None else model.config
     if differing := differences(own, there):
         path, ours, theirs = differing[0].path, differing[0].left, differing[0].right
+        base = source if (peft := open_peft(source)) is None else peft.source
         raise ConfigError(
             f"init={source}: model.{path} is {format_value(ours)}, there it is {format_value(theirs)}; "
-            f'use the model of the folder: model=published("{source}"), from jaxinfra.hub'
+            f'use the model of the folder: model=published("{base}"), from jaxinfra.hub'
         )
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxinfra.config.text import nearest
-from jaxinfra.errors import ConfigError, quoted
+from jaxinfra.errors import ConfigError, StorageError, quoted
 from jaxinfra.hub.adapter import CONFIG, STEM, layouts
 from jaxinfra.hub.published_model import SMALL_FILES, TOKENIZER, PublishedModel, open_published, param_specs
 from jaxinfra.interop.config_json import CONFIG as MODEL
@@ -134,7 +134,10 @@ def open_peft(source: str) -> PeftAdapter | None:
     base = f"{PREFIX}{keys.get('base_model_name_or_path')}"
     if (revision := keys.get("revision")) is not None and not Path(base.removeprefix(PREFIX)).exists():
         base = f"{base}@{revision}"
-    model = open_published(base)
+    try:
+        model = open_published(base)
+    except (ConfigError, StorageError) as error:
+        raise type(error)(f"{where}: base_model_name_or_path: {error}") from None
     # What the adapter's own folder says of texts comes first, as PEFT keeps it there.
     model = replace(model, folder=OverlaidFolder(model.folder, folder, (*SMALL_FILES, TOKENIZER)))
     weights = Weights(folder, f"{STEM}.safetensors")

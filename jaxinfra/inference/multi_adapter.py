@@ -24,6 +24,7 @@ from jaxinfra.parallel.spec import Params, ParamSpec, leaves_by_name, merge_tree
 from jaxinfra.processes.devices import all_devices
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.program import Program
+from jaxinfra.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,11 @@ def load_adapters(
         raise ConfigError(f"--adapter {sources[-1]}: has no adapter; name a run that has trained one, or a PEFT folder")
     for source, run in zip(sources, runs, strict=True):
         _check_adapter(source, run.adapter)
+        if (ours := _quantized(run)) != (theirs := _quantized(runs[first])):
+            raise ConfigError(
+                f"{source}: has weights in {ours or 'full precision'}, {sources[first]} in {theirs or 'full precision'}; "
+                "one batch has one base: sample with each of them alone"
+            )
         if differing := differences(require_text(run)[0], require_text(runs[first])[0]):
             path, one, other = differing[0].path, differing[0].left, differing[0].right
             raise ConfigError(
@@ -87,6 +93,12 @@ def load_adapters(
                 "name adapters of one base, trained with the same precision"
             )
     return _joined(models[first], program, base, [run.adapter for run in runs], adapters)
+
+
+def _quantized(run: Run) -> str:
+    """Returns the format of a run's frozen weights, "" if they are not quantized."""
+    frozen = run.precision.frozen
+    return frozen if run.adapter is not None and frozen in ("int8", "nf4") else ""
 
 
 def _check_adapter(source: str, adapter: Lora | None) -> None:

@@ -181,6 +181,12 @@ def no_run_error(path: str | Path) -> ConfigError:
     if not is_remote(path) and any(Path(path).glob(_STEPS)):
         fix = "it has checkpoints: start the command of the run again, which writes it anew"
         return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")
+    if not is_remote(path) and any(Path(path, name).exists() for name in ("config.json", "adapter_config.json")):
+        return ConfigError(f"{path}: is no run, but a published model or adapter; use hf:{path}")
+    if not is_remote(path) and Path(path, "sweep.json").exists():
+        found = sorted(each.parent.name for each in Path(path).glob(f"*/{RECORD_FILE}"))
+        fix = f"name one of them, such as {Path(path, found[0])}" if found else "it has none yet"
+        return ConfigError(f"{path}: is a sweep of several runs; {fix}")
     similar = [] if is_remote(path) else runs_of_config(Path(path))
     fix = f"did you mean {similar[0]}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")

@@ -63,8 +63,11 @@ def _canonical_costs(shards: VirtualShards, params: Any, gradients: Any) -> RunS
     }
 
 
-def run_statistics(program: Program, train_units: int | None = None) -> RunStatistics:
-    """Computes the statistics; `train_units` is the number of tokens or images in the training data, if known."""
+def run_statistics(program: Program, train_units: int | None = None, train_rows: int | None = None) -> RunStatistics:
+    """Computes the statistics.
+
+    `train_units` is the number of tokens or images in the training data, `train_rows` that of its rows, if known.
+    """
     run, state, batch = program.run, program.state, program.run.train.global_batch
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     modality, units = run.data.modality, units_per_step(program) * run.train.steps
@@ -105,6 +108,9 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
             numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)
     if isinstance(program.engine, PipelineEngine):
         numbers |= schedule_summary(run.pipeline.make_schedule(program.partitioner.mesh.stage, run.train.accumulate))
-    if train_units is not None:
+    if train_rows is not None and getattr(run.data, "packing", "concat") != "concat":  # rows have padding
+        note = f"of {train_rows:,} rows with {train_units:,} {modality}s"
+        numbers["epochs"] = (run.train.steps * batch / train_rows, note)
+    elif train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")
     return numbers

@@ -231,7 +231,8 @@ class Training:
     def __init__(self, job: Job, opened: Opened, trackers: MultiTracker, newest_step: int) -> None:
         self._job, self._opened, self._trackers = job, opened, trackers
         self._saving, self._numerics, self._phases = opened.saving, opened.numerics, opened.watch.phases
-        owned, statistics = opened.saving.owned, run_statistics(job.program, job.data.dataset.train_units)
+        dataset, owned = job.data.dataset, opened.saving.owned
+        statistics = run_statistics(job.program, dataset.train_units, len(dataset.train))
         with self._phases("restore" if newest_step or job.run.init else "init"):
             restored, init_source = self._restore_or_init(newest_step)
         fill_references(job, init_source, self._phases, restored.state.params if restored.step == 0 else None)
