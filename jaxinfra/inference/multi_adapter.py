@@ -68,8 +68,8 @@ def load_adapters(
         _check_adapter(source, run.adapter)
         if (ours := _quantized(run)) != (theirs := _quantized(runs[first])):
             raise ConfigError(
-                f"{source}: has weights in {ours or 'full precision'}, {sources[first]} in {theirs or 'full precision'}; "
-                "one batch has one base: sample with each of them alone"
+                f"{source}: has weights in {ours or 'full precision'}, {sources[first]} in "
+                f"{theirs or 'full precision'}; one batch has one base: sample with each of them alone"
             )
         if differing := differences(require_text(run)[0], require_text(runs[first])[0]):
             path, one, other = differing[0].path, differing[0].left, differing[0].right
