@@ -69,6 +69,8 @@ class CheckpointManager(ClosedOnExit):
         self._gather = gather
         self._saving_step: int | None = None  # the step that is being written in the background
         self._saved_step: int | None = None  # the last one; other hosts may see its directory later
+        self.complete_step: int | None = None
+        """The last one that this process has waited for, and that is complete."""
         if self._is_remote:
             bucket = BucketSteps(self.directory)
             self._store: StepStore = bucket
@@ -200,6 +202,8 @@ class CheckpointManager(ClosedOnExit):
         step, self._saving_step = self._saving_step, None
         with self._saving(step):
             self._saver.wait_until_finished()
+        if step is not None:
+            self.complete_step = step
 
     @override
     def close(self) -> None:

@@ -10,7 +10,17 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import print_table, stdout_console, titled_table
 from jaxinfra.track.formatting import format_counts, format_duration, format_number, format_percent
-from jaxinfra.track.goodput import CLASSES, GOODPUT_FILE, Goodput, Model, account, model, read_ledger, total
+from jaxinfra.track.goodput import (
+    CLASSES,
+    GOODPUT_FILE,
+    Goodput,
+    Model,
+    account,
+    energy_line,
+    model,
+    read_ledger,
+    total,
+)
 from jaxinfra.track.runs import local_files
 
 
@@ -42,6 +52,8 @@ def _values(run: Goodput, expected: Model | None) -> dict[str, Any]:
     values = {"attempts": run.attempts, "wall_s": run.wall_s, "goodput": run.fraction, "seconds": dict(run.seconds)}
     values["stops"] = [{"step": step, "reason": reason} for step, reason in run.stops]
     values["processes"] = [*run.processes]
+    if run.joules is not None:
+        values |= {"joules": run.joules, "planned_joules": run.planned_joules}
     return values if expected is None else values | {"model": asdict(expected)}
 
 
@@ -58,6 +70,8 @@ def _print(name: str, run: Goodput) -> None:
         print(f"processes of the starts: {format_counts(run.processes)}")
     for step, reason in run.stops:
         print(f"one start stopped after step {step} by {reason}")
+    if line := energy_line(run):
+        print(line)
     print(f"goodput {format_percent(run.fraction)}: time of steps that were not lost, of the whole\n")
 
 

@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{override}: {error}\n")
             else:
                 print("\n".join(plan_search.format_difference(plan, other, override)), end="\n\n")
-        rows.append(_values(plan) | {"cost": cost and asdict(cost)} | plan_search.layout_rows(results))
+        values = _values(plan, topology.chip.watts) | {"cost": cost and asdict(cost)}
+        rows.append(values | plan_search.layout_rows(results))
     if not rows:
         raise ConfigError(f"--on {' --on '.join(options.on)}: the step fits none of them; see the lines above")
     if len(rows) > 1:
@@ -168,9 +169,9 @@ def _losses(options: argparse.Namespace) -> Losses | None:
     )
 
 
-def _values(plan: StepPlan) -> dict[str, Any]:
+def _values(plan: StepPlan, watts: float | None) -> dict[str, Any]:
     derived = {"mfu": plan.mfu, "units_per_s": plan.units_per_s, "binds": plan.binds, "parts": plan.parts}
-    return asdict(plan) | derived
+    return asdict(plan) | derived | {"joules": watts and watts * plan.devices * plan.estimate_s}
 
 
 def format_plan(plan: StepPlan, host_mb_s: float | None = None) -> Iterator[str]:

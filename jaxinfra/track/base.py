@@ -42,6 +42,9 @@ class Tracker:
     def log_save(self, step: int) -> None:
         """Is called when a checkpoint of the state after `step` is being written."""
 
+    def log_saved(self, step: int) -> None:
+        """Is called once a checkpoint is known to be complete: at the latest when the next one is due."""
+
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Receives the final values of the run; called at most once, before `close`."""
 

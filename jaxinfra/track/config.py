@@ -100,6 +100,7 @@ class TrackConfig:
         prometheus: Prometheus.
         audit: a folder or bucket prefix that records what is trained, promoted and exported, such as runs/audit.
         trackers: your own trackers, besides these.
+        energy: "nvml" measures the energy of the NVIDIA GPUs that the run uses; None measures nothing.
         plan: a file of `plan --json`: after 100 steps a line says whether they are as planned, or what is off.
     """
 
@@ -113,6 +114,7 @@ class TrackConfig:
     prometheus: Prometheus = Prometheus()
     audit: NonEmptyStr | None = None
     trackers: tuple[TrackerConfig, ...] = ()
+    energy: Literal["nvml"] | None = None
     plan: NonEmptyStr | None = None
 
     def due(self, completed_steps: int, total_steps: int) -> bool:

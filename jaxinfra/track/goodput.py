@@ -5,8 +5,9 @@ The ledger has a row at each log interval, after each save and evaluation, and a
 ...}}`. All numbers count from the start of the attempt, which is that of its process; `step` is the last completed
 step, `from` the one that it goes on after, and `resumes` counts how often it did: a run may go back without a restart.
 The first row of an attempt also has `start`, in seconds since 1970, the only time of a clock that may be changed, and
-the number of `processes`. The row after a request to stop has its reason, `stopped`, such as "SIGTERM" or the notice of
-a cloud. A kill loses what came after the last row: that counts as down.
+the number of `processes`. If the energy of the devices is measured, rows have `joules`, and the first one may have
+`planned_joules`, those of a step. The row after a request to stop has its reason, `stopped`, such as "SIGTERM" or the
+notice of a cloud. A kill loses what came after the last row: that counts as down.
 """
 
 import math
@@ -18,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines
+from jaxinfra.track.formatting import format_number
 
 GOODPUT_FILE = "goodput.jsonl"
 CLASSES = {
@@ -60,6 +62,8 @@ class Attempt:
     rows: Sequence[Row]
     stopped: str | None = None  # why it was asked to stop; None if it was not
     processes: int | None = None  # their number; None in the ledger of an earlier version
+    joules: float | None = None  # that all devices have used; None if they were not measured
+    planned_joules: float | None = None  # of them for its steps, as planned
 
     @property
     def from_step(self) -> int | None:
@@ -89,6 +93,8 @@ class Goodput:
     stalls_s: Sequence[float] = ()  # how long each save has blocked the training
     save_intervals_s: Sequence[float] = ()  # training time between two saves
     restarts_s: Sequence[float] = ()  # from the end of one, or the start of the only one, to a first step
+    joules: float | None = None  # that all devices have used; None if they were not measured
+    planned_joules: float | None = None  # what the steps of the attempts should use of it, also of those that are lost
 
     @property
     def wall_s(self) -> float:
@@ -124,7 +130,15 @@ def _attempt(lines: Sequence[Mapping[str, Any]]) -> Attempt:
         for line in lines
     ]
     stopped = next((line["stopped"] for line in lines if "stopped" in line), None)
-    return Attempt(start_s=lines[0]["start"], rows=rows, stopped=stopped, processes=lines[0].get("processes"))
+    planned, steps = lines[0].get("planned_joules"), rows[-1].step - (from_step or 0)
+    return Attempt(
+        start_s=lines[0]["start"],
+        rows=rows,
+        stopped=stopped,
+        processes=lines[0].get("processes"),
+        joules=max((line["joules"] for line in lines if "joules" in line), default=None),
+        planned_joules=None if planned is None else planned * max(0, steps),
+    )
 
 
 def ledger_row(row: Any) -> dict[str, Any] | None:
@@ -136,9 +150,11 @@ def ledger_row(row: Any) -> dict[str, Any] | None:
     counts += [] if from_step is None else [from_step]
     counts += [row["processes"]] if "processes" in row else []
     times_s = [row.get("t"), row.get("start", 0.0), *row["seconds"].values()]
+    joules = [row.get("joules", 0.0), row.get("planned_joules", 0.0)]
     is_right = (
         all(is_integer(each) and each >= 0 for each in counts)
         and all(is_number(each) and 0 <= each < _LONGEST_S for each in times_s)
+        and all(is_number(each) and 0 <= each < math.inf for each in joules)
         and isinstance(row.get("stopped", ""), str)
     )
     return row if is_right else None
@@ -177,6 +193,7 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
         if at_step is not None and (number > 0 or len(attempts) == 1):
             restarts_s.append(down_s + sum(at_step.get(name, 0.0) for name in ("init", "restore", "compile")))
     processes = [attempt.processes for attempt in attempts]
+    joules, planned_joules = _energy(attempts)
     totals = {name: sum(each.seconds.get(name, 0.0) for each in intervals) for name in CLASSES}
     return Goodput(
         attempts=len(attempts),
@@ -188,6 +205,8 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
         stalls_s=stalls_s,
         save_intervals_s=save_intervals_s,
         restarts_s=restarts_s,
+        joules=joules,
+        planned_joules=planned_joules,
     )
 
 
@@ -228,13 +247,33 @@ def _saves(attempt: Attempt) -> tuple[list[float], list[float]]:
 def total(runs: Sequence[Goodput]) -> Goodput:
     """Returns the sum over runs, without a time line."""
     names = [name for name in CLASSES if any(name in run.seconds for run in runs)]
+    joules, planned_joules = _energy(runs)
     return Goodput(
         attempts=sum(run.attempts for run in runs),
         seconds={name: sum(run.seconds.get(name, 0.0) for run in runs) for name in names},
         stalls_s=[each for run in runs for each in run.stalls_s],
         save_intervals_s=[each for run in runs for each in run.save_intervals_s],
         restarts_s=[each for run in runs for each in run.restarts_s],
+        joules=joules,
+        planned_joules=planned_joules,
     )
+
+
+def _energy(parts: Sequence[Attempt | Goodput]) -> tuple[float | None, float | None]:
+    """Returns the joules of the parts that were measured, and those that a plan has for all of these."""
+    measured = [part for part in parts if part.joules is not None]
+    planned = [part.planned_joules for part in measured if part.planned_joules is not None]
+    joules = sum(part.joules or 0.0 for part in measured) if measured else None
+    return joules, sum(planned) if measured and len(planned) == len(measured) else None
+
+
+def energy_line(run: Goodput) -> str:
+    """Returns the energy of a run beside that of its plan; nothing if it was not measured."""
+    if run.joules is None:
+        return ""
+    kwh, planned = (format_number((each or 0.0) / 3.6e6) for each in (run.joules, run.planned_joules))
+    beside = "" if run.planned_joules is None else f", planned {planned} kWh for its steps"
+    return f"energy of the devices {kwh} kWh{beside}"
 
 
 @dataclass(frozen=True, kw_only=True)

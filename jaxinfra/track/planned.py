@@ -18,7 +18,7 @@ from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.machine.chips import chip_name
 from jaxinfra.storage import outputs
 from jaxinfra.storage.json_lines import is_number, read_json_lines
-from jaxinfra.track.formatting import format_bytes, format_percent, format_step
+from jaxinfra.track.formatting import format_bytes, format_number, format_percent, format_step
 from jaxinfra.track.goodput import GOODPUT_FILE, ledger_row
 from jaxinfra.track.jsonl import METRICS_FILE, read_metrics
 
@@ -49,6 +49,7 @@ class Terms:
         device_slowdown: how many times as long as those of the others the slowest devices of a process take.
         slowest_devices: the number of that process.
         compiles: programs that are compiled in each step.
+        joules: that all devices use in a step, with the pauses between steps.
         memory_bytes: of a device, or of the first process where devices do not tell.
         is_device_memory: whether it is of a device.
         saves_per_step: saves, of copies too, that are begun in a step.
@@ -67,6 +68,7 @@ class Terms:
     device_slowdown: float = 1.0
     slowest_devices: int | None = None
     compiles: float = 0.0
+    joules: float | None = None
     memory_bytes: float | None = None
     is_device_memory: bool = True
     saves_per_step: float = 0.0
@@ -121,6 +123,7 @@ def measure(folder: Path) -> Terms | None:
         device_slowdown=slowdown,
         slowest_devices=slowest_devices,
         compiles=compiles / steps,
+        joules=None if "joules" not in first else (last["joules"] - first["joules"]) / steps,
         memory_bytes=max(peaks or (row["rss_bytes"] for row in logged if "rss_bytes" in row), default=None),
         is_device_memory=bool(peaks),
         saves_per_step=saves / steps,
@@ -191,6 +194,8 @@ def verdict(found: Terms, plan: Terms) -> str:
         planned_s += plan.save_s * found.saves_per_step
     saves = " with its part of the saves" if plan.save_s is not None and found.saves_per_step else ""
     both = f"a step takes {format_step(takes_s)}{saves}, planned {format_step(planned_s)} ({plan.source})"
+    if found.joules is not None and plan.joules is not None:
+        both += f", with {format_number(found.joules)} J, planned {format_number(plan.joules)} J"
     memory = ""
     if _needs_more(found, plan):
         needed, planned = (format_bytes(each.memory_bytes or 0.0) for each in (found, plan))

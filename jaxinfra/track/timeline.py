@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxinfra.track.formatting import format_counts, format_duration, format_number, format_percent
-from jaxinfra.track.goodput import CLASSES, Goodput
+from jaxinfra.track.goodput import CLASSES, Goodput, energy_line
 
 COLUMNS, HEIGHT = 120, 100
 """Number of columns, each one unit wide, and their height."""
@@ -33,6 +33,7 @@ class Timeline:
     end: str  # the time at the right end, in words
     text: str  # what the picture shows, in words
     rows: Sequence[tuple[str, str, str]]  # of the table: class, seconds, share
+    energy: str  # in words; "" if it was not measured
 
 
 def timeline(run: Goodput) -> Timeline:
@@ -63,6 +64,7 @@ def timeline(run: Goodput) -> Timeline:
         end=format_duration(run.wall_s),
         text=f"{format_duration(run.wall_s)} in {starts}, goodput {format_percent(run.fraction)}: {listed}",
         rows=rows,
+        energy=energy_line(run),
     )
 
 

@@ -62,6 +62,10 @@ class MultiTracker(Tracker):
         self._each(lambda tracker: tracker.log_save(step))
 
     @override
+    def log_saved(self, step: int) -> None:
+        self._each(lambda tracker: tracker.log_saved(step))
+
+    @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._check()
         self._each(lambda tracker: tracker.log_summary(values))

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxinfra.errors import StorageError
@@ -27,7 +28,7 @@ class Ledger:
     """Appends the state of `phases` to a file; a kill loses at most what came after the last row.
 
     Writes nothing before `open` and after `close`. A full disk does not end the run: rows wait in memory, and the first
-    failure is reported.
+    failure is reported. `joules` returns the energy that all devices have used since the start, if that is measured.
     """
 
     def __init__(self, phases: Phases) -> None:
@@ -35,15 +36,16 @@ class Ledger:
         self._attempt, self._saves, self._failed = 0, 0, False
         self._written_s = math.inf  # the watchdog calls `beat`, which writes no row before the first one
         self._file: Appender | None = None
+        self.joules: Callable[[], float | None] = lambda: None
 
-    def open(self, path: Path, processes: int) -> None:
-        """Opens the file and writes the first row; raises StorageError if that fails."""
+    def open(self, path: Path, processes: int, **more: object) -> None:
+        """Opens the file and writes the first row, with the fields `more`; raises StorageError if that fails."""
         with storage_errors(path):
             rows = truncate_json_lines(path, ledger_row, lambda row: True)
             self._attempt = max((row["attempt"] for row in rows), default=0) + 1
             self._file = Appender(path)
         start_s = time.time() - (time.monotonic() - self._phases.start_s)
-        self.write(start=start_s, host=socket.gethostname(), pid=os.getpid(), processes=processes)
+        self.write(start=start_s, host=socket.gethostname(), pid=os.getpid(), processes=processes, **more)
         self._phases.on_leave = self._left
 
     def write(self, **more: object) -> None:
@@ -66,6 +68,8 @@ class Ledger:
                 "compiles": compiles.count(),
                 "seconds": seconds,
             }
+            if (joules := self.joules()) is not None:
+                row["joules"] = round(joules, 1)
             try:
                 self._file.append(json.dumps(row | more).encode() + b"\n")
             except OSError as error:

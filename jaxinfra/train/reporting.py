@@ -83,6 +83,7 @@ class Reporting:
     def _log(self, step: int, metrics: Metrics) -> None:
         values = self._numerics.require_finite(step, metrics)
         values.pop("skipped", None)  # the interval counts them
+        self._watch.energy.tell()
         values |= self.interval.read(waited_s=self.data_wait_s, peak_flops=self._peak_flops)
         self._watch.ledger.write()
         values |= process_metrics() | device_memory() | self.stragglers.metrics | self._skipped(step)

@@ -39,6 +39,7 @@ from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.due import Due, Save
 from jaxinfra.train.duration import keep_step_time, time_statistic
+from jaxinfra.train.energy import Energy
 from jaxinfra.train.evaluation import evaluate, evaluated_params
 from jaxinfra.train.guard import Rewind
 from jaxinfra.train.job import Job
@@ -98,7 +99,8 @@ def train(job: Job) -> Ended:
     profiler = Profiler(run.profile, run_dir.path / "profile", is_active=job.is_main)
     with (
         RunSignals(peers, profile=profiler.request) as requests,
-        Watch(run.watchdog, run_dir, peers) as watch,
+        Energy(run.track, peers) as energy,
+        Watch(run.watchdog, run_dir, peers, energy) as watch,
         maintenance.listen(os.environ, lambda notice: peers.request("stop", notice)),
         profiler,
         compile_cache(run.train.compile_cache, exact_lines=run.profile.at is not None),
@@ -120,7 +122,10 @@ def train(job: Job) -> Ended:
         if job.is_main:
             saving.check_space()
             before_owned_ends.callback(watch.ledger.close)
-            watch.ledger.open(run_dir.path / GOODPUT_FILE, peers.count)
+            planned = {}
+            if plan is not None and plan.joules is not None and plan.devices == job.program.mesh.size:
+                planned["planned_joules"] = plan.joules
+            watch.ledger.open(run_dir.path / GOODPUT_FILE, peers.count, **planned)
         peak = peers.broadcast(find_peak(run_dir, run.precision.compute) if job.is_main else None)
         before = peers.broadcast(run_dir.existing_record() if job.is_main else None)
         numerics = Numerics(job.program, watch.phases)
@@ -239,6 +244,7 @@ class Training:
         step = restored.step
         self._phases.resume(step)
         self._is_evaluated = not lacks_evaluation(job, step, restored.record)
+        self._complete_step = opened.saving.checkpoints.complete_step  # of the save that the trackers know
         self._eval_metrics: Mapping[str, float] = {}
         self._eval_step = -1  # completed steps at the last evaluation
         started = start_record(job, opened.numerics.decisions, opened.peak, statistics, opened.changes)
@@ -320,6 +326,7 @@ class Training:
             with self._phases("save"):
                 self._save(None, "asked")  # before the prefetcher is closed: a read of it may hang
                 self._saving.checkpoints.wait_until_finished()
+                self._tell_saved()
                 self._saving.forget_copies()
             stages_s = {**self._batches.stage_times_s, "transfer": on_devices.transfer_time.total_s}
         if (warning := input_bound_warning(wait_s, total_s, stages_s)) is not None:
@@ -377,7 +384,15 @@ class Training:
         saved = self._saving.save(step, state, record, what, metrics=new)
         if saved:
             self._trackers.log_save(step)
+        self._tell_saved()
         return saved
+
+    def _tell_saved(self) -> None:
+        """Tells the trackers of a checkpoint that is complete, if there is a new one."""
+        complete_step = self._saving.checkpoints.complete_step
+        if complete_step is not None and complete_step != self._complete_step:
+            self._complete_step = complete_step
+            self._trackers.log_saved(complete_step)
 
     def _leaves(self) -> str | None:
         """Returns why the training leaves after this checkpoint, in all processes alike; None if it goes on."""

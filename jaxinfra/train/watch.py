@@ -10,6 +10,7 @@ from jaxinfra.machine.stacks import StackFiles
 from jaxinfra.processes.config import WatchdogConfig
 from jaxinfra.processes.peers import Peers
 from jaxinfra.run_dir import RunDirectory
+from jaxinfra.train.energy import Energy
 from jaxinfra.train.ledger import Ledger
 from jaxinfra.train.phases import Phases, attempt_start_s
 from jaxinfra.train.stragglers import Stragglers
@@ -27,11 +28,13 @@ class Watch:
         phases: the phases that the training declares.
         ledger: the ledger of the phases, which is opened in process 0 while it owns the directory of the run.
         stragglers: finds the processes that hold up the others.
+        energy: measures what the devices use.
     """
 
-    def __init__(self, config: WatchdogConfig, run_dir: RunDirectory, peers: Peers) -> None:
+    def __init__(self, config: WatchdogConfig, run_dir: RunDirectory, peers: Peers, energy: Energy) -> None:
         self.phases, self._config, self._run_dir, self._peers = Phases(), config, run_dir, peers
         self.ledger, self.stragglers = Ledger(self.phases), Stragglers(self.phases, peers)
+        self.energy, self.ledger.joules = energy, lambda: energy.joules
         self._ended, self._thread = threading.Event(), threading.Thread()
 
     def __enter__(self) -> Self:

@@ -55,6 +55,7 @@ def test_a_plan_of_two_slices_with_its_cost(tiny: Tiny, tmp_path: Path) -> None:
         assert plan["mfu"] == pytest.approx(plan["flops"] / (plan["estimate_s"] * 197e12 * plan["devices"]))
         assert plan["cost"]["dollars"]["on_demand"] == pytest.approx(1.2 * plan["cost"]["chip_hours"])
         assert plan["cost"]["kwh"] == pytest.approx(0.2 * 1.1 * plan["cost"]["chip_hours"])
+        assert plan["joules"] * plan["cost"]["steps"] * 1.1 == pytest.approx(3.6e6 * plan["cost"]["kwh"])
         assert format_step(plan["estimate_s"]) in ended.out and plan["binds"] in ended.out
     assert first["devices"] == 2 * second["devices"] == 8
     assert all(word in ended.out for word in ("too late", "too much", "goodput", "least dollars"))

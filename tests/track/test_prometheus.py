@@ -2,13 +2,15 @@
 
 import json
 import socket
+import threading
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, NonFiniteError, StorageError
 from jaxinfra.track.config import Prometheus
 from jaxinfra.track.prometheus import PrometheusTracker
 from tests.refusals import raises
@@ -31,7 +33,7 @@ def scraped(port: int) -> dict[str, dict[str, float]]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             assert sample.labels["run"] == "story"
-            found.setdefault(sample.name, {})[sample.labels.get("on", "")] = sample.value
+            found.setdefault(sample.name, {})[sample.labels.get("on", sample.labels.get("error", ""))] = sample.value
     return found
 
 
@@ -52,13 +54,13 @@ def test_a_scrape_has_what_was_logged(port: int, tmp_path: Path) -> None:
     one.log(4, {"loss": 2.5, "loss_mean": 2.25, "tokens_per_s": 100.0, "grad_norm": float("nan")})
     one.log(4, {"eval/loss": 3.0})
     one.finish_step(4)
-    one.log_save(4)
+    one.log_saved(4)
     found = scraped(port)
     assert found["jaxinfra_step"] == {"": 4} and found["jaxinfra_steps_planned"] == {"": 10}
     assert found["jaxinfra_train_loss"] == {"": 2.25} and found["jaxinfra_eval_loss"] == {"": 3.0}
     assert found["jaxinfra_perf_tokens_per_s"] == {"": 100.0}
     assert str(found["jaxinfra_train_grad_norm"][""]) == "nan"
-    assert found["jaxinfra_save_step"] == {"": 4}
+    assert found["jaxinfra_save_step"] == {"": 4} and found["jaxinfra_save_interval_seconds"][""] >= 0
     assert found["jaxinfra_goodput"] == {"": 0.75} and found["jaxinfra_spent_seconds"] == {
         "init": 1.0,
         "step": 3.0,
@@ -69,3 +71,42 @@ def test_a_scrape_has_what_was_logged(port: int, tmp_path: Path) -> None:
     with pytest.raises(OSError):
         scraped(port)
     tracker(port, tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (None, "jaxinfra_end_timestamp_seconds"),
+        (NonFiniteError("step 4: loss is nan"), "jaxinfra_failed"),
+        (StorageError("full"), None),
+    ],
+)
+def test_the_end_is_seen_by_the_last_scrape(
+    port: int, tmp_path: Path, error: Exception | None, seen: str | None
+) -> None:
+    """The end of a run that is scraped waits for it, where an alert needs to know of the end."""
+    one = tracker(port, tmp_path)
+    assert "jaxinfra_failed" not in scraped(port)
+    one.log(4, {"loss": 2.5, "skipped_steps": 2.0})
+    one.log(5, {"loss": 2.5, "skipped_steps": 1.0})
+    if error is None:
+        one.log_summary({"status": "finished"})
+    else:
+        one.log_error(error)
+    closing = threading.Thread(target=one.close)
+    closing.start()
+    if seen is not None:
+        found = scraped(port)
+        assert seen in found and found["jaxinfra_skipped_steps_total"] == {"": 3.0}
+        assert seen != "jaxinfra_failed" or found[seen] == {"NonFiniteError": 1.0}
+    closing.join()
+    with pytest.raises(OSError):
+        scraped(port)
+
+
+def test_a_run_that_nobody_scrapes_does_not_wait(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
+    one = tracker(port, tmp_path)
+    monkeypatch.setattr(one._scraped_last, "wait", lambda seconds: pytest.fail("waits"))
+    one.log_summary({"status": "finished"})
+    one.close()
