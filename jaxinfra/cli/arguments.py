@@ -321,6 +321,13 @@ def _add_model_serve(parser: argparse.ArgumentParser) -> None:
     add_int(parser, "--timeout", 1, default=600, metavar="S", help=what)
 
 
+def _add_model_card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--output", metavar="FILE", help="write the card there, such as out/story/README.md")
+    parser.add_argument("--license", metavar="ID", help="of the model, as Hugging Face names it, such as apache-2.0")
+    parser.add_argument("--data-licenses", metavar="TEXT", help="what the card says about the licenses of the data")
+
+
 def _add_model_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("location", metavar="LOCATION", help="what track.audit of the runs names, such as runs/audit")
 
@@ -514,6 +521,7 @@ COMMANDS = {
     "model rollback": Command(_add_model, "put the version in use that was before"),
     "model verify": Command(_add_model_verify, "compare every byte of a signed export, and say where it comes from"),
     "model serve": Command(_add_model_serve, "start an engine on a run, which answers as OpenAI's API does"),
+    "model card": Command(_add_model_card, "write the model card of a run: data, computation, energy, evaluation"),
     "model audit": Command(_add_model_audit, "list what was trained, promoted and exported, and check the record"),
     "model show": Command(_add_model, "list the versions of a model in a registry, and which is in use"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),

@@ -27,6 +27,7 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.cadence import Cadence
+from jaxinfra.train.energy import Energy
 from jaxinfra.train.loop import Loop
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
@@ -128,7 +129,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     (state,), batch = step.state, step.batch
     assert isinstance(state, TrainState) and isinstance(batch, dict)
     jax.block_until_ready(step.state)
-    watch = Watch(run.watchdog, job.run_dir, job.peers)
+    watch = Watch(run.watchdog, job.run_dir, job.peers, Energy(track, job.peers))
     numerics = Numerics(job.program, watch.phases)
     reporting = Reporting(job, watch, numerics, MultiTracker(), peak_flops=1.0, skipped=lambda step: {})  # no samples
     profiler = Profiler(run.profile, Path())

@@ -6,8 +6,10 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.registry import signing
@@ -47,7 +49,7 @@ def flipped(folder: Path) -> Iterator[Path]:
 def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tmp_path: Path) -> None:
     private, public = keys
     out, record = tmp_path / "out", f"track.audit={tmp_path}/audit"
-    assert tiny.launch("train.steps=2", "train.eval_every=none", "name=tiny", record).code == 0
+    assert tiny.launch("train.steps=2", "train.eval_every=2", "name=tiny", record).code == 0
     run = str(tiny.directory())
     refused(launch("hub", "export", run, str(out), "--sign", public), "--sign", public, "openssl")
     refused(launch("hub", "export", run, "s3://bucket/out", "--sign", private), "--sign folder")
@@ -81,6 +83,16 @@ def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tm
     assert tiny.launch(*tuned, "name=tuned").code == 0
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-1] + b"\1")
     refused(tiny.launch(*tuned, "name=other"), str(out), "model.safetensors", code=DataError.exit_code)
+
+    written = launch("model", "card", run, "--license", "apache-2.0", "--output", str(tmp_path / "README.md"))
+    assert written.code == 0 and "--data-licenses" in written.out, written
+    card = ModelCard.load(tmp_path / "README.md")  # as the Hub parses it
+    data: Any = card.data
+    assert (data.license, data.model_name, data.library_name) == ("apache-2.0", "tiny", "transformers")
+    (loss, *_) = [each for each in data.eval_results if each.metric_type == "loss"]
+    assert loss.dataset_type in lineage["run"]["data_versions"] and f"{loss.metric_value:.4f}"[:4] in card.text
+    for said in ("FLOPs: ", "energy: not measured", "licenses of the data: not stated", manifest["fingerprint"]):
+        assert said in card.text, said
 
     listed = launch("model", "audit", f"{tmp_path}/audit")
     assert listed.code == 0 and [line.split()[3] for line in listed.out.splitlines() if "@" in line] == [
