@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxinfra.checkpoint.bucket_index import owner_token
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.config import Difference, diff, read_record
+from jaxinfra.config import Difference, diff, leaves, read_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
 from jaxinfra.config.source import RECORD_FILE
@@ -149,7 +149,8 @@ class RunDirectory:
     def check(self, run: Run, data: Dataset, *, accept_change: bool = False) -> list[Difference]:
         """Raises ConfigError if the run in the directory has another config, other data or another `init`.
 
-        With `accept_change` it may have another config; the fields that change the numbers are returned.
+        With `accept_change` it may have another config, and other data if the config names its version; the fields that
+        change the numbers are returned.
         """
         record = self.existing_record()
         changes = self._changes(run, record)
@@ -161,11 +162,15 @@ class RunDirectory:
                 f"{first.right} here{more}; use name=ANOTHER, with init={self.location} to start from its parameters, "
                 "change it back, or go on with other numbers by --accept-change"
             )
-        if record.get("data", data.fingerprint) != data.fingerprint:
-            raise ConfigError(
-                f"{self.location}: has started on data with fingerprint {record['data']}, {data.name} has "
-                f"{data.fingerprint}; use name=ANOTHER, or the version that it has started on"
-            )
+        if (known := record.get("data", data.fingerprint)) != data.fingerprint:
+            is_named = any(value for path, value in leaves(run.data).items() if path.rpartition(".")[2] == "version")
+            if not (accept_change and is_named):
+                raise ConfigError(
+                    f"{self.location}: has started on data with fingerprint {known}, {data.name} has "
+                    f"{data.fingerprint}; use name=ANOTHER, or the version that it has started on, or go on with this "
+                    "one by data.version=FINGERPRINT --accept-change"
+                )
+            changes = [*changes, Difference(path="data", left=known, right=data.fingerprint)]
         started_from = record.get("init")
         if not _same_init(started_from, run.init):
             before = "none" if started_from is None else f"{started_from['run']}@{started_from['step']}"

@@ -204,6 +204,22 @@ def _add_data_show(parser: argparse.ArgumentParser) -> None:
     add_int(parser, "--chars", 0, default=300, help="characters per document (default %(default)s)")
 
 
+def _add_data_forget(parser: argparse.ArgumentParser) -> None:
+    _add_store(parser)
+    what = (
+        "train:12, a document; or of the source a location such as a.jsonl:3, a key, or FIELD=VALUE; or @FILE, its text"
+    )
+    parser.add_argument("key", metavar="KEY", help=what)
+    what = "folder or URL of runs, and of exports, to look for what has read it; repeatable (default: runs)"
+    parser.add_argument("--runs", metavar="ROOT", action="append", default=[], help=what)
+    parser.add_argument("--dry-run", action="store_true", help="list everything, and write nothing")
+    what = "also delete the versions that hold the record; no run may be reading them"
+    parser.add_argument("--delete-old", action="store_true", help=what)
+    what = "also say so in this audit record, a folder or bucket prefix such as runs/audit; without the text or the key"
+    parser.add_argument("--audit", metavar="LOCATION", help=what)
+    _add_imports(parser)
+
+
 def _add_data_peek(parser: argparse.ArgumentParser) -> None:
     _add_config(parser, "a run, or a file whose config() returns only its data")
     add_int(parser, "--step", 1, default=1, help="step, from 1 as in the logs (default %(default)s)")
@@ -510,6 +526,7 @@ COMMANDS = {
     "data prepare": Command(_add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),
     "data show": Command(_add_data_show, "print the counts, lengths, versions and samples of a store"),
     "data verify": Command(_add_store, "read a whole store and check the hash of every block"),
+    "data forget": Command(_add_data_forget, "make a version of a store without a record, and list what has read it"),
     "data peek": Command(_add_data_peek, "print the batch of one step and process"),
     "sample": Command(_add_sample, "continue a text with a checkpoint of a run, the newest by default"),
     "chat": Command(_add_chat, "talk with a model, line by line, by its chat template"),

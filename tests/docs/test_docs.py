@@ -99,7 +99,7 @@ VARIATIONS = (
 )
 """Commands that are only parsed: each does again what another command does, with other options."""
 READERS = ("show ", "models", "explain", "diff ", "checkpoints ", "report ", "goodput ", "data show ")
-READERS += ("data verify ", "data peek ", "hub check ", "doctor")
+READERS += ("data verify ", "data peek ", "data forget ", "hub check ", "doctor")
 LAUNCH = "python -m launch "
 READ = """
 import contextlib, io, json, sys

@@ -191,17 +191,17 @@ class _PartBuilder:
                 raise DataError(f"token id {wrong[0]}: {cause}; use another tokenizer file")
         encoded_records = itertools.batched(encoded, per_record)
         for (split, location, documents), encoded_record in zip(records, encoded_records, strict=True):
-            self.add(split, location, _record_text(documents), encoded_record)
+            self.add(split, location, record_text(documents), encoded_record)
         self._num_kept += len(records)
 
 
 def _filter_reason(corpus: Corpus, documents: Sequence[Document]) -> str | None:
     """Returns why the filters leave out a record with these documents; None if all of them pass."""
-    reasons = (corpus.filters.reason(_record_text([document])) for document in documents)
+    reasons = (corpus.filters.reason(record_text([document])) for document in documents)
     return next(filter(None, reasons), None)
 
 
-def _record_text(documents: Sequence[Document]) -> str:
+def record_text(documents: Sequence[Document]) -> str:
     """Returns the text of the record, without what the template adds."""
     return "".join(span.text for document in documents for span in document if not span.from_template)
 
@@ -339,7 +339,7 @@ def _training_texts(corpus: Corpus, shard: SourceShard) -> Iterator[str]:
     processed = process_records(corpus, corpus.source.read(shard), corpus.format.to_documents, [])
     for split, _, documents in processed:
         if split == "train" and not _filter_reason(corpus, documents):
-            yield _record_text(documents)
+            yield record_text(documents)
 
 
 class TextStoreBuilder(StoreBuilder[Corpus]):
