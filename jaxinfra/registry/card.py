@@ -24,7 +24,7 @@ def model_card(folder: Path, *, license_name: str | None, data_licenses: str | N
     hub: Any = import_optional("huggingface_hub", needed_by="model card", install="jaxinfra[huggingface]")
     run = read_run(folder, is_running=False)
     base = str((run.record.get("init") or {}).get("run") or "")
-    data = list(run.record.get("data_versions") or ())
+    data: list[str] = [*(run.record.get("data_versions") or ())]
     results = [
         hub.EvalResult(
             task_type="text-generation",
