@@ -16,7 +16,7 @@ endif
 # Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-slow test-all test-oldest lint bench docs release release-check clean
+.PHONY: help quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,6 +63,20 @@ $(TORCH)/.installed: Makefile
 		"ctranslate2>=4" "lm-eval[hf]>=0.4.9" "bitsandbytes>=0.45"
 	@touch $@
 
+# What reads launch/infra. The classes of the providers of Terraform stay in their wheels, which tests open.
+INFRA := .venv-infra
+
+$(INFRA)/.installed: Makefile $(VENV)/.installed-test
+	"$(BIN)/python" -m venv $(INFRA)
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(INFRA)/bin/python \
+		checkov==3.3.30 ansible-core==2.21.5 ansible-lint==26.10.1 tfparse==0.6.22
+	$(INFRA)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(INFRA)/providers \
+		cdktf-cdktf-provider-google==16.12.1 cdktf-cdktf-provider-google-beta==16.12.1
+	@touch $@
+
+infra: $(INFRA)/.installed ## check what makes machines: launch/infra
+	$(BIN)/python -m pytest tests/infra
+
 # A fifth of the time in which XLA compiles toy programs is glibc's malloc. Where jemalloc is installed, the workers have
 # it in its place; what they start has glibc's (tests/conftest.py).
 JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2 /usr/lib64/libjemalloc.so.2))
@@ -74,10 +88,10 @@ PYTEST = $(JEMALLOC) $(BIN)/python -m pytest -n 4 --dist worksteal --durations 3
 test: lint ## install what tests need, lint, and run the fast tests
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.installed-test $(TORCH)/.installed ## run the slow tests
+test-slow: $(VENV)/.installed-test $(TORCH)/.installed $(INFRA)/.installed ## run the slow tests
 	$(PYTEST) -m slow
 
-test-all: lint $(TORCH)/.installed ## lint, and run all tests, fast and slow
+test-all: lint $(TORCH)/.installed $(INFRA)/.installed ## lint, and run all tests, fast and slow
 	$(PYTEST)
 
 # The oldest Python that is supported and here, in a place of pyenv's too, with the oldest JAX.
@@ -113,4 +127,4 @@ release-check: # before anything is installed
 	@"$(PYTHON)" tests/release.py "$(VERSION)" --check
 
 clean: ## remove what was installed and built; runs and stores stay
-	rm -rf $(VENV) $(OLDEST) $(TORCH) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(TORCH) $(INFRA) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info
