@@ -337,6 +337,15 @@ def _add_model_serve(parser: argparse.ArgumentParser) -> None:
     add_int(parser, "--timeout", 1, default=600, metavar="S", help=what)
 
 
+def _add_model_stablehlo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help=f"{CHECKPOINT_HELP}; or published weights, as in hf:DIR")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    add_int(parser, "--batch", 1, default=1, metavar="N", help="rows (default %(default)s)")
+    add_int(parser, "--length", 1, default=128, metavar="N", help="tokens of a row (default %(default)s)")
+    what = "what the function runs on, of cpu, cuda and tpu (default %(default)s)"
+    parser.add_argument("--platforms", default="cpu,cuda,tpu", metavar="NAME[,...]", help=what)
+
+
 def _add_model_card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--output", metavar="FILE", help="write the card there, such as out/story/README.md")
@@ -538,6 +547,7 @@ COMMANDS = {
     "model rollback": Command(_add_model, "put the version in use that was before"),
     "model verify": Command(_add_model_verify, "compare every byte of a signed export, and say where it comes from"),
     "model serve": Command(_add_model_serve, "start an engine on a run, which answers as OpenAI's API does"),
+    "model stablehlo": Command(_add_model_stablehlo, "write a model as a function that JAX runs without jaxinfra"),
     "model card": Command(_add_model_card, "write the model card of a run: data, computation, energy, evaluation"),
     "model audit": Command(_add_model_audit, "list what was trained, promoted and exported, and check the record"),
     "model show": Command(_add_model, "list the versions of a model in a registry, and which is in use"),

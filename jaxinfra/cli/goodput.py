@@ -9,18 +9,8 @@ from rich.table import Column
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
 from jaxinfra.track.console import print_table, stdout_console, titled_table
-from jaxinfra.track.formatting import format_counts, format_duration, format_number, format_percent
-from jaxinfra.track.goodput import (
-    CLASSES,
-    GOODPUT_FILE,
-    Goodput,
-    Model,
-    account,
-    energy_line,
-    model,
-    read_ledger,
-    total,
-)
+from jaxinfra.track.formatting import format_counts, format_duration, format_energy, format_number, format_percent
+from jaxinfra.track.goodput import CLASSES, GOODPUT_FILE, Goodput, Model, account, model, read_ledger, total
 from jaxinfra.track.runs import local_files
 
 
@@ -70,7 +60,7 @@ def _print(name: str, run: Goodput) -> None:
         print(f"processes of the starts: {format_counts(run.processes)}")
     for step, reason in run.stops:
         print(f"one start stopped after step {step} by {reason}")
-    if line := energy_line(run):
+    if line := format_energy(run.joules, run.planned_joules):
         print(line)
     print(f"goodput {format_percent(run.fraction)}: time of steps that were not lost, of the whole\n")
 

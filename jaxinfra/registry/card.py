@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.packages import import_optional
-from jaxinfra.track.formatting import format_duration, format_metric, format_number
-from jaxinfra.track.goodput import GOODPUT_FILE, account, energy_line, read_ledger
+from jaxinfra.track.formatting import format_duration, format_energy, format_metric, format_number
+from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.report import RunFiles, read_run
 
 UNKNOWN = "not stated"
@@ -68,7 +68,7 @@ def _body(
     devices = record.get("devices", {})
     yield f"- devices: {devices.get('count')} x {devices.get('kind')}"
     yield f"- time: {format_duration(spent.wall_s)} in {spent.attempts} starts, goodput {spent.fraction:.0%}"
-    yield f"- energy: {energy_line(spent) or 'not measured'}\n"
+    yield f"- energy: {format_energy(spent.joules, spent.planned_joules) or 'not measured'}\n"
     yield "## Data\n"
     yield from (f"- store version {version}" for version in data)
     yield f"- weights at the start: {base or 'random'}"

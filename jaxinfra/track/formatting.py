@@ -99,6 +99,13 @@ def format_step(seconds: float) -> str:
     return f"{1e3 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.3f} s"
 
 
+def format_energy(joules: float | None, planned_joules: float | None) -> str:
+    """Formats the energy of a run, beside that of its plan; nothing if it was not measured."""
+    kwh, planned = (format_number((each or 0.0) / 3.6e6) for each in (joules, planned_joules))
+    beside = "" if planned_joules is None else f", planned {planned} kWh for its steps"
+    return "" if joules is None else f"energy of the devices {kwh} kWh{beside}"
+
+
 def format_age(seconds: float) -> str:
     """Formats an age in its largest unit: "12 s", "5 min", "3 h", "2 d"."""
     for unit, unit_s in (("d", 86400), ("h", 3600), ("min", 60)):

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 from jaxinfra.storage.json_lines import is_integer, is_number, read_json_lines
-from jaxinfra.track.formatting import format_number
 
 GOODPUT_FILE = "goodput.jsonl"
 CLASSES = {
@@ -265,15 +264,6 @@ def _energy(parts: Sequence[Attempt | Goodput]) -> tuple[float | None, float | N
     planned = [part.planned_joules for part in measured if part.planned_joules is not None]
     joules = sum(part.joules or 0.0 for part in measured) if measured else None
     return joules, sum(planned) if measured and len(planned) == len(measured) else None
-
-
-def energy_line(run: Goodput) -> str:
-    """Returns the energy of a run beside that of its plan; nothing if it was not measured."""
-    if run.joules is None:
-        return ""
-    kwh, planned = (format_number((each or 0.0) / 3.6e6) for each in (run.joules, run.planned_joules))
-    beside = "" if run.planned_joules is None else f", planned {planned} kWh for its steps"
-    return f"energy of the devices {kwh} kWh{beside}"
 
 
 @dataclass(frozen=True, kw_only=True)

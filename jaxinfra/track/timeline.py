@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxinfra.track.formatting import format_counts, format_duration, format_number, format_percent
-from jaxinfra.track.goodput import CLASSES, Goodput, energy_line
+from jaxinfra.track.formatting import format_counts, format_duration, format_energy, format_number, format_percent
+from jaxinfra.track.goodput import CLASSES, Goodput
 
 COLUMNS, HEIGHT = 120, 100
 """Number of columns, each one unit wide, and their height."""
@@ -64,7 +64,7 @@ def timeline(run: Goodput) -> Timeline:
         end=format_duration(run.wall_s),
         text=f"{format_duration(run.wall_s)} in {starts}, goodput {format_percent(run.fraction)}: {listed}",
         rows=rows,
-        energy=energy_line(run),
+        energy=format_energy(run.joules, run.planned_joules),
     )
 
 

@@ -54,6 +54,7 @@ RUN_ELSEWHERE = {
     "python -m launch model rollback models:/story": "tests/registry",
     "python -m launch model audit runs/audit": "tests/registry",
     "python -m launch model card runs/story --license apache-2.0 --output README.md": "tests/registry",
+    "python -m launch model stablehlo runs/story out/function --length 256": "tests/registry",
     "python -m launch model verify out/story --key key.pub": "tests/registry",
     "python -m launch model serve runs/story --port 8000": "tests/registry",
     "python -m launch hub export runs/story out/story --sign key.pem": "tests/registry",

@@ -11,7 +11,8 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.processes.peers import Peers
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.energy import GpuMeter
-from jaxinfra.track.goodput import account, energy_line, read_ledger, total
+from jaxinfra.track.formatting import format_energy
+from jaxinfra.track.goodput import account, read_ledger, total
 from jaxinfra.train import energy
 from tests.refusals import names, raises
 from tests.tiny_run import Tiny
@@ -102,15 +103,12 @@ def test_the_energy_of_a_run_stands_beside_that_of_its_plan(
     run = account(read_ledger(tiny.directory() / "goodput.jsonl"))
     assert run.joules is not None and run.joules > 0 and run.planned_joules == 12 * 60_000.0
     assert total([run, run]).planned_joules == 24 * 60_000.0
-    assert "planned 0.2 kWh" in energy_line(run)
+    line = format_energy(run.joules, run.planned_joules)
+    assert "planned 0.2 kWh" in line
     printed = tiny.launch("--json", f"{tmp_path}/goodput.json", command="goodput", config=tiny.directory()).out
     (values,) = json.loads((tmp_path / "goodput.json").read_text()).values()
-    assert (
-        energy_line(run) in printed
-        and values["joules"] == run.joules
-        and values["planned_joules"] == run.planned_joules
-    )
-    assert energy_line(run) in (tiny.directory() / "report.html").read_text()
+    assert line in printed and values["joules"] == run.joules and values["planned_joules"] == run.planned_joules
+    assert line in (tiny.directory() / "report.html").read_text()
     checked = tiny.launch("--plan", str(plan), command="plan --check", config=tiny.directory()).out
     assert "planned 60,000 J" in checked
 
