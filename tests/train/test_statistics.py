@@ -122,6 +122,8 @@ def test_run_statistics(tiny: Tiny) -> None:
     run = with_mesh_size(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9", "train.accumulate=2"), 8)
     program = Program(run, abstract_mesh(run.mesh))
     numbers = {name: value for name, (value, _) in run_statistics(program, train_units=1000).items()}
+    packed = Program(replace(run, data=replace(run.data, packing="best_fit")), program.mesh)
+    assert run_statistics(packed, train_units=1000, train_rows=48)["epochs"] == (2.0, "of 48 rows with 1,000 tokens")
     block = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
     assert numbers["devices"] == 8
     assert numbers["parameters"] == 2 * 304 * 32 + 2 * block + 32

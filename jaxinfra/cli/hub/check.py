@@ -12,6 +12,7 @@ from jaxinfra.errors import DataError, quoted
 from jaxinfra.families.catalog import BYTES_PER_PARAM
 from jaxinfra.hub.peft import PeftAdapter, open_peft
 from jaxinfra.hub.published_model import TOKENIZER, PublishedModel, open_published
+from jaxinfra.inference.trained_params import adapter_overrides
 from jaxinfra.interop.folder import PREFIX, ModelFolder
 from jaxinfra.interop.safetensors import Weights
 from jaxinfra.interop.writing import RECEIPT
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     source = options.source if options.source.startswith(PREFIX) else f"{PREFIX}{options.source}"
     base = source if peft is None else peft.source
     print(f'In a config: model=published("{base}"), imported from jaxinfra.hub, and init="{source}".')
+    if peft is not None:
+        print(f"The run has the same adapter with {adapter_overrides(peft.config)}")
     outputs.write_json(options.json, facts)
 
 

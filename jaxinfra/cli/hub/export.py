@@ -123,6 +123,9 @@ def _check_kind(source: str, run: Run, origin: PublishedModel | None, options: a
     if options.adapter and run.adapter is not None and run.adapter.trained:
         names = ", ".join(run.adapter.trained)
         raise ConfigError(f"--adapter: {source} has trained {names} as a whole; use --merge to write the model with it")
+    if options.adapter and origin is not None and (size := require_text(run)[0].vocab_size) != origin.config.vocab_size:
+        grown = f"{source} has {size:,} tokens, its base {origin.config.vocab_size:,}"
+        raise ConfigError(f"--adapter: {grown}; use --merge to write the model with all of them")
     if options.adapter and options.family is not None:
         raise ConfigError(f"--family {options.family}: an adapter has the family of its base; leave the option out")
 
