@@ -15,7 +15,7 @@ from tests.servers.fixtures import Server
 from tests.several import all_ended, several
 from tests.tiny_run import Tiny, contents, ended, launch, start, summary
 
-JOINING = {"train", "doctor", "sample", "evaluate", "hub export", "parity", "bench"}
+JOINING = {"train", "doctor", "sample", "evaluate", "hub export", "model promote", "parity", "bench"}
 MESH = ("mesh.fsdp=2", "mesh.tensor=2")
 
 
