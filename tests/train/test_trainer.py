@@ -20,6 +20,7 @@ from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.due import Due
 from jaxinfra.train.interval import Interval
+from jaxinfra.train.energy import Energy
 from jaxinfra.train.loop import Loop
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
@@ -40,7 +41,7 @@ class Recorded(MultiTracker):
         self.events: list[tuple[Any, ...]] = []
         self.job = Trainer(run).job
         self.job.program.train_step = step
-        watch = Watch(run.watchdog, self.job.run_dir, self.job.peers)
+        watch = Watch(run.watchdog, self.job.run_dir, self.job.peers, Energy(run.track, self.job.peers))
         numerics = Numerics(self.job.program, watch.phases)
         peak_flops = 1000.0 / self.job.program.mesh.size
         self.reporting = Reporting(
