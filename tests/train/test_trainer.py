@@ -19,8 +19,8 @@ from jaxinfra.run import Run
 from jaxinfra.track.tracker import MultiTracker
 from jaxinfra.train.cadence import Cadence
 from jaxinfra.train.due import Due
-from jaxinfra.train.interval import Interval
 from jaxinfra.train.energy import Energy
+from jaxinfra.train.interval import Interval
 from jaxinfra.train.loop import Loop
 from jaxinfra.train.numerics import Numerics
 from jaxinfra.train.profiler import Profiler
