@@ -18,6 +18,7 @@ from jaxinfra.registry.gate import parse_policy, shortfalls
 from jaxinfra.registry.promotion import described, promote
 from jaxinfra.registry.versions import Registry, Version
 from jaxinfra.storage import audit
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.location import is_remote
 from jaxinfra.tasks.harness import is_standard_error
 from jaxinfra.track.runs import parse_source, record_of
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         back = command_line(
             "model", "rollback", registry.target, *(["--registry", options.registry] * bool(options.registry))
         )
-        print(f"it was version {found.replaced}; go back with {back}")
+        print(mask_credentials(f"it was version {found.replaced}; go back with {back}"))
 
 
 def open_registry(uri: str | None, target: str, track: Mapping[str, Any] | None = None) -> Registry:
