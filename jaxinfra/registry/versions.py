@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,6 @@ class Version:
             )
         named = {"source": self.source, "checkpoint": self.checkpoint, "data": self.data, "metrics": metrics}
         return {f"jaxinfra_{name}": value for name, value in named.items()}
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether `model promote` has registered it."""
-        return bool(self.checkpoint)
 
 
 class Registry:
@@ -128,15 +123,16 @@ class Registry:
             raise ConfigError(f"models:/{self.model}: was not registered by model promote, so it has no lease; {fix}")
         doing = f"is promoting a model to models:/{self.model}; run the same command again"
         deadline_s = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                with hold(where, busy=doing) as lease_held:
-                    yield lease_held
-                return
-            except RunInUseError:
-                if time.monotonic() > deadline_s:
-                    raise
-                time.sleep(1.0)
+        with ExitStack() as stack:
+            while True:
+                try:
+                    held = stack.enter_context(hold(where, busy=doing))
+                    break
+                except RunInUseError:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(1.0)
+            yield held
 
     def register(self, version: Version) -> Version:
         """Returns the version of this checkpoint and evaluation; it is registered if it is not there yet."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import ConfigError, RunInUseError, StorageError
 from jaxinfra.registry.gate import parse_policy, shortfalls
 from jaxinfra.registry.promotion import promote, roll_back
 from jaxinfra.registry.versions import Registry, Version
@@ -119,6 +119,16 @@ def test_the_loser_of_a_race_names_the_winner(registry: Registry, tmp_path: Path
     names(said.splitlines()[-1], "/runs/second@5 1.5 < 1 version 2 /runs/first@5")
     champion = registry.champion()
     assert champion is not None and champion.checkpoint == "first" and len(registry.versions()) == 2
+
+
+def test_who_has_lost_the_lease_moves_nothing(registry: Registry, tmp_path: Path) -> None:
+    promote(registry, VERSION, RULES, str(tmp_path))
+    with raises(RunInUseError, "lease deleted"), registry.locked(str(tmp_path)) as held:
+        for file in (tmp_path / "lease").iterdir():
+            file.unlink()
+        registry.move(registry.register(BETTER), VERSION, held)
+    champion = registry.champion()
+    assert champion is not None and champion.number == "1"
 
 
 @pytest.mark.parametrize("point", [1, 2, 3])
