@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxinfra.cli.arguments import COMMANDS, Command, add_processes
+from jaxinfra.cli.arguments import COMMANDS, Command
 from jaxinfra.cli.numbers import add_int
+from jaxinfra.cli.shared_arguments import add_processes
 from jaxinfra.errors import ConfigError
 from jaxinfra.processes.peers import current_peers
 from jaxinfra.storage import outputs

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxinfra.cli.model import arguments as model
 from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.cli.places.arguments import add_place
+from jaxinfra.cli.shared_arguments import CHECKPOINT_HELP, CONFIG_HELP, HUB_HELP, RUN_HELP, add_processes
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import CLOUDS
 from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
 from jaxinfra.parity import PARITY_CONFIGS
 
-CONFIG_HELP = "a config file, or the directory or URL of a run (or its run.json)"
-RUN_HELP = "directory or URL of a run, such as runs/quickstart"
-CHECKPOINT_HELP = f"{RUN_HELP}, or runs/quickstart@200 for the checkpoint of step 200"
-HUB_HELP = "published weights: hf:DIR, hf:ORG/NAME of the Hugging Face Hub, or hf:s3://BUCKET/DIR"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
 PLAN_DEFAULTS = {"limit": 12, "pue": 1.1, "save_s": 5.0, "restart_minutes": 10.0}
 """The values of options of `plan` that count only beside another option."""
@@ -102,21 +100,6 @@ def _host_range(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d+)\.\.(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--elastic {text}: expected the fewest and the most hosts; use --elastic 2..4")
     return int(match[1]), int(match[2])
-
-
-def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a command that several processes run together."""
-    several = parser.add_argument_group("several processes")
-    what = "start N processes on this machine, which share its devices (default %(default)s)"
-    add_int(several, "--processes", 1, default=1, metavar="N", help=what)
-    what = "where process 0 listens; Cloud TPU, Slurm, MPI and Kubernetes tell this and the next two by themselves"
-    several.add_argument("--coordinator", metavar="HOST:PORT", help=what)
-    add_int(several, "--process-id", 0, metavar="I", help="index of this process")
-    add_int(several, "--of", 1, metavar="N", help="number of processes")
-    what = "longest wait for all processes to join (default %(default)s)"
-    add_int(several, "--join-timeout", 1, default=300, metavar="S", help=what)
-    what = "silence after which a process counts as lost (default %(default)s)"
-    add_int(several, "--heartbeat-timeout", 3, default=30, metavar="S", help=what)
 
 
 def _add_new(parser: argparse.ArgumentParser) -> None:
@@ -300,61 +283,7 @@ def _add_model_promote(parser: argparse.ArgumentParser) -> None:
     )
     what += "champion is the first one"
     group.add_argument("--if", dest="gate", required=True, metavar="RULES", help=what)
-    _add_registry(group)
-
-
-def _add_registry(group: argparse._ActionsContainer) -> None:
-    what = "the MLflow server (default: track.mlflow.uri of the run, or the variable MLFLOW_TRACKING_URI)"
-    group.add_argument("--registry", metavar="URL", help=what)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="models:/NAME[@ALIAS]", help="the model in the registry (alias: champion)")
-    _add_registry(parser)
-
-
-def _add_key(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    what = "verify the signature of the folder with this public key, which reads all files"
-    parser.add_argument("--key", metavar="FILE", required=required, help=what)
-
-
-def _add_model_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="DIR", help="a folder that hub export --sign has written")
-    _add_key(parser, required=True)
-
-
-def _add_model_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", help=f"{CHECKPOINT_HELP}; or the folder of an export, as in hf:DIR")
-    parser.add_argument("--engine", default="transformers", metavar="PROGRAM", help="the program (default %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="the address that answers (default %(default)s)")
-    add_int(parser, "--port", 1, default=8000, metavar="N", help="its port (default %(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="keep the export in this new folder")
-    parser.add_argument("--merge", action="store_true", help="of a run with an adapter: serve the model with it")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the export")
-    what = "the text that the engine and sample both continue (default %(default)s)"
-    parser.add_argument("--prompt", default="The", metavar="TEXT", help=what)
-    what = "seconds to wait until the engine answers (default %(default)s)"
-    add_int(parser, "--timeout", 1, default=600, metavar="S", help=what)
-
-
-def _add_model_stablehlo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", help=f"{CHECKPOINT_HELP}; or published weights, as in hf:DIR")
-    parser.add_argument("out", metavar="OUT", help="a new folder")
-    add_int(parser, "--batch", 1, default=1, metavar="N", help="rows (default %(default)s)")
-    add_int(parser, "--length", 1, default=128, metavar="N", help="tokens of a row (default %(default)s)")
-    what = "what the function runs on, of cpu, cuda and tpu (default %(default)s)"
-    parser.add_argument("--platforms", default="cpu,cuda,tpu", metavar="NAME[,...]", help=what)
-
-
-def _add_model_card(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--output", metavar="FILE", help="write the card there, such as out/story/README.md")
-    parser.add_argument("--license", metavar="ID", help="of the model, as Hugging Face names it, such as apache-2.0")
-    parser.add_argument("--data-licenses", metavar="TEXT", help="what the card says about the licenses of the data")
-
-
-def _add_model_audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("location", metavar="LOCATION", help="what track.audit of the runs names, such as runs/audit")
+    model.add_registry(group)
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -378,7 +307,7 @@ def _add_hub_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=HUB_HELP)
     what = "also compare the files with the hashes of their export, which reads all of them"
     parser.add_argument("--hashes", action="store_true", help=what)
-    _add_key(parser)
+    model.add_key(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON, to a file or URL")
 
 
@@ -544,13 +473,13 @@ COMMANDS = {
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     "models": Command(_add_models, "list the published models that a config can name"),
     "model promote": Command(_add_model_promote, "evaluate a run, and put it in use in a registry if it passes a gate"),
-    "model rollback": Command(_add_model, "put the version in use that was before"),
-    "model verify": Command(_add_model_verify, "compare every byte of a signed export, and say where it comes from"),
-    "model serve": Command(_add_model_serve, "start an engine on a run, which answers as OpenAI's API does"),
-    "model stablehlo": Command(_add_model_stablehlo, "write a model as a function that JAX runs without jaxinfra"),
-    "model card": Command(_add_model_card, "write the model card of a run: data, computation, energy, evaluation"),
-    "model audit": Command(_add_model_audit, "list what was trained, promoted and exported, and check the record"),
-    "model show": Command(_add_model, "list the versions of a model in a registry, and which is in use"),
+    "model rollback": Command(model.add_model, "put the version in use that was before"),
+    "model verify": Command(model.add_verify, "compare every byte of a signed export, and say where it comes from"),
+    "model serve": Command(model.add_serve, "start an engine on a run, which answers as OpenAI's API does"),
+    "model stablehlo": Command(model.add_stablehlo, "write a model as a function that JAX runs without jaxinfra"),
+    "model card": Command(model.add_card, "write the model card of a run: data, computation, energy, evaluation"),
+    "model audit": Command(model.add_audit, "list what was trained, promoted and exported, and check the record"),
+    "model show": Command(model.add_model, "list the versions of a model in a registry, and which is in use"),
     "runs": Command(_add_runs, "list runs with their state, progress and results"),
     "runs sync": Command(
         _add_sync, "send MLflow what it lacks of a run: rows of metrics, and how it ended", "jaxinfra.cli.sync"

@@ -1,4 +1,4 @@
-"""What a model must show before it is promoted, such as `eval/loss < champion * 0.99 and arc_easy/acc >= 0.4`."""
+"""Compares an evaluation with the rules of a promotion: `eval/loss < champion * 0.99 and arc_easy/acc >= 0.4`."""
 
 import difflib
 import operator

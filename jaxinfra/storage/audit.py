@@ -24,7 +24,7 @@ _FIRST = "0" * 64
 
 
 class Entry(NamedTuple):
-    """What was done; `digest` is the hash of the entry, in hexadecimal digits."""
+    """One action on record; `digest` is the SHA-256 of its file, in hexadecimal digits."""
 
     number: int
     digest: str

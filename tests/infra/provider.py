@@ -1,4 +1,4 @@
-"""What a resource of Terraform may say, from the provider's own classes: those that HashiCorp made of its schema.
+"""Reads the arguments of a Terraform resource from the provider's own classes: those that HashiCorp made of its schema.
 
 They stay in their wheel, and nothing of them is run.
 """
@@ -19,7 +19,7 @@ _OF_PARSER = {"__tfmeta", "id"}
 
 @dataclass(frozen=True, kw_only=True)
 class Argument:
-    """What may stand in a block."""
+    """The arguments of a block, and its nested blocks."""
 
     required: bool
     block: str  # class of the block, "" for a value

@@ -1,4 +1,4 @@
-"""What checks machines as code, in an environment of its own."""
+"""Finds the tools that check machines as code, in an environment of their own."""
 
 from pathlib import Path
 

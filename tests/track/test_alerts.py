@@ -30,7 +30,7 @@ SHORTER = (
     ("> 3600", "> 10"),
     ("[1h]", "[10s]"),
 )
-"""What a test cannot wait for: the times for which something lasts before it is an alert."""
+"""Shorter times before an alert, in place of those that a test cannot wait for."""
 
 
 def rules() -> list[dict[str, Any]]:

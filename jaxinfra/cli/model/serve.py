@@ -116,7 +116,7 @@ def _wait_until_ready(
 
 def _require_alive(process: subprocess.Popen[bytes]) -> None:
     if (code := process.poll()) is not None:
-        raise EngineError(f"{process.args[0]}: has ended with code {code}; what it printed is above")  # pyright: ignore[reportIndexIssue]
+        raise EngineError(f"the engine has ended with code {code}; its own message is above")
 
 
 def _asked(address: str, model: str, prompt: str) -> str:
