@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxinfra.cli.model import arguments as model
 from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.cli.places.arguments import add_place
-from jaxinfra.cli.shared_arguments import CHECKPOINT_HELP, CONFIG_HELP, HUB_HELP, RUN_HELP, add_processes
+from jaxinfra.cli.shared_arguments import CHECKPOINT_HELP, CONFIG_HELP, HUB_HELP, RUN_HELP, add_imports, add_processes
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import CLOUDS
 from jaxinfra.launchers.restart_policy import DEFAULT_MAX_PER_HOUR
@@ -51,12 +51,7 @@ def _add_config(
 ) -> None:
     parser.add_argument("config", metavar="CONFIG", help=config_help)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"overrides, such as {example}")
-    _add_imports(parser)
-
-
-def _add_imports(parser: argparse.ArgumentParser) -> None:
-    what = "allow the classes of this module, or of this file and its folder, in a run.json; repeatable"
-    parser.add_argument("--import", dest="imports", metavar="MODULE|FILE", action="append", default=[], help=what)
+    add_imports(parser)
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +124,7 @@ def _add_chips(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides, such as mesh.tensor=4")
-    _add_imports(parser)
+    add_imports(parser)
     what = f"{_TOPOLOGIES}; repeatable, to compare"
     parser.add_argument("--on", metavar="TOPOLOGY", action="append", default=[], help=what)
     _add_chips(parser)
@@ -200,7 +195,7 @@ def _add_data_forget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delete-old", action="store_true", help=what)
     what = "also say so in this audit record, a folder or bucket prefix such as runs/audit; without the text or the key"
     parser.add_argument("--audit", metavar="LOCATION", help=what)
-    _add_imports(parser)
+    add_imports(parser)
 
 
 def _add_data_peek(parser: argparse.ArgumentParser) -> None:
@@ -238,7 +233,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser, max_tokens=200, temperature=0.8)
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest; 0 is all (default 50)")
     parser.add_argument("--min-p", type=float, default=0.0, help="least part of the likeliest one's probability")
-    _add_imports(parser)
+    add_imports(parser)
     add_processes(parser)
 
 
@@ -251,7 +246,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     what += ", or a preset whose tokens the model has)"
     parser.add_argument("--template", metavar="NAME|FILE", help=what)
     _add_sampling(parser, max_tokens=500, temperature=0.7)
-    _add_imports(parser)
+    add_imports(parser)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +264,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     what = "chatml, llama3, gemma, or a .jinja file: another template for --chat"
     tasks.add_argument("--template", metavar="NAME|FILE", help=what)
     tasks.add_argument("--system", metavar="TEXT", help="the system message of --chat, before that of a task")
-    _add_imports(parser)
+    add_imports(parser)
     add_processes(parser)
 
 
@@ -330,7 +325,7 @@ def _add_hub_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE", help=what)
     what = "sign the folder with this private key, a PEM file: its weights, receipt, lineage and list of packages"
     parser.add_argument("--sign", metavar="FILE", help=what)
-    _add_imports(parser)
+    add_imports(parser)
     add_processes(parser)
 
 
@@ -423,7 +418,7 @@ def _size_bytes(text: str) -> int:
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"{CONFIG_HELP} (default: this folder, no mesh)")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="overrides, such as root=s3://BUCKET/runs")
-    _add_imports(parser)
+    add_imports(parser)
     parser.add_argument("--json", metavar="FILE", help="also write what is found as JSON, to a file or URL")
     add_processes(parser)
 

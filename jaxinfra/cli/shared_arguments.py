@@ -23,3 +23,9 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     add_int(several, "--join-timeout", 1, default=300, metavar="S", help=what)
     what = "silence after which a process counts as lost (default %(default)s)"
     add_int(several, "--heartbeat-timeout", 3, default=30, metavar="S", help=what)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that allows classes of a user in a record."""
+    what = "allow the classes of this module, or of this file and its folder, in a run.json; repeatable"
+    parser.add_argument("--import", dest="imports", metavar="MODULE|FILE", action="append", default=[], help=what)
