@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxinfra.cli.model import arguments as model
+from jaxinfra.cli import model_arguments as model
 from jaxinfra.cli.numbers import add_int, positive
 from jaxinfra.cli.places.arguments import add_place
 from jaxinfra.cli.shared_arguments import CHECKPOINT_HELP, CONFIG_HELP, HUB_HELP, RUN_HELP, add_imports, add_processes
