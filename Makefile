@@ -16,7 +16,7 @@ endif
 # Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
+.PHONY: help install wheelhouse quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,9 +33,27 @@ define install
 	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1) || $(PIP) $(1)
 endef
 
+# Where WHEELHOUSE names a folder of packages, they come from there alone, without a network.
+ifdef WHEELHOUSE
+export PIP_NO_INDEX := 1
+export UV_OFFLINE := 1
+export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+endif
+OURS := .$(if $(EXTRAS),[$(EXTRAS)])
+
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,-e .)
+	$(call install,-e '$(OURS)')
 	@touch $@
+
+install: | $(BIN)/python ## install into .venv, with EXTRAS=mlflow,sign; from a folder of packages alone with WHEELHOUSE=DIR
+	$(call install,-e '$(OURS)')
+	@touch $(VENV)/.installed
+
+wheelhouse: | $(BIN)/python ## download what `make install` needs into wheelhouse/, for machines without a network
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest wheelhouse -c constraints.txt uv hatchling editables '$(OURS)'
+	@rm -f wheelhouse/jaxinfra-*
+	@du -sh wheelhouse
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e '.[test]')

@@ -33,6 +33,8 @@ STEP = re.compile(r"step +\d+/\d+ ")
 RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
     "make test-all": "the command that runs this test",
+    "make wheelhouse EXTRAS=mlflow,sign": "tests/registry/test_air_gap.py",
+    "make install EXTRAS=mlflow,sign WHEELHOUSE=wheelhouse": "tests/registry/test_air_gap.py",
     "make docs": "tests/docs/test_site.py",
     "make release VERSION=0.2.0": "tests/test_release.py",
     "python -m launch bench step": "tests/bench",

@@ -86,7 +86,8 @@ def _continued(folder: str, prompt: str) -> str:
 @contextlib.contextmanager
 def _started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Starts a program in a session of its own, so that Ctrl-C does not reach it before us; ends all of it at last."""
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+    offline = {"HF_HUB_OFFLINE": "1", **os.environ}  # it serves a folder: no question to the Hub
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, env=offline)
     try:
         yield process
     finally:
