@@ -1,17 +1,18 @@
-"""What runs in the cluster: Jobs, JobSets, TrainJobs, queues, the scheduler and the collector of garbage.
+"""What runs in the cluster: Jobs, JobSets, TrainJobs and the collector of garbage, beside queues and the scheduler.
 
 Each looks at all its objects and moves them on by a step; `reconcile` is called until nothing changes any more. The
 reasons and messages are those of the real controllers, since programs and users read them.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from tests.cluster.schemas import BY_NAME, Json, Refused, quantity
+from tests.cluster.objects import age_s, child, create, event, holds, now, set_condition, suffix
+from tests.cluster.queues import queue
+from tests.cluster.scheduler import schedule
+from tests.cluster.schemas import BY_NAME, Json
 
 if TYPE_CHECKING:
     from tests.cluster.server import Cluster
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 _TRACKING = "batch.kubernetes.io/job-tracking"
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _SET = "jobset.sigs.k8s.io/"
-_QUEUE = "kueue.x-k8s.io/queue-name"
-_LETTERS = "bcdfghjklmnpqrstvwxz2456789"  # of generated names
-
-
-def now() -> str:
-    """Returns the time as objects have it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def reconcile(cluster: "Cluster") -> None:
@@ -34,12 +28,12 @@ def reconcile(cluster: "Cluster") -> None:
     if cluster.has_queues:
         for plural in ("jobs", "jobsets", "trainjobs"):
             for body in cluster.find(plural):
-                _queue(cluster, body)
+                queue(cluster, body)
     for plural, step in (("trainjobs", _train_job), ("jobsets", _job_set), ("jobs", _job)):
         for body in cluster.find(plural):
             if "deletionTimestamp" not in body["metadata"]:
                 step(cluster, body)
-    _schedule(cluster)
+    schedule(cluster)
     cluster.kubelet.sync(cluster)
 
 
@@ -66,140 +60,12 @@ def collect(cluster: "Cluster") -> None:
             cluster.objects.pop(key, None)
 
 
-def set_condition(body: Json, kind: str, status: bool, reason: str, message: str = "") -> None:
-    """Sets a condition in the status of an object."""
-    conditions = body.setdefault("status", {}).setdefault("conditions", [])
-    new = {"type": kind, "status": str(status), "reason": reason, "message": message}
-    found = next((each for each in conditions if each["type"] == kind), None)
-    if found is None:
-        conditions.append(found := {"lastTransitionTime": now()})
-    elif found["status"] != new["status"]:
-        found["lastTransitionTime"] = now()
-    found |= new
-
-
-def disrupt(pod: Json, reason: str, message: str) -> None:
-    """Says that the cluster ends a pod, not the pod itself."""
-    set_condition(pod, "DisruptionTarget", True, reason, message)
-
-
-def event(cluster: "Cluster", body: Json, kind: str, reason: str, message: str) -> None:
-    """Records an event of an object, once."""
-    meta = body["metadata"]
-    code = hashlib.sha256(f"{meta['uid']}{reason}{message}".encode()).hexdigest()[:16]
-    name, namespace = f"{meta['name']}.{code}", meta.get("namespace", "default")
-    about = {"kind": body["kind"], "namespace": namespace, "name": meta["name"], "uid": meta["uid"],
-             "apiVersion": body["apiVersion"]}  # fmt: skip
-    stamp = now()
-    cluster.objects.setdefault(("events", namespace, name), {
-        "kind": "Event", "apiVersion": "v1", "involvedObject": about, "reason": reason, "message": message,
-        "type": kind, "count": 1, "firstTimestamp": stamp, "lastTimestamp": stamp,
-        "metadata": {"name": name, "namespace": namespace, "uid": code, "creationTimestamp": stamp},
-    })  # fmt: skip
-
-
-def exceeded_quota(cluster: "Cluster", pod: Json) -> str:
-    """Returns why a ResourceQuota refuses a pod; "" if none does."""
-    namespace = pod["metadata"]["namespace"]
-    alive = [each for each in cluster.find("pods", namespace) if each["status"]["phase"] in ("Pending", "Running")]
-    used, asked = _sum(map(_counted, alive)), _counted(pod)
-    for quota in cluster.find("resourcequotas", namespace):
-        for name, limit in quota["spec"]["hard"].items():
-            more, now_used = asked.get(name, 0.0), used.get(name, 0.0)
-            if more and now_used + more > quantity(limit):
-                amounts = f"requested: {name}={more:g}, used: {name}={now_used:g}, limited: {name}={limit}"
-                return f"exceeded quota: {quota['metadata']['name']}, {amounts}"
-    return ""
-
-
-def set_admitted(cluster: "Cluster", workload: Json, *, admitted: bool) -> None:
-    """Has a queue admit a workload, or take back that it has."""
-    queue = workload["spec"]["queueName"]
-    message = f"Quota reserved in ClusterQueue {queue}" if admitted else "Preempted to accommodate a workload"
-    set_condition(workload, "QuotaReserved", admitted, "QuotaReserved" if admitted else "Pending", message)
-    if admitted:
-        set_condition(workload, "Admitted", True, "Admitted", "The workload is admitted")
-    else:
-        set_condition(workload, "Admitted", False, "NoReservation", "The workload has no reservation")
-        set_condition(workload, "Evicted", True, "Preempted", message)
-    for plural in ("jobs", "jobsets", "trainjobs"):
-        for body in cluster.find(plural):
-            if body["metadata"]["uid"] == workload["metadata"]["ownerReferences"][0]["uid"]:
-                body["spec"]["suspend"] = not admitted
-
-
-def _queue(cluster: "Cluster", body: Json) -> None:
-    """Kueue: keeps what asks for a queue suspended until the queue has quota for it."""
-    meta, spec = body["metadata"], body["spec"]
-    queue = meta.get("labels", {}).get(_QUEUE)
-    if queue is None or "ownerReferences" in meta or "deletionTimestamp" in meta:
-        return
-    name = f"{body['kind'].lower()}-{meta['name']}-{_suffix(meta['uid'])}"
-    workload = cluster.objects.get(("workloads", meta["namespace"], name))
-    if workload is None:
-        kind = BY_NAME["Workload"]
-        sets = [{"name": name, "count": count, "template": template} for name, count, template in _pod_sets(body)]
-        workload = _child(body, kind.api_version, "Workload", name, {"queueName": queue, "podSets": sets})
-        cluster.create(kind, workload)
-    ended = _is(body, "Complete", "Completed", "Failed")
-    if ended or not _is(workload, "QuotaReserved"):
-        if ended:
-            return set_condition(workload, "Finished", True, "JobFinished", "Job finished")
-        problem = _unadmitted(cluster, workload)
-        if not problem:
-            return set_admitted(cluster, workload, admitted=True)
-        set_condition(workload, "QuotaReserved", False, *problem)
-        spec["suspend"] = True
-
-
-def _unadmitted(cluster: "Cluster", workload: Json) -> tuple[str, str] | None:
-    """Returns the reason and the message why a queue has no quota for a workload; None if it has."""
-    queue = workload["spec"]["queueName"]
-    if ("localqueues", workload["metadata"]["namespace"], queue) not in cluster.objects:
-        return "Inadmissible", f"LocalQueue {queue} doesn't exist"
-    holding = [
-        each for each in cluster.find("workloads")
-        if each["spec"]["queueName"] == queue and _is(each, "QuotaReserved") and not _is(each, "Finished")
-    ]  # fmt: skip
-    used, quota = _sum(map(_total, holding)), cluster.quotas[queue]
-    for name, amount in sorted(_total(workload).items()):
-        where = f"couldn't assign flavors to pod set {workload['spec']['podSets'][0]['name']}:"
-        if name not in quota:
-            return "Pending", f"{where} resource {name} unavailable in ClusterQueue"
-        if (more := used.get(name, 0.0) + amount - quota[name]) > 0:
-            return (
-                "Pending",
-                f"{where} insufficient unused quota for {name} in flavor default-flavor, {more:g} more needed",
-            )
-    return None if quota else ("Pending", f"ClusterQueue {queue} has no quota left")
-
-
-def _pod_sets(body: Json) -> list[tuple[str, int, Json]]:
-    spec = body["spec"]
-    if body["kind"] == "Job":
-        return [("main", spec["parallelism"], spec["template"])]
-    if body["kind"] == "JobSet":
-        return [(job["name"], job["replicas"] * job["template"]["spec"].get("parallelism", 1),
-                 job["template"]["spec"]["template"]) for job in spec["replicatedJobs"]]  # fmt: skip
-    trainer = spec.get("trainer", {})
-    container = {"name": "node", "resources": trainer.get("resourcesPerNode", {})}
-    return [("node", trainer.get("numNodes", 1), {"spec": {"containers": [container]}})]
-
-
-def _total(workload: Json) -> dict[str, float]:
-    """Returns what all pods of a workload ask for."""
-    return _sum(
-        {name: amount * each["count"] for name, amount in _requests(each["template"]["spec"]).items()}
-        for each in workload["spec"]["podSets"]
-    )
-
-
 def _train_job(cluster: "Cluster", body: Json) -> None:
     """Makes the JobSet of a TrainJob by its runtime, and says how it does."""
     meta, spec = body["metadata"], body["spec"]
     key = ("jobsets", meta["namespace"], meta["name"])
     found = cluster.objects.get(key)
-    if found is None and not _is(body, "Complete", "Failed"):
+    if found is None and not holds(body, "Complete", "Failed"):
         ref = BY_NAME[spec["runtimeRef"]["kind"]]
         runtime = cluster.objects[(ref.plural, meta["namespace"] if ref.namespaced else "", spec["runtimeRef"]["name"])]
         template, policy = deepcopy(runtime["spec"]["template"]), runtime["spec"].get("mlPolicy", {})
@@ -219,9 +85,9 @@ def _train_job(cluster: "Cluster", body: Json) -> None:
         for patch in spec.get("runtimePatches", ()):
             template = _overlaid(template, patch.get("trainingRuntimeSpec", {}).get("template", {}))
         kind = BY_NAME["JobSet"]
-        found = _child(body, kind.api_version, "JobSet", meta["name"], template["spec"], template.get("metadata"))
+        found = child(body, kind.api_version, "JobSet", meta["name"], template["spec"], template.get("metadata"))
         found["spec"]["suspend"] = spec["suspend"]
-        _try(cluster, body, found, "JobSetCreationFailed")
+        create(cluster, body, found, "JobSetCreationFailed")
     if found is not None and (found := cluster.objects.get(key)) is not None:
         if found["spec"]["suspend"] != spec["suspend"]:
             found["spec"]["suspend"] = spec["suspend"]
@@ -229,7 +95,7 @@ def _train_job(cluster: "Cluster", body: Json) -> None:
                       f"TrainJob is {'suspended' if spec['suspend'] else 'resumed'}")  # fmt: skip
         body["status"]["jobsStatus"] = found.get("status", {}).get("replicatedJobsStatus", [])
         for own, other in (("Complete", "Completed"), ("Failed", "Failed")):
-            if _is(found, other):
+            if holds(found, other):
                 condition = next(each for each in found["status"]["conditions"] if each["type"] == other)
                 set_condition(body, own, True, condition["reason"], condition["message"])
 
@@ -241,7 +107,7 @@ def _job_set(cluster: "Cluster", body: Json) -> None:
     jobs = [job for job in cluster.find("jobs", meta["namespace"], body)]
     if _ended(cluster, body):
         for job in jobs:
-            if not _is(job, "Complete", "Failed") and "deletionTimestamp" not in job["metadata"]:
+            if not holds(job, "Complete", "Failed") and "deletionTimestamp" not in job["metadata"]:
                 cluster.delete(job, "Foreground")
         return
     attempt = str(status["restarts"])
@@ -255,18 +121,18 @@ def _job_set(cluster: "Cluster", body: Json) -> None:
     by_set = {each["name"]: [job for job in jobs if job["metadata"]["labels"][f"{_SET}replicatedjob-name"]
                              == each["name"]] for each in spec["replicatedJobs"]}  # fmt: skip
     status["replicatedJobsStatus"] = [_set_status(name, found) for name, found in by_set.items()]
-    if failed := [job for job in jobs if _is(job, "Failed")]:
+    if failed := [job for job in jobs if holds(job, "Failed")]:
         return _fail_job_set(cluster, body, failed)
     success = spec["successPolicy"]
     targets = [each for each in spec["replicatedJobs"] if each["name"] in
                (success.get("targetReplicatedJobs") or by_set)]  # fmt: skip
-    done = [sum(_is(job, "Complete") for job in by_set[each["name"]]) >= each["replicas"] for each in targets]
-    some = any(_is(job, "Complete") for each in targets for job in by_set[each["name"]])
+    done = [sum(holds(job, "Complete") for job in by_set[each["name"]]) >= each["replicas"] for each in targets]
+    some = any(holds(job, "Complete") for each in targets for job in by_set[each["name"]])
     if (done and all(done)) or (success["operator"] == "Any" and some):
         status["terminalState"] = "Completed"
         event(cluster, body, "Normal", "AllJobsCompleted", "jobset completed successfully")
         return set_condition(body, "Completed", True, "AllJobsCompleted", "jobset completed successfully")
-    if spec["suspend"] or _is(body, "Suspended"):
+    if spec["suspend"] or holds(body, "Suspended"):
         what = ("SuspendedJobs", "jobset is suspended") if spec["suspend"] else ("ResumeJobs", "jobset is resumed")
         set_condition(body, "Suspended", spec["suspend"], *what)
     for job in jobs:
@@ -274,9 +140,9 @@ def _job_set(cluster: "Cluster", body: Json) -> None:
     subdomain = spec["network"].get("subdomain", meta["name"])
     if ("services", meta["namespace"], subdomain) not in cluster.objects:
         selector = {f"{_SET}jobset-name": meta["name"]}
-        service = _child(body, "v1", "Service", subdomain, {"clusterIP": "None", "selector": selector,
+        service = child(body, "v1", "Service", subdomain, {"clusterIP": "None", "selector": selector,
                          "publishNotReadyAddresses": spec["network"]["publishNotReadyAddresses"]})  # fmt: skip
-        _try(cluster, body, service, "HeadlessServiceCreationFailed")
+        create(cluster, body, service, "HeadlessServiceCreationFailed")
     for each in spec["replicatedJobs"]:
         waits = [of for of in each.get("dependsOn", ()) if not _is_met(of, by_set[of["name"]])]
         if not waits:
@@ -309,14 +175,14 @@ def _make_jobs(cluster: "Cluster", body: Json, each: Json, attempt: str, subdoma
             own["coordinator"] = f"{meta['name']}-{where}.{subdomain}"
         marks = {f"{_SET}{key}": value for key, value in own.items()}
         template = deepcopy(each["template"])
-        job = _child(body, "batch/v1", "Job", name, template["spec"], template.get("metadata"))
+        job = child(body, "batch/v1", "Job", name, template["spec"], template.get("metadata"))
         job["spec"]["suspend"] = spec["suspend"]
         for part in (job["metadata"], job["spec"]["template"].setdefault("metadata", {})):
             for key in ("labels", "annotations"):
                 part[key] = part.get(key, {}) | marks
         if spec["network"]["enableDNSHostnames"]:
             job["spec"]["template"]["spec"].setdefault("subdomain", subdomain)
-        _try(cluster, body, job, "JobCreationFailed")
+        create(cluster, body, job, "JobCreationFailed")
 
 
 def _fail_job_set(cluster: "Cluster", body: Json, failed: Sequence[Json]) -> None:
@@ -350,15 +216,15 @@ def _fail_job_set(cluster: "Cluster", body: Json, failed: Sequence[Json]) -> Non
 def _set_status(name: str, jobs: Sequence[Json]) -> Json:
     """Returns how the Jobs of a replicated Job do."""
     return {
-        "name": name, "ready": sum(map(_is_ready, jobs)), "succeeded": sum(_is(job, "Complete") for job in jobs),
-        "failed": sum(_is(job, "Failed") for job in jobs), "suspended": sum(job["spec"]["suspend"] for job in jobs),
+        "name": name, "ready": sum(map(_is_ready, jobs)), "succeeded": sum(holds(job, "Complete") for job in jobs),
+        "failed": sum(holds(job, "Failed") for job in jobs), "suspended": sum(job["spec"]["suspend"] for job in jobs),
         "active": sum(job.get("status", {}).get("active", 0) > 0 for job in jobs),
     }  # fmt: skip
 
 
 def _is_met(depends: Json, jobs: Sequence[Json]) -> bool:
     return bool(jobs) and all(
-        _is(job, "Complete") if depends["status"] == "Complete" else _is_ready(job) for job in jobs
+        holds(job, "Complete") if depends["status"] == "Complete" else _is_ready(job) for job in jobs
     )
 
 
@@ -396,7 +262,7 @@ def _job(cluster: "Cluster", body: Json) -> None:
     if (
         target is None
         and "startTime" in status
-        and _age_s(status["startTime"]) >= spec.get("activeDeadlineSeconds", 1e9)
+        and age_s(status["startTime"]) >= spec.get("activeDeadlineSeconds", 1e9)
     ):
         target = _target(body, "DeadlineExceeded", "Job was active longer than specified deadline")
     if target is not None or spec["suspend"]:
@@ -405,7 +271,7 @@ def _job(cluster: "Cluster", body: Json) -> None:
                 pod["metadata"]["finalizers"].remove(_TRACKING)
             cluster.delete(pod)
         active = []
-    status |= {"active": len(active), "ready": sum(_is(pod, "Ready") for pod in active),
+    status |= {"active": len(active), "ready": sum(holds(pod, "Ready") for pod in active),
                "terminating": len(alive) - len(active)}  # fmt: skip
     if target is not None:
         if not alive:
@@ -425,7 +291,7 @@ def _job(cluster: "Cluster", body: Json) -> None:
         event(cluster, body, "Normal", "Suspended", "Job suspended")
     else:
         status.setdefault("startTime", now())
-        if _is(body, "Suspended"):
+        if holds(body, "Suspended"):
             set_condition(body, "Suspended", False, "JobResumed", "Job resumed")
         taken = {int(pod["metadata"]["annotations"][_INDEX]) for pod in alive}
         missing = [index for index in range(spec["completions"]) if index not in taken | done]
@@ -435,8 +301,8 @@ def _job(cluster: "Cluster", body: Json) -> None:
 
 def _make_pod(cluster: "Cluster", body: Json, index: int) -> None:
     meta, template = body["metadata"], deepcopy(body["spec"]["template"])
-    name = f"{meta['name']}-{index}-{_suffix(f'{meta["uid"]}{index}{cluster.made}')}"
-    pod = _child(body, "v1", "Pod", name, template["spec"], template.get("metadata"))
+    name = f"{meta['name']}-{index}-{suffix(f'{meta["uid"]}{index}{cluster.made}')}"
+    pod = child(body, "v1", "Pod", name, template["spec"], template.get("metadata"))
     marks = {"batch.kubernetes.io/job-name": meta["name"], "job-name": meta["name"], _INDEX: str(index),
              "batch.kubernetes.io/controller-uid": meta["uid"], "controller-uid": meta["uid"]}  # fmt: skip
     pod["metadata"]["labels"] |= marks
@@ -446,7 +312,7 @@ def _make_pod(cluster: "Cluster", body: Json, index: int) -> None:
     field = {"fieldRef": {"fieldPath": f"metadata.labels['{_INDEX}']"}}
     for container in pod["spec"]["containers"]:
         container.setdefault("env", []).append({"name": "JOB_COMPLETION_INDEX", "valueFrom": field})
-    if _try(cluster, body, pod, "FailedCreate", "Error creating: "):
+    if create(cluster, body, pod, "FailedCreate", "Error creating: "):
         cluster.made += 1
         event(cluster, body, "Normal", "SuccessfulCreate", f"Created pod: {name}")
 
@@ -478,135 +344,17 @@ def _outcome(spec: Json, pod: Json) -> tuple[str, str]:
     return "Count", ""
 
 
-def _schedule(cluster: "Cluster") -> None:
-    """Binds pods to nodes, or says why it cannot."""
-    for pod in cluster.find("pods"):
-        if "nodeName" in pod["spec"] or pod["status"]["phase"] != "Pending" or "deletionTimestamp" in pod["metadata"]:
-            continue
-        problem = _unbound_claim(cluster, pod)
-        reasons = Counter[str]()
-        nodes = cluster.find("nodes")
-        for node in nodes if not problem else ():
-            found = _misfits(cluster, pod, node)
-            if not found:
-                pod["spec"]["nodeName"] = node["metadata"]["name"]
-                set_condition(pod, "PodScheduled", True, "")
-                where = f"{pod['metadata']['namespace']}/{pod['metadata']['name']} to {node['metadata']['name']}"
-                event(cluster, pod, "Normal", "Scheduled", f"Successfully assigned {where}")
-                break
-            reasons.update(found)
-        else:
-            texts = ", ".join(sorted(f"{count} {reason}" for reason, count in reasons.items()))
-            message = problem or f"0/{len(nodes)} nodes are available: {texts}. preemption: 0/{len(nodes)} nodes are "
-            message += "" if problem else f"available: {len(nodes)} Preemption is not helpful for scheduling."
-            message = message if nodes else "no nodes available to schedule pods"
-            set_condition(pod, "PodScheduled", False, "Unschedulable", message)
-            event(cluster, pod, "Warning", "FailedScheduling", message)
-
-
-def _unbound_claim(cluster: "Cluster", pod: Json) -> str:
-    for volume in pod["spec"].get("volumes", ()):
-        name = volume.get("persistentVolumeClaim", {}).get("claimName")
-        if name and ("persistentvolumeclaims", pod["metadata"]["namespace"], name) not in cluster.objects:
-            return f'persistentvolumeclaim "{name}" not found'
-    return ""
-
-
-def _misfits(cluster: "Cluster", pod: Json, node: Json) -> list[str]:
-    """Returns why a pod cannot go to a node, in the words of the scheduler's plugins."""
-    spec, labels = pod["spec"], node["metadata"].get("labels", {})
-    if node["spec"].get("unschedulable"):
-        return ["node(s) were unschedulable"]
-    for taint in node["spec"].get("taints", ()):
-        if taint["effect"] != "PreferNoSchedule" and not any(
-            _tolerates(each, taint) for each in spec.get("tolerations", ())
-        ):
-            return [f"node(s) had untolerated taint {{{taint['key']}: {taint.get('value', '')}}}"]
-    if not spec.get("nodeSelector", {}).items() <= labels.items():
-        return ["node(s) didn't match Pod's node affinity/selector"]
-    here = [
-        each for each in cluster.pods_on(node["metadata"]["name"]) if each["status"]["phase"] in ("Pending", "Running")
-    ]
-    used = _sum(_requests(each["spec"]) for each in here)
-    room = {name: quantity(amount) for name, amount in node["status"]["allocatable"].items()}
-    short = [name for name, amount in _requests(spec).items() if used.get(name, 0.0) + amount > room.get(name, 0.0)]
-    return [f"Insufficient {name}" for name in short] + (["Too many pods"] if len(here) >= room["pods"] else [])
-
-
-def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
-    if toleration.get("effect") not in (None, "", taint["effect"]):
-        return False
-    if toleration.get("operator", "Equal") == "Exists":
-        return toleration.get("key") in (None, "", taint["key"])
-    return toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", "")
-
-
-def _requests(spec: Json) -> dict[str, float]:
-    """Returns what the containers of a pod ask for; a limit without a request is one."""
-    resources = [container.get("resources", {}) for container in spec["containers"]]
-    asked = [each.get("limits", {}) | each.get("requests", {}) for each in resources]
-    return _sum({name: quantity(amount) for name, amount in each.items()} for each in asked)
-
-
-def _counted(pod: Json) -> dict[str, float]:
-    """Returns what a pod counts for quotas."""
-    requests = _requests(pod["spec"])
-    return {**requests, **{f"requests.{name}": amount for name, amount in requests.items()}, "pods": 1.0}
-
-
-def _sum(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, amount in part.items():
-            total[name] = total.get(name, 0.0) + amount
-    return total
-
-
-def _child(owner: Json, version: str, kind: str, name: str, spec: Json, meta: Json | None = None) -> Json:
-    """Returns an object that another owns."""
-    of = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "name": owner["metadata"]["name"],
-          "uid": owner["metadata"]["uid"], "controller": True, "blockOwnerDeletion": True}  # fmt: skip
-    kept = {key: {**(meta or {}).get(key, {})} for key in ("labels", "annotations")}
-    own = {"name": name, "namespace": owner["metadata"]["namespace"], "ownerReferences": [of], **kept}
-    return {"apiVersion": version, "kind": kind, "metadata": own, "spec": spec}
-
-
-def _try(cluster: "Cluster", owner: Json, body: Json, reason: str, prefix: str = "") -> bool:
-    """Makes an object, or records why it is refused."""
-    try:
-        cluster.create(BY_NAME[body["kind"]], body)
-    except Refused as refused:
-        event(cluster, owner, "Warning", reason, prefix + refused.message)
-        return False
-    return True
-
-
 def _ended(cluster: "Cluster", body: Json) -> bool:
     """Whether a Job or JobSet has ended; deletes it when its time is over."""
     ends = [each for each in body["status"].get("conditions", ())
             if each["type"] in ("Complete", "Completed", "Failed") and each["status"] == "True"]  # fmt: skip
-    if ends and _age_s(ends[0]["lastTransitionTime"]) >= body["spec"].get("ttlSecondsAfterFinished", 1e9):
+    if ends and age_s(ends[0]["lastTransitionTime"]) >= body["spec"].get("ttlSecondsAfterFinished", 1e9):
         cluster.delete(body)
     return bool(ends)
 
 
-def _is(body: Json, *kinds: str) -> bool:
-    """Whether one of these conditions is true."""
-    conditions = body.get("status", {}).get("conditions", ())
-    return any(each["type"] in kinds and each["status"] == "True" for each in conditions)
-
-
 def _failure(job: Json) -> Json:
     return next(each for each in job["status"]["conditions"] if each["type"] == "Failed")
-
-
-def _age_s(stamp: str) -> float:
-    return (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
-
-
-def _suffix(text: str) -> str:
-    """Returns the end of a generated name, which is the same when the same is tried again."""
-    return "".join(_LETTERS[byte % len(_LETTERS)] for byte in hashlib.sha256(text.encode()).digest()[:5])
 
 
 def _indexes(text: str) -> set[int]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.cloud import leftovers
 from tests.cloud.hosts import Hosts
-from tests.cluster import controllers
+from tests.cluster import objects
 from tests.cluster.schemas import Json, Refused
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Container(threading.Thread):
                 descriptor = os.pidfd_open(int(first))  # before it goes on, and maybe ends
                 go.write(b"go\n")
                 go.flush()  # before a signal ends who reads it
-                self.started_at = controllers.now()
+                self.started_at = objects.now()
                 with self.news:
                     self._first = descriptor
                 for each in self._signals:
@@ -94,7 +94,7 @@ class _Container(threading.Thread):
             if self._first is None:
                 raise RuntimeError(f"{self.name}: the pod does not start: {self.lines}")
             os.close(self._first)
-            self.ended_at = controllers.now()
+            self.ended_at = objects.now()
             self.exit_code = code if code >= 0 else 128 - code
             self.news.notify_all()
         self._wake()
@@ -150,15 +150,15 @@ class Kubelet:
             if uid in self._containers:
                 self._containers[uid].stop(0)
             pod["status"]["phase"] = "Failed"
-            controllers.disrupt(pod, "DeletionByPodGC", "PodGC: node no longer exists")
+            objects.disrupt(pod, "DeletionByPodGC", "PodGC: node no longer exists")
         self._lost.add(uid)
-        pod["metadata"].setdefault("deletionTimestamp", controllers.now())
+        pod["metadata"].setdefault("deletionTimestamp", objects.now())
 
     def shut_down(self, pod: Json, after_s: float) -> None:
         """Ends a pod whose node shuts down."""
         if self.runs(pod):
             message = "Pod was terminated in response to imminent node shutdown."
-            controllers.disrupt(pod, "TerminationByKubelet", message)
+            objects.disrupt(pod, "TerminationByKubelet", message)
             pod["status"] |= {"reason": "Terminated", "message": message}
             self._containers[pod["metadata"]["uid"]].stop(min(pod["spec"]["terminationGracePeriodSeconds"], after_s))
 
@@ -211,7 +211,7 @@ class Kubelet:
         ]  # fmt: skip
         why = f"Pod{'Failed' if failed else 'Completed'}" if ended else ""
         for kind in ("Initialized", "ContainersReady", "Ready"):
-            controllers.set_condition(pod, kind, kind == "Initialized" or not ended, why)
+            objects.set_condition(pod, kind, kind == "Initialized" or not ended, why)
 
     def _start(self, cluster: "Cluster", pod: Json) -> None:
         assert self._hosts is not None, "pods run on hosts: give some to the cluster"
@@ -225,7 +225,7 @@ class Kubelet:
             image = spec["image"]
             if image not in cluster.images:
                 failed = f'failed to pull and unpack image "{image}": failed to resolve reference "{image}": not found'
-                controllers.event(cluster, pod, "Warning", "Failed", f'Failed to pull image "{image}": {failed}')
+                objects.event(cluster, pod, "Warning", "Failed", f'Failed to pull image "{image}": {failed}')
                 raise _Waits("ImagePullBackOff", f'Back-off pulling image "{image}": ErrImagePull: {failed}')
             hostname = pod["spec"].get("hostname", meta["name"])[:63]
             base = {
@@ -256,9 +256,7 @@ class Kubelet:
                 {"name": spec["name"], "image": spec["image"], "imageID": "", "restartCount": 0, "ready": False,
                  "started": False, "state": waiting, "lastState": {}}
             ]  # fmt: skip
-            return controllers.event(
-                cluster, pod, "Warning", "FailedMount" if "Mount" in message else "Failed", message
-            )
+            return objects.event(cluster, pod, "Warning", "FailedMount" if "Mount" in message else "Failed", message)
         shared = self._hosts.shared
 
         def script(folder: Path, tell: int) -> str:

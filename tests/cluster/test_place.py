@@ -17,7 +17,7 @@ from jaxinfra.launchers.places.k8s import KubernetesPlace
 from jaxinfra.launchers.places.manifests import name_of
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.ssh import MARK
-from tests.cluster.controllers import set_condition
+from tests.cluster.objects import set_condition
 from tests.cluster.server import Cluster
 from tests.refusals import raises
 
@@ -71,6 +71,7 @@ def test_what_belongs_to_a_workload_goes_with_it(world: World, workload: str) ->
     assert world.state(place) == (1, "live", None)
     place.stop(world.job, 1)
     for plural in (f"{workload}s", "secrets", "services", "trainingruntimes", "pods"):
+        left = world.cluster.find(plural)
         for _ in range(100):
             with world.cluster.lock:
                 if not (left := world.cluster.find(plural)):
