@@ -1,6 +1,8 @@
 """What a cluster of Kubernetes gets for a run: valid by its schemas, and the pods of it find each other."""
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,6 @@ from jaxinfra.launchers.places.manifests import Manifest, failure_rules, manifes
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.processes.discovery import find_processes
-from tests.processes.test_kubernetes import paths, pod
 from tests.refusals import raises
 
 SCHEMAS = {
@@ -40,6 +41,33 @@ JOB = Job(
     ),
 )
 QUEUED = {"queue": "team-queue", "priority": "high", "topology": "cloud.google.com/gke-nodepool", "spot": True}
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """The paths of all values of an object."""
+    match value:
+        case dict():
+            for name, each in value.items():
+                yield from paths(each, f"{path}.{name}")
+        case list():
+            for index, each in enumerate(value):
+                yield from paths(each, f"{path}[{index}]")
+        case _:
+            yield path
+
+
+def pod(template: Mapping[str, Any], labels: Mapping[str, str], job: str, index: int) -> dict[str, str]:
+    """The environment of a pod of an indexed Job."""
+    environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": f"{job}-{index}"}
+    environment["JOB_COMPLETION_INDEX"] = str(index)
+    for variable in template["template"]["spec"]["containers"][0].get("env", []):
+        value = variable.get("value")
+        if value is None:
+            match = re.fullmatch(r"metadata\.labels\['(.*)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"])
+            assert match
+            value = labels[match[1]]
+        environment[variable["name"]] = value
+    return environment
 
 
 def made(kind: str = "jobset", accelerator: str = "cpu:2", **more: Any) -> list[Manifest]:
@@ -98,20 +126,30 @@ def test_pods_need_no_rights(kind: str) -> None:
     assert {(*volume,)[1] for volume in spec["volumes"]} <= {"emptyDir", "persistentVolumeClaim"}
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset"])
-def test_pods_find_each_other(kind: str) -> None:
-    name, spec = made(kind)[-1]["metadata"]["name"], job_spec(kind, "cpu:2")
-    stem = name if kind == "job" else f"{name}-node-0"
-    labels = {
-        "jobset.sigs.k8s.io/job-index": "0",
-        "jobset.sigs.k8s.io/replicatedjob-replicas": "1",
-        "jobset.sigs.k8s.io/coordinator": f"{stem}-0.{name}",
-    }
-    for index in range(2):
-        processes = find_processes(pod(spec, labels, stem, index))
-        assert processes is not None
-        assert (processes.index, processes.count) == (index, 2)
-        assert processes.coordinator.rpartition(":")[0] == f"{stem}-0.{name}"
+@pytest.mark.parametrize(
+    ("kind", "accelerator", "slices", "hosts"),
+    [("job", "cpu:2", 1, 2), ("jobset", "cpu:2", 1, 2), ("jobset", "2xv5p:2x2x4", 2, 4)],
+)
+def test_pods_find_each_other(kind: str, accelerator: str, slices: int, hosts: int) -> None:
+    name, spec = made(kind, accelerator)[-1]["metadata"]["name"], job_spec(kind, accelerator)
+    stem = name if kind == "job" else f"{name}-node"
+    every = [[f"{stem}-{f'{job}-' * (kind != 'job')}{each}.{name}" for each in range(hosts)] for job in range(slices)]
+    for job in range(slices):
+        labels = {
+            "jobset.sigs.k8s.io/job-index": str(job),
+            "jobset.sigs.k8s.io/replicatedjob-replicas": str(slices),
+            "jobset.sigs.k8s.io/coordinator": every[0][0],
+        }
+        for index in range(hosts):
+            environment = pod(spec, labels, every[job][0].partition(".")[0].removesuffix("-0"), index)
+            if "google.com/tpu" in str(spec):  # by GKE
+                environment |= {"TPU_WORKER_HOSTNAMES": ",".join(every[job]), "TPU_WORKER_ID": str(index)}
+                environment |= {"MEGASCALE_NUM_SLICES": str(slices), "MEGASCALE_SLICE_ID": str(job)}
+                environment["MEGASCALE_COORDINATOR_ADDRESS"] = every[0][0]
+            processes = find_processes(environment)
+            assert processes is not None
+            assert (processes.index, processes.count) == (job * hosts + index, slices * hosts)
+            assert processes.coordinator.rpartition(":")[0] == every[0][0]
     assert ("subdomain" in spec["template"]["spec"]) == (kind == "job"), "a JobSet has a Service of its own"
 
 
