@@ -16,7 +16,7 @@ endif
 # Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install wheelhouse quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
+.PHONY: help install wheelhouse image quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +62,10 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e '.[docs]')
 	@touch $@ $(VENV)/.installed
+
+image: | $(BIN)/python ## build the image with buildah, without root and a registry: KIND=cpu, cuda or tpu; RUN="COMMAND" runs in it
+	$(call install,-e '.[sign]')
+	PYTHON=$(BIN)/python launch/image.sh "$(or $(KIND),cpu)" $(RUN)
 
 quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample: 2 minutes
 	$(LAUNCH) data prepare configs/data/python_stdlib.py

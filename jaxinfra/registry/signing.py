@@ -9,14 +9,13 @@ The signature `model.sig` covers every file of the folder: weights, config, toke
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from jaxinfra import __version__
 from jaxinfra.errors import ConfigError, DataError, quoted
 from jaxinfra.interop.folder import PREFIX
 from jaxinfra.packages import import_optional
+from jaxinfra.registry.sbom import bill_of_materials, installed
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 
@@ -33,7 +32,7 @@ def sign(folder: Path, key: Path, receipt: Mapping[str, Any], record: Mapping[st
     lineage = {"model": receipt["source"], "run": {name: record[name] for name in _IN_LINEAGE if name in record}}
     with storage_errors(folder):
         write_bytes_atomic(folder / LINEAGE, json.dumps(lineage, indent=2).encode() + b"\n")
-        write_bytes_atomic(folder / SBOM, _sbom())
+        write_bytes_atomic(folder / SBOM, bill_of_materials("training", installed()))
         signing = _library().signing.Config().use_elliptic_key_signer(private_key=key)
         signing.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
 
@@ -88,19 +87,3 @@ def _library() -> Any:
 
 def _cause(error: Exception) -> str:
     return quoted(" ".join(str(error).split()) or type(error).__name__, 300)
-
-
-def _sbom() -> bytes:
-    """Returns the installed packages as CycloneDX 1.6."""
-    needed: Any = {"needed_by": "signatures", "install": "jaxinfra[sign]"}
-    cyclonedx = import_optional("cyclonedx", "model.bom", "model.component", "output", "schema", **needed)
-    purl, model, schema = import_optional("packageurl", **needed).PackageURL, cyclonedx.model, cyclonedx.schema
-    component, kinds = model.component.Component, model.component.ComponentType
-    bom, whole = model.bom.Bom(), component(name="training", version=__version__, type=kinds.APPLICATION)
-    bom.metadata.component = whole
-    for name, version in sorted({(each.name.lower(), each.version) for each in distributions()}):
-        url = purl("pypi", name=name, version=version)
-        bom.components.add(component(name=name, version=version, type=kinds.LIBRARY, purl=url, bom_ref=str(url)))
-    bom.register_dependency(whole, bom.components)
-    written = cyclonedx.output.make_outputter(bom, schema.OutputFormat.JSON, schema.SchemaVersion.V1_6)
-    return written.output_as_string(indent=2).encode() + b"\n"
