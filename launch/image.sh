@@ -44,4 +44,5 @@ trap 'buildah rm "$container" >/dev/null; [ -z "${root:-}" ] || buildah unshare 
 # shellcheck disable=SC2016
 buildah unshare sh -c '"$1" launch/sbom.py "$(buildah mount "$2")" "$3" "$4"' \
     - "${PYTHON:-.venv/bin/python}" "$container" "image-$kind.cdx.json" "$image"
-[ $# -eq 0 ] || buildah run --network none "$container" -- "$@"
+# chroot isolation shares the network of whoever runs it: a namespace of its own, with loopback alone, is around it.
+[ $# -eq 0 ] || buildah unshare unshare --net sh -c 'ip link set lo up && exec buildah run "$@"' - "$container" -- "$@"
