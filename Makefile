@@ -96,6 +96,15 @@ $(INFRA)/.installed: Makefile $(VENV)/.installed-test
 		cdktf-cdktf-provider-google==16.12.1 cdktf-cdktf-provider-google-beta==16.12.1
 	@touch $@
 
+# Feast refuses pandas 3 and other packages that train: docs/sources.md.
+FEAST := .venv-feast
+
+$(FEAST)/.installed: Makefile pyproject.toml constraints.txt $(VENV)/.installed-test
+	"$(BIN)/python" -m venv $(FEAST)
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(FEAST)/bin/python \
+		-c <(grep -vE '^(pandas|prometheus_client|tenacity)=' constraints.txt) -e . feast==0.67.0
+	@touch $@
+
 infra: $(INFRA)/.installed ## check what makes machines: launch/infra
 	$(BIN)/python -m pytest tests/infra
 
@@ -110,10 +119,10 @@ PYTEST = $(JEMALLOC) $(BIN)/python -m pytest -n 4 --dist worksteal --durations 3
 test: lint ## install what tests need, lint, and run the fast tests
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.installed-test $(TORCH)/.installed $(INFRA)/.installed ## run the slow tests
+test-slow: $(VENV)/.installed-test $(TORCH)/.installed $(INFRA)/.installed $(FEAST)/.installed ## run the slow tests
 	$(PYTEST) -m slow
 
-test-all: lint $(TORCH)/.installed $(INFRA)/.installed ## lint, and run all tests, fast and slow
+test-all: lint $(TORCH)/.installed $(INFRA)/.installed $(FEAST)/.installed ## lint, and run all tests, fast and slow
 	$(PYTEST)
 
 # The oldest Python that is supported and here, in a place of pyenv's too, with the oldest JAX.
@@ -149,4 +158,4 @@ release-check: # before anything is installed
 	@"$(PYTHON)" tests/release.py "$(VERSION)" --check
 
 clean: ## remove what was installed and built; runs and stores stay
-	rm -rf $(VENV) $(OLDEST) $(TORCH) $(INFRA) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(TORCH) $(INFRA) $(FEAST) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info

@@ -29,7 +29,7 @@ from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import SHARD_BYTES, Corpus
 from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, validation_source
 from jaxinfra.prepare.sources.any_source import AnySource
-from jaxinfra.prepare.sources.record import SourceShard
+from jaxinfra.prepare.sources.record import Source, SourceShard
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.workspace import make_empty_folder, open_workspace, require_store
 from jaxinfra.storage.checks import check_space
@@ -83,6 +83,7 @@ def prepare(
     """
     store = ObjectStore(recipe.store)
     require_store(store)
+    recipe, _ = pin_sources(recipe)
     validation = validation_source(recipe.validation)
     train_shards = _list_shards(recipe.source, recipe.shard_bytes)
     # Messages of another store name its place in the recipe, those of a source its own fields.
@@ -113,6 +114,23 @@ def prepare(
         on_progress(replace(progress, stage="publish"))
         versions.publish_version(build, store, manifest, made_of)
     return PreparedVersion(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
+
+
+def pin_sources(recipe: Recipe) -> tuple[Recipe, Sequence[str]]:
+    """Returns the recipe with the snapshots that its tables have now, and the overrides which set them.
+
+    Raises as `Source.list_shards`.
+    """
+    overrides = []
+    for field in ("source", "validation"):
+        source = getattr(recipe, field)
+        with error_prefix("" if field == "source" else "validation."):
+            pinned = source.pinned() if isinstance(source, Source) else source
+        if pinned != source:
+            recipe = replace(recipe, **{field: pinned})
+            changed = {name: value for name, value in vars(pinned).items() if value != getattr(source, name)}
+            overrides += [f"{field}.{name}={value}" for name, value in changed.items()]
+    return recipe, overrides
 
 
 def _make_jobs(

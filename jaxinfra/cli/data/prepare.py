@@ -21,7 +21,7 @@ from jaxinfra.config.schema import fields_of
 from jaxinfra.config.source import find_record
 from jaxinfra.errors import ConfigError, Preempted, quoted
 from jaxinfra.prepare.follow import follow
-from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
+from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, pin_sources, prepare
 from jaxinfra.prepare.recipes import Corpus, ImageSet, Recipe
 from jaxinfra.processes.requests import StopRequest
 from jaxinfra.storage.credentials import mask_credentials
@@ -39,7 +39,10 @@ def run(options: argparse.Namespace) -> None:
     engine = options.engine or ENGINES[0]
     for recipe, words in load_recipes(options):
         validate(recipe)
-        made_from = mask_credentials(shlex.join(words))
+        recipe, snapshots = pin_sources(recipe)
+        for override in snapshots:
+            print(f"reads        {override}, the newest; add it to the command to read the same again", flush=True)
+        made_from = mask_credentials(shlex.join([*words, *snapshots]))
         with progress_bar() as on_progress:
             version = prepare(
                 recipe, engine=engine, workers=options.workers, on_progress=on_progress, prepared_from=made_from

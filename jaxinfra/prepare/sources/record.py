@@ -7,7 +7,7 @@ of shards, their order and their records depend on the files alone, never on the
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from jaxinfra.config import Extensible
 
@@ -60,6 +60,10 @@ class Source(Extensible, ABC):
     Both methods raise ConfigError for a missing file or package, DataError for a file that is damaged as a whole, and
     StorageError for a file that cannot be read.
     """
+
+    def pinned(self) -> Self:
+        """Returns the source with the snapshot that it has now, if it is a table with snapshots and names none."""
+        return self
 
     @abstractmethod
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:

@@ -54,32 +54,15 @@ class Parquet(FileSource):
 
     @override
     def _length(self, file: FileInfo) -> int:
-        with self._open(file.name) as table:
+        with open_parquet(self.root, file.name) as table:
             return table.num_row_groups
 
     @override
     def read(self, shard: SourceShard) -> Records:
-        with self._open(shard.name) as table:
-            names = table.schema_arrow.names
-            if missing := [column for column in self.columns if column not in names]:
-                raise ConfigError(
-                    f"columns={self.columns}: {display_url(self.root)}/{shard.name} has no {', '.join(missing)}; "
-                    f"use some of its columns: {', '.join(names) or 'it has none'}"
-                )
-            row = sum(table.metadata.row_group(group).num_rows for group in range(shard.start))
-            groups = range(table.num_row_groups)[shard.start : shard.end]
-            columns = list(self.columns) or None
-            for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
-                yield from _read_rows(batch, shard.name, row)
-                row += batch.num_rows
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator["ParquetFile"]:
-        with (
-            _open_for_arrow(self.root, name, "parquet") as (pa, file),
-            pa.parquet.ParquetFile(file, **_PARQUET_OPTIONS) as table,
-        ):
-            yield table
+        with open_parquet(self.root, shard.name) as table:
+            require_columns(self.columns, table.schema_arrow.names, f"{display_url(self.root)}/{shard.name}")
+            for batch, row in read_row_groups(table, shard, self.columns):
+                yield from read_rows(batch, shard.name, range(row, row + batch.num_rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +94,8 @@ class HuggingFace(Source):
                 end = first + batch.num_rows
                 start_row, end_row = max(first, shard.start), end if shard.end is None else min(end, shard.end)
                 if start_row < end_row:
-                    yield from _read_rows(batch.slice(start_row - first, end_row - start_row), shard.name, start_row)
+                    rows = range(start_row, end_row)
+                    yield from read_rows(batch.slice(start_row - first, len(rows)), shard.name, rows)
                 first = end
                 if shard.end is not None and first >= shard.end:
                     return
@@ -219,6 +203,37 @@ class ArrayRecords(FileSource):
             raise damaged_file(path, str(error).partition("; ")[0]) from error
 
 
+def require_columns(columns: Sequence[str], names: Sequence[str], place: str) -> None:
+    """Raises ConfigError if the file or table `place`, which has the columns `names`, lacks one of `columns`."""
+    if missing := [column for column in columns if column not in names]:
+        fix = f"use some of its columns: {', '.join(names) or 'it has none'}"
+        raise ConfigError(f"columns={columns}: {place} has no {', '.join(missing)}; {fix}")
+
+
+@contextmanager
+def open_parquet(root: str, name: str, extra: str = "parquet") -> Iterator["ParquetFile"]:
+    """Opens a Parquet file; raises as `_open_for_arrow`."""
+    with (
+        _open_for_arrow(root, name, extra) as (pa, file),
+        pa.parquet.ParquetFile(file, **_PARQUET_OPTIONS) as table,
+    ):
+        yield table
+
+
+def read_row_groups(
+    table: "ParquetFile", shard: SourceShard, columns: Sequence[str]
+) -> Iterator[tuple["RecordBatch", int]]:
+    """Yields small batches of the row groups of a shard, each with the number of its first row.
+
+    `columns` are those to read; () reads all.
+    """
+    row = sum(table.metadata.row_group(group).num_rows for group in range(shard.start))
+    groups, names = range(table.num_row_groups)[shard.start : shard.end], list(columns) or None
+    for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+        yield batch, row
+        row += batch.num_rows
+
+
 @contextmanager
 def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[ModuleType, BinaryIO]]:
     """Yields the module pyarrow and an open file; DataError if pyarrow cannot read the file.
@@ -236,17 +251,17 @@ def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[ModuleTy
             raise damaged_file(path, cause_of(error)) from error
 
 
-def _read_rows(batch: "RecordBatch", name: str, first: int) -> Records:
-    """Yields the rows of a record batch; `first` is the number of its first row in the file."""
+def read_rows(batch: "RecordBatch", name: str, numbers: Sequence[int]) -> Records:
+    """Yields the rows of a record batch, which have these numbers in the file."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a time that Python cannot represent
         if batch.num_rows == 1:
             cause = f"has a value that Python cannot represent: {str(error).partition('\n')[0]}"
-            yield BadRecord(location=f"{name} row {first}", cause=cause)
+            yield BadRecord(location=f"{name} row {numbers[0]}", cause=cause)
         else:  # reads row by row to find the bad ones
-            for index in range(batch.num_rows):
-                yield from _read_rows(batch.slice(index, 1), name, first + index)
+            for index, number in enumerate(numbers):
+                yield from read_rows(batch.slice(index, 1), name, [number])
         return
-    for index, row in enumerate(rows, first):
-        yield Record(key=f"{name}#{index}", location=f"{name} row {index}", fields=row)
+    for number, row in zip(numbers, rows, strict=True):
+        yield Record(key=f"{name}#{number}", location=f"{name} row {number}", fields=row)
