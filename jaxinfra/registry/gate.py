@@ -1,6 +1,7 @@
 """Compares an evaluation with the rules of a promotion: `eval/loss < champion * 0.99 and arc_easy/acc >= 0.4`."""
 
 import difflib
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -56,7 +57,8 @@ def shortfalls(
 ) -> list[str]:
     """Returns what the metrics of a model lack, a text for each rule that they break.
 
-    A rule that compares with the champion holds if there is none. Raises ConfigError for a metric that is not there.
+    No rule holds for NaN; one that compares with the champion holds if there is none. Raises ConfigError for a metric
+    that is not there.
     """
     lacking = []
     for rule in rules:
@@ -65,9 +67,11 @@ def shortfalls(
             hint = f"did you mean {near[0]}?" if near else "tasks of lm-eval are run by --tasks"
             known = ", ".join(sorted(metrics))
             raise ConfigError(f"--if {rule.text}: the evaluation has no {rule.metric}, only {known}; {hint}")
-        if rule.bound is None and champion is None:
-            continue
-        value, limit = metrics[rule.metric], rule.limit(champion or {})
-        if not _COMPARE[rule.compare](value, limit):
-            lacking.append(f"{rule.metric} is {value:.6g}, not {rule.compare} {limit:.6g}")
+        value = metrics[rule.metric]
+        if math.isnan(value):
+            lacking.append(f"{rule.metric} is not a number")
+        elif rule.bound is not None or champion is not None:
+            limit = rule.limit(champion or {})
+            if not _COMPARE[rule.compare](value, limit):
+                lacking.append(f"{rule.metric} is {value:.6g}, not {rule.compare} {limit:.6g}")
     return lacking

@@ -11,9 +11,12 @@ from jaxinfra.track.formatting import format_metric
 
 
 def check_gate(rules: Sequence[Rule], candidate: Version, champion: Version | None, where: str) -> None:
-    """Raises ConfigError with what the candidate lacks, or if the two cannot be compared; the champion passes."""
-    if champion is not None and (champion.checkpoint, champion.data) == (candidate.checkpoint, candidate.data):
-        return
+    """Raises ConfigError with what the candidate lacks, or if the two cannot be compared.
+
+    The champion itself, promoted again, need not beat itself.
+    """
+    if champion is not None and champion.is_same(candidate):
+        rules = [rule for rule in rules if rule.bound is not None]
     compares = champion is not None and any(rule.bound is None for rule in rules)
     if compares and champion is not None and champion.data != candidate.data:
         was = (
@@ -41,7 +44,7 @@ def promote(registry: Registry, candidate: Version, rules: Sequence[Rule], lease
     check_gate(rules, candidate, registry.champion(), registry.target)  # without a trace of what is refused
     with registry.locked(lease) as held:
         champion = registry.champion()
-        if champion is not None and (champion.checkpoint, champion.data) == (candidate.checkpoint, candidate.data):
+        if champion is not None and champion.is_same(candidate):
             return champion  # by an earlier call, which did not live to say so
         check_gate(rules, candidate, champion, registry.target)
         failpoint("promote", 1)

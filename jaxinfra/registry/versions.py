@@ -20,9 +20,10 @@ from jaxinfra.packages import import_optional
 from jaxinfra.storage.lease import Lease, hold
 
 _LEASE = "jaxinfra_lease"
-_TARGET = re.compile(r"models:/(?P<model>[^/@:.]+)(?:@(?P<alias>[A-Za-z][\w-]*))?")
+_TARGET = re.compile(r"models:/(?P<model>[^/@:.'\x00-\x1f]+)(?:@(?P<alias>[A-Za-z][\w-]*))?")
 _PATIENCE_S = 60.0  # with another one that promotes: it takes seconds
 _MAX_CHARS = 5000  # of a tag of a version
+_NO_SUCH = "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Version:
         checkpoint: the digest of the checkpoint.
         data: the fingerprint of the data of its evaluation.
         metrics: of its evaluation, such as eval/loss.
-        replaced: the number of the version that had the alias before, "" for none.
+        replaced: the number of the version that had this alias before, "" for none.
     """
 
     number: str = ""
@@ -44,6 +45,10 @@ class Version:
     data: str
     metrics: Mapping[str, float]
     replaced: str = ""
+
+    def is_same(self, other: "Version") -> bool:
+        """Whether both are evaluations of one checkpoint on the same data."""
+        return (self.checkpoint, self.data) == (other.checkpoint, other.data)
 
     def tags(self) -> dict[str, str]:
         """Returns the tags that say so."""
@@ -59,7 +64,8 @@ class Version:
 class Registry:
     """One registered model.
 
-    Every method raises StorageError if the registry does not answer, or refuses.
+    Every method raises StorageError if the registry does not answer, or refuses, ConfigError for what is not there or
+    has been damaged.
 
     Args:
         uri: the address of the MLflow server.
@@ -75,6 +81,7 @@ class Registry:
         mlflow = import_optional("mlflow", "exceptions", needed_by=target, install="jaxinfra[mlflow]")
         self._failure: type[Exception] = mlflow.exceptions.MlflowException
         self.uri, self.model, self.alias = uri, found["model"], found["alias"] or "champion"
+        self._replaced = f"jaxinfra_replaced_{self.alias}"  # another alias of the version has replaced another one
         with self._answers():
             self._client: Any = mlflow.MlflowClient(uri, registry_uri=uri)
 
@@ -95,7 +102,7 @@ class Registry:
     def version(self, number: str) -> Version:
         """Returns a version."""
         with self._answers():
-            return _version(self._client.get_model_version(self.model, number))
+            return self._parse(self._client.get_model_version(self.model, number))
 
     def versions(self) -> list[Version]:
         """Returns all versions, the newest first."""
@@ -103,7 +110,7 @@ class Registry:
             found = self._client.search_model_versions(f"name='{self.model}'")
             while found.token:
                 found += self._client.search_model_versions(f"name='{self.model}'", page_token=found.token)
-        return [_version(each) for each in sorted(found, key=lambda each: -int(each.version))]
+        return [self._parse(each) for each in sorted(found, key=lambda each: -int(each.version))]
 
     @contextmanager
     def locked(self, lease: str) -> Iterator[Lease]:
@@ -136,21 +143,19 @@ class Registry:
 
     def register(self, version: Version) -> Version:
         """Returns the version of this checkpoint and evaluation; it is registered if it is not there yet."""
-        same = (each for each in self.versions() if (each.checkpoint, each.data) == (version.checkpoint, version.data))
-        if (found := next(same, None)) is not None:
+        if (found := next(filter(version.is_same, self.versions()), None)) is not None:
             return found
         # MLflow takes no path of a host as a source.
         source = version.source if "://" in version.source else f"jaxinfra://{version.source}"
         with self._answers():
-            return _version(
-                self._client.create_model_version(self.model, source, tags=version.tags(), await_creation_for=0)
-            )
+            made = self._client.create_model_version(self.model, source, tags=version.tags(), await_creation_for=0)
+        return self._parse(made)
 
     def move(self, to: Version, replaced: Version | None, lease: Lease) -> None:
         """Moves the alias, after it is written down which version it leaves."""
         with self._answers():
             if replaced is not None and replaced.number != to.number:
-                self._client.set_model_version_tag(self.model, to.number, "jaxinfra_replaced", replaced.number)
+                self._client.set_model_version_tag(self.model, to.number, self._replaced, replaced.number)
             lease.check_now()
             self._client.set_registered_model_alias(self.model, self.alias, to.number)
 
@@ -159,9 +164,25 @@ class Registry:
             try:
                 return self._client.get_registered_model(self.model)
             except self._failure as error:
-                if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                if getattr(error, "error_code", "") != _NO_SUCH:
                     raise
         return None
+
+    def _parse(self, found: Any) -> Version:
+        tags = {name.removeprefix("jaxinfra_"): value for name, value in found.tags.items()}
+        try:
+            metrics = {name: float(value) for name, value in json.loads(tags.get("metrics", "{}")).items()}
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            tag = f"models:/{self.model}: version {found.version} has a damaged tag jaxinfra_metrics"
+            raise ConfigError(f"{tag}; delete the tag, or the version, and run the same command again") from None
+        return Version(
+            number=str(found.version),
+            source=tags.get("source", found.source),
+            checkpoint=tags.get("checkpoint", ""),
+            data=tags.get("data", ""),
+            metrics=metrics,
+            replaced=found.tags.get(self._replaced, ""),
+        )
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
@@ -172,16 +193,5 @@ class Registry:
             away = code in ("INTERNAL_ERROR", "") and "failed with exception" in str(error)
             what = "the registry does not answer" if away else f"the registry refuses: {text}"
             fix = "nothing was moved; run the same command again when it does" if away else "nothing was moved"
-            raise StorageError(f"{self.uri}: {what}; {fix}") from error
-
-
-def _version(found: Any) -> Version:
-    tags = {name.removeprefix("jaxinfra_"): value for name, value in found.tags.items()}
-    return Version(
-        number=str(found.version),
-        source=tags.get("source", found.source),
-        checkpoint=tags.get("checkpoint", ""),
-        data=tags.get("data", ""),
-        metrics=json.loads(tags.get("metrics", "{}")),
-        replaced=tags.get("replaced", ""),
-    )
+            kind = ConfigError if code in (_NO_SUCH, "INVALID_PARAMETER_VALUE") else StorageError
+            raise kind(f"{self.uri}: {what}; {fix}") from error

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -49,18 +50,25 @@ def append(where: str, action: str, subject: str, **details: Any) -> Entry:
         except (OSError, KeyError):  # a user without a name, as in many containers
             who = socket.gethostname()
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        content = {"previous": previous, "time": now, "who": who, "action": action, "subject": subject}
-        encoded = json.dumps(content | {"details": details}, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        # Two that write the same in one second have not written one entry: a bucket takes an equal object for a retry.
+        content = {"id": uuid.uuid4().hex, "previous": previous, "time": now, "who": who, "action": action}
+        content |= {"subject": subject, "details": details}
+        encoded = json.dumps(content, sort_keys=True).encode() + b"\n"
         if files.create(_name(number + 1), encoded):
             return _parse(where, number + 1, encoded)[0]
 
 
 def verify(where: str) -> Sequence[Entry]:
+    """Returns the entries of a record as `read_entries`; raises ConfigError if it has none."""
+    if not (entries := read_entries(where)):
+        raise ConfigError(f"{where}: has no entries; name what track.audit of a run names, such as runs/audit")
+    return entries
+
+
+def read_entries(where: str) -> Sequence[Entry]:
     """Returns all entries, oldest first; raises DataError for the first one that is missing, damaged or changed."""
     files, entries, previous = _files(where), list[Entry](), _FIRST
     newest = max(map(_number, files.list_names()), default=0)
-    if not newest:
-        raise ConfigError(f"{where}: has no entries; name what track.audit of a run names, such as runs/audit")
     for number in range(1, newest + 1):
         entry, named = _parse(where, number, files.read_or_none(_name(number)))
         if named != previous:
@@ -97,5 +105,5 @@ def _parse(where: str, number: int, content: bytes | None) -> tuple[Entry, str]:
         time, who, action, subject = (str(values[name]) for name in ("time", "who", "action", "subject"))
         digest = hashlib.sha256(content).hexdigest()
         return Entry(number, digest, time, who, action, subject, values["details"]), values["previous"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{where}: {_name(number)} is damaged; restore it from a copy") from None

@@ -12,6 +12,7 @@ import pytest
 
 from jaxinfra.checkpoint.difference import compare_leaves, open_checkpoint
 from jaxinfra.checkpoint.inventory import stored_checkpoints
+from jaxinfra.cli.data import forget as command
 from jaxinfra.cli.data.forget import _samples
 from jaxinfra.config import Loaded, record, write_record
 from jaxinfra.config.classes import ClassFinder
@@ -21,6 +22,7 @@ from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import StorageError
 from jaxinfra.prepare.documents.formats import Labeled, Preference
 from jaxinfra.prepare.forget import find, forget
 from jaxinfra.prepare.prepare import prepare
@@ -128,6 +130,27 @@ def test_it_lists_what_has_read_a_record_and_what_came_of_it(begun: Tiny, store:
     listed = launch("data", "forget", str(store), "train:1", "--dry-run", "--version", made.name[:8])
     assert listed.code == 0 and launch("data", "verify", str(store)).code == 0
     assert launch("data", "forget", str(begun.recipe), "validation:0", "--dry-run").out.startswith("record       valid")
+
+
+def test_what_a_kill_has_left_is_deleted_and_recorded(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,), audit, before = [path for path in store.iterdir() if path.is_dir()], tmp_path / "audit", contents(store)
+    words = ("data", "forget", str(store), KEY, "--delete-old", "--runs", str(tmp_path), "--audit")
+    (tmp_path / "file").write_text("")
+    refused(launch(*words, str(tmp_path / "file" / "audit")), "file/audit", code=StorageError.exit_code)
+    assert contents(store) == before, "what cannot be recorded is not done"
+    for owner, name in ((command.audit, "append"), (ObjectStore, "delete_below")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *words, **details: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert launch(*words, str(audit)).code == 130
+    assert any(old.rglob("*")), "its data are there, without a manifest"
+    ended = launch(*words, str(audit))
+    assert ended.code == 0 and not old.exists(), ended
+    (entry,) = verify(str(audit))
+    (new,) = (path for path in store.iterdir() if path.is_dir())
+    assert (entry.subject, entry.details["of"]) == (str(new), old.name)
+    refused(launch(*words, str(audit)), f"{KEY} {new} nothing")
 
 
 def test_what_is_refused(tiny: Tiny, store: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_rules() -> None:
     (lacks,) = shortfalls(rules, good | {"eval/loss": 1.8}, {"eval/loss": 2.0})
     names(lacks, "eval/loss 1.8 < 1.8")
     assert len(shortfalls(rules, {"eval/loss": float("nan"), "arc/acc": float("nan")}, {"eval/loss": 2.0})) == 3
+    assert len(shortfalls(RULES, {"eval/loss": float("nan")}, None)) == 1  # nothing would ever be better
     with raises(ConfigError, "--if eval/los eval/loss"):
         shortfalls(parse_policy("eval/los < 2"), good, None)
     with raises(ConfigError, "--if champion arc/acc eval/loss"):
@@ -103,6 +104,42 @@ def test_an_alias_moves_to_what_is_better_and_back(registry: Registry, tmp_path:
     with raises(ConfigError, registry.model, "version 1 nothing before"):
         roll_back(registry)
     assert promote(registry, BETTER, RULES, str(tmp_path)).number == "2"  # the version that is there
+
+
+def test_the_champion_must_hold_the_numbers_too(registry: Registry, tmp_path: Path) -> None:
+    promote(registry, VERSION, RULES, str(tmp_path))
+    with raises(ConfigError, "/runs/story@5 eval/loss 2 0.1 version 1"):
+        promote(registry, VERSION, parse_policy("eval/loss < 0.1"), str(tmp_path))
+    assert promote(registry, VERSION, parse_policy("eval/loss < champion and eval/loss < 3"), "").number == "1"
+
+
+def test_each_alias_has_its_own_way_back(registry: Registry, tmp_path: Path) -> None:
+    for each in (VERSION, BETTER):
+        promote(registry, each, RULES, str(tmp_path))
+    candidate = Registry(registry.uri, f"models:/{registry.model}@candidate")
+    assert promote(candidate, BETTER, RULES, str(tmp_path)).number == "2"
+    with raises(ConfigError, candidate.target, "version 2 nothing before"):
+        roll_back(candidate)
+    assert roll_back(registry)[0].number == "1"
+
+
+def test_what_was_deleted_or_changed_by_hand_moves_nothing(registry: Registry, tmp_path: Path) -> None:
+    for each in (VERSION, BETTER):
+        promote(registry, each, RULES, str(tmp_path))
+    client = registry._client
+    client.delete_model_version(registry.model, "1")
+    with raises(ConfigError, registry.uri, "version=1 not found nothing was moved"):
+        roll_back(registry)
+    for tag in ("{", "[1]", '{"eval/loss": "low"}', '{"eval/loss": null}'):
+        client.set_model_version_tag(registry.model, "2", "jaxinfra_metrics", tag)
+        with raises(ConfigError, registry.model, "version 2 jaxinfra_metrics delete"):
+            promote(registry, replace(BETTER, checkpoint="c4", metrics={"eval/loss": 1.0}), RULES, str(tmp_path))
+    client.delete_model_version_tag(registry.model, "2", "jaxinfra_metrics")
+    champion = registry.champion()
+    assert champion is not None and champion.number == "2"
+    for name in ("o'brien", "two\nlines"):
+        with pytest.raises(ConfigError):
+            Registry(registry.uri, f"models:/{name}")
 
 
 def test_the_loser_of_a_race_names_the_winner(registry: Registry, tmp_path: Path) -> None:

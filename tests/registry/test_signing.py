@@ -15,6 +15,7 @@ from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.registry import signing
 from jaxinfra.storage import audit
 from tests.refusals import names, raises, refused
+from tests.servers.fixtures import Server
 from tests.tiny_run import Tiny, launch
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
@@ -133,7 +134,28 @@ def test_a_broken_chain_is_found(tmp_path: Path) -> None:
             audit.verify(where)
         shutil.copy(kept / path.name, path)
     assert len(audit.verify(where)) == 20
-    Path(where, "00000020.json").write_text("{")
-    with raises(DataError, where, "00000020.json damaged"):
-        audit.append(where, "trained", "run")
+    for damage in ("{", "[" * 100_000):
+        Path(where, "00000020.json").write_text(damage)
+        with raises(DataError, where, "00000020.json damaged"):
+            audit.append(where, "trained", "run")
     assert names(launch("model", "audit", where).err.strip(), "00000020.json")
+
+
+def test_the_record_keeps_odd_names(tmp_path: Path) -> None:
+    where, subjects = str(tmp_path / "audit"), ["runs/[/x] [bold]", "runs/\udcff", "runs/\u00e9"]
+    for subject in subjects:
+        audit.append(where, "trained", subject)
+    assert [entry.subject for entry in audit.verify(where)] == subjects
+    Path(where, "00000002.json").unlink()
+    Path(where, "00000003.json").unlink()  # a terminal cannot print it
+    assert subjects[0] in launch("model", "audit", where).out
+
+
+def test_equal_entries_in_a_bucket_are_two(s3: Server) -> None:
+    where = s3.new_url()
+    writers = [threading.Thread(target=audit.append, args=(where, "trained", "run")) for _ in range(6)]
+    for each in writers:
+        each.start()
+    for each in writers:
+        each.join()
+    assert len(audit.verify(where)) == 6

@@ -17,12 +17,11 @@ from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data import labeled, mixture, pairs, tokens
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import dvc_tracking, layout
-from jaxinfra.data.store.manifest import FILE_NAME
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.store.versions import list_versions
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.interop.writing import RECEIPT
-from jaxinfra.prepare.forget import Found, delete_versions, find, forget, line_of, require_current
+from jaxinfra.prepare.forget import Found, delete_versions, earlier, find, forget, line_of, require_current
 from jaxinfra.run import Run
 from jaxinfra.storage import audit
 from jaxinfra.storage.json_lines import parse_json
@@ -44,8 +43,9 @@ def run(options: argparse.Namespace) -> None:
     require_current(root, store)
     found, line = find(store, options.key, ClassFinder.from_imports(options.imports)), line_of(store)
     # Versions that hold it, or may.
-    old = [each for each in (line if found.documents else line[:-1]) if root.child(each).exists(FILE_NAME)]
-    if not found.documents and not (options.delete_old and old):
+    old = [each for each in (line if found.documents else line[:-1]) if root.list_names(f"{each}/")]
+    unrecorded = options.audit is not None and [*_unrecorded(options.audit, root, store)]  # it can be read, too
+    if not found.documents and not unrecorded and not (options.delete_old and old):
         fix = f"add --delete-old to delete {', '.join(old)}, made before" if old else "there is nothing to do"
         raise ConfigError(f"{options.key}: is padding in {store} already; {fix}")
     options.runs = options.runs or ["runs"] * os.path.isdir("runs")
@@ -65,23 +65,31 @@ def run(options: argparse.Namespace) -> None:
                 print(f"run          {each.path}: unknown, {each.state}")
         if not options.dry_run:
             version = forget(root, store, found).fingerprint
-            if options.audit is not None:
-                hashes = [*found.hashes]
-                audit.append(
-                    options.audit, "forgot", root.url_of(version), of=store.manifest.fingerprint, hashes=hashes
-                )
+            store = TokenStore.open(root.url, version)
             print(f"made         {root.url_of(version)}")
+    if options.audit is not None and not options.dry_run:
+        for url, entry in _unrecorded(options.audit, root, store):
+            audit.append(options.audit, "forgot", url, of=entry["of"], hashes=entry["hashes"])
+            print(f"recorded     {url}")
     if options.dry_run:
         print("dry run      nothing is written or deleted")
     elif options.delete_old:
         delete_versions(root, old)
         print(f"deleted      {', '.join(old)}")
-    else:
+    elif old:
         print(f"kept         {', '.join(old)}, with the record; the same command with --delete-old deletes them")
     if commands:
         print(
             "next:", *(f"  {command_line(*words)}".replace("=VERSION", f"={version}") for words in commands), sep="\n"
         )
+
+
+def _unrecorded(where: str, root: ObjectStore, store: TokenStore) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields versions that were made by forgetting and are not in the audit record, maybe as a call was killed."""
+    recorded = {each.subject for each in audit.read_entries(where) if each.action == "forgot"}
+    for version, entry in zip(line_of(store)[1:], earlier(store), strict=True):
+        if (url := root.url_of(version)) not in recorded:
+            yield url, entry
 
 
 def _describe(store: TokenStore, found: Found, others: Sequence[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import argparse
 
 from rich.table import Column
+from rich.text import Text
 
 from jaxinfra.storage import audit
 from jaxinfra.track.console import print_table, stdout_console, titled_table
@@ -13,6 +14,6 @@ def run(options: argparse.Namespace) -> None:
     entries = audit.verify(options.location)
     table = titled_table("", "entry", "time", "who", "action", Column("subject", overflow="fold"))
     for each in entries:
-        table.add_row(str(each.number), each.time, each.who, each.action, each.subject)
+        table.add_row(str(each.number), *map(Text, (each.time, each.who, each.action, each.subject)))
     print_table(stdout_console(), table)
     print(f"{len(entries)} entries, none changed; the newest is {entries[-1].digest}")

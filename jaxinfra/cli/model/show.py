@@ -3,6 +3,7 @@
 import argparse
 
 from rich.table import Column
+from rich.text import Text
 
 from jaxinfra.cli.model.promote import open_registry
 from jaxinfra.errors import ConfigError
@@ -17,10 +18,10 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"models:/{registry.model}: no such model in {registry.uri}; model promote registers one")
     champion, versions = registry.champion(), registry.versions()
     names = list(dict.fromkeys(name for each in versions for name in each.metrics))
-    columns = [Column(name, justify="right") for name in names]
+    columns = [Column(Text(name), justify="right") for name in names]
     table = titled_table("", "version", registry.alias, Column("run", overflow="fold"), *columns)
     for each in versions:
         values = [format_metric(each.metrics[name]) if name in each.metrics else "" for name in names]
         in_use = champion is not None and each.number == champion.number
-        table.add_row(each.number, "<-" if in_use else "", each.source, *values)
+        table.add_row(each.number, "<-" if in_use else "", Text(each.source), *values)
     print_table(stdout_console(), table)
