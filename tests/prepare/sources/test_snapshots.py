@@ -1,6 +1,7 @@
 """Tables of Iceberg, in a catalog in SQLite, and of Delta: written, changed and expired by their own libraries."""
 
 import json
+import re
 import struct
 import sys
 import zlib
@@ -27,9 +28,10 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.sources.snapshots import Delta, Iceberg
 from tests.prepare.sources.reading import assert_shards_do_not_matter, found, read_all, shards_of
 from tests.refusals import names, raises
-from tests.stores import bytes_recipe, documents, recipe_file
+from tests.stores import bytes_recipe, documents
 from tests.tiny_run import launch
 
+PAGE = (Path(__file__).parents[3] / "docs" / "sources.md").read_text()
 ROWS = [{"text": f"row {number} é", "n": number} for number in range(600)]
 
 
@@ -218,13 +220,14 @@ def test_a_snapshot_has_the_columns_of_its_time(table):
 
 def test_a_store_is_that_of_its_snapshot_whatever_is_written_later(table, tmp_path, monkeypatch):
     first = table.append(ROWS[:300])
-    recipe = recipe_file(tmp_path, tmp_path / "store", "None")
-    config = Path(recipe).read_text().replace("source=None", f"source={table.source!r}")
-    kind = type(table.source).__name__
-    Path(recipe).write_text(f"from jaxinfra.prepare.sources.snapshots import {kind}\n{config}")
+    (content,) = re.findall(r"^```python\n(.*?configs/data/table\.py.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    content = content.replace('Delta(table="tables/pages")', repr(table.source)).replace("import Delta", "import *")
+    (tmp_path / "table.py").write_text(content)
+
+    words = ("data", "prepare", str(tmp_path / "table.py"), "tokenizer.vocab_size=300")
 
     def made(*overrides, store="store"):
-        ended = launch("data", "prepare", recipe, f"store={tmp_path / store}", *overrides)
+        ended = launch(*words, f"store={tmp_path / store}", *overrides)
         assert ended.code == 0, ended
         return ended.out, TokenStore.open(str(tmp_path / store)).manifest
 
