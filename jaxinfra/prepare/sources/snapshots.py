@@ -5,6 +5,7 @@ The files are read like those of `Parquet`: as streams, split between row groups
 keeps its number in its file, and so its key, when other rows are deleted.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -23,7 +24,7 @@ from jaxinfra.prepare.sources.files import split_files
 from jaxinfra.prepare.sources.record import Records, Source, SourceShard
 from jaxinfra.prepare.sources.tables import open_parquet, read_row_groups, read_rows, require_columns
 from jaxinfra.storage.errors import cause_of, storage_errors
-from jaxinfra.storage.files import FileInfo, display_url, file_system, list_files
+from jaxinfra.storage.files import FileInfo, display_url, file_system
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _FILES = {"py-io-impl": "pyiceberg.io.fsspec.FsspecFileIO"}
 """Pyiceberg reads buckets with the clients of all other sources, which take what the same variables say."""
+
+_COLOR = re.compile("\x1b\\[\\d*m\u21b3?")  # in the errors of deltalake
 
 type ToTable = Callable[["RecordBatch"], "RecordBatch"]
 """Makes the columns of a table from those of a file."""
@@ -143,7 +146,7 @@ class _SnapshotTable(Source):
         except Exception as error:  # catalogs raise those of their clients
             if type(error).__name__ in missing:
                 raise ConfigError(f"table={self.place}: no such table ({cause_of(error)}); correct its name") from error
-            if isinstance(error, ValueError | KeyError | NotImplementedError):
+            if isinstance(error, ValueError | KeyError) or type(error).__name__ == "ValidationError":
                 fix = "write the table in a form that it reads, or restore it"
                 raise DataError(f"{self.place}: its library cannot read it ({cause_of(error)}); {fix}") from error
             raise StorageError(f"{self.place}: cannot be read: {cause_of(error)}; start again") from error
@@ -190,13 +193,12 @@ class Iceberg(_SnapshotTable):
 
         if self.catalog is None:
             fs, path = file_system(self.table, field="table=")
-            if not fs.exists(path) and "://" not in self.table:
-                raise FileNotFoundError(path)
             if not path.endswith(".metadata.json") and not fs.exists(f"{path}/metadata/version-hint.text"):
-                newest = max(file.name for file in list_files(self.table, "metadata/*.metadata.json"))
+                files = [name.rpartition("/")[2] for name in fs.ls(f"{path}/metadata", detail=False)]
+                newest = max((name for name in files if name.endswith(".metadata.json")), default="FILE.metadata.json")
                 raise ConfigError(
                     f"table={self.place}: has no metadata/version-hint.text, so only its catalog knows the newest; use "
-                    f"source.catalog=NAME, or source.table={self.place}/{newest}"
+                    f"source.catalog=NAME, or source.table={self.place}/metadata/{newest}"
                 )
             return StaticTable.from_metadata(self.table if "://" in self.table else f"file://{path}", _FILES)
         try:
@@ -284,6 +286,8 @@ class Delta(_SnapshotTable):
                 return _DeltaSnapshot(library.DeltaTable(url, self.version, options), url)
             except library.exceptions.TableNotFoundError:
                 raise
+            except OSError as error:
+                raise OSError(_COLOR.sub("", str(error))) from error
             except library.exceptions.DeltaError as error:
                 if self.version is None:
                     raise ValueError(cause_of(error)) from error

@@ -63,7 +63,7 @@ class IcebergTable:
     def append(self, rows):
         return self.change(lambda table: table.append(pa.Table.from_pylist(rows)))
 
-    def delete(self, rows):
+    def delete(self, rows, content_of_file=DataFileContent.POSITION_DELETES):
         """Deletes these rows of the first file by a file of positions, which pyiceberg reads, but does not write."""
 
         class Deletes(ManifestWriterV2):
@@ -76,13 +76,13 @@ class IcebergTable:
 
         def commit(table):
             (data, *_) = sorted((task.file for task in table.scan().plan_files()), key=lambda file: file.file_path)
-            path = f"{table.location()}/data/deletes.parquet"
+            path = f"{table.location()}/data/deletes-{content_of_file}.parquet"
             content = pa.BufferOutputStream()
             pq.write_table(pa.table({"file_path": [data.file_path] * len(rows), "pos": rows}), content)
             with table.io.new_output(path).create() as file:
                 file.write(content.getvalue().to_pybytes())
             deletes = DataFile.from_args(
-                content=DataFileContent.POSITION_DELETES,
+                content=content_of_file,
                 file_path=path,
                 file_format=FileFormat.PARQUET,
                 partition=data.partition,
@@ -251,6 +251,9 @@ def test_what_is_not_there_is_refused_in_one_line(table, tmp_path):
     with raises(ConfigError, "table= no such table"):
         shards_of(table.source if table.pin == "version" else replace(table.source, table="web.other"))
     table.append(ROWS[:200])
+    (empty := tmp_path / "empty").mkdir()
+    with raises(ConfigError, "table= empty: no such table"):
+        shards_of(type(table.source)(table=str(empty)))
     with raises(ConfigError, f"{table.pin}=77: source.{table.pin}={table.append(ROWS[200:300])}"):
         shards_of(at(table, 77))
     with raises(ConfigError, "columns= title text, n"):
@@ -299,6 +302,19 @@ def test_a_table_of_iceberg_without_a_catalog(tmp_path, monkeypatch):
     ):
         with raises(ConfigError, named):
             shards_of(Iceberg(table=table, catalog=catalog))
+
+
+def test_what_pyiceberg_does_not_read_is_refused(tmp_path, monkeypatch):
+    table = IcebergTable(tmp_path, monkeypatch)
+    table.append(ROWS[:10])
+    first = table.delete([1])
+    table.delete([1], DataFileContent.EQUALITY_DELETES)
+    with raises(DataError, "web.pages: equality deletes"):
+        shards_of(table.source)
+    assert len(found(at(table, first))) == 9
+    (tmp_path / "damaged.metadata.json").write_text('{"format-version": 9}')
+    with raises(DataError, "damaged.metadata.json: format-version"):
+        shards_of(Iceberg(table=str(tmp_path / "damaged.metadata.json")))
 
 
 def test_columns_of_a_partition_are_not_in_the_files(tmp_path, monkeypatch):
