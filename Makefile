@@ -16,7 +16,7 @@ endif
 # Where it is set, each of many hundred processes would compile anew what it imports, which takes 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install wheelhouse image quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
+.PHONY: help install wheelhouse image image-check quickstart test test-slow test-all test-oldest infra lint bench docs release release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,7 +63,10 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e '.[docs]')
 	@touch $@ $(VENV)/.installed
 
-image: | $(BIN)/python ## build the image with buildah, without root and a registry: KIND=cpu, cuda or tpu; RUN="COMMAND" runs in it
+image-check:
+	$(if $(filter-out cpu cuda tpu,$(KIND)),$(error KIND=$(KIND): expected cpu, cuda or tpu))
+
+image: | image-check $(BIN)/python ## build the image with buildah, without root and a registry: KIND=cpu, cuda or tpu; RUN="COMMAND" runs in it
 	$(call install,-e '.[sign]')
 	PYTHON=$(BIN)/python launch/image.sh "$(or $(KIND),cpu)" $(RUN)
 
