@@ -19,6 +19,7 @@ from jaxinfra.registry.sbom import bill_of_materials, installed
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 
+_UNUSABLE = (OSError, ValueError, TypeError, AttributeError)  # the last one for a key without a curve, such as RSA
 SIGNATURE, LINEAGE, SBOM = "model.sig", "lineage.json", "sbom.cdx.json"
 _IN_LINEAGE = ("created", "command", "config", "fingerprint", "data", "data_versions", "init", "git", "versions")
 
@@ -42,9 +43,9 @@ def check_key(key: Path) -> None:
     library = _library()
     try:
         library.signing.Config().use_elliptic_key_signer(private_key=key)
-    except (OSError, ValueError, TypeError) as error:
+    except _UNUSABLE as error:
         fix = "make one with: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
-        raise ConfigError(f"--sign {key}: {_cause(error)}; {fix}") from None
+        raise ConfigError(f"--sign {key}: {_cause_of_key(error)}; {fix}") from None
 
 
 def verify(source: str, key: str, *, option: str) -> dict[str, Any]:
@@ -65,9 +66,9 @@ def verify(source: str, key: str, *, option: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: has no {SIGNATURE}; export it with hub export --sign, or leave out {option}")
     try:
         verifying = library.verifying.Config().use_elliptic_key_verifier(public_key=key)
-    except (OSError, ValueError, TypeError) as error:
+    except _UNUSABLE as error:
         fix = "take it from the private one with: openssl ec -in key.pem -pubout -out key.pub"
-        raise ConfigError(f"{option} {key}: {_cause(error)}; {fix}") from None
+        raise ConfigError(f"{option} {key}: {_cause_of_key(error)}; {fix}") from None
     try:
         verifying.set_hashing_config(_hashing()).verify(folder, folder / SIGNATURE)
         return json.loads((folder / LINEAGE).read_text()) if (folder / LINEAGE).exists() else {}
@@ -83,6 +84,10 @@ def _hashing() -> Any:
 def _library() -> Any:
     submodules = "signing", "verifying", "hashing"
     return import_optional("model_signing", *submodules, needed_by="signatures", install="jaxinfra[sign]")
+
+
+def _cause_of_key(error: Exception) -> str:
+    return "is a key of another kind than elliptic curves" if isinstance(error, AttributeError) else _cause(error)
 
 
 def _cause(error: Exception) -> str:

@@ -73,12 +73,23 @@ def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tm
         "export.json",
         signing.SIGNATURE,
     }
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    refused(launch("hub", "check", f"hf:{out}", "--key", public), "config.json Signature", code=DataError.exit_code)
+    (out / "config.json").write_text(config)
     (out / "more.txt").write_text("x")
     refused(launch("model", "verify", str(out), "--key", public), str(out), "more.txt", code=DataError.exit_code)
     (out / "more.txt").unlink()
     _, other = new_keys(tmp_path)
     refused(launch("model", "verify", str(out), "--key", other), str(out), code=DataError.exit_code)
     refused(launch("hub", "check", f"hf:{out}", "--key", private), "--key", private)
+    rsa = tmp_path / "rsa.pem", tmp_path / "rsa.pub"
+    for words in (("genrsa", "-out", rsa[0], "2048"), ("rsa", "-in", rsa[0], "-pubout", "-out", rsa[1])):
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+    refused(launch("model", "verify", str(out), "--key", str(rsa[1])), f"--key {rsa[1]} elliptic openssl")
+    refused(
+        launch("hub", "export", run, str(tmp_path / "x"), "--sign", str(rsa[0])), f"--sign {rsa[0]} elliptic openssl"
+    )
     refused(launch("model", "verify", str(tmp_path), "--key", public), str(tmp_path), "model.sig --key")
 
     tuned = ("train.steps=1", "train.eval_every=none", f"init=hf:{out}", f"checkpoint.init_key={public}")

@@ -24,12 +24,13 @@ from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
 def run(options: argparse.Namespace) -> None:
     """Prints the model or the adapter, its tensors and their memory; raises if a tensor has no place in the model."""
+    if options.key is not None:
+        signing.verify(options.source, options.key, option="--key")  # before anything in the folder is believed
     peft = open_peft(options.source)
     model = open_published(options.source) if peft is None else peft.base
     weights = model.check() if peft is None else peft.weights
     facts = _facts(model, weights) if peft is None else _adapter_facts(peft)
     if options.key is not None:
-        signing.verify(options.source, options.key, option="--key")
         facts["signature"] = f"of this folder, by the key of {options.key}"
     if options.hashes:
         facts["hashes"] = _check_hashes(model.folder if peft is None else peft.folder, weights)
