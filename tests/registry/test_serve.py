@@ -1,6 +1,9 @@
 """What `model serve` refuses; test_air_gap.py starts a real engine."""
 
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from jaxinfra.errors import DataError
 from tests.refusals import names, refused
 from tests.servers.guard import free_ports
-from tests.tiny_run import launch
+from tests.tiny_run import ended, is_running, launch, start
 from tests.tiny_run import tiny_data as tiny_data
 
 FAKE = """#!{python}
@@ -44,3 +47,18 @@ def test_an_engine_that_fails_or_writes_other_text_is_refused(tiny_data: Path, t
     names(refused(other, str(kept), code=DataError.exit_code), "something else sample")
     dead = launch("model", "serve", f"hf:{kept}", "--engine", "false", "--port", str(free_ports(1)[0]))
     assert dead.code == 1 and "ended with code 1" in dead.err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        refused(launch("model", "serve", f"hf:{kept}", "--engine", str(fake), "--port", port), f"--port {port} in use")
+
+    asked, wait = tmp_path / "asked", "    def do_POST(self):\n"
+    waits = f"{wait}        import os, time; open({str(asked)!r}, 'w').write(str(os.getpid())); time.sleep(600)\n"
+    fake.write_text(fake.read_text().replace(wait, waits))
+    words = ("--engine", str(fake), "--port", str(free_ports(1)[0]), "--devices", "cpu:1")
+    away = {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    process = start("model", "serve", f"hf:{kept}", *words, env=away)
+    while not (asked.exists() and asked.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process, timeout_s=120).code == 0 and not is_running(int(asked.read_text()))

@@ -4,15 +4,18 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from jaxinfra.cli.hub import export
 from jaxinfra.cli.main import parse_command_line
@@ -24,6 +27,7 @@ from jaxinfra.processes.signal_router import STOPPING, routed
 
 _COMPARED_TOKENS = 20
 _POLL_S, _END_S, _ANSWER_S = 0.5, 30.0, 600.0
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # the engine is not behind a proxy
 
 
 class EngineError(JaxinfraError):
@@ -36,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
     if engine is None:
         fix = 'pip install torch "transformers[serving]", or --engine PATH of a transformers program'
         raise ConfigError(f"--engine {options.engine}: no such program; {fix}")
+    _require_free(options.host, options.port)
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.enter_context(routed(dict.fromkeys(STOPPING, lambda number: stop.set())))
@@ -47,7 +52,11 @@ def run(options: argparse.Namespace) -> None:
         _wait_until_ready(process, address, stop, options)
         if stop.is_set():
             return
-        found = _asked(address, folder, options.prompt)
+        try:
+            with routed(dict.fromkeys(STOPPING, _interrupt)):
+                found = _asked(address, folder, options.prompt)
+        except KeyboardInterrupt:
+            return
         if found != expected:
             at = len(os.path.commonprefix([found, expected]))
             what = f"the engine continues {options.prompt!r} with {found!r}, sample with {expected!r}"
@@ -57,9 +66,21 @@ def run(options: argparse.Namespace) -> None:
             raise DataError(f"{folder}: {what}; {fix}")
         print(f"{address}/v1: {_COMPARED_TOKENS} tokens as sample writes them; Ctrl-C ends it. Ask with:", flush=True)
         body = json.dumps({"model": folder, "prompt": options.prompt, "max_tokens": _COMPARED_TOKENS})
-        print(f"curl {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
+        print(f"curl {address}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}", flush=True)
         while not stop.wait(_POLL_S):
             _require_alive(process)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raises ConfigError if no program can answer there, as another one does: its answers would be taken for ours."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {host} --port {port}: {error}; name another port") from None
+
+
+def _interrupt(number: signal.Signals) -> NoReturn:
+    raise KeyboardInterrupt  # out of a wait for an answer
 
 
 def _folder(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
@@ -103,16 +124,15 @@ def _started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 def _wait_until_ready(
     process: subprocess.Popen[bytes], address: str, stop: threading.Event, options: argparse.Namespace
 ) -> None:
-    waited_s = 0.0
+    start_s = time.monotonic()
     while not stop.wait(_POLL_S):
         _require_alive(process)
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
+            with _open(f"{address}/health", timeout=5):
                 return
         except OSError as error:
-            waited_s += _POLL_S
-            if waited_s > options.timeout:
-                raise EngineError(f"{address}: no answer after {waited_s:.0f} s ({error}); use --timeout") from None
+            if time.monotonic() - start_s > options.timeout:
+                raise EngineError(f"{address}: no answer after {options.timeout} s ({error}); use --timeout") from None
 
 
 def _require_alive(process: subprocess.Popen[bytes]) -> None:
@@ -126,7 +146,7 @@ def _asked(address: str, model: str, prompt: str) -> str:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+        with _open(request, timeout=_ANSWER_S) as answer:
             return json.load(answer)["choices"][0]["text"]
     except (OSError, ValueError, LookupError) as error:
         raise EngineError(f"{address}/v1/completions: no answer of a completion ({error})") from None
