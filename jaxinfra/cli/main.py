@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" for other characters
     try:
-        exit_code = _run_command(argv)
+        exit_code = run_command(argv)
         sys.stdout.flush()
         if current_peers().is_cut_off or (current_peers().count > 1 and exit_code not in (0, Preempted.exit_code)):
             current_peers().exit(exit_code)  # JAX would wait for the other processes
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-def _run_command(argv: Sequence[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)

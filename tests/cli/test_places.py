@@ -1,7 +1,10 @@
 """The command line of runs elsewhere: what is refused before anybody is asked, and what a dry run shows."""
 
+import json
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ from jaxinfra.cli.main import parse_command_line
 from jaxinfra.cli.places.arguments import place_options
 from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.place import PlaceOptions
+from jaxinfra.processes.peer_connection import free_port
 from tests.refusals import names, raises, refused
 from tests.tiny_run import Ended, Tiny, launch
 
 ON_CLOUD = ("--place", "tpu-vm", "--create", "v6e-8", "--zone", "us-east5-b", "--project", "p")
 ON_K8S = ("--place", "k8s", "--accelerator", "cpu:2", "--image", "registry/x")
+ON_RAY = ("--place", "ray", "--accelerator", "cpu:2")
 IN_BUCKET = ("root=gs://bucket/runs", "data.store=gs://bucket/stores/text")
 
 
@@ -24,7 +29,7 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     folder = tiny.config.parent
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder / "home"))
-    for name in ("JAXINFRA_GOOGLE_ENDPOINT", "KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+    for name in ("JAXINFRA_GOOGLE_ENDPOINT", "KUBECONFIG", "KUBERNETES_SERVICE_HOST", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     return tiny
@@ -65,6 +70,14 @@ def project(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         ((*ON_K8S, "--elastic", "1..2"), "--elastic 1..2"),
         ((*ON_K8S, "root=/shared/runs"), "root=/shared/runs gs://BUCKET"),
         ((*ON_K8S, *IN_BUCKET), "--place k8s no cluster --context KUBECONFIG"),
+        (("--place", "ray"), "--place ray --accelerator v5p:4x4x4"),
+        ((*ON_RAY, "root=runs"), "root=runs root=/"),
+        ((*ON_RAY, *IN_BUCKET), "--place ray --address http://HEAD:8265 RAY_ADDRESS"),
+        ((*ON_RAY, *IN_BUCKET, "--address", "ray://head:10001"), "--address ray://head:10001 http://HEAD:8265"),
+        ((*ON_RAY, *IN_BUCKET, "--image", "x"), "--image x ray"),
+        ((*ON_RAY, *IN_BUCKET, "--elastic", "1..2"), "--elastic 1..2 ray"),
+        ((*ON_RAY, *IN_BUCKET, "--accelerator", "v5p:3x3x3"), "--accelerator v5p:3x3x3"),
+        (("--place", "k8s", "--address", "http://head:8265"), "--address http://head:8265 k8s"),
         (("--place", "ssh", "--hosts", "a", "--kind", "job"), "--kind job ssh"),
         (("--place", "tpu-vm", "--zone", "us-east5-b"), "--place tpu-vm --name --create"),
         (("--place", "tpu-vm", "--name", "x", "--zone", "us-east5-b", "--spot"), "--spot --create"),
@@ -186,3 +199,27 @@ def test_asks_slurm_before_anything_is_sent(
     names(line, said, "login node --hosts USER@LOGIN")
     assert "more" not in line and "sending" not in ended.err
     assert not project.runs.exists() and not [*(tmp_path / "workdir/bundles").iterdir()]
+
+
+def test_dry_run_shows_the_job_of_ray(project: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks no cluster, and needs no Ray."""
+    monkeypatch.setenv("TOKEN", "never-shown")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = (*ON_RAY, *IN_BUCKET, "name=tiny", "--address", "http://head:8265")
+    chips = ("--accelerator", "v5p:2x2x4", "train.global_batch=16")
+    shown = dry(project, *words, *chips, "--secret", "TOKEN", "--env", "A=b c").out
+    assert "POST http://head:8265/api/jobs/" in shown and "never-shown" not in shown
+    job = json.loads(shown[shown.index("{") :])
+    entry = shlex.split(job["entrypoint"])
+    assert entry[:3] == ["exec", "python", "-m"] and entry[4] == "gs://bucket/runs/tiny"
+    scaling = json.loads(entry[8])
+    assert (scaling["num_workers"], scaling["topology"], scaling["accelerator_type"]) == (4, "2x2x4", "TPU-V5P")
+    assert job["runtime_env"]["env_vars"]["A"] == "b c" and "--supervise" not in entry
+    refused(project.launch(*words), "--place ray pip jaxinfra[ray]")
+
+
+def test_a_cluster_that_does_not_answer(project: Tiny) -> None:
+    address = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    ended = project.launch(*ON_RAY, "--address", address)
+    assert ended.code == 82 and not project.runs.exists(), ended
+    names(ended.err.splitlines()[-1], f"error: {address}: --address")

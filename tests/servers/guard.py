@@ -12,15 +12,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 
 def main() -> None:
     server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
     sys.stdin.buffer.read()
+    started = psutil.Process(server.pid).children(recursive=True)  # also those in other groups, as of Ray
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=60)
 
 
 @contextmanager

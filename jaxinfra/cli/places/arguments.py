@@ -19,9 +19,11 @@ _KINDS_OF = {  # kinds of places that take an option
     "sbatch": ("slurm",),
     **dict.fromkeys(("create", "name", "project", "zone", "network", "internal_ips", "user", "ssh_key"), CLOUDS),
     **dict.fromkeys(("spot", "reservation", "image", "service_account"), (*CLOUDS, "k8s")),
-    **dict.fromkeys(("accelerator", "workload", "context", "namespace", "queue", "priority", "topology"), ("k8s",)),
+    "address": ("ray",),
+    "accelerator": ("k8s", "ray"),
+    **dict.fromkeys(("workload", "context", "namespace", "queue", "priority", "topology"), ("k8s",)),
     **dict.fromkeys(("volumes", "node_selector"), ("k8s",)),
-    "max_hours": ("ssh", "k8s", *CLOUDS),
+    "max_hours": ("ssh", "k8s", "ray", *CLOUDS),
 }
 _TIME = re.compile(r"(?:--time[= ]|-t) *(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # D-H[:M[:S]], M[:S] or H:M:S
 
@@ -29,7 +31,7 @@ _TIME = re.compile(r"(?:--time[= ]|-t) *(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a start elsewhere."""
     place = parser.add_argument_group("another place than this machine (docs/places.md)")
-    what = "ssh: hosts that you have; slurm: a job of Slurm; k8s: Kubernetes; "
+    what = "ssh: hosts that you have; slurm: a job of Slurm; k8s: Kubernetes; ray: a job of Ray; "
     what += "tpu-vm: a Cloud TPU VM; gce: Compute Engine"
     place.add_argument("--place", choices=KINDS, help=what)
     what = "ssh: the hosts, in the order of ranks, as ssh takes them; slurm: a login node (default: this machine)"
@@ -37,8 +39,10 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     add_int(place, "--nodes", 1, metavar="N", help="slurm: nodes of the job, with a process each")
     what = "slurm: an option of sbatch, such as --sbatch=--gpus-per-node=8; repeatable"
     place.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help=what)
-    what = "k8s: the chips of the pods, such as v5p:4x4x4, 2xv5e:4x4, h100:2x8, or cpu:N for N pods"
+    what = "k8s, ray: the chips, such as v5p:4x4x4, 2xv5e:4x4, h100:2x8, or cpu:N for N pods or workers without"
     place.add_argument("--accelerator", metavar="CHIPS", default="", help=what)
+    what = "ray: of the cluster's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS)"
+    place.add_argument("--address", metavar="URL", default="", help=what)
     what = "k8s: what runs the pods (default: jobset)"
     place.add_argument("--kind", dest="workload", choices=("job", "jobset", "trainjob"), help=what)
     place.add_argument("--queue", metavar="NAME", default="", help="k8s: a LocalQueue of Kueue")
@@ -157,6 +161,8 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
         if 0 < _time_limit_s(word) <= 600:
             fix = "give more than ten minutes, such as --sbatch=--time=12:00:00"
             raise ConfigError(f"--sbatch {word}: the job saves 300 s before its time limit; {fix}")
+    if kind in ("k8s", "ray"):
+        _check_scheduled(options)
     if kind == "k8s":
         _check_k8s(options)
     count, (least, most) = options.nodes or len(hosts), options.elastic or (0, 0)
@@ -169,10 +175,18 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
     return PlaceOptions(kind=kind, **chosen)
 
 
+def _check_scheduled(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what a cluster that places processes by their chips could not take."""
+    kind = options.place
+    if not options.accelerator:
+        raise ConfigError(f"--place {kind}: which chips? add --accelerator, such as v5p:4x4x4, h100:2x8 or cpu:2")
+    if options.elastic:
+        fix = "leave --elastic out: the cluster starts what is lost again"
+        raise ConfigError(f"--elastic {'..'.join(map(str, options.elastic))}: not with --place {kind}; {fix}")
+
+
 def _check_k8s(options: argparse.Namespace) -> None:
     """Raises ConfigError for what a cluster of Kubernetes could not take."""
-    if not options.accelerator:
-        raise ConfigError("--place k8s: which chips? add --accelerator, such as v5p:4x4x4, h100:2x8 or cpu:2")
     if not options.image:
         fix = "add --image REGISTRY/NAME:TAG; launch/Dockerfile makes one"
         raise ConfigError(f"--place k8s: which image has Python and the packages? {fix}")
@@ -184,9 +198,6 @@ def _check_k8s(options: argparse.Namespace) -> None:
         raise ConfigError(f"--volume {wrong[0]}: expected a claim and a path; use --volume shared:/shared")
     if wrong := [word for word in options.node_selector if not re.fullmatch("[^=]+=[^=]*", word)]:
         raise ConfigError(f"--node-selector {wrong[0]}: expected LABEL=VALUE; use --node-selector pool=training")
-    if options.elastic:
-        fix = "leave --elastic out: the cluster starts lost pods again"
-        raise ConfigError(f"--elastic {'..'.join(map(str, options.elastic))}: not with --place k8s; {fix}")
 
 
 def variables(words: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxinfra.cli import config_argument
 from jaxinfra.cli.places.arguments import place_options, variables
-from jaxinfra.cli.places.dry_run import print_manifests, print_plan
+from jaxinfra.cli.places.dry_run import print_manifests, print_plan, print_submission
 from jaxinfra.cli.places.lines import say, watching
 from jaxinfra.command import command_line
 from jaxinfra.config import validate
@@ -19,6 +19,7 @@ from jaxinfra.launchers.places.controller import Controller, release_last
 from jaxinfra.launchers.places.google_cloud import check_key
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import PlaceOptions
+from jaxinfra.launchers.places.ray_submission import RAY_DRIVER
 from jaxinfra.launchers.places.requirements import lock
 from jaxinfra.launchers.places.run_files import HostFiles, files_of
 from jaxinfra.launchers.places.sources import Chips, chips_made, num_devices, place_of
@@ -50,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
         environment=variables(options.env),
         secrets=options.secret,
     )
-    if options.dry_run and place_config.kind == "k8s":
-        print_manifests(job)
+    if options.dry_run and place_config.kind in ("k8s", "ray"):
+        (print_manifests if place_config.kind == "k8s" else print_submission)(job)
         return 0
     place = place_of(job, say)
     job = replace(job, place=place.source.options)
@@ -174,7 +175,7 @@ def _trackers(config: Run) -> list[str]:
 
 
 def _command(options: argparse.Namespace, bundle: Bundle) -> list[str]:
-    """Returns the words after the Python on a host: this command without its place, supervised."""
+    """Returns the words after the Python on a host: this command without its place, supervised, or by Ray."""
 
     def sent(path: str) -> str:
         """Returns the path of a file on the hosts: that below the code; a name that is no path stays."""
@@ -189,8 +190,9 @@ def _command(options: argparse.Namespace, bundle: Bundle) -> list[str]:
     words += [word for each in options.imports for word in ("--import", sent(each))]
     words += ["--accept-change"] * options.accept_change
     words += ["--devices", options.devices] if options.devices else []
-    words += ["--supervise", "--max-restarts-per-hour", str(options.max_restarts_per_hour)]
+    is_ray = options.place == "ray"
+    words += ["--supervise"] * (not is_ray) + ["--max-restarts-per-hour", str(options.max_restarts_per_hour)]
     if options.elastic is not None:
         words += ["--elastic", "..".join(map(str, options.elastic)), "--elastic-wait", str(options.elastic_wait)]
     words += ["--join-timeout", str(options.join_timeout), "--heartbeat-timeout", str(options.heartbeat_timeout)]
-    return ["-m", "jaxinfra.cli", *words]
+    return ["-m", RAY_DRIVER if is_ray else "jaxinfra.cli", *words]

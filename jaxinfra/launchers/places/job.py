@@ -17,6 +17,8 @@ from jaxinfra.launchers.places.end_record import ENDED_FILE
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.run_files import RunFiles
 
+ATTEMPT_FILE = "place/attempt-{attempt}.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -121,7 +123,7 @@ class Attempts:
 
 
 def _attempt(number: int) -> str:
-    return f"place/attempt-{number}.json"
+    return ATTEMPT_FILE.format(attempt=number)
 
 
 def _stopped(number: int) -> str:

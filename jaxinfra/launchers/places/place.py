@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CLOUDS = ("tpu-vm", "gce")
-KINDS = ("ssh", "slurm", "k8s", *CLOUDS)
+KINDS = ("ssh", "slurm", "k8s", "ray", *CLOUDS)
 Say = Callable[[str], None]
 """Prints one line for the user."""
 
@@ -19,8 +19,10 @@ class PlaceOptions:
     hosts: tuple[str, ...] = ()
     nodes: int = 0  # of Slurm
     sbatch: tuple[str, ...] = ()  # more options of sbatch, a word each
-    # Of Kubernetes. Chips are those of `--on`, or cpu:N for N pods without any.
+    address: str = ""  # of the dashboard of a Ray cluster, "" before it is known
+    # Of Kubernetes and Ray. Chips are those of `--on`, or cpu:N for N pods or workers without any.
     accelerator: str = ""
+    # Of Kubernetes.
     workload: str = "jobset"  # job, jobset or trainjob
     context: str = ""  # of the kubeconfig; "" is the current one
     namespace: str = ""  # "" before it is known
@@ -48,7 +50,7 @@ class PlaceOptions:
     @property
     def shares_disks(self) -> bool:
         """Whether a run directory may be on a disk, which the hosts share and this machine reaches."""
-        return self.kind in ("ssh", "slurm")
+        return self.kind in ("ssh", "slurm", "ray")
 
     @property
     def is_cloud(self) -> bool:

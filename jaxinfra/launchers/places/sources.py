@@ -75,7 +75,7 @@ def chips_made(options: PlaceOptions) -> Chips | None:
 
 def num_devices(options: PlaceOptions) -> int:
     """Returns the devices that JAX will have on hosts that exist, as far as the options say it; else 0."""
-    return pods_of(options).devices if options.kind == "k8s" else num_gpus(options)
+    return pods_of(options).devices if options.accelerator else num_gpus(options)
 
 
 def place_of(job: Job, say: Say) -> Place:
@@ -84,6 +84,10 @@ def place_of(job: Job, say: Say) -> Place:
         from jaxinfra.launchers.places.k8s import Cluster, KubernetesPlace  # an extra has its packages
 
         return KubernetesPlace(Cluster(job.place), say)
+    if job.place.kind == "ray":
+        from jaxinfra.launchers.places.ray_jobs import RayCluster, RayPlace  # so has this one's
+
+        return RayPlace(RayCluster(job.place), say)
     source, options, known = source_of(job.place, job.location), list[str](), None
     if job.place.is_cloud:
         from jaxinfra.launchers.places.google_cloud import key_of

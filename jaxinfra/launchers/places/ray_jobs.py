@@ -1,0 +1,196 @@
+"""Runs a job on a Ray cluster, through the client of Ray's Jobs API.
+
+The job's driver (`cli.ray_driver`) starts lost workers again, whether anybody watches or not.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, override
+
+from jaxinfra.errors import ConfigError, PeerLostError, StorageError
+from jaxinfra.launchers.places.base import Place
+from jaxinfra.launchers.places.job import Attempts, Job
+from jaxinfra.launchers.places.manifests import pods_of
+from jaxinfra.launchers.places.place import Host, HostSource, HostState, PlaceOptions, Say
+from jaxinfra.launchers.places.ray_package import KILL_FILE, write_package
+from jaxinfra.launchers.places.ray_submission import submission, submission_id
+from jaxinfra.launchers.places.run_files import files_of
+from jaxinfra.launchers.restart_policy import INTERRUPTED
+from jaxinfra.packages import import_optional, install_command
+
+_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_TIMEOUT_S = 20.0  # of the first question: the client itself waits for as long as the network does
+_EXTRA = "jaxinfra[ray]"
+
+
+class RayJobs:
+    """The jobs of one cluster; ConfigError for what Ray refuses, StorageError if it does not answer."""
+
+    def __init__(self, address: str) -> None:
+        """Connects nothing yet."""
+        self.address, self._client = address, None
+        self._ray = import_optional("ray", "job_submission", "exceptions", needed_by="--place ray", install=_EXTRA)
+        self._requests = import_optional("requests", "exceptions", needed_by="--place ray", install=_EXTRA)
+
+    def call(self, method: str, *arguments: object, **named: object) -> Any:
+        """Calls a method of the client of Ray."""
+        refused = (RuntimeError, ValueError, self._ray.exceptions.AuthenticationError)
+        try:
+            return getattr(self._client or self._connected(), method)(*arguments, **named)
+        except (ConnectionError, self._requests.exceptions.RequestException) as error:
+            fix = "is this the --address of its dashboard, and does this network reach it?"
+            raise StorageError(f"{self.address}: no answer: {_line(error)}; {fix}") from None
+        except refused as error:
+            raise ConfigError(f"{self.address}: {_line(error)}") from None
+
+    def _connected(self) -> Any:
+        # A server that answers anything is there; the client then says what is wrong with it.
+        self._requests.get(f"{self.address}/api/version", timeout=_TIMEOUT_S)
+        os.environ[_VARIABLES[0]] = self.address  # to the client a variable comes before its argument
+        try:
+            self._client = self._ray.job_submission.JobSubmissionClient(self.address)
+        except RuntimeError as error:
+            if "ray[default]" not in str(error):
+                raise
+            raise ConfigError(f"--place ray: needs the client of jobs; run {install_command(_EXTRA)}") from None
+        return self._client
+
+    def find(self, name: str) -> Any:
+        """Returns what Ray knows of a job; None if it knows none of this name."""
+        return next((each for each in self.call("list_jobs") if each.submission_id == name), None)
+
+
+class RayCluster(HostSource):
+    """A cluster that exists; nothing is made or deleted but jobs."""
+
+    def __init__(self, options: PlaceOptions) -> None:
+        """Takes the address of the environment where the options have none; raises ConfigError without any."""
+        named = next((name for name in _VARIABLES if os.environ.get(name)), "")
+        address = (options.address or os.environ.get(named, "")).rstrip("/")
+        if not address:
+            fix = f"add --address http://HEAD:8265, or set {_VARIABLES[1]}"
+            raise ConfigError(f"--place ray: which cluster? {fix}")
+        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", address):
+            source = "--address " if options.address else f"{named}="
+            raise ConfigError(f"{source}{address}: expected that of the dashboard; use --address http://HEAD:8265")
+        self.options, self.jobs = replace(options, address=address), RayJobs(address)
+
+    @override
+    def current(self) -> Sequence[Host]:
+        return [Host(address="", name=f"the Ray cluster at {self.options.address}")]
+
+    @override
+    def release(self, say: Say) -> None:
+        """Does nothing: a job that has ended holds nothing but its log."""
+
+
+class RayPlace(Place):
+    """A run as one job of a cluster. Its one host is the cluster."""
+
+    installs = False
+
+    def __init__(self, source: RayCluster, say: Say) -> None:
+        """Connects nothing yet."""
+        super().__init__(source, say)
+        self._jobs, self._told, self._seen, self._bundle = source.jobs, "", 0, b""
+
+    @property
+    @override
+    def started(self) -> str:
+        return f"is a job of {self.hosts[0]}"
+
+    @override
+    def prepare(self, job: Job, *, go_on: Callable[[], bool] = lambda: True) -> Mapping[str, str]:
+        """Asks the cluster for its jobs, to see that it answers."""
+        self.hosts = self.source.current()
+        self._jobs.call("list_jobs")
+        return {"arch": ""}
+
+    @override
+    def ship(self, job: Job, attempts: Attempts) -> None:
+        """Reads the code, which `start` sends along with secrets."""
+        self._bundle = attempts.kept("bundle", job.bundle)
+
+    @override
+    def start(self, job: Job, number: int, *, left_s: float = 0.0) -> None:
+        values = job.secret_values()
+        if self._jobs.find(submission_id(job, number)) is None:
+            with TemporaryDirectory(prefix="jaxinfra-ray-") as folder:
+                package = Path(folder) / "code.zip"
+                key = write_package(self._bundle, values, package)
+                told = submission(job, number, working_dir=str(package), key=key, left_s=left_s)
+                self._jobs.call("submit_job", **told)
+        self._seen = number
+
+    @override
+    def watch(self, job: Job) -> Mapping[Host, HostState]:
+        """Returns the state of the job; says when it changes, such as why it waits."""
+        host = self.hosts[0]
+        try:
+            return {host: self._state(job)}
+        except StorageError as error:
+            self._tell(str(error))
+            return {host: HostState(attempt=0, state="away")}
+
+    def _state(self, job: Job) -> HostState:
+        prefix = f"{job.id}-"
+        names = {each.submission_id: each for each in self._jobs.call("list_jobs") if each.submission_id}
+        numbers = [int(name.removeprefix(prefix)) for name in names if re.fullmatch(f"{re.escape(prefix)}\\d+", name)]
+        if not numbers:
+            if not self._seen:
+                return HostState(attempt=0, state="none")
+            self._tell(f"{submission_id(job, self._seen)} is gone, as after a new start of the cluster")
+            return HostState(attempt=self._seen, state="ended", code=PeerLostError.exit_code)
+        number = self._seen = max(numbers)
+        found = names[submission_id(job, number)]
+        message = str(found.message or "").partition("\n")[0]
+        self._tell(f"job {found.submission_id} is {found.status}{f': {message}' * bool(message)}")
+        if not found.status.is_terminal():
+            return HostState(attempt=number, state="live")
+        return HostState(attempt=number, state="ended", code=_code(found))
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            self._say(text)
+
+    @override
+    def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
+        """Asks the driver to let its workers save and leave; or has it leave at once."""
+        if signal == "KILL":
+            files_of(job.location).create(KILL_FILE.format(attempt=number), b"")
+        if self._jobs.find(name := submission_id(job, number)) is not None:
+            self._jobs.call("stop_job", name)
+
+    @override
+    def console(self, job: Job, *, rank: int = 0, lines: str = "+1", follow: bool) -> subprocess.Popen[bytes]:
+        number = self._seen or self._state(job).attempt
+        words = [self._jobs.address, submission_id(job, number), str(rank), lines, "yes" if follow else "no"]
+        command = [sys.executable, "-m", "jaxinfra.launchers.places.ray_log", *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+    @override
+    def ranks(self, job: Job) -> int:
+        return pods_of(job.place).count
+
+
+def _code(job: Any) -> int:
+    """Returns the exit code of a job that has ended."""
+    if str(job.status) == "SUCCEEDED":
+        return 0
+    if str(job.status) == "STOPPED":
+        return INTERRUPTED
+    if str(job.error_type or "").endswith("RUNTIME_ENV_SETUP_FAILURE"):
+        return ConfigError.exit_code
+    code = job.driver_exit_code
+    return code if code is not None and 0 < code < 128 else PeerLostError.exit_code
+
+
+def _line(said: object) -> str:
+    return " ".join(str(said).split())[:500]
