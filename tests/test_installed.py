@@ -90,7 +90,7 @@ def copied(tmp_path: Path) -> Path:
     source = tmp_path / "source"
     source.mkdir()
     for line in (CLONE / "launch/Dockerfile").read_text().splitlines():
-        for name in line.split()[1:-1] if line.startswith("COPY ") else []:
+        for name in line.split()[1:-1] if line.startswith("COPY ") and "--from=" not in line else []:
             if (CLONE / name).is_dir():
                 ignored = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(CLONE / name, source / name, symlinks=True, ignore=ignored)

@@ -1,17 +1,20 @@
-"""Checks the version, the Dockerfile, the pre-commit hooks and the issue forms."""
+"""Checks the version, the image, the pre-commit hooks and the issue forms."""
 
-import shutil
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 import jaxinfra
+from jaxinfra.registry.sbom import Package, bill_of_materials
+from tests.launchers.test_manifests import job_spec
 
 ROOT = Path(__file__).parents[1]
-BUILDER = next((name for name in ("docker", "podman") if shutil.which(name)), None)
 
 
 def test_the_version_has_one_place() -> None:
@@ -19,21 +22,36 @@ def test_the_version_has_one_place() -> None:
     assert f"## {jaxinfra.__version__.partition('.dev')[0]}" in (ROOT / "docs/changelog.md").read_text()
 
 
-@pytest.mark.skipif(BUILDER is None, reason="neither docker nor podman is installed")
-@pytest.mark.slow(400)
-def test_the_image_builds_and_is_not_root() -> None:
-    """Needs a registry that has the image of Python."""
-    assert BUILDER is not None
-    image = "jaxinfra-test"
-    build = [BUILDER, "build", "--file", "launch/Dockerfile", "--tag", image, "."]
-    subprocess.run(build, cwd=ROOT, check=True)
-    user = subprocess.run([BUILDER, "run", "--rm", image, "id", "-un"], capture_output=True, text=True, check=True)
-    assert user.stdout.strip() == "trainer"
-
-
 def test_the_image_is_made_as_its_linter_wants() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     subprocess.run([hadolint, ROOT / "launch/Dockerfile"], check=True)
+    subprocess.run(["bash", "-n", ROOT / "launch/image.sh"], check=True)
+
+
+def test_the_image_runs_as_the_user_of_pods() -> None:
+    """A number, as `runAsNonRoot` cannot tell by a name."""
+    last = (ROOT / "launch/Dockerfile").read_text().rpartition("\nFROM ")[2]
+    users = [line.split()[1] for line in last.splitlines() if line.startswith("USER ")]
+    security = job_spec("job", "cpu:1")["template"]["spec"]["securityContext"]
+    assert users == [str(security["runAsUser"])]
+
+
+def test_an_image_of_another_kind_is_refused_in_one_line() -> None:
+    """Before anything is installed."""
+    ended = subprocess.run(["make", "image", "KIND=gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and not ended.stdout
+    (line,) = ended.stderr.splitlines()
+    assert "KIND=gpu: expected cpu, cuda or tpu" in line
+    ended = subprocess.run([ROOT / "launch/image.sh", "gpu"], capture_output=True, text=True)
+    assert ended.returncode == 81 and ended.stderr == "error: KIND=gpu: expected cpu, cuda or tpu\n"
+
+
+def test_a_bill_of_materials_lists_packages_of_python_and_debian() -> None:
+    packages = [Package("pypi", "numpy", "2.5.5"), Package("deb", "libc6", "2.41-12+deb13u4", "debian")]
+    written = bill_of_materials("image", packages).decode()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(written) is None
+    urls = {component["purl"] for component in json.loads(written)["components"]}
+    assert urls == {"pkg:pypi/numpy@2.5.5", "pkg:deb/debian/libc6@2.41-12%2Bdeb13u4"}
 
 
 def test_hooks_run_what_lint_runs() -> None:
