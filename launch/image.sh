@@ -12,7 +12,7 @@ PATH=$PATH:/usr/sbin:/sbin
 for tool in buildah debootstrap dpkg-query newuidmap; do
     command -v $tool >/dev/null || fail "$tool: expected on PATH; apt-get install buildah debootstrap dpkg uidmap"
 done
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-vfs}
+export BUILDAH_ISOLATION=chroot
 image=localhost/jaxinfra:$kind root='' container=''
 trap '[ -z "$container" ] || buildah rm "$container" >/dev/null; [ -z "$root" ] || buildah unshare rm -rf "$root"' EXIT
 

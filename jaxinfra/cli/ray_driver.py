@@ -33,7 +33,7 @@ _LONG_S = 600.0  # a start that lasted so long counts as one with progress
 
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
-    """What the job was told."""
+    """Holds what the command line of the job says."""
 
     run_dir: str
     number: int

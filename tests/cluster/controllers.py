@@ -1,4 +1,4 @@
-"""What runs in the cluster: Jobs, JobSets, TrainJobs and the collector of garbage, beside queues and the scheduler.
+"""Controllers of Jobs, JobSets and TrainJobs, and the garbage collector.
 
 Each looks at all its objects and moves them on by a step; `reconcile` is called until nothing changes any more. The
 reasons and messages are those of the real controllers, since programs and users read them.

@@ -25,7 +25,7 @@ _PRESERVED = (
 
 
 class _Answer(NamedTuple):
-    """What a request gets: JSON, text, or parts of a stream."""
+    """Answers a request with JSON, text, or parts of a stream."""
 
     code: int
     body: Json | str | Iterator[str]

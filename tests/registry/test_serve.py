@@ -1,4 +1,4 @@
-"""What `model serve` refuses; test_air_gap.py starts a real engine."""
+"""Tests what `model serve` refuses; test_air_gap.py starts a real engine."""
 
 import signal
 import socket

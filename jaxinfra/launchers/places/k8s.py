@@ -5,15 +5,13 @@ The cluster starts pods again by `manifests.failure_rules`, whether anybody watc
 
 import math
 import subprocess
-import sys
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from secrets import token_hex
 from typing import override
 
-from jaxinfra.errors import ConfigError, PeerLostError, Preempted, StorageError
-from jaxinfra.launchers.places.base import Place
+from jaxinfra.errors import ConfigError, PeerLostError, Preempted
 from jaxinfra.launchers.places.cluster_api import ClusterApi, end_of
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.manifests import (
@@ -28,7 +26,8 @@ from jaxinfra.launchers.places.manifests import (
     pods_of,
     run_label,
 )
-from jaxinfra.launchers.places.place import Host, HostSource, HostState, PlaceOptions, Say
+from jaxinfra.launchers.places.place import HostState, PlaceOptions, Say
+from jaxinfra.launchers.places.scheduled import ScheduledPlace, ScheduledSource
 from jaxinfra.launchers.restart_policy import INTERRUPTED, RULES
 from jaxinfra.track.goodput import GOODPUT_FILE, account, read_ledger
 from jaxinfra.track.runs import local_files
@@ -36,33 +35,23 @@ from jaxinfra.track.runs import local_files
 _QUEUES = ("kueue.x-k8s.io/v1beta1", "localqueues")
 
 
-class Cluster(HostSource):
-    """The namespace of a cluster. Nothing is made or deleted but the workloads of the run."""
+class Cluster(ScheduledSource):
+    """The namespace of a cluster."""
 
     def __init__(self, options: PlaceOptions) -> None:
         """Reads the kubeconfig; raises ConfigError if there is none."""
         self.api = ClusterApi(options.context, options.namespace)
-        self.options = replace(options, namespace=self.api.namespace)
-        self._host = Host(address="", name=f"namespace {self.api.namespace} of {self.api.server}")
-
-    @override
-    def current(self) -> Sequence[Host]:
-        return [self._host]
-
-    @override
-    def release(self, say: Say) -> None:
-        """Does nothing: a workload that has ended holds nothing but its logs, and the cluster deletes it."""
+        name = f"namespace {self.api.namespace} of {self.api.server}"
+        super().__init__(replace(options, namespace=self.api.namespace), name)
 
 
-class KubernetesPlace(Place):
-    """A run as one workload of a cluster. Its one host is the namespace."""
-
-    installs = False
+class KubernetesPlace(ScheduledPlace):
+    """A run as one workload of a namespace."""
 
     def __init__(self, source: Cluster, say: Say) -> None:
         """Connects nothing yet."""
         super().__init__(source, say)
-        self._api, self._told, self._seen = source.api, "", 0
+        self._api = source.api
 
     @property
     @override
@@ -114,15 +103,6 @@ class KubernetesPlace(Place):
         return self._api.list(self._api.path("v1", "pods"), labelSelector=chosen)
 
     @override
-    def watch(self, job: Job) -> Mapping[Host, HostState]:
-        """Returns the state of the workload; says when it changes, such as why it waits."""
-        host = self.hosts[0]
-        try:
-            return {host: self._state(job)}
-        except StorageError as error:
-            self._tell(str(error))
-            return {host: HostState(attempt=0, state="away")}
-
     def _state(self, job: Job) -> HostState:
         number, workload = self._newest(job)
         if workload is None:
@@ -140,11 +120,6 @@ class KubernetesPlace(Place):
         self._tell(f"{workload['metadata']['name']} has failed: {why}")
         code = Preempted.exit_code if "DeadlineExceeded" in why else _code(self._pods(job, number))
         return HostState(attempt=number, state="ended", code=code)
-
-    def _tell(self, text: str) -> None:
-        if text != self._told:
-            self._told = text
-            self._say(text)
 
     def _progress(self, job: Job, number: int, workload: Manifest) -> str:
         """Says how many pods run, and why others do not."""
@@ -218,13 +193,7 @@ class KubernetesPlace(Place):
         labels = f"{RUN_LABEL}={run_label(job)},{ATTEMPT_LABEL}={number}"
         path = self._path(job, name_of(job, number))
         words = [place.context, place.namespace, path, labels, str(rank // hosts), str(rank % hosts), lines]
-        words.append("yes" if follow else "no")
-        command = [sys.executable, "-m", "jaxinfra.launchers.places.pod_log", *words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-
-    @override
-    def ranks(self, job: Job) -> int:
-        return pods_of(job.place).count
+        return self._console("pod_log", *words, follow=follow)
 
 
 def _grace_s(location: str) -> int:

@@ -6,21 +6,19 @@ The job's driver (`cli.ray_driver`) starts lost workers again, whether anybody w
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, override
 
 from jaxinfra.errors import ConfigError, PeerLostError, StorageError
-from jaxinfra.launchers.places.base import Place
 from jaxinfra.launchers.places.job import Attempts, Job
-from jaxinfra.launchers.places.manifests import pods_of
-from jaxinfra.launchers.places.place import Host, HostSource, HostState, PlaceOptions, Say
+from jaxinfra.launchers.places.place import HostState, PlaceOptions, Say
 from jaxinfra.launchers.places.ray_package import KILL_FILE, write_package
 from jaxinfra.launchers.places.ray_submission import submission, submission_id
 from jaxinfra.launchers.places.run_files import files_of
+from jaxinfra.launchers.places.scheduled import ScheduledPlace, ScheduledSource
 from jaxinfra.launchers.restart_policy import INTERRUPTED
 from jaxinfra.packages import import_optional, install_command
 
@@ -66,8 +64,8 @@ class RayJobs:
         return next((each for each in self.call("list_jobs") if each.submission_id == name), None)
 
 
-class RayCluster(HostSource):
-    """A cluster that exists; nothing is made or deleted but jobs."""
+class RayCluster(ScheduledSource):
+    """A Ray cluster that exists."""
 
     def __init__(self, options: PlaceOptions) -> None:
         """Takes the address of the environment where the options have none; raises ConfigError without any."""
@@ -79,26 +77,17 @@ class RayCluster(HostSource):
         if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", address):
             source = "--address " if options.address else f"{named}="
             raise ConfigError(f"{source}{address}: expected that of the dashboard; use --address http://HEAD:8265")
-        self.options, self.jobs = replace(options, address=address), RayJobs(address)
-
-    @override
-    def current(self) -> Sequence[Host]:
-        return [Host(address="", name=f"the Ray cluster at {self.options.address}")]
-
-    @override
-    def release(self, say: Say) -> None:
-        """Does nothing: a job that has ended holds nothing but its log."""
+        super().__init__(replace(options, address=address), f"the Ray cluster at {address}")
+        self.jobs = RayJobs(address)
 
 
-class RayPlace(Place):
-    """A run as one job of a cluster. Its one host is the cluster."""
-
-    installs = False
+class RayPlace(ScheduledPlace):
+    """A run as one job of Ray."""
 
     def __init__(self, source: RayCluster, say: Say) -> None:
         """Connects nothing yet."""
         super().__init__(source, say)
-        self._jobs, self._told, self._seen, self._bundle = source.jobs, "", 0, b""
+        self._jobs, self._bundle = source.jobs, b""
 
     @property
     @override
@@ -129,15 +118,6 @@ class RayPlace(Place):
         self._seen = number
 
     @override
-    def watch(self, job: Job) -> Mapping[Host, HostState]:
-        """Returns the state of the job; says when it changes, such as why it waits."""
-        host = self.hosts[0]
-        try:
-            return {host: self._state(job)}
-        except StorageError as error:
-            self._tell(str(error))
-            return {host: HostState(attempt=0, state="away")}
-
     def _state(self, job: Job) -> HostState:
         prefix = f"{job.id}-"
         names = {each.submission_id: each for each in self._jobs.call("list_jobs") if each.submission_id}
@@ -155,11 +135,6 @@ class RayPlace(Place):
             return HostState(attempt=number, state="live")
         return HostState(attempt=number, state="ended", code=_code(found))
 
-    def _tell(self, text: str) -> None:
-        if text != self._told:
-            self._told = text
-            self._say(text)
-
     @override
     def stop(self, job: Job, number: int, *, signal: str = "TERM") -> None:
         """Asks the driver to let its workers save and leave; or has it leave at once."""
@@ -171,13 +146,8 @@ class RayPlace(Place):
     @override
     def console(self, job: Job, *, rank: int = 0, lines: str = "+1", follow: bool) -> subprocess.Popen[bytes]:
         number = self._seen or self._state(job).attempt
-        words = [self._jobs.address, submission_id(job, number), str(rank), lines, "yes" if follow else "no"]
-        command = [sys.executable, "-m", "jaxinfra.launchers.places.ray_log", *words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-
-    @override
-    def ranks(self, job: Job) -> int:
-        return pods_of(job.place).count
+        words = self._jobs.address, submission_id(job, number), str(rank), lines
+        return self._console("ray_log", *words, follow=follow)
 
 
 def _code(job: Any) -> int:

@@ -67,7 +67,7 @@ class Snapshot(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _SnapshotTable(Source):
-    """What both have in common; `pin` is the field that names the snapshot, `extra` that of jaxinfra."""
+    """Reads the rows of a snapshot: `pin` is the field that names it, `extra` the extra with its library."""
 
     pin: ClassVar[str]
     extra: ClassVar[str]
