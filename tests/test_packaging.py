@@ -38,7 +38,9 @@ def test_the_image_runs_as_the_user_of_pods() -> None:
 
 def test_an_image_of_another_kind_is_refused_in_one_line() -> None:
     """Before anything is installed."""
-    ended = subprocess.run(["make", "image", "KIND=gpu"], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        ["make", "--no-print-directory", "image", "KIND=gpu"], cwd=ROOT, capture_output=True, text=True
+    )
     assert ended.returncode == 2 and not ended.stdout
     (line,) = ended.stderr.splitlines()
     assert "KIND=gpu: expected cpu, cuda or tpu" in line
