@@ -468,7 +468,7 @@ COMMANDS = {
     "hub export": Command(_add_hub_export, "write a checkpoint as a folder that transformers and other engines load"),
     "models": Command(_add_models, "list the published models that a config can name"),
     "model promote": Command(_add_model_promote, "evaluate a run, and put it in use in a registry if it passes a gate"),
-    "model rollback": Command(model.add_model, "put the version in use that was before"),
+    "model rollback": Command(model.add_rollback, "put the version in use that was before"),
     "model verify": Command(model.add_verify, "compare every byte of a signed export, and say where it comes from"),
     "model serve": Command(model.add_serve, "start an engine on a run, which answers as OpenAI's API does"),
     "model stablehlo": Command(model.add_stablehlo, "write a model as a function that JAX runs without jaxinfra"),

@@ -18,6 +18,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
 
 
+def add_rollback(parser: argparse.ArgumentParser) -> None:
+    """Adds those of `model rollback`."""
+    add_model(parser)
+    what = "leave this version only: the same command again does not go back further"
+    parser.add_argument("--from", dest="leaving", metavar="VERSION", help=what)
+
+
 def add_key(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Adds the option that names the key of a signature."""
     what = "verify the signature of the folder with this public key, which reads all files"

@@ -77,14 +77,13 @@ def line_of(store: TokenStore) -> list[str]:
     return [*(entry["of"] for entry in earlier(store)), store.manifest.fingerprint]
 
 
-def require_current(root: ObjectStore, store: TokenStore) -> None:
-    """Raises ConfigError unless `store` is a listed version of `root` that no other one stands in place of."""
+def successor(root: ObjectStore, store: TokenStore) -> str:
+    """Returns the version that stands in the place of `store`, "" for none; ConfigError if `root` does not list it."""
     own = store.manifest.fingerprint
     made_of = {each.fingerprint: each.made_of for each in versions.list_versions(root)}.get(own)
     if made_of is None:
         raise ConfigError(f"{root.url}: is one version; name the store that lists it, and --version {own}")
-    if after := made_of.partition(_REPLACED_BY)[2]:
-        raise ConfigError(f"--version {own}: {after}, made of it, stands in its place; use --version {after}")
+    return made_of.partition(_REPLACED_BY)[2]
 
 
 def find(store: TokenStore, key: str, finder: ClassFinder) -> Found:
@@ -137,7 +136,8 @@ def forget(root: ObjectStore, store: TokenStore, found: Found) -> Manifest:
 
     It takes the place of that version: the newest if that was the newest, and the one that `data prepare` finds for
     the same recipe and files. The other one stays, and is listed before it. Raises ConfigError if another process is
-    preparing the store, DataError if what it reads is damaged, and StorageError if it cannot be written.
+    preparing the store, or has forgotten something in that version meanwhile, DataError if what it reads is damaged,
+    and StorageError if it cannot be written.
     """
     manifest, work_dir = store.manifest, store.manifest.recipe.get("work_dir")
     name = digest_of([manifest.fingerprint, found.hashes])
@@ -153,7 +153,11 @@ def forget(root: ObjectStore, store: TokenStore, found: Found) -> Manifest:
             (build / FILE_NAME).write_bytes(new.to_bytes())
             if version.folder is None or not move_folder(build, version.folder):
                 version.upload(build, last=[FILE_NAME], resume=version.folder is None)
-        _change_index(root, lambda entries: _with_version(entries, manifest.fingerprint, new))
+        try:
+            _change_index(root, lambda entries: _with_version(entries, manifest.fingerprint, new))
+        except ConfigError:  # nobody reads this one
+            delete_versions(root, [new.fingerprint])
+            raise
     return new
 
 
@@ -301,7 +305,9 @@ def _with_version(entries: _Index, old: str, new: Manifest) -> _Index:
     """Puts a version behind the one that it was made of, and in its place for `data prepare`."""
     for entry in entries:
         if entry["fingerprint"] == old:
-            made_of = entry["made_of"].partition(_REPLACED_BY)[0]
+            made_of, _, after = entry["made_of"].partition(_REPLACED_BY)
+            if after not in ("", new.fingerprint):
+                raise ConfigError(f"{old}: another process has made {after} of it meanwhile; run the command again")
             yield {**entry, "made_of": f"{made_of}{_REPLACED_BY}{new.fingerprint}"}
             yield asdict(versions.Version(fingerprint=new.fingerprint, made_of=made_of, created=new.created))
         elif entry["fingerprint"] != new.fingerprint:  # it is there already if an answer of a bucket was lost

@@ -55,12 +55,19 @@ def promote(registry: Registry, candidate: Version, rules: Sequence[Rule], lease
     return replace(version, replaced="" if champion is None else champion.number)
 
 
-def roll_back(registry: Registry) -> tuple[Version, Version]:
-    """Moves the alias to the version that it named before; returns that one, and the one that it leaves."""
+def roll_back(registry: Registry, leaving: str | None = None) -> tuple[Version, Version]:
+    """Moves the alias to the version that it named before; returns that one, and the one that it leaves.
+
+    With the number of the version to leave, a second call, after one that was killed, does not go back further.
+    """
     if (champion := registry.champion()) is None:
         raise ConfigError(f"{registry.target}: names no version; promote a run first")
     with registry.locked("") as held:
         champion = registry.champion() or champion
+        if leaving not in (None, champion.number):
+            if (left := registry.version(leaving)).replaced == champion.number:
+                return champion, left  # an earlier call has moved it
+            raise ConfigError(f"{registry.target}: names version {champion.number}, not {leaving}; look at model show")
         if not champion.replaced:
             raise ConfigError(
                 f"{registry.target}: version {champion.number} has replaced none; there is nothing before it"

@@ -8,7 +8,8 @@ The signature `model.sig` covers every file of the folder: weights, config, toke
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,26 @@ def verify(source: str, key: str, *, option: str) -> dict[str, Any]:
         return json.loads((folder / LINEAGE).read_text()) if (folder / LINEAGE).exists() else {}
     except Exception as error:  # the library and its cryptography raise classes of many kinds
         raise DataError(f"{source}: {_cause(error)}; take the model from its source again") from error
+
+
+@contextmanager
+def reading_verified(source: str, key: str, *, option: str) -> Iterator[None]:
+    """Verifies a folder as `verify`, for what is read from it within this context.
+
+    Raises DataError at the end if the folder, or a file in it, was changed or exchanged since then.
+    """
+    before = _identities(source)
+    verify(source, key, option=option)
+    yield
+    if _identities(source) != before:
+        raise DataError(f"{source}: was changed after it was verified, while it was read; let nobody write there")
+
+
+def _identities(source: str) -> Mapping[Path, tuple[int, int, int]]:
+    """Returns inode, bytes and time of the last change of a folder and all in it; a rename changes that time, too."""
+    folder = Path(source.removeprefix(PREFIX)).resolve()
+    found = {path: path.lstat() for path in (folder, *folder.rglob("*"))} if folder.is_dir() else {}
+    return {path: (stat.st_ino, stat.st_size, stat.st_ctime_ns) for path, stat in found.items()}
 
 
 def _hashing() -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from jaxinfra.errors import ConfigError, RunInUseError, StorageError, quoted
 from jaxinfra.packages import import_optional
@@ -75,6 +76,10 @@ class Registry:
     def __init__(self, uri: str, target: str) -> None:
         if not (found := _TARGET.fullmatch(target)):
             raise ConfigError(f"{target}: expected models:/NAME or models:/NAME@ALIAS; use --to models:/lm")
+        try:
+            urlsplit(uri)
+        except ValueError as error:
+            raise ConfigError(f"{uri}: {error}; expected the address of a server, as http://HOST:5000") from None
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

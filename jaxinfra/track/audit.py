@@ -21,6 +21,10 @@ class AuditTracker(Tracker):
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         if values.get("status", "finished") == "finished":
-            known = {name: self._record.get(name) for name in ("fingerprint", "data_versions", "init")}
-            said = {name: values.get(name) for name in ("steps", "final_loss")}
-            audit.append(self._where, "trained", self._location, **known, **said)
+            record_trained(self._where, self._location, self._record, values)
+
+
+def record_trained(where: str, location: str, record: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Appends the entry of a run at a location with its record and summary."""
+    known = {name: record.get(name) for name in ("fingerprint", "data_versions", "init")}
+    audit.append(where, "trained", location, **known, **{name: summary.get(name) for name in ("steps", "final_loss")})

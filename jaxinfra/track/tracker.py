@@ -165,6 +165,8 @@ def make_trackers(
     `location` says where the run is, by default there; `check` raises RunInUseError if another start has taken it over.
     """
     trackers: list[Tracker] = []
+    if config.audit is not None:  # before the summary is written: a run with one is not finished again
+        trackers.append(AuditTracker(config.audit, location or str(run_dir)))
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir))
     trackers.append(ReportTracker(run_dir, check))  # after the tracker that writes what the report is made from
@@ -181,8 +183,6 @@ def make_trackers(
         trackers.append(mlflow_tracker(config.mlflow, run_dir, location or str(run_dir), announce=announce))
     if config.prometheus.port is not None:
         trackers.append(PrometheusTracker(config.prometheus, run_dir))
-    if config.audit is not None:
-        trackers.append(AuditTracker(config.audit, location or str(run_dir)))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
         trackers.append(ProgressBarTracker(console, location or run_dir))

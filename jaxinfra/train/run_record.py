@@ -24,6 +24,7 @@ from jaxinfra.processes.peers import Peers
 from jaxinfra.run import Run
 from jaxinfra.run_dir import RunDirectory
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.track.audit import record_trained
 from jaxinfra.track.base import RunStatistics
 from jaxinfra.track.formatting import flatten, shown_metrics
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
@@ -175,7 +176,7 @@ def make_summary(
 
 
 def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
-    """Returns the summary of a run that is finished; writes it, and run.json, if they are not there."""
+    """Returns the summary of a run that is finished; writes it, run.json and the audit record, if it is not there."""
     run_dir = job.run_dir
     record = run_dir.existing_record()
     if not run_dir.record.exists() and record:  # the newest checkpoint has it, too
@@ -185,8 +186,11 @@ def finished_before(job: Job, completed_steps: int) -> dict[str, Any]:
         evaluated = next((row for row in reversed(rows) if "eval/loss" in row), {})
         evaluated = {name: value for name, value in evaluated.items() if name.startswith("eval/")}
         peak = {"flops": math.nan, "source": "", **record.get("peak", {})}
+        summary = make_summary(job, completed_steps, None, 0.0, evaluated, peak)
+        if job.run.track.audit is not None:
+            record_trained(job.run.track.audit, run_dir.location, record, summary)
         with storage_errors(run_dir.path):
-            JsonlTracker(run_dir.path).log_summary(make_summary(job, completed_steps, None, 0.0, evaluated, peak))
+            JsonlTracker(run_dir.path).log_summary(summary)
         write_report(run_dir.path)
     if run_dir.record.exists() and not run_dir.report.exists() and not run_dir.is_remote:
         write_report(run_dir.path)

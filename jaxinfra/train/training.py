@@ -462,11 +462,12 @@ class Training:
         again = "as it has no checkpoint yet" if before else ""
         if job.run.init is None:
             return Restored(0, job.program.init(jax.random.key(job.run.seed)), {}, again), None
-        if (key := job.run.checkpoint.init_key) is not None:
-            from jaxinfra.registry import signing  # imports only what this run has named
+        with ExitStack() as stack:
+            if (key := job.run.checkpoint.init_key) is not None:
+                from jaxinfra.registry import signing  # imports only what this run has named
 
-            signing.verify(job.run.init, key, option="checkpoint.init_key")
-        loaded = load_params(job.run.init, job.program, job.peers)
+                stack.enter_context(signing.reading_verified(job.run.init, key, option="checkpoint.init_key"))
+            loaded = load_params(job.run.init, job.program, job.peers)
         path, _ = parse_source(job.run.init)
         init_source = {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}
         if job.run.adapter is not None:

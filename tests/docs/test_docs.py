@@ -53,7 +53,7 @@ RUN_ELSEWHERE = {
     "python -m launch parity --write docs/parallelism.md": "tests/cli/test_parity.py",
     'python -m launch model promote runs/story --to models:/story --if "eval/loss < champion"': "tests/registry",
     "python -m launch model show models:/story": "tests/registry",
-    "python -m launch model rollback models:/story": "tests/registry",
+    "python -m launch model rollback models:/story --from 2": "tests/registry",
     "python -m launch model audit runs/audit": "tests/registry",
     "python -m launch model card runs/story --license apache-2.0 --output README.md": "tests/registry",
     "python -m launch model stablehlo runs/story out/function --length 256": "tests/registry",

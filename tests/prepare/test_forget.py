@@ -19,7 +19,7 @@ from jaxinfra.prepare import forget as forgetting
 from jaxinfra.prepare.builders.baseline import measure_baselines
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Completion, Labeled, Preference
-from jaxinfra.prepare.forget import Found, delete_versions, find, forget, line_of, require_current
+from jaxinfra.prepare.forget import Found, delete_versions, find, forget, line_of, successor
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.workspace import open_workspace
 from jaxinfra.storage.objects import ObjectStore
@@ -178,8 +178,10 @@ def test_the_same_recipe_takes_the_version_without_it_and_the_old_one_stays(tmp_
     (entry,) = forgetting.earlier(new)
     assert (entry["of"], entry["records"], entry["documents"], entry["tokens"]) == (first, 2, 2, 2 * len(SECRET) + 2)
     assert len(entry["hashes"]) == 1 and entry["when"] == new.manifest.created and line_of(new) == [first, second]
-    with raises(ConfigError, f"--version {first} --version {second}"):
-        require_current(root, old)
+    assert (successor(root, old), successor(root, new)) == (second, "")
+    with raises(ConfigError, f"{first} another process {second} again"):
+        without(root, old, "train:3")
+    assert {path.name for path in root.folder.iterdir() if path.is_dir()} == {first, second, another}
     third = without(root, new, "train:3")
     assert forgetting.earlier(third)[0] == entry and line_of(third) == [first, second, third.manifest.fingerprint]
     for key in ("all.jsonl:18", "train:3"):
@@ -236,7 +238,7 @@ def test_what_cannot_be_forgotten(tmp_path: Path) -> None:
         with raises(ConfigError, named):
             found(store, key)
     with raises(ConfigError, "one version --version"):
-        require_current(ObjectStore(store.storage.url), store)
+        successor(ObjectStore(store.storage.url), store)
     with open_workspace(root, "of another", None), raises(ConfigError, f"store={root.url} wait"):
         forget(root, store, found(store, "train:5"))
 

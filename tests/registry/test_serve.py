@@ -47,6 +47,10 @@ def test_an_engine_that_fails_or_writes_other_text_is_refused(tiny_data: Path, t
     names(refused(other, str(kept), code=DataError.exit_code), "something else sample")
     dead = launch("model", "serve", f"hf:{kept}", "--engine", "false", "--port", str(free_ports(1)[0]))
     assert dead.code == 1 and "ended with code 1" in dead.err
+    refused(
+        launch("model", "serve", f"hf:{kept}", "--engine", str(fake), "--merge", "--dtype", "float32"),
+        f"--merge --dtype hf:{kept} run",
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         refused(launch("model", "serve", f"hf:{kept}", "--engine", str(fake), "--port", port), f"--port {port} in use")
@@ -56,9 +60,15 @@ def test_an_engine_that_fails_or_writes_other_text_is_refused(tiny_data: Path, t
     fake.write_text(fake.read_text().replace(wait, waits))
     words = ("--engine", str(fake), "--port", str(free_ports(1)[0]), "--devices", "cpu:1")
     away = {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    process = start("model", "serve", f"hf:{kept}", *words, env=away)
-    while not (asked.exists() and asked.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert ended(process, timeout_s=120).code == 0 and not is_running(int(asked.read_text()))
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
+        process = start("model", "serve", f"hf:{kept}", *words, env=away)
+        while not (asked.exists() and asked.read_text()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert ended(process, timeout_s=120).code == code
+        engine = int(asked.read_text())
+        while is_running(engine):  # the kernel kills it after its parent
+            assert number == signal.SIGKILL
+            time.sleep(0.1)
+        asked.unlink()

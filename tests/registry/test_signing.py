@@ -53,6 +53,10 @@ def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tm
     assert tiny.launch("train.steps=2", "train.eval_every=2", "name=tiny", record).code == 0
     run = str(tiny.directory())
     assert tiny.launch("train.steps=2", "train.eval_every=2", "name=tiny", record).code == 0  # has nothing to do
+    assert [entry.action for entry in audit.read_entries(f"{tmp_path}/audit")] == ["trained"]
+    (tmp_path / "audit" / "00000001.json").unlink()
+    (tiny.directory() / "summary.json").unlink()  # as after a kill before both were written
+    assert tiny.launch("train.steps=2", "train.eval_every=2", "name=tiny", record).code == 0
     refused(launch("hub", "export", run, str(out), "--sign", public), "--sign", public, "openssl")
     refused(launch("hub", "export", run, "s3://bucket/out", "--sign", private), "--sign folder")
     assert not out.exists()
@@ -91,6 +95,10 @@ def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tm
         launch("hub", "export", run, str(tmp_path / "x"), "--sign", str(rsa[0])), f"--sign {rsa[0]} elliptic openssl"
     )
     refused(launch("model", "verify", str(tmp_path), "--key", public), str(tmp_path), "model.sig --key")
+
+    with raises(DataError, f"{out} changed while read"), signing.reading_verified(f"hf:{out}", public, option=""):
+        out.rename(tmp_path / "away")  # another one is read in its place
+        (tmp_path / "away").rename(out)
 
     tuned = ("train.steps=1", "train.eval_every=none", f"init=hf:{out}", f"checkpoint.init_key={public}")
     assert tiny.launch(*tuned, "name=tuned").code == 0

@@ -21,7 +21,7 @@ from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.store.versions import list_versions
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.interop.writing import RECEIPT
-from jaxinfra.prepare.forget import Found, delete_versions, earlier, find, forget, line_of, require_current
+from jaxinfra.prepare.forget import Found, delete_versions, earlier, find, forget, line_of, successor
 from jaxinfra.run import Run
 from jaxinfra.storage import audit
 from jaxinfra.storage.json_lines import parse_json
@@ -40,7 +40,9 @@ def run(options: argparse.Namespace) -> None:
     if opened.manifest.kind == "images":
         raise ConfigError(f"{opened}: holds images, which no padding replaces; prepare it again without the image")
     store = TokenStore(opened.storage, opened.manifest)
-    require_current(root, store)
+    if (after := successor(root, store)) and not options.dry_run:
+        fix = f"use --version {after}, or --dry-run to see again what it prints of this one"
+        raise ConfigError(f"--version {opened.manifest.fingerprint}: {after}, made of it, stands in its place; {fix}")
     found, line = find(store, options.key, ClassFinder.from_imports(options.imports)), line_of(store)
     # Versions that hold it, or may.
     old = [each for each in (line if found.documents else line[:-1]) if root.list_names(f"{each}/")]
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     readers = [each for each in overviews if {*records.get(each.path, {}).get("data_versions", ())} & {*line}]
     if options.delete_old and (running := [each.path for each in readers if each.state == "running"]):
         raise ConfigError(f"--delete-old: {running[0]} is reading {store}; stop it, or leave the option out")
-    commands, version = list[list[str]](), "VERSION"
+    commands, version = list[list[str]](), after or "VERSION"
     if found.documents:
         others = [each.fingerprint for each in list_versions(root) if each.fingerprint not in line]
         print("\n".join(_describe(store, found, others)))

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+from contextlib import ExitStack
 
 import numpy as np
 from rich.table import Column, Table
@@ -24,16 +25,17 @@ from jaxinfra.track.formatting import format_bytes, format_files, format_short
 
 def run(options: argparse.Namespace) -> None:
     """Prints the model or the adapter, its tensors and their memory; raises if a tensor has no place in the model."""
-    if options.key is not None:
-        signing.verify(options.source, options.key, option="--key")  # before anything in the folder is believed
-    peft = open_peft(options.source)
-    model = open_published(options.source) if peft is None else peft.base
-    weights = model.check() if peft is None else peft.weights
-    facts = _facts(model, weights) if peft is None else _adapter_facts(peft)
+    with ExitStack() as stack:
+        if options.key is not None:
+            stack.enter_context(signing.reading_verified(options.source, options.key, option="--key"))
+        peft = open_peft(options.source)
+        model = open_published(options.source) if peft is None else peft.base
+        weights = model.check() if peft is None else peft.weights
+        facts = _facts(model, weights) if peft is None else _adapter_facts(peft)
+        if options.hashes:
+            facts["hashes"] = _check_hashes(model.folder if peft is None else peft.folder, weights)
     if options.key is not None:
         facts["signature"] = f"of this folder, by the key of {options.key}"
-    if options.hashes:
-        facts["hashes"] = _check_hashes(model.folder if peft is None else peft.folder, weights)
     table = Table(Column(style="bold"), Column(overflow="fold"), box=None, show_header=False)
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))

@@ -54,9 +54,8 @@ def run(options: argparse.Namespace) -> None:
         )
         print(f"{where}: entry {entry.number}, {entry.digest}")
     if found.replaced:
-        back = command_line(
-            "model", "rollback", registry.target, *(["--registry", options.registry] * bool(options.registry))
-        )
+        words = ["--from", found.number, *(["--registry", options.registry] * bool(options.registry))]
+        back = command_line("model", "rollback", registry.target, *words)
         print(mask_credentials(f"it was version {found.replaced}; go back with {back}"))
 
 

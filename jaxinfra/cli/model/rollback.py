@@ -9,5 +9,5 @@ from jaxinfra.registry.promotion import described, roll_back
 def run(options: argparse.Namespace) -> None:
     """Moves the alias, and prints both versions."""
     registry = open_registry(options.registry, options.target)
-    before, left = roll_back(registry)
+    before, left = roll_back(registry, options.leaving)
     print(f"{registry.target}: {described(before)}, in place of version {left.number}, {left.source}")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.inference.sampler import Sampler
 from jaxinfra.inference.sampling import SamplingParams
 from jaxinfra.interop.folder import PREFIX, is_published
+from jaxinfra.launchers import tied_process
 from jaxinfra.processes.signal_router import STOPPING, routed
 
 _COMPARED_TOKENS = 20
@@ -86,6 +88,9 @@ def _interrupt(number: signal.Signals) -> NoReturn:
 def _folder(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     """Returns the folder that is served: published weights, or an export, which is temporary without --out."""
     if is_published(options.run_dir):
+        given = {"--out": options.out, "--merge": options.merge, "--dtype": options.dtype}
+        if unused := [name for name, value in given.items() if value]:
+            raise ConfigError(f"{' '.join(unused)}: {options.run_dir} is served as it is; leave it out, or name a run")
         return str(Path(options.run_dir.removeprefix(PREFIX)).resolve())
     folder = options.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxinfra-serve-"))
     words = [options.run_dir, folder, *(["--dtype", options.dtype] if options.dtype else [])]
@@ -106,9 +111,13 @@ def _continued(folder: str, prompt: str) -> str:
 
 @contextlib.contextmanager
 def _started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a program in a session of its own, so that Ctrl-C does not reach it before us; ends all of it at last."""
+    """Starts a program in a session of its own, so that Ctrl-C does not reach it before us; ends all of it at last.
+
+    It does not outlive this process, whatever kills that.
+    """
     offline = {"HF_HUB_OFFLINE": "1", **os.environ}  # it serves a folder: no question to the Hub
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, env=offline)
+    tied = [sys.executable, "-I", "-S", tied_process.__file__, str(os.getpid())]
+    process = subprocess.Popen([*tied, *command], start_new_session=True, stdin=subprocess.DEVNULL, env=offline)
     try:
         yield process
     finally:
