@@ -1,10 +1,15 @@
-"""A cache in `.cache/compiled` for programs that tests compile ahead of time."""
+"""Compiled programs of tests: a cache in `.cache/compiled`, and a bound on those in memory."""
 
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / ".cache" / "compiled"
+MOST_REGIONS = 20_000
+"""Of memory, after which a worker forgets its programs; Linux refuses a process more than 65,530 (vm.max_map_count)."""
 
 
 @pytest.fixture
@@ -14,3 +19,19 @@ def compile_cache(all_optimizations: None, monkeypatch: pytest.MonkeyPatch) -> N
     from jaxinfra.plan.compiled_cache import cached
 
     monkeypatch.setattr(aot, "compile_lowered", cached(aot.compile_lowered, FOLDER))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten() -> Iterator[None]:
+    """Frees compiled programs between modules: each takes about ten regions, and a worker runs a thousand tests."""
+    yield
+    if "jax" in sys.modules and _regions() > MOST_REGIONS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+def _regions() -> int:
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0

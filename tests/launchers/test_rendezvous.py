@@ -21,7 +21,7 @@ _BEAT_S = 0.02
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs of life come often; a busy machine may be late with some."""
     monkeypatch.setattr(rendezvous, "_BEAT_S", _BEAT_S)
-    monkeypatch.setattr(rendezvous, "_DEAD_BEATS", 100)
+    monkeypatch.setattr(rendezvous, "_DEAD_BEATS", 150)
 
 
 class Supervisor:
@@ -60,11 +60,13 @@ class Supervisor:
         return self.found
 
 
-def bounds(most: int, *numbers: int, least: int = 1, wait_s: float = 0.2, together: int = 1) -> Bounds:
+def bounds(
+    most: int, *numbers: int, least: int = 1, wait_s: float = 0.2, silence_s: float = 30.0, together: int = 1
+) -> Bounds:
     """A run that trains on these numbers of hosts."""
     overrides = {number: [f"mesh.replica={number}"] for number in numbers or range(1, most + 1)}
     return Bounds(
-        least=least, most=most, overrides=overrides, wait_s=wait_s, join_s=60.0, silence_s=1.0, together=together
+        least=least, most=most, overrides=overrides, wait_s=wait_s, join_s=60.0, silence_s=silence_s, together=together
     )
 
 
@@ -160,7 +162,7 @@ def test_a_host_that_waits_already_waits_for_those_that_leave_a_round(tmp_path: 
 
 def test_a_spare_takes_over_only_when_all_hosts_that_train_are_silent(tmp_path: Path) -> None:
     """It has trained in an earlier round, and has waited for longer than others get to come."""
-    limits = bounds(3, 2, 1, wait_s=0.1)
+    limits = bounds(3, 2, 1, wait_s=0.1, silence_s=5.0)
     first, second, spare = supervisors(tmp_path, limits)
     spare.meet()
     met(first, second)
