@@ -6,6 +6,7 @@ Only the command's own module imports heavy packages, after the devices are chos
 import argparse
 import difflib
 import errno
+import gc
 import importlib
 import io
 import os
@@ -266,6 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code
 
 
+def _collect_garbage_again() -> None:
+    """Ends what `entry.main` has begun; what is imported by now stays, and is not looked at again."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
@@ -278,7 +286,9 @@ def run_command(argv: Sequence[str]) -> int:
         choose_devices(options.devices)
         os.environ |= cache_environment(os.environ)
         if joins and (options.processes > 1 or (trains and options.supervise)):
-            return importlib.import_module("jaxinfra.cli.processes").run(options)
+            supervising = importlib.import_module("jaxinfra.cli.processes")
+            _collect_garbage_again()
+            return supervising.run(options)
         if joins and platforms.default_platform() == "cpu" and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1":
             keep_freed_memory()  # of the one device
         with _all_processes(options) if joins else nullcontext():
@@ -289,6 +299,7 @@ def run_command(argv: Sequence[str]) -> int:
             module = importlib.import_module("jaxinfra.cli.places.start" if leaves else name)
             if "jax" in sys.modules:  # the command compiles, maybe
                 importlib.import_module("jaxinfra.machine.checked_programs").use_cache()
+            _collect_garbage_again()
             return module.run(options) or 0
     except Preempted as error:  # asked for: no error
         print(mask_credentials(str(error)), file=sys.stderr)

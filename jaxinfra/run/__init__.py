@@ -176,6 +176,9 @@ class Run:
         if self.init is None and self.adapter is not None:
             message, fix = "an adapter needs the weights of a run or model", "use init=hf:ORG/NAME or init=runs/NAME"
             yield Problem(fields=("init", "adapter"), message=message, fix=fix)
+        if self.checkpoint.init_key is not None and not (self.init or "").startswith("hf:"):
+            message, fix = "only published weights are signed", "use init=hf:DIR, or checkpoint.init_key=none"
+            yield Problem(fields=("checkpoint.init_key", "init"), message=message, fix=fix)
         if self.adapter is None and self.precision.frozen is not None:
             message, fix = "only weights beside an adapter have another format", "use adapter=lora"
             yield Problem(fields=("precision.frozen", "adapter"), message=message, fix=fix)

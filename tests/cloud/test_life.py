@@ -16,9 +16,8 @@ from tests.servers.fixtures import BUCKET, Server
 from tests.servers.seaweed import ACCESS_KEY, REGION, SECRET_KEY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cloud"
-ZONE = "us-east5-b"
 STEPS = 4000  # more than a life has time for: the user stops it
-PLACES = {"tpu-vm": ("--create", "v6e-16"), "gce": ("--create", "v6e:4x4")}  # four hosts each
+PLACES = {"tpu-vm": ("v6e-16", "us-east5-b", 4), "gce": ("v5p:2x2x2", "us-east5-a", 2)}  # chips, zone, hosts
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 CALM = {"JAXINFRA_FAIL": "step:*:*:sleep=0.2"}
 """A step waits: else the cores are busy with training while the cloud and who watches it have their turn."""
@@ -72,7 +71,7 @@ class World:
         """Returns the last logged step, 0 before the first."""
         return max(self.losses(name), default=0)
 
-    def reference(self, steps: int, processes: int = 4) -> Mapping[int, str]:
+    def reference(self, steps: int, processes: int) -> Mapping[int, str]:
         """Returns the losses of the same run with as many processes, without a cloud or an interruption."""
         name = f"reference-{processes}"
         if self.last_step(name) < steps:
@@ -122,14 +121,11 @@ class Life:
             "life.py",
             f"name={self.name}",
             "train.compile_cache=/shared/compiled",
-            "--place",
-            kind,
-            *PLACES[kind],
-            "--zone",
-            ZONE,
             "--name",
             self.name,
         ]
+        chips, zone, _ = PLACES[kind]
+        words += ["--place", kind, "--create", chips, "--zone", zone]
         words += ["--devices", "cpu:1", "--secret", "AWS_SECRET_ACCESS_KEY", *options]
         told = {**self.world.told, **QUICK, **CALM, **SHARED}
         return [*words, *(word for each in told.items() for word in ("--env", "=".join(each)))]
@@ -159,8 +155,8 @@ def life(world: World, request: pytest.FixtureRequest) -> Iterator[Life]:
 @pytest.mark.parametrize("kind", PLACES)
 def test_life(life: Life, kind: str) -> None:
     """On Compute Engine the launching machine dies in the middle, and another one takes over."""
-    cloud = life.cloud
-    cloud.stockout(ZONE)
+    cloud, (_, zone, hosts) = life.cloud, PLACES[kind]
+    cloud.stockout(zone)
     process = life.begin(*life.start(kind, "--spot"))
     until(lambda: life.last_step > 8, "training", process, life.log)
     assert life.says("waiting for resources" if kind == "tpu-vm" else "ZONE_RESOURCE_POOL"), life.log.read_text()
@@ -177,7 +173,7 @@ def test_life(life: Life, kind: str) -> None:
     other = life.laptop()
     logs = other.run("runs", "logs", life.run, "--lines", "5")
     assert not logs.returncode and len(logs.stdout.splitlines()) == 5, logs.stderr
-    logs = other.run("runs", "logs", life.run, "--rank", "3")
+    logs = other.run("runs", "logs", life.run, "--rank", str(hosts - 1))
     assert not logs.returncode and "rank 0 prints for all" in logs.stderr, logs.stderr
     stopped = other.run("runs", "stop", life.run, *(["--kill"] if kind == "gce" else []))
     assert not stopped.returncode, stopped.stderr
@@ -185,7 +181,7 @@ def test_life(life: Life, kind: str) -> None:
     assert cloud.remaining() == [] and cloud.hosts() == []
 
     losses = life.world.losses(life.name)
-    reference = life.world.reference(max(losses))
+    reference = life.world.reference(max(losses), hosts)
     assert losses == {step: reference[step] for step in range(1, max(losses) + 1)}
     check_golden(life, kind)
 

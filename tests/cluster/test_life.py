@@ -79,5 +79,5 @@ def test_life(world: World, tmp_path: Path) -> None:
         left = [plural for plural in ("pods", "jobs", "jobsets", "services", "secrets") if cluster.find(plural)]
         assert not left, "what belongs to a run goes with it"
     losses = world.losses("on-cluster")
-    reference = world.reference(max(losses), processes=2)
+    reference = world.reference(max(losses), 2)
     assert losses == {step: reference[step] for step in range(1, max(losses) + 1)}

@@ -102,6 +102,9 @@ def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tm
 
     tuned = ("train.steps=1", "train.eval_every=none", f"init=hf:{out}", f"checkpoint.init_key={public}")
     assert tiny.launch(*tuned, "name=tuned").code == 0
+    for init in ("none", run):  # no key is left aside without a word
+        words = f"init={init}", f"checkpoint.init_key={public}", "name=other"
+        refused(tiny.launch(*words), "checkpoint.init_key init=hf:DIR", code=81)
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-1] + b"\1")
     refused(tiny.launch(*tuned, "name=other"), str(out), "model.safetensors", code=DataError.exit_code)
 
