@@ -73,14 +73,19 @@ class _Driver:
     def __init__(self, attempt: _Attempt, results: str) -> None:
         """Connects to the cluster; `results` is a folder for what Ray Train writes, which nobody reads."""
         named = {"needed_by": "the driver on the Ray cluster", "install": "jaxinfra[ray]"}
-        self._ray, ray_train = import_optional("ray", "util", **named), import_optional("ray.train", **named)
+        self._ray, ray_train = (
+            import_optional("ray", "util", "exceptions", **named),
+            import_optional("ray.train", **named),
+        )
         os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
         trainer = import_optional("ray.train.v2.jax", **named).JaxTrainer
         self._ray.init()
         self._stop_signal = threading.Event()
         signal.signal(signal.SIGTERM, lambda number, frame: self._stop_signal.set())
         self._attempt, self._is_over, self._told = attempt, False, ""
-        self._control = self._ray.remote(num_cpus=0)(Control).remote()
+        beside = import_optional("ray.util.scheduling_strategies", **named).NodeAffinitySchedulingStrategy
+        node = self._ray.get_runtime_context().get_node_id()  # the loss of another must not end the run
+        self._control = self._ray.remote(num_cpus=0, scheduling_strategy=beside(node, soft=False))(Control).remote()
         arguments = (self._control, attempt.run_dir, attempt.number, attempt.folder, attempt.words)
         scaling = ray_train.ScalingConfig(**attempt.scaling)
         self._needs: Mapping[str, float] = scaling.total_resources
@@ -100,12 +105,12 @@ class _Driver:
         asked_s: float | None = None
         final_s: float | None = None
         while True:
-            starts, codes = self._ray.get(self._control.state.remote())
+            starts, codes = self._ask("state")
             now_s = time.monotonic()
             if asked_s is None and (self._stop_signal.is_set() or now_s > deadline_s):
                 asked_s, self._is_over = now_s, now_s > deadline_s
                 _say("the deadline of --max-hours: the run saves and leaves" if self._is_over else "the run is to stop")
-                self._ray.get(self._control.stop.remote())
+                self._ask("stop")
             if starts > seen:
                 if seen:
                     why = self._too_often(limits, now_s, progressed=now_s - began_s > _LONG_S)
@@ -129,6 +134,13 @@ class _Driver:
             if not starts:
                 self._tell_wait()
             time.sleep(_POLL_S)
+
+    def _ask(self, method: str) -> Any:
+        try:
+            return self._ray.get(getattr(self._control, method).remote())
+        except self._ray.exceptions.RayError as error:
+            cause = str(error).partition("\n")[0]
+            raise PeerLostError(f"the actor beside the driver, to which workers report, was lost: {cause}") from None
 
     def _fit(self, errors: list[Exception]) -> None:
         try:

@@ -34,6 +34,7 @@ def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
     return float(np.sqrt(((actual - expected) ** 2).mean() / (expected**2).mean()))
 
 
+@functools.partial(jax.jit, static_argnames=("quantize", "in_dims", "flatten"))
 def multiply(x: Array, w: Array, quantize: Quantize, *, in_dims: int = 1, flatten: bool = True) -> jax.Array:
     """Contracts the first `in_dims` dimensions of a weight of one device, quantized."""
     x, w = jnp.asarray(x), jnp.asarray(w)

@@ -15,18 +15,19 @@ from jaxinfra.packages import import_optional
 
 
 def print_manifests(job: Job) -> None:
-    """Prints what a cluster of Kubernetes gets, as `kubectl apply -f` takes it, with words in capitals for the rest."""
+    """Prints what a cluster of Kubernetes gets, as `kubectl apply -f` takes it, but for what a start knows."""
     yaml = import_optional("yaml", needed_by="--dry-run", install="jaxinfra[k8s]")
     print(f"# run directory: {job.location}; it gets the code, place/bundle-{job.bundle}, at a start")
-    print("# a start adds the Secret of this name, with --secret and the key of the attempt, and ATTEMPT is its number")
-    print(yaml.safe_dump_all(manifests(job, "attempt", grace_s=GRACE_S), sort_keys=False), end="")
+    print('# a start adds the Secret of this name, with --secret and a key; its number takes the place of "attempt"')
+    shown = manifests(job, "attempt", grace_s=GRACE_S, left_s=job.place.max_hours * 3600)
+    print(yaml.safe_dump_all(shown, sort_keys=False), end="")
 
 
 def print_submission(job: Job) -> None:
     """Prints what the Jobs API of a Ray cluster gets, with words in capitals for what a start knows."""
     print(f"# run directory: {job.location}; it gets the code, place/bundle-{job.bundle}, at a start")
     print(f"POST {job.place.address or 'http://HEAD:8265'}/api/jobs/    # after the code, as a package of Ray")
-    print(json.dumps(submission(job, "ATTEMPT", working_dir="CODE"), indent=2))
+    print(json.dumps(submission(job, "ATTEMPT", working_dir="CODE", left_s=job.place.max_hours * 3600), indent=2))
 
 
 def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> None:

@@ -42,6 +42,7 @@ _PORT = 8476
 _USER = 1000  # of launch/Dockerfile
 _SIGNALS = range(1, 32)  # a shell and Kubernetes report a death by signal as 128 + its number
 _SCRATCH = "/scratch"
+_TOLD = {"JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS", "JOBSET_JOB_INDEX", "JOBSET_REPLICAS", SECRET_VARIABLE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,8 @@ def pods_of(place: PlaceOptions) -> Pods:
     text = place.accelerator
     if match := re.fullmatch(r"cpu(?::([1-9]\d*))?", text):
         return Pods(hosts=int(match[1] or 1), limits={}, selector={})
+    if text.partition(":")[0] == "cpu":
+        raise ConfigError(f"--accelerator {text}: expected cpu:N, for N pods or workers without chips; use cpu:2")
     try:
         topology = parse_topology(text)
     except ConfigError as error:
@@ -177,7 +180,7 @@ def manifests(job: Job, number: int | str, *, grace_s: int, left_s: float = 0.0)
             spec["coordinator"] = {"replicatedJob": CONTAINER, "jobIndex": 0, "podIndex": 0}
         spec |= {"ttlSecondsAfterFinished": _KEPT_S, **_suspended(place)}
         workload = _object("jobset", "JobSet", name, job, number, spec)
-        if pods.is_tpu and pods.slices > 1:  # one Job of the set for each slice
+        if pods.is_tpu and pods.count > 1:  # a Job of the set for each slice, with no other on its nodes
             key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
             workload["metadata"]["annotations"] = {key: "cloud.google.com/gke-nodepool"}
         return [workload]
@@ -294,7 +297,7 @@ def _pod_spec(job: Job, number: int | str, pods: Pods, name: str, grace_s: int) 
     spec: Manifest = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": grace_s,
-        "automountServiceAccountToken": bool(place.service_account),
+        "automountServiceAccountToken": False,  # nothing here asks the cluster; Workload Identity needs no token
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": _USER,
@@ -324,8 +327,11 @@ def _pod_spec(job: Job, number: int | str, pods: Pods, name: str, grace_s: int) 
 
 
 def _environment(job: Job, pods: Pods, name: str) -> list[Manifest]:
-    told: list[Manifest] = [{"name": "HOME", "value": _SCRATCH}]
-    told += [{"name": key, "value": value} for key, value in job.environment.items()]
+    if taken := sorted(_TOLD & job.environment.keys()):
+        raise ConfigError(f"--env {taken[0]}: --place k8s says this to the pods; leave it out")
+    told: list[Manifest] = [
+        {"name": key, "value": value} for key, value in ({"HOME": _SCRATCH} | job.environment).items()
+    ]
     if pods.is_tpu or pods.count == 1 or job.place.workload == "trainjob":  # GKE and Kubeflow tell it
         return told
     told.append({"name": "JAX_NUM_PROCESSES", "value": str(pods.count)})

@@ -6,6 +6,7 @@ The job's driver (`cli.ray_driver`) starts lost workers again, whether anybody w
 import os
 import re
 import subprocess
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -163,4 +164,4 @@ def _code(job: Any) -> int:
 
 
 def _line(said: object) -> str:
-    return " ".join(str(said).split())[:500]
+    return textwrap.shorten(str(said), 600, placeholder=" ...")

@@ -39,7 +39,7 @@ def main(address: str, name: str, rank: str, lines: str, follow: str) -> int:
     jobs = RayJobs(address)
     if follow == "no":
         shown = [*RankFilter(int(rank)).of_rank(jobs.call("get_job_logs", name).splitlines())]
-        shown = shown[int(lines[1:]) - 1 :] if lines.startswith("+") else shown[-int(lines) :]
+        shown = shown[int(lines[1:]) - 1 :] if lines.startswith("+") else shown[max(0, len(shown) - int(lines)) :]
         out.writelines(f"{line}\n".encode() for line in shown)
         return 0
     skip = int(lines[1:]) - 1 if lines.startswith("+") else None
