@@ -73,10 +73,8 @@ class _Driver:
     def __init__(self, attempt: _Attempt, results: str) -> None:
         """Connects to the cluster; `results` is a folder for what Ray Train writes, which nobody reads."""
         named = {"needed_by": "the driver on the Ray cluster", "install": "jaxinfra[ray]"}
-        self._ray, ray_train = (
-            import_optional("ray", "util", "exceptions", **named),
-            import_optional("ray.train", **named),
-        )
+        self._ray = import_optional("ray", "util", "exceptions", **named)
+        ray_train = import_optional("ray.train", **named)
         os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
         trainer = import_optional("ray.train.v2.jax", **named).JaxTrainer
         self._ray.init()

@@ -329,9 +329,8 @@ def _pod_spec(job: Job, number: int | str, pods: Pods, name: str, grace_s: int) 
 def _environment(job: Job, pods: Pods, name: str) -> list[Manifest]:
     if taken := sorted(_TOLD & job.environment.keys()):
         raise ConfigError(f"--env {taken[0]}: --place k8s says this to the pods; leave it out")
-    told: list[Manifest] = [
-        {"name": key, "value": value} for key, value in ({"HOME": _SCRATCH} | job.environment).items()
-    ]
+    values = {"HOME": _SCRATCH, **job.environment}
+    told: list[Manifest] = [{"name": key, "value": value} for key, value in values.items()]
     if pods.is_tpu or pods.count == 1 or job.place.workload == "trainjob":  # GKE and Kubeflow tell it
         return told
     told.append({"name": "JAX_NUM_PROCESSES", "value": str(pods.count)})
