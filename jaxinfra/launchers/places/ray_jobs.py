@@ -46,6 +46,8 @@ class RayJobs:
             fix = "is this the --address of its dashboard, and does this network reach it?"
             raise StorageError(f"{self.address}: no answer: {_line(error)}; {fix}") from None
         except refused as error:
+            if re.search(r"status code 5\d\d\b", str(error)):  # such as while its head starts
+                raise StorageError(f"{self.address}: {_line(error)}; look at `ray status` on the head node") from None
             raise ConfigError(f"{self.address}: {_line(error)}") from None
 
     def _connected(self) -> Any:
