@@ -14,7 +14,7 @@ from tests.servers.guard import free_ports, guarded, wait_until
 
 # `ray start --head` also starts a server of Ray Client, and ends if that has waited 30 s for a slow machine.
 _HEAD = """
-import signal, sys
+import pathlib, signal, sys
 import ray
 
 folder, port, cpus = sys.argv[1:]
@@ -22,6 +22,8 @@ ray.init(
     num_cpus=int(cpus), include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=int(port),
     _temp_dir=folder, _node_ip_address="127.0.0.1", object_store_memory=100 * 2**20, log_to_driver=False,
 )
+# Where several clusters run on this machine, a job finds its own by the file that `ray start` would have written.
+pathlib.Path(folder, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
 print("started", flush=True)
 signal.pause()
 """
