@@ -119,7 +119,7 @@ one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class SlowTokens(TokenData):
-    \"""Process 1 reads slowly from step 20 on, and hangs at step 60.\"""
+    \"""Process 1 reads slowly from step 12 on, and hangs at step 75.\"""
 
     def open(self, *, hint: str = ""):
         dataset = super().open(hint=hint)
@@ -128,7 +128,7 @@ class SlowTokens(TokenData):
         def slow(step, global_batch):
             if current_peers().index == 1 and step >= 12:
                 with one_at_a_time:  # many threads read
-                    time.sleep(0.3 if step < 60 else 1000)
+                    time.sleep(0.3 if step < 75 else 1000)
             return sample_ids(step, global_batch)
 
         dataset.sample_ids = slow
@@ -157,7 +157,7 @@ def test_a_process_that_is_slow_and_then_hangs_is_named(tiny: Tiny) -> None:
     last_fast = max(row["step"] for row in rows if row["step"] < named_at and row.get("step_time_s", 0) < 0.25)
     assert 12 < named_at <= last_fast + 20, warning
     assert rows[-1]["slowest_process"] == 1
-    assert rows[-1]["slowest_devices_slowdown"] >= 1  # both have measured their devices
+    assert rows[-1]["slowest_devices_slowdown"] >= 1  # measured after step 60 at the latest, when most steps were slow
     for each in first, second:
         (line,) = (line for line in each.err.splitlines() if line.startswith("error: "))
         names(line, "process 1 is at step waiting for data others at step")

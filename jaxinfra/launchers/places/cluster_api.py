@@ -66,10 +66,10 @@ class ClusterApi:
         body: Manifest | None = None,
         query: Mapping[str, object] | None = None,
         *,
-        timeout_s: float = _TIMEOUT_S,
         content: str = "application/json",
+        stream: bool = False,
     ) -> Any:
-        """Sends a request and returns the response."""
+        """Sends a request and returns what the answer says; with `stream` the response, of which nothing is read."""
         what = f"{self.server}: {method} {path}"
         try:
             response = self._client.call_api(
@@ -80,8 +80,9 @@ class ClusterApi:
                 body=body,
                 auth_settings=["BearerToken"],
                 _preload_content=False,
-                _request_timeout=(_TIMEOUT_S, timeout_s),
+                _request_timeout=(_TIMEOUT_S, _LOG_TIMEOUT_S if stream else _TIMEOUT_S),
             )
+            return response if stream else json.loads(response.data)
         except self._refusal as error:
             status, said = error.status or 0, _message(error)
             if 400 <= status < 500 and status not in _LATER:
@@ -90,7 +91,6 @@ class ClusterApi:
             raise StorageError(f"{what}: {status} {said}; try again") from None
         except self._lost as error:
             raise self._no_answer(error) from None
-        return response
 
     def _no_answer(self, error: Exception) -> StorageError:
         fix = "is this the right --context, and does this network reach it?"
@@ -104,7 +104,7 @@ class ClusterApi:
     def read(self, path: str, **query: str) -> Manifest | None:
         """Returns an object; None if there is none, or if the cluster does not know its kind."""
         try:
-            return json.loads(self._request("GET", path, query=query).data)
+            return self._request("GET", path, query=query)
         except Refused as error:
             if error.status == 404:
                 return None
@@ -123,7 +123,7 @@ class ClusterApi:
         api, plural = manifest["apiVersion"], plural_of(kind)
         query = {"fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
         try:
-            return json.loads(self._request("POST", self.path(api, plural), manifest, query).data)
+            return self._request("POST", self.path(api, plural), manifest, query)
         except Refused as error:
             if error.status == 409:
                 return self.read(self.path(api, plural, manifest["metadata"]["name"])) or manifest
@@ -153,7 +153,7 @@ class ClusterApi:
         """Yields the lines of a pod's log, with `follow` until it ends; none if it has not started."""
         path = f"{self.path('v1', 'pods', pod)}/log"
         try:
-            response = self._request("GET", path, query={"follow": str(follow).lower()}, timeout_s=_LOG_TIMEOUT_S)
+            response = self._request("GET", path, query={"follow": str(follow).lower()}, stream=True)
         except Refused as error:
             if error.status in (400, 404):  # its container waits to be started, or the pod is gone
                 return
