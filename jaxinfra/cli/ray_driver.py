@@ -77,7 +77,10 @@ class _Driver:
         ray_train = import_optional("ray.train", **named)
         os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
         trainer = import_optional("ray.train.v2.jax", **named).JaxTrainer
-        self._ray.init()
+        try:
+            self._ray.init()
+        except (ConnectionError, RuntimeError) as error:
+            raise PeerLostError(f"the driver does not reach its cluster: {' '.join(str(error).split())}") from None
         self._stop_signal = threading.Event()
         signal.signal(signal.SIGTERM, lambda number, frame: self._stop_signal.set())
         self._attempt, self._is_over, self._told = attempt, False, ""

@@ -207,15 +207,21 @@ def test_dry_run_shows_the_job_of_ray(project: Tiny, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", None)
     words = (*ON_RAY, *IN_BUCKET, "name=tiny", "--address", "http://head:8265")
     chips = ("--accelerator", "v5p:2x2x4", "train.global_batch=16")
-    shown = dry(project, *words, *chips, "--secret", "TOKEN", "--env", "A=b c").out
+    shown = dry(project, *words, *chips, "--secret", "TOKEN", "--env", "A=b c", "--max-hours", "2").out
     assert "POST http://head:8265/api/jobs/" in shown and "never-shown" not in shown
     job = json.loads(shown[shown.index("{") :])
     entry = shlex.split(job["entrypoint"])
     assert entry[:3] == ["exec", "python", "-m"] and entry[4] == "gs://bucket/runs/tiny"
+    assert float(entry[7]) == 7200, entry
     scaling = json.loads(entry[8])
     assert (scaling["num_workers"], scaling["topology"], scaling["accelerator_type"]) == (4, "2x2x4", "TPU-V5P")
     assert job["runtime_env"]["env_vars"]["A"] == "b c" and "--supervise" not in entry
     refused(project.launch(*words), "--place ray pip jaxinfra[ray]")
+
+
+def test_dry_run_shows_the_hours_of_a_job_of_kubernetes(project: Tiny) -> None:
+    shown = dry(project, *ON_K8S, *IN_BUCKET, "--max-hours", "2").out
+    assert "activeDeadlineSeconds: 7200" in shown, shown
 
 
 def test_a_cluster_that_does_not_answer(project: Tiny) -> None:

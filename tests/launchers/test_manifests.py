@@ -181,8 +181,14 @@ def test_names_fit_into_those_of_pods() -> None:
         ("jobset", "v6e:2x3", "--accelerator v6e:2x3 2x4"),
         ("job", "2xv5e:4x4", "--kind jobset 2xv5e:4x4"),
         ("trainjob", "2xv5e:4x4", "--kind jobset 2xv5e:4x4"),
+        ("job", "cpu:two", "--accelerator cpu:two cpu:2"),
     ],
 )
 def test_what_kubernetes_cannot_run_is_refused(kind: str, accelerator: str, named: str) -> None:
     with raises(ConfigError, named):
         made(kind, accelerator)
+
+
+def test_what_the_pods_are_told_is_not_set_otherwise() -> None:
+    with raises(ConfigError, "--env JAX_NUM_PROCESSES --place k8s"):
+        manifests(replace(JOB, environment={"JAX_NUM_PROCESSES": "3"}), "1", grace_s=60)

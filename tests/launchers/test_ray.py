@@ -4,16 +4,19 @@ import json
 import math
 import os
 import re
+import threading
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxinfra.cli.ray_worker import check_shared
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.launchers.places import ray_jobs
 from jaxinfra.launchers.places.bundle import make_bundle
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.places.ray_log import RankFilter
@@ -139,6 +142,36 @@ def test_workers_have_all_gpus_of_a_host() -> None:
 
     scaling = ScalingConfig(**scaling_of(PlaceOptions(kind="ray", accelerator="h100:2x8")))
     assert (scaling.num_workers, scaling.total_resources["GPU"], scaling.accelerator_type) == (2, 16, "H100")
+
+
+@pytest.mark.parametrize("broken", ["busy", "silent"])
+def test_a_head_without_its_jobs_is_away(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server tells its version, and then that the rest is not there yet, or nothing."""
+    over = threading.Event()
+
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            knows = "version" in self.path
+            if not knows and broken == "silent":
+                over.wait(60)
+            said = b'{"ray_version": "2.50.0", "version": "4"}' if knows else b"no agent"
+            self.send_response(200 if knows else 503)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(ray_jobs, "_TIMEOUT_S", 0.5 if broken == "silent" else 60)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with raises(StorageError, f"{address} {'no answer' if broken == 'silent' else '503 no agent'}"):
+            ray_jobs.RayJobs(address).call("list_jobs")
+        over.set()
+        server.shutdown()
 
 
 def test_secrets_go_apart_from_their_key(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

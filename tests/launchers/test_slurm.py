@@ -96,9 +96,9 @@ def test_a_job_is_preempted_queued_again_stopped_and_resumed(lab: Lab, tiny: Tin
     until(lambda: max(tiny.losses()) > last + 2, "going on after the stop", resumed, again)
     # The laptop asks Slurm every few seconds: on a fast machine the job trains before it says that it runs.
     until(lambda: f"at step {last} of 100000" in again.read_text(errors="replace"), "saying so", resumed, again)
-    until(lambda: bool(re.search(r"job \d+ is RUNNING", again.read_text(errors="replace"))), "saying so", resumed, again)
-    canceled = re.findall(r"job (\d+) is RUNNING", again.read_text(errors="replace"))[-1]
-    lab.says("scancel", canceled)
+    running = re.compile(r"job (\d+) is RUNNING")
+    until(lambda: bool(running.search(again.read_text(errors="replace"))), "saying so", resumed, again)
+    lab.says("scancel", running.findall(again.read_text(errors="replace"))[-1])
     assert resumed.wait(600) == 130 and "not started again" in again.read_text(errors="replace")
     assert "step" in user.run("runs", "logs", run, "--lines", "30").stdout
     assert user.run("runs", "logs", run, "--rank", "1").returncode == 0

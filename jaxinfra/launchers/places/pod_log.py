@@ -35,7 +35,7 @@ def main(
     skip = int(lines[1:]) - 1 if lines.startswith("+") else 0
     if not lines.startswith("+"):
         there = [*_printed(api, labels, job, index, set[str](), follow=False)]
-        out.writelines(there[-int(lines) :])
+        out.writelines(there[max(0, len(there) - int(lines)) :])
         out.flush()
         if follow == "no":
             return 0

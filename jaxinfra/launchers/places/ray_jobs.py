@@ -9,6 +9,7 @@ import subprocess
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, override
@@ -24,7 +25,8 @@ from jaxinfra.launchers.restart_policy import INTERRUPTED
 from jaxinfra.packages import import_optional, install_command
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_TIMEOUT_S = 20.0  # of the first question: the client itself waits for as long as the network does
+_TIMEOUT_S = 60.0  # of each part of an answer: the client itself waits for as long as the network does
+_FIRST_TIMEOUT_S = 20.0
 _EXTRA = "jaxinfra[ray]"
 
 
@@ -52,7 +54,7 @@ class RayJobs:
 
     def _connected(self) -> Any:
         # A server that answers anything is there; the client then says what is wrong with it.
-        self._requests.get(f"{self.address}/api/version", timeout=_TIMEOUT_S)
+        self._requests.get(f"{self.address}/api/version", timeout=_FIRST_TIMEOUT_S)
         os.environ[_VARIABLES[0]] = self.address  # to the client a variable comes before its argument
         try:
             self._client = self._ray.job_submission.JobSubmissionClient(self.address)
@@ -60,6 +62,7 @@ class RayJobs:
             if "ray[default]" not in str(error):
                 raise
             raise ConfigError(f"--place ray: needs the client of jobs; run {install_command(_EXTRA)}") from None
+        self._client._do_request = partial(self._client._do_request, timeout=_TIMEOUT_S)
         return self._client
 
     def find(self, name: str) -> Any:
@@ -148,7 +151,8 @@ class RayPlace(ScheduledPlace):
 
     @override
     def console(self, job: Job, *, rank: int = 0, lines: str = "+1", follow: bool) -> subprocess.Popen[bytes]:
-        number = self._seen or self._state(job).attempt
+        if not (number := self._seen or self._state(job).attempt):
+            raise ConfigError(f"{job.location}: {self._jobs.address} has no job of this run yet; try again")
         words = self._jobs.address, submission_id(job, number), str(rank), lines
         return self._console("ray_log", *words, follow=follow)
 
