@@ -76,7 +76,8 @@ class DiskSaver(Saver):
         folder = str(store.folder(0).parent.absolute())
         if not read_only and any(char in folder for char in _PATTERNS):
             why = f"Orbax, which finds its files by patterns, does not find them below one of {' '.join(_PATTERNS)}"
-            raise ConfigError(f"{folder}: {why}; use another root")
+            is_named = any(char in Path(folder).parent.name for char in _PATTERNS)
+            raise ConfigError(f"{folder}: {why}; use another {'name' if is_named else 'root'}")
         self._store, self._config, self._lease, self._gather = store, config, lease, gather
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)

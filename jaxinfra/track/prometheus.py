@@ -3,8 +3,10 @@
 The names are in `docs/watch.md`, the alert rules and the dashboard that use them in `docs/prometheus`.
 """
 
+import errno
 import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -57,8 +59,12 @@ class PrometheusTracker(Tracker):
         try:
             self._server, _ = self._client.start_http_server(config.port, config.address, registry)
         except OSError as error:
-            where = f"track.prometheus.port={config.port}"
-            raise ConfigError(f"{where}: {config.address}: {error.strerror}; use another port") from None
+            is_elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            if is_elsewhere:
+                where, fix = f"track.prometheus.address={config.address}", "an address of this machine"
+            else:
+                where, fix = f"track.prometheus.port={config.port}: {config.address}", "another port"
+            raise ConfigError(f"{where}: {error.strerror}; use {fix}") from None
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -240,7 +240,7 @@ class Kubelet:
             environment = _environment(cluster, pod, base, {"status.podIP": address})
             words = [*(spec.get("command") or cluster.images[image])]
             words += spec.get("args", [] if spec.get("command") else [])
-            command = [_expanded(word, environment) for word in words]
+            command = [expanded(word, environment) for word in words]
             if not command:
                 raise _Waits("CreateContainerError", "no command specified")
             volumes = {each["name"]: each for each in pod["spec"].get("volumes", ())}
@@ -367,7 +367,7 @@ def _environment(cluster: "Cluster", pod: Json, base: Mapping[str, str], known: 
         elif source:
             raise NotImplementedError(f"{meta['name']}: {source}: expected fieldRef, secretKeyRef or configMapKeyRef")
         else:
-            found[each["name"]] = _expanded(each.get("value", ""), found)
+            found[each["name"]] = expanded(each.get("value", ""), found)
     return found
 
 
@@ -423,7 +423,7 @@ def _source(folder: Path, claims: Path, volume: Json, data: Mapping[str, str]) -
     return path
 
 
-def _expanded(word: str, environment: Mapping[str, str]) -> str:
+def expanded(word: str, environment: Mapping[str, str]) -> str:
     """Returns a word with the values of its $(VARIABLES); $$ is a dollar sign, unknown ones stay."""
     return re.sub(
         r"\$(\$|\(([A-Za-z_.-][\w.-]*)\))",

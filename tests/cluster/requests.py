@@ -274,6 +274,9 @@ def handler(cluster: "Cluster") -> type[BaseHTTPRequestHandler]:
 
         def _do(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if cluster.ended:  # its connections end with it
+                self.close_connection = True
+                return None
             with cluster.lock:
                 answer = requests.answer(self.command, self.path, {k.title(): v for k, v in self.headers.items()}, body)
             self.send_response(answer.code)

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,17 @@ def test_what_terraform_refuses_is_found(tmp_path: Path, file: str, old: str, ne
 
 def test_what_a_user_may_choose_is_checked(tmp_path: Path) -> None:
     shutil.copytree(MODULE, tmp_path, dirs_exist_ok=True)
-    for chips, is_right in (("v5p-32", True), ("v7-8", False), ("v6e", False)):
-        assert Module(tmp_path, chips=chips).get("variable", "chips")["validation"]["condition"] is is_right
+    values: dict[str, Sequence[Any]] = {
+        "chips": ("v5p-32", "v7-8", "v6e", "v6e-0"),
+        "zone": ("us-east5-a", "us-east5"),
+        "name": ("lm-team", "A B", "short", "a" * 23),
+        "keep_days": (90, 6, 91),
+        "fleet": (3, -1, 0.5),
+    }
+    for name, (right, *wrong) in values.items():
+        for value in (right, *wrong):
+            found = Module(tmp_path, **{name: value}).get("variable", name)["validation"]["condition"]
+            assert found is (value == right), (name, value)
 
 
 def test_hosts_and_users_have_the_rights_of_the_places(made: Module) -> None:

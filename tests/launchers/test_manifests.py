@@ -15,6 +15,7 @@ from jaxinfra.launchers.places.manifests import Manifest, failure_rules, manifes
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.restart_policy import RULES
 from jaxinfra.processes.discovery import find_processes
+from tests.cluster.pods import expanded
 from tests.refusals import raises
 
 SCHEMAS = {
@@ -192,3 +193,13 @@ def test_what_kubernetes_cannot_run_is_refused(kind: str, accelerator: str, name
 def test_what_the_pods_are_told_is_not_set_otherwise() -> None:
     with raises(ConfigError, "--env JAX_NUM_PROCESSES --place k8s"):
         manifests(replace(JOB, environment={"JAX_NUM_PROCESSES": "3"}), "1", grace_s=60)
+
+
+def test_a_dollar_sign_is_itself() -> None:
+    """A pod that expands variables as the kubelet does gets what the user has written."""
+    job = replace(JOB, location="gs://b/runs/a$(HOME)", environment={"A": "$$(HOME) $"})
+    made = manifests(replace(job, place=replace(JOB.place, workload="job")), 3, grace_s=60)[-1]
+    (container,) = made["spec"]["template"]["spec"]["containers"]
+    given = {each["name"]: each["value"] for each in container["env"]}
+    assert expanded(container["args"][0], {"HOME": "/scratch"}) == job.location
+    assert expanded(given["A"], {"HOME": "/scratch"}) == job.environment["A"]

@@ -44,6 +44,13 @@ def tracker(port: int, folder: Path) -> PrometheusTracker:
     return made
 
 
+def test_an_address_that_cannot_be_is_named(port: int, tmp_path: Path) -> None:
+    for address in ("nowhere.invalid", "192.0.2.1"):
+        made = PrometheusTracker(Prometheus(port=port, address=address), tmp_path / "story")
+        with raises(ConfigError, f"track.prometheus.address={address} machine"):
+            made.start({}, {}, start_step=0, total_steps=1)
+
+
 def test_a_scrape_has_what_was_logged(port: int, tmp_path: Path) -> None:
     (tmp_path / "story").mkdir()
     row = {"attempt": 1, "t": 1.0, "step": 0, "saves": 0, "from": 0, "resumes": 1, "seconds": {"init": 1.0}}

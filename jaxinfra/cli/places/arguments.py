@@ -24,6 +24,7 @@ _KINDS_OF = {  # kinds of places that take an option
     **dict.fromkeys(("workload", "context", "namespace", "queue", "priority", "topology"), ("k8s",)),
     **dict.fromkeys(("volumes", "node_selector"), ("k8s",)),
     "max_hours": ("ssh", "k8s", "ray", *CLOUDS),
+    **dict.fromkeys(("workdir", "extra"), ("ssh", "slurm", *CLOUDS)),
 }
 _TIME = re.compile(r"(?:--time[= ]|-t) *(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # D-H[:M[:S]], M[:S] or H:M:S
 
@@ -169,7 +170,7 @@ def place_options(options: argparse.Namespace) -> PlaceOptions:
     if kind in ("ssh", "slurm") and most not in (0, count):
         fix = f"--elastic {min(least, count)}..{count}, or {f'--nodes {most}' if options.nodes else f'{most} --hosts'}"
         raise ConfigError(f"--elastic {least}..{most}: hosts of this run, with a process each: {count}; use {fix}")
-    chosen: dict[str, Any] = {name: getattr(options, name) for name in (*_KINDS_OF, "wait_hours", "workdir")}
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in (*_KINDS_OF, "wait_hours") if name != "extra"}
     chosen |= {name: tuple(getattr(options, name)) for name in ("sbatch", "volumes", "node_selector")}
     chosen |= {"hosts": hosts, "nodes": options.nodes or 0, "workload": options.workload or "jobset"}
     return PlaceOptions(kind=kind, **chosen)

@@ -8,7 +8,7 @@ from jaxinfra.launchers.places.bundle import Bundle
 from jaxinfra.launchers.places.job import Job
 from jaxinfra.launchers.places.manifests import GRACE_S, manifests
 from jaxinfra.launchers.places.place import Host
-from jaxinfra.launchers.places.ray_submission import submission
+from jaxinfra.launchers.places.ray_submission import address_of, submission
 from jaxinfra.launchers.places.requirements import requirements_of, uv_version
 from jaxinfra.launchers.places.ssh_place import SshPlace
 from jaxinfra.packages import import_optional
@@ -17,17 +17,18 @@ from jaxinfra.packages import import_optional
 def print_manifests(job: Job) -> None:
     """Prints what a cluster of Kubernetes gets, as `kubectl apply -f` takes it, but for what a start knows."""
     yaml = import_optional("yaml", needed_by="--dry-run", install="jaxinfra[k8s]")
+    shown = manifests(job, "attempt", grace_s=GRACE_S, left_s=job.place.max_hours * 3600)
     print(f"# run directory: {job.location}; it gets the code, place/bundle-{job.bundle}, at a start")
     print('# a start adds the Secret of this name, with --secret and a key; its number takes the place of "attempt"')
-    shown = manifests(job, "attempt", grace_s=GRACE_S, left_s=job.place.max_hours * 3600)
     print(yaml.safe_dump_all(shown, sort_keys=False), end="")
 
 
 def print_submission(job: Job) -> None:
     """Prints what the Jobs API of a Ray cluster gets, with words in capitals for what a start knows."""
+    shown = submission(job, "ATTEMPT", working_dir="CODE", left_s=job.place.max_hours * 3600)
     print(f"# run directory: {job.location}; it gets the code, place/bundle-{job.bundle}, at a start")
-    print(f"POST {job.place.address or 'http://HEAD:8265'}/api/jobs/    # after the code, as a package of Ray")
-    print(json.dumps(submission(job, "ATTEMPT", working_dir="CODE", left_s=job.place.max_hours * 3600), indent=2))
+    print(f"POST {address_of(job.place) or 'http://HEAD:8265'}/api/jobs/    # after the code, as a package of Ray")
+    print(json.dumps(shown, indent=2))
 
 
 def print_plan(job: Job, place: SshPlace, bundle: Bundle, extras: list[str]) -> None:

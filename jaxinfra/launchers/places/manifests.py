@@ -286,7 +286,7 @@ def _pod_spec(job: Job, number: int | str, pods: Pods, name: str, grace_s: int) 
         "name": CONTAINER,
         "image": place.image,
         "command": ["python", "-m", "jaxinfra.launchers.places.pod"],
-        "args": [job.location, str(number), job.bundle, job.folder, *job.command],
+        "args": [*map(_literal, (job.location, str(number), job.bundle, job.folder, *job.command))],
         "env": _environment(job, pods, name),
         "envFrom": [{"secretRef": {"name": name}}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
@@ -326,11 +326,16 @@ def _pod_spec(job: Job, number: int | str, pods: Pods, name: str, grace_s: int) 
     return spec
 
 
+def _literal(word: str) -> str:
+    """Returns how a container gets exactly this word, whatever variables it has."""
+    return word.replace("$", "$$")
+
+
 def _environment(job: Job, pods: Pods, name: str) -> list[Manifest]:
     if taken := sorted(_TOLD & job.environment.keys()):
         raise ConfigError(f"--env {taken[0]}: --place k8s says this to the pods; leave it out")
     values = {"HOME": _SCRATCH, **job.environment}
-    told: list[Manifest] = [{"name": key, "value": value} for key, value in values.items()]
+    told: list[Manifest] = [{"name": key, "value": _literal(value)} for key, value in values.items()]
     if pods.is_tpu or pods.count == 1 or job.place.workload == "trainjob":  # GKE and Kubeflow tell it
         return told
     told.append({"name": "JAX_NUM_PROCESSES", "value": str(pods.count)})

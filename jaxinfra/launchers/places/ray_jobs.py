@@ -18,13 +18,12 @@ from jaxinfra.errors import ConfigError, PeerLostError, StorageError
 from jaxinfra.launchers.places.job import Attempts, Job
 from jaxinfra.launchers.places.place import HostState, PlaceOptions, Say
 from jaxinfra.launchers.places.ray_package import KILL_FILE, write_package
-from jaxinfra.launchers.places.ray_submission import submission, submission_id
+from jaxinfra.launchers.places.ray_submission import VARIABLES, address_of, submission, submission_id
 from jaxinfra.launchers.places.run_files import files_of
 from jaxinfra.launchers.places.scheduled import ScheduledPlace, ScheduledSource
 from jaxinfra.launchers.restart_policy import INTERRUPTED
 from jaxinfra.packages import import_optional, install_command
 
-_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TIMEOUT_S = 60.0  # of each part of an answer: the client itself waits for as long as the network does
 _FIRST_TIMEOUT_S = 20.0
 _EXTRA = "jaxinfra[ray]"
@@ -55,7 +54,7 @@ class RayJobs:
     def _connected(self) -> Any:
         # A server that answers anything is there; the client then says what is wrong with it.
         self._requests.get(f"{self.address}/api/version", timeout=_FIRST_TIMEOUT_S)
-        os.environ[_VARIABLES[0]] = self.address  # to the client a variable comes before its argument
+        os.environ[VARIABLES[0]] = self.address  # to the client a variable comes before its argument
         try:
             self._client = self._ray.job_submission.JobSubmissionClient(self.address)
         except RuntimeError as error:
@@ -75,14 +74,8 @@ class RayCluster(ScheduledSource):
 
     def __init__(self, options: PlaceOptions) -> None:
         """Takes the address of the environment where the options have none; raises ConfigError without any."""
-        named = next((name for name in _VARIABLES if os.environ.get(name)), "")
-        address = (options.address or os.environ.get(named, "")).rstrip("/")
-        if not address:
-            fix = f"add --address http://HEAD:8265, or set {_VARIABLES[1]}"
-            raise ConfigError(f"--place ray: which cluster? {fix}")
-        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", address):
-            source = "--address " if options.address else f"{named}="
-            raise ConfigError(f"{source}{address}: expected that of the dashboard; use --address http://HEAD:8265")
+        if not (address := address_of(options)):
+            raise ConfigError(f"--place ray: which cluster? add --address http://HEAD:8265, or set {VARIABLES[1]}")
         super().__init__(replace(options, address=address), f"the Ray cluster at {address}")
         self.jobs = RayJobs(address)
 

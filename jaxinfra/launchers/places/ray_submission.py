@@ -4,10 +4,13 @@ Imports no Ray.
 """
 
 import json
+import os
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinfra.errors import ConfigError
 from jaxinfra.launchers.places.job import Job
 from jaxinfra.launchers.places.manifests import pods_of
 from jaxinfra.launchers.places.on_host import SAVE_S
@@ -18,7 +21,19 @@ from jaxinfra.plan.topology import parse_topology
 
 RAY_DRIVER = "jaxinfra.cli.ray_driver"
 """The module that runs as the driver of the job."""
+VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Hold the address of a cluster where the options have none, the first before the second."""
 _TPUS = {"v4": "TPU-V4", "v5e": "TPU-V5LITEPOD", "v5p": "TPU-V5P", "v6e": "TPU-V6E", "tpu7x": "TPU-V7X"}  # as of Ray
+
+
+def address_of(place: PlaceOptions) -> str:
+    """Returns the URL of the cluster's dashboard, "" if nothing says it; raises ConfigError for another address."""
+    named = next((name for name in VARIABLES if os.environ.get(name)), "")
+    address = (place.address or os.environ.get(named, "")).rstrip("/")
+    if address and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", address):
+        source = "--address " if place.address else f"{named}="
+        raise ConfigError(f"{source}{address}: expected that of the dashboard; use --address http://HEAD:8265")
+    return address
 
 
 def scaling_of(place: PlaceOptions) -> dict[str, Any]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _FILES = {"py-io-impl": "pyiceberg.io.fsspec.FsspecFileIO"}
 """Pyiceberg reads buckets with the clients of all other sources, which take what the same variables say."""
 
-_COLOR = re.compile("\x1b\\[\\d*m\u21b3?")  # in the errors of deltalake
+_NOISE = re.compile("\x1b\\[\\d*m\u21b3?|[\\s:]+0: <unknown>.*", re.DOTALL)  # colors and stacks of deltalake
 
 type ToTable = Callable[["RecordBatch"], "RecordBatch"]
 """Makes the columns of a table from those of a file."""
@@ -129,27 +129,33 @@ class _SnapshotTable(Source):
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             raise DataError(
-                f"{self.pin}={snapshot.number}: {name} is no longer in {self.place}, because this {self.pin} has "
-                f"expired; use a newer one, or source.{self.pin}=none for the newest"
+                f"{self.pin}={snapshot.number}: {self.place} has no {name}; if this {self.pin} has expired, use "
+                f"source.{self.pin}=none for the newest; otherwise restore the file"
             ) from error
 
     @contextmanager
-    def _library_errors(self, *missing: str) -> Iterator[None]:
-        """Names the table in the errors of its library; those of the classes `missing` mean that there is none."""
+    def _library_errors(self, *missing: str, fix: str | None = None) -> Iterator[None]:
+        """Names the table in the errors of its library.
+
+        Args:
+            missing: classes of errors that mean that there is no such table.
+            fix: what to do if storage or the catalog fails; None derives it from the cause.
+        """
         try:
-            with storage_errors(
-                self.place, action="read", missing=f"table={self.place}: no such table; correct the path"
-            ):
+            no_table = f"table={self.place}: no such table; correct the path"
+            with storage_errors(self.place, action="read", missing=no_table, fix=fix):
                 yield
         except JaxinfraError:
             raise
         except Exception as error:  # catalogs raise those of their clients
+            if type(error).__name__ == "NotInstalledError":  # a package for this kind of catalog
+                raise ConfigError(f"{self.place}: {cause_of(error)}") from error
             if type(error).__name__ in missing:
                 raise ConfigError(f"table={self.place}: no such table ({cause_of(error)}); correct its name") from error
             if isinstance(error, ValueError | KeyError) or type(error).__name__ == "ValidationError":
-                fix = "write the table in a form that it reads, or restore it"
-                raise DataError(f"{self.place}: its library cannot read it ({cause_of(error)}); {fix}") from error
-            raise StorageError(f"{self.place}: cannot be read: {cause_of(error)}; start again") from error
+                mend = "write the table in a form that it reads, or restore it"
+                raise DataError(f"{self.place}: its library cannot read it ({cause_of(error)}); {mend}") from error
+            raise StorageError(f"{self.place}: cannot be read: {cause_of(error)}; {fix or 'start again'}") from error
 
 
 @lru_cache(maxsize=4)
@@ -178,12 +184,16 @@ class Iceberg(_SnapshotTable):
     @override
     def open(self) -> Snapshot:
         import_optional("pyiceberg", "io.pyarrow", needed_by=f"table={self.place}", install="jaxinfra[iceberg]")
-        with self._library_errors("NoSuchTableError", "NoSuchNamespaceError", "NoSuchIdentifierError"):
+        missing, named = ("NoSuchTableError", "NoSuchNamespaceError", "NoSuchIdentifierError"), self.catalog or ""
+        fix = f"start again when catalog={named} answers, or correct PYICEBERG_CATALOG__{named.upper()}__URI"
+        with self._library_errors(*missing, fix=fix if named else None):
             table = self._load()
             number = table.metadata.current_snapshot_id if self.snapshot is None else self.snapshot
             known = [each.snapshot_id for each in table.metadata.snapshots]
+            if not known:
+                raise ConfigError(f"table={self.place}: has no snapshot yet; append rows to it first")
             if number not in known:
-                fix = f"use source.snapshot={known[-1]}" if known else "append rows to it first"
+                fix = f"use source.snapshot={known[-1]}"
                 raise ConfigError(f"snapshot={number}: {self.place} has no such snapshot, or it has expired; {fix}")
             return _IcebergSnapshot(table, number)
 
@@ -284,13 +294,13 @@ class Delta(_SnapshotTable):
         with self._library_errors("TableNotFoundError"):
             try:
                 return _DeltaSnapshot(library.DeltaTable(url, self.version, options), url)
-            except library.exceptions.TableNotFoundError:
-                raise
             except OSError as error:
-                raise OSError(_COLOR.sub("", str(error))) from error
-            except library.exceptions.DeltaError as error:
+                raise OSError(_NOISE.sub("", str(error))) from error
+            except (OverflowError, library.exceptions.DeltaError) as error:
                 if self.version is None:
-                    raise ValueError(cause_of(error)) from error
+                    if isinstance(error, library.exceptions.TableNotFoundError):
+                        raise
+                    raise ValueError(_NOISE.sub("", str(error))) from error
                 newest = library.DeltaTable(url, None, options).version()
                 cause = "this version has expired" if self.version <= newest else "there is no such version"
                 raise ConfigError(

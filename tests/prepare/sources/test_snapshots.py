@@ -22,7 +22,7 @@ from pyiceberg.utils.config import Config
 from pyroaring import BitMap64
 
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.sources.snapshots import Delta, Iceberg
@@ -256,6 +256,8 @@ def test_what_is_not_there_is_refused_in_one_line(table, tmp_path):
         shards_of(type(table.source)(table=str(empty)))
     with raises(ConfigError, f"{table.pin}=77: source.{table.pin}={table.append(ROWS[200:300])}"):
         shards_of(at(table, 77))
+    with raises(ConfigError, f"{table.pin}={10**20}: source.{table.pin}="):
+        shards_of(at(table, 10**20))
     with raises(ConfigError, "columns= title text, n"):
         shards_of(replace(table.source, columns=("n", "title")))
 
@@ -322,6 +324,39 @@ def test_columns_of_a_partition_are_not_in_the_files(tmp_path, monkeypatch):
     rows = [row | {"day": day, "k": row["n"] % 2} for row in ROWS[:6] for day in ("a é%/b", None)]
     table.append(rows, partition_by=["day", "k"])
     assert sorted(str(each.fields) for each in found(table.source)) == sorted(map(str, rows))
+
+
+def test_a_version_whose_log_was_cleaned_up_has_expired(tmp_path, monkeypatch):
+    table = DeltaTable(tmp_path, monkeypatch)
+    for start in range(0, 60, 20):
+        table.append(ROWS[start : start + 20])
+    newest = deltalake.DeltaTable(table.folder)
+    newest.create_checkpoint()
+    for log in sorted((table.folder / "_delta_log").glob("*.json"))[:-1]:
+        log.unlink()
+    assert len(found(table.source)) == 60
+    with raises(ConfigError, f"version=0: expired source.version={newest.version()}"):
+        shards_of(at(table, 0))
+
+
+def test_a_damaged_log_is_one_line_without_a_stack(tmp_path, monkeypatch):
+    table = DeltaTable(tmp_path, monkeypatch)
+    table.append(ROWS[:5])
+    (log,) = (table.folder / "_delta_log").glob("*.json")
+    log.write_text("no json")
+    with raises(DataError, "restore") as refusal:
+        shards_of(table.source)
+    assert "unknown>" not in str(refusal.value)
+
+
+def test_what_a_catalog_needs_is_named(tmp_path, monkeypatch):
+    table = IcebergTable(tmp_path, monkeypatch)
+    with raises(ConfigError, "table=web.pages: no snapshot"):
+        shards_of(table.source)
+    monkeypatch.setenv("PYICEBERG_CATALOG__TESTS__URI", "sqlite:////nowhere/catalog.db")
+    monkeypatch.setattr(pyiceberg_catalogs, "_ENV_CONFIG", Config())
+    with raises(StorageError, "catalog=tests PYICEBERG_CATALOG__TESTS__URI"):
+        shards_of(table.source)
 
 
 def test_a_delta_table_that_maps_its_columns_is_refused(tmp_path, monkeypatch):
