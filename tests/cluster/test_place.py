@@ -99,12 +99,13 @@ def test_a_cluster_that_is_away_is_no_end(world: World) -> None:
     assert world.state(place)[1] == "away" and "no answer" in world.said[-1]
 
 
-def test_what_a_cluster_refuses_is_one_line(world: World) -> None:
+def test_what_a_cluster_refuses_is_one_line(world: World, tmp_path: Path) -> None:
     world.cluster.add_queue("team")
     with raises(ConfigError, "--queue teem namespace default team"):
         world.place(queue="teem").prepare(world.job)
-    with raises(Refused, "namespaces absent"):
-        world.place(namespace="absent").prepare(world.job)
+    for workload in ("job", "jobset", "trainjob"):
+        with raises(ConfigError, "no namespace absent --namespace"):
+            world.place(namespace="absent", workload=workload).prepare(world.job)
     world.cluster.denied.add("create jobs.batch")
     with raises(Refused, "jobs batch ask for the right"):
         world.place().prepare(world.job)
@@ -114,6 +115,13 @@ def test_what_a_cluster_refuses_is_one_line(world: World) -> None:
         world.place(workload="jobset").prepare(world.job)
     with raises(ConfigError, "--context elsewhere"):
         world.place(context="elsewhere")
+    world.cluster.token = "another"
+    with raises(Refused, "Unauthorized sign in again"):
+        world.place().prepare(world.job)
+    for text in ("a: [", "[]", "no: clusters"):
+        (tmp_path / "kubeconfig").write_text(text)
+        with raises(ConfigError, "--place k8s: no cluster KUBECONFIG"):
+            world.place()
 
 
 def test_why_a_job_waits_is_said(world: World) -> None:

@@ -203,3 +203,12 @@ def test_a_dollar_sign_is_itself() -> None:
     given = {each["name"]: each["value"] for each in container["env"]}
     assert expanded(container["args"][0], {"HOME": "/scratch"}) == job.location
     assert expanded(given["A"], {"HOME": "/scratch"}) == job.environment["A"]
+
+
+@pytest.mark.parametrize("name", ["Ünï", "-a_b.", "Story 2", "日本"])
+def test_labels_are_those_of_kubernetes(name: str) -> None:
+    place = replace(JOB.place, workload="job")
+    for each in manifests(replace(JOB, location=f"s3://bucket/runs/{name}", place=place), 3, grace_s=60):
+        for label in each["metadata"]["labels"].values():
+            assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", label)
+        assert re.fullmatch("[a-z]([a-z0-9-]{0,61}[a-z0-9])?", each["metadata"]["name"])

@@ -26,6 +26,7 @@ _KINDS_OF = {  # kinds of places that take an option
     "max_hours": ("ssh", "k8s", "ray", *CLOUDS),
     **dict.fromkeys(("workdir", "extra"), ("ssh", "slurm", *CLOUDS)),
 }
+_NAME = re.compile("[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _TIME = re.compile(r"(?:--time[= ]|-t) *(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # D-H[:M[:S]], M[:S] or H:M:S
 
 
@@ -199,6 +200,9 @@ def _check_k8s(options: argparse.Namespace) -> None:
         raise ConfigError(f"--volume {wrong[0]}: expected a claim and a path; use --volume shared:/shared")
     if wrong := [word for word in options.node_selector if not re.fullmatch("[^=]+=[^=]*", word)]:
         raise ConfigError(f"--node-selector {wrong[0]}: expected LABEL=VALUE; use --node-selector pool=training")
+    for name in ("namespace", "queue", "priority"):
+        if (word := getattr(options, name)) and not _NAME.fullmatch(word):
+            raise ConfigError(f"--{name} {word}: expected a name of a-z, 0-9, - and .; use --{name} training")
 
 
 def variables(words: list[str]) -> dict[str, str]:
@@ -208,3 +212,15 @@ def variables(words: list[str]) -> dict[str, str]:
         if not equals or not name.isidentifier():
             raise ConfigError(f"--env {word}: expected NAME=VALUE; use --env UV_DEFAULT_INDEX=https://...")
     return dict(word.split("=", 1) for word in words)
+
+
+def secrets(names: list[str], words: list[str]) -> list[str]:
+    """Returns the names of `--secret`; raises ConfigError for a value, which is not shown, and for names of `--env`."""
+    for name in names:
+        if not name.isidentifier():
+            name, equals, _ = name.partition("=")
+            fix = f"export {name}=... here, and use --secret {name}" if equals and name else "use --secret HF_TOKEN"
+            raise ConfigError(f"--secret {name}: expected the name of a variable alone; {fix}")
+        if name in variables(words):
+            raise ConfigError(f"--secret {name}: --env has it, too, and would show its value; leave one out")
+    return names

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxinfra.cli import config_argument
-from jaxinfra.cli.places.arguments import place_options, variables
+from jaxinfra.cli.places.arguments import place_options, secrets, variables
 from jaxinfra.cli.places.dry_run import print_manifests, print_plan, print_submission
 from jaxinfra.cli.places.lines import say, watching
 from jaxinfra.command import command_line
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         place=place_config,
         bundle=bundle.hash,
         environment=variables(options.env),
-        secrets=options.secret,
+        secrets=secrets(options.secret, options.env),
     )
     if options.dry_run and place_config.kind in ("k8s", "ray"):
         (print_manifests if place_config.kind == "k8s" else print_submission)(job)

@@ -4,6 +4,7 @@ All methods raise ConfigError for what the cluster refuses, and StorageError if 
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -17,6 +18,11 @@ _TIMEOUT_S = 60.0
 _LOG_TIMEOUT_S = 3600.0  # between two lines of a log
 _DONE = ("Complete", "Completed")  # conditions of a Job and a TrainJob, and of a JobSet
 _LATER = (408, 429)  # codes of a cluster that is busy
+_NO_KUBECONFIG = (AttributeError, KeyError, TypeError)  # which the client raises for YAML of another form
+_FIXES = {
+    401: "; sign in again: the token of this --context is not taken",
+    403: "; ask for the right, or name another --namespace or --context",
+}
 _PARTS = {  # what has to be installed for a kind
     "jobset": "JobSet (jobset.sigs.k8s.io)",
     "runtime": "Kubeflow Trainer",
@@ -44,14 +50,15 @@ class ClusterApi:
             namespace: "" is that of the context.
         """
         kubernetes = import_optional("kubernetes", "config", "client", needed_by="--place k8s", install="jaxinfra[k8s]")
-        config = kubernetes.config
+        config, not_yaml = kubernetes.config, import_module("yaml").YAMLError
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # an error says it after the last retry
         in_pod = not context and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
         try:
             if in_pod:
                 config.load_incluster_config()
             else:
                 config.load_kube_config(context=context or None)
-        except (config.ConfigException, OSError) as error:
+        except (config.ConfigException, OSError, not_yaml, *_NO_KUBECONFIG) as error:
             fix = "`kubectl config get-contexts` lists clusters; name one with --context, or set KUBECONFIG"
             raise ConfigError(f"--place k8s: no cluster: {_line(error)}; {fix}") from None
         self.namespace = namespace or ("default" if in_pod else _namespace(config, context))
@@ -86,8 +93,7 @@ class ClusterApi:
         except self._refusal as error:
             status, said = error.status or 0, _message(error)
             if 400 <= status < 500 and status not in _LATER:
-                fix = "; ask for the right, or name another --namespace or --context" * (status in (401, 403))
-                raise Refused(f"{what}: {said}{fix}", status) from None
+                raise Refused(f"{what}: {said}{_FIXES.get(status, '')}", status) from None
             raise StorageError(f"{what}: {status} {said}; try again") from None
         except self._lost as error:
             raise self._no_answer(error) from None
@@ -127,6 +133,9 @@ class ClusterApi:
         except Refused as error:
             if error.status == 409:
                 return self.read(self.path(api, plural, manifest["metadata"]["name"])) or manifest
+            if error.status == 404 and f'namespaces "{self.namespace}"' in str(error):
+                fix = "`kubectl get namespaces` lists them; name one with --namespace"
+                raise ConfigError(f"{self.server}: has no namespace {self.namespace}; {fix}") from None
             if error.status == 404 and kind in _PARTS:
                 fix = f"install {_PARTS[kind]} there, or use --kind job"
                 raise ConfigError(f"{self.server}: has no {manifest['kind']}; {fix}") from None

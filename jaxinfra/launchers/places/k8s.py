@@ -4,6 +4,7 @@ The cluster starts pods again by `manifests.failure_rules`, whether anybody watc
 """
 
 import math
+import re
 import subprocess
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -172,7 +173,8 @@ class KubernetesPlace(ScheduledPlace):
             for name in names
             for each in self._api.list(events, fieldSelector=f"involvedObject.name={name},type=Warning")
         ]
-        return [" ".join(str(said[-1].get("message", "")).split())] if said else []
+        message = " ".join(str(said[-1].get("message", "")).split()) if said else ""
+        return [re.sub(r'pods "[^"]*"', "pods", message)] if said else []  # a name for each try
 
     def _jobs(self) -> str:
         group, version, plural = WORKLOADS["job"]

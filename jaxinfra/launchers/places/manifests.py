@@ -19,7 +19,7 @@ from jaxinfra.launchers.places.bundle import short_hash
 from jaxinfra.launchers.places.job import Job
 from jaxinfra.launchers.places.place import PlaceOptions
 from jaxinfra.launchers.restart_policy import RULES
-from jaxinfra.plan.topology import Topology, parse_topology
+from jaxinfra.plan.topology import MAX_DEVICES, Topology, parse_topology
 
 type Manifest = dict[str, Any]
 
@@ -92,7 +92,9 @@ def pods_of(place: PlaceOptions) -> Pods:
     """Returns the pods of `--accelerator`; raises ConfigError for chips that Kubernetes has no name for."""
     text = place.accelerator
     if match := re.fullmatch(r"cpu(?::([1-9]\d*))?", text):
-        return Pods(hosts=int(match[1] or 1), limits={}, selector={})
+        if (count := int(match[1] or 1)) > MAX_DEVICES:
+            raise ConfigError(f"--accelerator {text}: has {count:,} processes; use {MAX_DEVICES:,} or fewer")
+        return Pods(hosts=count, limits={}, selector={})
     if text.partition(":")[0] == "cpu":
         raise ConfigError(f"--accelerator {text}: expected cpu:N, for N pods or workers without chips; use cpu:2")
     try:
@@ -142,7 +144,7 @@ def name_of(job: Job, number: int | str) -> str:
 
 def run_label(job: Job) -> str:
     """Returns the value of `RUN_LABEL`, which begins and ends with a letter or digit."""
-    return job.id.strip("-_.")
+    return re.sub("[^A-Za-z0-9_.]", "-", job.id).strip("-_.")
 
 
 def manifests(job: Job, number: int | str, *, grace_s: int, left_s: float = 0.0) -> list[Manifest]:
