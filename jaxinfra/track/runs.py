@@ -187,6 +187,9 @@ def no_run_error(path: str | Path) -> ConfigError:
         found = sorted(each.parent.name for each in Path(path).glob(f"*/{RECORD_FILE}"))
         fix = f"name one of them, such as {Path(path, found[0])}" if found else "it has none yet"
         return ConfigError(f"{path}: is a sweep of several runs; {fix}")
+    run, step = parse_source(path)
+    if step is not None and not is_remote(path) and Path(run, RECORD_FILE).exists():
+        return ConfigError(f"{path}: names a checkpoint, this is of a whole run; use {run}")
     similar = [] if is_remote(path) else runs_of_config(Path(path))
     fix = f"did you mean {similar[0]}?" if similar else "name the directory of a run, such as runs/quickstart"
     return ConfigError(f"{path}: no {RECORD_FILE} there; {fix}")

@@ -108,6 +108,7 @@ def test_every_byte_of_an_export_is_signed(tiny: Tiny, keys: tuple[str, str], tm
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-1] + b"\1")
     refused(tiny.launch(*tuned, "name=other"), str(out), "model.safetensors", code=DataError.exit_code)
 
+    refused(launch("model", "card", f"{run}@1"), f"{run}@1 use {run}")
     written = launch("model", "card", run, "--license", "apache-2.0", "--output", str(tmp_path / "README.md"))
     assert written.code == 0 and "--data-licenses" in written.out, written
     card = ModelCard.load(tmp_path / "README.md")  # as the Hub parses it
