@@ -75,7 +75,7 @@ class Registry:
 
     def __init__(self, uri: str, target: str) -> None:
         if not (found := _TARGET.fullmatch(target)):
-            raise ConfigError(f"{target}: expected models:/NAME or models:/NAME@ALIAS; use models:/lm")
+            raise ConfigError(f"{target}: expected models:/NAME or models:/NAME@ALIAS; use --to models:/lm")
         try:
             urlsplit(uri)
         except ValueError as error:
