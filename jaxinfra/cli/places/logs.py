@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> None:
                 print(line, end="", flush=True)
         if process.returncode == 0:
             if not printed:
-                say(f"rank {options.rank} has printed nothing; rank 0 prints for all")
+                for_all = "; rank 0 prints for all" if options.rank else ""
+                say(f"rank {options.rank} has printed nothing that is still there{for_all}")
             return
     if not is_remote(job.location):
         raise ConfigError(f"{job.location}: rank {options.rank} has no console of attempt {number} on its host")
