@@ -27,8 +27,8 @@ class BenchmarkSpec(NamedTuple):
 
 BENCHES = {
     "step": BenchmarkSpec(
-        summary="the train step, dispatch and startup against a hand-written step of the same model",
-        parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
+        summary="the train step, dispatch and startup against a hand-written step of the same model, and PyTorch",
+        parts=("float32", "characters", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
         options=("config", "pairs", "against", "processes"),
     ),
     "parallel": BenchmarkSpec(

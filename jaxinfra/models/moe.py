@@ -297,7 +297,7 @@ class MoE(nnx.Module):
             axes=self.partitioner.mesh_axes("experts"),
             num_shards=num_shards,
             max_rows=max_rows,
-            ragged=self.partitioner.platform == "tpu",
+            ragged=self.partitioner.platform in ("tpu", "gpu"),
         )
 
     def _apply_experts(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import jax
 
@@ -95,7 +96,15 @@ class TimedStep:
             return (dispatched_s if dispatch_only else time.perf_counter()) - start_s
 
 
-type Makers = Mapping[str, Callable[[Run], TimedStep]]
+class Timed(Protocol):
+    """A step that can be timed, in this process or in another."""
+
+    def time(self, number: int = 0, *, dispatch_only: bool = False) -> float:
+        """Makes one step and returns its seconds, or those of its dispatch."""
+        ...
+
+
+type Makers = Mapping[str, Callable[[Run], Timed]]
 """How the step of each side is made."""
 
 
@@ -115,7 +124,7 @@ def baseline_step(run: Run, naive_matmul: bool = False) -> TimedStep:
     return TimedStep(step, state, batch)
 
 
-def time_alternately(steps: Mapping[str, TimedStep], num_rounds: int, *, dispatch_only: bool = False) -> Times:
+def time_alternately(steps: Mapping[str, Timed], num_rounds: int, *, dispatch_only: bool = False) -> Times:
     """Times the steps in turn, or only their dispatch; the devices are idle when a step starts."""
     sides = {name: partial(step.time, dispatch_only=dispatch_only) for name, step in steps.items()}
     return time_rounds(sides, num_rounds, warmup=WARMUP_STEPS)

@@ -1,7 +1,8 @@
 """`python -m launch bench step`: compares the training step with the hand-written baseline.
 
-Both sides run alternately in one process, but for the start, of which each is a process of its own. Times are medians,
-ratios are medians of the ratios of the rounds.
+Both sides run alternately in one process, but for the start, of which each is a process of its own. On one device
+PyTorch takes its turns in the same rounds, eager and compiled, in processes of its own. Times are medians, ratios are
+medians of the ratios of the rounds; in parentheses is that of jaxinfra to PyTorch.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from tests.bench.commands import (
     started,
 )
 from tests.bench.measure import Makers, baseline_config, baseline_step, jaxinfra_step, time_dispatch, time_sides
-from tests.bench.table import BenchmarkResult, Cases, Columns, TableRow, ratio_row, run_cases, time_rounds
+from tests.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, ratio_row, run_cases, time_rounds
+from tests.bench.torch_side import torch_step
+from tests.interop.torch_python import TORCH_PYTHON
 
 # So small that the host's work dominates the step.
 DISPATCH_MODEL = (
@@ -44,6 +47,17 @@ DISPATCH_MODEL = (
     "data.seq_len=32",
     "train.global_batch=8",
 )
+# A model of characters: the smallest that people train.
+CHARACTERS = (
+    "model.num_layers=4",
+    "model.hidden_size=128",
+    "model.layers.mixer.num_heads=4",
+    "model.layers.mlp.dim=512",
+    "model.vocab_size=65",
+    "data.seq_len=64",
+    "train.global_batch=12",
+)
+TORCH: Makers = {"eager": partial(torch_step, mode="eager"), "compile": partial(torch_step, mode="compile")}
 BOTH: Makers = {"jaxinfra": jaxinfra_step, "baseline": baseline_step}
 NAIVE: Makers = {"naive": partial(baseline_step, naive_matmul=True), "baseline": baseline_step}
 MAX_LAYOUT_ROUNDS = 5  # naive matmuls are slow, and their ratio is far from 1
@@ -56,6 +70,8 @@ COLUMNS: Columns = {
     "baseline": ("baseline", ""),
     "ratio": ("ratio", "{:.3f}"),
     "goal": ("goal", ""),
+    "eager": ("torch eager", ""),
+    "compile": ("torch.compile", ""),
 }
 
 
@@ -68,10 +84,36 @@ def _measure(
     return call_in_process(time_sides, emulation_env(num_devices), makers, options.config, overrides, num_rounds)
 
 
+def torch_cells(times_s: Times) -> TableRow:
+    """Returns the milliseconds of PyTorch and the ratio of jaxinfra to it, if it was measured."""
+    cells: dict[str, str | float | None] = {}
+    for side in TORCH.keys() & times_s.keys():
+        ratio = median_ratio(times_s["jaxinfra"], times_s[side])
+        cells |= {side: f"{1e3 * median(times_s[side]):.1f} ms ({ratio:.2f})", f"ratio to {side}": ratio}
+    return cells
+
+
+def character_rows(options: argparse.Namespace) -> Iterator[TableRow]:
+    """Times whole steps of a tiny model, whose operations are so small that what is between them counts."""
+    small = argparse.Namespace(**vars(options) | {"overrides": [*CHARACTERS, *options.overrides]})
+    times_s = _measure(small, BOTH | _torch(), "float32", 1)
+    sides = {side: times_s[side] for side in BOTH}
+    yield ratio_row("step of characters, float32, one device", sides) | {"goal": "<= 1.02"} | torch_cells(times_s)
+
+
+def _torch() -> Makers:
+    """Returns the sides of PyTorch; none, and says so, where it is not installed."""
+    if not TORCH_PYTHON.exists():
+        print("without PyTorch, which `make test-slow` installs", file=sys.stderr, flush=True)
+        return {}
+    return TORCH
+
+
 def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iterator[TableRow]:
     """Times whole steps; in bfloat16 also the baseline with naive matmuls, which shows the gain of fast layouts."""
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
-    yield ratio_row(case, _measure(options, BOTH, dtype, num_devices)) | {"goal": "<= 1.02"}
+    times_s = _measure(options, BOTH | (_torch() if num_devices == 1 else {}), dtype, num_devices)
+    yield ratio_row(case, {side: times_s[side] for side in BOTH}) | {"goal": "<= 1.02"} | torch_cells(times_s)
     if options.against is not None:
         yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":
@@ -143,6 +185,7 @@ def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
 
 CASES: Cases = {
     "float32": partial(step_rows, dtype="float32", num_devices=1),
+    "characters": character_rows,
     "float32-fsdp8": partial(step_rows, dtype="float32", num_devices=8),
     "bfloat16": partial(step_rows, dtype="bfloat16", num_devices=1),
     "bfloat16-fsdp8": partial(step_rows, dtype="bfloat16", num_devices=8),

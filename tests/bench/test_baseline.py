@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ from jaxinfra.program import Program
 from jaxinfra.run import Run
 from tests.bench.baseline import loss_fn, make_train_step
 from tests.bench.measure import baseline_config
+from tests.bench.torch_side import TorchStep
+from tests.interop.torch_python import needs_torch
 
 TINY = [
     "model.num_layers=2",
@@ -79,6 +84,21 @@ def test_baseline_loss_and_gradients(run: Run, tokens_BW: np.ndarray, jaxinfra_r
     assert float(baseline_loss) == pytest.approx(loss, rel=1e-5)
     for name, grad in grads.items():
         np.testing.assert_allclose(baseline_grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@needs_torch
+@pytest.mark.slow(10)
+def test_pytorch_computes_the_same(run: Run, jaxinfra_result, tmp_path: Path) -> None:
+    """The loss of the same parameters, and after a step of AdamW."""
+    params, loss, _ = jaxinfra_result
+    config = baseline_config(run)
+    np.savez(tmp_path / "params.npz", **params)
+    step, _, opt_state, batch = make_train_step(config, 1)
+    params, _, _ = step({name: jnp.asarray(each) for name, each in params.items()}, opt_state, batch)
+    torch = TorchStep(config, "eager", [str(tmp_path / "params.npz")])
+    assert torch.time() > 0 and torch.loss == pytest.approx(loss, rel=1e-5)
+    assert torch.time() > 0 and torch.loss == pytest.approx(float(loss_fn(params, batch, config)), rel=1e-5)
+    torch.close()
 
 
 def test_sharded_baseline_has_the_same_loss(run: Run) -> None:
