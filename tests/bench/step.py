@@ -96,9 +96,10 @@ def torch_cells(times_s: Times) -> TableRow:
 def character_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times whole steps of a tiny model, whose operations are so small that what is between them counts."""
     small = argparse.Namespace(**vars(options) | {"overrides": [*CHARACTERS, *options.overrides]})
-    times_s = _measure(small, BOTH | _torch(), "float32", 1)
+    times_s = _measure(small, {**BOTH, **_torch()}, "float32", 1)
     sides = {side: times_s[side] for side in BOTH}
-    yield ratio_row("step of characters, float32, one device", sides) | {"goal": "<= 1.02"} | torch_cells(times_s)
+    row = ratio_row("step of characters, float32, one device", sides)
+    yield {**row, "goal": "<= 1.02", **torch_cells(times_s)}
 
 
 def _torch() -> Makers:
@@ -112,8 +113,10 @@ def _torch() -> Makers:
 def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iterator[TableRow]:
     """Times whole steps; in bfloat16 also the baseline with naive matmuls, which shows the gain of fast layouts."""
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
-    times_s = _measure(options, BOTH | (_torch() if num_devices == 1 else {}), dtype, num_devices)
-    yield ratio_row(case, {side: times_s[side] for side in BOTH}) | {"goal": "<= 1.02"} | torch_cells(times_s)
+    makers = {**BOTH, **_torch()} if num_devices == 1 else BOTH
+    times_s = _measure(options, makers, dtype, num_devices)
+    row = ratio_row(case, {side: times_s[side] for side in BOTH})
+    yield {**row, "goal": "<= 1.02", **torch_cells(times_s)}
     if options.against is not None:
         yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":

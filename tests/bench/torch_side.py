@@ -11,10 +11,11 @@ from jaxinfra.run import Run
 from tests.bench.baseline import BaselineConfig
 from tests.bench.commands import command_error
 from tests.bench.measure import baseline_config
+from tests.interop import torch_python
 from tests.interop.torch_python import TORCH_PYTHON
 
 type Mode = Literal["eager", "compile"]
-SCRIPT = Path(__file__).with_name("torch_step.py")
+SCRIPT = Path(torch_python.__file__).with_name("torch_step.py")
 
 
 class TorchStep:

@@ -1,7 +1,7 @@
 """The train step of the baseline's model in PyTorch, as its users write one.
 
-Runs in an environment of its own: `python tests/bench/torch_step.py CONFIG MODE [PARAMS]` makes a step for each line of
-standard input, and answers with its seconds and its loss. CONFIG is a `BaselineConfig` in JSON, MODE is eager or
+Runs in an environment of its own: `python tests/interop/torch_step.py CONFIG MODE [PARAMS]` makes a step for each line
+of standard input, and answers with its seconds and its loss. CONFIG is a `BaselineConfig` in JSON, MODE is eager or
 compile, PARAMS a file of the baseline's parameters (`numpy.savez`), random ones without it.
 
 Shape suffixes: B batch, T sequence length, D hidden size, H heads, K head dim, V vocabulary.
