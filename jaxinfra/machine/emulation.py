@@ -21,6 +21,7 @@ def emulation_env(num_devices: int) -> dict[str, str]:
     return {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(num_devices),
-        "NPROC": str(THREADS_PER_DEVICE * num_devices),  # the size of XLA's thread pool
+        # The size of XLA's thread pool. A single device waits for no other: more threads than cores only slow it down.
+        **({"NPROC": str(THREADS_PER_DEVICE * num_devices)} if num_devices > 1 else {}),
         "XLA_FLAGS": " ".join([flags, *added]).strip(),
     }

@@ -340,11 +340,12 @@ class Transformer(LayeredModule):
         stack, policies = getattr(self.config, name), self.config.remat_policies
         tokens = TokenInfo(segments=batch.get("segments"), dropout_bits=batch.get(DROPOUT_FIELD))
         context, period = self._context(stack, self._positions(batch), tokens), len(stack.layers)
+        unroll = self.partitioner.unrolls_layers(period * stack.times)
         pattern_layers = math.lcm(period, len(policies))  # after these layers both configs and policies repeat
 
         def make_step(first: int) -> Step:
             own = tuple(policies[(first + position) % len(policies)] for position in range(period))
-            apply = replace(context, policies=own, alone=pattern_layers == 1).apply
+            apply = replace(context, policies=own, alone=pattern_layers == 1 and not unroll).apply
 
             def step(x: jax.Array, xs: tuple[Block | Period, jax.Array]) -> tuple[jax.Array, LayerStats]:
                 layers, index = xs
@@ -357,5 +358,4 @@ class Transformer(LayeredModule):
 
         indices = jnp.arange(stack.times) if stage_layers is None else stage_layers.indices
         steps = [make_step(first) for first in range(0, pattern_layers, period)]
-        unroll = self.partitioner.unroll_loops
         return scan_pattern(steps, x_BTD, (getattr(self, name), indices), unroll=unroll)

@@ -124,7 +124,7 @@ class PeriodContext:
         tokens: the tokens, without rotary positions.
         tables: `TokenInfo.rope` for each value of `Mixer.rotary` in the period.
         policies: a remat policy for each layer of the period; () for no rematerialization.
-        alone: whether one step of a scan applies one layer only (see `models.remat.remat`).
+        alone: whether the scan is a loop whose step applies one layer only (see `models.remat.remat`).
     """
 
     stack: Stack

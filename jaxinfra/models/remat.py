@@ -95,7 +95,7 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
             again. "dots": outputs of matmuls with weights. "dots_and_attention": on TPUs also the output of attention,
             so that its kernel runs forward only once. "full": full rematerialization, only the input of the layer.
             "offload": as "dots", but in host memory. `Named`: tensors by their names.
-        alone: whether one step of the scan applies this layer only.
+        alone: whether the scan is a loop, and one step of it applies this layer only.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
@@ -111,5 +111,5 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
             "offload": _by_name((), (DOT,)),
         }[policy]
     # A scan keeps the compiler from merging recomputation with the forward pass (common subexpression elimination).
-    # With several layers in a step, JAX must prevent it.
+    # With several layers in a step, or without a loop, JAX must prevent it.
     return jax.checkpoint(layer, policy=chosen, prevent_cse=not alone)

@@ -197,7 +197,8 @@ class VisionTransformer(LayeredModule):
             return block(name_tensor(x_BTD, "layer_input"), layer_bits(batch.get(DROPOUT_FIELD), index)), None
 
         indices = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.indices
-        step, unroll = remat(layer, self.config.remat), self.partitioner.unroll_loops
+        unroll = self.partitioner.unrolls_layers(self.config.num_layers)
+        step = remat(layer, self.config.remat, alone=not unroll)
         x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, indices), unroll=unroll)
         return x_BTD, {}
 

@@ -5,7 +5,7 @@ expert of token n. Each device sorts its choices by expert and sends every shard
 all-to-all). The shard sorts the rows that it receives by expert. `combine` goes the same way back. Results return in
 the order of choices, so a token sums them in the same order on every mesh.
 
-TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad the rows for each shard to `max_rows`. The
+TPUs and GPUs send exact sizes (`jax.lax.ragged_all_to_all`); CPUs pad the rows for each shard to `max_rows`. The
 inverse of every gather is known, so its gradient is a gather too, not a slow scatter-add.
 
 Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, each on a device

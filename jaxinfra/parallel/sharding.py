@@ -38,6 +38,9 @@ GATHERED_WEIGHT = "gathered"
 RESHARDED = "resharded"
 """The checkpoint name of a resharded activation, by which `models.remat` can save it in place of the `reshard`."""
 
+MAX_UNROLLED_LAYERS = 16
+"""The longest scan over layers that is unrolled on a single CPU device; compile time grows with it."""
+
 STAGES = "stages"
 """The logical axis over pipeline stages, of weights with one layer per stage."""
 
@@ -79,6 +82,15 @@ class Partitioner:
         """How sequences are sharded for context parallelism."""
         axes, num_shards = self.mesh_axes("sequence"), self.num_shards("sequence")
         return SequenceSharding(axes=axes, num_shards=num_shards, zigzag=self.zigzag, unroll_loops=self.unroll_loops)
+
+    def unrolls_layers(self, count: int) -> bool:
+        """Returns whether a scan over `count` layers is unrolled: all with `unroll_loops`, short ones on a single CPU.
+
+        There a loop takes a fifth of a small step: it copies each layer's weights out of the stacks, and activations
+        and gradients into others. A mesh keeps its loops, whose collectives may then overlap.
+        """
+        single = self.platform == "cpu" and not self.alone and math.prod(self.mesh.sizes) == 1
+        return self.unroll_loops or (single and count <= MAX_UNROLLED_LAYERS)
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """Returns the mesh axes of a logical axis (see `ShardingRules.mesh_axes`)."""

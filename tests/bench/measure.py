@@ -18,6 +18,7 @@ import jax
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.inference.language_model import require_text
+from jaxinfra.machine.host_memory import keep_freed_memory
 from jaxinfra.models.attention import Attention
 from jaxinfra.models.layers import MLP
 from jaxinfra.optim.optimizers import AdamW
@@ -168,6 +169,8 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
 
 def time_sides(makers: Makers, config: str, overrides: Sequence[str], num_rounds: int) -> Times:
     """Loads one run, makes the step of each side, and times them in turn."""
+    if len(jax.devices()) == 1:
+        keep_freed_memory()  # as a run on one CPU device does
     run = load_run(config, overrides)
     return time_alternately({side: make(run) for side, make in makers.items()}, num_rounds)
 

@@ -104,7 +104,8 @@ def test_sort_by_expert_is_stable() -> None:
     assert found.counts.tolist() == [2, 0, 3]
 
 
-def test_tpus_use_ragged_all_to_all() -> None:
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_use_ragged_all_to_all(platform: str) -> None:
     mesh, spec = abstract_mesh(MeshConfig(fsdp=1, expert=4)), PartitionSpec("expert")
     x = jax.ShapeDtypeStruct((4 * 128, 256), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
     experts = jax.ShapeDtypeStruct((4 * 128, CHOICES), jnp.int32, sharding=NamedSharding(mesh, spec))
@@ -114,6 +115,6 @@ def test_tpus_use_ragged_all_to_all() -> None:
 
     with jax.sharding.use_abstract_mesh(mesh):
         mapped = jax.jit(jax.shard_map(run, in_specs=(spec, spec), out_specs=spec))
-        text = mapped.trace(x, experts).lower(lowering_platforms=("tpu",)).as_text()
+        text = mapped.trace(x, experts).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("@ragged_all_to_all(") == 2
     assert "stablehlo.all_to_all" not in text
