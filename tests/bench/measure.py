@@ -5,6 +5,7 @@ Other load on the machine slows both sides alike, so only their ratio is reliabl
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -169,7 +170,7 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
 
 def time_sides(makers: Makers, config: str, overrides: Sequence[str], num_rounds: int) -> Times:
     """Loads one run, makes the step of each side, and times them in turn."""
-    if len(jax.devices()) == 1:
+    if os.environ.get("JAX_NUM_CPU_DEVICES") == "1":
         keep_freed_memory()  # as a run on one CPU device does
     run = load_run(config, overrides)
     return time_alternately({side: make(run) for side, make in makers.items()}, num_rounds)
