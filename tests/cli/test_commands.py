@@ -174,3 +174,4 @@ def test_emulated_devices_have_threads_to_wait_in() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [found["NPROC"]]
+    assert emulation_env(1) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}  # a single one waits for no other
