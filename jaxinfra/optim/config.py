@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from jaxinfra.parallel.spec import ParamSpec, PyTree
 
+type StateDtype = Literal["float32", "bfloat16", "bfloat16_stochastic", "8bit"]
+"""How optimizer state is stored (`optim.state_dtype`)."""
+
 
 class Optimizer(Extensible, ABC):
     """An update rule: a frozen dataclass that inherits from this class and defines `transform`.
@@ -47,8 +50,8 @@ class Optimizer(Extensible, ABC):
         """Returns the factor of muP on the updates of a parameter, by its fans; this one if their size is fixed."""
         return 1 / spec.fan_in
 
-    def problems_in_bfloat16(self) -> Iterable[Problem]:
-        """Yields reasons not to store the state in bfloat16; field paths start at `OptimConfig`."""
+    def problems_in_low_precision(self) -> Iterable[Problem]:
+        """Yields reasons to store the state in float32 only; field paths start at `OptimConfig`."""
         return ()
 
 
@@ -94,7 +97,8 @@ class OptimConfig:
         base_width: the `model.hidden_size` at which "mup" is the same run as "standard".
         clip_norm: limit on the global norm of the gradient; None for no limit.
         ema_decay: decay of the moving average of parameters; None keeps no average.
-        state_dtype: dtype of the stored optimizer state; computation is in float32.
+        state_dtype: dtype of the stored optimizer state; computation is in float32. "bfloat16_stochastic" rounds to
+            bfloat16 at random, "8bit" has the blocks of bitsandbytes (see docs/precision.md).
         offload: whether to keep the optimizer state in host memory between steps.
         decay_roles: roles of the parameters that weight decay applies to.
         frozen: patterns of paths ("embedding", "blocks.*") of parameters that keep their initial values.
@@ -107,20 +111,21 @@ class OptimConfig:
     base_width: PositiveInt | None = None
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     ema_decay: DecayRate | None = None
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: StateDtype = "float32"
     offload: Annotated[bool, NOT_FINGERPRINTED] = False
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
     frozen: tuple[str, ...] = ()
 
     def problems(self) -> Iterable[Problem]:
         """Yields moments that bfloat16 cannot store: it rounds away changes of less than 2**-8 of a value."""
+        if self.state_dtype != "float32":
+            yield from self.optimizer.problems_in_low_precision()
         if self.state_dtype != "bfloat16":
             return
-        yield from self.optimizer.problems_in_bfloat16()
         for name in ("b1", "b2", "momentum"):
             if (decay := getattr(self.optimizer, name, 0.0)) > 1 - 2**-8:
                 yield Problem(
                     fields=("state_dtype", f"optimizer.{name}"),
                     message=f"bfloat16 rounds away the changes of a moment with {name}={decay}",
-                    fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
+                    fix=f"use state_dtype=bfloat16_stochastic or optimizer.{name}=0.99",
                 )

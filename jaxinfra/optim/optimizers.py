@@ -26,7 +26,7 @@ from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, matrix_dims
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import optax_schedule
-from jaxinfra.optim.transforms import store_state_as
+from jaxinfra.optim.state_dtype import store_state_as
 from jaxinfra.parallel.spec import ParamSpec, PyTree
 from jaxinfra.user_code import user_code_errors
 
@@ -89,10 +89,10 @@ class Adafactor(Optimizer):
         return spec.fan_in ** (own - 1)
 
     @override
-    def problems_in_bfloat16(self) -> Iterable[Problem]:
+    def problems_in_low_precision(self) -> Iterable[Problem]:
         yield Problem(
             fields=("state_dtype", "optimizer.decay_power"),
-            message="bfloat16 rounds away late changes of Adafactor's second moment, and saves little memory",
+            message="rounding loses late changes of Adafactor's second moment, and saves little memory",
             fix="use state_dtype=float32",
         )
 
@@ -220,7 +220,7 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))
-        stored = store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
+        stored = store_state_as(optax.chain(*links), optim.state_dtype)
         return _checked(stored, type(optim.optimizer).__qualname__)
 
     return store_state_on_host(chain, specs) if optim.offload else chain(specs)

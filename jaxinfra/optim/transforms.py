@@ -1,8 +1,7 @@
-"""Gradient clipping by the global norm, averaged parameters, and the dtype of stored optimizer state."""
+"""Gradient clipping by the global norm, and averaged parameters."""
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxinfra.parallel.spec import PyTree
 
@@ -51,26 +50,3 @@ def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int)
         return (old_f32 + (1 - keep) * (new.astype(jnp.float32) - old_f32)).astype(old.dtype)
 
     return jax.tree.map(average, ema, params)
-
-
-def store_state_as(tx: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Wraps `tx` to store its floating-point state in `dtype` between steps, and to compute in float32.
-
-    Updates are float32. Scalars and counters of the state are unchanged.
-    """
-
-    def cast(tree: PyTree, to: jnp.dtype) -> PyTree:
-        return jax.tree.map(lambda x: x.astype(to) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-    float32 = jnp.dtype("float32")
-
-    def init(params: optax.Params) -> optax.OptState:
-        return cast(tx.init(cast(params, float32)), dtype)
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = tx.update(cast(updates, float32), cast(state, float32), cast(params, float32))
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(init, update)

@@ -62,7 +62,11 @@ DENSE = Run(
 )
 
 
-MOE = replace(DENSE, name="moe", model=changed(DENSE.model, mlp=MixtureOfExperts(dim=256, num_experts=8, top_k=2)))
+EXPERTS = MixtureOfExperts(dim=256, num_experts=8, top_k=2)
+MOE = replace(DENSE, name="moe", model=changed(DENSE.model, mlp=EXPERTS))
+MOE_ON_GPUS = replace(  # tests have no cuDNN
+    MOE, model=replace(changed(MOE.model, mlp=replace(EXPERTS, num_experts=16)), attention_kernel="xla")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,9 @@ CASES = {
     ),
     "2xv5e-2x4_replica-expert": Case(
         topology="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=4, expert=2), run=_batch(64, 2, MOE)
+    ),
+    "h100-2x8_expert": Case(
+        topology="h100:2x8", mesh=MeshConfig(fsdp=2, expert=8), run=_batch(64, 1, MOE_ON_GPUS)
     ),
 }
 """Named TOPOLOGY_AXES; together they have every mesh axis, every collective, and links inside and between slices."""

@@ -1,4 +1,4 @@
-"""Quantized training follows the loss curve of bfloat16 on real text."""
+"""Quantized training and small optimizer states follow the loss curve of bfloat16 with float32 state, on real text."""
 
 import functools
 from pathlib import Path
@@ -9,7 +9,6 @@ import pytest
 
 from jaxinfra.config import load
 from jaxinfra.parallel.mesh import make_mesh
-from jaxinfra.parallel.rules import Quantize
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
@@ -18,6 +17,8 @@ from tests.tiny_run import launch
 
 STEPS, WINDOW = 80, 20
 """Of a run; and over how many steps its loss is averaged."""
+STATE_OFF = 1e-2
+"""What another seed changes."""
 
 CONFIG = """\
 from jaxinfra.data.tokens import TokenData
@@ -71,18 +72,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def program_of(config: Path, quantize: Quantize) -> Program:
-    run = with_mesh_size(load(config, [f"precision.quantize={quantize}"], root=Run).run, jax.device_count())
+def program_of(config: Path, overrides: tuple[str, ...]) -> Program:
+    run = with_mesh_size(load(config, overrides, root=Run).run, jax.device_count())
     return Program(run, make_mesh(run.mesh, jax.devices()))
 
 
 @functools.cache
-def curve(config: Path, quantize: Quantize) -> np.ndarray:
+def curve(config: Path, overrides: tuple[str, ...]) -> np.ndarray:
     """The mean loss of every window of steps."""
     assert launch("data", "prepare", str(config)).code == 0
-    ended = launch(str(config), f"name={quantize}", f"precision.quantize={quantize}")
+    name = "-".join(["curve", *(each.partition("=")[2] for each in overrides)])
+    ended = launch(str(config), f"name={name}", *overrides)
     assert ended.code == 0, ended
-    rows = read_metrics(config.parent / "runs" / quantize / "metrics.jsonl")
+    rows = read_metrics(config.parent / "runs" / name / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == STEPS
     return np.array(losses).reshape(-1, WINDOW).mean(axis=1)
@@ -90,17 +92,28 @@ def curve(config: Path, quantize: Quantize) -> np.ndarray:
 
 @pytest.mark.slow(30)
 @pytest.mark.usefixtures("all_optimizations")
-@pytest.mark.parametrize(("quantize", "off"), [("int8", 1e-3), ("fp8", 2.5e-3)])
+@pytest.mark.parametrize(
+    ("optimizer", "changed", "off"),
+    [
+        ("adamw", "precision.quantize=int8", 1e-3),
+        ("adamw", "precision.quantize=fp8", 2.5e-3),
+        ("adamw", "optim.state_dtype=8bit", STATE_OFF),
+        ("adamw", "optim.state_dtype=bfloat16_stochastic", STATE_OFF),
+        ("muon", "optim.state_dtype=8bit", STATE_OFF),
+        ("muon", "optim.state_dtype=bfloat16_stochastic", STATE_OFF),
+    ],
+)
 def test_the_loss_curve_is_that_of_bfloat16(
-    config: Path, quantize: Quantize, off: float, unless_proven: Unless
+    config: Path, optimizer: str, changed: str, off: float, unless_proven: Unless
 ) -> None:
     """Nearer than another seed comes (1e-2), but not the same; 2.5e-3 is what DeepSeek-V3 reports for fp8 at most."""
-    programs = program_of(config, "none"), program_of(config, quantize)
-    unless_proven(lambda: assert_same_curve(config, quantize, off), *programs, any_cpu=True)
+    wanted = (f"optim.optimizer={optimizer}",)
+    programs = program_of(config, wanted), program_of(config, (*wanted, changed))
+    unless_proven(lambda: assert_same_curve(config, wanted, changed, off), *programs, any_cpu=True)
 
 
-def assert_same_curve(config: Path, quantize: Quantize, off: float) -> None:
-    wanted, found = curve(config, "none"), curve(config, quantize)
+def assert_same_curve(config: Path, overrides: tuple[str, ...], changed: str, off: float) -> None:
+    wanted, found = curve(config, overrides), curve(config, (*overrides, changed))
     assert wanted[-1] < 0.8 * wanted[0]
     np.testing.assert_allclose(found, wanted, rtol=off)
     assert np.abs(found / wanted - 1).max() > 1e-5
