@@ -2,8 +2,8 @@
 
 The 8-bit format is the blockwise dynamic one of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
 with the numbers of bitsandbytes: each block has a float32 scale, its largest magnitude. A code counts the values that a
-magnitude can have in ascending order. They fall into seven decades below 1; each higher decade has twice as many, evenly
-spaced. So small values keep their size and large ones their digits.
+magnitude can have in ascending order. They fall into seven decades below 1; each higher decade has twice as many,
+evenly spaced. So small values keep their size and large ones their digits.
 """
 
 import math
@@ -54,12 +54,13 @@ def store_state_as(tx: optax.GradientTransformation, dtype: StateDtype) -> optax
         return _store(state, dtype, [dtype == "8bit" and _has_blocks(x) for x in jax.tree.leaves(state)])
 
     def update(
-        updates: optax.Updates, stored: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        state = jax.tree.map_with_path(_load, stored, is_leaf=_in_blocks)
-        updates, state = tx.update(_to_float32(updates), state, _to_float32(params))
         # As stored before: the state of one layer of several may be smaller than `MIN_SIZE`.
-        return updates, _store(state, dtype, [_in_blocks(x) for x in jax.tree.leaves(stored, is_leaf=_in_blocks)])
+        in_blocks = [_in_blocks(x) for x in jax.tree.leaves(state, is_leaf=_in_blocks)]
+        loaded = jax.tree.map_with_path(_load, state, is_leaf=_in_blocks)
+        updates, new_state = tx.update(_to_float32(updates), loaded, _to_float32(params))
+        return updates, _store(new_state, dtype, in_blocks)
 
     return optax.GradientTransformation(init, update)
 
@@ -150,7 +151,7 @@ def from_blocks(blocks: Blocks8, *, signed: bool) -> jax.Array:
 def encode(x: jax.Array, *, signed: bool) -> jax.Array:
     """Returns the code, uint8, of the value that is nearest to each number of [-1, 1]: the smaller of two alike."""
     magnitude = jnp.abs(x)
-    decade = sum((magnitude > bound).astype(jnp.int32) for bound in _bounds(signed)[1:-1])
+    decade = jnp.searchsorted(np.array(_bounds(signed)[1:-1]), magnitude, method="compare_all").astype(jnp.int32)
     count = jnp.left_shift(1 if signed else 2, decade)
     index = jnp.ceil((magnitude / _start(decade) - 1) * (count / np.float32(9)) - 1).astype(jnp.int32)
     code = count - (0 if signed else 1) + jnp.clip(index, 0, count - 1)

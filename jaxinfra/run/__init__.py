@@ -211,7 +211,10 @@ class Run:
             message = "an offloaded state is updated in a loop, whose products are rounded as the compiler likes"
             yield Problem(fields=("optim.offload", "train.canonical"), message=message, fix="use optim.offload=false")
         if self.optim.state_dtype == "8bit":
-            message, fix = "its blocks share scales, which the mesh spreads over devices", "use optim.state_dtype=float32"
+            message, fix = (
+                "its blocks share scales, which the mesh spreads over devices",
+                "use optim.state_dtype=float32",
+            )
             yield Problem(fields=("optim.state_dtype", "train.canonical"), message=message, fix=fix)
         axes = asdict(self.mesh)
         if -1 not in self.mesh.sizes and count % devices:

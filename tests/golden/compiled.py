@@ -92,9 +92,7 @@ CASES = {
     "2xv5e-2x4_replica-expert": Case(
         topology="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=4, expert=2), run=_batch(64, 2, MOE)
     ),
-    "h100-2x8_expert": Case(
-        topology="h100:2x8", mesh=MeshConfig(fsdp=2, expert=8), run=_batch(64, 1, MOE_ON_GPUS)
-    ),
+    "h100-2x8_expert": Case(topology="h100:2x8", mesh=MeshConfig(fsdp=2, expert=8), run=_batch(64, 1, MOE_ON_GPUS)),
 }
 """Named TOPOLOGY_AXES; together they have every mesh axis, every collective, and links inside and between slices."""
 

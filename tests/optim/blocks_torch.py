@@ -1,4 +1,4 @@
-"""Quantizes numbers by block with bitsandbytes: `python tests/optim/blocks_torch.py OUT.npz`, in torch's environment."""
+"""Quantizes numbers by block with bitsandbytes: `python tests/optim/blocks_torch.py OUT.npz`, where torch is."""
 
 import sys
 

@@ -148,7 +148,9 @@ def test_the_state_is_the_same_on_every_mesh(optimizer: Optimizer, shardings: An
     want = train(lambda tree: jax.tree.map(jnp.asarray, tree))
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"))):
         got = train(lambda tree: jax.tree.map(jax.device_put, tree, shardings))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(float), b.astype(float)), *map(jax.device_get, (got, want)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.astype(float), b.astype(float)), *map(jax.device_get, (got, want))
+    )
     if isinstance(optimizer, AdamW):
         momentum = optax.tree.get(got, "mu")["blocks"]["up"]
         codes = momentum.codes if isinstance(momentum, Blocks8) else momentum
