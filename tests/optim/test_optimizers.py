@@ -152,7 +152,7 @@ def test_bfloat16_params_keep_float32_state(specs, draw):
         (OptimConfig(optimizer=Adafactor(min_param_rms=0.0)), "optimizer.min_param_rms=0"),
         (OptimConfig(optimizer=AdamW(b2=0.999), state_dtype="bfloat16"), "optimizer.b2=0.999: bfloat16"),
         (OptimConfig(optimizer=Adafactor(), state_dtype="bfloat16"), "state_dtype=bfloat16"),
-        (OptimConfig(optimizer=Adafactor(), state_dtype="8bit"), "state_dtype=8bit"),
+        (OptimConfig(optimizer=Adafactor(), state_dtype="8bit"), "state_dtype='8bit'"),
     ],
     ids=repr,
 )
